@@ -1,0 +1,42 @@
+"""The only entry. Hydra composes a config, `zfnet/config.py` checks it, and the job that it names runs.
+
+python run.py                                  train on CIFAR-10
+python run.py experiment=quickstart            train on built-in images, about a minute, no download
+python run.py optimizer=sgd optimizer.lr=0.01  choose a group, set a key
+python run.py -m seed=0,1,2                    sweep
+python run.py job=summary                      another job (conf/job)
+python run.py --help                           every group, and the composed config
+"""
+
+import os
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from zfnet.config import read_config
+from zfnet.console import errors_pass_hydra, run_with_clear_errors
+from zfnet.hydra_record import register_resolvers
+from zfnet.jobs import run_job
+from zfnet.training.checks import check_recipe
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(raw: DictConfig) -> float | None:
+    hydra_config = HydraConfig.get()
+    output = Path(os.path.relpath(hydra_config.runtime.output_dir))
+    with errors_pass_hydra():
+        try:
+            config = read_config(raw)
+            check_recipe(config)
+        except Exception:
+            if output != Path() and not any(output.iterdir()):
+                output.rmdir()  # Hydra has made it; nothing will be written there
+            raise
+        return run_job(config, output, list(hydra_config.overrides.task))
+
+
+if __name__ == "__main__":
+    register_resolvers()
+    run_with_clear_errors(main)

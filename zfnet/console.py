@@ -1,0 +1,173 @@
+"""What people read: the terminal, train.log, and errors as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+from zfnet.errors import UserError, did_you_mean
+from zfnet.training.signals import Stopped
+
+log = logging.getLogger("zfnet")
+
+_quiet = False  # whether errors become one line; not so with HYDRA_FULL_ERROR=1
+
+
+class _Terminal(logging.Handler):
+    """Prints above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Send the program's messages to the terminal and, with the time and with tracebacks, to a file."""
+    terminal, file = _Terminal(logging.INFO), logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before = log.level, log.propagate
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    log.addHandler(terminal)
+    log.addHandler(file)
+    try:
+        yield
+    finally:
+        log.removeHandler(terminal)
+        log.removeHandler(file)
+        file.close()
+        log.level, log.propagate = before
+
+
+class _Escaped(BaseException):
+    """Carries an error past Hydra, which would print a line of its own about it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+@contextlib.contextmanager
+def errors_pass_hydra() -> Iterator[None]:
+    """Within this block errors go straight to `run_with_clear_errors`; not in a sweep, where the next job comes."""
+    try:
+        yield
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.RUN and _quiet:
+            raise _Escaped(error) from error
+        raise
+
+
+def run_with_clear_errors(main: Callable[[], None]) -> None:
+    """Call Hydra's main function; on any error print one line and exit with a code other than 0.
+
+    With HYDRA_FULL_ERROR=1 errors come as they are. Without, that variable is set for Hydra's own sake: it
+    then lets errors through instead of printing them in its own way.
+    """
+    global _quiet
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        main()
+        return
+    _quiet = True
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except Stopped as error:
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `python run.py … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except _Escaped as error:
+        _fail(error.error)
+    except Exception as error:
+        _fail(error)
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"error: {explain(error)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def explain(error: Exception) -> str:
+    """Return one line for an error; the user's own mistakes are named, the program's are pointed to."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return _explain_hydra(error)
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return f"out of memory ({_one_line(error)}): lower data.batch_size, or raise trainer.accumulate"
+    return f"{type(error).__name__}: {_one_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _explain_hydra(error: Exception) -> str:
+    text = str(error)
+    if match := re.search(
+        r"Could not (?:override|append to config\. An item is already at|delete from config\.) '([^']+)'",
+        text,
+    ):
+        return _unknown_key(match[1].split("@")[0].lstrip("+~"), text)
+    if match := re.search(r"In '[^']*': Could not find '([^']+)/([^'/]+)'", text):
+        choices = re.findall(r"^\t(\S+)$", text, re.M)
+        return f"{match[1]}={match[2]}: no such choice{did_you_mean(match[2], choices)}"
+    if match := re.search(
+        r"LexerNoViableAltException: (.*)|mismatched input|no viable alternative|extraneous input|missing EQUAL",
+        text,
+    ):
+        return f"the command line cannot be parsed ({_one_line(error)}): write key=value, and quote lists for the shell"
+    cause = f" ({_one_line(error.__cause__)})" if error.__cause__ is not None else ""
+    return _one_line(error) + cause
+
+
+def _unknown_key(key: str, text: str) -> str:
+    """Name a key that the config has not, with the nearest one that it has."""
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+
+    known: list[str] = []
+    if GlobalHydra.instance().is_initialized():
+        with contextlib.suppress(Exception):
+            known = _keys(compose("config", overrides=[w for w in sys.argv[1:] if _chooses_a_group(w)]))
+    if key in known:
+        return _one_line(Exception(text))
+    suggestion = did_you_mean(key, known) if known else ""
+    if suggestion.startswith("; known"):
+        parent = key.rpartition(".")[0]
+        siblings = [k for k in known if k.rpartition(".")[0] == parent]
+        suggestion = f"; known: {', '.join(siblings)}" if siblings else ""
+    return f"{key}: no such key{suggestion}"
+
+
+def _chooses_a_group(word: str) -> bool:
+    name, _, value = word.partition("=")
+    folder = Path(sys.argv[0]).resolve().parent / "conf" / name
+    return "." not in name and (folder / f"{value}.yaml").is_file()
+
+
+def _keys(node, prefix: str = "") -> list[str]:
+    keys = []
+    for key in node:
+        keys.append(prefix + str(key))
+        value = node._get_node(key)
+        if hasattr(value, "keys"):
+            keys += _keys(value, f"{prefix}{key}.")
+    return keys

@@ -1,0 +1,136 @@
+"""Safe construction of the two things a config may name: an optimizer and a learning-rate schedule.
+
+`_target_` in a config is only a name. It is looked up among modules that are already imported (nothing is
+ever imported because a config said so), and what it resolves to must be a class of the slot's kind, whatever
+path led there: `torch.optim.sgd.torch.hub.load` is a function, so it is refused. Arguments are plain
+numbers, booleans, strings and lists of them, checked against the class's own signature.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from zfnet.errors import UserError, did_you_mean
+
+SLOTS: dict[str, type] = {"optimizer": Optimizer, "scheduler": LRScheduler}
+
+# Given by the program, never by a config.
+_INJECTED = {"self", "params", "optimizer", "last_epoch", "verbose"}
+
+
+def resolve(slot: str, target: Any) -> type:
+    """Return the class that `target` names, if it is one that `slot` may construct; raise UserError otherwise."""
+    base = SLOTS[slot]
+    wanted = f"{slot}._target_={target}: must name a subclass of {base.__module__}.{base.__qualname__}"
+    if not isinstance(target, str):
+        raise UserError(wanted)
+    parts = target.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        found: Any = sys.modules.get(".".join(parts[:cut]))
+        if found is not None:
+            break
+    else:
+        raise UserError(f"{wanted}; no imported module holds that name")
+    for part in parts[cut:]:
+        # vars() and not getattr(): a module's __getattr__ may import or run something
+        found = vars(found).get(part) if hasattr(found, "__dict__") else None
+    if not (isinstance(found, type) and issubclass(found, base) and found is not base):
+        raise UserError(f"{wanted}, not {'nothing' if found is None else type(found).__name__}")
+    return found
+
+
+def arguments(
+    slot: str, settings: Mapping[str, Any], extra: tuple[str, ...] = ()
+) -> tuple[type, dict[str, Any]]:
+    """Return the class that `settings` names and its keyword arguments, checked against its signature.
+
+    `extra` names keys that belong to the slot but not to the class; they are left out.
+    """
+    if "_target_" not in settings:
+        raise UserError(f"{slot}._target_ is missing: choose a file of conf/{slot}, as in {slot}=NAME")
+    cls = resolve(slot, settings["_target_"])
+    parameters = {n: p for n, p in inspect.signature(cls).parameters.items() if n not in _INJECTED}
+    keywords: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key == "_target_" or key in extra:
+            continue
+        if key not in parameters:
+            known = [*parameters, *extra]
+            raise UserError(
+                f"{slot}.{key}: {cls.__name__} has no such setting{did_you_mean(str(key), known)}"
+            )
+        keywords[key] = _check_value(f"{slot}.{key}", value, parameters[key].default)
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in keywords:
+            raise UserError(f"{slot}.{name} is missing: {cls.__name__} needs it")
+    return cls, keywords
+
+
+def _check_value(key: str, value: Any, default: Any) -> Any:
+    """Compare a value's type with the default in the class's signature; lists become tuples where it has one."""
+    if isinstance(value, (list, tuple)):
+        if not all(_is_number(v) for v in value):
+            raise UserError(f"{key}={value}: must be a list of numbers")
+        return tuple(value) if isinstance(default, tuple) else list(value)
+    if not (value is None or isinstance(value, (bool, int, float, str))):
+        raise UserError(f"{key}={value}: must be a plain value, not a {type(value).__name__}")
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"{key}={value}: must be true or false")
+    elif _is_number(default) or key.endswith(".lr"):
+        if not _is_number(value) and value != "auto":
+            raise UserError(f"{key}={value}: must be a number")
+        if isinstance(value, (int, float)) and not abs(value) < float("inf"):
+            raise UserError(f"{key}={value}: must be a finite number")
+    elif isinstance(default, tuple):
+        raise UserError(f"{key}={value}: must be a list of {len(default)} numbers")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def build_optimizer(settings: Mapping[str, Any], parameters: Any, fused: bool = False) -> Optimizer:
+    """Construct the optimizer; `fused` asks for its one-kernel form where it has one."""
+    cls, keywords = arguments("optimizer", settings)
+    parameters = list(parameters)
+    try:
+        if fused and "fused" in inspect.signature(cls).parameters and "fused" not in keywords:
+            try:
+                return cls(parameters, **keywords, fused=True)
+            except RuntimeError:  # this device has no fused kernel for this optimizer
+                pass
+        return cls(parameters, **keywords)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer ({cls.__name__}): {error}") from error
+
+
+def build_scheduler(
+    settings: Mapping[str, Any], optimizer: Optimizer, length: int, extra: tuple[str, ...]
+) -> LRScheduler:
+    """Construct the schedule; the value `auto` stands for the run's length in the schedule's own unit."""
+    cls, keywords = arguments("scheduler", settings, extra)
+    keywords = {key: length if value == "auto" else value for key, value in keywords.items()}
+    try:
+        return cls(optimizer, **keywords)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"scheduler ({cls.__name__}): {error}") from error
+
+
+def check_construction(
+    optimizer: Mapping[str, Any], scheduler: Mapping[str, Any], extra: tuple[str, ...]
+) -> None:
+    """Build both on one dummy parameter, so that a bad value is known before any data is read."""
+    _, keywords = arguments("optimizer", optimizer)
+    if not keywords.get("lr", 1) > 0:
+        raise UserError(f"optimizer.lr={keywords['lr']}: must be greater than 0")
+    dummy = build_optimizer(optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    build_scheduler(scheduler, dummy, 100, extra)

@@ -1,0 +1,81 @@
+"""One image file of any kind, as an RGB array: the only place where image files are opened."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Pillow hands EPS and PS files to Ghostscript, and WMF to the system: a program runs because a file said so.
+_REFUSED = {"EPS", "WMF", "EMF"}
+Image.init()
+FORMATS = tuple(sorted(set(Image.OPEN) - _REFUSED))
+SUFFIXES = frozenset(s for s, f in Image.registered_extensions().items() if f in FORMATS)
+
+
+class UnreadableImage(Exception):
+    """The file is not an image that can be decoded; the message says why."""
+
+
+def read_image(file: str | Path | BinaryIO) -> Image.Image:
+    """Return the image in mode RGB, upright; raise UnreadableImage.
+
+    EXIF rotation is applied, transparency is laid on white, 16-bit and floating-point grey are scaled to
+    8 bits, and of an animation the first frame is taken.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=FORMATS) as image:
+                image.seek(0)
+                return _to_rgb(ImageOps.exif_transpose(image))
+    # Pillow's decoders raise whatever their format's damage leads to, so nothing narrower is safe
+    except Exception as error:
+        raise UnreadableImage(str(error) or type(error).__name__) from error
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Return (width, height) from the file's header; raise UnreadableImage."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.size
+    except Exception as error:
+        raise UnreadableImage(str(error) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image.copy()
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        return Image.fromarray(_eight_bits(np.asarray(image, dtype=np.float64), image.mode)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(grey: np.ndarray, mode: str) -> np.ndarray:
+    """Scale to 0 … 255: integers count from 0 to 65535; floats from 0 to 1, to 255 or to 65535."""
+    grey = np.nan_to_num(grey)
+    peak = float(grey.max(initial=0.0))
+    if mode == "F" and peak <= 1:
+        full = 1.0
+    elif peak <= 255 and mode == "F":
+        full = 255.0
+    else:
+        full = 65535.0
+    return (grey.clip(0, full) * (255.0 / full)).round().astype(np.uint8)
+
+
+def fit_square(image: Image.Image, size: int, fit: str) -> np.ndarray:
+    """Return uint8 [size, size, 3]: `crop` keeps proportions (short side to `size`, centre), `stretch` does not."""
+    if fit == "crop":
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    elif image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)

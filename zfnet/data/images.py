@@ -1,0 +1,102 @@
+"""Labelled images in one array, and how a set is divided."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zfnet.errors import UserError
+from zfnet.randomness import SPLIT, make_key, random_bits
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one size with labels.
+
+    images: uint8 [M, h, w, 3], in memory or memory-mapped, possibly shared with other sets
+    labels: int64 [N]
+    rows:   int64 [N], where each labelled image stands in `images`
+    classes: names, by label
+    boxes:  int64 [N, 4] (top, left, bottom, right; ends exclusive) around the object, where it is known
+    """
+
+    images: np.ndarray
+    labels: Tensor
+    rows: Tensor
+    classes: tuple[str, ...]
+    boxes: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> ImageSet:
+        """Return the set of the images at `index`; the pixels are shared, not copied."""
+        boxes = None if self.boxes is None else self.boxes[index]
+        return replace(self, labels=self.labels[index], rows=self.rows[index], boxes=boxes)
+
+    def pixels(self, index: Tensor | Sequence[int]) -> Tensor:
+        """Return the images at `index` as uint8 [n, h, w, 3] on the CPU."""
+        return torch.from_numpy(self.images[self.rows[torch.as_tensor(index)].numpy()])
+
+
+def image_set(
+    images: np.ndarray, labels: Tensor, classes: Sequence[str], boxes: Tensor | None = None
+) -> ImageSet:
+    """Return the set of all `images`, in their order."""
+    return ImageSet(images, labels.long(), torch.arange(len(labels)), tuple(classes), boxes)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a data set. Validation chooses, test reports; either may be None."""
+
+    train: ImageSet
+    validation: ImageSet | None
+    test: ImageSet | None
+    fingerprint: str
+
+
+def stratified(labels: Tensor, count: int, seed: int, purpose: int = SPLIT) -> tuple[Tensor, Tensor]:
+    """Choose `count` of the labels, each class in proportion, and return (chosen, others), sorted.
+
+    Shares that are not whole are rounded by largest remainder, ties by class number.
+    """
+    total = len(labels)
+    classes, sizes = labels.unique(return_counts=True)
+    exact = sizes.double() * count / total
+    shares = exact.floor().long()
+    remainders = (shares - exact).argsort(stable=True)
+    shares[remainders[: count - int(shares.sum())]] += 1
+    bits = random_bits(make_key(seed, purpose), torch.arange(total))
+    chosen = torch.zeros(total, dtype=torch.bool)
+    for label, share in zip(classes, shares, strict=True):
+        members = (labels == label).nonzero().flatten()
+        chosen[members[bits[members].argsort(stable=True)[:share]]] = True
+    return chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+
+
+def hold_out(train: ImageSet, amount: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
+    """Divide a training set into (training, validation); `amount` is a count, or a fraction below 1."""
+    count = round(amount * len(train)) if amount < 1 else int(amount)
+    if count == 0:
+        return train, None
+    if count >= len(train):
+        raise UserError(
+            f"data.validation={amount:g}: leaves nothing to train on, there are {len(train)} images"
+        )
+    held_out, kept = stratified(train.labels, count, seed)
+    return train.take(kept), train.take(held_out)
+
+
+def fingerprint(*arrays: np.ndarray) -> str:
+    """Return a SHA-256 over the arrays' contents."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        for start in range(0, len(array), 4096):
+            digest.update(np.ascontiguousarray(array[start : start + 4096]).data)
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""Built-in images: ten kinds of shape on noisy gradients, drawn from formulas.
+
+Every image is a function of (split, index): no file, no download, no generator state. The box around each
+shape is known, so an explanation can be asked whether it looks at the object.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zfnet.data.images import ImageSet, image_set
+from zfnet.randomness import SHAPES, make_key, uniform
+
+CLASSES = ("disc", "ring", "square", "frame", "triangle", "cross", "star", "crescent", "hexagon", "bars")
+
+
+def draw_shapes(count: int, size: int, part: int) -> ImageSet:
+    """Return `count` images of size × size pixels; `part` keeps training (0) and test (1) apart.
+
+    Labels go round, so classes are balanced. Colours, place, size and a turn of up to ±0.3 rad vary.
+    """
+    images = np.empty((count, size, size, 3), dtype=np.uint8)
+    boxes = torch.empty(count, 4, dtype=torch.long)
+    labels = torch.arange(count) % len(CLASSES)
+    for start in range(0, count, 500):
+        index = torch.arange(start, min(start + 500, count))
+        drawn, found = _draw(index, labels[index], size, part)
+        images[start : start + len(index)] = drawn.numpy()
+        boxes[index] = found
+    return image_set(images, labels, CLASSES, boxes)
+
+
+def _draw(index: Tensor, labels: Tensor, size: int, part: int) -> tuple[Tensor, Tensor]:
+    def between(number: int, low: float, high: float) -> Tensor:
+        """One random number an image, shaped for broadcasting over its pixels."""
+        return (low + (high - low) * uniform(make_key(SHAPES, part, number), index))[:, None, None]
+
+    radius = between(0, 0.17, 0.33)
+    centre_x, centre_y = (
+        between(1, 0.0, 1.0) * (1 - 2 * radius) + radius,
+        between(2, 0.0, 1.0) * (1 - 2 * radius) + radius,
+    )
+    turn = between(3, -0.3, 0.3)
+    axis = (torch.arange(size) + 0.5) / size
+    dx, dy = axis[None, None, :] - centre_x, axis[None, :, None] - centre_y
+    x, y = (dx * turn.cos() + dy * turn.sin()) / radius, (dy * turn.cos() - dx * turn.sin()) / radius
+
+    distance = torch.empty(len(index), size, size)
+    for label, inside in enumerate(_FORMULAS):
+        chosen = labels == label
+        distance[chosen] = inside(x[chosen], y[chosen])
+    # one pixel of soft edge: `distance` is in units of the radius
+    cover = (0.5 - distance * radius * size).clamp(0, 1)
+
+    direction = between(4, 0.0, 2 * math.pi)
+    ramp = (axis[None, None, :] - 0.5) * direction.cos() + (axis[None, :, None] - 0.5) * direction.sin()
+    rows = torch.arange(size * size).view(1, size, size)
+    noise = uniform(make_key(SHAPES, part, 5), index[:, None, None] * size * size + rows) - 0.5
+    channels = []
+    for c in range(3):
+        ground = between(10 + c, 0.15, 0.85)
+        # the shape differs from the ground by at least 0.15 of full scale in each channel
+        step = between(20 + c, 0.15, 0.5) * (1 - 2 * (between(30 + c, 0.0, 1.0) < ground).float())
+        background = ground + ramp * between(40 + c, 0.0, 0.5)
+        channels.append(background * (1 - cover) + (ground + step) * cover + 0.2 * noise)
+    pixels = (torch.stack(channels, dim=-1).clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels, _boxes(cover > 0.5)
+
+
+def _boxes(mask: Tensor) -> Tensor:
+    """Return (top, left, bottom, right) around the True pixels of each mask [n, size, size]."""
+    size = mask.shape[-1]
+    rows, columns = mask.any(2).int(), mask.any(1).int()
+    return torch.stack(
+        [rows.argmax(1), columns.argmax(1), size - rows.flip(1).argmax(1), size - columns.flip(1).argmax(1)],
+        dim=1,
+    )
+
+
+# Signed distances (negative inside) in a frame where the shape fits the unit circle; only their sign and
+# their slope near zero matter.
+def _disc(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x, y) - 1
+
+
+def _ring(x: Tensor, y: Tensor) -> Tensor:
+    return (torch.hypot(x, y) - 0.78).abs() - 0.22
+
+
+def _box(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs(), y.abs())
+
+
+def _polygon(x: Tensor, y: Tensor, sides: int) -> Tensor:
+    """A regular polygon: the largest distance beyond any of its edges."""
+    angles = [math.pi / 2 + math.pi / sides + 2 * math.pi * k / sides for k in range(sides)]
+    edges = torch.stack([x * math.cos(a) - y * math.sin(a) for a in angles])
+    return edges.amax(0) - math.cos(math.pi / sides)
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    upright = torch.maximum(x.abs() - 0.3, y.abs() - 0.95)
+    return torch.minimum(upright, torch.maximum(y.abs() - 0.3, x.abs() - 0.95))
+
+
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    """Five points: the radius swings between 1 at the points and 0.4 between them."""
+    angle = torch.atan2(-y, x) - math.pi / 2
+    swing = (torch.remainder(angle * 5 / (2 * math.pi) + 0.5, 1.0) - 0.5).abs() * 2
+    return torch.hypot(x, y) - (1 - 0.6 * swing)
+
+
+def _crescent(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(_disc(x, y), 0.85 - torch.hypot(x - 0.5, y))
+
+
+def _bars(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum((y.abs() - 0.5).abs() - 0.22, x.abs() - 0.68)
+
+
+_FORMULAS = (
+    _disc,
+    _ring,
+    lambda x, y: _box(x, y) - 0.7,
+    lambda x, y: (_box(x, y) - 0.55).abs() - 0.16,
+    lambda x, y: _polygon(x, y, 3),
+    _cross,
+    _star,
+    _crescent,
+    lambda x, y: _polygon(x, y, 6),
+    _bars,
+)

@@ -1,0 +1,59 @@
+"""Randomness without state: every random number is a function of a key and an index.
+
+No generator is advanced anywhere in training, so there is nothing to save in a checkpoint and nothing
+that a skipped step, another number of workers or another device could put out of step. A key is made
+from integers such as (seed, purpose, epoch); the n-th number under a key is a hash of (key, n). The
+mixing function is the 32-bit finaliser of MurmurHash3, computed in int64 so that CPU and GPU agree.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Purposes keep streams apart: the order of epoch 3 and the flips of epoch 3 share no numbers.
+SPLIT, ORDER, CROP_Y, CROP_X, FLIP, CUTOUT_Y, CUTOUT_X, DROPOUT, SUBSET, SHAPES = range(10)
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x):
+    """Scramble 32-bit values held in Python ints or int64 tensors."""
+    x = x ^ (x >> 16)
+    x = (x * 0x85EBCA6B) & _MASK
+    x = x ^ (x >> 13)
+    x = (x * 0xC2B2AE35) & _MASK
+    return x ^ (x >> 16)
+
+
+def make_key(*parts: int) -> int:
+    """Fold integers into one 32-bit key; every part and its position matter."""
+    key = 0x9E3779B9
+    for part in parts:
+        low, high = part & _MASK, (part >> 32) & _MASK
+        key = _mix((key ^ _mix((low + 0x7F4A7C15) & _MASK)) + 0x165667B1 & _MASK)
+        key = _mix((key ^ high) + 0x27D4EB2F & _MASK)
+    return key
+
+
+def random_bits(key: int | Tensor, index: Tensor) -> Tensor:
+    """Return 32 random bits (int64, 0 … 2³²−1) for each entry of `index` (int64, below 2³²)."""
+    first = _mix((index + 0x2545F491) & _MASK ^ key)
+    return _mix((first + (key * 0x9E3779B1 & _MASK)) & _MASK)
+
+
+def uniform(key: int | Tensor, index: Tensor) -> Tensor:
+    """Return a number in [0, 1) for each entry of `index`, as float32 with 24 random bits."""
+    return (random_bits(key, index) >> 8).to(torch.float32) * (1.0 / (1 << 24))
+
+
+def randint(key: int | Tensor, index: Tensor, high: int) -> Tensor:
+    """Return an integer in [0, high) for each entry of `index`; the bias is below high / 2³²."""
+    return (random_bits(key, index) * high) >> 32
+
+
+def permutation(key: int, n: int) -> Tensor:
+    """Return a random order of 0 … n−1 (int64, CPU)."""
+    index = torch.arange(n)
+    # the index in the low bits breaks ties, so that the order does not depend on the sort's stability
+    return ((random_bits(key, index) << 31) | index).argsort()

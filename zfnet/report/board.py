@@ -1,0 +1,71 @@
+"""TensorBoard: scalars, graph, sample images and hyperparameters, all in one run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from zfnet.model import ZFNet
+
+log = logging.getLogger("zfnet")
+
+
+class TensorBoard:
+    """Writes event files below `folder`. On a resume, what was written from `step` on is marked as void."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self.writer = SummaryWriter(str(folder), purge_step=step or None)
+
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, step)
+
+    def graph(self, model: ZFNet, image_size: int) -> None:
+        """Draw the network's graph, from a copy on the CPU, so that the model itself is not touched."""
+        twin = ZFNet(model.num_classes, image_size, model.config).eval()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.writer.add_graph(twin, torch.zeros(1, 3, image_size, image_size))
+        except Exception as error:  # the tracer is PyTorch's; a picture less is no reason to stop a training
+            log.warning("TensorBoard: the graph could not be drawn (%s)", str(error).splitlines()[0])
+
+    def images(self, name: str, pixels: Tensor) -> None:
+        """Show images, uint8 [N, h, w, 3]."""
+        self.writer.add_images(name, pixels, dataformats="NHWC")
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        self.writer.add_figure(name, figure, step, close=False)
+
+    def hyperparameters(self, config: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """Record settings and results in this run; `SummaryWriter.add_hparams` would open a second one."""
+        from torch.utils.tensorboard.summary import hparams
+
+        for part in hparams(dict(flatten(config)), dict(results)):
+            self.writer._get_file_writer().add_summary(part)
+        for name, value in results.items():
+            self.writer.add_scalar(name, value)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return a nested config as (dotted key, plain value) pairs; lists and nulls become text."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            pairs += flatten(value, f"{prefix}{key}.")
+        else:
+            pairs.append((prefix + key, value if isinstance(value, (bool, int, float, str)) else str(value)))
+    return pairs

@@ -1,0 +1,126 @@
+"""The figures of a training run: curves, confusion matrix, accuracy by class, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from zfnet.data import ImageSet
+from zfnet.training.metrics import Evaluation
+
+GREEN, RED = "#1a7f37", "#cf222e"
+_COLOURS = {"train": "#0969da", "validation": "#bc4c00", "test": "#8250df"}
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG; the metadata names no program version, so that equal figures are equal files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+
+
+def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss, accuracy and learning rate against the epoch."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+    for axis, kind in zip(axes, ("loss", "accuracy"), strict=False):
+        for name, colour in _COLOURS.items():
+            values = [row.get(f"{name}_{kind}") for row in history]
+            if any(v is not None for v in values):
+                axis.plot(epochs, values, ".-", color=colour, label=name)
+        axis.set(title=kind.capitalize(), xlabel="epoch")
+        axis.legend(frameon=False)
+    axes[1].yaxis.set_major_formatter("{x:.0%}")
+    axes[2].plot(epochs, [row["lr"] for row in history], ".-", color="#57606a")
+    axes[2].set(title="Learning rate (last step of the epoch)", xlabel="epoch")
+    axes[2].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_confusion(found: Evaluation, classes: Sequence[str]) -> Figure:
+    """The share of each true class (row) that was given each name (column)."""
+    counts = found.confusion().numpy()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    count = len(classes)
+    side = min(3 + 0.55 * count, 24)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.set(xlabel="predicted", ylabel="true", title=f"{found.accuracy:.2%} of {counts.sum():,} images")
+    ticks = range(count) if count <= 40 else range(0, count, 5)
+    axis.set_xticks(
+        list(ticks),
+        [classes[t] for t in ticks],
+        rotation=90 if count > 12 else 45,
+        ha="right" if count <= 12 else "center",
+    )
+    axis.set_yticks(list(ticks), [classes[t] for t in ticks])
+    if count <= 20:
+        for row in range(count):
+            for column in range(count):
+                share = shares[row, column]
+                if share >= 0.005:
+                    axis.text(
+                        column,
+                        row,
+                        f"{100 * share:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="white" if share > 0.5 else "black",
+                    )
+    return figure
+
+
+def draw_per_class(found: Evaluation, classes: Sequence[str]) -> Figure:
+    """Accuracy by class, with the mean as a line."""
+    values = [v or 0.0 for v in found.per_class()]
+    figure = Figure(figsize=(7, min(1.2 + 0.3 * len(classes), 24)), layout="constrained")
+    axis = figure.subplots()
+    bars = axis.barh(range(len(classes)), values, color="#54aeff")
+    if len(classes) <= 40:
+        axis.bar_label(bars, [f"{v:.1%}" for v in values], padding=3, fontsize=8)
+    axis.axvline(found.accuracy, color="#57606a", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(classes)), list(classes), fontsize=8 if len(classes) <= 40 else 5)
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.1), title=f"Accuracy by class (dashed: all images, {found.accuracy:.2%})")
+    axis.xaxis.set_major_formatter("{x:.0%}")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_samples(images: ImageSet, found: Evaluation, columns: int = 8, rows: int = 8) -> Figure:
+    """A grid of images with predicted (true) class above them, green where they agree, as in the blog.
+
+    `found` is about `images`; those shown are evenly spread over the set.
+    """
+    count = min(rows * columns, len(images))
+    index = torch.linspace(0, len(images) - 1, count).round().long()
+    rows = -(-count // columns)
+    figure = Figure(figsize=(1.55 * columns, 1.75 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes:
+        axis.axis("off")
+    for axis, image, guess, truth in zip(
+        figure.axes,
+        images.pixels(index).numpy(),
+        found.predictions[index].tolist(),
+        found.labels[index].tolist(),
+        strict=False,
+    ):
+        axis.imshow(image)
+        axis.set_title(
+            f"{images.classes[guess]}\n({images.classes[truth]})",
+            fontsize=8,
+            color=GREEN if guess == truth else RED,
+        )
+    return figure

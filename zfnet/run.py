@@ -1,0 +1,226 @@
+"""The run directory: every file in it is written and read through here.
+
+A file is written beside its final place, synced and renamed, so it is whole or absent. Configs are YAML
+without interpolation, weights are safetensors: nothing that is read back can run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from zfnet.config import Config, DataConfig, ModelConfig, read_config, read_part
+from zfnet.errors import UserError
+from zfnet.model import ZFNet
+
+HISTORY_COLUMNS = (
+    "epoch",
+    "step",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "seconds",
+    "images_per_second",
+)
+WEIGHTS_FORMAT = "zfnet-1"
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write `content` so that `path` is, at any moment, what it was or what it shall be."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class RunDirectory:
+    """One run's directory and its files."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self.figures = self.folder / "figures"
+        self.tensorboard = self.folder / "tensorboard"
+        self.weights = self.folder / "model.safetensors"
+
+    # -- whose directory is it?
+
+    def claim(self, config: Config) -> bool:
+        """Make this the directory of `config`'s run; return whether there is something to resume.
+
+        A directory without a run is taken; one that holds the same run is taken up again; one that holds
+        another run, or files of some other kind, is refused and left as it is.
+        """
+        if (self.folder / "config.yaml").exists():
+            if self.read_config().identity() != config.identity():
+                raise UserError(
+                    f"{self.folder} holds a run with another config: choose another directory (hydra.run.dir=…)"
+                )
+            return True
+        if self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
+            raise UserError(
+                f"{self.folder} is not empty and holds no run: choose another directory (hydra.run.dir=…)"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        return False
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for this process; the system lets go when the process ends, however it ends."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self.folder} is in use by another process: wait for it or stop it first"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # -- the small files
+
+    def read_config(self) -> Config:
+        """Return the run's own config; raise UserError if there is none or it is damaged."""
+        path = self.folder / "config.yaml"
+        try:
+            plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"run={self.folder}: there is no run (no config.yaml)") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        if not isinstance(plain, dict):
+            raise UserError(f"{path} is not a config")
+        try:
+            return read_config(plain)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def write_json(self, name: str, content: Any) -> None:
+        write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Return a JSON file of the run; raise UserError if it is absent or damaged."""
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"run={self.folder}: has no {name}; did it finish?") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def set_status(self, state: str, error: str | None = None) -> None:
+        """Record running, done, stopped or failed."""
+        self.write_json("status.json", {"state": state, "error": error, "pid": os.getpid()})
+
+    @property
+    def state(self) -> str:
+        """The recorded state, or `none` where nothing is recorded."""
+        return self.read_json("status.json")["state"] if (self.folder / "status.json").exists() else "none"
+
+    def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write history.csv; columns beyond the usual ones follow them."""
+        columns = [
+            *HISTORY_COLUMNS,
+            *(key for key in (rows[0] if rows else {}) if key not in HISTORY_COLUMNS),
+        ]
+        lines = [",".join(columns)]
+        lines += [",".join("" if row.get(c) is None else str(row[c]) for c in columns) for row in rows]
+        write_atomically(self.folder / "history.csv", "\n".join(lines) + "\n")
+
+    def read_history(self) -> list[dict[str, float | None]]:
+        """Return the rows of history.csv as numbers; an empty cell is None."""
+        try:
+            with open(self.folder / "history.csv", newline="", encoding="utf-8") as file:
+                return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+        except FileNotFoundError:
+            raise UserError(f"run={self.folder}: has no history.csv; did it train?") from None
+
+    # -- the weights
+
+    def save_model(self, model: ZFNet, facts: ModelFacts) -> str:
+        """Write model.safetensors with what is needed to rebuild the network; return the weights' hash."""
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        write_atomically(self.weights, save(state, {"zfnet": json.dumps(asdict(facts))}))
+        return weights_hash(state)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What must be known to use a file of weights: the network's settings, its classes and its preprocessing."""
+
+    model: ModelConfig
+    classes: tuple[str, ...]
+    data: DataConfig
+    stored_size: int
+    format: str = WEIGHTS_FORMAT
+
+
+def load_model(path: Path) -> tuple[ZFNet, ModelFacts]:
+    """Rebuild a network from model.safetensors, in evaluation mode; raise UserError if that cannot be done."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["zfnet"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if header.pop("format") != WEIGHTS_FORMAT:
+            raise UserError(f"{path} was written by another version of this program")
+        facts = ModelFacts(
+            model=read_part(ModelConfig, header["model"], "model"),
+            data=read_part(DataConfig, header["data"], "data"),
+            classes=tuple(str(c) for c in header["classes"]),
+            stored_size=int(header["stored_size"]),
+        )
+    except FileNotFoundError:
+        raise UserError(f"{path}: there are no weights; did the run finish?") from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a file of ZFNet weights, or is damaged ({error})") from error
+    model = ZFNet(len(facts.classes), facts.data.image_size, facts.model)
+    model.load_weights(state)
+    return model.eval(), facts
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over names and bytes of a state dict."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

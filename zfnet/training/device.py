@@ -1,0 +1,107 @@
+"""What the hardware is and how to use it: turns `auto` into decisions, once, when a run starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from zfnet.config import TrainerConfig
+from zfnet.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions of one run."""
+
+    device: torch.device
+    precision: str
+    channels_last: bool
+    compile: bool
+    deterministic: bool
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the mixed-precision context: bf16 needs no loss scaling, so this is all there is to it."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def describe(self) -> str:
+        """One line for people."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        words = [name, self.precision, "NHWC" if self.channels_last else "NCHW"]
+        words += ["compiled"] * self.compile + ["deterministic"] * self.deterministic
+        if self.device.type == "cpu":
+            words.append(f"{torch.get_num_threads()} threads")
+        return ", ".join(words)
+
+
+def choose(trainer: TrainerConfig) -> Plan:
+    """Decide every `auto` and set the process-wide switches that the decisions need; raise UserError."""
+    device = _device(trainer.device)
+    if trainer.threads is not None:
+        torch.set_num_threads(trainer.threads)
+    precision = trainer.precision
+    if precision == "auto":
+        # bf16 pays on tensor cores and on AMX; on a CPU without AMX it is a third slower than fp32
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else (device.type == "cpu" and "amx_bf16" in _cpu_flags())
+        )
+        precision = "bf16" if fast else "fp32"
+    channels_last = trainer.channels_last if isinstance(trainer.channels_last, bool) else device.type != "mps"
+    _set_switches(trainer.deterministic, precision)
+    return Plan(device, precision, channels_last, trainer.compile is True, trainer.deterministic)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(
+            f"trainer.device={name}: is not a device name, such as cpu, cuda or cuda:1"
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"trainer.device={name}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch; "
+            "try trainer.device=auto"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"trainer.device={name}: this machine has no Apple GPU; try trainer.device=auto")
+    return device
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("flags"):
+                return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return set()
+
+
+def _set_switches(deterministic: bool, precision: str) -> None:
+    """All are set on every run, so that the jobs of one sweep leave nothing behind for each other."""
+    # read when the first cuBLAS handle is made; harmless where it is not needed
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    # IEEE fp32 when exactness is asked for, TF32 for what autocast leaves in fp32 otherwise
+    loose = "ieee" if deterministic else "tf32"
+    torch.backends.cuda.matmul.fp32_precision = loose
+    torch.backends.cudnn.conv.fp32_precision = loose  # type: ignore[attr-defined]

@@ -1,0 +1,108 @@
+"""Sums that stay on the device until somebody asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A mean cross-entropy this large comes from logits beyond 10⁵: no recipe comes back from there.
+LOST = 1e5
+
+
+class RunningMetrics:
+    """Loss and accuracy over the images seen since `reset`, without synchronising per step.
+
+    Also notes the first step whose loss was lost (not a number, or beyond LOST), so that it can be named later.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        # loss sum, correct, images, first bad step (−1: none)
+        self.sums = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=kind, device=device)
+
+    def reset(self) -> None:
+        self.sums[:3] = 0
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
+        """Add one batch: its mean loss, its logits [B, C] and labels [B]."""
+        count = len(labels)
+        self.sums[0] += loss.detach() * count
+        self.sums[1] += (logits.argmax(1) == labels).sum()
+        self.sums[2] += count
+        bad = self.sums[3]
+        bad.copy_(torch.where((bad < 0) & ~(loss < LOST), float(step), bad))
+
+    def read(self) -> tuple[float, float, int | None]:
+        """Return (mean loss, accuracy, first bad step or None). This waits for the device."""
+        loss, correct, count, bad = self.sums.tolist()
+        count = max(count, 1.0)
+        return loss / count, correct / count, None if bad < 0 else int(bad)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a set says about a network. `predictions` [N] and `confidences` [N] are in the set's order."""
+
+    loss: float
+    accuracy: float
+    top5: float
+    predictions: Tensor
+    confidences: Tensor
+    labels: Tensor
+    num_classes: int
+
+    def confusion(self) -> Tensor:
+        """Return counts [true class, predicted class]."""
+        cells = self.labels * self.num_classes + self.predictions
+        return torch.bincount(cells, minlength=self.num_classes**2).view(self.num_classes, self.num_classes)
+
+    def per_class(self) -> list[float | None]:
+        """Return the accuracy of each class; None for a class without images."""
+        confusion = self.confusion()
+        return [
+            int(right) / int(total) if total else None
+            for right, total in zip(confusion.diagonal(), confusion.sum(1), strict=True)
+        ]
+
+    def summary(self) -> dict[str, float]:
+        return {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss}
+
+
+class EvaluationSums:
+    """Collects an Evaluation batch by batch, on the device."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.top5: list[Tensor] = []
+        self.predictions: list[Tensor] = []
+        self.confidences: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.num_classes = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add one batch: logits [B, C] (any float type) and labels [B]."""
+        logits = logits.float()
+        self.num_classes = logits.shape[1]
+        self.losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        best = logits.topk(min(5, self.num_classes), dim=1).indices
+        self.top5.append((best == labels[:, None]).any(1))
+        self.predictions.append(best[:, 0])
+        self.confidences.append(logits.softmax(1).amax(1))
+        self.labels.append(labels)
+
+    def result(self) -> Evaluation:
+        """Return the figures. This waits for the device."""
+        predictions, labels = torch.cat(self.predictions).cpu(), torch.cat(self.labels).cpu()
+        return Evaluation(
+            loss=torch.cat(self.losses).cpu().double().mean().item(),
+            accuracy=(predictions == labels).double().mean().item(),
+            top5=torch.cat(self.top5).cpu().double().mean().item(),
+            predictions=predictions,
+            confidences=torch.cat(self.confidences).cpu(),
+            labels=labels,
+            num_classes=self.num_classes,
+        )

@@ -1,0 +1,52 @@
+"""What a run says while it trains: history.csv, train.log, the terminal and TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from zfnet.run import RunDirectory
+
+log = logging.getLogger("zfnet")
+
+
+class Board(Protocol):
+    """What a recorder needs of TensorBoard."""
+
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None: ...
+
+
+class Recorder:
+    """Passes each reading on to all who want it."""
+
+    def __init__(self, run: RunDirectory, board: Board | None) -> None:
+        self.run, self.board = run, board
+
+    def step(self, step: int, loss: float, accuracy: float, rate: float) -> None:
+        """A reading within an epoch: means since the epoch began."""
+        if self.board is not None:
+            self.board.scalars(
+                step, {"step/train_loss": loss, "step/train_accuracy": accuracy, "step/lr": rate}
+            )
+
+    def epoch(self, row: Mapping[str, Any], history: Sequence[Mapping[str, Any]], epochs: int) -> None:
+        """The end of an epoch."""
+        self.run.write_history(history)
+        log.info(epoch_line(row, epochs))
+        if self.board is not None:
+            skip = ("epoch", "step")
+            self.board.scalars(row["epoch"], {f"epoch/{k}": v for k, v in row.items() if k not in skip})
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    """One line for an epoch, short enough for 80 columns without test figures."""
+    words = [
+        f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}",
+        f"train {row['train_loss']:.4f} {row['train_accuracy']:.2%}",
+    ]
+    for name in ("validation", "test"):
+        if row.get(f"{name}_loss") is not None:
+            words.append(f"{name} {row[f'{name}_loss']:.4f} {row[f'{name}_accuracy']:.2%}")
+    words += [f"lr {row['lr']:.2g}", f"{row['images_per_second']:.0f}/s"]
+    return "  ".join(words)

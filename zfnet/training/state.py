@@ -1,0 +1,120 @@
+"""Everything that training changes, in one place: what a checkpoint holds and what a resume restores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from zfnet.config import Config
+from zfnet.construct import build_optimizer
+from zfnet.model import ZFNet
+from zfnet.training.checkpoint import (
+    Checkpoint,
+    load_optimizer,
+    optimizer_checkpoint,
+    under_prefix,
+    with_prefix,
+)
+from zfnet.training.device import Plan
+from zfnet.training.metrics import RunningMetrics
+from zfnet.training.schedule import Schedule
+
+
+class TrainingState:
+    """The network, what moves it, and where in the run it is.
+
+    There is no random state: order, augmentation and dropout are functions of (seed, epoch, step).
+    """
+
+    def __init__(self, config: Config, plan: Plan, num_classes: int, steps_per_epoch: int) -> None:
+        self.config, self.plan, self.steps_per_epoch = config, plan, steps_per_epoch
+        self.model = make_model(config, num_classes).to(plan.device).to(memory_format=plan.memory_format)
+        # compiling wraps the module; the state dict is always the plain one's
+        self.forward: Callable[..., torch.Tensor] = torch.compile(self.model) if plan.compile else self.model
+        fused = plan.device.type in ("cpu", "cuda")
+        self.optimizer = build_optimizer(config.optimizer, self.model.parameters(), fused)
+        self.schedule = Schedule(config.scheduler, self.optimizer, config.trainer.epochs, steps_per_epoch)
+        self.average = (
+            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.trainer.ema), use_buffers=True)
+            if config.trainer.ema
+            else None
+        )
+        self.metrics = RunningMetrics(plan.device)
+        self.epoch = 0  # the epoch in progress, counted from 0
+        self.step = 0  # optimizer steps since the beginning
+        self.best: dict[str, Any] | None = None  # epoch and figures of the best validation so far
+        self.history: list[dict[str, Any]] = []  # one row per finished epoch
+        self.seconds = 0.0  # spent in earlier epochs and processes
+        self.epoch_seconds = 0.0  # spent training in this epoch by earlier processes
+        self._started = time.perf_counter()
+
+    @property
+    def evaluated(self) -> ZFNet:
+        """The weights to evaluate and keep: the moving average where there is one."""
+        if self.average is None:
+            return self.model
+        module: ZFNet = self.average.module  # type: ignore[assignment]
+        return module
+
+    @property
+    def step_in_epoch(self) -> int:
+        return self.step - self.epoch * self.steps_per_epoch
+
+    def elapsed(self) -> float:
+        """Seconds of this run, over all its processes."""
+        return self.seconds + time.perf_counter() - self._started
+
+    def checkpoint(self, epoch_seconds: float) -> Checkpoint:
+        """Return what a resume needs; `epoch_seconds` is the time spent training in this epoch."""
+        optimizer = optimizer_checkpoint(self.optimizer)
+        tensors = {
+            **with_prefix("model", self.model.state_dict()),
+            **with_prefix("optimizer", optimizer.tensors),
+            "metrics": self.metrics.sums,
+        }
+        if self.average is not None:
+            tensors |= {
+                **with_prefix("average", self.average.module.state_dict()),
+                "average_count": self.average.n_averaged,
+            }
+        facts = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "optimizer": optimizer.facts,
+            "schedule": self.schedule.state(),
+            "best": self.best,
+            "history": self.history,
+            "seconds": self.elapsed(),
+            "epoch_seconds": epoch_seconds,
+        }
+        return Checkpoint(tensors, facts)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Become what `checkpoint` recorded."""
+        facts = saved.facts
+        self.model.load_state_dict(under_prefix("model", saved.tensors))
+        load_optimizer(
+            self.optimizer, Checkpoint(under_prefix("optimizer", saved.tensors), facts["optimizer"])
+        )
+        self.schedule.load_state(facts["schedule"])
+        self.metrics.sums.copy_(saved.tensors["metrics"])
+        if self.average is not None:
+            self.average.module.load_state_dict(under_prefix("average", saved.tensors))
+            self.average.n_averaged.copy_(saved.tensors["average_count"])
+        self.epoch, self.step, self.best = facts["epoch"], facts["step"], facts["best"]
+        self.history, self.seconds, self.epoch_seconds = (
+            facts["history"],
+            facts["seconds"],
+            facts["epoch_seconds"],
+        )
+
+
+def make_model(config: Config, num_classes: int) -> ZFNet:
+    """Return the network with the weights that the seed gives it, without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return ZFNet(num_classes, config.data.image_size, config.model)
