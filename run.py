@@ -9,13 +9,14 @@ python run.py --help                           every group, and the composed con
 """
 
 import os
+import sys
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from zfnet.config import read_config
+from zfnet.composing import forgive, read_command
 from zfnet.console import errors_pass_hydra, run_with_clear_errors
 from zfnet.hydra_record import register_resolvers
 from zfnet.jobs import run_job
@@ -25,18 +26,20 @@ from zfnet.training.checks import check_recipe
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(raw: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
+    words = list(hydra_config.overrides.task)
     output = Path(os.path.relpath(hydra_config.runtime.output_dir))
     with errors_pass_hydra():
         try:
-            config = read_config(raw)
+            config = read_command(raw, words)
             check_recipe(config)
         except Exception:
             if output != Path() and not any(output.iterdir()):
                 output.rmdir()  # Hydra has made it; nothing will be written there
             raise
-        return run_job(config, output, list(hydra_config.overrides.task))
+        return run_job(config, output, words)
 
 
 if __name__ == "__main__":
     register_resolvers()
+    sys.argv[1:] = forgive(sys.argv[1:])
     run_with_clear_errors(main)

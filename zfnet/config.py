@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from zfnet.errors import UserError, did_you_mean
 from zfnet.geometry import feature_sizes
+from zfnet.job_settings import JOBS, job_class
 
 
 def _limits(
@@ -135,17 +136,10 @@ class TrainerConfig:
 
 
 @dataclass(kw_only=True)
-class JobConfig:
-    """Which job runs; the rest of the config is its material."""
-
-    name: str
-
-
-@dataclass(kw_only=True)
 class Config:
     """A whole run. Two runs with equal identity compute the same thing."""
 
-    job: JobConfig
+    job: Any  # one of the classes in `zfnet/job_settings.py`
     model: ModelConfig
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
@@ -154,6 +148,7 @@ class Config:
     trainer: TrainerConfig
     seed: int = _limits(low=0, high=2**63 - 1)
     run: Optional[str] = None
+    images: Any = None  # None or a list of files, folders, patterns and addresses
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain dicts, lists and numbers."""
@@ -162,7 +157,7 @@ class Config:
     def identity(self) -> str:
         """Return a hash of everything that the result depends on (not where data lies or what is logged)."""
         facts = self.to_dict()
-        del facts["job"], facts["run"]
+        del facts["job"], facts["run"], facts["images"]
         for group, keys in NOT_IDENTITY.items():
             for key in keys:
                 del facts[group][key]
@@ -182,6 +177,16 @@ T = TypeVar("T")
 def read_config(raw: DictConfig | dict[str, Any]) -> Config:
     """Return the typed and checked form of a composed config; raise UserError naming the first bad key."""
     config = read_part(Config, raw)
+    kind = job_class(config.job)
+    if kind is None:
+        raise UserError(f"job={config.job}: no such job; known: {', '.join(JOBS)}")
+    config.job = read_part(kind, config.job, "job")
+    if isinstance(config.images, str):
+        config.images = [config.images]
+    if config.images is not None and not (
+        isinstance(config.images, list) and all(isinstance(i, str) for i in config.images)
+    ):
+        raise UserError(f"images={config.images}: must be a list of files, as in 'images=[cat.jpg,photos/]'")
     _check_together(config)
     return config
 

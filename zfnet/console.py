@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from zfnet.composing import CONF, compose
 from zfnet.errors import UserError, did_you_mean
 from zfnet.training.signals import Stopped
 
@@ -95,6 +96,7 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
     except Exception as error:
         _fail(error)
     finally:
+        _quiet = False
         del os.environ["HYDRA_FULL_ERROR"]
 
 
@@ -140,13 +142,9 @@ def _explain_hydra(error: Exception) -> str:
 
 def _unknown_key(key: str, text: str) -> str:
     """Name a key that the config has not, with the nearest one that it has."""
-    from hydra import compose
-    from hydra.core.global_hydra import GlobalHydra
-
     known: list[str] = []
-    if GlobalHydra.instance().is_initialized():
-        with contextlib.suppress(Exception):
-            known = _keys(compose("config", overrides=[w for w in sys.argv[1:] if _chooses_a_group(w)]))
+    with contextlib.suppress(Exception):
+        known = _keys(compose([w for w in sys.argv[1:] if _chooses_a_group(w)]))
     if key in known:
         return _one_line(Exception(text))
     suggestion = did_you_mean(key, known) if known else ""
@@ -159,8 +157,7 @@ def _unknown_key(key: str, text: str) -> str:
 
 def _chooses_a_group(word: str) -> bool:
     name, _, value = word.partition("=")
-    folder = Path(sys.argv[0]).resolve().parent / "conf" / name
-    return "." not in name and (folder / f"{value}.yaml").is_file()
+    return "." not in name and (CONF / name / f"{value}.yaml").is_file()
 
 
 def _keys(node, prefix: str = "") -> list[str]:

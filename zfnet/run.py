@@ -1,31 +1,24 @@
 """The run directory: every file in it is written and read through here.
 
 A file is written beside its final place, synced and renamed, so it is whole or absent. Configs are YAML
-without interpolation, weights are safetensors: nothing that is read back can run code.
+without interpolation: nothing that is read back can run code. (`weights.py` reads and writes the weights.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
-from zfnet.config import Config, DataConfig, ModelConfig, read_config, read_part
+from zfnet.config import Config, read_config
 from zfnet.errors import UserError
-from zfnet.model import ZFNet
 
 HISTORY_COLUMNS = (
     "epoch",
@@ -38,7 +31,7 @@ HISTORY_COLUMNS = (
     "seconds",
     "images_per_second",
 )
-WEIGHTS_FORMAT = "zfnet-1"
+OUTPUTS = Path("outputs")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -153,8 +146,20 @@ class RunDirectory:
 
     @property
     def state(self) -> str:
-        """The recorded state, or `none` where nothing is recorded."""
-        return self.read_json("status.json")["state"] if (self.folder / "status.json").exists() else "none"
+        """The recorded state, or `none` where nothing (readable) is recorded."""
+        try:
+            return str(self.read_json("status.json")["state"])
+        except (UserError, KeyError, TypeError):
+            return "none"
+
+    @property
+    def job(self) -> str | None:
+        """The name of the job that made this run; None where its config cannot be read."""
+        try:
+            plain = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+            return str(plain["job"]["name"])
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            return None
 
     def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write history.csv; columns beyond the usual ones follow them."""
@@ -174,53 +179,24 @@ class RunDirectory:
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: has no history.csv; did it train?") from None
 
-    # -- the weights
 
-    def save_model(self, model: ZFNet, facts: ModelFacts) -> str:
-        """Write model.safetensors with what is needed to rebuild the network; return the weights' hash."""
-        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        write_atomically(self.weights, save(state, {"zfnet": json.dumps(asdict(facts))}))
-        return weights_hash(state)
+def find_run(text: str) -> RunDirectory:
+    """Return the run that `run=…` names: a directory, or `last` for the newest finished training run in outputs/.
 
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What must be known to use a file of weights: the network's settings, its classes and its preprocessing."""
-
-    model: ModelConfig
-    classes: tuple[str, ...]
-    data: DataConfig
-    stored_size: int
-    format: str = WEIGHTS_FORMAT
+    Raises UserError where there is none.
+    """
+    if text != "last":
+        folder = Path(text).expanduser()
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"run={text}: there is no run (no config.yaml)")
+        return RunDirectory(folder)
+    finished = [run for run in list_runs(OUTPUTS) if run.state == "done" and run.job == "train"]
+    if not finished:
+        raise UserError(f"run=last: there is no finished training run in {OUTPUTS.absolute()}")
+    return max(finished, key=lambda run: (run.folder / "results.json").stat().st_mtime_ns)
 
 
-def load_model(path: Path) -> tuple[ZFNet, ModelFacts]:
-    """Rebuild a network from model.safetensors, in evaluation mode; raise UserError if that cannot be done."""
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["zfnet"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if header.pop("format") != WEIGHTS_FORMAT:
-            raise UserError(f"{path} was written by another version of this program")
-        facts = ModelFacts(
-            model=read_part(ModelConfig, header["model"], "model"),
-            data=read_part(DataConfig, header["data"], "data"),
-            classes=tuple(str(c) for c in header["classes"]),
-            stored_size=int(header["stored_size"]),
-        )
-    except FileNotFoundError:
-        raise UserError(f"{path}: there are no weights; did the run finish?") from None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a file of ZFNet weights, or is damaged ({error})") from error
-    model = ZFNet(len(facts.classes), facts.data.image_size, facts.model)
-    model.load_weights(state)
-    return model.eval(), facts
-
-
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 over names and bytes of a state dict."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def list_runs(root: Path) -> list[RunDirectory]:
+    """Return every run below `root` (outputs/<job>/<time>, outputs/sweeps/<time>/<overrides>), by name."""
+    found = [path.parent for depth in range(1, 5) for path in root.glob("*/" * depth + "config.yaml")]
+    return [RunDirectory(folder) for folder in sorted(found) if folder.name != ".hydra"]

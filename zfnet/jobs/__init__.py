@@ -7,8 +7,6 @@ from pathlib import Path
 
 from zfnet.config import Config
 
-JOBS = ("train", "resume", "summary", "benchmark")
-
 
 def run_job(config: Config, output: Path, overrides: list[str]) -> float | None:
     """Run the job that `config.job.name` names; `output` is the directory that Hydra made for it.

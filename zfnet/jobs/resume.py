@@ -11,14 +11,12 @@ from zfnet.run import RunDirectory
 
 
 def main(config: Config, output: Path, overrides: list[str]) -> float | None:
-    """Go on with `run=<dir>` from that run's own config; the composed one counts for nothing."""
-    if not config.run:
-        raise UserError("job=resume needs run=<dir>: the directory of the run to go on with")
+    """Go on with `run=<dir>` from that run's own config."""
     others = [o for o in overrides if o.split("=")[0].lstrip("+~") not in ("job", "run")]
     if others:
         raise UserError(
             f"job=resume goes on with the run's own settings and takes no others, such as {others[0]}: "
             "start a new run for other settings"
         )
-    run = RunDirectory(config.run)
+    run = RunDirectory(str(config.run))
     return train(run.read_config(), run)

@@ -14,7 +14,7 @@ from zfnet.errors import UserError
 from zfnet.hydra_record import write_hydra_record
 from zfnet.report.board import TensorBoard
 from zfnet.report.figures import draw_confusion, draw_curves, draw_per_class, draw_samples, save_figure
-from zfnet.run import ModelFacts, RunDirectory
+from zfnet.run import RunDirectory
 from zfnet.training.checkpoint import CheckpointWriter, read_checkpoint, read_newest
 from zfnet.training.device import choose
 from zfnet.training.loop import BEST, evaluate, fit
@@ -22,6 +22,7 @@ from zfnet.training.metrics import Evaluation
 from zfnet.training.recorder import Recorder
 from zfnet.training.signals import StopRequest
 from zfnet.training.state import TrainingState
+from zfnet.weights import ModelFacts, save_model
 
 log = logging.getLogger("zfnet")
 
@@ -139,7 +140,7 @@ def _report(
         for name, batches in (("validation", validation), ("test", test))
     }
     facts = ModelFacts(config.model, classes, config.data, stored_size=splits.train.images.shape[1])
-    digest = run.save_model(model, facts)
+    digest = save_model(run.weights, model, facts)
     steps = sum(row["seconds"] for row in state.history)
     results: dict[str, Any] = {
         name: None if f is None else _figures_of(f, classes) for name, f in found.items()
@@ -167,7 +168,9 @@ def _report(
         flat = {
             f"result/{name}_accuracy": r["accuracy"] for name, r in results.items() if isinstance(r, dict)
         }
-        board.hyperparameters({k: v for k, v in config.to_dict().items() if k not in ("job", "run")}, flat)
+        board.hyperparameters(
+            {k: v for k, v in config.to_dict().items() if k not in ("job", "run", "images")}, flat
+        )
     run.write_json("results.json", results)
     _say(config, run, results)
     return results

@@ -1,0 +1,90 @@
+"""Bad input of every kind: one line that names the thing, exit code 1, nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHAPES = ("experiment=quickstart", "trainer.epochs=1", "data.train_images=100", "data.test_images=20")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["optimizer.lrr=0.1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
+        (["trainer.epoch=3"], "trainer.epoch: no such key; did you mean 'trainer.epochs'?"),
+        (["optimzer=sgd"], "optimzer: no such key; did you mean 'optimizer'?"),
+        (["optimizer=sdg"], "optimizer=sdg: no such choice; did you mean 'sgd'?"),
+        (["experiment=blogg"], "experiment=blogg: no such choice; did you mean 'blog'?"),
+        (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1: must be greater than 0"),
+        (["optimizer.lr=0"], "optimizer.lr=0: must be greater than 0"),
+        (["optimizer.lr=nan"], "optimizer.lr=nan: must be a finite number"),
+        (["trainer.epochs=0"], "trainer.epochs=0: must be at least 1"),
+        (["trainer.epochs=two"], "trainer.epochs"),
+        (["data.batch_size=0"], "data.batch_size=0: must be at least 1"),
+        (["model.dropout=1"], "model.dropout=1.0: must be less than 1"),
+        (["trainer.device=cuda:99"], "trainer.device=cuda:99"),
+        (["trainer.device=gpu"], "trainer.device=gpu: must be one of"),
+        (["seed=-1"], "seed=-1: must be at least 0"),
+        (["+optimizer.colour=red"], "optimizer.colour: AdamW has no such setting"),
+        (["optimizer._target_=os.system"], "optimizer._target_=os.system: must name a subclass of"),
+        (["data.image_size=20"], "too few for its"),
+        (["data=folder"], "data.root is not set"),
+        (["data=folder", "data.root=/nowhere"], "data.root=/nowhere: there is no such folder"),
+        (["job=resume"], "job=resume needs run=<dir>"),
+        (["job=resume", "run=nowhere"], "run=nowhere: there is no run"),
+        (["run=x"], "job=train reads no run: job=resume goes on with one"),
+        (["images=cat.jpg"], "job=train reads no image files"),
+        (["job.name=os"], "job.name=os: no such job"),
+        (["optimizer.lr"], "the command line cannot be parsed"),
+        (["data.mean=[0.5,0.5]"], "must be three numbers"),
+        (["scheduler.interval=year"], "scheduler.interval=year: must be epoch or step"),
+        (["scheduler.patience=-x"], "scheduler.patience=-x: must be a number"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_line_and_nothing_written(run_py, tmp_path: Path, words, expected) -> None:
+    answer = run_py(*words)
+    assert answer.code == 1
+    assert expected in answer.err
+    assert answer.err.startswith("error: ")
+    assert answer.err.count("\n") == 1
+    assert "Traceback" not in answer.err + answer.out
+    assert not [
+        p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock" and "outputs" not in p.parts
+    ]
+
+
+def test_a_refused_config_leaves_no_directory(run_py, tmp_path: Path) -> None:
+    run_py("optimizer.lr=abc")
+    assert not list(tmp_path.glob("outputs/*/*"))
+
+
+def test_full_error_shows_the_traceback(run_py, monkeypatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    from zfnet.errors import UserError
+
+    with pytest.raises(UserError, match="lr=-1"):
+        run_py("optimizer.lr=-1")
+
+
+def test_an_error_of_the_program_is_named_and_logged(run_py, tmp_path: Path, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("left over")
+
+    monkeypatch.setattr("zfnet.jobs.train.evaluate", broken)
+    answer = run_py(*SHAPES, "hydra.run.dir=r")
+    assert answer.code == 1
+    assert answer.err == "error: ZeroDivisionError: left over (HYDRA_FULL_ERROR=1 shows where)\n"
+    log = (tmp_path / "r/train.log").read_text()
+    assert "Traceback" in log
+    assert "in broken" in log
+
+
+def test_help_lists_the_groups(run_py) -> None:
+    answer = run_py("--help")
+    assert answer.code == 0
+    for group in ("job", "model", "optimizer", "scheduler", "data", "augment", "trainer", "experiment"):
+        assert f"{group}: " in answer.out

@@ -1,0 +1,151 @@
+"""From the command line to a checked config, with or without a recorded run underneath.
+
+Without `run=…` a config is what Hydra composes from `conf/`. With it, the run's own record is the base and
+the command line's overrides are laid on top; today's defaults have no say. Hydra has to accept those
+overrides first, though its composition may lack their keys (the record's optimizer may have others than
+today's default): `forgive` lets it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zfnet.config import Config, read_config
+from zfnet.errors import UserError, did_you_mean
+from zfnet.job_settings import JOBS, job_class
+from zfnet.run import RunDirectory, find_run
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+# groups that may be swapped on top of a record; job and experiment say what to do, not what was done
+GROUPS = ("model", "optimizer", "scheduler", "data", "augment", "trainer")
+# what a command says about itself, and not about the record
+_OWN = ("job", "run", "images")
+
+
+def forgive(words: Sequence[str]) -> list[str]:
+    """Mark key overrides so that Hydra takes keys which its own composition lacks, if the words name a run.
+
+    The record decides later whether such a key exists.
+    """
+    words = list(words)
+    if not any(word.startswith("run=") and word not in ("run=", "run=null") for word in words):
+        return words
+    return [
+        f"++{w}" if re.match(r"[A-Za-z_]\w*\.\S*=", w) and not w.startswith(("hydra.", "job.")) else w
+        for w in words
+    ]
+
+
+def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
+    """Return the checked config of a command: `raw` is what Hydra composed, `words` the overrides given to it.
+
+    Raises UserError for anything that is not acceptable.
+    """
+    kind = job_class(raw.get("job"))
+    if kind is None:
+        name = OmegaConf.select(raw, "job.name")
+        raise UserError(f"job.name={name}: no such job{did_you_mean(str(name), JOBS)}")
+    job, run = f"job={raw.job.name}", raw.get("run")
+    if raw.get("images") is not None and not kind.images:
+        raise UserError(f"{job} reads no image files, so images=… says nothing")
+    if run is None:
+        if kind.run == "needed":
+            raise UserError(f"{job} needs run=<dir>: the directory of a run, or run=last for the newest one")
+        return read_config(raw)
+    if kind.run == "refused":
+        raise UserError(
+            f"{job} reads no run: job=resume goes on with one, job=reproduce runs one again, in a new directory"
+        )
+    found = find_run(str(run))
+    own = {key: OmegaConf.to_container(raw, resolve=True)[key] for key in _OWN}  # type: ignore[index,call-overload]
+    return overlay(found, words, {**own, "run": str(found.folder)})
+
+
+def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any]) -> Config:
+    """Return a run's recorded config with overrides on top; `own` holds the command's job, run and images.
+
+    A group override (`optimizer=sgd`) swaps the whole group for today's file, a key override sets that key.
+    """
+    overrides = [
+        o for o in _parse(words) if o.key_or_group not in _OWN and not o.key_or_group.startswith("job.")
+    ]
+    if not overrides:
+        plain = run.read_config().to_dict()
+        return read_config(OmegaConf.create({**plain, **own}))
+    base = _record(run)
+    groups = [o for o in overrides if _is_group(o)]
+    if groups:
+        composed = compose([o.input_line or "" for o in groups])
+        for override in groups:
+            base[override.key_or_group] = composed._get_node(override.key_or_group)
+    for override in overrides:
+        if override in groups:
+            continue
+        try:
+            if override.is_delete():
+                parent, _, key = override.key_or_group.rpartition(".")
+                del OmegaConf.select(base, parent)[key]
+            else:
+                OmegaConf.update(base, override.key_or_group, override.value(), force_add=True)
+        except (OmegaConfBaseException, TypeError, KeyError) as error:
+            raise UserError(f"{override.input_line}: cannot be set ({str(error).splitlines()[0]})") from error
+    for key, value in own.items():
+        base[key] = value
+    return read_config(base)
+
+
+def _parse(words: Sequence[str]) -> list[Override]:
+    return list(OverridesParser.create().parse_overrides(list(words)))
+
+
+def _is_group(override: Override) -> bool:
+    key = override.key_or_group
+    if key == "experiment":
+        raise UserError(
+            f"{override.input_line}: an experiment is a whole recipe and cannot be laid on a recorded run; "
+            "choose groups or keys, as in optimizer=sgd optimizer.lr=0.01"
+        )
+    return key in GROUPS
+
+
+def _record(run: RunDirectory) -> DictConfig:
+    """Return the run's config as it was composed, so that keys which follow others still follow them.
+
+    `.hydra/config.yaml` holds it with its `${…}`. It counts only if it says the same as the checked record,
+    and only if nothing in it calls a resolver, which could read environment variables.
+    """
+    checked = run.read_config()
+    plain = OmegaConf.create(checked.to_dict())
+    try:
+        text = (run.folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")
+        unresolved = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return plain
+    if not isinstance(unresolved, dict) or re.search(r"\$\{[^}]*[:$]", text):
+        return plain
+    composed = OmegaConf.create({k: v for k, v in unresolved.items() if k in plain})
+    try:
+        same = read_config(composed).identity() == checked.identity()
+    except UserError:
+        return plain
+    return composed if same else plain
+
+
+def compose(words: Sequence[str]) -> DictConfig:
+    """Compose today's `conf/` with these overrides; works inside and outside a Hydra program."""
+    if GlobalHydra.instance().is_initialized():
+        return hydra_compose("config", overrides=list(words))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", overrides=list(words))
