@@ -19,29 +19,17 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from zfnet.errors import UserError, did_you_mean
 from zfnet.geometry import feature_sizes
 from zfnet.job_settings import JOBS, job_class
-
-
-def _limits(
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    return field(metadata={"low": low, "high": high, "above": above, "below": below})
-
-
-def _one_of(*choices: Any) -> Any:
-    return field(metadata={"choices": choices})
+from zfnet.ranges import check_ranges, is_finite, limits, one_of
 
 
 @dataclass
 class Conv:
     """One convolution layer: `channels` maps of kernel_size × kernel_size filters, ReLU, perhaps 3×3/2 pooling."""
 
-    channels: int = _limits(low=1)
-    kernel_size: int = _limits(low=1)
-    stride: int = _limits(low=1)
-    padding: int = _limits(low=0)
+    channels: int = limits(low=1)
+    kernel_size: int = limits(low=1)
+    stride: int = limits(low=1)
+    padding: int = limits(low=0)
     pool: bool = False
 
 
@@ -49,7 +37,7 @@ class Conv:
 class Linear:
     """One fully connected layer with ReLU and dropout."""
 
-    features: int = _limits(low=1)
+    features: int = limits(low=1)
 
 
 def _conv(*values: Any) -> Any:
@@ -83,23 +71,23 @@ class ModelConfig:
 class DataConfig:
     """Where images come from and how they become batches. `crop_size` is counted in stored pixels."""
 
-    name: str = _one_of("cifar10", "cifar100", "folder", "shapes")
+    name: str = one_of("cifar10", "cifar100", "folder", "shapes")
     root: Optional[str]
-    image_size: int = _limits(low=1, high=4096)
-    batch_size: int = _limits(low=1)
-    validation: float = _limits(low=0)
-    split_seed: int = _limits(low=0)
-    subset: Optional[int] = _limits(low=1)
+    image_size: int = limits(low=1, high=4096)
+    batch_size: int = limits(low=1)
+    validation: float = limits(low=0)
+    split_seed: int = limits(low=0)
+    subset: Optional[int] = limits(low=1)
     mean: list[float]
     std: list[float]
-    crop_size: Optional[int] = _limits(low=1)
-    store_size: Optional[int] = _limits(low=1, high=4096)
-    fit: str = _one_of("crop", "stretch")
-    on_error: str = _one_of("stop", "skip")
+    crop_size: Optional[int] = limits(low=1)
+    store_size: Optional[int] = limits(low=1, high=4096)
+    fit: str = one_of("crop", "stretch")
+    on_error: str = one_of("stop", "skip")
     cache_dir: Optional[str]
-    device_memory: float = _limits(low=0, high=1)
-    train_images: Optional[int] = _limits(low=10)
-    test_images: Optional[int] = _limits(low=10)
+    device_memory: float = limits(low=0, high=1)
+    train_images: Optional[int] = limits(low=10)
+    test_images: Optional[int] = limits(low=10)
 
 
 @dataclass(kw_only=True)
@@ -107,9 +95,9 @@ class AugmentConfig:
     """Random changes of training images, in stored pixels. `flip` is a probability."""
 
     name: str
-    crop_padding: int = _limits(low=0)
-    flip: float = _limits(low=0, high=1)
-    cutout: int = _limits(low=0)
+    crop_padding: int = limits(low=0)
+    flip: float = limits(low=0, high=1)
+    cutout: int = limits(low=0)
 
 
 @dataclass(kw_only=True)
@@ -117,21 +105,21 @@ class TrainerConfig:
     """How the loop runs. `auto` values are decided by the hardware (`zfnet/training/device.py`)."""
 
     name: str
-    epochs: int = _limits(low=1)
+    epochs: int = limits(low=1)
     device: str
-    precision: str = _one_of("auto", "fp32", "bf16")
-    channels_last: bool | str = _one_of(True, False, "auto")
-    compile: bool | str = _one_of(True, False, "auto")
+    precision: str = one_of("auto", "fp32", "bf16")
+    channels_last: bool | str = one_of(True, False, "auto")
+    compile: bool | str = one_of(True, False, "auto")
     deterministic: bool
-    threads: Optional[int] = _limits(low=1)
-    accumulate: int = _limits(low=1)
-    clip_norm: Optional[float] = _limits(above=0)
-    label_smoothing: float = _limits(low=0, below=1)
-    ema: Optional[float] = _limits(above=0, below=1)
-    monitor: str = _one_of("validation_loss", "train_loss")
+    threads: Optional[int] = limits(low=1)
+    accumulate: int = limits(low=1)
+    clip_norm: Optional[float] = limits(above=0)
+    label_smoothing: float = limits(low=0, below=1)
+    ema: Optional[float] = limits(above=0, below=1)
+    monitor: str = one_of("validation_loss", "train_loss")
     test_each_epoch: bool
-    log_every: int = _limits(low=1)
-    checkpoint_minutes: float = _limits(above=0)
+    log_every: int = limits(low=1)
+    checkpoint_minutes: float = limits(above=0)
     tensorboard: bool
 
 
@@ -146,7 +134,7 @@ class Config:
     data: DataConfig
     augment: AugmentConfig
     trainer: TrainerConfig
-    seed: int = _limits(low=0, high=2**63 - 1)
+    seed: int = limits(low=0, high=2**63 - 1)
     run: Optional[str] = None
     images: Any = None  # None or a list of files, folders, patterns and addresses
 
@@ -212,7 +200,7 @@ def read_part(schema: type[T], raw: Any, prefix: str = "") -> T:
     except OmegaConfBaseException as error:
         raise UserError(f"{dot}{error.full_key or 'config'}: {_first_line(error)}") from error
     assert isinstance(part, schema)
-    _check_ranges(part, dot)
+    check_ranges(part, dot)
     return part
 
 
@@ -237,44 +225,13 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     return f"{full_key}: no such key{did_you_mean(str(error.key), known)}"
 
 
-def _check_ranges(node: Any, prefix: str) -> None:
-    """Walk the dataclasses and compare each value with the limits beside its field."""
-    for f in dataclasses.fields(node):
-        value, key, rule = getattr(node, f.name), prefix + f.name, f.metadata
-        if dataclasses.is_dataclass(value):
-            _check_ranges(value, key + ".")
-        if value is None or not rule:
-            continue
-        if "choices" in rule:
-            if not any(value is c or (isinstance(value, str) and value == c) for c in rule["choices"]):
-                options = ", ".join(
-                    str(c).lower() if isinstance(c, bool) else str(c) for c in rule["choices"]
-                )
-                raise UserError(f"{key}={value}: must be one of {options}")
-            continue
-        if not _finite(value):
-            raise UserError(f"{key}={value}: must be a finite number")
-        for bound, wrong, words in (
-            ("low", lambda v, b: v < b, "at least"),
-            ("high", lambda v, b: v > b, "at most"),
-            ("above", lambda v, b: v <= b, "greater than"),
-            ("below", lambda v, b: v >= b, "less than"),
-        ):
-            if rule.get(bound) is not None and wrong(value, rule[bound]):
-                raise UserError(f"{key}={value}: must be {words} {rule[bound]:g}")
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < float("inf")
-
-
 def _check_together(config: Config) -> None:
     """Checks that concern more than one key."""
     data, trainer = config.data, config.trainer
     feature_sizes(config.model, data.image_size)
     for key in ("mean", "std"):
         values = getattr(data, key)
-        if len(values) != 3 or not all(_finite(v) for v in values):
+        if len(values) != 3 or not all(is_finite(v) for v in values):
             raise UserError(
                 f"data.{key}={values}: must be three numbers, one for each of red, green and blue"
             )

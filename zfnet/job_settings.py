@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from zfnet.ranges import limits
+
 
 @dataclass(kw_only=True)
 class Job:
@@ -30,7 +32,17 @@ class Summary(Job):
     run: ClassVar[str] = "optional"
 
 
-JOBS: dict[str, type[Job]] = {"train": Job, "resume": Resume, "summary": Summary}
+@dataclass(kw_only=True)
+class Benchmark(Job):
+    """`rounds` turns of `steps` timed steps each, after `warmup` untimed ones; `workers` serve the other loops."""
+
+    rounds: int = limits(low=1)
+    steps: int = limits(low=1)
+    warmup: int = limits(low=0)
+    workers: int = limits(low=0)
+
+
+JOBS: dict[str, type[Job]] = {"train": Job, "resume": Resume, "summary": Summary, "benchmark": Benchmark}
 
 
 def job_class(settings: Any) -> type[Job] | None:
