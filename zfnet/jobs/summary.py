@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torchinfo
@@ -21,15 +22,23 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
         classes = len(load_splits(config.data).train.classes)
     size = config.data.image_size
     model = ZFNet(classes, size, config.model).eval()
-    print(
-        torchinfo.summary(
-            model,
-            (2, 3, size, size),
-            verbose=0,
-            device="cpu",
-            depth=1,
-            col_names=("output_size", "num_params", "mult_adds"),
-            col_width=18,
-            row_settings=("var_names",),
-        )
+    table = torchinfo.summary(
+        model,
+        (2, 3, size, size),
+        verbose=0,
+        device="cpu",
+        depth=1,
+        col_names=("output_size", "num_params", "mult_adds"),
+        col_width=18,
+        row_settings=("var_names",),
+    )
+    print(_narrow(re.sub(r"Units\.(.)\w+", r"\1", str(table))))
+
+
+def _narrow(table: str) -> str:
+    """Take the empty part out of the first column, so that the table fits 80 columns."""
+    blank = slice(26, 41)
+    return "\n".join(
+        line[: blank.start] + line[blank.stop :] if set(line[blank]) <= {" ", "="} else line
+        for line in table.splitlines()
     )
