@@ -107,6 +107,8 @@ class TrainerConfig:
     name: str
     epochs: int = limits(low=1)
     device: str
+    devices: int = limits(low=1, high=1024)
+    gradients: str = one_of("fp32", "bf16")
     precision: str = one_of("auto", "fp32", "bf16")
     channels_last: bool | str = one_of(True, False, "auto")
     compile: bool | str = one_of(True, False, "auto")
@@ -155,7 +157,7 @@ class Config:
 # Keys that change neither the weights nor the figures of a run.
 NOT_IDENTITY = {
     "data": ("root", "cache_dir", "device_memory"),
-    "trainer": ("name", "log_every", "checkpoint_minutes", "tensorboard"),
+    "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "tensorboard"),
 }
 
 
@@ -249,6 +251,10 @@ def _check_together(config: Config) -> None:
         raise UserError(
             "data.validation=0 leaves no images for trainer.monitor=validation_loss: "
             "hold some out, or set trainer.monitor=train_loss"
+        )
+    if trainer.devices > 1 and config.model.norm == "batch" and trainer.device == "cpu":
+        raise UserError(
+            "trainer.devices: batch normalisation over several processes needs GPUs; use trainer.devices=1 on a CPU"
         )
     name = trainer.device.split(":")[0]
     if name not in ("auto", "cpu", "cuda", "mps"):

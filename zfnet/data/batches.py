@@ -32,11 +32,17 @@ from zfnet.randomness import (
 
 @dataclass(frozen=True)
 class Batch:
-    """images: float [B, 3, S, S], normalised; labels: int64 [B]; index: int64 [B], positions in the set (CPU)."""
+    """images: float [B, 3, S, S], normalised; labels: int64 [B]; index: int64 [B], positions in the set (CPU).
+
+    Of several processes each gets a part of every batch: `first` is the place of its first image in the whole
+    batch, `total` the whole batch's size.
+    """
 
     images: Tensor
     labels: Tensor
     index: Tensor
+    first: int
+    total: int
 
 
 def preprocess(pixels: Tensor, data: DataConfig, channels_last: bool = True) -> Tensor:
@@ -72,6 +78,8 @@ def preprocess(pixels: Tensor, data: DataConfig, channels_last: bool = True) -> 
 class Batches:
     """The batches of one set on one device.
 
+    share: (rank, number) of the processes that divide each batch among them.
+
     Images that fit `data.device_memory` of a GPU's free memory move there once; others are gathered on the
     CPU, one batch ahead of the loop.
     """
@@ -85,7 +93,9 @@ class Batches:
         seed: int = 0,
         augment: AugmentConfig | None = None,
         channels_last: bool = True,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
+        self.rank, self.processes = share
         self.set, self.data, self.device, self.seed = images, data, device, seed
         self.augment, self.channels_last = augment, channels_last
         self.labels = images.labels.to(device)
@@ -117,7 +127,14 @@ class Batches:
 
     def _batches(self, order: Tensor, start: int, epoch: int | None) -> Iterator[Batch]:
         size = self.data.batch_size
-        pieces = [order[k * size : (k + 1) * size] for k in range(start, len(self))]
+        wholes = [order[k * size : (k + 1) * size] for k in range(start, len(self))]
+        bounds = [[len(w) * r // self.processes for r in (self.rank, self.rank + 1)] for w in wholes]
+        pieces = [w[first:end] for w, (first, end) in zip(wholes, bounds, strict=True)]
+        for batch, whole, (first, _) in zip(self._ahead(pieces, epoch), wholes, bounds, strict=True):
+            yield Batch(*batch, first=first, total=len(whole))
+
+    def _ahead(self, pieces: list[Tensor], epoch: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (images, labels, index) of each piece; what must be copied is fetched one piece ahead."""
         if self.resident is not None or self.device.type == "cpu":
             for index in pieces:
                 yield self._finish(index, self._gather(index), epoch)
@@ -140,11 +157,11 @@ class Batches:
             return pixels.pin_memory().to(self.device, non_blocking=True)
         return pixels.to(self.device)
 
-    def _finish(self, index: Tensor, pixels: Tensor, epoch: int | None) -> Batch:
+    def _finish(self, index: Tensor, pixels: Tensor, epoch: int | None) -> tuple[Tensor, Tensor, Tensor]:
         on_device = index.to(self.device, non_blocking=True)
         if epoch is not None and self.augment is not None:
             pixels = augment(pixels, on_device, self.augment, self.data, self.seed, epoch)
-        return Batch(preprocess(pixels, self.data, self.channels_last), self.labels[on_device], index)
+        return preprocess(pixels, self.data, self.channels_last), self.labels[on_device], index
 
 
 def augment(

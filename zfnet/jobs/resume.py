@@ -12,11 +12,11 @@ from zfnet.run import RunDirectory
 
 def main(config: Config, output: Path, overrides: list[str]) -> float | None:
     """Go on with `run=<dir>` from that run's own config."""
-    others = [o for o in overrides if o.split("=")[0].lstrip("+~") not in ("job", "run")]
+    free = ("job", "run", "trainer.devices")  # how many processes share the work does not change the result
+    others = [o for o in overrides if o.split("=")[0].lstrip("+~") not in free]
     if others:
         raise UserError(
             f"job=resume goes on with the run's own settings and takes no others, such as {others[0]}: "
             "start a new run for other settings"
         )
-    run = RunDirectory(str(config.run))
-    return train(run.read_config(), run)
+    return train(config, RunDirectory(str(config.run)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from zfnet.training.metrics import Evaluation
 from zfnet.training.recorder import Recorder
 from zfnet.training.signals import StopRequest
 from zfnet.training.state import TrainingState
+from zfnet.training.world import World, follow, processes, torchrun_world
 from zfnet.weights import ModelFacts, save_model
 
 log = logging.getLogger("zfnet")
@@ -29,6 +31,12 @@ log = logging.getLogger("zfnet")
 
 def main(config: Config, output: Path, overrides: list[str]) -> float | None:
     """Train `config` in the directory `output`; go on there if it holds the same run, unfinished."""
+    world = torchrun_world()
+    if world is not None and not world.leads:
+        with contextlib.suppress(OSError):
+            output.rmdir()  # Hydra made it; process 0 has another
+        follow(world, _work)
+        return None
     run = RunDirectory(output)
     if run.claim(config):
         print(f"{output} holds this run already")
@@ -45,7 +53,8 @@ def train(config: Config, run: RunDirectory) -> float | None:
             return objective(run.read_json("results.json"))
         run.set_status("running")
         try:
-            results = _train(config, run, stop)
+            with processes(config.trainer.devices, _work, run.folder) as world:
+                results = _train(config, run, stop, world)
         except KeyboardInterrupt as error:
             run.set_status("stopped", str(error) or "stopped by the keyboard")
             log.info("stopped; go on with: python run.py job=resume run=%s", run.folder)
@@ -66,8 +75,16 @@ def objective(results: dict[str, Any]) -> float | None:
     return results["validation"]["accuracy"] if results["validation"] else None
 
 
-def _train(config: Config, run: RunDirectory, stop: StopRequest) -> dict[str, Any]:
-    plan = choose(config.trainer)
+def _work(world: World, folder: Path) -> None:
+    """What the other processes of a run do: the same, without writing or saying anything."""
+    log.addHandler(logging.NullHandler())
+    log.propagate = False
+    run = RunDirectory(folder)
+    _train(run.read_config(), run, StopRequest(), world)
+
+
+def _train(config: Config, run: RunDirectory, stop: StopRequest, world: World) -> dict[str, Any]:
+    plan = choose(config.trainer, world)
     splits = load_splits(config.data)
     train = Batches(
         splits.train,
@@ -76,13 +93,19 @@ def _train(config: Config, run: RunDirectory, stop: StopRequest) -> dict[str, An
         seed=config.seed,
         augment=config.augment,
         channels_last=plan.channels_last,
+        share=(world.rank, world.size),
     )
     validation, test = (
         None if part is None else Batches(part, config.data, plan.device, channels_last=plan.channels_last)
         for part in (splits.validation, splits.test)
     )
-    state = TrainingState(config, plan, len(splits.train.classes), len(train))
+    state = TrainingState(config, plan, len(splits.train.classes), len(train), world)
     saved, problems = read_newest(run.checkpoints)
+    if not world.leads:
+        if saved is not None:
+            state.restore(saved)
+        fit(state, train, validation, None, CheckpointWriter(None), Recorder(None, None), stop)
+        return {}
     for problem in problems:
         log.warning("%s; using an earlier one", problem)
     run.write_json(

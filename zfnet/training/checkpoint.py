@@ -38,9 +38,9 @@ class Checkpoint:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time."""
+    """Writes checkpoints in the background, one at a time; without a folder it writes nothing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
@@ -51,18 +51,13 @@ class CheckpointWriter:
         Raises the UserError of the write before this one, if that failed.
         """
         self.wait()
+        if self.folder is None:
+            return
         copies = {
             key: value.detach().to("cpu", copy=True).contiguous() for key, value in checkpoint.tensors.items()
         }
         facts = json.dumps({"format": CHECKPOINT_FORMAT, **checkpoint.facts})
-        self.pending = self.thread.submit(self._write, name, copies, facts, prune)
-
-    def _write(self, name: str, tensors: dict[str, Tensor], facts: str, prune: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / name, save(tensors, {"checkpoint": facts}))
-        if prune:
-            for old in step_files(self.folder)[:-KEPT]:
-                old.unlink(missing_ok=True)
+        self.pending = self.thread.submit(_write, self.folder, name, copies, facts, prune)
 
     def wait(self) -> None:
         """Wait until the last write is durable; raise its UserError if it failed."""
@@ -76,6 +71,14 @@ class CheckpointWriter:
             self.wait()
         finally:
             self.thread.shutdown()
+
+
+def _write(folder: Path, name: str, tensors: dict[str, Tensor], facts: str, prune: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / name, save(tensors, {"checkpoint": facts}))
+    if prune:
+        for old in step_files(folder)[:-KEPT]:
+            old.unlink(missing_ok=True)
 
 
 def step_files(folder: Path) -> list[Path]:

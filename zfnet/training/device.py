@@ -11,6 +11,7 @@ import torch
 
 from zfnet.config import TrainerConfig
 from zfnet.errors import UserError
+from zfnet.training.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,20 @@ class Plan:
         return ", ".join(words)
 
 
-def choose(trainer: TrainerConfig) -> Plan:
+THREADS = torch.get_num_threads()  # PyTorch's own choice, before any run changes it
+
+
+def choose(trainer: TrainerConfig, world: World = ALONE) -> Plan:
     """Decide every `auto` and set the process-wide switches that the decisions need; raise UserError."""
     device = _device(trainer.device)
-    if trainer.threads is not None:
-        torch.set_num_threads(trainer.threads)
+    if world.local >= torch.cuda.device_count() and device.type == "cuda":
+        raise UserError(
+            f"trainer.devices={world.size}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch"
+        )
+    if world.size > 1 and device.type == "cuda":
+        device = torch.device("cuda", world.local)
+        torch.cuda.set_device(device)
+    torch.set_num_threads(trainer.threads or max(1, THREADS // world.size))
     precision = trainer.precision
     if precision == "auto":
         # bf16 pays on tensor cores and on AMX; on a CPU without AMX it is a third slower than fp32

@@ -42,15 +42,17 @@ def fit(
                 train_epoch(state, train, writer, recorder, stop)
                 row: dict[str, float] = {}
                 for name, batches in (("validation", validation), ("test", test)):
-                    if batches is not None:
+                    if batches is not None and state.world.leads:
                         found = evaluate(
                             state.evaluated, batches, state.plan, f"{name} {state.epoch + 1}", stop
                         )
                         row |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy}
+                row = state.world.from_leader(row)  # all processes must decide alike
                 finish_epoch(state, row, len(train.set), writer, recorder)
-        except Stopped:
-            save(state, writer, state.epoch_seconds)
-            writer.wait()
+        except (Stopped, RuntimeError):  # RuntimeError: what a collective raises when a process is gone
+            if state.world.size > 1 or stop.number is not None:
+                save(state, writer, state.epoch_seconds)
+                writer.wait()
             raise
     save(state, writer, 0.0)
     writer.wait()
@@ -68,7 +70,7 @@ def train_epoch(
         initial=state.step_in_epoch,
         desc=f"epoch {state.epoch + 1}/{trainer.epochs}",
         unit="step",
-        disable=None,
+        disable=None if state.world.leads else True,
         leave=False,
         dynamic_ncols=True,
     ) as bar:
@@ -87,21 +89,34 @@ def train_epoch(
             if now - last_save > 60 * trainer.checkpoint_minutes:
                 save(state, writer, state.epoch_seconds)
                 last_save = now
-            stop.check()
+            # on GPUs the processes of a run agree to stop only where they synchronise anyway
+            if (
+                state.world.size == 1
+                or state.plan.device.type == "cpu"
+                or state.step % trainer.log_every == 0
+            ):
+                stop.check(state.world)
 
 
 def train_step(state: TrainingState, batch: Batch) -> None:
     """Forward, backward, step: the whole of learning."""
-    config, plan, size = state.config, state.plan, len(batch.labels)
-    part = -(-config.data.batch_size // config.trainer.accumulate)
-    for first in range(0, size, part):
-        images, labels = batch.images[first : first + part], batch.labels[first : first + part]
-        state.model.set_step(config.seed, state.step, first)
-        with plan.autocast():
-            logits = state.forward(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.trainer.label_smoothing)
-        (loss if part >= size else loss * (len(labels) / size)).backward()
-        state.metrics.add(loss, logits, labels, state.step)
+    config, plan, world = state.config, state.plan, state.world
+    tally = torch.zeros(2, dtype=state.metrics.sums.dtype, device=plan.device)  # sum of losses, correct
+    size = len(batch.labels)
+    part = max(1, -(-size // config.trainer.accumulate))
+    for start in range(0, max(1, size), part):
+        labels = batch.labels[start : start + part]
+        state.model.set_step(config.seed, state.step, batch.first + start)
+        with plan.autocast(), state.averaging(start + part >= size):
+            logits = state.forward(batch.images[start : start + part])
+            losses = F.cross_entropy(
+                logits, labels, reduction="sum", label_smoothing=config.trainer.label_smoothing
+            )
+            # processes average their gradients, so each scales its sum to be a part of the whole batch's mean
+            (losses * (world.size / batch.total)).backward()
+        tally += torch.stack([losses.detach(), (logits.argmax(1) == labels).sum()])
+    losses, correct = world.add_up(tally).unbind()
+    state.metrics.add(losses, correct, batch.total, state.step)
     if config.trainer.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.trainer.clip_norm)
     with state.schedule.warmed_up(state.step):

@@ -27,14 +27,13 @@ class RunningMetrics:
         self.sums[:3] = 0
 
     @torch.no_grad()
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
-        """Add one batch: its mean loss, its logits [B, C] and labels [B]."""
-        count = len(labels)
-        self.sums[0] += loss.detach() * count
-        self.sums[1] += (logits.argmax(1) == labels).sum()
+    def add(self, losses: Tensor, correct: Tensor, count: int, step: int) -> None:
+        """Add one batch: the sum of its losses, how many of its images were right, and how many it has."""
+        self.sums[0] += losses
+        self.sums[1] += correct
         self.sums[2] += count
         bad = self.sums[3]
-        bad.copy_(torch.where((bad < 0) & ~(loss < LOST), float(step), bad))
+        bad.copy_(torch.where((bad < 0) & ~(losses < LOST * count), float(step), bad))
 
     def read(self) -> tuple[float, float, int | None]:
         """Return (mean loss, accuracy, first bad step or None). This waits for the device."""

@@ -18,9 +18,9 @@ class Board(Protocol):
 
 
 class Recorder:
-    """Passes each reading on to all who want it."""
+    """Passes each reading on to all who want it; without a run, to nobody."""
 
-    def __init__(self, run: RunDirectory, board: Board | None) -> None:
+    def __init__(self, run: RunDirectory | None, board: Board | None) -> None:
         self.run, self.board = run, board
 
     def step(self, step: int, loss: float, accuracy: float, rate: float) -> None:
@@ -32,6 +32,8 @@ class Recorder:
 
     def epoch(self, row: Mapping[str, Any], history: Sequence[Mapping[str, Any]], epochs: int) -> None:
         """The end of an epoch."""
+        if self.run is None:
+            return
         self.run.write_history(history)
         log.info(epoch_line(row, epochs))
         if self.board is not None:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+from zfnet.training.world import ALONE, World
+
 
 class Stopped(KeyboardInterrupt):
     """The user or the system asked the run to stop. Ends a whole sweep, as Ctrl-C should."""
@@ -53,7 +55,7 @@ class StopRequest:
         finally:
             self._deferred = False
 
-    def check(self) -> None:
-        """Raise Stopped if a signal was noted."""
-        if self.number is not None:
-            raise Stopped(self.number)
+    def check(self, world: World = ALONE) -> None:
+        """Raise Stopped if a signal was noted, by any of the processes."""
+        if world.any(self.number is not None):
+            raise Stopped(self.number or signal.SIGTERM)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from zfnet.config import Config
@@ -22,6 +24,7 @@ from zfnet.training.checkpoint import (
 from zfnet.training.device import Plan
 from zfnet.training.metrics import RunningMetrics
 from zfnet.training.schedule import Schedule
+from zfnet.training.world import ALONE, World
 
 
 class TrainingState:
@@ -30,11 +33,20 @@ class TrainingState:
     There is no random state: order, augmentation and dropout are functions of (seed, epoch, step).
     """
 
-    def __init__(self, config: Config, plan: Plan, num_classes: int, steps_per_epoch: int) -> None:
-        self.config, self.plan, self.steps_per_epoch = config, plan, steps_per_epoch
+    def __init__(
+        self, config: Config, plan: Plan, num_classes: int, steps_per_epoch: int, world: World = ALONE
+    ) -> None:
+        self.config, self.plan, self.steps_per_epoch, self.world = config, plan, steps_per_epoch, world
         self.model = make_model(config, num_classes).to(plan.device).to(memory_format=plan.memory_format)
-        # compiling wraps the module; the state dict is always the plain one's
-        self.forward: Callable[..., torch.Tensor] = torch.compile(self.model) if plan.compile else self.model
+        if world.size > 1 and config.model.norm == "batch":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(
+                self.model
+            )  # of the whole batch, as in one process
+        # wrapping and compiling make other modules; the state dict is always the plain one's
+        self.parallel = world.wrap(self.model, plan.device, config.trainer.gradients)
+        self.forward: Callable[..., torch.Tensor] = (
+            torch.compile(self.parallel) if plan.compile else self.parallel
+        )
         fused = plan.device.type in ("cpu", "cuda")
         self.optimizer = build_optimizer(config.optimizer, self.model.parameters(), fused)
         self.schedule = Schedule(config.scheduler, self.optimizer, config.trainer.epochs, steps_per_epoch)
@@ -59,6 +71,13 @@ class TrainingState:
             return self.model
         module: ZFNet = self.average.module  # type: ignore[assignment]
         return module
+
+    def averaging(self, now: bool) -> contextlib.AbstractContextManager:
+        """Return the context of a backward pass: whether processes average their gradients after it."""
+        if now or self.world.size == 1:
+            return contextlib.nullcontext()
+        waiting: contextlib.AbstractContextManager = self.parallel.no_sync()  # type: ignore[operator]
+        return waiting
 
     @property
     def step_in_epoch(self) -> int:

@@ -1,0 +1,121 @@
+"""Several processes train one network: the same as one process does, and no death goes unnoticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.helpers import train_tiny
+from zfnet.run import RunDirectory
+from zfnet.weights import load_run
+
+# 90 training images in batches of 40, 40 and 10: shares of unequal size, cut into parts once more
+WORDS = (
+    "trainer=exact",
+    "trainer.device=cpu",
+    "trainer.threads=1",
+    "trainer.accumulate=2",
+    "trainer.epochs=2",
+    "optimizer=sgd",
+    "optimizer.lr=0.02",
+    "model.dropout=0.5",
+    "augment=crop_flip",
+    "data.train_images=100",
+    "data.batch_size=40",
+)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return train_tiny(tmp_path_factory.mktemp("world") / "one", *WORDS)
+
+
+def assert_close(a: RunDirectory, b: RunDirectory) -> None:
+    """Equal but for the order in which numbers were added up."""
+    for row, other in zip(a.read_history(), b.read_history(), strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+        assert row["train_accuracy"] == other["train_accuracy"]
+    weights, others = load_run(a.folder).model.state_dict(), load_run(b.folder).model.state_dict()
+    moved = sum((weights[name] - others[name]).square().sum() for name in weights).sqrt()
+    size = sum(w.square().sum() for w in weights.values()).sqrt()
+    assert moved / size < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(alone: RunDirectory, tmp_path: Path) -> None:
+    together = train_tiny(tmp_path / "two", *WORDS, "trainer.devices=2")
+    assert together.state == "done"
+    assert_close(alone, together)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_and_another_number_goes_on(
+    alone: RunDirectory, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    words = [*WORDS, "trainer.devices=2", "trainer.epochs=2", f"hydra.run.dir={folder}"]
+    words += [
+        "experiment=quickstart",
+        "data.test_images=50",
+        "trainer.tensorboard=false",
+        "trainer.log_every=1",
+    ]
+    slow = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # the parent pauses after its first steps, so that the other process can be killed in mid-training
+    code = (
+        "import sys, time, runpy; sys.argv[0] = sys.argv.pop(1)\n"
+        "import zfnet.training.loop as loop; step = loop.train_step\n"
+        "def paused(state, batch):\n    step(state, batch)\n    print('step', state.step, flush=True)\n"
+        "    time.sleep(3 if state.step == 2 else 0)\n"
+        "loop.train_step = paused\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT / "run.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=slow,
+        cwd=tmp_path,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 2"):
+            break
+    os.kill(other_process(process.pid), signal.SIGKILL)
+    started = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith(
+        "error: training process 2 of 2 was ended by SIGKILL: go on from the last checkpoint"
+    )
+    assert err.count("\n") == 1, err
+    assert time.monotonic() - started < 40
+    run = RunDirectory(folder)
+    assert run.state == "failed"
+    assert list(run.checkpoints.glob("step-*"))
+
+    resumed = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "job=resume", f"run={folder}", "trainer.devices=1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert_close(alone, run)
+
+
+def other_process(parent: int) -> int:
+    """Return the training process that `parent` started (its other child tracks shared resources)."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return next(int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text())
