@@ -33,9 +33,9 @@ def main(config: Config, output: Path, overrides: list[str]) -> float | None:
     """Train `config` in the directory `output`; go on there if it holds the same run, unfinished."""
     world = torchrun_world()
     if world is not None and not world.leads:
-        with contextlib.suppress(OSError):
-            output.rmdir()  # Hydra made it; process 0 has another
         follow(world, _work)
+        with contextlib.suppress(OSError):
+            output.rmdir()  # Hydra made it for this process; process 0 has another
         return None
     run = RunDirectory(output)
     if run.claim(config):
