@@ -113,6 +113,8 @@ def explain(error: Exception) -> str:
         return _explain_hydra(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return f"out of memory ({_one_line(error)}): lower data.batch_size, or raise trainer.accumulate"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror} ({type(error).__name__}; HYDRA_FULL_ERROR=1 shows where)"
     return f"{type(error).__name__}: {_one_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
 
 
