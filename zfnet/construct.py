@@ -78,6 +78,8 @@ def _check_value(key: str, value: Any, default: Any) -> Any:
     if isinstance(value, (list, tuple)):
         if not all(_is_number(v) for v in value):
             raise UserError(f"{key}={value}: must be a list of numbers")
+        if isinstance(default, tuple) and len(value) != len(default):
+            raise UserError(f"{key}={value}: must be a list of {len(default)} numbers")
         return tuple(value) if isinstance(default, tuple) else list(value)
     if not (value is None or isinstance(value, (bool, int, float, str))):
         raise UserError(f"{key}={value}: must be a plain value, not a {type(value).__name__}")
@@ -85,7 +87,7 @@ def _check_value(key: str, value: Any, default: Any) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{key}={value}: must be true or false")
     elif _is_number(default) or key.endswith(".lr"):
-        if not _is_number(value) and value != "auto":
+        if not _is_number(value) and not (value == "auto" and key.startswith("scheduler.")):
             raise UserError(f"{key}={value}: must be a number")
         if isinstance(value, (int, float)) and not abs(value) < float("inf"):
             raise UserError(f"{key}={value}: must be a finite number")
