@@ -34,10 +34,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture(autouse=True)
 def _switches_put_back():
-    """`trainer=exact` sets process-wide switches; one test's must not reach the next."""
-    before = torch.are_deterministic_algorithms_enabled()
+    """`trainer=exact` and `trainer.threads` set process-wide switches; one test's must not reach the next."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(before[0])
+    torch.set_num_threads(before[1])
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
 
 from zfnet.composing import compose as compose_words
-from zfnet.config import Config, read_config
+from zfnet.config import AugmentConfig, Config, Conv, DataConfig, Linear, ModelConfig, read_config
+from zfnet.data.shapes import draw_shapes
 from zfnet.hydra_record import register_resolvers
 from zfnet.jobs.train import train
 from zfnet.run import RunDirectory
+from zfnet.training.checks import check_recipe
 
 # The built-in images at a size that trains in a second or two.
 TINY = (
@@ -20,11 +30,36 @@ TINY = (
     "data.batch_size=20",
 )
 
+# Milliseconds a step: 8 steps an epoch, a network of two thousand weights, on the CPU, to the bit.
+MINUTE = (
+    *TINY,
+    "trainer=exact",
+    "trainer.device=cpu",
+    "data.train_images=80",
+    "data.test_images=20",
+    "data.batch_size=9",
+    "model.conv1.channels=4",
+    "model.conv2.channels=4",
+    "model.conv3=null",
+    "model.conv4=null",
+    "model.conv5.channels=8",
+    "model.fc6.features=16",
+    "model.fc7=null",
+)
+STEPS = 8  # of one epoch of MINUTE: 72 training images in batches of 9
+
 
 def compose(*words: str) -> Config:
     """Return the config that these words on the command line would give."""
     register_resolvers()
     return read_config(compose_words(words))
+
+
+def checked(*words: str) -> Config:
+    """Return the config of these words, after all the checks that precede the reading of data."""
+    config = compose(*words)
+    check_recipe(config)
+    return config
 
 
 def train_tiny(folder: Path, *words: str) -> RunDirectory:
@@ -33,3 +68,95 @@ def train_tiny(folder: Path, *words: str) -> RunDirectory:
     run.claim(config)
     train(config, run)
     return run
+
+
+def train_minute(folder: Path, *words: str) -> RunDirectory:
+    """Train the run of MINUTE in `folder`, or go on with it there; without figures, which take the most time."""
+    config, run = compose(*MINUTE, *words), RunDirectory(folder)
+    run.claim(config)
+    with no_figures():
+        train(config, run)
+    return run
+
+
+@contextmanager
+def no_figures() -> Iterator[None]:
+    """Draw no figures, and draw each set of built-in images once: they are a function of three numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zfnet.jobs.train._draw", lambda *_: None)
+        patch.setattr("zfnet.jobs.train.save_figure", lambda *_: None)
+        patch.setattr("zfnet.data.sources.draw_shapes", _drawn_once)
+        yield
+
+
+@functools.cache
+def _drawn_once(count: int, size: int, part: int):
+    return draw_shapes(count, size, part)
+
+
+def learned(run: RunDirectory) -> tuple[bytes, list[dict[str, Any]]]:
+    """Return what two equal runs share to the bit: the file of weights, and the history without timings."""
+    timings = ("seconds", "images_per_second")
+    history = [{k: v for k, v in row.items() if k not in timings} for row in run.read_history()]
+    return run.weights.read_bytes(), history
+
+
+def data_config(**changes: Any) -> DataConfig:
+    """Return the default data settings with changes."""
+    values: dict[str, Any] = {
+        "name": "shapes",
+        "root": None,
+        "image_size": 64,
+        "batch_size": 4,
+        "validation": 0.1,
+        "split_seed": 0,
+        "subset": None,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "crop_size": None,
+        "store_size": None,
+        "fit": "crop",
+        "on_error": "stop",
+        "cache_dir": None,
+        "device_memory": 0.5,
+        "train_images": None,
+        "test_images": None,
+    }
+    return DataConfig(**(values | changes))
+
+
+def augment_config(crop_padding: int = 0, flip: float = 0.0, cutout: int = 0) -> AugmentConfig:
+    return AugmentConfig(name="test", crop_padding=crop_padding, flip=flip, cutout=cutout)
+
+
+def tiny_model_config(**changes: Any) -> ModelConfig:
+    """Return a network of ZFNet's shape with a few maps, for images of 64 px and up."""
+    layers: dict[str, Any] = {
+        "conv1": Conv(4, 7, 2, 1, True),
+        "conv2": Conv(6, 5, 2, 0, True),
+        "conv3": Conv(5, 3, 1, 1, False),
+        "conv4": Conv(5, 3, 1, 1, False),
+        "conv5": Conv(6, 3, 1, 1, True),
+        "fc6": Linear(12),
+        "fc7": Linear(11),
+    }
+    return ModelConfig(**(layers | changes))
+
+
+def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
+    """Return uint8 noise [count, size, size, 3]."""
+    return torch.randint(
+        0, 256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def write_images(folder: Path, counts: dict[str, int], size: int = 8, suffix: str = "png") -> Path:
+    """Write `counts[class]` images of noise to folder/class/, each different; return `folder`."""
+    number = 0
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for k in range(count):
+            number += 1
+            pixels = random_images(1, size, seed=number)[0].numpy()
+            Image.fromarray(pixels).save(folder / name / f"{k:03d}.{suffix}")
+    return folder

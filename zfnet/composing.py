@@ -8,6 +8,7 @@ today's default): `forgive` lets it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,11 +130,11 @@ def _record(run: RunDirectory) -> DictConfig:
     checked = run.read_config()
     plain = OmegaConf.create(checked.to_dict())
     try:
-        text = (run.folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")
-        unresolved = yaml.safe_load(text)
+        unresolved = yaml.safe_load((run.folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return plain
-    if not isinstance(unresolved, dict) or re.search(r"\$\{[^}]*[:$]", text):
+    # looked for in the parsed values: YAML can spell "$" in other ways
+    if not isinstance(unresolved, dict) or re.search(r"\$\{[^}]*[:$]", json.dumps(unresolved, default=str)):
         return plain
     composed = OmegaConf.create({k: v for k, v in unresolved.items() if k in plain})
     try:

@@ -87,7 +87,7 @@ def _check_value(key: str, value: Any, default: Any) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{key}={value}: must be true or false")
     elif _is_number(default) or key.endswith(".lr"):
-        if not _is_number(value) and value != "auto":
+        if not _is_number(value) and not (value == "auto" and key.startswith("scheduler.")):
             raise UserError(f"{key}={value}: must be a number")
         if isinstance(value, (int, float)) and not abs(value) < float("inf"):
             raise UserError(f"{key}={value}: must be a finite number")

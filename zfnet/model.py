@@ -73,7 +73,7 @@ class ZFNet(nn.Module):
     """ZFNet for square RGB images.
 
     num_classes: outputs of fc8
-    image_size: side of the images in pixels; fc6's input follows from it. The default network takes 64 and up.
+    image_size: side of the images in pixels; fc6's input follows from it. The default network takes 53 and up.
     config: kernels, channels, normalisation …; the default is the blog's network, with 58,301,578
         parameters at 10 classes and 224 px.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,19 +28,25 @@ class LocalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [N, C, H, W]."""
         offsets = torch.arange(x.shape[1], device=x.device)
-        band = ((offsets[:, None] - offsets).abs() <= self.size // 2).to(
-            torch.promote_types(x.dtype, torch.float32)
-        )
-        out: Tensor = _Normalise.apply(x, band[:, :, None, None], self.alpha, self.beta, self.k)
+        # bf16 would lose α x² beside k, so mixed precision stops here
+        kind = torch.promote_types(x.dtype, torch.float32)
+        band = ((offsets[:, None] - offsets).abs() <= self.size // 2).to(kind)
+        with _full_precision(x.device.type):
+            out: Tensor = _Normalise.apply(x.to(kind), band[:, :, None, None], self.alpha, self.beta, self.k)
         return out
 
     def extra_repr(self) -> str:
         return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
 
 
+def _full_precision(device: str) -> contextlib.AbstractContextManager:
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
     def forward(ctx, x, band, alpha, beta, k):
         scale = F.conv2d(x * x, band * alpha).add_(k)
         power = torch.rsqrt(scale * scale.sqrt()) if beta == 0.75 else scale.pow(-beta)
@@ -47,7 +55,6 @@ class _Normalise(torch.autograd.Function):
         return x * power
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx, grad):
         # dy_i/dx_j = δ_ij s_j^−β − 2αβ x_i s_i^(−β−1) x_j for i within the band around j
         x, band, scale, power = ctx.saved_tensors

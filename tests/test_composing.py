@@ -1,0 +1,231 @@
+"""A recorded run as the base of a command: what overrides change, and what nothing may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from tests.helpers import MINUTE, TINY, compose
+from zfnet import composing
+from zfnet.composing import CONF, forgive, overlay, read_command
+from zfnet.config import Config
+from zfnet.errors import UserError
+from zfnet.run import RunDirectory
+
+OWN = {"job": {"name": "train"}, "run": None, "images": None}
+
+
+def record(folder: Path, *words: str) -> RunDirectory:
+    """Make a run directory with the record that `python run.py WORDS` would leave, Hydra's included."""
+    run = RunDirectory(folder)
+    run.claim(compose(*words))
+    (folder / ".hydra").mkdir()
+    text = OmegaConf.to_yaml(composing.compose(words))
+    (folder / ".hydra/config.yaml").write_text(text)
+    return run
+
+
+@pytest.fixture(scope="module")
+def onecycle(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return record(tmp_path_factory.mktemp("record") / "run", *TINY, "optimizer.weight_decay=0.5", "seed=3")
+
+
+def without_own(config: Config) -> dict:
+    return {k: v for k, v in config.to_dict().items() if k not in OWN}
+
+
+def test_no_overrides_give_the_record_itself(onecycle: RunDirectory) -> None:
+    assert overlay(onecycle, [], OWN) == onecycle.read_config()
+
+
+def test_a_key_override_sets_that_key(onecycle: RunDirectory) -> None:
+    config = overlay(onecycle, ["trainer.epochs=7", "model.conv1.kernel_size=9", "seed=5"], OWN)
+    expected = onecycle.read_config().to_dict()
+    expected["trainer"]["epochs"], expected["seed"] = 7, 5
+    expected["model"]["conv1"]["kernel_size"] = 9
+    assert without_own(config) == {k: v for k, v in expected.items() if k not in OWN}
+
+
+def test_a_key_that_follows_another_still_follows_it(onecycle: RunDirectory) -> None:
+    assert onecycle.read_config().scheduler["max_lr"] == 1e-3
+    config = overlay(onecycle, ["optimizer.lr=0.05"], OWN)
+    assert config.scheduler["max_lr"] == 0.05
+    assert config.optimizer == {**onecycle.read_config().optimizer, "lr": 0.05}
+
+
+def test_a_group_override_swaps_the_whole_group(onecycle: RunDirectory) -> None:
+    config = overlay(onecycle, ["optimizer=sgd", "scheduler=step", "scheduler.gamma=0.3"], OWN)
+    assert config.optimizer == compose("optimizer=sgd").optimizer  # AdamW's betas and the decay are gone
+    assert config.scheduler == {**compose("scheduler=step").scheduler, "gamma": 0.3}
+    assert config.seed == 3
+    assert config.data == onecycle.read_config().data
+
+
+def test_the_order_of_words_does_not_matter(onecycle: RunDirectory) -> None:
+    words = ["optimizer.lr=0.2", "optimizer=sgd"]
+    assert overlay(onecycle, words, OWN) == overlay(onecycle, words[::-1], OWN)
+    assert overlay(onecycle, words, OWN).optimizer["lr"] == 0.2
+
+
+def test_todays_defaults_have_no_say(onecycle: RunDirectory, tmp_path: Path, monkeypatch) -> None:
+    """A later version of conf/ has other defaults: the record does not see them, a group chosen now does."""
+    import shutil
+
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    for name, old, new in (
+        ("config.yaml", "seed: 0", "seed: 99"),
+        ("model/small.yaml", "dropout: 0.0", "dropout: 0.25"),
+        ("optimizer/adamw.yaml", "lr: 1.0e-3", "lr: 0.777"),
+        ("optimizer/sgd.yaml", "momentum: 0.9", "momentum: 0.111"),
+        ("experiment/quickstart.yaml", "batch_size: 64", "batch_size: 3"),
+    ):
+        text = (conf / name).read_text()
+        assert old in text
+        (conf / name).write_text(text.replace(old, new))
+    monkeypatch.setattr(composing, "CONF", conf)
+    assert compose("optimizer=adamw").optimizer["lr"] == 0.777
+    before = onecycle.read_config()
+    for words in ([], ["trainer.epochs=9"]):
+        config = overlay(onecycle, words, OWN)
+        assert (config.seed, config.model, config.optimizer) == (3, before.model, before.optimizer)
+        assert config.data == before.data
+    swapped = overlay(onecycle, ["optimizer=sgd"], OWN)
+    assert swapped.optimizer["momentum"] == 0.111
+    assert swapped.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("experiment=blog", "experiment=blog: an experiment is a whole recipe and cannot be laid on"),
+        ("trainer.epoch=3", "trainer.epoch: no such key; did you mean 'epochs'?"),
+        ("++model.conv1.kernel=3", "model.conv1.kernel: no such key; did you mean 'kernel_size'?"),
+        ("trainer.epochs=0", "trainer.epochs=0: must be at least 1"),
+        ("model.conv1.kernel_size=99", "too few for its 99×99 kernel"),
+        ("colour=red", "colour: no such key"),
+        ("seed.x=1", "seed: Value"),
+        ("~data.batch_size", "data.batch_size is missing"),
+        ("~data.nothing", "cannot be set"),
+    ],
+)
+def test_overrides_that_fit_no_record(onecycle: RunDirectory, word: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        overlay(onecycle, [word], OWN)
+    assert expected in str(caught.value)
+
+
+def test_a_deleted_key_is_gone(onecycle: RunDirectory) -> None:
+    assert "weight_decay" not in overlay(onecycle, ["~optimizer.weight_decay"], OWN).optimizer
+
+
+def test_a_record_without_hydras_works_too(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.claim(compose(*MINUTE))
+    assert overlay(run, ["optimizer.lr=0.5"], OWN).optimizer["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "root: ${oc.env:ZFNET_SECRET}",
+        'root: "\\x24{oc.env:ZFNET_SECRET}"',
+        'root: "$\\u007boc.env:ZFNET_SECRET}"',
+        "root: ${oc.decode:${oc.env:ZFNET_SECRET}}",
+        "root: ${${data.fit}:ZFNET_SECRET}",
+    ],
+)
+def test_a_strangers_record_reads_no_environment(tmp_path: Path, monkeypatch, hostile: str) -> None:
+    """`data.root` is no part of a run's identity, so only the look for resolvers stands in the way."""
+    monkeypatch.setenv("ZFNET_SECRET", "s3cret")
+    run = record(tmp_path / "run", *TINY)
+    path = run.folder / ".hydra/config.yaml"
+    text = path.read_text()
+    assert "root: null" in text
+    path.write_text(text.replace("root: null", hostile))
+    config = overlay(run, ["optimizer.lr=0.5"], OWN)
+    assert "s3cret" not in str(config)
+    assert config.data.root is None
+    assert config.optimizer["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "!!python/object/apply:os.system ['touch witness']",
+        "optimizer: !!python/name:os.system",
+        "[",
+        "just text",
+        "",
+        "optimizer: {_target_: os.system}",
+        "seed: 4",
+    ],
+)
+def test_a_damaged_hydra_record_is_not_used(tmp_path: Path, monkeypatch, content: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = record(tmp_path / "run", *TINY)
+    (run.folder / ".hydra/config.yaml").write_text(content)
+    config = overlay(run, ["trainer.epochs=4"], OWN)
+    assert (config.trainer.epochs, config.seed) == (4, 0)
+    assert config.optimizer["_target_"] == "torch.optim.AdamW"
+    assert not (tmp_path / "witness").exists()
+
+
+def test_a_hydra_record_of_another_run_is_not_used(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", *TINY)
+    other = OmegaConf.to_yaml(composing.compose([*TINY, "optimizer=sgd"]))
+    (run.folder / ".hydra/config.yaml").write_text(other)
+    assert overlay(run, ["trainer.epochs=4"], OWN).optimizer["_target_"] == "torch.optim.AdamW"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "optimizer: ${oc.env:HOME}",
+        "!!python/object/apply:os.system ['true']",
+        "[1, 2]",
+        "",
+        "job: {name: train}",
+    ],
+)
+def test_a_damaged_record_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError) as caught:
+        overlay(RunDirectory(tmp_path), [], OWN)
+    assert str(caught.value).startswith(str(tmp_path / "config.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_forgive_marks_keys_only_where_a_run_is_named() -> None:
+    words = ["job=resume", "optimizer.momentum=0.5", "optimizer=sgd", "hydra.run.dir=x", "+a.b=1", "seed=1"]
+    assert forgive(words) == words
+    assert forgive([*words, "run=null"]) == [*words, "run=null"]
+    assert forgive([*words, "run=x"]) == [
+        "job=resume",
+        "++optimizer.momentum=0.5",
+        "optimizer=sgd",
+        "hydra.run.dir=x",
+        "+a.b=1",
+        "seed=1",
+        "run=x",
+    ]
+
+
+def test_read_command_lays_words_on_the_named_run(onecycle: RunDirectory) -> None:
+    words = ["job=summary", f"run={onecycle.folder}", "model.dropout=0.3"]
+    raw = composing.compose(forgive(words))
+    config = read_command(raw, words)
+    assert config.job.name == "summary"
+    assert config.run == str(onecycle.folder)
+    assert config.model.dropout == 0.3
+    assert config.seed == 3
+
+
+def test_a_record_holds_values_only(onecycle: RunDirectory) -> None:
+    text = (onecycle.folder / "config.yaml").read_text()
+    assert "${" not in text
+    assert "auto" in text  # decisions of the hardware are not frozen into it
+    assert yaml.safe_load(text)["scheduler"]["max_lr"] == 1e-3

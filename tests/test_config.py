@@ -1,0 +1,194 @@
+"""Every file of conf/ composes and passes all checks; wrong values are named before any data is read."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.helpers import MINUTE, checked, compose
+from zfnet.composing import CONF
+from zfnet.config import NOT_IDENTITY, read_config
+from zfnet.construct import arguments
+from zfnet.errors import UserError
+from zfnet.job_settings import JOBS
+
+FILES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml"))]
+RECIPES = [(group, name) for group, name in FILES if group != "job"]
+
+
+@pytest.mark.parametrize(("group", "name"), RECIPES, ids=lambda v: v)
+def test_every_choice_composes_and_passes_the_checks(group: str, name: str) -> None:
+    words = [f"{group}={name}"] + (["data.root=photos"] if (group, name) == ("data", "folder") else [])
+    config = checked(*words)
+    # only one file measures the test set as it goes
+    assert config.trainer.test_each_epoch is ((group, name) == ("experiment", "blog"))
+    part = getattr(config, group, None)
+    if group in ("model", "data", "augment", "trainer"):
+        assert part.name == name
+    if group in ("optimizer", "scheduler"):
+        assert isinstance(arguments(group, part, ("interval", "warmup_epochs"))[0], type)
+
+
+@pytest.mark.parametrize("name", [name for group, name in FILES if group == "job"])
+def test_every_job_file_has_its_class(name: str) -> None:
+    assert compose(f"job={name}").job.name == name
+    assert name in JOBS
+
+
+@pytest.mark.parametrize(("group", "name"), FILES, ids=lambda v: v)
+def test_every_file_opens_with_what_it_is_for_and_a_command(group: str, name: str) -> None:
+    lines = (CONF / group / f"{name}.yaml").read_text().splitlines()
+    opening = [line for line in lines[:12] if line.startswith("#") and "@package" not in line]
+    assert len(opening) >= 2
+    assert any("python run.py" in line for line in opening)
+
+
+def test_the_default_is_the_blogs_recipe() -> None:
+    config = checked()
+    assert (config.model.name, config.data.name, config.data.image_size) == ("zfnet", "cifar10", 224)
+    assert config.data.batch_size == 256
+    assert config.optimizer["_target_"] == "torch.optim.AdamW"
+    assert config.optimizer["lr"] == 1e-3
+    assert config.scheduler["factor"] == 0.94
+    assert config.trainer.test_each_epoch is False
+
+
+def test_the_command_line_wins_over_an_experiment() -> None:
+    config = checked(
+        "experiment=quickstart",
+        "trainer=exact",
+        "optimizer=sgd",
+        "scheduler=step",
+        "trainer.epochs=3",
+        "model=zfnet_bn",
+    )
+    assert config.trainer.name == "exact"
+    assert config.trainer.epochs == 3
+    assert config.optimizer["_target_"] == "torch.optim.SGD"
+    assert config.scheduler["_target_"].endswith("StepLR")
+    assert config.model.name == "zfnet_bn"
+    assert config.data.name == "shapes"  # what was not chosen stays the experiment's
+
+
+def test_seed_0_is_a_seed_and_seeds_differ() -> None:
+    assert checked("seed=0").seed == 0
+    assert checked("seed=0").identity() != checked("seed=1").identity()
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("model.conv1.kernel_size=0", "model.conv1.kernel_size=0: must be at least 1"),
+        ("model.conv1.kernel_size=7.5", "model.conv1.kernel_size"),
+        ("model.conv1.padding=-1", "model.conv1.padding=-1: must be at least 0"),
+        ("model.conv1.kernel_size=300", "conv1 receives 224×224 pixels, too few for its 300×300 kernel"),
+        ("model.conv2.stride=50", "the pooling after conv5 receives 1×1 pixels"),
+        ("model.conv1=null", "model.conv1"),
+        ("model.norm=layer", "model.norm=layer: must be one of none, lrn, batch"),
+        ("model.rms_limit=0", "model.rms_limit=0.0: must be greater than 0"),
+        ("model.dropout=-0.1", "model.dropout=-0.1: must be at least 0"),
+        ("model.dropout=nan", "model.dropout=nan: must be a finite number"),
+        ("model.fc6.features=0", "model.fc6.features=0: must be at least 1"),
+        ("data.batch_size=2.5", "data.batch_size"),
+        ("data.image_size=99999", "data.image_size=99999: must be at most 4096"),
+        ("data.validation=0", "data.validation=0 leaves no images for trainer.monitor=validation_loss"),
+        ("data.std=[0.5,0.0,0.5]", "must be greater than 0"),
+        ("data.mean=[a,b,c]", "data.mean"),
+        ("data.mean=[nan,0.5,0.5]", "data.mean"),
+        ("data.fit=pad", "data.fit=pad: must be one of crop, stretch"),
+        ("data.name=imagenet", "data.name=imagenet: must be one of"),
+        ("augment.flip=2", "augment.flip=2.0: must be at most 1"),
+        ("trainer.precision=fp16", "trainer.precision=fp16: must be one of auto, fp32, bf16"),
+        ("trainer.channels_last=maybe", "trainer.channels_last=maybe: must be one of true, false, auto"),
+        ("trainer.accumulate=3", "trainer.accumulate=3: must divide data.batch_size=256"),
+        ("trainer.ema=1", "trainer.ema=1.0: must be less than 1"),
+        ("trainer.clip_norm=inf", "trainer.clip_norm=inf: must be a finite number"),
+        ("trainer.deterministic=perhaps", "trainer.deterministic"),
+        ("trainer.monitor=test_loss", "trainer.monitor=test_loss: must be one of"),
+        ("trainer.log_every=0", "trainer.log_every=0: must be at least 1"),
+        ("seed=1.5", "seed"),
+        ("seed=null", "seed"),
+        ("optimizer.lr=auto", "optimizer.lr=auto: must be a number"),
+        ("optimizer.lr=true", "optimizer.lr=True: must be a number"),
+        ("optimizer.lr=null", "optimizer.lr=None: must be a number"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: must be a list of 2 numbers"),
+        ("optimizer.betas=[0.9,0.9,0.9]", "must be a list of 2 numbers"),
+        ("optimizer.betas=[2.0,0.9]", "optimizer (AdamW): Invalid beta parameter at index 0: 2.0"),
+        ("optimizer.betas=0.9", "optimizer.betas=0.9: must be a list of 2 numbers"),
+        ("optimizer.weight_decay=-1", "optimizer (AdamW): Invalid weight_decay"),
+        ("+optimizer.amsgrad=1", "optimizer.amsgrad=1: must be true or false"),
+        ("scheduler.warmup_epochs=-1", "scheduler.warmup_epochs=-1: must be a number of epochs, at least 0"),
+        ("scheduler.interval=step", "a plateau schedule steps once an epoch"),
+        ("scheduler.factor=2", "scheduler (ReduceLROnPlateau): Factor should be < 1.0"),
+        ("~optimizer._target_", "optimizer._target_ is missing"),
+    ],
+)
+def test_a_wrong_value_is_named(word: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        checked(word)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_is_checked_before_data_is_read(run_py, monkeypatch) -> None:
+    def touched(*_: object) -> None:
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr("zfnet.jobs.train.load_splits", touched)
+    for word in ("optimizer.lr=x", "model.conv1.kernel_size=99", "scheduler.factor=2", "optimizer=lion"):
+        answer = run_py(*MINUTE, word)
+        assert answer.code == 1
+        assert "AssertionError" not in answer.err
+    assert "AssertionError: data was read" in run_py(*MINUTE).err
+
+
+def test_a_record_reads_back_as_the_same_config(tmp_path: Path) -> None:
+    config = checked("model.conv3=null", "optimizer=sgd", "scheduler=multistep", "data=shapes")
+    text = yaml.safe_dump(config.to_dict())
+    again = read_config(yaml.safe_load(text))
+    assert again == config
+    assert again.identity() == config.identity()
+
+
+def test_identity_counts_all_that_matters_and_nothing_else() -> None:
+    base = checked()
+    for group, keys in NOT_IDENTITY.items():
+        for key in keys:
+            other = copy.deepcopy(base)
+            setattr(getattr(other, group), key, "else")
+            assert other.identity() == base.identity()
+    for group, key in (("model", "dropout"), ("data", "subset"), ("augment", "flip"), ("trainer", "ema")):
+        other = copy.deepcopy(base)
+        setattr(getattr(other, group), key, 0.125)
+        assert other.identity() != base.identity()
+    other = copy.deepcopy(base)
+    other.optimizer["lr"] = 0.125
+    assert other.identity() != base.identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: c["model"].update(kernel=3), "model.kernel: no such key"),
+        (lambda c: c["data"].pop("batch_size"), "data.batch_size is missing from the config"),
+        (lambda c: c["optimizer"].update(lr="${oc.env:HOME}"), "may not contain an interpolation"),
+        (lambda c: c["data"].update(root="${oc.env:HOME}"), "data.root=${oc.env:HOME}: a recorded config"),
+        (lambda c: c["data"].update(mean=["${oc.env:HOME}", 1, 1]), "data.mean.0=${oc.env:HOME}"),
+        (lambda c: c.update(model="zfnet"), "model"),
+        (lambda c: c.update(optimizer=None), "optimizer"),
+        (lambda c: c.update(optimizer=["a"]), "list is not a subclass of Dict"),
+        (lambda c: c.update(seed="x"), "seed"),
+        (lambda c: c.update(extra=1), "extra: no such key"),
+        (lambda c: c.update(job={"name": "os"}), "no such job"),
+        (lambda c: c.update(job=None), "no such job"),
+    ],
+)
+def test_a_damaged_record_is_named(change, expected: str) -> None:
+    plain = checked().to_dict()
+    change(plain)
+    with pytest.raises(UserError) as caught:
+        read_config(plain)
+    assert expected in str(caught.value)
