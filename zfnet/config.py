@@ -123,6 +123,7 @@ class TrainerConfig:
     log_every: int = limits(low=1)
     checkpoint_minutes: float = limits(above=0)
     tensorboard: bool
+    profile: bool
 
 
 @dataclass(kw_only=True)
@@ -157,7 +158,7 @@ class Config:
 # Keys that change neither the weights nor the figures of a run.
 NOT_IDENTITY = {
     "data": ("root", "cache_dir", "device_memory"),
-    "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "tensorboard"),
+    "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "tensorboard", "profile"),
 }
 
 

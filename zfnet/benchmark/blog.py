@@ -6,7 +6,7 @@ Pools that return indices which nobody uses, NCHW in fp32, each image resized by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from zfnet.benchmark.turns import time_steps
 from zfnet.data import ImageSet
 
 
@@ -90,8 +91,10 @@ class BlogLoop:
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3)
         self.criterion = nn.CrossEntropyLoss()
 
-    def steps(self) -> Iterator[None]:
-        """Train on one batch at each `next()`."""
+    def turn(self, steps: int, warmup: int) -> float:
+        return time_steps(self._loop(), steps, warmup, self.device)
+
+    def _loop(self) -> Generator[None, None, None]:
         self.net.train()
         train_loss, train_correct, seen = 0.0, 0.0, 0
         while True:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 import torch.nn.functional as F
 
-from zfnet.benchmark.turns import synchronize
+from zfnet.benchmark.turns import synchronize, time_steps
 from zfnet.config import Config
 from zfnet.data import Batch, Batches, ImageSet
 from zfnet.training.device import Plan
@@ -35,8 +35,11 @@ class OurLoop:
         self.waited = 0.0  # seconds in which the host got no batch yet, and the steps they belong to
         self.taken = 0
 
-    def steps(self) -> Iterator[None]:
-        """Train on one batch at each `next()`; short last batches are left out, so that all steps are equal."""
+    def turn(self, steps: int, warmup: int) -> float:
+        return time_steps(self._loop(), steps, warmup, self.plan.device)
+
+    def _loop(self) -> Generator[None, None, None]:
+        """Short last batches are left out, so that all steps are equal."""
         self.state.model.train()
         for batch in self._full_batches():
             train_step(self.state, batch)

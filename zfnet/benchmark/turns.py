@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,8 +18,8 @@ class Contender(Protocol):
     name: str
     batch_size: int
 
-    def steps(self) -> Iterator[None]:
-        """Begin a turn: each `next()` gets a batch and trains on it."""
+    def turn(self, steps: int, warmup: int) -> float:
+        """Train `warmup` and then `steps` steps; return the seconds that the latter took, all work finished."""
 
 
 @dataclass
@@ -48,9 +48,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def take_turns(
-    contenders: Sequence[Contender], device: torch.device, *, rounds: int, steps: int, warmup: int
-) -> list[Timing]:
+def take_turns(contenders: Sequence[Contender], *, rounds: int, steps: int, warmup: int) -> list[Timing]:
     """Let each contender train `steps` steps per round, after `warmup` untimed ones in each turn."""
     timings = [Timing(c.name, c.batch_size, steps) for c in contenders]
     bar = tqdm(total=rounds * len(contenders), unit="turn", disable=None, leave=False, dynamic_ncols=True)
@@ -58,22 +56,18 @@ def take_turns(
         for _ in range(rounds):
             for contender, timing in zip(contenders, timings, strict=True):
                 bar.set_description(contender.name)
-                turn = contender.steps()
-                timing.seconds.append(_time(turn, steps, warmup, device))
-                turn.close()  # type: ignore[attr-defined]  # ends a loader's workers
+                timing.seconds.append(contender.turn(steps, warmup))
                 bar.update()
     return timings
 
 
-def _time(turn: Iterator[None], steps: int, warmup: int, device: torch.device) -> float:
+def time_steps(loop: Generator[None, None, None], steps: int, warmup: int, device: torch.device) -> float:
+    """Be the turn of a loop that trains on one batch at each `next()`."""
     for _ in range(warmup):
-        next(turn)
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(steps):
-        next(turn)
-    synchronize(device)
-    return time.perf_counter() - started
+        next(loop)
+    seconds = timed(lambda: [next(loop) for _ in range(steps)], device)
+    loop.close()  # ends a loader's workers
+    return seconds
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:

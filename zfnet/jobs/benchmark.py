@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from zfnet.benchmark.blog import BlogLoop
+from zfnet.benchmark.others import other_loops
 from zfnet.benchmark.ours import OurLoop, peak_memory
 from zfnet.benchmark.peaks import measure_peaks, roofline_seconds, training_flops
 from zfnet.benchmark.turns import Contender, Timing, take_turns
@@ -40,9 +41,10 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
         contenders.append(BlogLoop(images, config.data.batch_size, plan.device, job.workers))
     else:
         print("the blog's network takes 224 px only, so its loop is left out")
+    contenders += other_loops(config, plan, images, job.workers)
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
-    timings = take_turns(contenders, plan.device, rounds=job.rounds, steps=job.steps, warmup=job.warmup)
+    timings = take_turns(contenders, rounds=job.rounds, steps=job.steps, warmup=job.warmup)
     waited = ours.waited / ours.taken
     memory = peak_memory(plan.device)
     parts = ours.breakdown(max(2, min(job.steps, 10)))

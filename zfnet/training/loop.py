@@ -65,20 +65,26 @@ def train_epoch(
     trainer, started, before = state.config.trainer, time.perf_counter(), state.epoch_seconds
     last_save = started
     state.model.train()
-    with tqdm(
-        total=len(train),
-        initial=state.step_in_epoch,
-        desc=f"epoch {state.epoch + 1}/{trainer.epochs}",
-        unit="step",
-        disable=None if state.world.leads else True,
-        leave=False,
-        dynamic_ncols=True,
-    ) as bar:
+    profiler = recorder.profiler(trainer.profile and state.epoch == 0)
+    with (
+        profiler as profile,
+        tqdm(
+            total=len(train),
+            initial=state.step_in_epoch,
+            desc=f"epoch {state.epoch + 1}/{trainer.epochs}",
+            unit="step",
+            disable=None if state.world.leads else True,
+            leave=False,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
         for batch in train.epoch(state.epoch, state.step_in_epoch):
             train_step(state, batch)
             now = time.perf_counter()
             state.epoch_seconds = before + now - started
             bar.update()
+            if profile is not None:
+                profile.step()
             if state.step % trainer.log_every == 0:
                 loss, accuracy = read_metrics(state)  # the one place where the host waits for the device
                 speed = state.step_in_epoch * train.data.batch_size / state.epoch_seconds

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+import torch
 
 from zfnet.run import RunDirectory
 
@@ -22,6 +25,18 @@ class Recorder:
 
     def __init__(self, run: RunDirectory | None, board: Board | None) -> None:
         self.run, self.board = run, board
+
+    def profiler(self, wanted: bool) -> torch.profiler.profile | contextlib.nullcontext[None]:
+        """Return a context that writes a trace of five steps, the sixth to the tenth, to profile/ in the run."""
+        if not wanted or self.run is None:
+            return contextlib.nullcontext()
+        folder = self.run.folder / "profile"
+        folder.mkdir(exist_ok=True)
+        return torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1),
+            on_trace_ready=lambda p: p.export_chrome_trace(str(folder / f"step-{p.step_num:06d}.json.gz")),
+            record_shapes=True,
+        )
 
     def step(self, step: int, loss: float, accuracy: float, rate: float) -> None:
         """A reading within an epoch: means since the epoch began."""
