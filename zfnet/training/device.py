@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +71,8 @@ def choose(trainer: TrainerConfig, world: World = ALONE) -> Plan:
         precision = "bf16" if fast else "fp32"
     channels_last = trainer.channels_last if isinstance(trainer.channels_last, bool) else device.type != "mps"
     _set_switches(trainer.deterministic, precision)
+    if device.type == "cpu":
+        _keep_memory()
     return Plan(device, precision, channels_last, trainer.compile is True, trainer.deterministic)
 
 
@@ -101,6 +105,21 @@ def _cpu_flags() -> set[str]:
     except OSError:
         pass
     return set()
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what the network frees: each step asks for the same large blocks again.
+
+    By default it returns them to the system, which hands them out anew page by page, each one zeroed: a tenth
+    of the CPU time of a step at 224 px.
+    """
+    if sys.platform != "linux":
+        return
+    trim_threshold, mmap_max = -1, -4  # the parameters' numbers in malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
 
 
 def _set_switches(deterministic: bool, precision: str) -> None:
