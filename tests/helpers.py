@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zfnet.composing import compose as compose_words
+from zfnet import composing
 from zfnet.config import AugmentConfig, Config, Conv, DataConfig, Linear, ModelConfig, read_config
 from zfnet.data.shapes import draw_shapes
 from zfnet.hydra_record import register_resolvers
@@ -51,8 +52,13 @@ STEPS = 8  # of one epoch of MINUTE: 72 training images in batches of 9
 
 def compose(*words: str) -> Config:
     """Return the config that these words on the command line would give."""
+    return copy.deepcopy(_composed(words, composing.CONF))
+
+
+@functools.cache
+def _composed(words: tuple[str, ...], conf: Path) -> Config:
     register_resolvers()
-    return read_config(compose_words(words))
+    return read_config(composing.compose(words))
 
 
 def checked(*words: str) -> Config:

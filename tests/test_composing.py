@@ -159,6 +159,7 @@ def test_a_strangers_record_reads_no_environment(tmp_path: Path, monkeypatch, ho
         "optimizer: !!python/name:os.system",
         "[",
         "just text",
+        "x: &a [*a]",
         "",
         "optimizer: {_target_: os.system}",
         "seed: 4",

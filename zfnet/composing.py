@@ -131,10 +131,10 @@ def _record(run: RunDirectory) -> DictConfig:
     plain = OmegaConf.create(checked.to_dict())
     try:
         unresolved = yaml.safe_load((run.folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+        values = json.dumps(unresolved, default=str)  # YAML can spell "$" in other ways
     except (OSError, ValueError, yaml.YAMLError):
         return plain
-    # looked for in the parsed values: YAML can spell "$" in other ways
-    if not isinstance(unresolved, dict) or re.search(r"\$\{[^}]*[:$]", json.dumps(unresolved, default=str)):
+    if not isinstance(unresolved, dict) or re.search(r"\$\{[^}]*[:$]", values):
         return plain
     composed = OmegaConf.create({k: v for k, v in unresolved.items() if k in plain})
     try:

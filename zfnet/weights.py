@@ -51,7 +51,7 @@ def load_model(path: Path) -> tuple[ZFNet, ModelFacts]:
         )
     except FileNotFoundError:
         raise UserError(f"{path}: there are no weights; did the run finish?") from None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a file of ZFNet weights, or is damaged ({error})") from error
     model = ZFNet(len(facts.classes), facts.data.image_size, facts.model)
     model.load_weights(state)

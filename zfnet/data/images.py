@@ -82,9 +82,9 @@ def stratified(labels: Tensor, count: int, seed: int, purpose: int = SPLIT) -> t
 
 def hold_out(train: ImageSet, amount: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
     """Divide a training set into (training, validation); `amount` is a count, or a fraction below 1."""
-    count = round(amount * len(train)) if amount < 1 else int(amount)
-    if count == 0:
+    if amount == 0:
         return train, None
+    count = max(1, round(amount * len(train))) if amount < 1 else int(amount)
     if count >= len(train):
         raise UserError(
             f"data.validation={amount:g}: leaves nothing to train on, there are {len(train)} images"

@@ -96,6 +96,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})["checkpoint"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if not isinstance(facts, dict):
+            raise ValueError("its header is no record")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged or no checkpoint ({error})") from error
     if facts.pop("format", None) != CHECKPOINT_FORMAT:

@@ -15,6 +15,8 @@ from zfnet.config import TrainerConfig
 from zfnet.errors import UserError
 from zfnet.training.world import ALONE, World
 
+THREADS = torch.get_num_threads()  # PyTorch's own choice, before any run changes it
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,9 +46,6 @@ class Plan:
         if self.device.type == "cpu":
             words.append(f"{torch.get_num_threads()} threads")
         return ", ".join(words)
-
-
-THREADS = torch.get_num_threads()  # PyTorch's own choice, before any run changes it
 
 
 def choose(trainer: TrainerConfig, world: World = ALONE) -> Plan:

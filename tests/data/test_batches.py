@@ -1,0 +1,200 @@
+"""Order, augmentation and preprocessing: functions of (seed, epoch, image), equal to Pillow's resize."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.helpers import augment_config, data_config, random_images
+from zfnet.data.batches import Batches, augment, preprocess
+from zfnet.data.images import image_set
+
+CPU = torch.device("cpu")
+
+
+def batches(count: int, batch_size: int = 4, size: int = 16, seed: int = 0, how=None, **changes) -> Batches:
+    images = image_set(random_images(count, size).numpy(), torch.arange(count) % 3, "abc")
+    data = data_config(batch_size=batch_size, image_size=size, **changes)
+    return Batches(images, data, CPU, seed=seed, augment=how)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5), st.integers(0, 2**40))
+def test_an_epoch_shows_each_image_once(count: int, batch_size: int, epoch: int, seed: int) -> None:
+    parts = batches(count, batch_size, 4, seed)
+    found = list(parts.epoch(epoch))
+    assert len(found) == len(parts) == -(-count // batch_size)
+    assert torch.cat([b.index for b in found]).sort().values.tolist() == list(range(count))
+    for b in found:
+        assert torch.equal(b.labels, b.index % 3)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = {
+        tuple(torch.cat([b.index for b in batches(30, seed=seed).epoch(epoch)]).tolist())
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(orders) == 9
+    again = torch.cat([b.index for b in batches(30, seed=2).epoch(1)])
+    assert tuple(again.tolist()) in orders
+
+
+def test_batch_k_without_the_ones_before() -> None:
+    parts = batches(30, how=augment_config(crop_padding=2, flip=0.5, cutout=5))
+    whole = list(parts.epoch(3))
+    for start in range(len(whole) + 1):
+        rest = list(parts.epoch(3, start))
+        assert len(rest) == len(whole) - start
+        for a, b in zip(whole[start:], rest, strict=True):
+            assert torch.equal(a.images, b.images)
+            assert torch.equal(a.labels, b.labels)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_image() -> None:
+    how = augment_config(crop_padding=3, flip=0.5, cutout=4)
+
+    def by_image(batch_size: int, seed: int = 0, epoch: int = 0) -> torch.Tensor:
+        found = list(batches(24, batch_size, seed=seed, how=how).epoch(epoch))
+        order = torch.cat([b.index for b in found]).argsort()
+        return torch.cat([b.images for b in found])[order]
+
+    whole = by_image(24)
+    assert torch.equal(whole, by_image(5))
+    assert torch.equal(whole, by_image(1))
+    for other in (by_image(24, seed=1), by_image(24, epoch=1)):
+        changed = (whole != other).flatten(1).any(1)
+        assert changed.sum() > 18
+
+
+def test_in_order_is_neither_shuffled_nor_augmented() -> None:
+    parts = batches(10, how=augment_config(crop_padding=3, flip=1.0, cutout=4))
+    found = list(parts.in_order())
+    assert torch.cat([b.index for b in found]).tolist() == list(range(10))
+    plain = preprocess(parts.set.pixels(range(10)), parts.data)
+    assert torch.equal(torch.cat([b.images for b in found]), plain)
+
+
+def numbered(count: int = 1, size: int = 6) -> torch.Tensor:
+    """Images whose pixel (y, x) is 10 y + x + 1 in all channels: never 0, the fill of these tests."""
+    grid = 10 * torch.arange(size)[:, None] + torch.arange(size)[None] + 1
+    return grid[None, :, :, None].expand(count, size, size, 3).to(torch.uint8).contiguous()
+
+
+def test_no_augmentation_is_the_identity() -> None:
+    pixels = numbered(5)
+    assert augment(pixels, torch.arange(5), augment_config(), data_config(), 0, 0) is pixels
+
+
+def test_flip_reverses_columns_at_its_rate() -> None:
+    pixels, index, data = numbered(4000), torch.arange(4000), data_config(mean=[0.0] * 3)
+    always = augment(pixels, index, augment_config(flip=1.0), data, 0, 0)
+    assert torch.equal(always, pixels.flip(2))
+    some = augment(pixels, index, augment_config(flip=0.3), data, 0, 0)
+    flipped = (some == pixels.flip(2)).flatten(1).all(1)
+    assert torch.equal(some[~flipped], pixels[~flipped])
+    assert flipped.double().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_crop_is_a_window_of_the_padded_image() -> None:
+    pad, size, count = 2, 6, 3000
+    data = data_config(mean=[0.0] * 3)
+    out = augment(numbered(count), torch.arange(count), augment_config(crop_padding=pad), data, 0, 0)
+    padded = torch.nn.functional.pad(numbered()[0, :, :, 0], (pad,) * 4)
+    windows = {
+        tuple(padded[y : y + size, x : x + size].flatten().tolist()): (y, x)
+        for y in range(2 * pad + 1)
+        for x in range(2 * pad + 1)
+    }
+    places = [windows[tuple(image[:, :, 0].flatten().tolist())] for image in out]
+    counts = torch.bincount(torch.tensor([y * 5 + x for y, x in places]), minlength=25)
+    assert ((counts - count / 25) ** 2 / (count / 25)).sum() < 60  # 24 degrees of freedom
+    assert torch.equal(out[..., 0], out[..., 2])
+
+
+def test_crop_size_takes_windows_inside() -> None:
+    data = data_config(crop_size=4, mean=[0.0] * 3)
+    out = augment(numbered(500), torch.arange(500), augment_config(), data, 0, 0)
+    assert out.shape == (500, 4, 4, 3)
+    corners = {tuple(c) for c in torch.stack([out[:, 0, 0, 0], out[:, 3, 3, 0]], 1).tolist()}
+    assert corners == {(10 * y + x + 1, 10 * (y + 3) + x + 4) for y in range(3) for x in range(3)}
+
+
+def test_cutout_blots_one_square_of_mean_colour() -> None:
+    data = data_config(mean=[0.2, 0.4, 1.0])
+    pixels = torch.full((400, 9, 9, 3), 7, dtype=torch.uint8)
+    out = augment(pixels, torch.arange(400), augment_config(cutout=4), data, 0, 0)
+    centres = set()
+    for image in out:
+        hole = image[..., 0] != 7
+        assert image[hole].unique(dim=0).tolist() == [[51, 102, 255]]
+        rows, columns = hole.any(1).nonzero().flatten(), hole.any(0).nonzero().flatten()
+        assert hole.sum() == len(rows) * len(columns)
+        assert 2 <= len(rows) <= 4
+        assert 2 <= len(columns) <= 4
+        if len(rows) < 4:  # cut off by the border only
+            assert rows[0] == 0 or rows[-1] == 8
+        centres.add((rows[0].item(), columns[0].item()))
+    assert len(centres) > 40
+
+
+def test_flips_crops_and_holes_are_independent() -> None:
+    """Each has random numbers of its own: knowing the flip says nothing about the window."""
+    data, count = data_config(mean=[0.0] * 3), 4000
+    how = augment_config(crop_padding=1, flip=0.5)
+    out = augment(numbered(count), torch.arange(count), how, data, 0, 0)[:, 3, :, 0].long()
+    flipped = out[:, 2] > out[:, 3]
+    upper = augment(numbered(count), torch.arange(count), how, data, 0, 0)[:, 0].amax((1, 2)) == 0
+    both = torch.stack([flipped.double(), upper.double()])
+    assert abs(torch.corrcoef(both)[0, 1]) < 5 / count**0.5
+
+
+BYTES = {"mean": [0.0] * 3, "std": [1 / 255] * 3}  # with these the network sees 0 … 255
+
+
+@pytest.mark.parametrize("wanted", [64, 224])
+def test_resizing_cifar_equals_pillow_to_the_bit(wanted: int) -> None:
+    pixels = random_images(4, 32)
+    out = preprocess(pixels, data_config(image_size=wanted, **BYTES))
+    assert out.shape == (4, 3, wanted, wanted)
+    for image, found in zip(pixels, out, strict=True):
+        expected = Image.fromarray(image.numpy()).resize((wanted, wanted), Image.Resampling.BILINEAR)
+        assert np.array_equal(found.permute(1, 2, 0).round().numpy(), np.asarray(expected, dtype=np.float32))
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(32, 33), (64, 20), (48, 48), (64, 224), (256, 224), (40, 1)])
+def test_resizing_is_exact_to_a_grey_level(stored: int, wanted: int) -> None:
+    """Against float64, which the resize of bytes rounds twice; noise is the hardest image."""
+    pixels = random_images(4, stored)
+    exact = torch.nn.functional.interpolate(
+        pixels.permute(0, 3, 1, 2).double(), size=(wanted, wanted), mode="bilinear", antialias=True
+    )
+    found = preprocess(pixels, data_config(image_size=wanted, **BYTES)).double()
+    assert (found - exact).abs().max() <= 1.001
+
+
+def test_normalisation() -> None:
+    data = data_config(image_size=4, mean=[0.1, 0.5, 0.9], std=[0.2, 0.3, 0.4])
+    pixels = random_images(3, 4)
+    expected = (
+        pixels.permute(0, 3, 1, 2).double() / 255 - torch.tensor(data.mean).view(3, 1, 1)
+    ) / torch.tensor(data.std).view(3, 1, 1)
+    torch.testing.assert_close(preprocess(pixels, data).double(), expected, rtol=1e-5, atol=1e-5)
+    grey = data_config(image_size=4)  # one mean and deviation for all: the faster way
+    expected = (pixels.permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.5
+    torch.testing.assert_close(preprocess(pixels, grey).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_crop_size_cuts_the_centre() -> None:
+    data = data_config(image_size=2, crop_size=2, mean=[0.0] * 3, std=[1 / 255] * 3)
+    assert preprocess(numbered(1), data)[0, 0].round().tolist() == [[23, 24], [33, 34]]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_memory_format(channels_last: bool) -> None:
+    out = preprocess(random_images(2, 8), data_config(image_size=8), channels_last)
+    assert out.is_contiguous(memory_format=torch.channels_last) is channels_last

@@ -1,0 +1,98 @@
+"""CIFAR through torchvision: what is said where it cannot be had, and that nothing unverified is opened."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torchvision
+
+from tests.helpers import data_config
+from zfnet.data.cifar import NETWORK_TIMEOUT_S, load_cifar
+from zfnet.data.sources import load_splits
+from zfnet.errors import UserError
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """Let every download fail, and return the timeouts that were in force."""
+    timeouts: list[float | None] = []
+
+    def fail(*_: object, **__: object) -> None:
+        timeouts.append(socket.getdefaulttimeout())
+        raise urllib.error.URLError("no route to host")
+
+    for name in ("download_and_extract_archive", "download_url"):
+        monkeypatch.setattr(f"torchvision.datasets.utils.{name}", fail)
+        if hasattr(torchvision.datasets.cifar, name):
+            monkeypatch.setattr(torchvision.datasets.cifar, name, fail)
+    return timeouts
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_without_network_one_line_says_what_to_do(name: str, tmp_path: Path, offline) -> None:
+    before = socket.getdefaulttimeout()
+    with pytest.raises(UserError) as caught:
+        load_cifar(name, str(tmp_path / "none"))
+    text = str(caught.value)
+    for part in (
+        f"{name} is not in {tmp_path / 'none'}",
+        "no route to host",
+        "data.root=",
+        "experiment=quickstart",
+    ):
+        assert part in text
+    assert "\n" not in text
+    assert offline == [NETWORK_TIMEOUT_S]
+    assert socket.getdefaulttimeout() == before
+
+
+def test_the_command_says_it_too(run_py, offline, tmp_path: Path) -> None:
+    answer = run_py("model=small", "data.image_size=64")
+    assert answer.code == 1
+    assert answer.err.startswith("error: cifar10 is not in")
+    assert answer.err.count("\n") == 1
+
+
+class Trap:
+    def __reduce__(self):
+        return Path.write_text, (Path("witness"), "opened")
+
+
+def test_a_strangers_pickle_is_not_opened(tmp_path: Path, offline, monkeypatch) -> None:
+    """The files are pickles; one that is not the published one, byte for byte, is never loaded."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / torchvision.datasets.CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta"]:
+        (folder / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="could not be downloaded"):
+        load_cifar("cifar10", str(tmp_path / "data"))
+    assert not (tmp_path / "witness").exists()
+
+
+def test_from_files_to_splits(monkeypatch, tmp_path: Path) -> None:
+    """With torchvision's class replaced: which of its images become training, validation and test."""
+    import numpy as np
+
+    class Fake:
+        classes = tuple("abcdefghij")
+
+        def __init__(self, root: str, train: bool) -> None:
+            count = 100 if train else 20
+            self.data = np.full((count, 32, 32, 3), 0 if train else 255, dtype=np.uint8)
+            self.data[:, 0, 0, 0] = np.arange(count)
+            self.targets = [k % 10 for k in range(count)]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    splits = load_splits(data_config(name="cifar10", root=str(tmp_path), validation=20))
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [80, 20, 20]
+    assert splits.validation.labels.bincount().tolist() == [2] * 10
+    for part in (splits.train, splits.validation):
+        assert (part.pixels(range(len(part)))[:, 1] == 0).all()
+        assert (part.labels == part.rows % 10).all()
+    assert (splits.test.pixels([3])[:, 1] == 255).all()
+    assert splits.test.classes == Fake.classes

@@ -1,0 +1,227 @@
+"""Checkpoint files: whole or absent, the newest good one is found, and nothing in them is code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from tests.helpers import checked
+from zfnet import run as run_module
+from zfnet.construct import build_optimizer
+from zfnet.errors import UserError
+from zfnet.training.checkpoint import (
+    KEPT,
+    Checkpoint,
+    CheckpointWriter,
+    load_optimizer,
+    optimizer_checkpoint,
+    read_checkpoint,
+    read_newest,
+    step_files,
+    step_name,
+    under_prefix,
+    with_prefix,
+)
+
+
+@pytest.fixture
+def writer(tmp_path: Path):
+    one = CheckpointWriter(tmp_path / "checkpoints")
+    yield one
+    one.thread.shutdown()
+
+
+def some(step: int) -> Checkpoint:
+    return Checkpoint(
+        {"a": torch.full((3,), float(step)), "b": torch.tensor(step), "half": torch.ones(2).bfloat16()},
+        {"step": step, "best": None, "history": [{"loss": 0.1 + 0.2}], "nested": {"x": [1, 2.5, "é"]}},
+    )
+
+
+def test_round_trip(writer: CheckpointWriter) -> None:
+    writer.write(step_name(7), some(7))
+    writer.wait()
+    found = read_checkpoint(writer.folder / "step-000000007.safetensors")
+    assert found.facts == some(7).facts
+    assert {k: v.dtype for k, v in found.tensors.items()} == {k: v.dtype for k, v in some(7).tensors.items()}
+    assert all(torch.equal(found.tensors[k], v) for k, v in some(7).tensors.items())
+
+
+def test_the_newest_are_kept_and_the_best_too(writer: CheckpointWriter) -> None:
+    writer.write("best.safetensors", some(1), prune=False)
+    for step in (1, 2, 9, 10, 100_000):
+        writer.write(step_name(step), some(step))
+    writer.wait()
+    assert [p.name for p in step_files(writer.folder)] == [step_name(10), step_name(100_000)]
+    assert len(list(writer.folder.iterdir())) == KEPT + 1
+    newest, problems = read_newest(writer.folder)
+    assert newest is not None
+    assert newest.facts["step"] == 100_000
+    assert problems == []
+
+
+def test_training_may_change_tensors_at_once(writer: CheckpointWriter, monkeypatch) -> None:
+    gate = threading.Event()
+    real = run_module.write_atomically
+
+    def slow(path: Path, content: bytes) -> None:
+        gate.wait(10)
+        real(path, content)
+
+    monkeypatch.setattr("zfnet.training.checkpoint.write_atomically", slow)
+    checkpoint = some(1)
+    writer.write(step_name(1), checkpoint)
+    checkpoint.tensors["a"].fill_(99)
+    checkpoint.facts["history"].append("later")
+    gate.set()
+    writer.wait()
+    found = read_checkpoint(writer.folder / step_name(1))
+    assert found.tensors["a"].tolist() == [1, 1, 1]
+    assert found.facts["history"] == some(1).facts["history"]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 100, -1])
+def test_a_truncated_file_gives_way_to_the_one_before(writer: CheckpointWriter, cut: int) -> None:
+    for step in (1, 2):
+        writer.write(step_name(step), some(step))
+    writer.wait()
+    path = writer.folder / step_name(2)
+    path.write_bytes(path.read_bytes()[:cut])
+    newest, problems = read_newest(writer.folder)
+    assert newest is not None
+    assert newest.facts["step"] == 1
+    assert len(problems) == 1
+    assert str(path) in problems[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"garbage" * 100,
+        pickle.dumps({"model": 1}),
+        save({"a": torch.ones(1)}),
+        save({"a": torch.ones(1)}, {"checkpoint": "not json"}),
+        save({"a": torch.ones(1)}, {"checkpoint": "null"}),
+        save({"a": torch.ones(1)}, {"checkpoint": "[1]"}),
+        save({"a": torch.ones(1)}, {"checkpoint": json.dumps({"format": 999})}),
+        save({"a": torch.ones(1)}, {"checkpoint": "{}"}),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / step_name(1)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="step-000000001"):
+        read_checkpoint(path)
+    assert read_newest(tmp_path)[0] is None
+
+
+def test_a_pickle_is_not_executed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class Trap:
+        def __reduce__(self):
+            return Path.write_text, (Path("witness"), "opened")
+
+    torch.save({"a": Trap()}, tmp_path / step_name(1))
+    assert read_newest(tmp_path)[0] is None
+    assert not (tmp_path / "witness").exists()
+
+
+def test_leftovers_of_a_kill_do_not_count(writer: CheckpointWriter) -> None:
+    writer.write(step_name(3), some(3))
+    writer.wait()
+    (writer.folder / f".{step_name(4)}.123.partial").write_bytes(b"half")
+    (writer.folder / "step-4.safetensors").write_bytes(b"")
+    (writer.folder / "best.safetensors").write_bytes(b"")
+    newest, problems = read_newest(writer.folder)
+    assert newest is not None
+    assert newest.facts["step"] == 3
+    assert problems == []
+
+
+def test_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    assert read_newest(tmp_path / "none") == (None, [])
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypatch, where: str) -> None:
+    writer.write(step_name(1), some(1))
+    writer.wait()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if where == "write":
+            real = open
+
+            def limited(path, mode="r", *rest, **keywords):
+                file = real(path, mode, *rest, **keywords)
+                if mode == "wb":
+                    file.write(b"half")
+                    full()
+                return file
+
+            patch.setattr("builtins.open", limited)
+        else:
+            patch.setattr(run_module.os, where, full)
+        writer.write(step_name(2), some(2))
+        with pytest.raises(UserError, match=r"step-000000002\.safetensors cannot be written: No space left"):
+            writer.wait()
+    assert [p.name for p in writer.folder.iterdir()] == [step_name(1)]
+    assert read_newest(writer.folder)[0].facts["step"] == 1
+    writer.write(step_name(3), some(3))  # and when there is room again, it goes on
+    writer.close()
+    assert read_newest(writer.folder)[0].facts["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "adagrad", "nadam"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_an_optimizer_goes_on_to_the_bit(name: str, channels_last: bool, tmp_path: Path) -> None:
+    settings = checked(f"optimizer={name}").optimizer
+
+    def make():
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(3, 5, 3)
+        if channels_last:
+            layer = layer.to(memory_format=torch.channels_last)
+        return layer, build_optimizer(settings, layer.parameters(), fused=True)
+
+    def step(layer, optimizer, k: int) -> None:
+        generator = torch.Generator().manual_seed(k)
+        layer(torch.randn(2, 3, 6, 6, generator=generator)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    whole, optimizer = make()
+    for k in range(6):
+        step(whole, optimizer, k)
+    layer, optimizer = make()
+    for k in range(3):
+        step(layer, optimizer, k)
+    writer = CheckpointWriter(tmp_path)
+    writer.write("x.safetensors", optimizer_checkpoint(optimizer))
+    writer.close()
+    saved = read_checkpoint(tmp_path / "x.safetensors")
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    layer, optimizer = make()
+    layer.load_state_dict(state)
+    load_optimizer(optimizer, saved)
+    for k in range(3, 6):
+        step(layer, optimizer, k)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), whole.parameters(), strict=True))
+
+
+def test_prefixes() -> None:
+    one = {"a.b": torch.ones(1), "c": torch.zeros(1)}
+    both = with_prefix("model", one) | with_prefix("model2", {"a.b": torch.ones(2)})
+    assert under_prefix("model", both).keys() == one.keys()

@@ -1,0 +1,117 @@
+"""Learning rates against closed forms, warm-up, and a state of plain numbers that resumes anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from tests.helpers import checked
+from zfnet.construct import build_optimizer
+from zfnet.training.schedule import Schedule
+
+EPOCHS, STEPS = 10, 7
+ALL = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
+
+
+def schedule(*words: str, epochs: int = EPOCHS) -> Schedule:
+    config = checked("optimizer=sgd", "optimizer.lr=0.5", *words)
+    optimizer = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    return Schedule(config.scheduler, optimizer, epochs, STEPS)
+
+
+def advance(one: Schedule, steps: range, losses: list[float]) -> list[float]:
+    """Return the rate that the optimizer saw at each step."""
+    seen = []
+    for step in steps:
+        with one.warmed_up(step):
+            seen.append(one.optimizer.param_groups[0]["lr"])
+            one.optimizer.step()
+        assert one.rate(step) == pytest.approx(seen[-1], rel=1e-12)
+        one.after_step()
+        if (step + 1) % STEPS == 0:
+            one.after_epoch(losses[step // STEPS])
+    return seen
+
+
+def rates(*words: str, losses: list[float] | None = None) -> list[float]:
+    one = schedule(*words)
+    return advance(one, range(EPOCHS * STEPS), losses or [1.0 / (e + 1) for e in range(EPOCHS)])
+
+
+def by_epoch(values: list[float]) -> list[float]:
+    assert all(len(set(values[e * STEPS : (e + 1) * STEPS])) == 1 for e in range(EPOCHS))
+    return values[::STEPS]
+
+
+def test_constant() -> None:
+    assert rates("scheduler=constant") == [0.5] * 70
+
+
+def test_step() -> None:
+    found = by_epoch(rates("scheduler=step", "scheduler.step_size=3"))
+    assert found == pytest.approx([0.5 * 0.5 ** (e // 3) for e in range(10)])
+
+
+def test_multistep() -> None:
+    found = by_epoch(rates("scheduler=multistep", "scheduler.milestones=[2,7]", "scheduler.gamma=0.1"))
+    assert found == pytest.approx([0.5] * 2 + [0.05] * 5 + [0.005] * 3)
+
+
+def test_cosine() -> None:
+    found = rates("scheduler=cosine", "scheduler.eta_min=0.01")
+    expected = [0.01 + 0.49 * (1 + math.cos(math.pi * s / 70)) / 2 for s in range(70)]
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_onecycle() -> None:
+    found = rates("scheduler=onecycle", "scheduler.pct_start=0.3")
+    assert max(found) == pytest.approx(0.5)
+    assert found.index(max(found)) == 20  # 0.3 · 70 − 1
+    assert found[0] == pytest.approx(0.5 / 25)
+    assert found[-1] == pytest.approx(0.5 / 25 / 1e4)
+
+
+def test_plateau_watches_what_it_is_given() -> None:
+    losses = [1.0, 0.9, 0.95, 0.96, 0.97, 0.5, 0.6, 0.6, 0.6, 0.6]
+    words = ("scheduler=plateau", "scheduler.factor=0.1", "scheduler.patience=1")
+    found = by_epoch(rates(*words, losses=losses))
+    # epochs 3 and 4 bring nothing: one is forgiven, the second lowers the rate from epoch 5 (index 4) on
+    assert found == pytest.approx([0.5] * 4 + [0.05] * 4 + [0.005] * 2)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_warm_up_multiplies_by_a_line(name: str) -> None:
+    """Over the first two and a half epochs, and without misleading the schedule underneath."""
+    plain, warm = rates(f"scheduler={name}"), rates(f"scheduler={name}", "scheduler.warmup_epochs=2.5")
+    length = round(2.5 * STEPS)
+    assert warm == pytest.approx([r * min(1, (s + 1) / length) for s, r in enumerate(plain)])
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("stop", [1, 7, 16, 34, 69])
+def test_a_schedule_goes_on_from_plain_numbers(name: str, stop: int) -> None:
+    words = (f"scheduler={name}", "scheduler.warmup_epochs=1.5")
+    losses = [1, 1, 1, 1, 0.5, 0.6, 0.6, 0.6, 0.2, 0.1]
+    whole = advance(schedule(*words), range(70), losses)
+    first, second = schedule(*words), schedule(*words)
+    advance(first, range(stop), losses)
+    saved = json.loads(json.dumps([first.state(), first.optimizer.state_dict()["param_groups"]]))
+    second.load_state(saved[0])
+    second.optimizer.load_state_dict({"state": {}, "param_groups": saved[1]})
+    assert advance(second, range(stop, 70), losses) == whole[stop:]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_of_one_epoch(name: str) -> None:
+    one = schedule(f"scheduler={name}", epochs=1)
+    assert len(advance(one, range(STEPS), [1.0])) == STEPS
+
+
+def test_cycling_momentum() -> None:
+    words = ("scheduler=onecycle", "scheduler.cycle_momentum=true")
+    one = schedule(*words)
+    advance(one, range(20), [1.0] * 10)
+    assert one.optimizer.param_groups[0]["momentum"] == pytest.approx(0.85, abs=0.01)
