@@ -19,4 +19,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> float | None:
             "start a new run for other settings"
         )
     run = RunDirectory(str(config.run))
-    return train(run.read_config(), run)
+    recorded = run.read_config()
+    if recorded.job.name != "train":
+        raise UserError(f"run={run.folder} was made by job={recorded.job.name}: only a training can go on")
+    return train(recorded, run)
