@@ -32,11 +32,11 @@ def main(raw: DictConfig) -> float | None:
         try:
             config = read_command(raw, words)
             check_recipe(config)
+            return run_job(config, output, words)
         except Exception:
-            if output != Path() and not any(output.iterdir()):
-                output.rmdir()  # Hydra has made it; nothing will be written there
+            if output != Path() and output.is_dir() and not any(output.iterdir()):
+                output.rmdir()  # Hydra has made it, and nothing was written there
             raise
-        return run_job(config, output, words)
 
 
 if __name__ == "__main__":

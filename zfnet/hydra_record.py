@@ -10,21 +10,27 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from zfnet.config import Config
 from zfnet.run import write_atomically
 
 NAME_LIMIT = 120  # bytes; file systems stop at 255, and a path holds several names
 
 
-def write_hydra_record(folder: Path) -> None:
+def write_hydra_record(folder: Path, config: Config | None = None) -> None:
     """Write what Hydra itself would: config.yaml, hydra.yaml and overrides.yaml in `.hydra/`.
 
-    Hydra would write them before anybody could find that the directory belongs to another run.
+    Hydra would write them before anybody could find that the directory belongs to another run. With a
+    `config` that config is written: where a recorded run was the base, Hydra's composition is not what ran.
     """
     if not HydraConfig.initialized():
         return
     composed: Any = HydraConfig.instance().cfg
     (folder / ".hydra").mkdir(exist_ok=True)
-    job = OmegaConf.create({k: v for k, v in composed.items_ex(resolve=False) if k != "hydra"})
+    job = OmegaConf.create(
+        config.to_dict()
+        if config is not None
+        else {k: v for k, v in composed.items_ex(resolve=False) if k != "hydra"}
+    )
     for name, part in (
         ("config", job),
         ("hydra", OmegaConf.create({"hydra": composed.hydra})),

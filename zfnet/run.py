@@ -84,13 +84,18 @@ class RunDirectory:
                     f"{self.folder} holds a run with another config: choose another directory (hydra.run.dir=…)"
                 )
             return True
+        self.claim_new(config)
+        return False
+
+    def claim_new(self, config: Config) -> None:
+        """Make this, which must be absent or empty, the directory of `config`'s run; raise UserError otherwise."""
         if self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
+            found = "holds a run" if (self.folder / "config.yaml").exists() else "holds no run"
             raise UserError(
-                f"{self.folder} is not empty and holds no run: choose another directory (hydra.run.dir=…)"
+                f"{self.folder} is not empty and {found}: choose another directory (hydra.run.dir=…)"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-        return False
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -19,4 +19,8 @@ def main(config: Config, output: Path, overrides: list[str]) -> float | None:
             f"job=resume goes on with the run's own settings and takes no others, such as {others[0]}: "
             "start a new run for other settings"
         )
-    return train(config, RunDirectory(str(config.run)))
+    run = RunDirectory(str(config.run))
+    maker = run.read_config().job.name
+    if maker != "train":
+        raise UserError(f"run={run.folder} was made by job={maker}: only a training can go on")
+    return train(config, run)

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from zfnet.config import Config
-from zfnet.console import log_to
-from zfnet.data import Batches, ImageSet, Splits, load_splits
+from zfnet.data import Batches, Splits, load_splits
 from zfnet.environment import describe_environment
-from zfnet.errors import UserError
 from zfnet.hydra_record import write_hydra_record
+from zfnet.jobs.common import hold, recorded_state
 from zfnet.report.board import TensorBoard
-from zfnet.report.figures import draw_confusion, draw_curves, draw_per_class, draw_samples, save_figure
+from zfnet.report.figures import draw_curves, save_figure
+from zfnet.report.results import draw_results, results_of, say_per_class, say_result
 from zfnet.run import RunDirectory
 from zfnet.training.checkpoint import CheckpointWriter, read_checkpoint, read_newest
 from zfnet.training.device import choose
 from zfnet.training.loop import BEST, evaluate, fit
-from zfnet.training.metrics import Evaluation
 from zfnet.training.recorder import Recorder
 from zfnet.training.signals import StopRequest
 from zfnet.training.state import TrainingState
@@ -47,32 +46,24 @@ def main(config: Config, output: Path, overrides: list[str]) -> float | None:
 
 def train(config: Config, run: RunDirectory) -> float | None:
     """Train in a claimed directory, from its newest checkpoint if it has one. Returns the objective of a sweep."""
-    with run.lock(), log_to(run.folder / "train.log"), StopRequest() as stop:
+    with hold(run, "train.log") as stop:
         if run.state == "done":
             log.info("nothing to do: %s is finished", run.folder)
             return objective(run.read_json("results.json"))
-        run.set_status("running")
-        try:
-            with processes(config.trainer.devices, _work, run.folder) as world:
-                results = _train(config, run, stop, world)
-        except KeyboardInterrupt as error:
-            run.set_status("stopped", str(error) or "stopped by the keyboard")
-            log.info("stopped; go on with: python run.py job=resume run=%s", run.folder)
-            raise
-        except BaseException as error:
-            run.set_status(
-                "failed",
-                f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error),
-            )
-            log.debug("failed", exc_info=True)
-            raise
-        run.set_status("done")
+        with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
+            results = train_and_test(config, run, stop)
         return objective(results)
 
 
 def objective(results: dict[str, Any]) -> float | None:
     """What a sweep compares: accuracy on validation, never on test; None where there is no validation."""
     return results["validation"]["accuracy"] if results["validation"] else None
+
+
+def train_and_test(config: Config, run: RunDirectory, stop: StopRequest) -> dict[str, Any]:
+    """Train, measure and write everything but the state; returns what results.json holds."""
+    with processes(config.trainer.devices, _work, run.folder) as world:
+        return _train(config, run, stop, world)
 
 
 def _work(world: World, folder: Path) -> None:
@@ -108,9 +99,8 @@ def _train(config: Config, run: RunDirectory, stop: StopRequest, world: World) -
         return {}
     for problem in problems:
         log.warning("%s; using an earlier one", problem)
-    run.write_json(
-        "environment.json", describe_environment(plan.device, splits.fingerprint, config.trainer.name)
-    )
+    surroundings = describe_environment(plan.device, splits.fingerprint, config.trainer.name)
+    run.write_json("environment.json", {**surroundings, "plan": plan.describe()})
     log.info("%s on %s: %s", config.model.name, config.data.name, _sizes(splits))
     log.info("%s parameters; %s", f"{sum(p.numel() for p in state.model.parameters()):,}", plan.describe())
     if saved is not None:
@@ -166,7 +156,7 @@ def _report(
     digest = save_model(run.weights, model, facts)
     steps = sum(row["seconds"] for row in state.history)
     results: dict[str, Any] = {
-        name: None if f is None else _figures_of(f, classes) for name, f in found.items()
+        name: None if f is None else results_of(f, classes) for name, f in found.items()
     }
     results |= {
         "epochs": state.epoch,
@@ -186,7 +176,7 @@ def _report(
         (None, None),
     )
     if shown is not None and part is not None:
-        _draw(run, shown, part, classes, board, state.step)
+        draw_results(run, shown, part, board, state.step)
     if board is not None:
         flat = {
             f"result/{name}_accuracy": r["accuracy"] for name, r in results.items() if isinstance(r, dict)
@@ -199,50 +189,13 @@ def _report(
     return results
 
 
-def _figures_of(found: Evaluation, classes: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        **found.summary(),
-        "images": len(found.labels),
-        "per_class": dict(zip(classes, found.per_class(), strict=True)),
-        "confusion": found.confusion().tolist(),
-    }
-
-
-def _draw(
-    run: RunDirectory,
-    found: Evaluation,
-    part: ImageSet,
-    classes: tuple[str, ...],
-    board: TensorBoard | None,
-    step: int,
-) -> None:
-    figures = {
-        "confusion": draw_confusion(found, classes),
-        "per_class": draw_per_class(found, classes),
-        "samples": draw_samples(part, found),
-    }
-    for name, figure in figures.items():
-        save_figure(figure, run.figures / f"{name}.png")
-        if board is not None:
-            board.figure(name, figure, step)
-
-
 def _say(config: Config, run: RunDirectory, results: dict[str, Any]) -> None:
     for name in ("validation", "test"):
         if results[name]:
-            log.info(
-                "%-10s accuracy %.2f %%, top-5 %.2f %%, loss %.4f (%d images)",
-                name,
-                100 * results[name]["accuracy"],
-                100 * results[name]["top5"],
-                results[name]["loss"],
-                results[name]["images"],
-            )
+            say_result(name, results[name])
     measured = results["test"] or results["validation"]
     if measured:
-        width = max(len(c) for c in measured["per_class"])
-        for name, accuracy in measured["per_class"].items():
-            log.info("  %-*s %s", width, name, "no images" if accuracy is None else f"{accuracy:7.2%}")
+        say_per_class(measured)
     if config.trainer.test_each_epoch:
         log.info("the test set was measured after each epoch: do not choose an epoch or a setting by it")
     log.info("written to %s", run.folder)

@@ -1,0 +1,190 @@
+"""What jobs share: a directory of their own to write in, and the finished run that they read.
+
+A job that writes and reads a run looks like this:
+
+    used = UsedRun(config, overrides)               # the network, on the chosen device
+    with own_directory(config, output) as run:      # locked, logged, its state recorded
+        batches = used.batches(used.split("test"))
+        run.write_json("results.json", …)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from zfnet.config import Config, DataConfig
+from zfnet.console import log_to
+from zfnet.data import Batches, ImageSet, Splits, load_splits
+from zfnet.errors import UserError
+from zfnet.hydra_record import write_hydra_record
+from zfnet.run import RunDirectory, find_run
+from zfnet.training.device import choose
+from zfnet.training.signals import StopRequest
+from zfnet.weights import ModelFacts, load_model
+
+log = logging.getLogger("zfnet")
+
+# what the network sees of an image: a matter of the run, whatever data it is shown
+_PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit")
+_FIXED = ("model", "optimizer", "scheduler", "augment")
+
+
+# -- a directory to write in
+
+
+@contextlib.contextmanager
+def own_directory(config: Config, output: Path) -> Iterator[RunDirectory]:
+    """Take `output`, which must be new or empty, for this job: hold it, log to <job>.log, record its state.
+
+    Raises UserError where there is something in it already.
+    """
+    run = RunDirectory(output)
+    run.claim_new(config)
+    write_hydra_record(output, config)
+    with hold(run, f"{config.job.name}.log"), recorded_state(run):
+        yield run
+
+
+@contextlib.contextmanager
+def hold(run: RunDirectory, log_name: str) -> Iterator[StopRequest]:
+    """Lock a claimed directory and log to a file in it; SIGINT and SIGTERM raise Stopped within this block."""
+    with run.lock(), log_to(run.folder / log_name), StopRequest() as stop:
+        yield stop
+
+
+@contextlib.contextmanager
+def recorded_state(run: RunDirectory, when_stopped: str = "stopped") -> Iterator[None]:
+    """Record running, and at the block's end done, stopped or failed; errors go on to the caller."""
+    run.set_status("running")
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        run.set_status("stopped", str(error) or "stopped by the keyboard")
+        log.info(when_stopped)
+        raise
+    except BaseException as error:
+        run.set_status(
+            "failed",
+            f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error),
+        )
+        log.debug("failed", exc_info=True)
+        raise
+    run.set_status("done")
+
+
+# -- a run to read
+
+
+class UsedRun:
+    """The run that `run=<dir>` names: its network on the chosen device, and images as it saw them.
+
+    source: its directory, which is only read
+    model: in evaluation mode, on plan.device
+    facts: classes and preprocessing, as recorded with the weights
+    data: where images come from, after overrides; how they are prepared is the run's way
+
+    Raises UserError where the run is not finished, or an override contradicts its network.
+    """
+
+    def __init__(self, config: Config, overrides: Sequence[str]) -> None:
+        given = {word.split("=", 1)[0].lstrip("+~") for word in overrides}
+        for key in sorted(given):
+            if key.split(".")[0] in _FIXED:
+                raise UserError(
+                    f"{key}=…: job={config.job.name} uses the network and the weights of run={config.run} "
+                    "as they are; leave it out"
+                )
+        self.config = config
+        self.source = find_run(str(config.run))
+        model, self.facts = load_model(self.source.weights)
+        self.data = _data_for(config.data, self.facts, given)
+        self.plan = choose(config.trainer)
+        self.model = model.to(self.plan.device).to(memory_format=self.plan.memory_format)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.facts.classes
+
+    def splits(self) -> Splits:
+        """Load the images; labels are the run's own numbers, matched by class name."""
+        loaded = load_splits(self.data)
+        train, validation, test = (
+            None if part is None else self._by_name(part)
+            for part in (loaded.train, loaded.validation, loaded.test)
+        )
+        assert train is not None
+        return Splits(train, validation, test, loaded.fingerprint)
+
+    def split(self, name: str, splits: Splits | None = None) -> ImageSet:
+        """Return train, validation, test, or `all` of them; raise UserError where there is no such part."""
+        splits = splits or self.splits()
+        if name == "all":
+            return _joined([p for p in (splits.train, splits.validation, splits.test) if p is not None])
+        part: ImageSet | None = getattr(splits, name)
+        if part is None:
+            raise UserError(f"job.split={name}: data={self.data.name} has no {name} images")
+        return part
+
+    def batches(self, part: ImageSet, data: DataConfig | None = None) -> Batches:
+        """Return the batches of `part` on the device, prepared as `data` says (default: as in training)."""
+        return Batches(part, data or self.data, self.plan.device, channels_last=self.plan.channels_last)
+
+    def _by_name(self, part: ImageSet) -> ImageSet:
+        if part.classes == self.classes:
+            return part
+        for name in part.classes:
+            if name not in self.classes:
+                raise UserError(
+                    f"data={self.data.name}: its class '{name}' is not one of run={self.source.folder}, "
+                    f"which knows {_few(self.classes)}"
+                )
+        numbers = torch.tensor([self.classes.index(name) for name in part.classes])
+        return replace(part, labels=numbers[part.labels], classes=self.classes)
+
+
+def _data_for(data: DataConfig, facts: ModelFacts, given: set[str]) -> DataConfig:
+    """Return `data` with the run's preprocessing, except where the command line says otherwise, key by key."""
+    if "data" in given:  # the whole group was swapped for today's file
+        kept = {key: getattr(facts.data, key) for key in _PREPROCESSING if f"data.{key}" not in given}
+        data = replace(data, **kept)
+    if data.image_size != facts.data.image_size:
+        raise UserError(
+            f"data.image_size={data.image_size}: the run's network takes images of {facts.data.image_size} px; "
+            "leave it out"
+        )
+    elsewhere = (data.name, data.root) != (facts.data.name, facts.data.root)
+    if elsewhere and "data.store_size" not in given:
+        data = replace(data, store_size=facts.stored_size)
+    return data
+
+
+def _joined(parts: Sequence[ImageSet]) -> ImageSet:
+    """Put sets of one data set together; pixels that they share already are not copied."""
+    first = parts[0]
+    arrays: list[np.ndarray] = []
+    rows = []
+    for part in parts:
+        known = next((k for k, a in enumerate(arrays) if a is part.images), None)
+        if known is None:
+            known = len(arrays)
+            arrays.append(part.images)
+        rows.append(part.rows + sum(len(a) for a in arrays[:known]))
+    images = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return replace(
+        first,
+        images=images,
+        labels=torch.cat([p.labels for p in parts]),
+        rows=torch.cat(rows),
+        boxes=None if any(p.boxes is None for p in parts) else torch.cat([p.boxes for p in parts]),  # type: ignore[misc]
+    )
+
+
+def _few(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" … ({len(names)} in all)" if len(names) > most else "")
