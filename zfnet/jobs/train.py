@@ -14,13 +14,14 @@ from zfnet.errors import UserError
 from zfnet.hydra_record import write_hydra_record
 from zfnet.report.board import TensorBoard
 from zfnet.report.figures import draw_confusion, draw_curves, draw_per_class, draw_samples, save_figure
-from zfnet.run import RunDirectory
+from zfnet.run import RunDirectory, objective
+from zfnet.sweeps.pruning import trial_watcher
 from zfnet.training.checkpoint import CheckpointWriter, read_checkpoint, read_newest
 from zfnet.training.device import choose
 from zfnet.training.loop import BEST, evaluate, fit
 from zfnet.training.metrics import Evaluation
-from zfnet.training.recorder import Recorder
-from zfnet.training.signals import StopRequest
+from zfnet.training.recorder import Recorder, Watcher
+from zfnet.training.signals import Pruned, StopRequest
 from zfnet.training.state import TrainingState
 from zfnet.weights import ModelFacts, save_model
 
@@ -34,18 +35,25 @@ def main(config: Config, output: Path, overrides: list[str]) -> float | None:
         print(f"{output} holds this run already")
     else:
         write_hydra_record(output)
-    return train(config, run)
+    return train(config, run, trial_watcher())
 
 
-def train(config: Config, run: RunDirectory) -> float | None:
-    """Train in a claimed directory, from its newest checkpoint if it has one. Returns the objective of a sweep."""
+def train(config: Config, run: RunDirectory, watcher: Watcher | None = None) -> float | None:
+    """Train in a claimed directory, from its newest checkpoint if it has one. Returns the objective of a sweep.
+
+    `watcher` sees every epoch and may end the run (`Pruned`); it then has no objective.
+    """
     with run.lock(), log_to(run.folder / "train.log"), StopRequest() as stop:
         if run.state == "done":
             log.info("nothing to do: %s is finished", run.folder)
             return objective(run.read_json("results.json"))
         run.set_status("running")
         try:
-            results = _train(config, run, stop)
+            results = _train(config, run, stop, watcher)
+        except Pruned as reason:
+            run.set_status("pruned", str(reason))
+            log.info("pruned: %s", reason)
+            return None
         except KeyboardInterrupt as error:
             run.set_status("stopped", str(error) or "stopped by the keyboard")
             log.info("stopped; go on with: python run.py job=resume run=%s", run.folder)
@@ -61,12 +69,9 @@ def train(config: Config, run: RunDirectory) -> float | None:
         return objective(results)
 
 
-def objective(results: dict[str, Any]) -> float | None:
-    """What a sweep compares: accuracy on validation, never on test; None where there is no validation."""
-    return results["validation"]["accuracy"] if results["validation"] else None
-
-
-def _train(config: Config, run: RunDirectory, stop: StopRequest) -> dict[str, Any]:
+def _train(
+    config: Config, run: RunDirectory, stop: StopRequest, watcher: Watcher | None = None
+) -> dict[str, Any]:
     plan = choose(config.trainer)
     splits = load_splits(config.data)
     train = Batches(
@@ -105,7 +110,7 @@ def _train(config: Config, run: RunDirectory, stop: StopRequest) -> dict[str, An
             validation,
             test if config.trainer.test_each_epoch else None,
             writer,
-            Recorder(run, board),
+            Recorder(run, board, watcher),
             stop,
         )
         if state.best is not None:  # the best on validation; without validation, the last

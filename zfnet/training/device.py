@@ -12,6 +12,8 @@ import torch
 from zfnet.config import TrainerConfig
 from zfnet.errors import UserError
 
+_THREADS = torch.get_num_threads()  # PyTorch's own choice, before any run has made another
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,8 +48,9 @@ class Plan:
 def choose(trainer: TrainerConfig) -> Plan:
     """Decide every `auto` and set the process-wide switches that the decisions need; raise UserError."""
     device = _device(trainer.device)
-    if trainer.threads is not None:
-        torch.set_num_threads(trainer.threads)
+    torch.set_num_threads(trainer.threads or _THREADS)
+    if trainer.compile is True:
+        torch.compiler.reset()  # past a number of recompilations the compiler would leave later jobs of a sweep alone
     precision = trainer.precision
     if precision == "auto":
         # bf16 pays on tensor cores and on AMX; on a CPU without AMX it is a third slower than fp32

@@ -17,11 +17,17 @@ class Board(Protocol):
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None: ...
 
 
+class Watcher(Protocol):
+    """Somebody outside who looks at every epoch, and may raise Pruned."""
+
+    def epoch(self, row: Mapping[str, Any]) -> None: ...
+
+
 class Recorder:
     """Passes each reading on to all who want it."""
 
-    def __init__(self, run: RunDirectory, board: Board | None) -> None:
-        self.run, self.board = run, board
+    def __init__(self, run: RunDirectory, board: Board | None, watcher: Watcher | None = None) -> None:
+        self.run, self.board, self.watcher = run, board, watcher
 
     def step(self, step: int, loss: float, accuracy: float, rate: float) -> None:
         """A reading within an epoch: means since the epoch began."""
@@ -37,6 +43,8 @@ class Recorder:
         if self.board is not None:
             skip = ("epoch", "step")
             self.board.scalars(row["epoch"], {f"epoch/{k}": v for k, v in row.items() if k not in skip})
+        if self.watcher is not None and row["epoch"] < epochs:
+            self.watcher.epoch(row)
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
