@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional, TypeVar
 
@@ -147,12 +148,7 @@ class Config:
 
     def identity(self) -> str:
         """Return a hash of everything that the result depends on (not where data lies or what is logged)."""
-        facts = self.to_dict()
-        del facts["job"], facts["run"], facts["images"]
-        for group, keys in NOT_IDENTITY.items():
-            for key in keys:
-                del facts[group][key]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(facts(self.to_dict()), sort_keys=True).encode()).hexdigest()
 
 
 # Keys that change neither the weights nor the figures of a run.
@@ -160,6 +156,28 @@ NOT_IDENTITY = {
     "data": ("root", "cache_dir", "device_memory"),
     "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "tensorboard", "profile"),
 }
+
+
+def facts(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a config (as plain dicts) that the result depends on."""
+    return {
+        group: {k: v for k, v in value.items() if k not in NOT_IDENTITY.get(group, ())}
+        if isinstance(value, Mapping)
+        else value
+        for group, value in plain.items()
+        if group not in ("job", "run", "images")
+    }
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested config as dotted keys and values; an empty or null part is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from zfnet.errors import UserError
 from zfnet.hydra_record import write_hydra_record
 from zfnet.run import RunDirectory, find_run
 from zfnet.training.device import choose
-from zfnet.training.signals import StopRequest
+from zfnet.training.signals import Pruned, StopRequest
 from zfnet.weights import ModelFacts, load_model
 
 log = logging.getLogger("zfnet")
@@ -65,6 +65,10 @@ def recorded_state(run: RunDirectory, when_stopped: str = "stopped") -> Iterator
     run.set_status("running")
     try:
         yield
+    except Pruned as reason:
+        run.set_status("pruned", str(reason))
+        log.info("pruned: %s", reason)
+        raise
     except KeyboardInterrupt as error:
         run.set_status("stopped", str(error) or "stopped by the keyboard")
         log.info(when_stopped)

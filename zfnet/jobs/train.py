@@ -15,12 +15,13 @@ from zfnet.jobs.common import hold, recorded_state
 from zfnet.report.board import TensorBoard
 from zfnet.report.figures import draw_curves, save_figure
 from zfnet.report.results import draw_results, results_of, say_per_class, say_result
-from zfnet.run import RunDirectory
+from zfnet.run import RunDirectory, objective
+from zfnet.sweeps.pruning import trial_watcher
 from zfnet.training.checkpoint import CheckpointWriter, read_checkpoint, read_newest
 from zfnet.training.device import choose
 from zfnet.training.loop import BEST, evaluate, fit
-from zfnet.training.recorder import Recorder
-from zfnet.training.signals import StopRequest
+from zfnet.training.recorder import Recorder, Watcher
+from zfnet.training.signals import Pruned, StopRequest
 from zfnet.training.state import TrainingState
 from zfnet.training.world import World, follow, processes, torchrun_world
 from zfnet.weights import ModelFacts, save_model
@@ -41,29 +42,32 @@ def main(config: Config, output: Path, overrides: list[str]) -> float | None:
         print(f"{output} holds this run already")
     else:
         write_hydra_record(output)
-    return train(config, run)
+    return train(config, run, trial_watcher())
 
 
-def train(config: Config, run: RunDirectory) -> float | None:
-    """Train in a claimed directory, from its newest checkpoint if it has one. Returns the objective of a sweep."""
+def train(config: Config, run: RunDirectory, watcher: Watcher | None = None) -> float | None:
+    """Train in a claimed directory, from its newest checkpoint if it has one. Returns the objective of a sweep.
+
+    `watcher` sees every epoch and may end the run (`Pruned`); it then has no objective.
+    """
     with hold(run, "train.log") as stop:
         if run.state == "done":
             log.info("nothing to do: %s is finished", run.folder)
             return objective(run.read_json("results.json"))
-        with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
-            results = train_and_test(config, run, stop)
+        try:
+            with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
+                results = train_and_test(config, run, stop, watcher)
+        except Pruned:
+            return None
         return objective(results)
 
 
-def objective(results: dict[str, Any]) -> float | None:
-    """What a sweep compares: accuracy on validation, never on test; None where there is no validation."""
-    return results["validation"]["accuracy"] if results["validation"] else None
-
-
-def train_and_test(config: Config, run: RunDirectory, stop: StopRequest) -> dict[str, Any]:
+def train_and_test(
+    config: Config, run: RunDirectory, stop: StopRequest, watcher: Watcher | None = None
+) -> dict[str, Any]:
     """Train, measure and write everything but the state; returns what results.json holds."""
     with processes(config.trainer.devices, _work, run.folder) as world:
-        return _train(config, run, stop, world)
+        return _train(config, run, stop, world, watcher)
 
 
 def _work(world: World, folder: Path) -> None:
@@ -74,7 +78,9 @@ def _work(world: World, folder: Path) -> None:
     _train(run.read_config(), run, StopRequest(), world)
 
 
-def _train(config: Config, run: RunDirectory, stop: StopRequest, world: World) -> dict[str, Any]:
+def _train(
+    config: Config, run: RunDirectory, stop: StopRequest, world: World, watcher: Watcher | None = None
+) -> dict[str, Any]:
     plan = choose(config.trainer, world)
     splits = load_splits(config.data)
     train = Batches(
@@ -118,7 +124,7 @@ def _train(config: Config, run: RunDirectory, stop: StopRequest, world: World) -
             validation,
             test if config.trainer.test_each_epoch else None,
             writer,
-            Recorder(run, board),
+            Recorder(run, board, watcher),
             stop,
         )
         if state.best is not None:  # the best on validation; without validation, the last

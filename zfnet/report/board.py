@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from zfnet.config import flatten
 from zfnet.model import ZFNet
 
 log = logging.getLogger("zfnet")
@@ -51,21 +52,14 @@ class TensorBoard:
         """Record settings and results in this run; `SummaryWriter.add_hparams` would open a second one."""
         from torch.utils.tensorboard.summary import hparams
 
-        for part in hparams(dict(flatten(config)), dict(results)):
+        # TensorBoard takes plain values only: lists and nulls become text
+        plain = {
+            k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flatten(config).items()
+        }
+        for part in hparams(plain, dict(results)):
             self.writer._get_file_writer().add_summary(part)
         for name, value in results.items():
             self.writer.add_scalar(name, value)
 
     def close(self) -> None:
         self.writer.close()
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return a nested config as (dotted key, plain value) pairs; lists and nulls become text."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            pairs += flatten(value, f"{prefix}{key}.")
-        else:
-            pairs.append((prefix + key, value if isinstance(value, (bool, int, float, str)) else str(value)))
-    return pairs

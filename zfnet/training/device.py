@@ -59,6 +59,8 @@ def choose(trainer: TrainerConfig, world: World = ALONE) -> Plan:
         device = torch.device("cuda", world.local)
         torch.cuda.set_device(device)
     torch.set_num_threads(trainer.threads or max(1, THREADS // world.size))
+    if trainer.compile is True:
+        torch.compiler.reset()  # past a number of recompilations the compiler would leave later jobs of a sweep alone
     precision = trainer.precision
     if precision == "auto":
         # bf16 pays on tensor cores and on AMX; on a CPU without AMX it is a third slower than fp32

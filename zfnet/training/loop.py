@@ -16,7 +16,7 @@ from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, step_name
 from zfnet.training.device import Plan
 from zfnet.training.metrics import Evaluation, EvaluationSums
 from zfnet.training.recorder import Recorder
-from zfnet.training.signals import Stopped, StopRequest
+from zfnet.training.signals import Pruned, Stopped, StopRequest
 from zfnet.training.state import TrainingState
 
 BEST = "best.safetensors"
@@ -31,7 +31,7 @@ def fit(
     recorder: Recorder,
     stop: StopRequest,
 ) -> None:
-    """Train from where `state` is to the last epoch. Raises Stopped, having saved, and UserError on divergence.
+    """Train from where `state` is to the last epoch. Raises UserError if it diverges; Stopped or Pruned, having saved.
 
     `test` is given only where the config asks for a reading after each epoch; nothing is chosen by it.
     """
@@ -49,8 +49,13 @@ def fit(
                         row |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy}
                 row = state.world.from_leader(row)  # all processes must decide alike
                 finish_epoch(state, row, len(train.set), writer, recorder)
-        except (Stopped, RuntimeError):  # RuntimeError: what a collective raises when a process is gone
-            if state.world.size > 1 or stop.number is not None:
+        except (Stopped, Pruned):
+            save(state, writer, state.epoch_seconds)
+            writer.wait()
+            raise
+        except RuntimeError:
+            # what a collective raises when another process is gone; the step in progress has changed nothing yet
+            if state.world.size > 1:
                 save(state, writer, state.epoch_seconds)
                 writer.wait()
             raise

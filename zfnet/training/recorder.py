@@ -20,11 +20,17 @@ class Board(Protocol):
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None: ...
 
 
+class Watcher(Protocol):
+    """Somebody outside who looks at every epoch, and may raise Pruned."""
+
+    def epoch(self, row: Mapping[str, Any]) -> None: ...
+
+
 class Recorder:
     """Passes each reading on to all who want it; without a run, to nobody."""
 
-    def __init__(self, run: RunDirectory | None, board: Board | None) -> None:
-        self.run, self.board = run, board
+    def __init__(self, run: RunDirectory | None, board: Board | None, watcher: Watcher | None = None) -> None:
+        self.run, self.board, self.watcher = run, board, watcher
 
     def profiler(self, wanted: bool) -> torch.profiler.profile | contextlib.nullcontext[None]:
         """Return a context that writes a trace of five steps, the sixth to the tenth, to profile/ in the run."""
@@ -54,6 +60,8 @@ class Recorder:
         if self.board is not None:
             skip = ("epoch", "step")
             self.board.scalars(row["epoch"], {f"epoch/{k}": v for k, v in row.items() if k not in skip})
+        if self.watcher is not None and row["epoch"] < epochs:
+            self.watcher.epoch(row)
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:

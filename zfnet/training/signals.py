@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the step, save, leave."""
+"""Reasons to leave before the end: SIGTERM and Ctrl-C finish the step, save and leave; a search may prune."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number
+
+
+class Pruned(Exception):
+    """A search has no hope for this run. Ends the run and not the sweep; a checkpoint is saved."""
 
 
 class StopRequest:
