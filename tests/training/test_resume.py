@@ -75,7 +75,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory):
 
 def test_two_runs_in_one_process_are_equal(whole, tmp_path: Path) -> None:
     """Another run between them leaves nothing behind."""
-    train_minute(tmp_path / "between", "seed=9", "trainer.threads=1", "trainer.deterministic=false", *ALL_ON)
+    train_minute(tmp_path / "between", "seed=9", "trainer.threads=2", "trainer.deterministic=false", *ALL_ON)
     assert learned(train_minute(tmp_path / "again")) == whole
 
 
@@ -215,7 +215,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, run_py, monkeypatch) -> N
 @pytest.mark.slow
 def test_processes_that_are_really_killed(whole, tmp_path: Path) -> None:
     """SIGKILL in mid-epoch, the same command again and SIGTERM in the same epoch, then job=resume."""
-    words = [*MINUTE, EVERY_STEP, "hydra.run.dir=r", "trainer.epochs=40"]
+    words = [*MINUTE, EVERY_STEP, "hydra.run.dir=r", "trainer.epochs=12"]
     run = RunDirectory(tmp_path / "r")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -246,7 +246,7 @@ def test_processes_that_are_really_killed(whole, tmp_path: Path) -> None:
     assert start_and_signal(first + 3, signal.SIGTERM).returncode == 143
     assert run.state == "stopped"
     second = int(step_files(run.checkpoints)[-1].stem[5:])
-    assert 10 <= first < second < 40 * STEPS
+    assert 10 <= first < second < 12 * STEPS
     longer = [w for w in words if not w.startswith("hydra")]
     config = compose(*longer)
     with no_figures():
@@ -254,7 +254,7 @@ def test_processes_that_are_really_killed(whole, tmp_path: Path) -> None:
     assert (
         f"going on from epoch {second // STEPS + 1}, step {second}" in (run.folder / "train.log").read_text()
     )
-    assert learned(run) == learned(train_minute(tmp_path / "whole", "trainer.epochs=40"))
+    assert learned(run) == learned(train_minute(tmp_path / "whole", "trainer.epochs=12"))
 
 
 def test_the_same_command_goes_on_in_the_same_directory(whole, tmp_path: Path, run_py, kill_at) -> None:
