@@ -75,7 +75,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory):
 
 def test_two_runs_in_one_process_are_equal(whole, tmp_path: Path) -> None:
     """Another run between them leaves nothing behind."""
-    train_minute(tmp_path / "between", "seed=9", "trainer.threads=2", "trainer.deterministic=false", *ALL_ON)
+    train_minute(
+        tmp_path / "between",
+        "seed=9",
+        "trainer.epochs=1",
+        "trainer.threads=2",
+        "trainer.deterministic=false",
+        *ALL_ON,
+    )
     assert learned(train_minute(tmp_path / "again")) == whole
 
 
