@@ -36,6 +36,7 @@ MINUTE = (
     *TINY,
     "trainer=exact",
     "trainer.device=cpu",
+    "trainer.threads=1",
     "data.train_images=80",
     "data.test_images=20",
     "data.batch_size=9",

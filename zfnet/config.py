@@ -208,6 +208,8 @@ def read_part(schema: type[T], raw: Any, prefix: str = "") -> T:
             plain = OmegaConf.to_container(raw, resolve=True)
         else:  # from a file, perhaps a stranger's
             plain = raw
+            if not isinstance(plain, dict):
+                raise UserError(f"{prefix or 'config'}: must hold keys and values, not {plain!r:.40}")
             _refuse_interpolation(plain, prefix)
         typed = OmegaConf.merge(OmegaConf.structured(schema), plain)
         missing = sorted(OmegaConf.missing_keys(typed))

@@ -26,8 +26,8 @@ def test_exact_is_exact() -> None:
 
 def test_a_later_run_is_not_touched_by_an_earlier_one() -> None:
     threads = torch.get_num_threads()
-    plan("trainer=exact", "trainer.device=cpu", "trainer.threads=1")
-    assert torch.get_num_threads() == 1
+    plan("trainer=exact", "trainer.device=cpu", "trainer.threads=3")
+    assert torch.get_num_threads() == 3
     plan("trainer=cpu")
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.benchmark

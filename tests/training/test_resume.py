@@ -1,0 +1,333 @@
+"""A run that was stopped, killed or starved of disk, and goes on, equals one that was not: to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.helpers import MINUTE, STEPS, compose, learned, no_figures, train_minute
+from zfnet.errors import UserError
+from zfnet.jobs import train as train_module
+from zfnet.run import RunDirectory
+from zfnet.training import checkpoint as checkpoint_module
+from zfnet.training import loop
+from zfnet.training.checkpoint import step_files, step_name
+
+EVERY_STEP = "trainer.checkpoint_minutes=1e-9"  # not part of a run's identity
+ALL_ON = (
+    "augment=crop_flip_cutout",
+    "model.dropout=0.5",
+    "model.norm=batch",
+    "trainer.ema=0.8",
+    "trainer.accumulate=3",
+    "trainer.clip_norm=1",
+    "trainer.label_smoothing=0.1",
+    "scheduler.warmup_epochs=0.5",
+)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL within this process: nothing that handles errors may handle it."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch):
+    """Return a context in which training dies just before the given global step, saving nothing more."""
+
+    def context(step: int):
+        patch = pytest.MonkeyPatch.context()
+        inner = patch.__enter__()
+        real = loop.train_step
+
+        def dying(state, batch) -> None:
+            if state.step == step:
+                raise Killed
+            real(state, batch)
+
+        inner.setattr(loop, "train_step", dying)
+        return patch
+
+    return context
+
+
+def die_at(kill_at, folder: Path, step: int, *words: str) -> None:
+    patch = kill_at(step)
+    try:
+        with pytest.raises(Killed):
+            train_minute(folder, EVERY_STEP, *words)
+    finally:
+        patch.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory):
+    """The same run without any interruption, checkpoints only at its end."""
+    return learned(train_minute(tmp_path_factory.mktemp("whole") / "run"))
+
+
+def test_two_runs_in_one_process_are_equal(whole, tmp_path: Path) -> None:
+    """Another run between them leaves nothing behind."""
+    train_minute(
+        tmp_path / "between",
+        "seed=9",
+        "trainer.epochs=1",
+        "trainer.threads=2",
+        "trainer.deterministic=false",
+        *ALL_ON,
+    )
+    assert learned(train_minute(tmp_path / "again")) == whole
+
+
+@pytest.mark.parametrize("stops", [[1], [3, 5], [7, 8], [8], [9, 12, 15]], ids=str)
+def test_killed_and_resumed(whole, tmp_path: Path, kill_at, stops: list[int]) -> None:
+    """Twice in one epoch, in the last step of one and the first of the next, three times."""
+    for step in stops:
+        die_at(kill_at, tmp_path / "run", step)
+    run = train_minute(tmp_path / "run", EVERY_STEP)
+    assert learned(run) == whole
+    assert run.state == "done"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("scheduler", ["plateau", "onecycle"])
+def test_with_everything_on(tmp_path: Path, kill_at, optimizer: str, scheduler: str) -> None:
+    words = (*ALL_ON, f"optimizer={optimizer}", f"scheduler={scheduler}")
+    expected = learned(train_minute(tmp_path / "whole", *words))
+    for step in (5, 11):
+        die_at(kill_at, tmp_path / "run", step, *words)
+    assert learned(train_minute(tmp_path / "run", EVERY_STEP, *words)) == expected
+
+
+def test_without_a_checkpoint_it_starts_again(whole, tmp_path: Path, kill_at) -> None:
+    patch = kill_at(3)
+    with pytest.raises(Killed):
+        train_minute(tmp_path / "run")
+    patch.__exit__(None, None, None)
+    assert not step_files(tmp_path / "run/checkpoints")
+    assert learned(train_minute(tmp_path / "run")) == whole
+
+
+def test_killed_while_validating(whole, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", _raise(Killed))
+        with pytest.raises(Killed):
+            train_minute(tmp_path / "run", EVERY_STEP)
+    assert step_files(tmp_path / "run/checkpoints")[-1].name == step_name(STEPS)
+    assert learned(train_minute(tmp_path / "run", EVERY_STEP)) == whole
+
+
+def test_killed_while_reporting(whole, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_report", _raise(Killed))
+        with pytest.raises(Killed):
+            train_minute(tmp_path / "run")
+    patch_calls: list[int] = []
+    monkeypatch.setattr(loop, "train_step", lambda *_: patch_calls.append(1))
+    assert learned(train_minute(tmp_path / "run")) == whole
+    assert patch_calls == []  # all steps were done already
+
+
+def _raise(error: type[BaseException]):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_killed_while_writing_a_checkpoint(whole, tmp_path: Path, kill_at, caplog) -> None:
+    """A write that ended half way leaves its partial file; a file system that lied, a short newest file."""
+    die_at(kill_at, tmp_path / "run", 6)
+    files = step_files(tmp_path / "run/checkpoints")
+    assert [p.name for p in files] == [step_name(5), step_name(6)]
+    content = files[-1].read_bytes()
+    (files[-1].parent / f".{step_name(7)}.1.partial").write_bytes(content[:1000])
+    files[-1].write_bytes(content[: len(content) // 2])
+    log = (tmp_path / "run/train.log").read_text()
+    assert "using an earlier one" not in log
+    assert learned(train_minute(tmp_path / "run", EVERY_STEP)) == whole
+    log = (tmp_path / "run/train.log").read_text()
+    assert f"{files[-1]} is damaged or no checkpoint" in log
+    assert "using an earlier one" in log
+    assert "going on from epoch 1, step 5" in log
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path: Path, monkeypatch) -> None:
+    real = checkpoint_module.write_atomically
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name >= step_name(5) and path.name.startswith("step"):
+            raise UserError(f"{path} cannot be written: No space left on device")
+        real(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "write_atomically", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            train_minute(tmp_path / "run", EVERY_STEP)
+    run = RunDirectory(tmp_path / "run")
+    assert run.state == "failed"
+    assert "No space left" in run.read_json("status.json")["error"]
+    assert step_files(run.checkpoints)[-1].name == step_name(4)
+    assert learned(train_minute(tmp_path / "run", EVERY_STEP)) == whole
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_stop_after_the_step_and_resume(
+    whole, tmp_path: Path, run_py, monkeypatch, number: int, code: int
+) -> None:
+    real, steps = loop.train_step, []
+
+    def signalled(state, batch) -> None:
+        real(state, batch)
+        steps.append(state.step)
+        if state.step == 4 and len(steps) == 4:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    before = signal.getsignal(number)
+    with no_figures():
+        answer = run_py(*MINUTE, "hydra.run.dir=r")
+        assert answer.code == code
+        assert "stopping after this step" in answer.err
+        assert "Traceback" not in answer.err
+        assert "job=resume run=r" in answer.out
+        assert steps == [1, 2, 3, 4]
+        run = RunDirectory(tmp_path / "r")
+        status = run.read_json("status.json")
+        assert (status["state"], status["error"]) == ("stopped", f"stopped by {signal.Signals(number).name}")
+        assert signal.getsignal(number) is before
+        assert run_py("job=resume", "run=r").code == 0
+    assert steps == list(range(1, 2 * STEPS + 1))
+    assert learned(run) == whole
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path, run_py, monkeypatch) -> None:
+    def signalled(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    answer = run_py(*MINUTE, "hydra.run.dir=r")
+    assert answer.code == 130
+    assert RunDirectory(tmp_path / "r").state == "stopped"
+
+
+@pytest.mark.slow
+def test_processes_that_are_really_killed(whole, tmp_path: Path) -> None:
+    """SIGKILL in mid-epoch, the same command again and SIGTERM in the same epoch, then job=resume."""
+    words = [*MINUTE, EVERY_STEP, "hydra.run.dir=r", "trainer.epochs=12"]
+    run = RunDirectory(tmp_path / "r")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start_and_signal(reached: int, number: int) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "run.py"), *words]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not any(int(p.stem[5:]) >= reached for p in step_files(run.checkpoints)):
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            process.send_signal(number)
+            sent = time.monotonic()
+            process.communicate(timeout=60)
+            if number == signal.SIGTERM:
+                assert time.monotonic() - sent < 20
+        finally:
+            process.kill()
+            process.wait()
+        return process
+
+    assert start_and_signal(10, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert run.state == "running"
+    first = int(step_files(run.checkpoints)[-1].stem[5:])
+    assert start_and_signal(first + 3, signal.SIGTERM).returncode == 143
+    assert run.state == "stopped"
+    second = int(step_files(run.checkpoints)[-1].stem[5:])
+    assert 10 <= first < second < 12 * STEPS
+    longer = [w for w in words if not w.startswith("hydra")]
+    config = compose(*longer)
+    with no_figures():
+        train_module.train(config, run)
+    assert (
+        f"going on from epoch {second // STEPS + 1}, step {second}" in (run.folder / "train.log").read_text()
+    )
+    assert learned(run) == learned(train_minute(tmp_path / "whole", "trainer.epochs=12"))
+
+
+def test_the_same_command_goes_on_in_the_same_directory(whole, tmp_path: Path, run_py, kill_at) -> None:
+    die_at(kill_at, tmp_path / "r", 5)
+    with no_figures():
+        answer = run_py(*MINUTE, EVERY_STEP, "hydra.run.dir=r")
+        assert answer.code == 0
+        assert "r holds this run already" in answer.out
+        assert "going on from epoch 1, step 5" in answer.out
+        assert learned(RunDirectory(tmp_path / "r")) == whole
+        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*") if p.name != "train.log"}
+        assert "nothing to do: r is finished" in run_py(*MINUTE, "hydra.run.dir=r").out
+        assert "nothing to do: r is finished" in run_py("job=resume", "run=r").out
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_another_configs_directory_is_refused_untouched(tmp_path: Path, run_py, kill_at) -> None:
+    die_at(kill_at, tmp_path / "r", 3)
+    before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
+    answer = run_py(*MINUTE, "hydra.run.dir=r", "seed=1")
+    assert answer.code == 1
+    assert answer.err == (
+        "error: r holds a run with another config: choose another directory (hydra.run.dir=…)\n"
+    )
+    assert {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()} == before
+
+
+def test_resume_takes_no_other_settings(tmp_path: Path, run_py, kill_at) -> None:
+    die_at(kill_at, tmp_path / "r", 2)
+    answer = run_py("job=resume", "run=r", "optimizer.lr=0.5")
+    assert answer.code == 1
+    assert "takes no others, such as" in answer.err
+    assert "optimizer.lr=0.5" in answer.err
+
+
+def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
+    config, run = compose(*MINUTE), RunDirectory(tmp_path / "r")
+    run.claim(config)
+    child = (
+        "import sys; from zfnet.run import RunDirectory\n"
+        "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", child, str(run.folder)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="is in use by another process"):
+            train_module.train(config, run)
+    finally:
+        process.kill()
+        process.communicate()
+    with run.lock():  # the system let go
+        pass
+
+
+def test_a_checkpoint_is_tensors_and_plain_numbers(tmp_path: Path, kill_at) -> None:
+    die_at(kill_at, tmp_path / "run", 3, *ALL_ON)
+    saved, _ = checkpoint_module.read_newest(tmp_path / "run/checkpoints")
+    assert saved is not None
+    assert json.loads(json.dumps(saved.facts)) == saved.facts
+    assert saved.facts["step"] == 3
+    kinds = {name.split(".")[0] for name in saved.tensors}
+    assert kinds == {"model", "optimizer", "metrics", "average", "average_count"}

@@ -1,0 +1,51 @@
+"""Training state: the seed alone gives the weights, and a checkpoint gives all of it back."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.helpers import MINUTE, compose
+from zfnet.training.device import choose
+from zfnet.training.state import TrainingState, make_model
+
+
+def state(*words: str) -> TrainingState:
+    config = compose(*MINUTE, *words)
+    return TrainingState(config, choose(config.trainer), 10, 8)
+
+
+def test_the_seed_gives_the_weights_and_leaves_the_global_generator_alone() -> None:
+    config = compose(*MINUTE)
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    a = make_model(config, 10).state_dict()
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(2)
+    b = make_model(config, 10).state_dict()
+    c = make_model(compose(*MINUTE, "seed=1"), 10).state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
+
+
+def test_what_is_evaluated() -> None:
+    plain, averaged = state(), state("trainer.ema=0.9")
+    assert plain.evaluated is plain.model
+    assert averaged.evaluated is not averaged.model
+    assert torch.equal(averaged.evaluated.conv1.weight, averaged.model.conv1.weight)
+
+
+def test_restore_is_the_inverse_of_checkpoint() -> None:
+    words = ("trainer.ema=0.9", "model.norm=batch")
+    a, b = state(*words), state(*words, "seed=5")
+    a.epoch, a.step, a.best, a.history = 3, 29, {"epoch": 2, "validation_accuracy": 0.5}, [{"epoch": 1}]
+    a.metrics.sums += 7
+    a.average.n_averaged.fill_(29)
+    saved = a.checkpoint(epoch_seconds=1.5)
+    b.restore(saved)
+    again = b.checkpoint(epoch_seconds=1.5)
+    assert saved.tensors.keys() == again.tensors.keys()
+    assert all(torch.equal(saved.tensors[k], again.tensors[k]) for k in saved.tensors)
+    timeless = [{k: v for k, v in c.facts.items() if k != "seconds"} for c in (saved, again)]
+    assert timeless[0] == timeless[1]
+    assert b.step_in_epoch == 29 - 3 * 8
+    assert b.elapsed() >= a.seconds
