@@ -1,0 +1,125 @@
+"""The streaming search against brute force, however the set is divided, and after an interruption."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.explain.networks import network
+from tests.helpers import compose
+from zfnet.data import Batches
+from zfnet.data.images import image_set
+from zfnet.explain.top_activations import TopActivations, collect, selectivity
+
+
+def brute_force(maps: Tensor, top: int) -> list[list[tuple[float, int, int]]]:
+    """Return for each map of [N, C, H, W] the (value, image, position) of its `top` best images, by sorting all."""
+    answer = []
+    for channel in range(maps.shape[1]):
+        rows = []
+        for n in range(len(maps)):
+            flat = maps[n, channel].flatten().tolist()
+            rows.append((-max(flat), n, flat.index(max(flat))))
+        answer.append([(-v, n, p) for v, n, p in sorted(rows)[:top]])
+    return answer
+
+
+def entries(found: TopActivations, layer: str) -> list[list[tuple[float, int, int]]]:
+    record = found.layers[layer]
+    return [
+        list(zip(*(part[c].tolist() for part in (record.values, record.index, record.position)), strict=True))
+        for c in range(len(record.values))
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(3, 20),
+    top=st.integers(1, 3),
+    batch=st.integers(1, 20),
+    backwards=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_any_division_and_order_gives_brute_forces_answer(count, top, batch, backwards, seed) -> None:
+    """Few distinct values, so that ties between images and between positions abound."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.randint(0, 4, (count, 3, 2, 3), generator=generator).float()
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    found = TopActivations(top, 4)
+    pieces = list(torch.arange(count).split(batch))
+    for piece in reversed(pieces) if backwards else pieces:
+        found.add({"conv1": maps[piece]}, piece, labels[piece])
+    assert entries(found, "conv1") == brute_force(maps, top)
+    statistics = found.statistics("conv1")
+    torch.testing.assert_close(statistics.mean, maps.double().mean((0, 2, 3)))
+    for label in range(4):
+        if (labels == label).any():
+            expected = maps[labels == label].double().mean((0, 2, 3))
+            torch.testing.assert_close(statistics.class_means[:, label], expected)
+    torch.testing.assert_close(statistics.image_share, (maps.amax((2, 3)) > 0).float().mean(0))
+    torch.testing.assert_close(statistics.position_share, (maps > 0).float().mean((0, 2, 3)))
+
+
+def test_fewer_images_than_places_and_dead_maps() -> None:
+    found = TopActivations(3, 2)
+    maps = torch.zeros(2, 2)
+    maps[1, 1] = 5.0
+    found.add({"fc6": maps}, torch.tensor([0, 1]), torch.tensor([0, 1]))
+    record = found.layers["fc6"]
+    assert record.values.tolist() == [[0, 0, float("-inf")], [5, 0, float("-inf")]]
+    assert record.filled.tolist() == [[False] * 3, [True, False, False]]
+    assert found.statistics("fc6").dead.tolist() == [True, False]
+
+
+def test_selectivity_by_hand() -> None:
+    means = torch.tensor([[3.0, 1, 1, 9], [2, 2, 2, 0], [0, 4, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
+    index, best = selectivity(means, torch.tensor([True, True, True, False]))
+    assert index.tolist() == [(3 - 1) / (3 + 1), 0, 1, 0]
+    assert best.tolist()[:1] + best.tolist()[2:3] == [0, 1]
+
+
+def test_one_pass_over_a_set_and_going_on_after_an_interruption() -> None:
+    model = network("pad").float().train()
+    data = compose("experiment=quickstart", "data.batch_size=4").data
+    pixels = torch.randint(0, 256, (11, 64, 64, 3), dtype=torch.uint8).numpy()
+    images = image_set(pixels, torch.arange(11) % 4, list("abcd"))
+    layers = ["conv2", "conv5", "fc7"]
+
+    def batches_of(part):
+        return Batches(part, data, torch.device("cpu"))
+
+    whole = collect(model, images, batches_of, layers, TopActivations(3, 4))
+    assert model.training
+    activations = model.eval().activations(
+        next(batches_of(images.take(torch.arange(4))).in_order()).images, layers
+    )
+    seen = whole.layers["conv5"]
+    for channel, (row, values) in enumerate(zip(seen.places(), seen.values, strict=True)):
+        for (n, y, x), value in zip(row.tolist(), values.tolist(), strict=True):
+            if n < 4:
+                assert activations["conv5"][n, channel, y, x].item() == pytest.approx(value, rel=1e-5)
+
+    class Interrupted(Exception):
+        pass
+
+    saved = []
+
+    def interrupt(found: TopActivations) -> None:
+        saved.append(found.state())
+        if found.images >= 8:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        collect(model, images, batches_of, layers, TopActivations(3, 4), interrupt)
+    again = TopActivations.from_state(*saved[-1], torch.device("cpu"))
+    assert again.images == 8
+    collect(model, images, batches_of, layers, again)
+    for layer in layers:
+        for key, value in vars(whole.layers[layer]).items():
+            assert (
+                torch.equal(value, getattr(again.layers[layer], key)) if isinstance(value, Tensor) else True
+            )
+    assert again.class_counts.tolist() == whole.class_counts.tolist()

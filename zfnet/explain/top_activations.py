@@ -1,0 +1,225 @@
+"""The images that excite each feature map most, and each map's habits, in one pass over a data set.
+
+The paper's Fig. 2 shows the nine strongest activations of a map over a whole set. Of each image only the
+strongest position counts, so that nine activations are nine images (the paper does not say whether one may
+appear twice). Memory depends on the network and on `top`, never on the number of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from zfnet.data import Batches, ImageSet
+from zfnet.errors import UserError
+from zfnet.model import ZFNet
+
+_NONE = torch.iinfo(torch.int64).max  # the index of a place that no image has taken yet: sorts last
+
+
+@dataclass
+class LayerRecord:
+    """What is known of one layer's C maps. For fc layers a map is a feature, with one position.
+
+    values: [C, top], descending, −inf where there were fewer images; index: int64 [C, top], which image;
+    position: int64 [C, top], y·width + x
+    sums: float64 [classes, C], over images of each class, of the map's mean activation
+    active_images, active_positions: int64 [C], how many had an activation above 0
+    """
+
+    values: Tensor
+    index: Tensor
+    position: Tensor
+    sums: Tensor
+    active_images: Tensor
+    active_positions: Tensor
+    size: tuple[int, int]
+
+    def places(self) -> Tensor:
+        """Return (image, y, x) of each entry: int64 [C, top, 3]."""
+        return torch.stack((self.index, self.position // self.size[1], self.position % self.size[1]), -1)
+
+    @property
+    def filled(self) -> Tensor:
+        """Which entries are activations: bool [C, top]. A unit that is not active has nothing to project."""
+        return self.values > 0
+
+
+@dataclass(frozen=True)
+class MapStatistics:
+    """Habits of the C maps of a layer over N images.
+
+    mean: [C], mean activation; class_means: [C, classes]; image_share, position_share: [C], the share of
+    images and of positions where the map is active; selectivity: [C], see `selectivity`; dead: bool [C]
+    """
+
+    mean: Tensor
+    class_means: Tensor
+    image_share: Tensor
+    position_share: Tensor
+    selectivity: Tensor
+    best_class: Tensor
+    dead: Tensor
+
+
+class TopActivations:
+    """Collects, batch by batch, the `top` strongest activations of every map of some layers."""
+
+    def __init__(self, top: int, num_classes: int) -> None:
+        self.top, self.num_classes = top, num_classes
+        self.layers: dict[str, LayerRecord] = {}
+        self.images = 0
+        self.class_counts = torch.zeros(num_classes, dtype=torch.int64)
+
+    def add(self, activations: Mapping[str, Tensor], index: Tensor, labels: Tensor) -> None:
+        """Add one batch: activations [B, C, H, W] or [B, C] by layer, which images these are [B], labels [B].
+
+        Equal activations go by the lower image index, then by the position first in reading order, so the
+        division into batches and their order have no say.
+        """
+        device = next(iter(activations.values())).device
+        index, labels = index.to(device), labels.to(device)
+        members = torch.nn.functional.one_hot(labels, self.num_classes).to(torch.float64)
+        for layer, maps in activations.items():
+            maps = maps.detach()[:, :, None, None] if maps.ndim == 2 else maps.detach()
+            record = self.layers.get(layer) or self._new(layer, maps)
+            flat = maps.flatten(2)
+            value, position = flat.max(2)  # of equal ones the first
+            self._merge(record, value.T, index.expand(value.shape[1], -1), position.T)
+            record.sums += members.T @ flat.mean(2, dtype=torch.float64)
+            active = flat > 0
+            record.active_images += active.any(2).sum(0)
+            record.active_positions += active.sum((0, 2))
+        self.images += len(index)
+        self.class_counts += torch.bincount(labels.cpu(), minlength=self.num_classes)
+
+    def _new(self, layer: str, maps: Tensor) -> LayerRecord:
+        channels, device = maps.shape[1], maps.device
+        whole = torch.zeros(channels, dtype=torch.int64, device=device)
+        record = LayerRecord(
+            values=torch.full((channels, self.top), float("-inf"), dtype=maps.dtype, device=device),
+            index=torch.full((channels, self.top), _NONE, device=device),
+            position=torch.zeros(channels, self.top, dtype=torch.int64, device=device),
+            sums=torch.zeros(self.num_classes, channels, dtype=torch.float64, device=device),
+            active_images=whole,
+            active_positions=whole.clone(),
+            size=(maps.shape[2], maps.shape[3]),
+        )
+        self.layers[layer] = record
+        return record
+
+    def _merge(self, record: LayerRecord, value: Tensor, index: Tensor, position: Tensor) -> None:
+        """Keep the best of what is recorded and of what comes, [C, B] each."""
+        values = torch.cat((record.values, value), 1)
+        indices = torch.cat((record.index, index), 1)
+        positions = torch.cat((record.position, position), 1)
+        by_index = indices.argsort(dim=1, stable=True)
+        by_value = values.gather(1, by_index).argsort(dim=1, descending=True, stable=True)
+        best = by_index.gather(1, by_value)[:, : self.top]
+        record.values = values.gather(1, best)
+        record.index = indices.gather(1, best)
+        record.position = positions.gather(1, best)
+
+    def statistics(self, layer: str) -> MapStatistics:
+        """Return the habits of a layer's maps over all images added so far (at least one)."""
+        record = self.layers[layer]
+        counts = self.class_counts.to(record.sums)
+        class_means = (record.sums / counts.clamp(min=1)[:, None]).T
+        selective, best = selectivity(class_means, counts > 0)
+        positions = self.images * record.size[0] * record.size[1]
+        return MapStatistics(
+            mean=record.sums.sum(0) / self.images,
+            class_means=class_means,
+            image_share=record.active_images / self.images,
+            position_share=record.active_positions / positions,
+            selectivity=selective,
+            best_class=best,
+            dead=record.active_images == 0,
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return (tensors, facts that JSON can hold), from which `from_state` goes on."""
+        tensors = {"class_counts": self.class_counts}
+        for layer, record in self.layers.items():
+            tensors |= {f"{layer}.{k}": v for k, v in vars(record).items() if isinstance(v, Tensor)}
+        sizes = {layer: list(record.size) for layer, record in self.layers.items()}
+        return tensors, {
+            "top": self.top,
+            "num_classes": self.num_classes,
+            "images": self.images,
+            "sizes": sizes,
+        }
+
+    @classmethod
+    def from_state(
+        cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device
+    ) -> TopActivations:
+        """Return the collection that `state` described; its tensors go to `device`."""
+        self = cls(facts["top"], facts["num_classes"])
+        self.images, self.class_counts = facts["images"], tensors["class_counts"]
+        for layer, size in facts["sizes"].items():
+            parts = {
+                key.removeprefix(f"{layer}."): value.to(device)
+                for key, value in tensors.items()
+                if key.startswith(f"{layer}.")
+            }
+            self.layers[layer] = LayerRecord(**parts, size=(size[0], size[1]))
+        return self
+
+
+def selectivity(class_means: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (index [C], class [C]) of maps with mean activations [C, classes] ≥ 0; `present` is bool [classes].
+
+    The index is (μ − ν) / (μ + ν): μ the mean activation for the class that excites the map most, ν the mean over
+    the other classes (Morcos et al. 2018, section 3.1). 0: all classes alike; 1: one class only. Dead maps: 0.
+    """
+    known = class_means[:, present]
+    highest, best = known.max(1)
+    others = (known.sum(1) - highest) / max(1, known.shape[1] - 1)
+    total = highest + others
+    index = torch.where(total > 0, (highest - others) / total.clamp(min=1e-300), 0.0)
+    return index, present.nonzero().flatten()[best]
+
+
+@torch.no_grad()
+def collect(
+    model: ZFNet,
+    images: ImageSet,
+    batches_of: Callable[[ImageSet], Batches],
+    layers: Sequence[str],
+    found: TopActivations,
+    after_batch: Callable[[TopActivations], None] = lambda found: None,
+) -> TopActivations:
+    """Run `images` through the network once and add them to `found`, from image number `found.images` on.
+
+    batches_of: makes batches of a set, such as `lambda s: Batches(s, data, device)`
+    after_batch: called with the collection after each batch: the place to save it
+
+    The forward pass is fp32 (bf16 has so few digits that many activations would tie). Raises UserError for
+    layers that the network has not.
+    """
+    start, mode = found.images, model.training
+    if start > len(images):
+        raise UserError(f"the saved search has seen {start} images, the set holds {len(images)}")
+    rest = batches_of(images.take(torch.arange(start, len(images))))
+    model.eval()
+    try:
+        for batch in tqdm(
+            rest.in_order(),
+            "strongest activations",
+            len(rest),
+            unit="batch",
+            disable=None,
+            leave=False,
+            dynamic_ncols=True,
+        ):
+            found.add(model.activations(batch.images, layers), batch.index + start, batch.labels)
+            after_batch(found)
+    finally:
+        model.train(mode)
+    return found
