@@ -129,13 +129,15 @@ def _record(run: RunDirectory) -> DictConfig:
     checked = run.read_config()
     plain = OmegaConf.create(checked.to_dict())
     try:
-        text = (run.folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")
-        unresolved = yaml.safe_load(text)
+        unresolved = yaml.safe_load((run.folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return plain
-    if not isinstance(unresolved, dict) or re.search(r"\$\{[^}]*[:$]", text):
+    if not isinstance(unresolved, dict):
         return plain
-    composed = OmegaConf.create({k: v for k, v in unresolved.items() if k in plain})
+    job = {k: v for k, v in unresolved.items() if k in plain}  # less what is said to Hydra
+    if re.search(r"\$\{[^}]*[:$]", yaml.safe_dump(job, width=1e9)):
+        return plain
+    composed = OmegaConf.create(job)
     try:
         same = read_config(composed).identity() == checked.identity()
     except UserError:

@@ -30,7 +30,17 @@ class Summary(Job):
     run: ClassVar[str] = "optional"
 
 
-JOBS: dict[str, type[Job]] = {"train": Job, "resume": Resume, "summary": Summary}
+@dataclass(kw_only=True)
+class Reproduce(Job):
+    run: ClassVar[str] = "needed"
+
+
+JOBS: dict[str, type[Job]] = {
+    "train": Job,
+    "resume": Resume,
+    "summary": Summary,
+    "reproduce": Reproduce,
+}
 
 
 def job_class(settings: Any) -> type[Job] | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from zfnet.config import Config
 from zfnet.errors import UserError
+from zfnet.jobs.reproduce import reproduce
 from zfnet.jobs.train import train
 from zfnet.run import RunDirectory
 
@@ -20,6 +21,9 @@ def main(config: Config, output: Path, overrides: list[str]) -> float | None:
         )
     run = RunDirectory(str(config.run))
     recorded = run.read_config()
+    if recorded.job.name == "reproduce":
+        reproduce(recorded, run)
+        return None
     if recorded.job.name != "train":
         raise UserError(f"run={run.folder} was made by job={recorded.job.name}: only a training can go on")
     return train(recorded, run)
