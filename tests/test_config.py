@@ -15,19 +15,26 @@ from zfnet.construct import arguments
 from zfnet.errors import UserError
 from zfnet.job_settings import JOBS
 
-FILES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml"))]
+FILES = [
+    (
+        p.relative_to(CONF).parts[0],
+        p.relative_to(CONF / p.relative_to(CONF).parts[0]).with_suffix("").as_posix(),
+    )
+    for p in sorted(CONF.glob("*/**/*.yaml"))
+    if "hydra" not in p.relative_to(CONF).parts
+]
 RECIPES = [(group, name) for group, name in FILES if group != "job"]
 
 
 @pytest.mark.parametrize(("group", "name"), RECIPES, ids=lambda v: v)
 def test_every_choice_composes_and_passes_the_checks(group: str, name: str) -> None:
-    words = [f"{group}={name}"] + (["data.root=photos"] if (group, name) == ("data", "folder") else [])
+    words = [f"{group}={name}"] + (["data.root=photos"] if name in ("folder", "paper_imagenet") else [])
     config = checked(*words)
     # only one file measures the test set as it goes
     assert config.trainer.test_each_epoch is ((group, name) == ("experiment", "blog"))
     part = getattr(config, group, None)
     if group in ("model", "data", "augment", "trainer"):
-        assert part.name == name
+        assert part.name == name.split("/")[-1]
     if group in ("optimizer", "scheduler"):
         assert isinstance(arguments(group, part, ("interval", "warmup_epochs"))[0], type)
 

@@ -131,12 +131,15 @@ def _record(run: RunDirectory) -> DictConfig:
     plain = OmegaConf.create(checked.to_dict())
     try:
         unresolved = yaml.safe_load((run.folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
-        values = json.dumps(unresolved, default=str)  # YAML can spell "$" in other ways
+        if not isinstance(unresolved, dict):
+            return plain
+        job = {k: v for k, v in unresolved.items() if k in plain}  # less what is said to Hydra
+        values = json.dumps(job, default=str)  # YAML can spell "$" in other ways
     except (OSError, ValueError, yaml.YAMLError):
         return plain
-    if not isinstance(unresolved, dict) or re.search(r"\$\{[^}]*[:$]", values):
+    if re.search(r"\$\{[^}]*[:$]", values):
         return plain
-    composed = OmegaConf.create({k: v for k, v in unresolved.items() if k in plain})
+    composed = OmegaConf.create(job)
     try:
         same = read_config(composed).identity() == checked.identity()
     except UserError:

@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+from hydra import compose as hydra_compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from zfnet.composing import CONF
 from zfnet.config import Config
 from zfnet.run import write_atomically
 
@@ -24,19 +27,33 @@ def write_hydra_record(folder: Path, config: Config | None = None) -> None:
     """
     if not HydraConfig.initialized():
         return
-    composed: Any = HydraConfig.instance().cfg
+    composed: Any = HydraConfig.instance().cfg  # Hydra's own part; the job's is composed once more
+    words = list(composed.hydra.overrides.task)
+    if config is None:
+        job = OmegaConf.to_container(hydra_compose(composed.hydra.job.config_name, words), resolve=False)
+    else:
+        job = config.to_dict()
     (folder / ".hydra").mkdir(exist_ok=True)
-    job = OmegaConf.create(
-        config.to_dict()
-        if config is not None
-        else {k: v for k, v in composed.items_ex(resolve=False) if k != "hydra"}
-    )
     for name, part in (
-        ("config", job),
-        ("hydra", OmegaConf.create({"hydra": composed.hydra})),
-        ("overrides", composed.hydra.overrides.task),
+        ("config", {**_hydra_settings(), **job}),  # type: ignore[dict-item]
+        ("hydra", {"hydra": composed.hydra}),
+        ("overrides", words),
     ):
-        write_atomically(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(part))
+        write_atomically(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(part)))
+
+
+def _hydra_settings() -> dict[str, Any]:
+    """Return what `conf/config.yaml` says to Hydra, so that `--config-path <run>/.hydra` runs like any other."""
+    plain = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    # choices that are files of `conf/` cannot be found from there; Hydra's own can
+    kept = [
+        d
+        for d in plain["defaults"]
+        if isinstance(d, dict)
+        and (key := next(iter(d))).startswith("override ")
+        and not (CONF / key.split()[1] / f"{d[key]}.yaml").is_file()
+    ]
+    return {"defaults": [*kept, "_self_"], "hydra": plain["hydra"]}
 
 
 def short_dirname(overrides: str) -> str:

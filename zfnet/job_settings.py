@@ -42,7 +42,18 @@ class Benchmark(Job):
     workers: int = limits(low=0)
 
 
-JOBS: dict[str, type[Job]] = {"train": Job, "resume": Resume, "summary": Summary, "benchmark": Benchmark}
+@dataclass(kw_only=True)
+class Reproduce(Job):
+    run: ClassVar[str] = "needed"
+
+
+JOBS: dict[str, type[Job]] = {
+    "train": Job,
+    "resume": Resume,
+    "summary": Summary,
+    "benchmark": Benchmark,
+    "reproduce": Reproduce,
+}
 
 
 def job_class(settings: Any) -> type[Job] | None:

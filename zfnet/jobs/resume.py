@@ -6,6 +6,7 @@ from pathlib import Path
 
 from zfnet.config import Config
 from zfnet.errors import UserError
+from zfnet.jobs.reproduce import reproduce
 from zfnet.jobs.train import train
 from zfnet.run import RunDirectory
 
@@ -20,7 +21,10 @@ def main(config: Config, output: Path, overrides: list[str]) -> float | None:
             "start a new run for other settings"
         )
     run = RunDirectory(str(config.run))
-    maker = run.read_config().job.name
-    if maker != "train":
-        raise UserError(f"run={run.folder} was made by job={maker}: only a training can go on")
+    recorded = run.read_config()
+    if recorded.job.name == "reproduce":
+        reproduce(recorded, run)
+        return None
+    if recorded.job.name != "train":
+        raise UserError(f"run={run.folder} was made by job={recorded.job.name}: only a training can go on")
     return train(config, run)

@@ -1,0 +1,163 @@
+"""Reproducing: the record decides, the original stays, and a difference is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import zfnet.environment
+import zfnet.training.loop
+from tests.helpers import TINY, train_tiny
+from zfnet.composing import CONF
+from zfnet.run import RunDirectory
+
+SHORT = ("trainer=exact", "trainer.epochs=1", "data.train_images=60", "data.test_images=20")
+
+
+@pytest.fixture(scope="module")
+def exact_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    run = train_tiny(tmp_path_factory.mktemp("exact") / "run", *SHORT)
+    torch.use_deterministic_algorithms(deterministic)
+    return run
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+def test_identical_whatever_todays_defaults_are(run_py, exact_run, tmp_path: Path) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    for name, old, new in (
+        ("optimizer/adamw.yaml", "lr: ", "lr: 0.5  # "),
+        ("trainer/auto.yaml", "label_smoothing: 0.0", "label_smoothing: 0.9"),
+        ("config.yaml", "seed: 0", "seed: 7"),
+    ):
+        path = tmp_path / "conf" / name
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+    before = contents(exact_run.folder)
+    answer = run_py("--config-path", tmp_path / "conf", "job=reproduce", f"run={exact_run.folder}")
+    assert answer.code == 0, answer.err
+    assert "identical: every metric of 1 epochs" in answer.out
+    assert contents(exact_run.folder) == before
+    (folder,) = tmp_path.glob("outputs/reproduce/*")
+    found = json.loads((folder / "reproduction.json").read_text())
+    assert found["identical"] is True
+    assert found["variation"] == []
+    assert found["first_difference"] is None
+    now = RunDirectory(folder)
+    assert now.state == "done"
+    assert now.read_json("results.json")["weights_sha256"] == found["weights_sha256"]["recorded"]
+    assert now.read_config().optimizer == exact_run.read_config().optimizer
+
+
+def test_hydras_own_way_trains_the_same(run_py, exact_run, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:  # the record is all that is wanted of this one
+        patch.setattr("zfnet.jobs.train.train", lambda *_: None)
+        assert run_py(*TINY, *SHORT, "hydra.run.dir=one").code == 0
+    answer = run_py("--config-path", tmp_path / "one/.hydra", "--config-name", "config")
+    assert answer.code == 0, answer.err
+    (folder,) = tmp_path.glob("outputs/train/*")
+    now = RunDirectory(folder)
+    assert now.read_config() == exact_run.read_config()
+    weights = [run.read_json("results.json")["weights_sha256"] for run in (exact_run, now)]
+    assert weights[0] == weights[1]
+
+
+def test_changed_code_is_named(run_py, exact_run, tmp_path: Path, monkeypatch) -> None:
+    code = {**exact_run.read_json("environment.json")["code"], "source_sha256": "0" * 64}
+    monkeypatch.setattr(zfnet.environment, "_code", lambda: code)
+    step = zfnet.training.loop.train_step
+
+    def other(state, batch) -> None:
+        step(state, batch)
+        state.model.fc8.bias.data[0] += 1e-3
+
+    monkeypatch.setattr(zfnet.training.loop, "train_step", other)
+    answer = run_py("job=reproduce", f"run={exact_run.folder}", "hydra.run.dir=again")
+    assert answer.code == 1
+    assert answer.err.count("\n") == 1
+    assert re.search(
+        r"^error: not identical to .*: epoch 1, train_loss was [\d.]+, is [\d.]+; "
+        r"around it differ code.source_sha256 \(again/reproduction.json\)$",
+        answer.err,
+    )
+    found = RunDirectory("again").read_json("reproduction.json")
+    assert found["identical"] is False
+    assert [d["what"] for d in found["surroundings"]] == ["code.source_sha256"]
+    assert RunDirectory("again").state == "done"
+
+
+def test_changed_data_is_named(run_py, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for kind, base in (("dark", 0), ("light", 128)):
+        folder = tmp_path / "photos" / kind
+        folder.mkdir(parents=True)
+        for n in range(12):
+            pixels = base + rng.integers(0, 128, (64, 64, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{n}.png")
+    words = ("data=folder", f"data.root={tmp_path / 'photos'}", "data.image_size=64", "data.batch_size=8")
+    one = train_tiny(tmp_path / "one", *SHORT[:2], *words)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photos/dark/0.png")
+    answer = run_py("job=reproduce", f"run={one.folder}", "hydra.run.dir=again")
+    assert answer.code == 1
+    assert "around it differ data_fingerprint (again" in answer.err
+
+
+def test_overrides_make_a_variation_and_no_failure(run_py, exact_run) -> None:
+    answer = run_py(
+        "job=reproduce", f"run={exact_run.folder}", "optimizer=sgd", "optimizer.lr=0.3", "hydra.run.dir=v"
+    )
+    assert answer.code == 0, answer.err
+    assert "a variation of" in answer.out
+    found = RunDirectory("v").read_json("reproduction.json")
+    changed = {d["what"]: d["now"] for d in found["variation"]}
+    assert changed["optimizer.lr"] == 0.3
+    assert changed["optimizer._target_"] == "torch.optim.SGD"
+    assert found["first_difference"]["epoch"] == 1
+
+
+def test_what_cannot_matter_is_no_variation_and_a_stopped_one_goes_on(run_py, exact_run, monkeypatch) -> None:
+    words = ("job=reproduce", f"run={exact_run.folder}", "trainer.log_every=1", "hydra.run.dir=again")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "zfnet.jobs.train.evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("power cut"))
+        )
+        assert run_py(*words).code == 130
+    assert RunDirectory("again").state == "stopped"
+    answer = run_py("job=resume", "run=again")
+    assert answer.code == 0, answer.err
+    assert "identical" in answer.out
+    assert RunDirectory("again").read_json("reproduction.json")["variation"] == []
+    assert "nothing to do" in run_py("job=resume", "run=again").out
+
+
+def test_refusals(run_py, exact_run, tmp_path: Path) -> None:
+    before = contents(exact_run.folder)
+    inside = run_py("job=reproduce", f"run={exact_run.folder}", f"hydra.run.dir={exact_run.folder}")
+    assert (inside.code, "lies in the run itself" in inside.err) == (1, True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/letter.txt").write_text("mine")
+    full = run_py("job=reproduce", f"run={exact_run.folder}", "hydra.run.dir=full")
+    assert (full.code, "full is not empty" in full.err) == (1, True)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["letter.txt"]
+    shutil.copytree(exact_run.folder, tmp_path / "half")
+    RunDirectory("half").set_status("stopped")
+    half = run_py("job=reproduce", "run=half")
+    assert (half.code, "is not finished (state: stopped)" in half.err) == (1, True)
+    assert contents(exact_run.folder) == before
+    assert not list(tmp_path.glob("outputs/*/*"))

@@ -1,0 +1,61 @@
+"""Comparing two runs: what counts as a difference, and which one is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zfnet.report.comparison import first_difference, largest_differences
+
+Row = dict[str, Any]
+NUMBERS = st.floats(0, 10) | st.none()
+ROWS = st.lists(
+    st.fixed_dictionaries({"train_loss": NUMBERS, "validation_loss": NUMBERS, "seconds": NUMBERS}), max_size=4
+)
+HISTORIES = ROWS.map(lambda rows: [{"epoch": n, **row} for n, row in enumerate(rows, start=1)])
+
+
+@given(HISTORIES)
+def test_a_history_equals_itself_whatever_the_times(history: list[Row]) -> None:
+    slower = [{**row, "seconds": 99.0, "images_per_second": 1.0} for row in history]
+    assert first_difference(history, slower) is None
+    assert largest_differences(history, slower) == {}
+
+
+@given(HISTORIES, HISTORIES)
+def test_the_first_difference_is_the_first(old: list[Row], new: list[Row]) -> None:
+    found = first_difference(old, new)
+    if found is None:
+        assert [(r["train_loss"], r["validation_loss"]) for r in old] == [
+            (r["train_loss"], r["validation_loss"]) for r in new
+        ]
+        return
+    before = found["epoch"] - 1
+    assert first_difference(old[:before], new[:before]) is None
+    assert found["recorded"] != found["now"]
+
+
+def test_the_last_bit_counts() -> None:
+    old, new = [{"train_loss": 0.1 + 0.2}], [{"train_loss": 0.3}]
+    assert first_difference(old, new) == {
+        "epoch": 1,
+        "metric": "train_loss",
+        "recorded": 0.1 + 0.2,
+        "now": 0.3,
+    }
+
+
+def test_a_missing_epoch_and_a_missing_column_are_differences() -> None:
+    row = {"epoch": 1.0, "train_loss": 1.0}
+    assert first_difference([row], [])["epoch"] == 1
+    assert first_difference([row], [row | {"test_loss": 2.0}])["metric"] == "test_loss"
+
+
+def test_the_largest_difference_of_each_metric_is_found() -> None:
+    old = [{"train_loss": 1.0, "lr": 0.1}, {"train_loss": 1.0, "lr": 0.1}, {"train_loss": 1.0, "lr": 0.1}]
+    new = [{"train_loss": 1.5, "lr": 0.1}, {"train_loss": 3.0, "lr": 0.1}, {"train_loss": 0.5, "lr": 0.1}]
+    found = largest_differences(old, new)
+    assert list(found) == ["train_loss"]
+    assert found["train_loss"] == {"epoch": 2, "recorded": 1.0, "now": 3.0, "difference": 2.0}

@@ -1,0 +1,102 @@
+"""job=reproduce: run a training again from its record, and say whether it came out the same."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from zfnet.config import Config
+from zfnet.errors import UserError
+from zfnet.hydra_record import write_hydra_record
+from zfnet.jobs.common import hold, recorded_state
+from zfnet.jobs.train import train_and_test
+from zfnet.report.comparison import compare_runs
+from zfnet.run import RunDirectory, find_run
+
+log = logging.getLogger("zfnet")
+
+
+def main(config: Config, output: Path, overrides: list[str]) -> None:
+    """Train the recorded config (and overrides, which make it a variation) in `output`, and compare.
+
+    Raises UserError where there is nothing to compare with, and where the result of the same config differs.
+    """
+    original = _finished(config)
+    if output.resolve().is_relative_to(original.folder.resolve()):
+        raise UserError(f"hydra.run.dir={output}: lies in the run itself; choose a directory of its own")
+    run = RunDirectory(output)
+    run.claim_new(config)
+    write_hydra_record(output, config)
+    reproduce(config, run)
+
+
+def reproduce(config: Config, run: RunDirectory) -> None:
+    """Train in a claimed directory, from its newest checkpoint if it has one, and compare with `config.run`."""
+    original = _finished(config)
+    with hold(run, "reproduce.log") as stop:
+        if run.state == "done":
+            log.info("nothing to do: %s is finished; see its reproduction.json", run.folder)
+            return
+        with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
+            train_and_test(config, run, stop)
+            found = compare_runs(original, run)
+            run.write_json("reproduction.json", found)
+            _say(found)
+    if not found["identical"] and not found["variation"]:
+        around = ", ".join(d["what"] for d in found["surroundings"])
+        raise UserError(
+            f"not identical to {original.folder}: {_first(found)}; "
+            f"{f'around it differ {around}' if around else 'nothing that is recorded differs around it'} "
+            f"({run.folder / 'reproduction.json'})"
+        )
+
+
+def _finished(config: Config) -> RunDirectory:
+    original = find_run(str(config.run))
+    if original.job not in ("train", "reproduce"):
+        raise UserError(
+            f"run={original.folder} was made by job={original.job}: only a training can be run again"
+        )
+    if original.state != "done":
+        raise UserError(
+            f"run={original.folder} is not finished (state: {original.state}), so there is nothing to compare with: "
+            f"go on with it by job=resume"
+        )
+    return original
+
+
+def _first(found: dict[str, Any]) -> str:
+    first = found["first_difference"]
+    if first is None:
+        return "all figures agree, but the weights do not"
+    where = f"epoch {first['epoch']}, " if first["epoch"] is not None else "at the end, "
+    return f"{where}{first['metric']} was {first['recorded']}, is {first['now']}"
+
+
+def _say(found: dict[str, Any]) -> None:
+    variation = found["variation"]
+    if variation:
+        log.info("a variation of %s:", found["run"])
+        _list(variation)
+    if found["identical"]:
+        log.info(
+            "identical: every metric of %d epochs, the results and the weights (sha256 %s…)",
+            found["epochs"],
+            found["weights_sha256"]["now"][:12],
+        )
+    else:
+        log.info("%s: %s", "differs" if variation else "NOT identical", _first(found))
+        if found["largest_differences"]:
+            log.info("largest differences:")
+            for metric, d in found["largest_differences"].items():
+                log.info("  %-20s %-12g → %-12g (epoch %d)", metric, d["recorded"], d["now"], d["epoch"])
+    if found["surroundings"]:
+        log.info("what differs around it:")
+        _list(found["surroundings"])
+
+
+def _list(differences: list[dict[str, Any]]) -> None:
+    for d in differences:
+        was, now = (str(d[k]) if len(str(d[k])) <= 24 else f"{str(d[k])[:23]}…" for k in ("recorded", "now"))
+        log.info("  %-24s %s → %s", d["what"], was, now)
