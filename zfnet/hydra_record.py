@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from zfnet.composing import compose
 from zfnet.run import write_atomically
 
 NAME_LIMIT = 120  # bytes; file systems stop at 255, and a path holds several names
@@ -24,7 +25,8 @@ def write_hydra_record(folder: Path) -> None:
         return
     composed: Any = HydraConfig.instance().cfg
     (folder / ".hydra").mkdir(exist_ok=True)
-    job = OmegaConf.create({k: v for k, v in composed.items_ex(resolve=False) if k != "hydra"})
+    # composed again, since what HydraConfig keeps is Hydra's own part only
+    job = compose(list(composed.hydra.overrides.task))
     for name, part in (
         ("config", job),
         ("hydra", OmegaConf.create({"hydra": composed.hydra})),
