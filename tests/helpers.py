@@ -90,7 +90,7 @@ def train_minute(folder: Path, *words: str) -> RunDirectory:
 def no_figures() -> Iterator[None]:
     """Draw no figures, and draw each set of built-in images once: they are a function of three numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zfnet.jobs.train._draw", lambda *_: None)
+        patch.setattr("zfnet.jobs.train.draw_results", lambda *_: None)
         patch.setattr("zfnet.jobs.train.save_figure", lambda *_: None)
         patch.setattr("zfnet.data.sources.draw_shapes", _drawn_once)
         yield

@@ -14,14 +14,16 @@ from zfnet.geometry import Pool, feature_sizes, pool_of
 from zfnet.model import ZFNet
 
 
-@given(st.integers(1, 80), st.integers(0, 1), st.booleans())
-def test_pool_size_is_pytorchs(n: int, padding: int, ceil: bool) -> None:
-    ours = Pool(padding, ceil).size(n)
-    try:
-        theirs = nn.MaxPool2d(3, 2, padding, ceil_mode=ceil)(torch.zeros(1, 1, n, n)).shape[-1]
-    except RuntimeError:
-        theirs = 0
-    assert max(ours, 0) == theirs
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("ceil", [False, True])
+def test_pool_size_is_pytorchs(padding: int, ceil: bool) -> None:
+    for n in range(1, 80):
+        try:
+            x = torch.empty(1, 1, n, n, device="meta")
+            theirs = nn.MaxPool2d(3, 2, padding, ceil_mode=ceil)(x).shape[-1]
+        except RuntimeError:
+            theirs = 0
+        assert Pool(padding, ceil).size(n) == theirs
 
 
 convs = st.builds(
@@ -33,7 +35,7 @@ convs = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.builds(
         ModelConfig,
@@ -105,7 +107,7 @@ def test_every_size_from_64_works(size: int) -> None:
         assert ZFNet(10, size).eval()(torch.empty(1, 3, size, size)).shape == (1, 10)
 
 
-@pytest.mark.parametrize(("pooling", "smallest"), [("pad", 53), ("ceil", 63)])
+@pytest.mark.parametrize(("pooling", "smallest"), [("pad", 53), ("ceil", 47)])
 def test_the_smallest_image(pooling: str, smallest: int) -> None:
     """ZFNet's docstring and conf/model/small.yaml name it."""
     config = ModelConfig(pooling=pooling)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import TINY, compose
+from zfnet import run as run_module
 from zfnet.errors import UserError
-from zfnet.run import RunDirectory, find_run
+from zfnet.run import RunDirectory, find_run, list_runs, write_atomically
 
 
 def test_last_is_the_newest_finished_training_run(tiny_run, tmp_path: Path, monkeypatch) -> None:
@@ -29,3 +33,77 @@ def test_another_runs_directory_is_refused_and_left_alone(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="holds a run with another config"):
         run.claim(compose(*TINY, "seed=1"))
     assert (run.folder / "config.yaml").read_bytes() == before
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "results.json"
+    write_atomically(path, "first")
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module.os, name, _full)
+            with pytest.raises(UserError, match=r"results\.json cannot be written: No space left on device"):
+                write_atomically(path, "second")
+        assert path.read_text() == "first"
+        assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    write_atomically(path, b"third")
+    assert path.read_text() == "third"
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_folder_that_holds_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        RunDirectory(tmp_path).claim(compose(*TINY))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_where_data_lies_and_what_is_logged_do_not_make_another_run(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.claim(compose(*TINY))
+    assert run.claim(
+        compose(*TINY, "data.root=/elsewhere", "trainer.log_every=1", "trainer.tensorboard=true")
+    )
+    with pytest.raises(UserError):
+        run.claim(compose(*TINY, "optimizer=sgd"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"state": 1}', "\xff"])
+def test_a_damaged_status_is_no_crash(tmp_path: Path, content: str) -> None:
+    run = RunDirectory(tmp_path)
+    (tmp_path / "status.json").write_bytes(content.encode("latin-1"))
+    assert run.state in ("none", "1")
+    (tmp_path / "config.yaml").write_text("[")
+    assert run.job is None
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for read in (run.read_config, run.read_history, lambda: run.read_json("results.json")):
+        with pytest.raises(UserError, match=f"run={tmp_path}"):
+            read()
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json cannot be read"):
+        run.read_json("results.json")
+
+
+def test_runs_are_found_at_every_depth_of_outputs(tmp_path: Path) -> None:
+    for name in ("outputs/train/a", "outputs/sweeps/t/lr=1,seed=0", "outputs/train/a/.hydra"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("")
+    found = [run.folder.relative_to(tmp_path).as_posix() for run in list_runs(tmp_path / "outputs")]
+    assert found == ["outputs/sweeps/t/lr=1,seed=0", "outputs/train/a"]
+
+
+def test_run_last_looks_at_training_runs_that_are_done(tiny_run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, age in (("old", 100), ("new", 0), ("failed", 0), ("evaluation", 0)):
+        shutil.copytree(tiny_run.folder, tmp_path / "outputs/train" / name)
+        results = tmp_path / "outputs/train" / name / "results.json"
+        os.utime(results, (results.stat().st_atime, results.stat().st_mtime - age))
+    RunDirectory(tmp_path / "outputs/train/failed").set_status("failed", "x")
+    config = tmp_path / "outputs/train/evaluation/config.yaml"
+    config.write_text(config.read_text().replace("name: train", "name: summary", 1))
+    assert find_run("last").folder.name == "new"

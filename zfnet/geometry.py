@@ -25,8 +25,6 @@ class Pool:
     def size(self, n: int) -> int:
         """Return the output side for an input side of `n` pixels."""
         span = n + 2 * self.padding - POOL_SIZE
-        if span < 0:
-            return 0
         out = (-(-span // POOL_STRIDE) if self.ceil else span // POOL_STRIDE) + 1
         # PyTorch drops a window that would start in the padding beyond the last pixel
         if self.ceil and (out - 1) * POOL_STRIDE >= n + self.padding:
