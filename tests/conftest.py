@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,9 @@ from zfnet.run import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["MPLBACKEND"] = "Agg"
+# the same examples every time, and no complaint about a busy machine
+hypothesis.settings.register_profile("zfnet", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("zfnet")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -62,7 +62,7 @@ def test_hold_out(n: int, amount: float) -> None:
     whole = some_set(torch.arange(n) % 5)
     train, validation = hold_out(whole, amount, 0)
     assert validation is not None
-    assert len(validation) == (round(amount * n) if amount < 1 else amount)
+    assert len(validation) == (max(1, round(amount * n)) if amount < 1 else amount)
     rows = torch.cat([train.rows, validation.rows])
     assert rows.sort().values.tolist() == list(range(n))
     for part in (train, validation):
