@@ -10,7 +10,7 @@ import yaml
 
 from tests.helpers import MINUTE, checked, compose
 from zfnet.composing import CONF
-from zfnet.config import NOT_IDENTITY, read_config
+from zfnet.config import NOT_IDENTITY, flatten, read_config
 from zfnet.construct import arguments
 from zfnet.errors import UserError
 from zfnet.job_settings import JOBS
@@ -199,3 +199,8 @@ def test_a_damaged_record_is_named(change, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         read_config(plain)
     assert expected in str(caught.value)
+
+
+def test_flatten() -> None:
+    nested = {"a": {"b": 1, "c": {"d": None}}, "e": [1, 2], "f": "x", "g": True}
+    assert flatten(nested) == {"a.b": 1, "a.c.d": None, "e": [1, 2], "f": "x", "g": True}

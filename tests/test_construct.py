@@ -18,6 +18,7 @@ from tests.helpers import compose
 from zfnet.config import read_config
 from zfnet.construct import SLOTS, arguments, build_optimizer, build_scheduler, check_construction, resolve
 from zfnet.errors import UserError
+from zfnet.training.schedule import EXTRA
 
 # What ran, or may run, from a YAML file under Hydra's own `instantiate` at one version or another.
 HOSTILE = [
@@ -211,3 +212,9 @@ def test_fused_where_there_is_one() -> None:
     assert adam.defaults["fused"] is True
     rms = build_optimizer({"_target_": "torch.optim.RMSprop"}, weight, fused=True)
     assert isinstance(rms, torch.optim.RMSprop)
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
+def test_an_optimizer_that_takes_no_plain_step_is_named(name: str) -> None:
+    with pytest.raises(UserError, match=rf"optimizer._target_=torch.optim.{name}: cannot take a plain step"):
+        check_construction({"_target_": f"torch.optim.{name}", "lr": 0.1}, compose().scheduler, EXTRA)

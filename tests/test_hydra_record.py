@@ -41,7 +41,7 @@ def test_the_record_is_hydras(run_py, tmp_path: Path) -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["seed"] == 4
     assert config["scheduler"]["max_lr"] == "${optimizer.lr}"  # as composed, so that it still follows
-    assert "hydra" not in config
+    assert config["hydra"]["job"] == {"chdir": False}  # so that `--config-path` works on it
     own = {"job": {"name": "train"}, "run": None, "images": None}
     later = overlay(RunDirectory(tmp_path / "r"), ["optimizer.lr=0.05"], own)
     assert later.scheduler["max_lr"] == 0.05

@@ -107,3 +107,14 @@ def test_run_last_looks_at_training_runs_that_are_done(tiny_run, tmp_path: Path,
     config = tmp_path / "outputs/train/evaluation/config.yaml"
     config.write_text(config.read_text().replace("name: train", "name: summary", 1))
     assert find_run("last").folder.name == "new"
+
+
+def test_a_claim_that_was_killed_leaves_the_directory_free(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.123.partial").write_text("half")
+    assert RunDirectory(tmp_path).claim(compose(*TINY)) is False
+
+
+def test_a_record_that_contains_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("&a\nseed: *a\n")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        RunDirectory(tmp_path).read_config()

@@ -268,7 +268,7 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"trainer.accumulate={trainer.accumulate}: must divide data.batch_size={data.batch_size} without remainder"
         )
-    if config.data.validation == 0 and trainer.monitor == "validation_loss":
+    if data.validation == 0 and data.name != "folder" and trainer.monitor == "validation_loss":
         raise UserError(
             "data.validation=0 leaves no images for trainer.monitor=validation_loss: "
             "hold some out, or set trainer.monitor=train_loss"

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -81,6 +82,7 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
         main()
         return
     _quiet = True
+    threading.excepthook = _note_thread_error
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
@@ -97,7 +99,14 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
         _fail(error)
     finally:
         _quiet = False
+        threading.excepthook = threading.__excepthook__
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _note_thread_error(args: threading.ExceptHookArgs) -> None:
+    """One line for an error in a helper thread (TensorBoard's writer on a full disk, say); the run goes on."""
+    if isinstance(args.exc_value, Exception):
+        print(f"warning: a background thread ended: {explain(args.exc_value)}", file=sys.stderr)
 
 
 def _fail(error: Exception) -> NoReturn:

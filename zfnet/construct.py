@@ -134,5 +134,13 @@ def check_construction(
     _, keywords = arguments("optimizer", optimizer)
     if not keywords.get("lr", 1) > 0:
         raise UserError(f"optimizer.lr={keywords['lr']}: must be greater than 0")
-    dummy = build_optimizer(optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    dummy = build_optimizer(optimizer, [parameter])
+    parameter.grad = torch.zeros(1)
+    try:
+        dummy.step()
+    except (TypeError, RuntimeError) as error:  # LBFGS wants a closure, SparseAdam sparse gradients
+        raise UserError(
+            f"optimizer._target_={optimizer['_target_']}: cannot take a plain step ({error})"
+        ) from error
     build_scheduler(scheduler, dummy, 100, extra)

@@ -37,6 +37,11 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten time
 _NO_RUN = (".lock", "status.json", "train.log")
 
 
+def _belongs_to_a_run(name: str) -> bool:
+    # a .partial file is what a process left that was killed while it claimed the directory
+    return name not in _NO_RUN and not (name.startswith(".") and name.endswith(".partial"))
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write `content` so that `path` is, at any moment, what it was or what it shall be."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -92,7 +97,7 @@ class RunDirectory:
 
     def claim_new(self, config: Config) -> None:
         """Make this, which must be absent or empty, the directory of `config`'s run; raise UserError otherwise."""
-        if self.folder.exists() and any(p.name not in _NO_RUN for p in self.folder.iterdir()):
+        if self.folder.exists() and any(_belongs_to_a_run(p.name) for p in self.folder.iterdir()):
             found = "holds a run" if (self.folder / "config.yaml").exists() else "holds no run"
             raise UserError(
                 f"{self.folder} is not empty and {found}: choose another directory (hydra.run.dir=…)"
@@ -134,6 +139,8 @@ class RunDirectory:
             return read_config(plain)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        except RecursionError as error:  # YAML can contain itself
+            raise UserError(f"{path} cannot be read: it is nested too deeply") from error
 
     def write_json(self, name: str, content: Any) -> None:
         write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import STEPS, train_minute
-from zfnet.report.board import TensorBoard, flatten
+from zfnet.report.board import TensorBoard
 from zfnet.run import RunDirectory
 
 WORDS = ("trainer.tensorboard=true", "trainer.log_every=3")
@@ -71,8 +71,3 @@ def test_a_resumed_board_voids_what_came_after(tmp_path: Path) -> None:
     accumulator.Reload()
     assert [(e.step, e.value) for e in accumulator.Scalars("loss")] == [(0, 1.0), (1, 2.0), (2, 7.0)]
     assert accumulator.Tags()["scalars"] == ["loss"]
-
-
-def test_flatten() -> None:
-    nested = {"a": {"b": 1, "c": {"d": None}}, "e": [1, 2], "f": "x", "g": True}
-    assert flatten(nested) == [("a.b", 1), ("a.c.d", "None"), ("e", "[1, 2]"), ("f", "x"), ("g", True)]

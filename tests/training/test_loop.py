@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def make_state(*words: str) -> TrainingState:
 def batch(count: int = 12, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, 64, 64, generator=generator).contiguous(memory_format=torch.channels_last)
-    return Batch(images, torch.arange(count) % 10, torch.arange(count))
+    return Batch(images, torch.arange(count) % 10, torch.arange(count), first=0, total=count)
 
 
 def weights(state: TrainingState) -> torch.Tensor:
@@ -212,7 +213,7 @@ def test_not_a_number_in_the_data_is_found_at_its_step(tmp_path: Path, monkeypat
     real = loop.train_step
 
     def poisoned(state, data) -> None:
-        real(state, Batch(data.images * float("nan"), data.labels, data.index) if state.step == 5 else data)
+        real(state, replace(data, images=data.images * float("nan")) if state.step == 5 else data)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(UserError, match=r"the loss at step 5 \(epoch 1, learning rate"):

@@ -65,19 +65,18 @@ def recorded_state(run: RunDirectory, when_stopped: str = "stopped") -> Iterator
     run.set_status("running")
     try:
         yield
-    except Pruned as reason:
-        run.set_status("pruned", str(reason))
-        log.info("pruned: %s", reason)
+    except Pruned as verdict:
+        run.set_status("pruned", str(verdict))
+        log.info("pruned: %s", verdict)
         raise
     except KeyboardInterrupt as error:
         run.set_status("stopped", str(error) or "stopped by the keyboard")
         log.info(when_stopped)
         raise
     except BaseException as error:
-        run.set_status(
-            "failed",
-            f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error),
-        )
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(UserError):  # a full disk, say, must not hide the error itself
+            run.set_status("failed", reason)
         log.debug("failed", exc_info=True)
         raise
     run.set_status("done")

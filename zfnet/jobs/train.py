@@ -10,6 +10,7 @@ from typing import Any
 from zfnet.config import Config
 from zfnet.data import Batches, Splits, load_splits
 from zfnet.environment import describe_environment
+from zfnet.errors import UserError
 from zfnet.hydra_record import write_hydra_record
 from zfnet.jobs.common import hold, recorded_state
 from zfnet.report.board import TensorBoard
@@ -83,6 +84,11 @@ def _train(
 ) -> dict[str, Any]:
     plan = choose(config.trainer, world)
     splits = load_splits(config.data)
+    if splits.validation is None and config.trainer.monitor == "validation_loss":
+        raise UserError(
+            f"data.root={config.data.root} has no val/ folder and data.validation=0 holds no images out: "
+            "hold some out, or set trainer.monitor=train_loss"
+        )
     train = Batches(
         splits.train,
         config.data,
