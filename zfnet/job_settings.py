@@ -52,6 +52,11 @@ class Predict(Job):
     top: int = field(metadata={"low": 1})
 
 
+@dataclass(kw_only=True)
+class Runs(Job):
+    root: str
+
+
 JOBS: dict[str, type[Job]] = {
     "train": Job,
     "resume": Resume,
@@ -59,6 +64,7 @@ JOBS: dict[str, type[Job]] = {
     "reproduce": Reproduce,
     "evaluate": Evaluate,
     "predict": Predict,
+    "runs": Runs,
 }
 
 
