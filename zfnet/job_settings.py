@@ -53,6 +53,13 @@ class Predict(Job):
 
 
 @dataclass(kw_only=True)
+class Export(Job):
+    run: ClassVar[str] = "needed"
+
+    format: str = field(metadata={"choices": ("onnx", "pt2", "all")})
+
+
+@dataclass(kw_only=True)
 class Runs(Job):
     root: str
 
@@ -64,6 +71,7 @@ JOBS: dict[str, type[Job]] = {
     "reproduce": Reproduce,
     "evaluate": Evaluate,
     "predict": Predict,
+    "export": Export,
     "runs": Runs,
 }
 

@@ -95,7 +95,7 @@ def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
         for row in rows
     ]
     widths = [max(len(line[k]) for line in cells) for k in range(5)]
-    # outputs/reproduce/<time> fits a line of 80
+    # outputs/train/<time> fits a line of 80
     left = 10**6 if width is None else max(12, width - sum(widths) - 6)
     lines = []
     for state, age, job, accuracy, size, folder in cells:
