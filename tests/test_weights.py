@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from tests.helpers import data_config, random_images, tiny_model_config
 from zfnet import ZFNet, load_run
@@ -142,3 +142,31 @@ def test_a_run_without_weights_is_named(tiny_run, tmp_path: Path) -> None:
     shutil.copy(tiny_run.folder / "config.yaml", tmp_path)
     with pytest.raises(UserError, match="there are no weights; did the run finish"):
         load_run(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "cut", "text", "empty", "plain"])
+def test_another_kind_of_file_is_refused_and_never_run(
+    tiny_run, tmp_path: Path, kind: str, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.safetensors"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif kind == "torch":
+        torch.save({"a": Bomb()}, path)
+    elif kind == "cut":
+        path.write_bytes(tiny_run.weights.read_bytes()[:-100])
+    elif kind == "text":
+        path.write_text("weights")
+    elif kind == "empty":
+        path.touch()
+    else:  # safetensors without our header
+        save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="is not a file of ZFNet weights, or is damaged"):
+        load_model(path)
+    assert not Path("exploded").exists()

@@ -65,6 +65,8 @@ def errors_pass_hydra() -> Iterator[None]:
     """Within this block errors go straight to `run_with_clear_errors`; not in a sweep, where the next job comes."""
     try:
         yield
+    except BrokenPipeError:  # not an error of ours; see below
+        raise
     except Exception as error:
         if HydraConfig.get().mode == RunMode.RUN and _quiet:
             raise _Escaped(error) from error

@@ -6,7 +6,7 @@ reads image files (`images=[…]`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from zfnet.ranges import limits
@@ -47,12 +47,45 @@ class Reproduce(Job):
     run: ClassVar[str] = "needed"
 
 
+@dataclass(kw_only=True)
+class Evaluate(Job):
+    run: ClassVar[str] = "needed"
+
+    split: str = field(metadata={"choices": ("test", "validation", "train", "all")})
+    tta: str = field(metadata={"choices": ("none", "flip", "tencrop")})
+    crop_ratio: float = field(metadata={"above": 0, "high": 1})
+
+
+@dataclass(kw_only=True)
+class Predict(Job):
+    run: ClassVar[str] = "needed"
+    images: ClassVar[bool] = True
+
+    top: int = field(metadata={"low": 1})
+
+
+@dataclass(kw_only=True)
+class Export(Job):
+    run: ClassVar[str] = "needed"
+
+    format: str = field(metadata={"choices": ("onnx", "pt2", "all")})
+
+
+@dataclass(kw_only=True)
+class Runs(Job):
+    root: str
+
+
 JOBS: dict[str, type[Job]] = {
     "train": Job,
     "resume": Resume,
     "summary": Summary,
     "benchmark": Benchmark,
     "reproduce": Reproduce,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "export": Export,
+    "runs": Runs,
 }
 
 

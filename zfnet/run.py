@@ -122,6 +122,16 @@ class RunDirectory:
         finally:
             lock.release()
 
+    def in_use(self) -> bool:
+        """Return whether a process holds the directory now."""
+        if not (self.folder / ".lock").is_file():
+            return False
+        try:
+            with self.lock():
+                return False
+        except UserError:
+            return True
+
     # -- the small files
 
     def read_config(self) -> Config:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Pillow hands EPS and PS files to Ghostscript, and WMF to the system: a program runs because a file said so.
 _REFUSED = {"EPS", "WMF", "EMF"}
@@ -32,6 +32,10 @@ def read_image(file: str | Path | BinaryIO) -> Image.Image:
             with Image.open(file, formats=FORMATS) as image:
                 image.seek(0)
                 return _to_rgb(ImageOps.exif_transpose(image))
+    except (
+        UnidentifiedImageError
+    ) as error:  # its own message names the file once more, or an object in memory
+        raise UnreadableImage("not an image of a known format") from error
     # Pillow's decoders raise whatever their format's damage leads to, so nothing narrower is safe
     except Exception as error:
         raise UnreadableImage(str(error) or type(error).__name__) from error

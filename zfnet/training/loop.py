@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from zfnet.data import Batch, Batches
 from zfnet.errors import UserError
-from zfnet.model import ZFNet
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, step_name
 from zfnet.training.device import Plan
 from zfnet.training.metrics import Evaluation, EvaluationSums
@@ -193,7 +193,7 @@ def save(state: TrainingState, writer: CheckpointWriter, epoch_seconds: float) -
 
 @torch.no_grad()
 def evaluate(
-    model: ZFNet, batches: Batches, plan: Plan, what: str, stop: StopRequest | None = None
+    model: nn.Module, batches: Batches, plan: Plan, what: str, stop: StopRequest | None = None
 ) -> Evaluation:
     """Run a whole set through the network in evaluation mode; its mode is put back afterwards."""
     sums, mode = EvaluationSums(), model.training

@@ -1,0 +1,91 @@
+"""Exporting: the files answer like the network, alone and at any batch size."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import TINY, compose
+from tests.jobs.test_evaluate import used
+from zfnet import ZFNet
+from zfnet.errors import UserError
+from zfnet.jobs import export
+from zfnet.run import RunDirectory
+
+
+def test_pt2_answers_like_the_network(run_py, tiny_run) -> None:
+    answer = run_py(
+        "job=export", f"run={tiny_run.folder}", "job.format=pt2", "trainer=exact", "hydra.run.dir=x"
+    )
+    assert answer.code == 0, answer.err
+    extra = {"zfnet.json": ""}
+    program = torch.export.load("x/model.pt2", extra_files=extra)
+    run = used(tiny_run)
+    assert json.loads(extra["zfnet.json"])["classes"] == list(run.classes)
+    facts = RunDirectory("x").read_json("model.json")
+    assert facts["weights_sha256"] == tiny_run.read_json("results.json")["weights_sha256"]
+    part = run.split("test")
+    pixels = part.pixels(range(7)).numpy() / 255
+    how = facts["preprocessing"]
+    images = torch.from_numpy(((pixels - how["mean"]) / how["std"]).astype(np.float32)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = run.model(next(iter(run.batches(part).in_order())).images[:7])
+        torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_answers_like_the_network(run_py, tiny_run) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    answer = run_py("job=export", f"run={tiny_run.folder}", "job.format=onnx", "hydra.run.dir=x")
+    assert answer.code == 0, answer.err
+    assert "Warning" not in answer.err
+    session = onnxruntime.InferenceSession("x/model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, 64, 64]
+    facts = json.loads(session.get_modelmeta().custom_metadata_map["zfnet"])
+    run = used(tiny_run)
+    assert facts["classes"] == list(run.classes)
+    assert facts["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = run.model(images)
+    found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_papers_normalisation_and_pooling_can_be_exported(tmp_path) -> None:
+    model = ZFNet(10, 64, compose(*TINY, "model.norm=lrn", "model.pooling=ceil").model).eval()
+    program = torch.export.export(
+        model, (torch.zeros(2, 3, 64, 64),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
+    formats = ["pt2"] + ["onnx"] * (importlib.util.find_spec("onnxscript") is not None)
+    for name in formats:
+        path = tmp_path / f"model.{name}"
+        path.write_bytes(export._WRITE[name](program, "{}"))
+        with torch.no_grad():
+            assert export.check(model, export._READ[name](path)) < 1e-4
+
+
+def test_a_file_that_answers_otherwise_is_refused() -> None:
+    model = ZFNet(10, 64, compose(*TINY).model).eval()
+    with torch.no_grad():
+        assert export.check(model, model) == 0
+        for wrong in (lambda x: model(x) + 1e-2, lambda x: model(x) * float("nan")):
+            with pytest.raises(UserError, match="differ from the network's by"):
+                export.check(model, wrong)
+
+
+def test_without_the_extra_one_line_says_what_to_do(run_py, tiny_run, tmp_path, monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name)
+    )
+    answer = run_py("job=export", f"run={tiny_run.folder}")
+    assert answer.code == 1
+    assert answer.err == (
+        "error: job.format=all needs onnxruntime: pip install 'zfnet[export]', or choose job.format=pt2\n"
+    )
+    assert not list(tmp_path.glob("outputs/*/*"))

@@ -1,0 +1,107 @@
+"""Predicting: the pixels of training, every kind of file, and what cannot be read is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.jobs.test_evaluate import used
+from zfnet.data.decode import read_image
+from zfnet.data.named import NamedImage
+from zfnet.data.shapes import draw_shapes
+from zfnet.jobs.predict import predict
+from zfnet.report.predictions import Prediction, prediction_table
+from zfnet.run import RunDirectory
+from zfnet.training.loop import evaluate
+
+
+def test_a_file_of_the_data_gets_evaluations_answer(tiny_run, tmp_path: Path) -> None:
+    run = used(tiny_run)
+    part = run.split("test")
+    found = evaluate(run.model, run.batches(part), run.plan, "test")
+    images = []
+    for n, pixels in enumerate(part.pixels(range(len(part))).numpy()):
+        Image.fromarray(pixels).save(tmp_path / f"{n:02d}.png")
+        images.append(NamedImage(str(tmp_path / f"{n:02d}.png")))
+    answers = list(predict(run, images, top=10, batch_size=20))
+    assert [problem for _, problem in answers] == [None] * len(part)
+    best = [run.classes.index(p.best[0][0]) for p, _ in answers]
+    assert best == found.predictions.tolist()
+    shares = torch.tensor([p.best[0][1] for p, _ in answers])
+    torch.testing.assert_close(shares, found.confidences)
+    for p, _ in answers:
+        assert sum(share for _, share in p.best) == pytest.approx(1, abs=1e-5)
+
+
+def test_kinds_of_files_show_the_same_picture(tmp_path: Path) -> None:
+    upright = Image.fromarray(draw_shapes(1, 64, part=1).images[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter, clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    upright.convert("RGBA").save(tmp_path / "alpha.png")
+    upright.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (64, 64))])
+    upright.convert("CMYK").save(tmp_path / "print.tif")
+    wanted = np.asarray(upright).astype(int)
+    for name, most in (("turned.png", 0), ("alpha.png", 0), ("print.tif", 1), ("moving.gif", 60)):
+        seen = np.asarray(read_image(tmp_path / name)).astype(int)
+        assert np.abs(seen - wanted).max() <= most, name
+    grey = np.asarray(upright.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    assert np.abs(np.asarray(read_image(tmp_path / "deep.png"))[..., 0] - grey / 257).max() <= 1
+
+
+def test_the_rest_is_done_and_the_bad_ones_are_named(run_py, tiny_run, tmp_path: Path) -> None:
+    Image.new("RGB", (30, 90), "red").save(tmp_path / "tall $x_{y.png")
+    (tmp_path / "bad.jpg").write_text("not an image")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "tall $x_{y.png").read_bytes()[:60])
+    answer = run_py(
+        "job=predict", f"run={tiny_run.folder}", f"images=[{tmp_path},gone.png,file:///etc/passwd]",
+        "job.top=2", "hydra.run.dir=p",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    written = json.loads(Path("p/predictions.json").read_text())
+    assert [i["image"] for i in written["images"]] == [str(tmp_path / "tall $x_{y.png")]
+    assert len(written["images"][0]["predictions"]) == 2
+    unread = {Path(i["image"]).name: i["error"] for i in written["unreadable"]}
+    assert unread["gone.png"] == "there is no such file"
+    assert unread["bad.jpg"] == "not an image of a known format"
+    assert unread["passwd"] == "file: is not fetched, only http and https"
+    assert "cut.png" in unread
+    assert "1 of 5 images" in answer.out
+    assert Path("p/figures/predictions.png").stat().st_size > 5000
+    assert written["weights_sha256"] == tiny_run.read_json("results.json")["weights_sha256"]
+
+
+def test_none_readable_is_an_error(run_py, tiny_run, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_text("not an image")
+    answer = run_py("job=predict", f"run={tiny_run.folder}", "images=bad.jpg", "hydra.run.dir=p")
+    assert (answer.code, "none can be read: bad.jpg: not an image" in answer.err) == (1, True)
+    assert RunDirectory("p").state == "failed"
+    answer = run_py("job=predict", f"run={tiny_run.folder}", "images=[a.png,b.png]")
+    assert (answer.code, "a.png: there is no such file, and 1 more" in answer.err) == (1, True)
+    answer = run_py("job=predict", f"run={tiny_run.folder}")
+    assert (answer.code, "job=predict needs images" in answer.err) == (1, True)
+    assert not list(tmp_path.glob("outputs/*/*"))
+
+
+@pytest.mark.parametrize("top", [1, 3, 5])
+def test_the_table_keeps_to_its_width(top: int) -> None:
+    classes = [
+        ("a class with a rather long name of its own", 0.5),
+        ("b", 0.25),
+        ("c", 0.1),
+        ("d", 0.05),
+        ("e", 0),
+    ]
+    many = [Prediction("folder/" * 20 + "cat\x1b[31m.png", classes[:top]), Prediction("x.png", classes[:top])]
+    for predictions in (many, many[1:]):
+        lines = prediction_table(predictions, 80)
+        assert max(map(len, lines)) <= 80
+        assert all(line.isprintable() for line in lines)
+        text = "\n".join(lines)
+        assert text.count("%") == top * len(predictions)

@@ -1,0 +1,90 @@
+"""Listing runs: their state as it is, newest first, whatever is damaged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from tests.helpers import TINY, compose
+from zfnet.jobs.runs import Row, describe, run_table
+from zfnet.run import RunDirectory
+
+
+def claimed(folder: Path, state: str, changed: float) -> RunDirectory:
+    run = RunDirectory(folder)
+    run.claim_new(compose(*TINY))
+    run.set_status(state)
+    for path in folder.iterdir():
+        os.utime(path, (changed, changed))
+    return run
+
+
+def test_states_and_order(run_py, tiny_run, tmp_path: Path) -> None:
+    root = tmp_path / "outputs/train"
+    claimed(root / "stopped", "stopped", 1e9)
+    claimed(root / "killed", "running", 1.1e9)
+    alive = claimed(root / "alive", "running", 1.2e9)
+    (root / "done").symlink_to(tiny_run.folder)
+    with alive.lock():
+        answer = run_py("job=runs")
+    assert answer.code == 0, answer.err
+    lines = [line.split() for line in answer.out.splitlines()]
+    assert [(line[0], line[-1]) for line in lines[1:]] == [
+        ("done", "outputs/train/done"),
+        ("running", "outputs/train/alive"),
+        ("killed", "outputs/train/killed"),
+        ("stopped", "outputs/train/stopped"),
+    ]
+    assert f"{tiny_run.read_json('results.json')['test']['accuracy']:.2%}" in lines[1]
+    assert RunDirectory(root / "killed").state == "running"  # only looked at
+
+
+def test_damaged_directories_are_lines_like_others(run_py, tmp_path: Path) -> None:
+    for name, files in {
+        "a": {"config.yaml": b"{", "status.json": b"["},
+        "b": {"config.yaml": b"\x00\xff", "results.json": b"[]"},
+        "c": {"config.yaml": b"job: 3", "results.json": b'{"test": {"accuracy": NaN}}'},
+        "d": {"config.yaml": b"job: {name: train}", "results.json": b'{"test": null, "validation": [1]}'},
+        "e\x1b[31m": {"config.yaml": b"", "status.json": b'{"state": {"x": 1}}'},
+    }.items():
+        folder = tmp_path / "outputs/train" / name
+        folder.mkdir(parents=True)
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+    (tmp_path / "outputs/train/f/config.yaml").mkdir(parents=True)  # a folder where a file should be
+    answer = run_py("job=runs")
+    assert answer.code == 0, answer.err
+    assert len(answer.out.splitlines()) == 1 + 6
+    assert "\x1b" not in answer.out
+
+
+def test_nothing_there(run_py, tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    assert run_py("job=runs").out == "no runs below outputs\n"
+    answer = run_py("job=runs", "job.root=nowhere")
+    assert (answer.code, answer.err) == (1, "error: job.root=nowhere: there is no such folder\n")
+
+
+def test_size_and_accuracy_are_those_on_disk(tiny_run, tmp_path: Path) -> None:
+    row = describe(tiny_run)
+    assert row.size == sum(p.lstat().st_size for p in tiny_run.folder.rglob("*") if p.is_file())
+    assert row.job == "train"
+    shutil.copytree(tiny_run.folder, tmp_path / "run")
+    results = tiny_run.read_json("results.json")
+    RunDirectory(tmp_path / "run").write_json("results.json", {**results, "test": None})
+    assert describe(RunDirectory(tmp_path / "run")).accuracy == results["validation"]["accuracy"]
+
+
+def test_a_line_of_80_holds_a_usual_directory_and_shortens_a_long_one() -> None:
+    usual, long = "outputs/reproduce/2026-01-31_12-00-00-000000", "outputs/sweeps/" + "x" * 200
+    rows = [
+        Row("running", 0.0, "reproduce", 1.0, 5 * 2**30, usual),
+        Row("stopped", 0.0, "train", None, 900 * 2**20, long),
+    ]
+    lines = run_table(rows, 59 * 60, 80)
+    assert max(map(len, lines)) <= 80
+    assert lines[1].endswith(usual[-41:])
+    assert "5.0G" in lines[1]
+    assert "59min" in lines[1]
+    assert run_table(rows, 0, None)[2].endswith(long)

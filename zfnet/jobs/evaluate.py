@@ -1,0 +1,44 @@
+"""job=evaluate: what a run's network scores on a split, or on other images."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from zfnet.config import Config
+from zfnet.environment import describe_environment
+from zfnet.jobs.common import UsedRun, own_directory
+from zfnet.report.results import draw_results, results_of, say_per_class, say_result
+from zfnet.training.loop import evaluate
+from zfnet.training.views import MeanOfViews, data_for_views
+
+log = logging.getLogger("zfnet")
+
+
+def main(config: Config, output: Path, overrides: list[str]) -> None:
+    """Measure one split and write results.json and figures; raises UserError where classes do not match."""
+    used, settings = UsedRun(config, overrides), config.job
+    splits = used.splits()
+    part = used.split(settings.split, splits)
+    stored = part.images.shape[1]
+    data = data_for_views(used.data, settings.tta, stored, settings.crop_ratio)
+    model = used.model if settings.tta == "none" else MeanOfViews(used.model, settings.tta)
+    with own_directory(config, output) as run:
+        log.info("%s on %s, %d images; %s", used.source.folder, data.name, len(part), used.plan.describe())
+        surroundings = describe_environment(used.plan.device, splits.fingerprint, config.trainer.name)
+        run.write_json("environment.json", {**surroundings, "plan": used.plan.describe()})
+        found = evaluate(model, used.batches(part, data), used.plan, settings.split)
+        result = results_of(found, part.classes)
+        run.write_json(
+            "results.json",
+            {
+                settings.split: result,
+                "run": str(used.source.folder),
+                "data": {"name": data.name, "root": data.root},
+                "tta": settings.tta,
+            },
+        )
+        say_result(settings.split, result)
+        say_per_class(result)
+        draw_results(run, found, part)
+        log.info("written to %s", run.folder)

@@ -1,0 +1,166 @@
+"""job=export: a run's network as ONNX and torch.export files, checked against the network itself."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from zfnet.config import Config
+from zfnet.errors import UserError
+from zfnet.jobs.common import UsedRun, own_directory
+from zfnet.model import ZFNet
+from zfnet.run import write_atomically
+from zfnet.weights import weights_hash
+
+log = logging.getLogger("zfnet")
+
+FORMATS = ("onnx", "pt2")
+# of the largest logit; other kernels add in another order
+TOLERANCE = 1e-4
+_BATCHES = (1, 2, 5)  # the file was traced with 2
+
+
+def main(config: Config, output: Path, overrides: list[str]) -> None:
+    """Write model.onnx, model.pt2 and model.json; raises UserError where a file answers unlike the network."""
+    formats = FORMATS if config.job.format == "all" else (config.job.format,)
+    missing = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]
+    if "onnx" in formats and missing:
+        raise UserError(
+            f"job.format={config.job.format} needs {', '.join(missing)}: "
+            "pip install 'zfnet[export]', or choose job.format=pt2"
+        )
+    used = UsedRun(config, overrides)
+    model = used.model.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    facts = describe(used)
+    inside = json.dumps(facts)
+    with own_directory(config, output) as run, torch.no_grad(), _readable_switches():
+        size = used.data.image_size
+        program = torch.export.export(
+            model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: Dim("batch", min=1)},)
+        )
+        for name in formats:
+            path = run.folder / f"model.{name}"
+            write_atomically(path, _WRITE[name](program, inside))
+            difference = check(model, _READ[name](path))
+            facts[f"largest_difference_{name}"] = difference
+            log.info(
+                "%s: %.1f MB, within %.1e of the network's logits",
+                path,
+                path.stat().st_size / 1e6,
+                difference,
+            )
+        run.write_json("model.json", facts)
+        log.info("classes and preprocessing: %s", run.folder / "model.json")
+
+
+def describe(used: UsedRun) -> dict[str, Any]:
+    """Return what a user of the files must know, as JSON can hold it."""
+    data, size = used.data, used.data.image_size
+    return {
+        "classes": list(used.classes),
+        "input": {"name": "images", "shape": ["batch", 3, size, size], "type": "float32"},
+        "output": {"name": "logits", "shape": ["batch", len(used.classes)], "type": "float32"},
+        "preprocessing": {
+            "channels": "RGB",
+            "fit": data.fit,
+            "stored_size": used.facts.stored_size,
+            "crop_size": data.crop_size or used.facts.stored_size,
+            "image_size": size,
+            "mean": data.mean,
+            "std": data.std,
+            "steps": [
+                "fit the image to a square of stored_size pixels, bilinear: `crop` keeps proportions and takes the "
+                "centre, `stretch` does not",
+                "take the central square of crop_size pixels and resize it to image_size, bilinear",
+                "(pixel / 255 - mean) / std, for each channel",
+            ],
+        },
+        "run": str(used.source.folder),
+        "weights_sha256": weights_hash(used.model.state_dict()),
+        "torch": torch.__version__,
+    }
+
+
+def check(model: ZFNet, exported: Callable[[Tensor], Tensor]) -> float:
+    """Return the largest difference of logits on random images, in batches of several sizes.
+
+    Raises UserError if it is more than TOLERANCE of the largest logit.
+    """
+    generator, largest = torch.Generator().manual_seed(0), 0.0
+    for count in _BATCHES:
+        images = torch.randn(count, 3, model.image_size, model.image_size, generator=generator)
+        expected, found = model(images), exported(images)
+        difference = (found - expected).abs().max().item()
+        if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+            raise UserError(f"the exported network's logits differ from the network's by {difference:.3g}")
+        largest = max(largest, difference)
+    return largest
+
+
+@contextlib.contextmanager
+def _readable_switches() -> Iterator[None]:
+    """torch.export asks cuDNN's old TF32 switch, which cannot answer while `trainer=exact` has set the new ones.
+
+    Tracing is done on the CPU, so within this block they may stand as they come.
+    """
+    parts = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.fp32_precision = value
+
+
+def _onnx(program: ExportedProgram, facts: str) -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the exporter's own insides
+        exported = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: "batch"},),
+            verbose=False,
+        )
+    assert exported is not None
+    exported.model.metadata_props["zfnet"] = facts
+    content: bytes = exported.model_proto.SerializeToString()
+    return content
+
+
+def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnx
+    import onnxruntime
+
+    onnx.checker.check_model(str(path), full_check=True)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _pt2(program: ExportedProgram, facts: str) -> bytes:
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"zfnet.json": facts})
+    return content.getvalue()
+
+
+def _read_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+    return torch.export.load(path).module()
+
+
+_WRITE: dict[str, Callable[[ExportedProgram, str], bytes]] = {"onnx": _onnx, "pt2": _pt2}
+_READ: dict[str, Callable[[Path], Callable[[Tensor], Tensor]]] = {"onnx": _read_onnx, "pt2": _read_pt2}

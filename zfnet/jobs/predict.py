@@ -1,0 +1,130 @@
+"""job=predict: what a run's network sees in image files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from zfnet.config import Config
+from zfnet.data import preprocess
+from zfnet.data.decode import UnreadableImage, fit_square
+from zfnet.data.named import NamedImage, find_images
+from zfnet.errors import UserError
+from zfnet.jobs.common import UsedRun, own_directory
+from zfnet.report.figures import save_figure
+from zfnet.report.predictions import Prediction, draw_predictions, prediction_table, shorten
+from zfnet.weights import weights_hash
+
+log = logging.getLogger("zfnet")
+
+SHOWN = 48  # images in the figure
+PICTURE = 160  # pixels a side, at least
+
+
+def main(config: Config, output: Path, overrides: list[str]) -> None:
+    """Classify the images that `images=[…]` names; an unreadable one is reported, and the rest are done.
+
+    Raises UserError where none can be read.
+    """
+    if not config.images:
+        raise UserError("job=predict needs images, as in 'images=[cat.jpg,photos/,https://…]'")
+    images, problems = find_images(config.images)
+    if not images:
+        raise _none_readable(problems)
+    used = UsedRun(config, overrides)
+    with own_directory(config, output) as run:
+        predictions: list[Prediction] = []
+        for prediction, problem in predict(used, images, config.job.top, config.data.batch_size):
+            if problem is None:
+                predictions.append(prediction)
+            else:
+                problems[prediction.name] = problem
+        run.write_json(
+            "predictions.json",
+            {
+                "run": str(used.source.folder),
+                "weights_sha256": weights_hash(used.model.state_dict()),
+                "images": [
+                    {
+                        "image": p.name,
+                        "predictions": [{"class": name, "probability": share} for name, share in p.best],
+                    }
+                    for p in predictions
+                ],
+                "unreadable": [{"image": name, "error": problem} for name, problem in problems.items()],
+            },
+        )
+        for name, problem in problems.items():
+            log.warning("not read: %s: %s", shorten(name, 200), problem)
+        if not predictions:
+            raise _none_readable(problems)
+        for line in prediction_table(predictions, shutil.get_terminal_size().columns):
+            log.info(line)
+        save_figure(draw_predictions(predictions[:SHOWN]), run.figures / "predictions.png")
+        if len(predictions) > SHOWN:
+            log.info("the figure shows the first %d images", SHOWN)
+        log.info("%d of %d images; written to %s", len(predictions), len(predictions) + len(problems), output)
+
+
+@torch.no_grad()
+def predict(
+    used: UsedRun, images: Sequence[NamedImage], top: int, batch_size: int
+) -> Iterator[tuple[Prediction, str | None]]:
+    """Yield for each image its prediction, or what is wrong with it, in order."""
+
+    def load(number: int) -> tuple[np.ndarray, np.ndarray | None] | str:
+        try:
+            image = images[number].read()
+        except UnreadableImage as error:
+            return str(error)
+        size, fit = used.facts.stored_size, used.data.fit
+        picture = fit_square(image, max(size, PICTURE), fit) if number < SHOWN else None
+        return fit_square(image, size, fit), picture
+
+    with (
+        ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(images), desc="predicting", unit=" images", disable=None, leave=False) as bar,
+    ):
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            loaded = list(pool.map(load, range(start, start + len(part))))
+            good = [entry[0] for entry in loaded if not isinstance(entry, str)]
+            shares = iter(_shares(used, np.stack(good)) if good else ())
+            for image, entry in zip(part, loaded, strict=True):
+                if isinstance(entry, str):
+                    yield Prediction(image.name, []), entry
+                else:
+                    yield Prediction(image.name, _best(next(shares), used.classes, top), entry[1]), None
+            bar.update(len(part))
+
+
+def _shares(used: UsedRun, pixels: np.ndarray) -> Tensor:
+    """Return probabilities [N, classes], on the CPU, for stored pixels [N, h, w, 3]."""
+    plan = used.plan
+    batch = preprocess(torch.from_numpy(pixels).to(plan.device), used.data, plan.channels_last)
+    with plan.autocast():
+        logits = used.model(batch)
+    return logits.float().softmax(1).cpu()
+
+
+def _best(shares: Tensor, classes: Sequence[str], top: int) -> list[tuple[str, float]]:
+    found = shares.topk(min(top, len(classes)))
+    return [
+        (classes[label], share)
+        for label, share in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    ]
+
+
+def _none_readable(problems: dict[str, str]) -> UserError:
+    name, problem = next(iter(problems.items()))
+    others = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return UserError(f"images: none can be read: {name}: {problem}{others}")

@@ -1,0 +1,122 @@
+"""job=runs: what lies below outputs/, newest first."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zfnet.config import Config
+from zfnet.errors import UserError
+from zfnet.report.predictions import shorten
+from zfnet.run import RunDirectory, list_runs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. changed: seconds since 1970; accuracy: None where none is recorded; size: bytes on disk."""
+
+    state: str
+    changed: float
+    job: str
+    accuracy: float | None
+    size: int
+    folder: str
+
+
+def main(config: Config, output: Path, overrides: list[str]) -> None:
+    """Print the table; a damaged run is a line like any other. Raises UserError where there is no such folder."""
+    root = Path(config.job.root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"job.root={root}: there is no such folder")
+    rows = sorted((describe(run) for run in list_runs(root)), key=lambda row: row.changed, reverse=True)
+    if not rows:
+        print(f"no runs below {root}")
+        return
+    # into a file or another program directories go whole
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print("\n".join(run_table(rows, time.time(), width)))
+
+
+def describe(run: RunDirectory) -> Row:
+    """Look at one directory, of which any file may be missing or damaged."""
+    state = run.state
+    if state == "running" and not run.in_use():
+        state = "killed"
+    changed, size = _on_disk(run.folder)
+    return Row(state, changed, run.job or "?", _accuracy(run), size, str(run.folder))
+
+
+def _accuracy(run: RunDirectory) -> float | None:
+    try:
+        results: Any = run.read_json("results.json")
+    except UserError:
+        return None
+    for split in ("test", "validation", "train", "all"):
+        part = results.get(split) if isinstance(results, dict) else None
+        value = part.get("accuracy") if isinstance(part, dict) else None
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+    return None
+
+
+def _on_disk(folder: Path) -> tuple[float, int]:
+    """Return when anything in the folder changed last, and the size of all files in it."""
+    changed, size = 0.0, 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                facts = os.lstat(os.path.join(place, name))
+            except OSError:  # gone meanwhile
+                continue
+            size += facts.st_size
+            if name != ".lock":  # touched by whoever looks whether it is held
+                changed = max(changed, facts.st_mtime)
+    return changed, size
+
+
+def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
+    """Return a header and a line a run; directories are shortened where `width` says so."""
+    cells = [("state", "age", "job", "acc.", "size", "directory")]
+    cells += [
+        (
+            shorten(row.state, 8),
+            _age(now - row.changed),
+            shorten(row.job, 14),
+            "" if row.accuracy is None else f"{row.accuracy:.2%}",
+            _size(row.size),
+            row.folder,
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[k]) for line in cells) for k in range(5)]
+    # outputs/train/<time> fits a line of 80
+    left = 10**6 if width is None else max(12, width - sum(widths) - 6)
+    lines = []
+    for state, age, job, accuracy, size, folder in cells:
+        lines.append(
+            f"{state:<{widths[0]}} {age:>{widths[1]}} {job:<{widths[2]}} {accuracy:>{widths[3]}} "
+            f"{size:>{widths[4]}}  {shorten(folder, left)}"
+        )
+    return lines
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(0, seconds):.0f}s"
+
+
+def _size(count: int) -> str:
+    value = count / 1024
+    for unit in ("K", "M"):
+        if value < 1000:
+            return f"{value:.0f}{unit}"
+        value /= 1024
+    return f"{value:.1f}G"
