@@ -58,6 +58,9 @@ def train(config: Config, run: RunDirectory, watcher: Watcher | None = None) -> 
             run.set_status("stopped", str(error) or "stopped by the keyboard")
             log.info("stopped; go on with: python run.py job=resume run=%s", run.folder)
             raise
+        except SystemExit:  # a cluster's launcher, before it queues the job again
+            run.set_status("stopped", "the launcher ended the process")
+            raise
         except BaseException as error:
             run.set_status(
                 "failed",
