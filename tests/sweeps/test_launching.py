@@ -134,7 +134,7 @@ def test_a_job_that_breaks_is_logged_and_goes_on_when_the_sweep_is_run_again(
     assert digests[0] == digests[1]
 
 
-def test_the_sixth_job_of_a_mixed_sweep_is_bit_identical_to_the_same_job_alone(
+def test_the_last_job_of_a_mixed_sweep_is_bit_identical_to_the_same_job_alone(
     run_py, tmp_path, undrawn
 ) -> None:
     words = [word for word in SMALL if not word.startswith("trainer.threads")]
@@ -143,7 +143,7 @@ def test_the_sixth_job_of_a_mixed_sweep_is_bit_identical_to_the_same_job_alone(
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
     )
-    assert run_py("-m", *words, "trainer.threads=3,null", "trainer=auto,cpu,exact").code == 0
+    assert run_py("-m", *words, "trainer.threads=1,null", "trainer=auto,exact").code == 0
     assert alone.wait(timeout=200) == 0
     last = tmp_path / "s/trainer.threads=null,trainer=exact"
     for name in ("results.json", "environment.json"):
