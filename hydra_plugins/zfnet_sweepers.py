@@ -51,7 +51,6 @@ class GridSweeper(_Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         jobs, first = self._jobs(), 0
         batches = self.split_arguments(self._overrides(arguments), self.max_batch_size)
-        jobs.record()
         for batch in batches:
             jobs.launch(batch, first)
             first += len(batch)

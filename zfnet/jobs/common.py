@@ -73,6 +73,9 @@ def recorded_state(run: RunDirectory, when_stopped: str = "stopped") -> Iterator
         run.set_status("stopped", str(error) or "stopped by the keyboard")
         log.info(when_stopped)
         raise
+    except SystemExit:  # a cluster's launcher, before it queues the job again
+        run.set_status("stopped", "the launcher ended the process")
+        raise
     except BaseException as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(UserError):  # a full disk, say, must not hide the error itself

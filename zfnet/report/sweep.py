@@ -130,18 +130,20 @@ def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     A key follows another if it always has the same value (`scheduler.max_lr: ${optimizer.lr}`), or if the choice
     of its group's file decides it: whoever sweeps `model=small,zfnet` has not swept the number of maps in conv1.
     """
-    keys = dict.fromkeys(key for setting in settings for key in setting)
-    kept: dict[str, list[str]] = {}
-    for key in keys:
+    columns: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for setting in settings for key in setting):
         column = [repr(setting.get(key, ABSENT)) for setting in settings]
-        if len(set(column)) == 1 or column in kept.values():
-            continue
+        if len(set(column)) > 1:
+            columns[key] = column
+    kept: list[str] = []
+    seen: list[list[str]] = []
+    for key, column in columns.items():
         group = key.partition(".")[0]
-        leaders = [kept[name] for name in (f"{group}.name", f"{group}._target_") if name in kept]
-        if any(_decides(leader, column) for leader in leaders):
-            continue
-        kept[key] = column
-    return list(kept)
+        leaders = [columns[name] for name in (f"{group}.name", f"{group}._target_") if name in kept]
+        if column not in seen and not any(_decides(leader, column) for leader in leaders):
+            kept.append(key)
+        seen.append(column)
+    return kept
 
 
 def _decides(leader: Sequence[str], column: Sequence[str]) -> bool:

@@ -12,6 +12,7 @@ from zfnet.report.sweep import Setting, Sweep, SweepJob, say, short_names
 from zfnet.run import write_atomically
 
 OBJECTIVE = "validation accuracy"
+MOST_ROWS = 40  # of a terminal
 STATES = ("done", "running", "stopped", "pruned", "failed", "none")
 
 
@@ -61,7 +62,8 @@ def to_markdown(sweep: Sweep) -> str:
 def to_text(sweep: Sweep, width: int | None = None) -> str:
     """Return the table for a terminal of `width` columns (None: this one), best first.
 
-    Columns of swept keys that do not fit are left out, and counted; summary.csv has them all.
+    Columns of swept keys that do not fit are left out, and counted, and so are rows beyond the best MOST_ROWS;
+    summary.csv has them all.
     """
     width = width or shutil.get_terminal_size().columns
     header, rows = _cells(sweep)
@@ -71,8 +73,10 @@ def to_text(sweep: Sweep, width: int | None = None) -> str:
     while sum(widths[i] + 2 for i in shown) - 2 > width and len(shown) > fixed + 1:
         del shown[-fixed - 1]
     lines = [count_line(sweep)]
-    for row in [header, *rows]:
+    for row in [header, *rows[:MOST_ROWS]]:
         lines.append("  ".join(row[i].ljust(widths[i]) for i in shown).rstrip()[:width])
+    if len(rows) > MOST_ROWS:
+        lines.append(f"… and {len(rows) - MOST_ROWS} more, in summary.csv")
     if len(shown) < len(header):
         lines.append(f"{len(header) - len(shown)} more swept keys are in summary.csv")
     return "\n".join([*lines, *_test_line(sweep)])

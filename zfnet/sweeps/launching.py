@@ -42,7 +42,7 @@ class Jobs:
         self.outcomes: dict[str, Outcome] = {}
         setup_globals()
 
-    def record(self) -> None:
+    def _record(self) -> None:
         """Write the sweep's own config to multirun.yaml, or to multirun-2.yaml … if it is not the first one here."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text, number = OmegaConf.to_yaml(self.config), 1
@@ -60,7 +60,8 @@ class Jobs:
 
         Raises HydraException if one cannot be composed, before any has started. A job that fails is an Outcome.
         """
-        composed = [self._compose(overrides, first + n) for n, overrides in enumerate(batch)]
+        composed = [self.compose(overrides, first + n) for n, overrides in enumerate(batch)]
+        self._record()
         folders = [job_folder(config) for config in composed]
         outcomes: list[Outcome | None] = [
             self._finished(config, folder) for config, folder in zip(composed, folders, strict=True)
@@ -85,7 +86,8 @@ class Jobs:
                 "\n".join([*lines, *(f"  {o.name}: {explain(o.error)}" for o in failed if o.error)])
             )
 
-    def _compose(self, overrides: Sequence[str], number: int) -> DictConfig:
+    def compose(self, overrides: Sequence[str], number: int = 0) -> DictConfig:
+        """Return the config of one job; raise HydraException if a key or a choice does not exist."""
         config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             config.hydra.job.num = number

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 
 from zfnet.errors import UserError
 from zfnet.sweeps.launching import Jobs, Outcome
-from zfnet.sweeps.space import fixed_overrides, job_overrides, search_space, what_counts
+from zfnet.sweeps.space import any_values, fixed_overrides, job_overrides, search_space, what_counts
 from zfnet.sweeps.study import SearchSettings, Worker, ask, make_sampler, open_study
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 def run_search(settings: SearchSettings, overrides: Sequence[Override], jobs: Jobs) -> None:
     """Launch trials until the study has `n_trials`; raise UserError if it cannot be opened or is another search."""
-    study = open_study(settings, jobs.folder)
-    make_sampler(settings, 0)  # an unknown setting is an error now and not at the first trial
     space, fixed = search_space(overrides), fixed_overrides(overrides)
+    # what cannot be composed or constructed is an error before there is a study
+    jobs.compose([*fixed, *job_overrides(any_values(space))])
+    make_sampler(settings, 0)
+    study = open_study(settings, jobs.folder)
     _same_search(study, what_counts(fixed))
-    jobs.record()
     with Worker(jobs.folder) as worker:
         while True:
             batch: list[Trial] = []

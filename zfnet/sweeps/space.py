@@ -66,3 +66,8 @@ def what_counts(fixed: Sequence[str]) -> list[str]:
 def job_overrides(params: Mapping[str, Any]) -> list[str]:
     """Return a trial's values as overrides: choices are texts already, and numbers are written in full."""
     return [f"{key}={value}" for key, value in params.items()]
+
+
+def any_values(space: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one value of each key, to see whether a job can be composed at all."""
+    return {key: part.choices[0] if hasattr(part, "choices") else part.low for key, part in space.items()}

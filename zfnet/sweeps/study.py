@@ -197,9 +197,12 @@ def ask(
 ) -> Trial | None:
     """Return the next trial of the study; None when it has as many as it should.
 
-    Trials that a dead process left running are asked for again first, with the same values. A trial that another
-    process is running at this moment, value for value, is not run twice.
+    Trials that a dead process left running are asked for again first, with the same values. No values are run
+    twice: where a trial with the same ones is finished, its outcome holds for this one; where another process is
+    running it at this moment, other values are asked for.
     """
+    from optuna.trial import TrialState
+
     while True:
         with worker.one_at_a_time():
             _ask_again_for_lost_trials(study, worker)
@@ -220,10 +223,16 @@ def ask(
         if _count(before) >= settings.n_trials:  # another process without our lock took the last one
             _void(study, trial)
             return None
-        if not any(t.state.name == "RUNNING" and t.params == trial.params for t in before):
+        twins = {t.state.name: t for t in before if t.params == trial.params and not t.user_attrs.get("void")}
+        if "COMPLETE" in twins:
+            study.tell(trial, twins["COMPLETE"].value)
+        elif "PRUNED" in twins:
+            study.tell(trial, state=TrialState.PRUNED)
+        elif "RUNNING" in twins:
+            _void(study, trial)
+            time.sleep(0.5)
+        else:
             return trial
-        _void(study, trial)
-        time.sleep(0.5)
 
 
 def _waiting(trials: list[FrozenTrial]) -> bool:

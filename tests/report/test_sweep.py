@@ -1,0 +1,162 @@
+"""What a sweep directory says, read from runs that were written by hand."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from tests.helpers import TINY, compose
+from zfnet.composing import compose as compose_words
+from zfnet.config import flatten
+from zfnet.hydra_record import register_resolvers
+from zfnet.report.sweep import ABSENT, read_sweep, short_names, swept_keys
+from zfnet.run import RunDirectory
+
+
+def write_job(
+    sweep: Path, *words: str, accuracy: float | None = None, test: float = 0.5, state: str = "done"
+) -> RunDirectory:
+    """Write the directory that a training with these overrides would leave, with these accuracies."""
+    run = RunDirectory(sweep / ",".join(words))
+    run.folder.mkdir()
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(_plain_config(words), sort_keys=False))
+    run.set_status(state, "lost the loss" if state == "failed" else None)
+    run.write_history(
+        [{"epoch": e, "step": e, "train_loss": 1 / e, "validation_accuracy": accuracy} for e in (1, 2)]
+    )
+    if accuracy is not None:
+        figures = {"validation": {"accuracy": accuracy, "loss": 1.0}, "test": {"accuracy": test}}
+        run.write_json("results.json", {**figures, "best_epoch": 2, "epochs": 2, "seconds": 1.5})
+    return run
+
+
+@functools.cache
+def _base() -> DictConfig:
+    register_resolvers()
+    return compose_words(TINY)
+
+
+def _plain_config(words: Sequence[str]) -> dict[str, Any]:
+    """What the words compose to; those that only set keys are laid on one composition, which takes no time."""
+    if any("." not in word.partition("=")[0] for word in words if not word.startswith("seed=")):
+        return compose(*TINY, *words).to_dict()
+    config = copy.deepcopy(_base())
+    for word in words:
+        key, _, value = word.partition("=")
+        OmegaConf.update(config, key, yaml.safe_load(value))
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def test_seeds_are_grouped_and_the_best_on_validation_comes_first(tmp_path: Path) -> None:
+    low, high = (0.2, 0.3, 0.7), (0.5, 0.6, 0.7)
+    for seed in range(3):
+        write_job(tmp_path, "optimizer.lr=0.01", f"seed={seed}", accuracy=low[seed], test=0.9)
+        write_job(tmp_path, "optimizer.lr=0.1", f"seed={seed}", accuracy=high[seed], test=0.1)
+    sweep = read_sweep(tmp_path)
+    assert sweep.keys == ["optimizer.lr"]  # and not scheduler.max_lr, which follows it; nor the seed
+    assert [s.values for s in sweep.settings] == [{"optimizer.lr": 0.1}, {"optimizer.lr": 0.01}]
+    assert [job.seed for job in sweep.settings[0].jobs] == [0, 1, 2]
+    mean, std = sweep.settings[0].mean_and_std()
+    assert mean == pytest.approx(0.6)
+    assert std == pytest.approx(0.1)
+    assert sweep.settings[1].mean_and_std()[1] == pytest.approx(statistics.stdev(low))
+
+
+def test_only_finished_jobs_count_and_the_others_are_still_named(tmp_path: Path) -> None:
+    write_job(tmp_path, "seed=0", accuracy=0.4)
+    write_job(tmp_path, "seed=1", accuracy=0.9, state="pruned")
+    write_job(tmp_path, "seed=2", state="failed")
+    refused = RunDirectory(tmp_path / "optimizer.lr=-1")
+    refused.folder.mkdir()
+    refused.set_status("failed", "optimizer.lr=-1: must be greater than 0")
+    sweep = read_sweep(tmp_path)
+    assert [s.scores() for s in sweep.settings] == [[0.4]]
+    assert sweep.settings[0].mean_and_std() == (0.4, None)
+    assert {job.name: job.error for job in sweep.failed} == {
+        "seed=2": "lost the loss",
+        "optimizer.lr=-1": "optimizer.lr=-1: must be greater than 0",
+    }
+
+
+def test_damaged_files_and_runs_of_other_jobs_do_no_harm(tmp_path: Path) -> None:
+    write_job(tmp_path, "seed=0", accuracy=0.4)
+    for name, damage in (
+        ("a", "config.yaml"),
+        ("b", "results.json"),
+        ("c", "history.csv"),
+        ("d", "status.json"),
+    ):
+        run = write_job(tmp_path, f"optimizer.lr=0.{ord(name)}", accuracy=0.4)
+        (run.folder / damage).write_bytes(b"\xff{: [")
+    other = write_job(tmp_path, "seed=7", accuracy=0.4)
+    text = (other.folder / "config.yaml").read_text()
+    (other.folder / "config.yaml").write_text(text.replace("name: train", "name: evaluate"))
+    sweep = read_sweep(tmp_path)
+    assert "seed=7" not in {job.name for job in sweep.jobs}
+    assert len(sweep.jobs) == 5
+    assert {len(s.scores()) for s in sweep.settings} == {0, 1}
+
+
+def flat(*words: str) -> dict[str, Any]:
+    return flatten(_plain_config(words))
+
+
+@pytest.mark.parametrize(
+    ("jobs", "expected"),
+    [
+        ([["optimizer.lr=0.1"], ["optimizer.lr=0.2"]], ["optimizer.lr"]),
+        # a group's file decides the rest of the group
+        ([["model=small"], ["model=alexnet_stem"]], ["model.name"]),
+        ([["optimizer=sgd"], ["optimizer=adamw"]], ["optimizer._target_"]),
+        # but not a key that was swept beside it
+        (
+            [[f"optimizer={o}", f"optimizer.lr={lr}"] for o in ("sgd", "adamw") for lr in (0.1, 0.2)],
+            ["optimizer._target_", "optimizer.lr"],
+        ),
+        # in a search no value comes twice, and yet neither key follows the other
+        (
+            [[f"optimizer.lr=0.{n}", f"trainer.epochs={10 - n}"] for n in range(1, 6)],
+            ["optimizer.lr", "trainer.epochs"],
+        ),
+        ([["model.conv3=null"], []], ["model.conv3", "model.conv3.channels"]),
+        ([[], []], []),
+    ],
+)
+def test_swept_keys_are_those_in_which_the_configs_differ(jobs, expected) -> None:
+    found = swept_keys([flat(*words) for words in jobs])
+    assert found[: len(expected)] == expected
+    if "model.conv3" not in expected:  # a layer that is left out takes all its keys along
+        assert found == expected
+
+
+def test_short_names_are_short_and_unambiguous() -> None:
+    keys = [
+        "model.conv1.kernel_size",
+        "model.conv2.kernel_size",
+        "optimizer.lr",
+        "model.name",
+        "optimizer._target_",
+    ]
+    assert short_names(keys) == {
+        "model.conv1.kernel_size": "conv1.kernel_size",
+        "model.conv2.kernel_size": "conv2.kernel_size",
+        "optimizer.lr": "lr",
+        "model.name": "model",
+        "optimizer._target_": "optimizer",
+    }
+
+
+def test_a_setting_without_a_key_says_so(tmp_path: Path) -> None:
+    write_job(tmp_path, "optimizer=sgd", "optimizer.momentum=0.5", accuracy=0.1)
+    write_job(tmp_path, "optimizer=sgd", "optimizer.momentum=0.8", accuracy=0.2)
+    write_job(tmp_path, "optimizer=adagrad", accuracy=0.3)
+    sweep = read_sweep(tmp_path)
+    assert sweep.settings[0].values["optimizer.momentum"] == ABSENT

@@ -1,0 +1,65 @@
+"""The figures of a sweep: the kind that suits the number of swept keys, and the numbers in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.report.test_sweep import write_job
+from zfnet.report.sweep import read_sweep
+from zfnet.report.sweep_figures import draw_sweep
+
+
+def texts(axis) -> set[str]:
+    return {text.get_text() for text in axis.texts}
+
+
+def test_two_keys_make_a_heat_map_with_means_in_its_cells(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for lr in (0.01, 0.1):
+            for size in (5, 7):
+                words = f"optimizer.lr={lr}", f"model.conv1.kernel_size={size}", f"seed={seed}"
+                write_job(tmp_path, *words, accuracy=lr + size / 100 + seed / 10)
+    figures = draw_sweep(read_sweep(tmp_path))
+    axis = figures["objective"].axes[0]
+    assert texts(axis) == {"11.0%\n± 7.1", "13.0%\n± 7.1", "20.0%\n± 7.1", "22.0%\n± 7.1"}
+    assert {axis.get_xlabel(), axis.get_ylabel()} == {"model.conv1.kernel_size", "optimizer.lr"}
+    assert len(figures["curves"].axes[1].lines) == 8  # every job has a line
+    assert len(figures["curves"].legends[0].get_texts()) == 4  # every setting a name
+    figures["objective"].canvas.draw()
+    figures["curves"].canvas.draw()
+
+
+def test_one_key_makes_points_with_error_bars(tmp_path: Path) -> None:
+    for n, lr in enumerate((0.001, 0.01, 0.1)):
+        write_job(tmp_path, f"optimizer.lr={lr}", accuracy=n / 10)
+    axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.001", "0.01", "0.1"]
+    assert [round(x) for x in axis.get_xticks()] == [-3, -2, -1]  # by their logarithm
+
+
+def test_a_search_over_two_intervals_makes_points_in_a_plane(tmp_path: Path) -> None:
+    for n in range(1, 8):
+        write_job(tmp_path, f"optimizer.lr={n / 100}", f"optimizer.weight_decay={n / 1000}", accuracy=n / 10)
+    axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
+    assert len(axis.collections[0].get_offsets()) == 7
+    assert axis.collections[1].get_offsets().tolist() == [[0.07, 0.007]]  # the ring is around the best
+
+
+@pytest.mark.parametrize("last", ["scheduler=constant", "trainer.clip_norm=null"])
+def test_more_keys_make_parallel_coordinates_whatever_their_values(tmp_path: Path, last: str) -> None:
+    for n, extra in enumerate([last, "trainer.clip_norm=2", "trainer.clip_norm=3"]):
+        words = f"optimizer.lr=0.{n + 1}", f"optimizer.betas=[0.9,0.99{n}]", extra
+        write_job(tmp_path, *words, accuracy=n / 10)
+    figure = draw_sweep(read_sweep(tmp_path))["objective"]
+    axis = figure.axes[0]
+    best = [line for line in axis.lines if line.get_linewidth() > 2]
+    assert len(best) == 1
+    assert best[0].get_ydata()[-1] == 1.0  # it ends at the top of the last axis
+    figure.canvas.draw()
+
+
+def test_a_sweep_without_results_has_no_objective_to_draw(tmp_path: Path) -> None:
+    write_job(tmp_path, "seed=0", state="running")
+    assert set(draw_sweep(read_sweep(tmp_path))) == {"curves"}

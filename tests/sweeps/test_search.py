@@ -1,0 +1,259 @@
+"""Searching: killed and continued, shared by two processes, pruned, and kept in a database."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.sweeps.test_launching import SMALL, rows
+from zfnet.sweeps.study import SearchSettings, open_study
+from zfnet.training import loop
+
+optuna = pytest.importorskip("optuna")
+
+SEARCH = ("-m", "hydra/sweeper=optuna", *SMALL)
+SPACE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "data.batch_size=choice(20,30)")
+# run.py without the figures of each training, which take most of a small one's time
+PROGRAM = """
+import runpy, zfnet.jobs.train
+zfnet.jobs.train.save_figure = lambda *_: None
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zfnet.jobs.train.save_figure", lambda *_: None)
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
+    """Start run.py in a process of its own."""
+    code = f"import sys; sys.argv[:] = {[str(ROOT / 'run.py'), *words]!r}{PROGRAM}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.DEVNULL
+    )
+
+
+def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def trials_in(sweep: Path, storage: str | None = None) -> list[optuna.trial.FrozenTrial]:
+    settings = SearchSettings(
+        n_trials=1, direction="maximize", study_name="zfnet", sampler="tpe", pruner="none", storage=storage
+    )
+    return open_study(settings, sweep).get_trials()
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_it_resumes_the_lost_trial_and_goes_on(run_py, tmp_path) -> None:
+    words = [
+        *SEARCH,
+        *SPACE,
+        "trainer.epochs=12",
+        "hydra.sweeper.n_trials=2",
+        "trainer.checkpoint_minutes=1e-5",
+    ]
+    process, sweep = start(tmp_path, *words), tmp_path / "s"
+    wait_for(lambda: list(sweep.glob("*/checkpoints/step-*")))
+    process.kill()
+    process.wait()
+    [lost] = trials_in(sweep)
+    assert lost.state.name == "RUNNING"
+    [folder] = [path.parent for path in sweep.glob("*/config.yaml")]
+
+    assert run_py(*words).code == 0
+    trials = trials_in(sweep)
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert trials[1].params == lost.params
+    log = (folder / "train.log").read_text()
+    assert "going on from epoch" in log
+    assert log.count("epoch 12/12") == 1
+    assert len(rows(sweep)) == 2
+    assert trials[1].value == json.loads((folder / "results.json").read_text())["validation"]["accuracy"]
+
+    assert run_py(*words).code == 0  # there is nothing left to do
+    assert len(trials_in(sweep)) == 3
+    refused = run_py(*words, "model.dropout=0.3")
+    assert refused.code == 1
+    assert "was begun with other settings (model.dropout=0.3)" in refused.err
+    assert refused.err.count("\n") == 1
+    assert len(trials_in(sweep)) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_study_and_no_trial_is_run_twice(run_py, tmp_path) -> None:
+    words = [*SEARCH, "optimizer.lr=interval(1e-4,1e-3)", "hydra.sweeper.n_trials=6"]
+    other, sweep = start(tmp_path, *words), tmp_path / "s"
+    wait_for(lambda: list(sweep.glob("*/status.json")))
+    assert run_py(*words).code == 0
+    assert other.wait(timeout=120) == 0
+    counted = [trial for trial in trials_in(sweep) if not trial.user_attrs.get("void")]
+    assert [trial.state.name for trial in counted] == ["COMPLETE"] * 6
+    assert len({trial.user_attrs["worker"]["lock"] for trial in counted}) == 2
+    found = {float(row["optimizer.lr"]): float(row["validation_accuracy"]) for row in rows(sweep).values()}
+    assert found == {trial.params["optimizer.lr"]: trial.value for trial in counted}
+
+
+def test_hopeless_trials_are_pruned_and_can_still_be_trained_to_the_end(
+    run_py, tmp_path, monkeypatch
+) -> None:
+    trial, evaluate = -1, loop.evaluate
+
+    def ever_worse(model, batches, plan, what, stop):
+        nonlocal trial
+        trial += what == "validation 1"
+        return dataclasses.replace(evaluate(model, batches, plan, what, stop), accuracy=0.9 - trial / 10)
+
+    words = [*SEARCH, *SPACE, "trainer.epochs=3", "hydra.sweeper.n_trials=3", "hydra.sweeper.pruner=median"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", ever_worse)
+        answer = run_py(*words, "+hydra.sweeper.pruner_settings.n_startup_trials=1")
+    assert answer.code == 0
+    trials = trials_in(tmp_path / "s")
+    assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+    # the last epoch is not reported: there is nothing left to save by pruning
+    assert [t.intermediate_values for t in trials] == [{1: 0.9, 2: 0.9}, {1: 0.8}, {1: pytest.approx(0.7)}]
+    states = {name: row["state"] for name, row in rows(tmp_path / "s").items()}
+    assert sorted(states.values()) == ["done", "pruned", "pruned"]
+    assert "pruned: validation accuracy 80.00% after epoch 1, behind other trials" in answer.out
+    name = next(name for name, state in states.items() if state == "pruned")
+    assert run_py("job=resume", f"run='s/{name}'").code == 0
+    assert json.loads((tmp_path / "s" / name / "status.json").read_text())["state"] == "done"
+    assert "going on from epoch 2" in (tmp_path / "s" / name / "train.log").read_text()
+
+
+def test_values_that_come_again_are_not_run_again(run_py, tmp_path, monkeypatch) -> None:
+    began = []
+    monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: began.append(config.seed) or 0.5)
+    assert run_py(*SEARCH, "seed=choice(0,1)", "hydra.sweeper.n_trials=6").code == 0
+    assert sorted(began) == [0, 1]
+    assert [trial.value for trial in trials_in(tmp_path / "s")] == [0.5] * 6
+
+
+def test_a_failing_trial_is_told_and_the_search_goes_on(run_py, tmp_path, monkeypatch) -> None:
+    def half(config, *_):
+        if config.optimizer["lr"] > 0.001:
+            raise ZeroDivisionError("too fast")
+        return config.optimizer["lr"]
+
+    monkeypatch.setattr("zfnet.jobs.train.train", half)
+    answer = run_py(*SEARCH, *SPACE, "hydra.sweeper.n_trials=8", "hydra.sweeper.sampler=random")
+    trials = trials_in(tmp_path / "s")
+    assert answer.code == 1
+    for trial in trials:
+        if trial.params["optimizer.lr"] > 0.001:
+            assert trial.state.name == "FAIL"
+            assert trial.user_attrs["error"] == "too fast"
+        else:
+            assert trial.value == trial.params["optimizer.lr"]
+    assert {trial.state.name for trial in trials} == {"FAIL", "COMPLETE"}
+    assert answer.err.count("ZeroDivisionError: too fast") == sum(t.state.name == "FAIL" for t in trials)
+
+
+def test_a_trial_is_a_function_of_the_seed_and_of_those_before_it(run_py, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: -config.optimizer["lr"])
+    words = [*SEARCH, *SPACE, "+hydra.sweeper.sampler_settings.n_startup_trials=3"]
+    run_py(*words, "hydra.sweeper.n_trials=6")
+    for count in (2, 4, 6):  # the same in three sittings
+        run_py(*words, f"hydra.sweeper.n_trials={count}", "hydra.sweep.dir=t")
+    run_py(*words, "hydra.sweeper.n_trials=1", "hydra.sweeper.seed=1", "hydra.sweep.dir=u")
+    found = {name: [trial.params for trial in trials_in(tmp_path / name)] for name in "stu"}
+    assert found["s"] == found["t"]
+    assert found["s"][0] != found["u"][0]
+    assert len({str(params) for params in found["s"]}) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "has nothing to search"),
+        (["optimizer.lr=interval(2,1)"], "is no space to search"),
+        (["optimizer.lrr=interval(1,2)"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
+        (
+            [*SPACE, "hydra.sweeper.n_trials=0"],
+            "hydra.sweeper.n_trials=0: must be a whole number, at least 1",
+        ),
+        (
+            [*SPACE, "hydra.sweeper.sampler=tbe"],
+            "hydra.sweeper.sampler=tbe: no such sampler; did you mean 'tpe'?",
+        ),
+        ([*SPACE, "hydra.sweeper.pruner=medium"], "did you mean 'median'?"),
+        ([*SPACE, "+hydra.sweeper.sampler_settings.sed=1"], "did you mean 'seed'?"),
+        ([*SPACE, "hydra.sweeper.direction=up"], "must be maximize or minimize"),
+        ([*SPACE, "hydra.sweeper.storage=postgresql://me:secret@127.0.0.1:1/none"], "hydra.sweeper.storage="),
+        ([*SPACE, "hydra.sweeper.storage=nonsense"], "hydra.sweeper.storage=nonsense"),
+    ],
+)
+def test_what_is_wrong_with_a_search_is_one_line(run_py, tmp_path, words, expected) -> None:
+    answer = run_py(*SEARCH, *words)
+    assert answer.code == 1
+    assert expected in answer.err
+    assert answer.err.startswith("error: ")
+    assert answer.err.count("\n") == 1
+    assert "secret" not in answer.err
+
+
+@pytest.fixture
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server of our own behind a socket in a temporary folder; yields the address of its database."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found:
+        pytest.skip("PostgreSQL is not installed")
+    pytest.importorskip("psycopg2")
+    tools, folder = found[-1].parent, Path("/tmp") / f"zfnet-pg-{os.getpid()}"
+    folder.mkdir(mode=0o700)
+    server = None
+    try:
+        account = {}
+        if os.geteuid() == 0:  # the server refuses to run as root
+            nobody = pwd.getpwnam("nobody")
+            os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+            account = {"user": nobody.pw_uid, "group": nobody.pw_gid}
+        data = folder / "data"
+        command = [tools / "initdb", "-D", data, "-U", "zfnet", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder, **account)
+        server = subprocess.Popen(
+            [tools / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-F"],
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            **account,
+        )
+        wait_for(lambda: (folder / ".s.PGSQL.5432").exists(), 30)
+        yield f"postgresql+psycopg2://zfnet@/postgres?host={folder}"
+    finally:
+        if server is not None:
+            server.send_signal(signal.SIGINT)  # does not wait for its clients
+            server.wait(30)
+        shutil.rmtree(folder)
+
+
+def test_a_study_in_postgresql_is_shared_by_sweeps_in_different_directories(
+    run_py, tmp_path, monkeypatch, postgres
+) -> None:
+    monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: config.optimizer["lr"])
+    words = [*SEARCH, *SPACE, f"hydra.sweeper.storage='{postgres}'", "hydra.sweep.dir=s1"]
+    assert run_py(*words, "hydra.sweeper.n_trials=2").code == 0
+    assert run_py(*words[:-1], "hydra.sweep.dir=s2", "hydra.sweeper.n_trials=5").code == 0
+    trials = trials_in(tmp_path, postgres)
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 5
+    assert [trial.value for trial in trials] == [trial.params["optimizer.lr"] for trial in trials]
+    assert len(list((tmp_path / "s1").glob("*/config.yaml"))) == 2
+    assert len(list((tmp_path / "s2").glob("*/config.yaml"))) == 3
+    assert not list(tmp_path.glob("*/study.journal"))
