@@ -6,8 +6,8 @@ reads image files (`images=[…]`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,25 @@ class Summary(Job):
     run: ClassVar[str] = "optional"
 
 
-JOBS: dict[str, type[Job]] = {"train": Job, "resume": Resume, "summary": Summary}
+@dataclass(kw_only=True)
+class Deconvnet(Job):
+    """See conf/job/deconvnet.yaml."""
+
+    run: ClassVar[str] = "needed"
+
+    layers: Optional[list[str]]
+    top: int = field(metadata={"low": 1, "high": 100})
+    maps: int = field(metadata={"low": 1, "high": 100})
+    split: str = field(metadata={"choices": ("auto", "train", "validation", "test")})
+    max_images: Optional[int] = field(metadata={"low": 1})
+    rule: str = field(metadata={"choices": ("deconvnet", "guided", "gradient")})
+    dead_windows: str = field(metadata={"choices": ("first", "mask", "all")})
+    lrn: str = field(metadata={"choices": ("identity", "gradient")})
+    controls: bool
+    atlas: bool
+
+
+JOBS: dict[str, type[Job]] = {"train": Job, "resume": Resume, "summary": Summary, "deconvnet": Deconvnet}
 
 
 def job_class(settings: Any) -> type[Job] | None:
