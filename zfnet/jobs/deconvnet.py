@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import logging
 import time
 from collections.abc import Iterator
@@ -18,11 +16,10 @@ from tqdm import tqdm
 
 from zfnet.config import Config, DataConfig
 from zfnet.console import log_to
-from zfnet.data import Batches, ImageSet, load_splits
+from zfnet.data import Batches, ImageSet, load_splits, preprocess
 from zfnet.errors import UserError, did_you_mean
 from zfnet.explain.controls import project_controls
 from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.receptive_field import receptive_boxes
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.explain.views import look
 from zfnet.geometry import CONV_LAYERS
@@ -33,6 +30,7 @@ from zfnet.report.atlas import Atlas, write_atlas
 from zfnet.report.figures import save_figure
 from zfnet.report.pictures import GREY, on_grey, to_pixels
 from zfnet.report.projections import draw_controls, draw_projections
+from zfnet.report.top_activations import write_tables
 from zfnet.run import RunDirectory, write_atomically
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
 from zfnet.training.device import choose
@@ -112,14 +110,18 @@ def _explain(config: Config, subject: Subject, run: RunDirectory, stop: StopRequ
         job.rule,
     )
     found = _search(subject, job.top, run, stop)
-    _write_tables(subject, found, run)
+    write_tables(found, subject.model, subject.images, run.folder)
+    for layer in subject.layers:
+        dead = found.statistics(layer).dead
+        if bool(dead.any()):
+            log.info("%s: %d of %d maps are never active", layer, int(dead.sum()), len(dead))
     similarity = {}
     for layer in tqdm(subject.layers, "figures", unit="layer", disable=None, leave=False):
         units = _draw_layer(config, subject, deconvnet, found, layer, run)
         if job.controls and len(units) > 1:
-            inputs = next(iter(_one_batch(subject, units[:, 0])))
-            own = torch.cat((torch.arange(len(units))[:, None], units[:, 1:]), 1)
-            similarity[layer] = project_controls(deconvnet, inputs, layer, own, config.seed).similarity()
+            inputs = preprocess(subject.images.pixels(units[:, 0]).to(subject.device), subject.data)
+            units[:, 0] = torch.arange(len(units))
+            similarity[layer] = project_controls(deconvnet, inputs, layer, units, config.seed).similarity()
         stop.check()
     if similarity:
         run.write_json("controls.json", similarity)
@@ -197,56 +199,6 @@ def _search(subject: Subject, top: int, run: RunDirectory, stop: StopRequest) ->
     finally:
         writer.close()
     return found
-
-
-def _one_batch(subject: Subject, index: torch.Tensor) -> Iterator[torch.Tensor]:
-    for batch in Batches(subject.images.take(index), subject.data, subject.device).in_order():
-        yield batch.images
-
-
-def _write_tables(subject: Subject, found: TopActivations, run: RunDirectory) -> None:
-    """Write top_activations.csv, one row for each activation, and maps.csv, one for each map."""
-    classes = subject.images.classes
-    tops: list[tuple[Any, ...]] = []
-    maps: list[tuple[Any, ...]] = []
-    for layer in subject.layers:
-        record, habits = found.layers[layer], found.statistics(layer)
-        channel, rank = record.filled.nonzero().cpu().unbind(1)
-        places = record.places().cpu()[channel, rank]
-        labels = subject.images.labels[places[:, 0]]
-        boxes = receptive_boxes(subject.model, layer, places[:, 1:])
-        values = record.values.cpu()[channel, rank]
-        for c, r, v, place, label, box in zip(
-            channel.tolist(), rank.tolist(), values.tolist(), places.tolist(), labels.tolist(), boxes.tolist(),
-            strict=True,
-        ):  # fmt: skip
-            tops.append((layer, c, r + 1, f"{v:.6g}", place[0], classes[label], *place[1:], *box))
-        columns = (habits.mean, habits.image_share, habits.position_share, habits.selectivity)
-        for c, (mean, share, spots, selective, best, dead) in enumerate(
-            zip(*(x.tolist() for x in columns), habits.best_class.tolist(), habits.dead.tolist(), strict=True)
-        ):
-            numbers = (f"{x:.6g}" for x in (mean, share, spots, selective))
-            maps.append((layer, c, *numbers, "" if dead else classes[best], int(dead)))
-        if bool(habits.dead.any()):
-            log.info("%s: %d of %d maps are never active", layer, int(habits.dead.sum()), len(habits.dead))
-    _write_csv(
-        run.folder / "top_activations.csv",
-        "layer,map,rank,activation,image,class,y,x,top,left,bottom,right",
-        tops,
-    )
-    _write_csv(
-        run.folder / "maps.csv",
-        "layer,map,mean_activation,image_share,position_share,selectivity,class,dead",
-        maps,
-    )
-
-
-def _write_csv(path: Path, header: str, rows: list[tuple[Any, ...]]) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(header.split(","))
-    table.writerows(rows)
-    write_atomically(path, text.getvalue())
 
 
 def _draw_layer(

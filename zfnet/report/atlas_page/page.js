@@ -13,7 +13,7 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-const percent = (value) => (100 * value).toFixed(value > 0 && value < 0.0995 ? 1 : 0) + " %";
+const percent = (value) => (value > 0 && value < 0.001 ? "under 0.1" : (100 * value).toFixed(value < 0.0995 ? 1 : 0)) + " %";
 const favourite = (map) => classes[map.classes[0][0]];
 const address = (map) => `#${map.layer.name}/${map.number}`;
 
