@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -24,20 +25,28 @@ def draw_projections(
     """
     columns = math.ceil(math.sqrt(len(maps)))
     rows = -(-len(maps) // columns)
-    top = len(projections[0])
-    figure = Figure(figsize=(4.0 * columns + 0.6, 2.2 * rows + 0.75))
+    figure = Figure(figsize=(4.0 * columns + 0.4, 2.2 * rows + 0.55), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    figure.set_layout_engine("constrained", hspace=0.04)
-    halves: Any = figure.subfigures(1, 2, wspace=0.03)
+    axes = figure.subplots(1, 2)
     sides = {"projections (grey: no signal)": projections, "image patches": patches}
-    for half, (name, tiles) in zip(halves, sides.items(), strict=True):
-        half.suptitle(name, fontsize=11, color="#57606a")
-        axes = half.subplots(rows, columns, squeeze=False).flat
-        for axis in axes:
-            axis.axis("off")
-        for axis, number, block in zip(half.axes, maps, tiles, strict=False):
-            axis.imshow(mosaic(block, math.ceil(math.sqrt(top)), gap=3, side=96), interpolation="antialiased")
-            axis.set_title(f"map {number}", fontsize=8, pad=2)
+    for axis, (name, tiles) in zip(axes, sides.items(), strict=True):
+        blocks = [mosaic(block, math.ceil(math.sqrt(len(block))), gap=3, side=96) for block in tiles]
+        height, width = (side + side // 9 for side in blocks[0].shape[:2])  # with room for its number
+        sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+        for place, (number, block) in enumerate(zip(maps, blocks, strict=True)):
+            top, left = height * (place // columns) + height - block.shape[0], width * (place % columns)
+            sheet[top : top + block.shape[0], left : left + block.shape[1]] = block
+            axis.text(
+                left + block.shape[1] / 2,
+                top - height / 75,
+                f"map {number}",
+                ha="center",
+                va="bottom",
+                fontsize=8,
+            )
+        axis.imshow(sheet, interpolation="antialiased")
+        axis.set_title(name, fontsize=11, color="#57606a")
+        axis.axis("off")
     return figure
 
 
