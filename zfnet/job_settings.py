@@ -6,10 +6,10 @@ reads image files (`images=[…]`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
 
-from zfnet.ranges import limits
+from zfnet.ranges import limits, one_of
 
 
 @dataclass(kw_only=True)
@@ -51,9 +51,9 @@ class Reproduce(Job):
 class Evaluate(Job):
     run: ClassVar[str] = "needed"
 
-    split: str = field(metadata={"choices": ("test", "validation", "train", "all")})
-    tta: str = field(metadata={"choices": ("none", "flip", "tencrop")})
-    crop_ratio: float = field(metadata={"above": 0, "high": 1})
+    split: str = one_of("test", "validation", "train", "all")
+    tta: str = one_of("none", "flip", "tencrop")
+    crop_ratio: float = limits(above=0, high=1)
 
 
 @dataclass(kw_only=True)
@@ -61,19 +61,37 @@ class Predict(Job):
     run: ClassVar[str] = "needed"
     images: ClassVar[bool] = True
 
-    top: int = field(metadata={"low": 1})
+    top: int = limits(low=1)
 
 
 @dataclass(kw_only=True)
 class Export(Job):
     run: ClassVar[str] = "needed"
 
-    format: str = field(metadata={"choices": ("onnx", "pt2", "all")})
+    format: str = one_of("onnx", "pt2", "all")
 
 
 @dataclass(kw_only=True)
 class Runs(Job):
     root: str
+
+
+@dataclass(kw_only=True)
+class Deconvnet(Job):
+    """See conf/job/deconvnet.yaml."""
+
+    run: ClassVar[str] = "needed"
+
+    layers: Optional[list[str]]
+    top: int = limits(low=1, high=100)
+    maps: int = limits(low=1, high=100)
+    split: str = one_of("auto", "train", "validation", "test")
+    max_images: Optional[int] = limits(low=1)
+    rule: str = one_of("deconvnet", "guided", "gradient")
+    dead_windows: str = one_of("first", "mask", "all")
+    lrn: str = one_of("identity", "gradient")
+    controls: bool
+    atlas: bool
 
 
 JOBS: dict[str, type[Job]] = {
@@ -86,6 +104,7 @@ JOBS: dict[str, type[Job]] = {
     "predict": Predict,
     "export": Export,
     "runs": Runs,
+    "deconvnet": Deconvnet,
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Purposes keep streams apart: the order of epoch 3 and the flips of epoch 3 share no numbers.
-SPLIT, ORDER, CROP_Y, CROP_X, FLIP, CUTOUT_Y, CUTOUT_X, DROPOUT, SUBSET, SHAPES = range(10)
+SPLIT, ORDER, CROP_Y, CROP_X, FLIP, CUTOUT_Y, CUTOUT_X, DROPOUT, SUBSET, SHAPES, CONTROL = range(11)
 
 _MASK = 0xFFFFFFFF
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zfnet.errors import UserError, did_you_mean
 from zfnet.explain.switches import side
@@ -67,25 +67,31 @@ def receptive_field(model: ZFNet, layer: str) -> ReceptiveField:
     return ReceptiveField(size, stride, offset)
 
 
-def receptive_box(
-    model: ZFNet, layer: str, y: int, x: int, image_size: int | None = None
-) -> tuple[int, int, int, int]:
+def receptive_box(model: ZFNet, layer: str, y: int, x: int) -> tuple[int, int, int, int]:
     """Return (top, left, bottom, right), ends exclusive, of the pixels that unit (y, x) of `layer` really sees.
 
     The box is clipped at the image and at the borders of every layer between: a window that hangs over the
-    edge of a feature map sees nothing there. `image_size` is the model's unless given.
+    edge of a feature map sees nothing there.
     """
+    top, left, bottom, right = receptive_boxes(model, layer, torch.tensor([[y, x]]))[0].tolist()
+    return top, left, bottom, right
+
+
+def receptive_boxes(model: ZFNet, layer: str, places: Tensor) -> Tensor:
+    """Return `receptive_box` of many units: int64 [U, 4] for places (y, x) [U, 2]; raise UserError."""
     steps = window_steps(model, layer)
-    sizes = [image_size or model.image_size]  # the side of each step's input, then of the last output
+    sizes = [model.image_size]  # the side of each step's input, then of the last output
     for step in steps:
         sizes.append(_output_size(model, step, sizes[-1]))
-    if not (0 <= y < sizes[-1] and 0 <= x < sizes[-1]):
+    outside = ((places < 0) | (places >= sizes[-1])).any(1)
+    if bool(outside.any()):
+        y, x = places[outside][0].tolist()
         raise UserError(f"({y}, {x}): lies outside {layer}'s {sizes[-1]}×{sizes[-1]} maps")
-    top, left, bottom, right = y, x, y, x  # inclusive on the way down
+    first, last = places, places  # inclusive on the way down
     for step, size in zip(reversed(steps), reversed(sizes[:-1]), strict=True):
-        top, left = (max(0, a * step.stride - step.padding) for a in (top, left))
-        bottom, right = (min(size, a * step.stride - step.padding + step.kernel) - 1 for a in (bottom, right))
-    return top, left, bottom + 1, right + 1
+        first = (first * step.stride - step.padding).clamp(min=0)
+        last = (last * step.stride - step.padding + step.kernel - 1).clamp(max=size - 1)
+    return torch.cat((first, last + 1), 1)
 
 
 def _output_size(model: ZFNet, step: Step, size: int) -> int:

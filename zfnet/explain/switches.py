@@ -35,13 +35,15 @@ def pool_with_switches(x: Tensor, pool: nn.MaxPool2d, dead_windows: str = "first
             cell = padded[_cells(place, kernel, stride, height, width)]
             switches |= (cell == pooled).to(torch.int16) << place
         return pooled, switches
-    top = torch.arange(height, device=x.device)[:, None] * stride - padding
-    left = torch.arange(width, device=x.device) * stride - padding
-    places = (index // x.shape[3] - top) * kernel + index % x.shape[3] - left
-    switches = torch.ones_like(places) << places
+    top = torch.arange(height, device=x.device, dtype=torch.int32)[:, None] * stride - padding
+    left = torch.arange(width, device=x.device, dtype=torch.int32) * stride - padding
+    index = index.int()  # divides in half the time
+    row = index.div(x.shape[3], rounding_mode="floor")
+    places = (row - top) * kernel + (index - row * x.shape[3] - left)
+    switches = torch.ones_like(places, dtype=torch.int16) << places.to(torch.int16)
     if dead_windows == "mask":
-        switches = torch.where(pooled > 0, switches, 0)
-    return pooled, switches.to(torch.int16)
+        switches *= pooled > 0
+    return pooled, switches
 
 
 def unpool(signal: Tensor, switches: Tensor, pool: nn.MaxPool2d) -> Tensor:

@@ -91,10 +91,10 @@ class TopActivations:
             flat = maps.flatten(2)
             value, position = flat.max(2)  # of equal ones the first
             self._merge(record, value.T, index.expand(value.shape[1], -1), position.T)
-            record.sums += members.T @ flat.mean(2, dtype=torch.float64)
-            active = flat > 0
-            record.active_images += active.any(2).sum(0)
-            record.active_positions += active.sum((0, 2))
+            record.sums += members.T @ flat.mean(2).double()
+            active = (flat > 0).sum(2)
+            record.active_images += (active > 0).sum(0)
+            record.active_positions += active.sum(0)
         self.images += len(index)
         self.class_counts += torch.bincount(labels.cpu(), minlength=self.num_classes)
 

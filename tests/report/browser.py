@@ -1,0 +1,98 @@
+"""Chromium without a screen, driven through chromedriver's own protocol (W3C WebDriver), on loopback only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+class Browser:
+    """One page."""
+
+    def __init__(self, session: str) -> None:
+        self.session = session
+
+    def open(self, page: Path) -> None:
+        _call("POST", f"{self.session}/url", {"url": page.absolute().as_uri()})
+
+    def run(self, script: str) -> Any:
+        """Run JavaScript in the page and return what it returns."""
+        return _call("POST", f"{self.session}/execute/sync", {"script": script, "args": []})
+
+    def wait(self, condition: str, seconds: float = 20) -> None:
+        """Wait until a JavaScript expression is true."""
+        end = time.monotonic() + seconds
+        while not self.run(f"return Boolean({condition})"):
+            assert time.monotonic() < end, f"the page did not come to: {condition}"
+            time.sleep(0.05)
+
+    def press(self, key: str) -> None:
+        actions = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
+        _call(
+            "POST",
+            f"{self.session}/actions",
+            {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]},
+        )
+
+    def messages(self) -> list[str]:
+        """Return what the browser's console has said since the last call."""
+        return [entry["message"] for entry in _call("POST", f"{self.session}/se/log", {"type": "browser"})]
+
+
+@contextlib.contextmanager
+def browser(profile: Path, width: int = 1280, height: int = 900) -> Iterator[Browser]:
+    """Start a browser with a fresh profile in the folder `profile`; it ends with the block."""
+    driver = subprocess.Popen(
+        [str(DRIVER), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert driver.stdout is not None
+        port = next(
+            line.split("port ")[1].rstrip(".\n") for line in driver.stdout if "successfully on port" in line
+        )
+        options = {
+            "binary": CHROMIUM,
+            "args": [*_FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"],
+        }
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        url = f"http://127.0.0.1:{port}/session"
+        session = _call("POST", url, {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        try:
+            yield Browser(f"{url}/{session}")
+        finally:
+            _call("DELETE", f"{url}/{session}")
+    finally:
+        driver.terminate()
+        driver.wait(10)
+
+
+def _call(method: str, url: str, content: Any = None) -> Any:
+    data = None if content is None else json.dumps(content).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+    except urllib.error.HTTPError as error:
+        raise AssertionError(json.load(error)["value"]["message"]) from None

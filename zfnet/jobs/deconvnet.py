@@ -1,0 +1,253 @@
+"""job=deconvnet: what excites each feature map, by the deconvnet (paper, Fig. 2), with controls and an atlas."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from tqdm import tqdm
+
+from zfnet.config import Config, DataConfig
+from zfnet.console import log_to
+from zfnet.data import Batches, ImageSet, load_splits, preprocess
+from zfnet.errors import UserError, did_you_mean
+from zfnet.explain.controls import project_controls
+from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.top_activations import TopActivations, collect
+from zfnet.explain.views import look
+from zfnet.geometry import CONV_LAYERS
+from zfnet.hydra_record import write_hydra_record
+from zfnet.model import ZFNet
+from zfnet.randomness import CONTROL, make_key, permutation
+from zfnet.report.atlas import Atlas, write_atlas
+from zfnet.report.figures import save_figure
+from zfnet.report.pictures import GREY, on_grey, to_pixels
+from zfnet.report.projections import draw_controls, draw_projections
+from zfnet.report.top_activations import write_tables
+from zfnet.run import RunDirectory, write_atomically
+from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
+from zfnet.training.device import choose
+from zfnet.training.signals import StopRequest
+from zfnet.weights import load_run, weights_hash
+
+log = logging.getLogger("zfnet")
+
+SEARCH = "search.safetensors"
+_SAVE_SECONDS = 30.0
+_CONTROL_UNITS = 16  # for each layer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at: the network, and the images of one split."""
+
+    model: ZFNet
+    device: torch.device
+    data: DataConfig
+    images: ImageSet
+    split: str
+    layers: list[str]
+    facts: dict[str, Any]  # what a saved search belongs to
+
+    def batches(self, images: ImageSet) -> Batches:
+        return Batches(images, self.data, self.device)
+
+
+def main(config: Config, output: Path, overrides: list[str]) -> None:
+    """Look into the network of `run=…`; all is written to `output`, where a stopped search goes on."""
+    run, subject = RunDirectory(output), _load(config)
+    with _directory(config, run) as stop:
+        if run.state == "done":
+            log.info("nothing to do: %s is finished", run.folder)
+            return
+        run.set_status("running")
+        try:
+            _explain(config, subject, run, stop)
+        except KeyboardInterrupt as error:
+            run.set_status("stopped", str(error) or "stopped by the keyboard")
+            log.info("stopped; to go on, give the command again with hydra.run.dir=%s", run.folder)
+            raise
+        except BaseException as error:
+            run.set_status("failed", str(error) or type(error).__name__)
+            log.debug("failed", exc_info=True)
+            raise
+        run.set_status("done")
+        log.info("written to %s", run.folder)
+
+
+@contextlib.contextmanager
+def _directory(config: Config, run: RunDirectory) -> Iterator[StopRequest]:
+    """Hold the directory; raise UserError where it holds anything but this very job."""
+    if run.claim(config):
+        before = run.read_config()
+        if (before.job, before.run) != (config.job, config.run):
+            raise UserError(
+                f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)"
+            )
+    else:
+        write_hydra_record(run.folder)
+    with run.lock(), log_to(run.folder / "deconvnet.log"), StopRequest() as stop:
+        yield stop
+
+
+def _explain(config: Config, subject: Subject, run: RunDirectory, stop: StopRequest) -> None:
+    job = config.job
+    deconvnet = Deconvnet(subject.model, job.rule, job.dead_windows, job.lrn)
+    log.info(
+        "%s of %s on %s, %d %s images, rule %s",
+        ", ".join(subject.layers),
+        config.run,
+        subject.device,
+        len(subject.images),
+        subject.split,
+        job.rule,
+    )
+    found = _search(subject, job.top, run, stop)
+    write_tables(found, subject.model, subject.images, run.folder)
+    for layer in subject.layers:
+        dead = found.statistics(layer).dead
+        if bool(dead.any()):
+            log.info("%s: %d of %d maps are never active", layer, int(dead.sum()), len(dead))
+    similarity = {}
+    for layer in tqdm(subject.layers, "figures", unit="layer", disable=None, leave=False):
+        units = _draw_layer(config, subject, deconvnet, found, layer, run)
+        if job.controls and len(units) > 1:
+            inputs = preprocess(subject.images.pixels(units[:, 0]).to(subject.device), subject.data)
+            units[:, 0] = torch.arange(len(units))
+            similarity[layer] = project_controls(deconvnet, inputs, layer, units, config.seed).similarity()
+        stop.check()
+    if similarity:
+        run.write_json("controls.json", similarity)
+        save_figure(draw_controls(similarity), run.figures / "controls.png")
+        _say(similarity)
+    if job.atlas:
+        title = f"{config.model.name} on {config.data.name}"
+        atlas = Atlas(title, subject.split, deconvnet, subject.images, subject.data, found)
+        log.info("open %s in a browser", write_atlas(atlas, run.folder / "atlas", stop.check))
+
+
+def _load(config: Config) -> Subject:
+    trained = load_run(str(config.run))
+    model, data, job = trained.model, config.data, config.job
+    if data.image_size != model.image_size:
+        raise UserError(
+            f"data.image_size={data.image_size}: the run's network takes images of {model.image_size} px"
+        )
+    known = [layer for layer in model.layers if layer in CONV_LAYERS]
+    for layer in job.layers or ():
+        if layer not in known:
+            raise UserError(f"job.layers={layer}: no such convolution layer{did_you_mean(layer, known)}")
+    if job.layers == []:
+        raise UserError("job.layers=[]: names no layer; null is all of them")
+    splits = load_splits(data)
+    split = job.split
+    if split == "auto":
+        split = "validation" if splits.validation is not None else "test"
+    images: ImageSet | None = getattr(splits, split)
+    if images is None:
+        raise UserError(f"job.split={split}: this data has no {split} images; try job.split=train")
+    if images.classes != trained.classes:
+        raise UserError(
+            f"the run was trained on {len(trained.classes)} classes ({trained.classes[0]} …), its data now has "
+            f"{len(images.classes)} ({images.classes[0]} …): set data.root=… to the data it was trained on"
+        )
+    if job.max_images is not None and job.max_images < len(images):
+        images = images.take(torch.arange(job.max_images))
+    facts = {"weights": weights_hash(model.state_dict()), "data": splits.fingerprint}
+    device = choose(config.trainer).device
+    layers = [layer for layer in known if job.layers is None or layer in job.layers]
+    return Subject(model.to(device), device, data, images, split, layers, facts)
+
+
+def _search(subject: Subject, top: int, run: RunDirectory, stop: StopRequest) -> TopActivations:
+    """Find the strongest activations; a search that was stopped here goes on."""
+    found, path = TopActivations(top, len(subject.images.classes)), run.folder / SEARCH
+    if path.exists():
+        saved = read_checkpoint(path)
+        if saved.facts["of"] != subject.facts:
+            raise UserError(
+                f"{path} belongs to other weights or images: choose another directory (hydra.run.dir=…)"
+            )
+        found = TopActivations.from_state(saved.tensors, saved.facts["search"], subject.device)
+        log.info("going on after %d images", found.images)
+    writer = CheckpointWriter(run.folder)
+
+    def keep() -> None:
+        tensors, facts = found.state()
+        writer.write(SEARCH, Checkpoint(tensors, {"search": facts, "of": subject.facts}), prune=False)
+
+    last = time.monotonic()
+
+    def after_batch(_: TopActivations) -> None:
+        nonlocal last
+        if stop.number is not None or time.monotonic() - last > _SAVE_SECONDS:
+            keep()
+            last = time.monotonic()
+        stop.check()
+
+    try:
+        with stop.deferred():
+            collect(subject.model, subject.images, subject.batches, subject.layers, found, after_batch)
+        keep()
+    finally:
+        writer.close()
+    return found
+
+
+def _draw_layer(
+    config: Config,
+    subject: Subject,
+    deconvnet: Deconvnet,
+    found: TopActivations,
+    layer: str,
+    run: RunDirectory,
+) -> torch.Tensor:
+    """Draw a layer's figure and write the values that it shows; return some of its units, for the controls."""
+    record = found.layers[layer]
+    alive = record.filled[:, 0].cpu().nonzero().flatten()
+    if len(alive) == 0:
+        log.info("%s: no map is ever active, so there is nothing to draw", layer)
+        return torch.zeros(0, 4, dtype=torch.int64)
+    order = permutation(make_key(config.seed, CONTROL, 2, int(layer[-1])), len(alive))
+    chosen = alive[order[: config.job.maps]].sort().values
+    filled, places = record.filled.cpu()[chosen], record.places().cpu()[chosen]
+    number, rank = filled.nonzero().unbind(1)
+    place = places[number, rank]
+    units = torch.stack((place[:, 0], chosen[number], place[:, 1], place[:, 2]), 1)
+    views = look(deconvnet, subject.images, subject.data, layer, units)
+    side = views.patches.shape[-1]
+    blank = torch.full((len(chosen), config.job.top, side, side, 3), GREY, dtype=torch.uint8)
+    projections, patches = blank.clone(), blank
+    projections[number, rank] = on_grey(views.projections)
+    pixels = torch.where(views.inside.permute(0, 2, 3, 1), to_pixels(views.patches, subject.data), GREY)
+    patches[number, rank] = pixels
+    title = (
+        f"{layer}: the {config.job.top} strongest activations of {len(chosen)} of {len(record.values)} maps"
+    )
+    figure = draw_projections(title, chosen.tolist(), list(projections), list(patches))
+    save_figure(figure, run.figures / f"deconvnet_{layer}.png")
+    folder = run.folder / "projections"
+    folder.mkdir(exist_ok=True)
+    shown = {"units": units, "projections": views.projections, "patches": pixels}
+    write_atomically(folder / f"{layer}.safetensors", save(shown))
+    first = units[rank == 0]
+    return first[:_CONTROL_UNITS]
+
+
+def _say(similarity: dict[str, dict[str, dict[str, Any]]]) -> None:
+    log.info(
+        "rank correlation of projections with those of controls (near 1: the pictures do not tell the unit):"
+    )
+    for layer, rows in similarity.items():
+        words = [
+            f"{name} {row['rank_correlation']:+.2f}" if row["rank_correlation"] is not None else f"{name} –"
+            for name, row in rows.items()
+        ]
+        log.info("  %s  %s", layer, "  ".join(words))
