@@ -7,9 +7,9 @@ reads image files (`images=[…]`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
-from zfnet.ranges import limits
+from zfnet.ranges import limits, one_of
 
 
 @dataclass(kw_only=True)
@@ -76,6 +76,28 @@ class Runs(Job):
     root: str
 
 
+@dataclass(kw_only=True)
+class Look(Job):
+    """A job that looks inside a trained network: `split` is the part of the run's data that it shows to it."""
+
+    run: ClassVar[str] = "needed"
+
+    split: str = one_of("train", "validation", "test")
+
+
+@dataclass(kw_only=True)
+class Occlusion(Look):
+    """Squares of side `patch`, `stride` apart, in input pixels; `fill` is a pixel value, 0 … 255."""
+
+    images: ClassVar[bool] = True
+
+    count: int = limits(low=1)
+    layer: str
+    patch: Optional[int] = limits(low=1)
+    stride: Optional[int] = limits(low=1)
+    fill: Optional[float] = limits(low=0, high=255)
+
+
 JOBS: dict[str, type[Job]] = {
     "train": Job,
     "resume": Resume,
@@ -86,6 +108,7 @@ JOBS: dict[str, type[Job]] = {
     "predict": Predict,
     "export": Export,
     "runs": Runs,
+    "occlusion": Occlusion,
 }
 
 

@@ -1,0 +1,68 @@
+"""The jobs that look inside a network, as commands: what they write, and what they say to bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from zfnet.run import RunDirectory
+
+QUICK = ("trainer.threads=1",)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_occlusion_of_image_files(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:
+    picture = tmp_path / "a, b.png"  # a name that a careless table would tear apart
+    Image.new("RGB", (50, 80), "red").save(picture)
+    answer = run_py(
+        "job=occlusion", f"run={tiny_run.folder}", f"images=['{picture}']", "job.patch=30", "job.stride=30",
+        "hydra.run.dir=out", *QUICK,
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    facts = json.loads(Path("out/occlusion.json").read_text())
+    rows = read_csv(Path("out/maps.csv"))
+    assert len(rows) == 9
+    assert facts["images"][0]["class_is_the_truth"] is False
+    assert facts["images"][0]["lowest_probability"] == min(float(r["probability"]) for r in rows)
+    assert "a, b.png" in rows[0]["image"]
+    assert "boxes" not in facts
+    assert Image.open("out/figures/occlusion.png").width > 1000
+    assert RunDirectory("out").state == "done"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["job=occlusion"], "job=occlusion needs run=<dir>"),
+        (["job=occlusion", "job.layer=conv9"], "job.layer=conv9: no such layer; did you mean 'conv5'?"),
+        (["job=occlusion", "job.layer=fc7"], "job.layer=fc7: no such layer; known: conv1"),
+        (["job=occlusion", "job.patch=64"], "job.patch=64: the occluder must be smaller than the image"),
+        (["job=occlusion", "job.patch=8", "job.stride=9"], "job.stride=9: must be at most job.patch=8"),
+        (["job=occlusion", "job.split=tset"], "job.split=tset: must be one of train, validation, test"),
+        (["job=occlusion", "job.fill=300"], "job.fill=300.0: must be at most 255"),
+        (["job=occlusion", "images=[nope.jpg]"], "nope.jpg cannot be read as an image"),
+    ],
+)
+def test_bad_input_gets_one_line(run_py, tiny_run: RunDirectory, words: list[str], expected: str) -> None:
+    given = words if len(words) == 1 else [*words, f"run={tiny_run.folder}"]
+    answer = run_py(*given, "hydra.run.dir=out", *QUICK)
+    assert answer.code == 1
+    assert answer.err.count("\n") == 1, answer.err
+    assert expected in answer.err
+    assert not Path("out").exists()
+
+
+def test_the_run_that_is_read_is_not_written_to(run_py, tiny_run: RunDirectory) -> None:
+    before = sorted(p.name for p in tiny_run.folder.iterdir())
+    answer = run_py("job=occlusion", f"run={tiny_run.folder}", f"hydra.run.dir={tiny_run.folder}", *QUICK)
+    assert answer.code == 1
+    assert "is not empty and holds a run: choose another directory" in answer.err
+    assert sorted(p.name for p in tiny_run.folder.iterdir()) == before
