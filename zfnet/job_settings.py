@@ -98,6 +98,21 @@ class Occlusion(Look):
     fill: Optional[float] = limits(low=0, high=255)
 
 
+@dataclass(kw_only=True)
+class Invariance(Look):
+    """Ranges of the transforms: `translation` is a share of the side, `rotation` in degrees; `steps` amounts each."""
+
+    images: ClassVar[bool] = True
+
+    count: int = limits(low=1)
+    mean_images: int = limits(low=2)
+    layers: Optional[list[str]]
+    translation: float = limits(above=0, below=1)
+    scale: float = limits(above=1, high=10)
+    rotation: float = limits(above=0, below=360)
+    steps: int = limits(low=2, high=1000)
+
+
 JOBS: dict[str, type[Job]] = {
     "train": Job,
     "resume": Resume,
@@ -109,6 +124,7 @@ JOBS: dict[str, type[Job]] = {
     "export": Export,
     "runs": Runs,
     "occlusion": Occlusion,
+    "invariance": Invariance,
 }
 
 

@@ -38,6 +38,24 @@ def test_occlusion_of_image_files(run_py, tiny_run: RunDirectory, tmp_path: Path
     assert RunDirectory("out").state == "done"
 
 
+def test_invariance_writes_every_point_that_it_draws(run_py, tiny_run: RunDirectory) -> None:
+    answer = run_py(
+        "job=invariance", f"run={tiny_run.folder}", "job.count=2", "job.mean_images=6", "job.steps=3",
+        "job.split=test", "hydra.run.dir=out", *QUICK,
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    rows = read_csv(Path("out/curves.csv"))
+    assert len(rows) == (2 + 6) * 4 * 3
+    facts = json.loads(Path("out/invariance.json").read_text())
+    assert facts["layers"] == ["conv1", "fc7"]
+    for row in rows:
+        scaled = float(row["distance_fc7"]) / facts["distance_between_two_images"]["fc7"]
+        assert float(row["canonical_fc7"]) == pytest.approx(scaled, rel=1e-5)
+        if float(row["amount"]) == (1 if row["transform"] == "scale" else 0):
+            assert row["distance_conv1"] == row["distance_fc7"] == "0.0"
+    assert Image.open("out/figures/invariance.png").width > 1000
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -49,6 +67,8 @@ def test_occlusion_of_image_files(run_py, tiny_run: RunDirectory, tmp_path: Path
         (["job=occlusion", "job.split=tset"], "job.split=tset: must be one of train, validation, test"),
         (["job=occlusion", "job.fill=300"], "job.fill=300.0: must be at most 255"),
         (["job=occlusion", "images=[nope.jpg]"], "nope.jpg cannot be read as an image"),
+        (["job=invariance", "job.layers=[conv1,fc9]"], "job.layers=fc9: no such layer; did you mean 'fc"),
+        (["job=invariance", "job.steps=1"], "job.steps=1: must be at least 2"),
     ],
 )
 def test_bad_input_gets_one_line(run_py, tiny_run: RunDirectory, words: list[str], expected: str) -> None:
