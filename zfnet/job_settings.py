@@ -113,6 +113,16 @@ class Invariance(Look):
     steps: int = limits(low=2, high=1000)
 
 
+@dataclass(kw_only=True)
+class Evolution(Look):
+    """`maps` of each layer are drawn; on `probe_images` maps are compared across epochs."""
+
+    max_images: Optional[int] = limits(low=1)
+    layers: Optional[list[str]]
+    maps: int = limits(low=1, high=50)
+    probe_images: int = limits(low=3)
+
+
 JOBS: dict[str, type[Job]] = {
     "train": Job,
     "resume": Resume,
@@ -125,6 +135,7 @@ JOBS: dict[str, type[Job]] = {
     "runs": Runs,
     "occlusion": Occlusion,
     "invariance": Invariance,
+    "evolution": Evolution,
 }
 
 

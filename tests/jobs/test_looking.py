@@ -7,9 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from tests.explain.trained import Trained
 from zfnet.run import RunDirectory
+from zfnet.training.snapshots import list_snapshots
+from zfnet.weights import load_model
 
 QUICK = ("trainer.threads=1",)
 
@@ -56,6 +60,32 @@ def test_invariance_writes_every_point_that_it_draws(run_py, tiny_run: RunDirect
     assert Image.open("out/figures/invariance.png").width > 1000
 
 
+def test_evolution_names_each_maps_strongest_image_at_each_epoch(run_py, trained: Trained) -> None:
+    answer = run_py(
+        "job=evolution", f"run={trained.run.folder}", "job.split=test", "job.layers=[conv1,conv5]", "job.maps=3",
+        "job.probe_images=20", "hydra.run.dir=out", *QUICK,
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    rows = read_csv(Path("out/strongest.csv"))
+    assert len(rows) == 3 * (16 + 48)
+    early, _ = load_model(list_snapshots(trained.run.snapshots)[4])
+    with torch.no_grad():
+        peaks = early.activations(trained.inputs, ["conv5"])["conv5"].amax((2, 3))
+    for row in rows:
+        if row["layer"] == "conv5" and row["epoch"] == "4":
+            number = int(row["map"])
+            assert float(row["activation"]) == pytest.approx(float(peaks[:, number].max()), rel=1e-4)
+            assert float(peaks[int(row["image"]), number]) == pytest.approx(
+                float(row["activation"]), rel=1e-4
+            )
+    steps = read_csv(Path("out/steadiness.csv"))
+    assert [(r["previous"], r["epoch"]) for r in steps] == [("1", "4")] * 2 + [("4", "8")] * 2
+    last = [r for r in steps if r["epoch"] == "8"]
+    assert all(r["correlation_with_previous"] == r["correlation_of_previous_with_last"] for r in last)
+    assert Image.open("out/figures/evolution.png").width > 500
+    assert Path("out/figures/steadiness.png").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -68,6 +98,9 @@ def test_invariance_writes_every_point_that_it_draws(run_py, tiny_run: RunDirect
         (["job=occlusion", "job.fill=300"], "job.fill=300.0: must be at most 255"),
         (["job=occlusion", "images=[nope.jpg]"], "nope.jpg cannot be read as an image"),
         (["job=invariance", "job.layers=[conv1,fc9]"], "job.layers=fc9: no such layer; did you mean 'fc"),
+        (["job=evolution"], "job=evolution needs run=<dir>"),
+        (["job=evolution", "job.layers=[conv6]"], "job.layers=conv6: no such layer; did you mean 'conv5'?"),
+        (["job=evolution", "job.split=test"], "train with 'trainer.snapshots=[1,2,5,10]'"),
         (["job=invariance", "job.steps=1"], "job.steps=1: must be at least 2"),
     ],
 )
