@@ -123,6 +123,14 @@ class Evolution(Look):
     probe_images: int = limits(low=3)
 
 
+@dataclass(kw_only=True)
+class Filters(Look):
+    """`other` is a second run's directory; `limit` the RMS that the paper allows a filter."""
+
+    other: Optional[str]
+    limit: float = limits(above=0)
+
+
 JOBS: dict[str, type[Job]] = {
     "train": Job,
     "resume": Resume,
@@ -136,6 +144,7 @@ JOBS: dict[str, type[Job]] = {
     "occlusion": Occlusion,
     "invariance": Invariance,
     "evolution": Evolution,
+    "filters": Filters,
 }
 
 

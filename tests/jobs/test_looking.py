@@ -86,6 +86,27 @@ def test_evolution_names_each_maps_strongest_image_at_each_epoch(run_py, trained
     assert Path("out/figures/steadiness.png").exists()
 
 
+def test_filters_of_two_runs_stand_side_by_side(run_py, tiny_run: RunDirectory, trained: Trained) -> None:
+    answer = run_py(
+        "job=filters",
+        f"run={tiny_run.folder}",
+        f"job.other={trained.run.folder}",
+        "hydra.run.dir=out",
+        *QUICK,
+    )
+    assert answer.code == 0, answer.err
+    facts = list(json.loads(Path("out/filters.json").read_text())["runs"].values())
+    assert [f["filters"] for f in facts] == [32, 16]
+    rows = read_csv(Path("out/filters.csv"))
+    assert len(rows) == 48
+    assert max(float(r["rms"]) for r in rows[32:]) == pytest.approx(facts[1]["rms"]["max"])
+    weight = load_model(trained.run.weights)[0].conv1.weight
+    assert facts[1]["rms"]["max"] == pytest.approx(
+        float(weight.square().mean((1, 2, 3)).max().sqrt()), rel=1e-5
+    )
+    assert Image.open("out/figures/filters.png").width > 1000
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -101,6 +122,7 @@ def test_evolution_names_each_maps_strongest_image_at_each_epoch(run_py, trained
         (["job=evolution"], "job=evolution needs run=<dir>"),
         (["job=evolution", "job.layers=[conv6]"], "job.layers=conv6: no such layer; did you mean 'conv5'?"),
         (["job=evolution", "job.split=test"], "train with 'trainer.snapshots=[1,2,5,10]'"),
+        (["job=filters", "job.other=nowhere"], "run=nowhere: there is no run"),
         (["job=invariance", "job.steps=1"], "job.steps=1: must be at least 2"),
     ],
 )
