@@ -131,6 +131,18 @@ class Filters(Look):
     limit: float = limits(above=0)
 
 
+@dataclass(kw_only=True)
+class Correspondence(Look):
+    """Masks of side `patch` on parts of images: of the split, or those that the table `points` names."""
+
+    points: Optional[str]
+    count: int = limits(low=2)
+    layers: Optional[list[str]]
+    patch: Optional[int] = limits(low=1)
+    fill: Optional[float] = limits(low=0, high=255)
+    permutations: int = limits(low=1, high=1_000_000)
+
+
 JOBS: dict[str, type[Job]] = {
     "train": Job,
     "resume": Resume,
@@ -145,6 +157,7 @@ JOBS: dict[str, type[Job]] = {
     "invariance": Invariance,
     "evolution": Evolution,
     "filters": Filters,
+    "correspondence": Correspondence,
 }
 
 

@@ -107,6 +107,47 @@ def test_filters_of_two_runs_stand_side_by_side(run_py, tiny_run: RunDirectory, 
     assert Image.open("out/figures/filters.png").width > 1000
 
 
+def test_correspondence_of_shapes_and_of_a_table_of_points(
+    run_py, tiny_run: RunDirectory, tmp_path: Path
+) -> None:
+    words = ("job=correspondence", f"run={tiny_run.folder}", "job.permutations=20", *QUICK)
+    answer = run_py(*words, "job.split=test", "job.count=30", "hydra.run.dir=out")
+    assert answer.code == 0, answer.err
+    rows = read_csv(Path("out/correspondence.csv"))
+    assert [r["part"] for r in rows] == [
+        *(f"{v} {h}" for v in ("upper", "lower") for h in ("left", "right")),
+        "random",
+    ] * 2
+    assert {r["layer"] for r in rows} == {"conv5", "fc7"}
+    assert Image.open("out/figures/correspondence.png").width > 500
+
+    for name, size in (("a.png", (80, 60)), ("b.png", (64, 64))):
+        Image.effect_noise(size, 90).save(tmp_path / name)
+    table = tmp_path / "points.csv"
+    table.write_text("image,part,x,y\na.png,eye,40,20\na.png,nose,50,40\nb.png,eye,30,20\nb.png,nose,31,45\n")
+    answer = run_py(*words, f"job.points={table}", "hydra.run.dir=own")
+    assert answer.code == 0, answer.err
+    facts = json.loads(Path("own/correspondence.json").read_text())
+    assert list(facts["table"]["fc7"]) == ["eye", "nose", "random"]
+    assert facts["images"] == 2
+
+    for content, expected in (
+        ("image,part,x\n", "lacks the column y"),
+        ("image,part,x,y\na.png,eye,1,b\n", "line 2: x=1, y=b are not numbers"),
+        ("image,part,x,y\na.png,eye,1,1\na.png,eye,1,1\n", "line 3: eye of a.png is there already"),
+        ("image,part,x,y\na.png,eye,30,1\nb.png,nose,30,1\n", "image a.png has no nose"),
+        ("image,part,x,y\na.png,eye,1,1\nb.png,eye,1,1\n", "eye of a.png lies outside what the network sees"),
+        ("image,part,x,y\na.png,eye,30,1\n", "names 1 images"),
+        ("image,part,x,y\na.png,eye,30,1\nc.png,eye,30,1\n", "c.png cannot be read as an image"),
+    ):
+        table.write_text(content)
+        answer = run_py(*words, f"job.points={table}", "hydra.run.dir=bad")
+        assert answer.code == 1
+        assert answer.err.count("\n") == 1
+        assert expected in answer.err, answer.err
+    assert not Path("bad").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -123,6 +164,8 @@ def test_filters_of_two_runs_stand_side_by_side(run_py, tiny_run: RunDirectory, 
         (["job=evolution", "job.layers=[conv6]"], "job.layers=conv6: no such layer; did you mean 'conv5'?"),
         (["job=evolution", "job.split=test"], "train with 'trainer.snapshots=[1,2,5,10]'"),
         (["job=filters", "job.other=nowhere"], "run=nowhere: there is no run"),
+        (["job=correspondence", "job.points=no.csv"], "job.points=no.csv cannot be read"),
+        (["job=correspondence", "job.count=1"], "job.count=1: must be at least 2"),
         (["job=invariance", "job.steps=1"], "job.steps=1: must be at least 2"),
     ],
 )

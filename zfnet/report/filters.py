@@ -50,9 +50,9 @@ def draw_filters(found: Mapping[str, Filters], limit: float) -> Figure:
         axes[1].fill_between(centres.numpy(), *spread.numpy(), color=colour, alpha=0.15, lw=0)
         axes[1].axvline(0.5 / filters.stride, color=colour, ls="--", lw=1)
     axes[0].axvline(limit, color=INK, ls="--", lw=1)
-    axes[0].set(
-        title=f"RMS of a filter (dashed: the paper's limit, {limit:g})", xscale="log", ylabel="filters"
-    )
+    axes[0].set(title=f"RMS of a filter (dashed: the paper's limit, {limit:g})", ylabel="filters")
+    if wide:
+        axes[0].set_xscale("log")
     axes[1].set(
         title="Power by frequency (dashed: the stride's Nyquist)",
         xlabel="cycles per pixel",
