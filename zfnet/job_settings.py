@@ -143,6 +143,17 @@ class Correspondence(Look):
     permutations: int = limits(low=1, high=1_000_000)
 
 
+@dataclass(kw_only=True)
+class Attribution(Look):
+    """`layer` is Grad-CAM's; integrated gradients take `steps` points."""
+
+    images: ClassVar[bool] = True
+
+    count: int = limits(low=1)
+    layer: str
+    steps: int = limits(low=2, high=10_000)
+
+
 JOBS: dict[str, type[Job]] = {
     "train": Job,
     "resume": Resume,
@@ -158,6 +169,7 @@ JOBS: dict[str, type[Job]] = {
     "evolution": Evolution,
     "filters": Filters,
     "correspondence": Correspondence,
+    "attribution": Attribution,
 }
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.explain.trained import Trained
+from zfnet.explain.attribution import METHODS
 from zfnet.run import RunDirectory
 from zfnet.training.snapshots import list_snapshots
 from zfnet.weights import load_model
@@ -146,6 +149,33 @@ def test_correspondence_of_shapes_and_of_a_table_of_points(
         assert answer.err.count("\n") == 1
         assert expected in answer.err, answer.err
     assert not Path("bad").exists()
+
+
+def test_attribution_writes_its_maps(run_py, tiny_run: RunDirectory) -> None:
+    pytest.importorskip("captum")
+    answer = run_py(
+        "job=attribution", f"run={tiny_run.folder}", "job.count=2", "job.steps=8", "job.split=test",
+        "hydra.run.dir=out", *QUICK,
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    rows = read_csv(Path("out/attribution.csv"))
+    assert [r["method"] for r in rows[::2]] == list(METHODS)
+    maps = load_file("out/maps.safetensors")
+    for row in rows:
+        assert 0 < float(row["box_area"]) < 1
+    assert float(rows[0]["sum"]) == pytest.approx(float(maps["deconvnet"][0].sum()), rel=1e-4)
+    assert Image.open("out/figures/attribution.png").width > 1000
+
+
+def test_attribution_without_captum_says_how_to_get_it(run_py, tiny_run: RunDirectory, monkeypatch) -> None:
+    for name in ("captum", "captum.attr"):
+        monkeypatch.setitem(sys.modules, name, None)
+    answer = run_py("job=attribution", f"run={tiny_run.folder}", "hydra.run.dir=out", *QUICK)
+    assert (answer.code, answer.err) == (
+        1,
+        "error: job=attribution needs captum: pip install -e '.[explain]'\n",
+    )
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
