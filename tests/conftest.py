@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests.explain.trained import Trained, train_some
 from tests.helpers import train_tiny
 from zfnet.run import RunDirectory
 
@@ -49,6 +50,12 @@ def _switches_put_back():
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A finished run of the small network on 200 built-in images. Tests read it and never write to it."""
     return train_tiny(tmp_path_factory.mktemp("tiny") / "run")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A network that names most built-in images rightly. Tests read its run and never write to it."""
+    return train_some(tmp_path_factory.mktemp("trained") / "run")
 
 
 class Answer(NamedTuple):

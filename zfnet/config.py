@@ -125,6 +125,7 @@ class TrainerConfig:
     checkpoint_minutes: float = limits(above=0)
     tensorboard: bool
     profile: bool
+    snapshots: list[int] = field(default_factory=list)  # in no record from before there were any
 
 
 @dataclass(kw_only=True)
@@ -154,7 +155,7 @@ class Config:
 # Keys that change neither the weights nor the figures of a run.
 NOT_IDENTITY = {
     "data": ("root", "cache_dir", "device_memory"),
-    "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "tensorboard", "profile"),
+    "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "tensorboard", "profile", "snapshots"),
 }
 
 
@@ -277,6 +278,8 @@ def _check_together(config: Config) -> None:
         raise UserError(
             "trainer.devices: batch normalisation over several processes needs GPUs; use trainer.devices=1 on a CPU"
         )
+    if min(trainer.snapshots, default=1) < 1:
+        raise UserError(f"trainer.snapshots={trainer.snapshots}: epochs are counted from 1")
     name = trainer.device.split(":")[0]
     if name not in ("auto", "cpu", "cuda", "mps"):
         raise UserError(f"trainer.device={trainer.device}: must be one of auto, cpu, cuda, cuda:N, mps")

@@ -94,6 +94,84 @@ class Deconvnet(Job):
     atlas: bool
 
 
+@dataclass(kw_only=True)
+class Look(Job):
+    """A job that looks inside a trained network: `split` is the part of the run's data that it shows to it."""
+
+    run: ClassVar[str] = "needed"
+
+    split: str = one_of("train", "validation", "test")
+
+
+@dataclass(kw_only=True)
+class Occlusion(Look):
+    """Squares of side `patch`, `stride` apart, in input pixels; `fill` is a pixel value, 0 … 255."""
+
+    images: ClassVar[bool] = True
+
+    count: int = limits(low=1)
+    layer: str
+    patch: Optional[int] = limits(low=1)
+    stride: Optional[int] = limits(low=1)
+    fill: Optional[float] = limits(low=0, high=255)
+
+
+@dataclass(kw_only=True)
+class Invariance(Look):
+    """Ranges of the transforms: `translation` is a share of the side, `rotation` in degrees; `steps` amounts each."""
+
+    images: ClassVar[bool] = True
+
+    count: int = limits(low=1)
+    mean_images: int = limits(low=2)
+    layers: Optional[list[str]]
+    translation: float = limits(above=0, below=1)
+    scale: float = limits(above=1, high=10)
+    rotation: float = limits(above=0, below=360)
+    steps: int = limits(low=2, high=1000)
+
+
+@dataclass(kw_only=True)
+class Evolution(Look):
+    """`maps` of each layer are drawn; on `probe_images` maps are compared across epochs."""
+
+    max_images: Optional[int] = limits(low=1)
+    layers: Optional[list[str]]
+    maps: int = limits(low=1, high=50)
+    probe_images: int = limits(low=3)
+
+
+@dataclass(kw_only=True)
+class Filters(Look):
+    """`other` is a second run's directory; `limit` the RMS that the paper allows a filter."""
+
+    other: Optional[str]
+    limit: float = limits(above=0)
+
+
+@dataclass(kw_only=True)
+class Correspondence(Look):
+    """Masks of side `patch` on parts of images: of the split, or those that the table `points` names."""
+
+    points: Optional[str]
+    count: int = limits(low=2)
+    layers: Optional[list[str]]
+    patch: Optional[int] = limits(low=1)
+    fill: Optional[float] = limits(low=0, high=255)
+    permutations: int = limits(low=1, high=1_000_000)
+
+
+@dataclass(kw_only=True)
+class Attribution(Look):
+    """`layer` is Grad-CAM's; integrated gradients take `steps` points."""
+
+    images: ClassVar[bool] = True
+
+    count: int = limits(low=1)
+    layer: str
+    steps: int = limits(low=2, high=10_000)
+
+
 JOBS: dict[str, type[Job]] = {
     "train": Job,
     "resume": Resume,
@@ -105,6 +183,12 @@ JOBS: dict[str, type[Job]] = {
     "export": Export,
     "runs": Runs,
     "deconvnet": Deconvnet,
+    "occlusion": Occlusion,
+    "invariance": Invariance,
+    "evolution": Evolution,
+    "filters": Filters,
+    "correspondence": Correspondence,
+    "attribution": Attribution,
 }
 
 

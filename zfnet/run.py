@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,6 +76,7 @@ class RunDirectory:
         self.folder = Path(folder)
         self.checkpoints = self.folder / "checkpoints"
         self.figures = self.folder / "figures"
+        self.snapshots = self.folder / "snapshots"
         self.tensorboard = self.folder / "tensorboard"
         self.weights = self.folder / "model.safetensors"
 
@@ -164,6 +166,14 @@ class RunDirectory:
             raise UserError(f"run={self.folder}: has no {name}; did it finish?") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a table with a header; `rows` are not empty and have equal keys."""
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_atomically(self.folder / name, text.getvalue())
 
     def set_status(self, state: str, error: str | None = None) -> None:
         """Record running, done, stopped, pruned (stopped by a search) or failed."""

@@ -23,6 +23,7 @@ from zfnet.training.device import choose
 from zfnet.training.loop import BEST, evaluate, fit
 from zfnet.training.recorder import Recorder, Watcher
 from zfnet.training.signals import Pruned, StopRequest
+from zfnet.training.snapshots import Snapshots
 from zfnet.training.state import TrainingState
 from zfnet.training.world import World, follow, processes, torchrun_world
 from zfnet.weights import ModelFacts, save_model
@@ -122,6 +123,9 @@ def _train(
     if board is not None and saved is None:
         board.graph(state.model, config.data.image_size)
         board.images("train/samples", splits.train.pixels(range(min(16, len(splits.train)))))
+    facts = ModelFacts(
+        config.model, splits.train.classes, config.data, stored_size=splits.train.images.shape[1]
+    )
     writer = CheckpointWriter(run.checkpoints)
     try:
         fit(
@@ -132,11 +136,12 @@ def _train(
             writer,
             Recorder(run, board, watcher),
             stop,
+            Snapshots(run.snapshots, config.trainer.snapshots, facts),
         )
         if state.best is not None:  # the best on validation; without validation, the last
             best = read_checkpoint(run.checkpoints / BEST)
             state.evaluated.load_state_dict(best.tensors)
-        return _report(config, run, state, splits, validation, test, board)
+        return _report(config, run, state, facts, splits, validation, test, board)
     finally:
         writer.close()
         if board is not None:
@@ -153,18 +158,18 @@ def _report(
     config: Config,
     run: RunDirectory,
     state: TrainingState,
+    facts: ModelFacts,
     splits: Splits,
     validation: Batches | None,
     test: Batches | None,
     board: TensorBoard | None,
 ) -> dict[str, Any]:
     """Measure validation and test with the weights to keep, and write figures, weights and results.json."""
-    model, plan, classes = state.evaluated, state.plan, splits.train.classes
+    model, plan, classes = state.evaluated, state.plan, facts.classes
     found = {
         name: None if batches is None else evaluate(model, batches, plan, name)
         for name, batches in (("validation", validation), ("test", test))
     }
-    facts = ModelFacts(config.model, classes, config.data, stored_size=splits.train.images.shape[1])
     digest = save_model(run.weights, model, facts)
     steps = sum(row["seconds"] for row in state.history)
     results: dict[str, Any] = {

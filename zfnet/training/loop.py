@@ -17,6 +17,7 @@ from zfnet.training.device import Plan
 from zfnet.training.metrics import Evaluation, EvaluationSums
 from zfnet.training.recorder import Recorder
 from zfnet.training.signals import Pruned, Stopped, StopRequest
+from zfnet.training.snapshots import Snapshots
 from zfnet.training.state import TrainingState
 
 BEST = "best.safetensors"
@@ -30,6 +31,7 @@ def fit(
     writer: CheckpointWriter,
     recorder: Recorder,
     stop: StopRequest,
+    snapshots: Snapshots | None = None,
 ) -> None:
     """Train from where `state` is to the last epoch. Raises UserError if it diverges; Stopped or Pruned, having saved.
 
@@ -48,6 +50,8 @@ def fit(
                         )
                         row |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy}
                 row = state.world.from_leader(row)  # all processes must decide alike
+                if snapshots is not None:
+                    snapshots.take(state.epoch + 1, state.evaluated)
                 finish_epoch(state, row, len(train.set), writer, recorder)
         except (Stopped, Pruned):
             save(state, writer, state.epoch_seconds)

@@ -1,0 +1,138 @@
+"""What the jobs that look inside a network share: the images that they show to it, and its strongest activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zfnet.config import Config, DataConfig
+from zfnet.data import ImageSet, preprocess
+from zfnet.data.decode import UnreadableImage, fit_square, read_image
+from zfnet.data.images import stratified
+from zfnet.errors import UserError, did_you_mean
+from zfnet.geometry import CONV_LAYERS
+from zfnet.jobs.common import UsedRun
+from zfnet.model import ZFNet
+
+# of each class, so many images at least are asked whether the network names them rightly
+_CANDIDATES = 20
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Images picked to be looked at.
+
+    inputs: [N, 3, S, S], normalised, on the device; labels: int64 [N], on the device
+    names: one each, for people; known: whether the labels are true, or (of image files) the network's own answers
+    boxes: float [N, 4] (top, left, bottom, right) around the object in input pixels, where it is known
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+    known: bool
+    boxes: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def check_layer(model: ZFNet, key: str, layer: str, only_conv: bool = False) -> None:
+    """Raise UserError unless the network has this layer (with `only_conv`: among conv1 … conv5)."""
+    known = [name for name in model.layers if name in CONV_LAYERS or not only_conv]
+    if layer not in known:
+        raise UserError(f"{key}={layer}: no such layer{did_you_mean(layer, known)}")
+
+
+def choose_images(used: UsedRun, config: Config, count: int) -> Chosen:
+    """Return the files that `images=[…]` names or, without it, `count` images of `job.split`.
+
+    Of a split, classes take turns, and of each class those come first that the network names rightly: where
+    it is wrong from the start there is little to explain. Raises UserError for an unreadable file.
+    """
+    if config.images is not None:
+        return _from_files(used, config.images)
+    part = used.split(config.job.split)
+    return take(used, part, _pick(used, part, min(count, len(part))), config.job.split)
+
+
+def sample(used: UsedRun, part: ImageSet, count: int) -> Tensor:
+    """Return the places of `count` images (all, if there are fewer), each class in proportion."""
+    if count >= len(part):
+        return torch.arange(len(part))
+    return stratified(part.labels, count, used.config.seed)[0]
+
+
+def take(used: UsedRun, part: ImageSet, index: Tensor, split: str) -> Chosen:
+    """Return the images at `index` of a set as the network sees them."""
+    labels = part.labels[index]
+    return Chosen(
+        to_inputs(used, part.pixels(index)),
+        labels.to(used.plan.device),
+        tuple(
+            f"{used.classes[c]} ({split} {i})" for i, c in zip(index.tolist(), labels.tolist(), strict=True)
+        ),
+        known=True,
+        boxes=None if part.boxes is None else boxes_in_input(part.boxes[index], part, used.data),
+    )
+
+
+def to_inputs(used: UsedRun, pixels: Tensor) -> Tensor:
+    """Return stored pixels, uint8 [N, h, w, 3], as the network sees them: [N, 3, S, S] on its device."""
+    return preprocess(pixels.to(used.plan.device), used.data, used.plan.channels_last)
+
+
+@torch.no_grad()
+def answers(used: UsedRun, inputs: Tensor) -> Tensor:
+    """Return the probabilities [N, classes] that the network gives to inputs [N, 3, S, S], on the CPU."""
+    return torch.cat([used.model(part).softmax(1).cpu() for part in inputs.split(used.data.batch_size)])
+
+
+def boxes_in_input(boxes: Tensor, images: ImageSet, data: DataConfig) -> Tensor:
+    """Return boxes, counted in stored pixels, in pixels of the network's input: float [N, 4]."""
+    stored = images.images.shape[1]
+    window = data.crop_size or stored
+    moved = (boxes.float() - (stored - window) // 2) * (data.image_size / window)
+    return moved.clamp(0, data.image_size)
+
+
+def mean_colour(used: UsedRun, grey: float | None) -> Tensor:
+    """Return a grey value, 0 … 255, in the network's units, [3]; None is the data's mean colour, which is 0 there."""
+    if grey is None:
+        return torch.zeros(3)
+    return (grey / 255 - torch.tensor(used.data.mean)) / torch.tensor(used.data.std)
+
+
+def _pick(used: UsedRun, part: ImageSet, count: int) -> Tensor:
+    """Return the places of `count` images; see `choose_images`."""
+    present = part.labels.unique().tolist()
+    turns = [
+        present[k * len(present) // count if count < len(present) else k % len(present)] for k in range(count)
+    ]
+    chosen: list[int] = []
+    for label in dict.fromkeys(turns):
+        wanted = turns.count(label)
+        members = (part.labels == label).nonzero().flatten()[: max(_CANDIDATES, 2 * wanted)]
+        right = answers(used, to_inputs(used, part.pixels(members))).argmax(1) == label
+        chosen += torch.cat([members[right], members[~right]])[:wanted].tolist()
+    return torch.tensor(chosen)
+
+
+def _from_files(used: UsedRun, files: Sequence[str]) -> Chosen:
+    pixels = []
+    for file in files:
+        try:
+            image = fit_square(read_image(Path(file).expanduser()), used.facts.stored_size, used.data.fit)
+        except UnreadableImage as error:
+            raise UserError(f"{file} cannot be read as an image ({error})") from error
+        pixels.append(torch.from_numpy(image.copy()))
+    if not pixels:
+        raise UserError("images=[]: names no file")
+    inputs = to_inputs(used, torch.stack(pixels))
+    labels = answers(used, inputs).argmax(1)
+    names = tuple(f"{used.classes[c]}? ({Path(f).name})" for f, c in zip(files, labels.tolist(), strict=True))
+    return Chosen(inputs, labels.to(used.plan.device), names, known=False)
