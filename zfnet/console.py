@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from zfnet.composing import CONF, compose
 from zfnet.errors import UserError, did_you_mean
+from zfnet.foreign import check_config_folders
 from zfnet.training.signals import Stopped
 
 log = logging.getLogger("zfnet")
@@ -81,12 +82,14 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
     """
     global _quiet
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        check_config_folders(sys.argv[1:])
         main()
         return
     _quiet = True
     threading.excepthook = _note_thread_error
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        check_config_folders(sys.argv[1:])
         main()
     except Stopped as error:
         sys.exit(error.exit_code)

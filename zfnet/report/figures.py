@@ -122,5 +122,6 @@ def draw_samples(images: ImageSet, found: Evaluation, columns: int = 8, rows: in
             f"{images.classes[guess]}\n({images.classes[truth]})",
             fontsize=8,
             color=GREEN if guess == truth else RED,
+            parse_math=False,  # a class may be called $x$
         )
     return figure
