@@ -17,6 +17,8 @@ from zfnet.run import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["MPLBACKEND"] = "Agg"
+# so little work is done soonest by one thread: several wait for each other, on a busy machine for most of the time
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
