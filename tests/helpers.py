@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from zfnet.composing import compose as compose_words
+from zfnet.composing import forgive, read_command
 from zfnet.config import Config, read_config
 from zfnet.hydra_record import register_resolvers
+from zfnet.jobs.common import UsedRun
 from zfnet.jobs.train import train
 from zfnet.run import RunDirectory
 
@@ -33,3 +35,10 @@ def train_tiny(folder: Path, *words: str) -> RunDirectory:
     run.claim(config)
     train(config, run)
     return run
+
+
+def used(run: RunDirectory, *words: str) -> UsedRun:
+    """Return a run as the jobs that read one see it, with these overrides on the command line."""
+    register_resolvers()
+    command = ["job=evaluate", f"run={run.folder}", *words]
+    return UsedRun(read_command(compose_words(forgive(command)), command), command)

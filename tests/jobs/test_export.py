@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import TINY, compose
-from tests.jobs.test_evaluate import used
+from tests.helpers import TINY, compose, used
 from zfnet import ZFNet
 from zfnet.errors import UserError
 from zfnet.jobs import export
