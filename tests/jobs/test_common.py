@@ -73,3 +73,10 @@ def test_photos_of_any_size_are_stored_as_the_runs_images_were(tiny_run, tmp_pat
     # what the command line says key by key wins
     assert used(tiny_run, "data=folder", f"data.root={tmp_path}", "data.fit=stretch").data.fit == "stretch"
     assert used(tiny_run, "data.subset=9").data.store_size == tiny_run.read_config().data.store_size
+
+
+def test_a_sweeps_directory_is_named_as_it_is(run_py, tiny_run, tmp_path: Path) -> None:
+    (tmp_path / "optimizer.lr=0.01,seed=1").symlink_to(tiny_run.folder)
+    answer = run_py("job=summary", "run=optimizer.lr=0.01,seed=1")
+    assert answer.code == 0, answer.err
+    assert "334,794" in answer.out
