@@ -15,13 +15,17 @@ from zfnet.run import RunDirectory
 from zfnet.training.loop import evaluate
 
 
-def test_the_runs_own_splits_give_its_own_figures(run_py, tiny_run) -> None:
+def test_the_runs_own_splits_give_its_own_figures(run_py, tiny_run, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr("zfnet.jobs.evaluate.draw_results", lambda *given: drawn.append(given))
     recorded = tiny_run.read_json("results.json")
     answer = run_py("job=evaluate", f"run={tiny_run.folder}", "hydra.run.dir=e")
     assert answer.code == 0, answer.err
     assert RunDirectory("e").read_json("results.json")["test"] == recorded["test"]
     assert RunDirectory("e").state == "done"
-    assert (Path("e/figures/confusion.png")).is_file()
+    ((_, shown, part),) = drawn
+    assert shown.accuracy == recorded["test"]["accuracy"]
+    assert len(part) == 50
     run = used(tiny_run)
     found = evaluate(run.model, run.batches(run.split("validation")), run.plan, "validation")
     assert results_of(found, run.classes) == recorded["validation"]
