@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from zfnet import composing
+from zfnet.composing import forgive, read_command
 from zfnet.config import AugmentConfig, Config, Conv, DataConfig, Linear, ModelConfig, read_config
 from zfnet.data.shapes import draw_shapes
 from zfnet.hydra_record import register_resolvers
+from zfnet.jobs.common import UsedRun
 from zfnet.jobs.train import train
 from zfnet.run import RunDirectory
 from zfnet.training.checks import check_recipe
@@ -167,3 +169,10 @@ def write_images(folder: Path, counts: dict[str, int], size: int = 8, suffix: st
             pixels = random_images(1, size, seed=number)[0].numpy()
             Image.fromarray(pixels).save(folder / name / f"{k:03d}.{suffix}")
     return folder
+
+
+def used(run: RunDirectory, *words: str) -> UsedRun:
+    """Return a run as the jobs that read one see it, with these overrides on the command line."""
+    register_resolvers()
+    command = ["job=evaluate", f"run={run.folder}", *words]
+    return UsedRun(read_command(composing.compose(forgive(command)), command), command)

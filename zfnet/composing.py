@@ -38,15 +38,23 @@ _OWN = ("job", "run", "images")
 def forgive(words: Sequence[str]) -> list[str]:
     """Mark key overrides so that Hydra takes keys which its own composition lacks, if the words name a run.
 
-    The record decides later whether such a key exists.
+    The record decides later whether such a key exists. A run directory whose name is made of overrides, as in
+    a sweep, is quoted: Hydra would read its `,` and `=` as a list and another override.
     """
-    words = list(words)
+    words = [_quote(word) for word in words]
     if not any(word.startswith("run=") and word not in ("run=", "run=null") for word in words):
         return words
     return [
         f"++{w}" if re.match(r"[A-Za-z_]\w*\.\S*=", w) and not w.startswith(("hydra.", "job.")) else w
         for w in words
     ]
+
+
+def _quote(word: str) -> str:
+    key, _, value = word.partition("=")
+    if key == "run" and re.search(r"[,=]", value) and Path(value).expanduser().is_dir():
+        return f'run="{value}"'
+    return word
 
 
 def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
@@ -147,9 +155,9 @@ def _record(run: RunDirectory) -> DictConfig:
     return composed if same else plain
 
 
-def compose(words: Sequence[str]) -> DictConfig:
+def compose(words: Sequence[str], name: str = "config") -> DictConfig:
     """Compose today's `conf/` with these overrides; works inside and outside a Hydra program."""
     if GlobalHydra.instance().is_initialized():
-        return hydra_compose("config", overrides=list(words))
+        return hydra_compose(name, overrides=list(words))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", overrides=list(words))
+        return hydra_compose(name, overrides=list(words))

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose as hydra_compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from zfnet.composing import CONF
+from zfnet.composing import CONF, compose
 from zfnet.config import Config
 from zfnet.run import write_atomically
 
@@ -30,7 +29,7 @@ def write_hydra_record(folder: Path, config: Config | None = None) -> None:
     composed: Any = HydraConfig.instance().cfg  # Hydra's own part; the job's is composed once more
     words = list(composed.hydra.overrides.task)
     if config is None:
-        job = OmegaConf.to_container(hydra_compose(composed.hydra.job.config_name, words), resolve=False)
+        job = OmegaConf.to_container(compose(words, composed.hydra.job.config_name), resolve=False)
     else:
         job = config.to_dict()
     (folder / ".hydra").mkdir(exist_ok=True)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from PIL import Image
 
 from zfnet.data import fetch as module
 from zfnet.data.decode import UnreadableImage
 from zfnet.data.fetch import fetch
+from zfnet.data.named import find_images
 
 
 class Hostile(BaseHTTPRequestHandler):
@@ -22,6 +25,11 @@ class Hostile(BaseHTTPRequestHandler):
 
     def _good(self) -> None:
         self._answer(200, body=b"pixels")
+
+    def _picture(self) -> None:
+        content = io.BytesIO()
+        Image.new("RGB", (5, 4), "red").save(content, "PNG")
+        self._answer(200, body=content.getvalue())
 
     def _missing(self) -> None:
         self._answer(404, body=b"no")
@@ -95,6 +103,14 @@ def test_content_and_honest_redirects(server: str) -> None:
     assert fetch(f"{server}/good") == b"pixels"
     assert fetch(f"{server}/hop/4") == b"pixels"
     assert fetch(f"{server}/fat") == b"pixels"
+
+
+def test_an_address_is_an_image_like_any_other(server: str) -> None:
+    images, problems = find_images([f"{server}/picture", f"{server}/good"])
+    assert problems == {}
+    assert images[0].read().size == (5, 4)
+    with pytest.raises(UnreadableImage, match="not an image of a known format"):
+        images[1].read()
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,24 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers import used
 from zfnet.data.shapes import CLASSES, draw_shapes
-from zfnet.jobs.common import UsedRun
 from zfnet.report.results import results_of
 from zfnet.run import RunDirectory
 from zfnet.training.loop import evaluate
 
 
-def test_the_runs_own_splits_give_its_own_figures(run_py, tiny_run) -> None:
+def test_the_runs_own_splits_give_its_own_figures(run_py, tiny_run, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr("zfnet.jobs.evaluate.draw_results", lambda *given: drawn.append(given))
     recorded = tiny_run.read_json("results.json")
     answer = run_py("job=evaluate", f"run={tiny_run.folder}", "hydra.run.dir=e")
     assert answer.code == 0, answer.err
     assert RunDirectory("e").read_json("results.json")["test"] == recorded["test"]
     assert RunDirectory("e").state == "done"
-    assert (Path("e/figures/confusion.png")).is_file()
+    ((_, shown, part),) = drawn
+    assert shown.accuracy == recorded["test"]["accuracy"]
+    assert len(part) == 50
     run = used(tiny_run)
     found = evaluate(run.model, run.batches(run.split("validation")), run.plan, "validation")
     assert results_of(found, run.classes) == recorded["validation"]
@@ -36,13 +40,6 @@ def gallery(tmp_path: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(drawn.images[n]).save(folder / f"{n:02d}.png")
     return tmp_path / "gallery"
-
-
-def used(tiny_run: RunDirectory, *words: str) -> UsedRun:
-    from zfnet.composing import compose, read_command
-
-    all_words = ["job=evaluate", f"run={tiny_run.folder}", *words]
-    return UsedRun(read_command(compose(all_words), all_words), all_words)
 
 
 def test_classes_of_a_folder_are_matched_by_name(tiny_run, gallery: Path) -> None:
@@ -94,7 +91,8 @@ def test_one_line_and_nothing_written(run_py, tiny_run, tmp_path: Path, words, e
     assert not list(tmp_path.glob("outputs/*/*"))
 
 
-def test_views_are_averaged_in_the_job(run_py, tiny_run) -> None:
+def test_views_are_averaged_in_the_job(run_py, tiny_run, monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.jobs.evaluate.draw_results", lambda *_: None)
     answer = run_py("job=evaluate", f"run={tiny_run.folder}", "job.tta=tencrop", "hydra.run.dir=t")
     assert answer.code == 0, answer.err
     found = RunDirectory("t").read_json("results.json")

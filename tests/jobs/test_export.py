@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import TINY, compose
-from tests.jobs.test_evaluate import used
+from tests.helpers import TINY, compose, used
 from zfnet import ZFNet
 from zfnet.errors import UserError
 from zfnet.jobs import export
@@ -61,12 +60,12 @@ def test_the_papers_normalisation_and_pooling_can_be_exported(tmp_path) -> None:
     program = torch.export.export(
         model, (torch.zeros(2, 3, 64, 64),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
     )
-    formats = ["pt2"] + ["onnx"] * (importlib.util.find_spec("onnxscript") is not None)
-    for name in formats:
-        path = tmp_path / f"model.{name}"
-        path.write_bytes(export._WRITE[name](program, "{}"))
-        with torch.no_grad():
-            assert export.check(model, export._READ[name](path)) < 1e-4
+    # the translation that could lack an operator, where it is installed
+    name = "pt2" if importlib.util.find_spec("onnxscript") is None else "onnx"
+    path = tmp_path / f"model.{name}"
+    path.write_bytes(export._WRITE[name](program, "{}"))
+    with torch.no_grad():
+        assert export.check(model, export._READ[name](path)) < 1e-4
 
 
 def test_a_file_that_answers_otherwise_is_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.jobs.test_evaluate import used
+from tests.helpers import used
 from zfnet.data.decode import read_image
 from zfnet.data.named import NamedImage
 from zfnet.data.shapes import draw_shapes
@@ -75,6 +75,15 @@ def test_the_rest_is_done_and_the_bad_ones_are_named(run_py, tiny_run, tmp_path:
     assert "1 of 5 images" in answer.out
     assert Path("p/figures/predictions.png").stat().st_size > 5000
     assert written["weights_sha256"] == tiny_run.read_json("results.json")["weights_sha256"]
+
+
+def test_pictures_come_with_the_first_readable_images(tiny_run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.jobs.predict.SHOWN", 3)
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    images = [NamedImage("gone.png")] * 5 + [NamedImage(str(tmp_path / "good.png"))] * 5
+    answers = list(predict(used(tiny_run), images, top=1, batch_size=2))
+    assert [problem is None for _, problem in answers] == [False] * 5 + [True] * 5
+    assert [p.picture is not None for p, _ in answers[5:]] == [True, True, True, False, False]
 
 
 def test_none_readable_is_an_error(run_py, tiny_run, tmp_path: Path) -> None:

@@ -30,6 +30,13 @@ def exact_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return run
 
 
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is most of so short a training, and is not what is tested here."""
+    monkeypatch.setattr("zfnet.jobs.train.draw_results", lambda *_: None)
+    monkeypatch.setattr("zfnet.jobs.train.save_figure", lambda *_: None)
+
+
 def contents(folder: Path) -> dict[str, str]:
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
@@ -139,8 +146,14 @@ def test_what_cannot_matter_is_no_variation_and_a_stopped_one_goes_on(run_py, ex
         )
         assert run_py(*words).code == 130
     assert RunDirectory("again").state == "stopped"
-    answer = run_py("job=resume", "run=again")
+    torch.set_num_threads(2)  # the original had one
+    try:
+        answer = run_py("job=resume", "run=again")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
     assert answer.code == 0, answer.err
+    assert RunDirectory("again").read_json("environment.json")["cpu"]["threads"] == 1
     assert "identical" in answer.out
     assert RunDirectory("again").read_json("reproduction.json")["variation"] == []
     assert "nothing to do" in run_py("job=resume", "run=again").out

@@ -22,7 +22,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     part = used.split(settings.split, splits)
     stored = part.images.shape[1]
     data = data_for_views(used.data, settings.tta, stored, settings.crop_ratio)
-    model = used.model if settings.tta == "none" else MeanOfViews(used.model, settings.tta)
+    model = used.model if settings.tta == "none" else MeanOfViews(used.model, settings.tta).eval()
     with own_directory(config, output) as run:
         log.info("%s on %s, %d images; %s", used.source.folder, data.name, len(part), used.plan.describe())
         surroundings = describe_environment(used.plan.device, splits.fingerprint, config.trainer.name)

@@ -81,22 +81,23 @@ def predict(
 ) -> Iterator[tuple[Prediction, str | None]]:
     """Yield for each image its prediction, or what is wrong with it, in order."""
 
-    def load(number: int) -> tuple[np.ndarray, np.ndarray | None] | str:
+    def load(image: NamedImage, with_picture: bool) -> tuple[np.ndarray, np.ndarray | None] | str:
         try:
-            image = images[number].read()
+            pixels = image.read()
         except UnreadableImage as error:
             return str(error)
         size, fit = used.facts.stored_size, used.data.fit
-        picture = fit_square(image, max(size, PICTURE), fit) if number < SHOWN else None
-        return fit_square(image, size, fit), picture
+        picture = fit_square(pixels, max(size, PICTURE), fit) if with_picture else None
+        return fit_square(pixels, size, fit), picture
 
+    done = 0
     with (
         ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1)) as pool,
         tqdm(total=len(images), desc="predicting", unit=" images", disable=None, leave=False) as bar,
     ):
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
-            loaded = list(pool.map(load, range(start, start + len(part))))
+            loaded = list(pool.map(load, part, [done < SHOWN] * len(part)))
             good = [entry[0] for entry in loaded if not isinstance(entry, str)]
             shares = iter(_shares(used, np.stack(good)) if good else ())
             for image, entry in zip(part, loaded, strict=True):
@@ -104,6 +105,7 @@ def predict(
                     yield Prediction(image.name, []), entry
                 else:
                     yield Prediction(image.name, _best(next(shares), used.classes, top), entry[1]), None
+            done += len(good)
             bar.update(len(part))
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from zfnet.config import Config
 from zfnet.errors import UserError
@@ -15,6 +19,8 @@ from zfnet.report.comparison import compare_runs
 from zfnet.run import RunDirectory, find_run
 
 log = logging.getLogger("zfnet")
+
+_MOST_THREADS = 1024  # a record that says more is damaged
 
 
 def main(config: Config, output: Path, overrides: list[str]) -> None:
@@ -39,7 +45,8 @@ def reproduce(config: Config, run: RunDirectory) -> None:
             log.info("nothing to do: %s is finished; see its reproduction.json", run.folder)
             return
         with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
-            train_and_test(config, run, stop)
+            with _threads_of(original):
+                train_and_test(config, run, stop)
             found = compare_runs(original, run)
             run.write_json("reproduction.json", found)
             _say(found)
@@ -64,6 +71,25 @@ def _finished(config: Config) -> RunDirectory:
             f"go on with it by job=resume"
         )
     return original
+
+
+@contextlib.contextmanager
+def _threads_of(original: RunDirectory) -> Iterator[None]:
+    """Use as many CPU threads as the original: sums are divided among them, so the last bits depend on it.
+
+    (A launcher may have given it fewer than PyTorch chooses. `trainer.threads`, where it is set, wins.)
+    """
+    before = torch.get_num_threads()
+    try:
+        threads = original.read_json("environment.json")["cpu"]["threads"]
+    except (UserError, KeyError, TypeError):
+        threads = before
+    if isinstance(threads, int) and 1 <= threads <= _MOST_THREADS:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _first(found: dict[str, Any]) -> str:

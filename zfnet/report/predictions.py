@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-_NAME_WIDTH = 28
+_SHORTEST_NAME = 16  # to which a name is cut before classes go on in the next line
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,12 @@ def prediction_table(predictions: Sequence[Prediction], width: int = 80) -> list
 
     What does not fit beside a name goes on below it.
     """
-    first = min(max((len(p.name) for p in predictions), default=0), _NAME_WIDTH)
-    label = min(max((len(name) for p in predictions for name, _ in p.best), default=0), width - first - 9)
+    longest = max((len(p.name) for p in predictions), default=0)
+    most = max((len(p.best) for p in predictions), default=0)
+    label = min(
+        max((len(name) for p in predictions for name, _ in p.best), default=0), width - _SHORTEST_NAME - 9
+    )
+    first = min(longest, max(_SHORTEST_NAME, width - most * (label + 9)))
     a_line = max(1, (width - first) // (label + 9))
     lines = []
     for prediction in predictions:

@@ -1,0 +1,82 @@
+"""What jobs share: their own directory, and the run they read."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import TINY, compose, used
+from zfnet.errors import UserError
+from zfnet.jobs.common import own_directory
+from zfnet.run import RunDirectory
+from zfnet.training.signals import Stopped
+
+
+def test_the_state_tells_how_the_job_ended(tmp_path: Path) -> None:
+    config = compose(*TINY)
+
+    def end(name: str, error: BaseException | None) -> dict:
+        expected = contextlib.nullcontext() if error is None else pytest.raises(type(error))
+        with expected, own_directory(config, tmp_path / name) as run:
+            assert run.state == "running"
+            assert run.in_use()
+            if error is not None:
+                raise error
+        run = RunDirectory(tmp_path / name)
+        assert not run.in_use()
+        assert run.read_config() == config
+        return {k: v for k, v in run.read_json("status.json").items() if k != "pid"}
+
+    assert end("a", None) == {"state": "done", "error": None}
+    assert end("b", UserError("no such thing")) == {"state": "failed", "error": "no such thing"}
+    assert end("c", ValueError("x")) == {"state": "failed", "error": "ValueError: x"}
+    assert end("d", Stopped(signal.SIGTERM)) == {"state": "stopped", "error": "stopped by SIGTERM"}
+    assert "in end" in (tmp_path / "c/train.log").read_text()  # the traceback
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "notes.txt", ".hydra"])
+def test_a_directory_with_anything_in_it_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="is not empty"), own_directory(compose(*TINY), tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_only_a_training_can_go_on(run_py, tiny_run, tmp_path: Path) -> None:
+    (tmp_path / "cat.png").touch()
+    assert run_py("job=predict", f"run={tiny_run.folder}", "images=cat.png", "hydra.run.dir=p").code == 1
+    answer = run_py("job=resume", "run=p")
+    assert (answer.code, answer.err) == (
+        1,
+        "error: run=p was made by job=predict: only a training can go on\n",
+    )
+
+
+def test_photos_of_any_size_are_stored_as_the_runs_images_were(tiny_run, tmp_path: Path) -> None:
+    for kind, sizes in (
+        ("disc", [(100, 100)] * 5),
+        ("star", [(90, 120), (30, 20), (64, 64), (65, 64), (9, 9)]),
+    ):
+        (tmp_path / kind).mkdir()
+        for n, (width, height) in enumerate(sizes):
+            pixels = np.full((height, width, 3), 20 * n, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / kind / f"{n}.png")
+    run = used(tiny_run, "data=folder", f"data.root={tmp_path}")
+    part = run.split("all")
+    assert part.images.shape[1:] == (64, 64, 3)
+    assert sorted(part.labels.tolist()) == [0] * 5 + [6] * 5  # the run's numbers: disc and star
+    # what the command line says key by key wins
+    assert used(tiny_run, "data=folder", f"data.root={tmp_path}", "data.fit=stretch").data.fit == "stretch"
+    assert used(tiny_run, "data.subset=9").data.store_size == tiny_run.read_config().data.store_size
+
+
+def test_a_sweeps_directory_is_named_as_it_is(run_py, tiny_run, tmp_path: Path) -> None:
+    (tmp_path / "optimizer.lr=0.01,seed=1").symlink_to(tiny_run.folder)
+    answer = run_py("job=summary", "run=optimizer.lr=0.01,seed=1")
+    assert answer.code == 0, answer.err
+    assert "334,794" in answer.out
