@@ -30,7 +30,12 @@ class Summary(Job):
     run: ClassVar[str] = "optional"
 
 
-JOBS: dict[str, type[Job]] = {"train": Job, "resume": Resume, "summary": Summary}
+@dataclass(kw_only=True)
+class Compare(Job):
+    sweep: str  # the directory of a sweep
+
+
+JOBS: dict[str, type[Job]] = {"train": Job, "resume": Resume, "summary": Summary, "compare": Compare}
 
 
 def job_class(settings: Any) -> type[Job] | None:
