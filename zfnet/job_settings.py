@@ -172,6 +172,11 @@ class Attribution(Look):
     steps: int = limits(low=2, high=10_000)
 
 
+@dataclass(kw_only=True)
+class Compare(Job):
+    sweep: str  # the directory of a sweep
+
+
 JOBS: dict[str, type[Job]] = {
     "train": Job,
     "resume": Resume,
@@ -189,6 +194,7 @@ JOBS: dict[str, type[Job]] = {
     "filters": Filters,
     "correspondence": Correspondence,
     "attribution": Attribution,
+    "compare": Compare,
 }
 
 

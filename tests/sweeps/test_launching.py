@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
+from tests.helpers import TINY, compose
 from zfnet.errors import UserError
+from zfnet.training.device import choose
 
 SMALL = (
     "experiment=quickstart",
@@ -150,6 +153,19 @@ def test_the_last_job_of_a_mixed_sweep_is_bit_identical_to_the_same_job_alone(
         mine, its = (json.loads((folder / name).read_text()) for folder in (last, tmp_path / "alone"))
         key = "weights_sha256" if name == "results.json" else "cpu"
         assert mine[key] == its[key]
+
+
+def test_threads_and_compiler_are_as_new_for_every_job(monkeypatch) -> None:
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
+    own = torch.get_num_threads()
+    choose(compose(*TINY, "trainer.threads=1").trainer)
+    assert torch.get_num_threads() == 1
+    choose(compose(*TINY, "trainer.compile=true").trainer)
+    assert torch.get_num_threads() == own
+    assert resets == [
+        True
+    ]  # past a number of recompilations it would leave the next job's network uncompiled
 
 
 @pytest.mark.parametrize(

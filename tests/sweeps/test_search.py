@@ -28,14 +28,16 @@ SPACE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "data.batch_size=choice(20
 # run.py without the figures of each training, which take most of a small one's time
 PROGRAM = """
 import runpy, zfnet.jobs.train
-zfnet.jobs.train.save_figure = lambda *_: None
+zfnet.jobs.train.save_figure = zfnet.report.figures.save_figure = lambda *_: None
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither trainings nor sweeps draw figures, which would take most of the time here."""
     monkeypatch.setattr("zfnet.jobs.train.save_figure", lambda *_: None)
+    monkeypatch.setattr("zfnet.report.figures.save_figure", lambda *_: None)
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
@@ -154,7 +156,7 @@ def test_a_failing_trial_is_told_and_the_search_goes_on(run_py, tmp_path, monkey
         return config.optimizer["lr"]
 
     monkeypatch.setattr("zfnet.jobs.train.train", half)
-    answer = run_py(*SEARCH, *SPACE, "hydra.sweeper.n_trials=8", "hydra.sweeper.sampler=random")
+    answer = run_py(*SEARCH, *SPACE, "hydra.sweeper.n_trials=5", "hydra.sweeper.sampler=random")
     trials = trials_in(tmp_path / "s")
     assert answer.code == 1
     for trial in trials:
@@ -169,15 +171,15 @@ def test_a_failing_trial_is_told_and_the_search_goes_on(run_py, tmp_path, monkey
 
 def test_a_trial_is_a_function_of_the_seed_and_of_those_before_it(run_py, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: -config.optimizer["lr"])
-    words = [*SEARCH, *SPACE, "+hydra.sweeper.sampler_settings.n_startup_trials=3"]
-    run_py(*words, "hydra.sweeper.n_trials=6")
-    for count in (2, 4, 6):  # the same in three sittings
+    words = [*SEARCH, *SPACE, "+hydra.sweeper.sampler_settings.n_startup_trials=2"]
+    run_py(*words, "hydra.sweeper.n_trials=4")
+    for count in (1, 4):  # the same in two sittings
         run_py(*words, f"hydra.sweeper.n_trials={count}", "hydra.sweep.dir=t")
     run_py(*words, "hydra.sweeper.n_trials=1", "hydra.sweeper.seed=1", "hydra.sweep.dir=u")
     found = {name: [trial.params for trial in trials_in(tmp_path / name)] for name in "stu"}
     assert found["s"] == found["t"]
     assert found["s"][0] != found["u"][0]
-    assert len({str(params) for params in found["s"]}) == 6
+    assert len({str(params) for params in found["s"]}) == 4
 
 
 @pytest.mark.parametrize(

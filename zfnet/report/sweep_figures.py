@@ -48,12 +48,16 @@ def _label(setting: Setting, keys: Sequence[str], short: dict[str, str]) -> str:
 
 def draw_sweep_curves(sweep: Sweep) -> Figure:
     """Training loss and validation accuracy of every job; a colour for each of the best settings, a line a seed."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    labels = [_label(s, sweep.keys, short_names(sweep.keys)) for s in sweep.settings[:NAMED]]
+    columns = (
+        1 if max(map(len, labels), default=0) > 70 else 2 if max(map(len, labels), default=0) > 32 else 4
+    )
+    rows = -(-len(labels) // columns)
+    figure = Figure(figsize=(12, 4.3 + 0.22 * rows), layout="constrained")
     axes = figure.subplots(1, 2)
-    short = short_names(sweep.keys)
     for place, setting in reversed(list(enumerate(sweep.settings))):
         named = place < NAMED
-        label = _label(setting, sweep.keys, short) if named else None
+        label = labels[place] if named else None
         for job in setting.jobs:
             epochs = [row["epoch"] for row in job.history]
             for axis, key in zip(axes, ("train_loss", "validation_accuracy"), strict=True):
@@ -63,7 +67,7 @@ def draw_sweep_curves(sweep: Sweep) -> Figure:
                     [v for _, v in points],
                     marker="." if len(points) < 15 else None,
                     color=_PALETTE[place] if named else GREY,
-                    linewidth=1.4 if named else 0.7,
+                    linewidth=1.3 if named else 0.7,
                     alpha=0.9 if named else 0.4,
                     linestyle="--" if job.state in ("pruned", "failed", "stopped") else "-",
                     label=label,
@@ -80,7 +84,13 @@ def draw_sweep_curves(sweep: Sweep) -> Figure:
         more = len(sweep.settings) - NAMED
         title = "best first" + (f" ({more} more in grey)" if more > 0 else "")
         figure.legend(
-            handles[::-1], labels[::-1], loc="outside right upper", frameon=False, title=title, fontsize=9
+            handles[::-1],
+            labels[::-1],
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            title=title,
+            fontsize=9,
         )
     return figure
 
@@ -104,10 +114,15 @@ class _Scale:
         return math.log10(value) if self.log else float(value)
 
     def ticks(self, most: int = 12) -> tuple[list[float], list[str]]:
+        """Return places and texts: of the values themselves, or, where there are many numbers, of even steps."""
         values = self.values
-        if len(values) > most:
+        if len(values) <= most:
+            return [self.place(v) for v in values], [say(v) for v in values]
+        if self.even:
             values = [values[i] for i in np.linspace(0, len(values) - 1, most).round().astype(int)]
-        return [self.place(v) for v in values], [say(v) for v in values]
+            return [self.place(v) for v in values], [say(v) for v in values]
+        places = np.linspace(self.place(values[0]), self.place(values[-1]), most).tolist()
+        return places, [f"{10**place if self.log else place:.2g}" for place in places]
 
 
 def _hashable(value: Any) -> Any:
@@ -167,7 +182,7 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     axis.set_yticks(range(grid.shape[0]), [say(v) for v in rows.values])
     axis.set(xlabel=keys[0], ylabel=keys[1], title="Validation accuracy (mean ± std over seeds)")
     axis.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axis, format="{x:.0%}", shrink=0.9).outline.set_visible(False)
+    figure.colorbar(image, ax=axis, format="{x:.1%}", shrink=0.9).outline.set_visible(False)
     return figure
 
 
@@ -190,7 +205,7 @@ def _draw_points(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
             which.set_ticks(places, texts)
     axis.set_title("Validation accuracy (ring: the best)")
     _bare(axis)
-    figure.colorbar(dots, ax=axis, format="{x:.0%}", shrink=0.9).outline.set_visible(False)
+    figure.colorbar(dots, ax=axis, format="{x:.1%}", shrink=0.9).outline.set_visible(False)
     return figure
 
 
@@ -225,7 +240,7 @@ def draw_parallel(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         )
     for which, scale in enumerate(scales):
         axis.axvline(which, color=GREY, linewidth=0.8, zorder=1)
-        for value, text in zip(*scale.ticks(6), strict=True):
+        for value, text in zip(*scale.ticks(7), strict=True):
             axis.annotate(
                 text,
                 (which, height(value, which)),
@@ -234,7 +249,8 @@ def draw_parallel(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
                 ha="right",
                 va="center",
                 fontsize=8,
-                color="#57606a",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
+                zorder=5,
             )
     last = len(scales)
     axis.axvline(last, color=GREY, linewidth=0.8, zorder=1)

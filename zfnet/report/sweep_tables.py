@@ -78,7 +78,7 @@ def to_text(sweep: Sweep, width: int | None = None) -> str:
     if len(rows) > MOST_ROWS:
         lines.append(f"… and {len(rows) - MOST_ROWS} more, in summary.csv")
     if len(shown) < len(header):
-        lines.append(f"{len(header) - len(shown)} more swept keys are in summary.csv")
+        lines.append(f"not shown, but in summary.csv: {_count(len(header) - len(shown), 'swept key')}")
     return "\n".join([*lines, *_test_line(sweep)])
 
 

@@ -79,12 +79,15 @@ class Jobs:
         """Have the sweep reported, and raise SweepFailed if any job failed."""
         failed = [o for o in self.outcomes.values() if o.error is not None]
         if failed:
-            # Hydra leaves this out when a sweeper raises
-            self.context.callbacks.on_multirun_end(config=self.config, config_name=None)
+            self._report()
             lines = [f"{len(failed)} of {len(self.outcomes)} jobs failed"]
             raise SweepFailed(
                 "\n".join([*lines, *(f"  {o.name}: {explain(o.error)}" for o in failed if o.error)])
             )
+
+    def _report(self) -> None:
+        """Have the callbacks report the sweep, which Hydra leaves out when a sweeper raises."""
+        self.context.callbacks.on_multirun_end(config=self.config, config_name=None)
 
     def compose(self, overrides: Sequence[str], number: int = 0) -> DictConfig:
         """Return the config of one job; raise HydraException if a key or a choice does not exist."""
@@ -116,6 +119,9 @@ class Jobs:
     def _launch(self, batch: list[list[str]], first: int) -> Sequence[JobReturn | Exception]:
         try:
             return self.launcher.launch(batch, initial_job_idx=first)
+        except KeyboardInterrupt:
+            self._report()
+            raise
         except Exception as error:  # a launcher in which a job's process died cannot answer for any of them
             return [error] * len(batch)
 
