@@ -7,7 +7,14 @@ import torch
 
 from tests.explain.networks import network, pictures
 from zfnet.explain import Deconvnet
-from zfnet.explain.controls import CONTROLS, Controls, project_controls, rank_correlation, shuffle_weights
+from zfnet.explain.controls import (
+    CONTROLS,
+    Controls,
+    dead_window_sensitivity,
+    project_controls,
+    rank_correlation,
+    shuffle_weights,
+)
 
 
 def test_rank_correlation_by_hand() -> None:
@@ -38,6 +45,26 @@ def test_controls_of_a_random_network() -> None:
     again = project_controls(deconvnet, images, "conv4", units)
     assert all(torch.equal(again.others[k], v) for k, v in controls.others.items())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_dead_windows_matter_above_a_pooling_and_not_below() -> None:
+    model = network("pad")
+    images = pictures(model, 2)
+    strongest = {}
+    for layer in ("conv1", "conv5"):
+        maps = model.activations(images, [layer])[layer]
+        strongest[layer] = (maps >= maps.amax()).nonzero()
+    below = dead_window_sensitivity(Deconvnet(model), images, "conv1", strongest["conv1"])
+    assert below == {choice: {"relative_change": 0, "cosine": pytest.approx(1)} for choice in ("mask", "all")}
+    units = strongest["conv5"]
+    above = dead_window_sensitivity(Deconvnet(model), images, "conv5", units)
+    ours, other = (
+        Deconvnet(model, dead_windows=choice).project(images, "conv5", units) for choice in ("first", "mask")
+    )
+    assert above["mask"]["relative_change"] == pytest.approx(((ours - other).norm() / ours.norm()).item())
+    assert min(row["relative_change"] for row in above.values()) > 0.01
+    silent = dead_window_sensitivity(Deconvnet(model), images, "conv5", units[:0])
+    assert silent["mask"] == {"relative_change": None, "cosine": None}
 
 
 def test_similarity_of_equal_and_of_constant_projections() -> None:

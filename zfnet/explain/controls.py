@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.receptive_field import window_steps
+from zfnet.explain.switches import DEAD_WINDOWS
 from zfnet.explain.views import frame_size
 from zfnet.model import ZFNet
 from zfnet.randomness import CONTROL, make_key, permutation, randint
@@ -84,6 +85,31 @@ def project_controls(
     return Controls(project(images, layer, units, seeds=ones), others)
 
 
+def dead_window_sensitivity(
+    deconvnet: Deconvnet, images: Tensor, layer: str, units: Tensor
+) -> dict[str, dict[str, float | None]]:
+    """Return how far projections move where pooling windows without activation are treated in another way.
+
+    For each other choice of `dead_windows`: the mean change relative to the projection's norm, and the mean
+    cosine; None where no unit projects to anything.
+    """
+    own = deconvnet.project(images, layer, units).flatten(1)
+    norm = own.norm(dim=1)
+    found: dict[str, dict[str, float | None]] = {}
+    for choice in DEAD_WINDOWS:
+        if choice != deconvnet.dead_windows:
+            other = Deconvnet(deconvnet.model, deconvnet.rule, choice, deconvnet.lrn)
+            there = other.project(images, layer, units).flatten(1)[norm > 0]
+            here = own[norm > 0]
+            change = ((there - here).norm(dim=1) / here.norm(dim=1)).mean()
+            cosine = torch.cosine_similarity(there, here).mean()
+            found[choice] = {
+                "relative_change": float(change) if len(here) else None,
+                "cosine": float(cosine) if len(here) else None,
+            }
+    return found
+
+
 @torch.no_grad()
 def shuffle_weights(model: ZFNet, layer: str, seed: int = 0) -> ZFNet:
     """Return a copy whose weights up to `layer` are shuffled, layer by layer: the same numbers in no order."""
@@ -97,7 +123,7 @@ def shuffle_weights(model: ZFNet, layer: str, seed: int = 0) -> ZFNet:
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Return Spearman's correlation of each row pair of a, b [U, …] (ties: mean rank); NaN where one is constant."""
-    ranks = [torch.stack([_ranks(row) for row in x.flatten(1)]) for x in (a, b)]
+    ranks = [torch.stack([_ranks(row) for row in x.flatten(1).cpu()]) for x in (a, b)]
     centred = [r - r.mean(1, keepdim=True) for r in ranks]
     norm = centred[0].norm(dim=1) * centred[1].norm(dim=1)
     return (centred[0] * centred[1]).sum(1) / torch.where(norm > 0, norm, torch.nan)

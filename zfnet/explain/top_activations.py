@@ -84,28 +84,29 @@ class TopActivations:
         """
         device = next(iter(activations.values())).device
         index, labels = index.to(device), labels.to(device)
-        members = torch.nn.functional.one_hot(labels, self.num_classes).to(torch.float64)
+        exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        members = torch.nn.functional.one_hot(labels, self.num_classes).to(exact)
         for layer, maps in activations.items():
             maps = maps.detach()[:, :, None, None] if maps.ndim == 2 else maps.detach()
-            record = self.layers.get(layer) or self._new(layer, maps)
+            record = self.layers.get(layer) or self._new(layer, maps, exact)
             flat = maps.flatten(2)
             value, position = flat.max(2)  # of equal ones the first
             self._merge(record, value.T, index.expand(value.shape[1], -1), position.T)
-            record.sums += members.T @ flat.mean(2).double()
+            record.sums += members.T @ flat.mean(2).to(exact)
             active = (flat > 0).sum(2)
             record.active_images += (active > 0).sum(0)
             record.active_positions += active.sum(0)
         self.images += len(index)
         self.class_counts += torch.bincount(labels.cpu(), minlength=self.num_classes)
 
-    def _new(self, layer: str, maps: Tensor) -> LayerRecord:
+    def _new(self, layer: str, maps: Tensor, exact: torch.dtype) -> LayerRecord:
         channels, device = maps.shape[1], maps.device
         whole = torch.zeros(channels, dtype=torch.int64, device=device)
         record = LayerRecord(
             values=torch.full((channels, self.top), float("-inf"), dtype=maps.dtype, device=device),
             index=torch.full((channels, self.top), _NONE, device=device),
             position=torch.zeros(channels, self.top, dtype=torch.int64, device=device),
-            sums=torch.zeros(self.num_classes, channels, dtype=torch.float64, device=device),
+            sums=torch.zeros(self.num_classes, channels, dtype=exact, device=device),
             active_images=whole,
             active_positions=whole.clone(),
             size=(maps.shape[2], maps.shape[3]),

@@ -18,7 +18,7 @@ from zfnet.config import Config, DataConfig
 from zfnet.console import log_to
 from zfnet.data import Batches, ImageSet, load_splits, preprocess
 from zfnet.errors import UserError, did_you_mean
-from zfnet.explain.controls import project_controls
+from zfnet.explain.controls import dead_window_sensitivity, project_controls
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.explain.views import look
@@ -115,16 +115,18 @@ def _explain(config: Config, subject: Subject, run: RunDirectory, stop: StopRequ
         dead = found.statistics(layer).dead
         if bool(dead.any()):
             log.info("%s: %d of %d maps are never active", layer, int(dead.sum()), len(dead))
-    similarity = {}
+    similarity, sensitivity = {}, {}
     for layer in tqdm(subject.layers, "figures", unit="layer", disable=None, leave=False):
         units = _draw_layer(config, subject, deconvnet, found, layer, run)
         if job.controls and len(units) > 1:
             inputs = preprocess(subject.images.pixels(units[:, 0]).to(subject.device), subject.data)
             units[:, 0] = torch.arange(len(units))
             similarity[layer] = project_controls(deconvnet, inputs, layer, units, config.seed).similarity()
+            sensitivity[layer] = dead_window_sensitivity(deconvnet, inputs, layer, units)
         stop.check()
     if similarity:
         run.write_json("controls.json", similarity)
+        run.write_json("dead_windows.json", sensitivity)
         save_figure(draw_controls(similarity), run.figures / "controls.png")
         _say(similarity)
     if job.atlas:
@@ -159,7 +161,7 @@ def _load(config: Config) -> Subject:
             f"{len(images.classes)} ({images.classes[0]} …): set data.root=… to the data it was trained on"
         )
     if job.max_images is not None and job.max_images < len(images):
-        images = images.take(torch.arange(job.max_images))
+        images = images.take(torch.linspace(0, len(images) - 1, job.max_images).round().long())
     facts = {"weights": weights_hash(model.state_dict()), "data": splits.fingerprint}
     device = choose(config.trainer).device
     layers = [layer for layer in known if job.layers is None or layer in job.layers]
@@ -229,7 +231,8 @@ def _draw_layer(
     pixels = torch.where(views.inside.permute(0, 2, 3, 1), to_pixels(views.patches, subject.data), GREY)
     patches[number, rank] = pixels
     title = (
-        f"{layer}: the {config.job.top} strongest activations of {len(chosen)} of {len(record.values)} maps"
+        f"{layer}: the strongest activations of {len(chosen)} of {len(record.values)} maps "
+        f"over {found.images:,} {subject.split} images"
     )
     figure = draw_projections(title, chosen.tolist(), list(projections), list(patches))
     save_figure(figure, run.figures / f"deconvnet_{layer}.png")
