@@ -56,7 +56,8 @@ def test_dead_and_flat_filters_are_found() -> None:
         model.conv1.bias[1] = -1.0  # never active
         model.conv1.weight[3] *= 1e-3  # next to nothing, but its bias makes it active
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    batches = [Batch(part, torch.zeros(2), torch.zeros(2)) for part in images.split(2)]
+    nothing = torch.zeros(2, dtype=torch.int64)
+    batches = [Batch(part, nothing, nothing, 0, 2) for part in images.split(2)]
     found = measure_filters(model, batches)
     assert found.silent.tolist() == [False, True, False, False, False]
     assert found.flat.tolist() == [False, True, False, True, False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -34,23 +35,25 @@ class Trained:
 
 
 def train_some(folder: Path) -> Trained:
-    """Train a narrow network with batch normalisation on 1,350 built-in images: about half right, in seconds."""
-    run = train_tiny(
-        folder,
-        "trainer.epochs=8",
-        "trainer.threads=1",
-        "trainer.snapshots=[1,4,8]",
-        "data.train_images=1500",
-        "data.test_images=200",
-        "data.batch_size=32",
-        "optimizer.lr=3e-3",
-        "model.norm=batch",
-        "model.conv1.channels=16",
-        "model.conv2.channels=32",
-        "model.conv3.channels=48",
-        "model.conv4=null",
-        "model.conv5.channels=48",
-    )
+    """Train a narrow network with batch normalisation on 1,080 built-in images: a third right, in seconds."""
+    # figures are others' affair, and would take as long as the training
+    with patch("zfnet.jobs.train.draw_results"), patch("zfnet.jobs.train.save_figure"):
+        run = train_tiny(
+            folder,
+            "trainer.epochs=6",
+            "trainer.threads=1",
+            "trainer.snapshots=[1,3,6]",
+            "data.train_images=1200",
+            "data.test_images=200",
+            "data.batch_size=25",
+            "optimizer.lr=3e-3",
+            "model.norm=batch",
+            "model.conv1.channels=12",
+            "model.conv2.channels=32",
+            "model.conv3.channels=48",
+            "model.conv4=null",
+            "model.conv5.channels=48",
+        )
     used = load_run(run.folder)
     images = load_splits(used.config.data).test
     assert images is not None

@@ -70,20 +70,20 @@ def test_evolution_names_each_maps_strongest_image_at_each_epoch(run_py, trained
     )  # fmt: skip
     assert answer.code == 0, answer.err
     rows = read_csv(Path("out/strongest.csv"))
-    assert len(rows) == 3 * (16 + 48)
-    early, _ = load_model(list_snapshots(trained.run.snapshots)[4])
+    assert len(rows) == 3 * (12 + 48)
+    early, _ = load_model(list_snapshots(trained.run.snapshots)[3])
     with torch.no_grad():
         peaks = early.activations(trained.inputs, ["conv5"])["conv5"].amax((2, 3))
     for row in rows:
-        if row["layer"] == "conv5" and row["epoch"] == "4":
+        if row["layer"] == "conv5" and row["epoch"] == "3":
             number = int(row["map"])
             assert float(row["activation"]) == pytest.approx(float(peaks[:, number].max()), rel=1e-4)
             assert float(peaks[int(row["image"]), number]) == pytest.approx(
                 float(row["activation"]), rel=1e-4
             )
     steps = read_csv(Path("out/steadiness.csv"))
-    assert [(r["previous"], r["epoch"]) for r in steps] == [("1", "4")] * 2 + [("4", "8")] * 2
-    last = [r for r in steps if r["epoch"] == "8"]
+    assert [(r["previous"], r["epoch"]) for r in steps] == [("1", "3")] * 2 + [("3", "6")] * 2
+    last = [r for r in steps if r["epoch"] == "6"]
     assert all(r["correlation_with_previous"] == r["correlation_of_previous_with_last"] for r in last)
     assert Image.open("out/figures/evolution.png").width > 500
     assert Path("out/figures/steadiness.png").exists()
@@ -99,11 +99,11 @@ def test_filters_of_two_runs_stand_side_by_side(run_py, tiny_run: RunDirectory, 
     )
     assert answer.code == 0, answer.err
     facts = list(json.loads(Path("out/filters.json").read_text())["runs"].values())
-    assert [f["filters"] for f in facts] == [32, 16]
+    assert [f["filters"] for f in facts] == [32, 12]
     rows = read_csv(Path("out/filters.csv"))
-    assert len(rows) == 48
+    assert len(rows) == 44
     assert max(float(r["rms"]) for r in rows[32:]) == pytest.approx(facts[1]["rms"]["max"])
-    weight = load_model(trained.run.weights)[0].conv1.weight
+    weight = load_model(trained.run.weights)[0].conv1.weight.detach()
     assert facts[1]["rms"]["max"] == pytest.approx(
         float(weight.square().mean((1, 2, 3)).max().sqrt()), rel=1e-5
     )
@@ -133,22 +133,6 @@ def test_correspondence_of_shapes_and_of_a_table_of_points(
     facts = json.loads(Path("own/correspondence.json").read_text())
     assert list(facts["table"]["fc7"]) == ["eye", "nose", "random"]
     assert facts["images"] == 2
-
-    for content, expected in (
-        ("image,part,x\n", "lacks the column y"),
-        ("image,part,x,y\na.png,eye,1,b\n", "line 2: x=1, y=b are not numbers"),
-        ("image,part,x,y\na.png,eye,1,1\na.png,eye,1,1\n", "line 3: eye of a.png is there already"),
-        ("image,part,x,y\na.png,eye,30,1\nb.png,nose,30,1\n", "image a.png has no nose"),
-        ("image,part,x,y\na.png,eye,1,1\nb.png,eye,1,1\n", "eye of a.png lies outside what the network sees"),
-        ("image,part,x,y\na.png,eye,30,1\n", "names 1 images"),
-        ("image,part,x,y\na.png,eye,30,1\nc.png,eye,30,1\n", "c.png cannot be read as an image"),
-    ):
-        table.write_text(content)
-        answer = run_py(*words, f"job.points={table}", "hydra.run.dir=bad")
-        assert answer.code == 1
-        assert answer.err.count("\n") == 1
-        assert expected in answer.err, answer.err
-    assert not Path("bad").exists()
 
 
 def test_attribution_writes_its_maps(run_py, tiny_run: RunDirectory) -> None:
@@ -188,7 +172,7 @@ def test_attribution_without_captum_says_how_to_get_it(run_py, tiny_run: RunDire
         (["job=occlusion", "job.patch=8", "job.stride=9"], "job.stride=9: must be at most job.patch=8"),
         (["job=occlusion", "job.split=tset"], "job.split=tset: must be one of train, validation, test"),
         (["job=occlusion", "job.fill=300"], "job.fill=300.0: must be at most 255"),
-        (["job=occlusion", "images=[nope.jpg]"], "nope.jpg cannot be read as an image"),
+        (["job=occlusion", "images=[nope.jpg]"], "nope.jpg: there is no such file"),
         (["job=invariance", "job.layers=[conv1,fc9]"], "job.layers=fc9: no such layer; did you mean 'fc"),
         (["job=evolution"], "job=evolution needs run=<dir>"),
         (["job=evolution", "job.layers=[conv6]"], "job.layers=conv6: no such layer; did you mean 'conv5'?"),

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from zfnet.config import Config, DataConfig
 from zfnet.data import ImageSet, preprocess
-from zfnet.data.decode import UnreadableImage, fit_square, read_image
+from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.images import stratified
+from zfnet.data.named import find_images
 from zfnet.errors import UserError, did_you_mean
 from zfnet.geometry import CONV_LAYERS
 from zfnet.jobs.common import UsedRun
 from zfnet.model import ZFNet
+from zfnet.report.predictions import shorten
 
 # of each class, so many images at least are asked whether the network names them rightly
 _CANDIDATES = 20
+_FILES = 24  # rows of a figure
 
 
 @dataclass(frozen=True)
@@ -122,17 +124,23 @@ def _pick(used: UsedRun, part: ImageSet, count: int) -> Tensor:
     return torch.tensor(chosen)
 
 
-def _from_files(used: UsedRun, files: Sequence[str]) -> Chosen:
+def _from_files(used: UsedRun, items: Sequence[str]) -> Chosen:
+    images, problems = find_images(items)
+    for item, problem in problems.items():
+        raise UserError(f"{item}: {problem}")
+    if not 1 <= len(images) <= _FILES:
+        raise UserError(f"images: {len(images)} are named; a figure holds 1 to {_FILES}")
     pixels = []
-    for file in files:
+    for image in images:
         try:
-            image = fit_square(read_image(Path(file).expanduser()), used.facts.stored_size, used.data.fit)
+            square = fit_square(image.read(), used.facts.stored_size, used.data.fit)
         except UnreadableImage as error:
-            raise UserError(f"{file} cannot be read as an image ({error})") from error
-        pixels.append(torch.from_numpy(image.copy()))
-    if not pixels:
-        raise UserError("images=[]: names no file")
+            raise UserError(f"{image.name} cannot be read as an image ({error})") from error
+        pixels.append(torch.from_numpy(square.copy()))
     inputs = to_inputs(used, torch.stack(pixels))
     labels = answers(used, inputs).argmax(1)
-    names = tuple(f"{used.classes[c]}? ({Path(f).name})" for f, c in zip(files, labels.tolist(), strict=True))
+    names = tuple(
+        f"{used.classes[c]}? ({shorten(i.name.rpartition('/')[2], 24)})"
+        for i, c in zip(images, labels.tolist(), strict=True)
+    )
     return Chosen(inputs, labels.to(used.plan.device), names, known=False)
