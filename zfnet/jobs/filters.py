@@ -12,6 +12,7 @@ import torch
 from zfnet.config import Config
 from zfnet.explain.filters import FLAT, Filters, in_pixel_units, measure_filters
 from zfnet.jobs.common import UsedRun, own_directory
+from zfnet.jobs.looking import part_to_show
 from zfnet.report.figures import save_figure
 from zfnet.report.filters import draw_filters
 from zfnet.run import find_run
@@ -27,7 +28,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
         runs.append(
             UsedRun(dataclasses.replace(other.read_config(), job=config.job, run=str(other.folder)), [])
         )
-    parts = [used.split(config.job.split) for used in runs]
+    parts = [part_to_show(used).images for used in runs]
     with own_directory(config, output) as run:
         found = {
             f"{'AB'[k]}: {used.source.folder.name}": measure_filters(
