@@ -114,9 +114,7 @@ def _rows(table: dict[str, dict[str, Agreement]]) -> list[dict[str, Any]]:
 
 
 def _say(table: dict[str, dict[str, Agreement]], images: int) -> None:
-    log.info(
-        "mean sign difference over pairs of %d images (± their deviation; p against random places)", images
-    )
+    log.info("Δ over pairs of %d images, ± their deviation; p: against random places", images)
     parts = list(next(iter(table.values())))
     width = max(map(len, parts))
     log.info("%-*s  %s", width, "", "".join(f"{layer:<28}" for layer in table))

@@ -70,7 +70,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
         for row in steadiness:
             if row["epoch"] == epochs[-1]:
                 log.info(
-                    "%s: correlation with epoch %d %.2f; the strongest image changed in %.0f %% of maps",
+                    "%s: correlation with epoch %d: %.2f; strongest image new in %.0f %% of maps",
                     row["layer"],
                     row["previous"],
                     row["correlation_with_previous"],

@@ -64,13 +64,17 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
         run.write_json("occlusion.json", summary)
         for row in summary["images"]:
             log.info(
-                "%s: %s map %d; P %.1f %%, behind the square down to %.1f %%, then most probable: %s",
+                "%s: P %.1f %%, at worst %.1f %% and then %s",
                 row["image"],
-                job.layer,
-                row["map"],
                 100 * row["probability"],
                 100 * row["lowest_probability"],
                 row["predicted_at_lowest"],
+            )
+        if "boxes" in summary:
+            log.info(
+                "lowest in the object's box: %.0f %% of images (the box: %.0f %% of places)",
+                100 * summary["boxes"]["share_of_images_lowest_in_the_box"],
+                100 * summary["boxes"]["share_of_places_in_the_box"],
             )
         log.info("written to %s", run.folder)
 
