@@ -96,11 +96,14 @@ class Deconvnet(Job):
 
 @dataclass(kw_only=True)
 class Look(Job):
-    """A job that looks inside a trained network: `split` is the part of the run's data that it shows to it."""
+    """A job that looks inside a trained network: `split` is the part of the run's data that it shows to it.
+
+    `auto` is validation or, where the run has none, test.
+    """
 
     run: ClassVar[str] = "needed"
 
-    split: str = one_of("train", "validation", "test")
+    split: str = one_of("auto", "train", "validation", "test")
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,8 @@ import csv
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.explain.trained import Trained
+from zfnet.data import Splits
+from zfnet.data.shapes import draw_shapes
 from zfnet.explain.attribution import METHODS
+from zfnet.jobs.looking import part_to_show
 from zfnet.run import RunDirectory
 from zfnet.training.snapshots import list_snapshots
 from zfnet.weights import load_model
@@ -119,6 +124,7 @@ def test_correspondence_of_shapes_and_of_a_table_of_points(
     rows = read_csv(Path("out/correspondence.csv"))
     assert [r["part"] for r in rows] == [
         *(f"{v} {h}" for v in ("upper", "lower") for h in ("left", "right")),
+        "same place",
         "random",
     ] * 2
     assert {r["layer"] for r in rows} == {"conv5", "fc7"}
@@ -131,7 +137,7 @@ def test_correspondence_of_shapes_and_of_a_table_of_points(
     answer = run_py(*words, f"job.points={table}", "hydra.run.dir=own")
     assert answer.code == 0, answer.err
     facts = json.loads(Path("own/correspondence.json").read_text())
-    assert list(facts["table"]["fc7"]) == ["eye", "nose", "random"]
+    assert list(facts["table"]["fc7"]) == ["eye", "nose", "same place", "random"]
     assert facts["images"] == 2
 
 
@@ -163,6 +169,25 @@ def test_attribution_without_captum_says_how_to_get_it(run_py, tiny_run: RunDire
 
 
 @pytest.mark.parametrize(
+    ("asked", "has_validation", "shown"),
+    [("auto", True, "validation"), ("auto", False, "test"), ("train", False, "train")],
+)
+def test_auto_shows_validation_images_or_else_test_images(
+    asked: str, has_validation: bool, shown: str
+) -> None:
+    parts = {name: draw_shapes(10, 16, k) for k, name in enumerate(("train", "validation", "test"))}
+    splits = Splits(parts["train"], parts["validation"] if has_validation else None, parts["test"], "")
+    used: Any = SimpleNamespace(
+        splits=lambda: splits,
+        split=lambda name, s: getattr(s, name),
+        config=SimpleNamespace(job=SimpleNamespace(split=asked)),
+    )
+    found = part_to_show(used)
+    assert found.name == shown
+    assert found.images is parts[shown]
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["job=occlusion"], "job=occlusion needs run=<dir>"),
@@ -170,7 +195,7 @@ def test_attribution_without_captum_says_how_to_get_it(run_py, tiny_run: RunDire
         (["job=occlusion", "job.layer=fc7"], "job.layer=fc7: no such layer; known: conv1"),
         (["job=occlusion", "job.patch=64"], "job.patch=64: the occluder must be smaller than the image"),
         (["job=occlusion", "job.patch=8", "job.stride=9"], "job.stride=9: must be at most job.patch=8"),
-        (["job=occlusion", "job.split=tset"], "job.split=tset: must be one of train, validation, test"),
+        (["job=occlusion", "job.split=tset"], "job.split=tset: must be one of auto, train, validation, test"),
         (["job=occlusion", "job.fill=300"], "job.fill=300.0: must be at most 255"),
         (["job=occlusion", "images=[nope.jpg]"], "nope.jpg: there is no such file"),
         (["job=invariance", "job.layers=[conv1,fc9]"], "job.layers=fc9: no such layer; did you mean 'fc"),

@@ -81,8 +81,6 @@ def _say(found: Attributions, chosen: Chosen) -> None:
     if chosen.boxes is None:
         return
     area = in_boxes(chosen.boxes, chosen.inputs.shape[-1]).float().mean()
-    log.info(
-        "share of each attribution inside the objects' boxes, which are %.0f %% of the images", 100 * area
-    )
+    log.info("share inside the objects' boxes, which are %.0f %% of the images:", 100 * area)
     for method, maps in found.maps.items():
         log.info("  %-20s %5.1f %%", method, 100 * share_in_boxes(maps, chosen.boxes).nanmean())

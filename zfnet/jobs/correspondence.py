@@ -21,7 +21,7 @@ from zfnet.explain.correspondence import (
 )
 from zfnet.geometry import CONV_LAYERS
 from zfnet.jobs.common import UsedRun, own_directory
-from zfnet.jobs.looking import answers, check_layer, mean_colour, sample, take
+from zfnet.jobs.looking import answers, check_layer, mean_colour, part_to_show, sample, take
 from zfnet.jobs.points import Marked, read_points
 from zfnet.report.correspondence import draw_correspondence
 from zfnet.report.figures import save_figure
@@ -29,7 +29,7 @@ from zfnet.report.pictures import to_pixels
 
 log = logging.getLogger("zfnet")
 
-RANDOM = "random"
+SAME, RANDOM = "same place", "random"
 
 
 def main(config: Config, output: Path, overrides: list[str]) -> None:
@@ -45,7 +45,9 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
         raise UserError(f"job.patch={patch}: the masks must be smaller than the image, which is {size} px")
     marked = _marked(used) if job.points is None else read_points(used, Path(job.points))
     with own_directory(config, output) as run:
-        marked.parts[RANDOM] = _random_centres(len(marked.inputs), size, patch, config.seed)
+        # what parts owe to standing in the same place: one random place for all images
+        marked.parts[SAME] = _random_centres(1, size, patch, config.seed + 1).expand(len(marked.groups), -1)
+        marked.parts[RANDOM] = _random_centres(len(marked.groups), size, patch, config.seed)
         fill = mean_colour(used, job.fill)
         masked = {part: mask(marked.inputs, centres, patch, fill) for part, centres in marked.parts.items()}
         signs = {
@@ -83,12 +85,12 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
 def _marked(used: UsedRun) -> Marked:
     """Take images whose boxes are known, cut to these, with the quarters of the boxes as parts."""
     job = used.config.job
-    images = used.split(job.split)
-    if images.boxes is None:
+    part = part_to_show(used)
+    if part.images.boxes is None:
         raise UserError(
             f"data={used.data.name}: where parts are is known of data=shapes only; name them in a table, job.points=…"
         )
-    chosen = take(used, images, sample(used, images, job.count), job.split)
+    chosen = take(used, part, sample(used, part.images, job.count))
     assert chosen.boxes is not None
     return Marked(
         cut_to_boxes(chosen.inputs, chosen.boxes),
@@ -112,9 +114,7 @@ def _rows(table: dict[str, dict[str, Agreement]]) -> list[dict[str, Any]]:
 
 
 def _say(table: dict[str, dict[str, Agreement]], images: int) -> None:
-    log.info(
-        "mean sign difference over pairs of %d images (± their deviation; p against random places)", images
-    )
+    log.info("Δ over pairs of %d images, ± their deviation; p: against random places", images)
     parts = list(next(iter(table.values())))
     width = max(map(len, parts))
     log.info("%-*s  %s", width, "", "".join(f"{layer:<28}" for layer in table))

@@ -15,7 +15,7 @@ from zfnet.errors import UserError
 from zfnet.explain.evolution import Look, correlation, draw_lots, look, project_strongest
 from zfnet.geometry import CONV_LAYERS
 from zfnet.jobs.common import UsedRun, own_directory
-from zfnet.jobs.looking import check_layer, sample, to_inputs
+from zfnet.jobs.looking import check_layer, part_to_show, sample, to_inputs
 from zfnet.report.evolution import draw_evolution, draw_steadiness
 from zfnet.report.figures import save_figure
 from zfnet.training.snapshots import list_snapshots
@@ -36,7 +36,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
             f"run={used.source.folder}: kept the weights of {len(snapshots)} epochs, and it takes two to see "
             "something grow: train with 'trainer.snapshots=[1,2,5,10]'"
         )
-    part = used.split(job.split)
+    part = part_to_show(used).images
     if job.max_images:
         part = part.take(sample(used, part, job.max_images))
     probes = to_inputs(used, part.pixels(sample(used, part, job.probe_images)))
@@ -70,7 +70,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
         for row in steadiness:
             if row["epoch"] == epochs[-1]:
                 log.info(
-                    "%s: correlation with epoch %d %.2f; the strongest image changed in %.0f %% of maps",
+                    "%s: correlation with epoch %d: %.2f; strongest image new in %.0f %% of maps",
                     row["layer"],
                     row["previous"],
                     row["correlation_with_previous"],

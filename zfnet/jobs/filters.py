@@ -12,6 +12,7 @@ import torch
 from zfnet.config import Config
 from zfnet.explain.filters import FLAT, Filters, in_pixel_units, measure_filters
 from zfnet.jobs.common import UsedRun, own_directory
+from zfnet.jobs.looking import part_to_show
 from zfnet.report.figures import save_figure
 from zfnet.report.filters import draw_filters
 from zfnet.run import find_run
@@ -23,11 +24,17 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     """Write figures/filters.png, filters.csv (every filter) and filters.json (each run as a whole)."""
     runs = [UsedRun(config, overrides)]
     if config.job.other is not None:
-        other = find_run(config.job.other)  # with its own data, which may be another
+        other = find_run(config.job.other)
+        recorded = other.read_config()  # its own data, which may be another, but this command's device
         runs.append(
-            UsedRun(dataclasses.replace(other.read_config(), job=config.job, run=str(other.folder)), [])
+            UsedRun(
+                dataclasses.replace(
+                    recorded, job=config.job, trainer=config.trainer, run=str(other.folder), images=None
+                ),
+                [],
+            )
         )
-    parts = [used.split(config.job.split) for used in runs]
+    parts = [part_to_show(used).images for used in runs]
     with own_directory(config, output) as run:
         found = {
             f"{'AB'[k]}: {used.source.folder.name}": measure_filters(
@@ -48,13 +55,18 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
         run.write_csv("filters.csv", _rows(found))
         run.write_json("filters.json", {"limit": config.job.limit, "flat_below": FLAT, "runs": facts})
         for name, row in facts.items():
+            size = row["kernel_size"]
+            log.info("%s: %d filters %d×%d, stride %d", name, row["filters"], size, size, row["stride"])
             log.info(
-                "%s: %d filters %d×%d/%d; RMS median %.3g, largest %.3g, %d beyond %g; %d dead, %d flat; "
-                "aliasing energy %.1f %% (median)",
-                *(name, row["filters"], row["kernel_size"], row["kernel_size"], row["stride"]),
-                *(row["rms"]["median"], row["rms"]["max"], row["beyond_limit"], config.job.limit),
-                *(row["dead"], row["flat"], 100 * row["aliasing_energy"]["median"]),
+                "  RMS: median %.3g, largest %.3g, %d beyond %g (for inputs of 0 … 255: %d)",
+                row["rms"]["median"],
+                row["rms"]["max"],
+                row["beyond_limit"],
+                config.job.limit,
+                row["beyond_limit_for_inputs_of_0_to_255"],
             )
+            log.info("  %d dead on %d images, %d flat", row["dead"], row["images"], row["flat"])
+            log.info("  energy that aliases: %.1f %% (median)", 100 * row["aliasing_energy"]["median"])
         log.info("written to %s", run.folder)
 
 

@@ -12,7 +12,7 @@ import torch
 from zfnet.config import Config
 from zfnet.explain.invariance import Curves, make_amounts, measure, transform_images, typical_distance
 from zfnet.jobs.common import UsedRun, own_directory
-from zfnet.jobs.looking import check_layer, choose_images, sample, take
+from zfnet.jobs.looking import check_layer, choose_images, part_to_show, sample, take
 from zfnet.report.figures import save_figure
 from zfnet.report.invariance import draw_invariance
 from zfnet.report.pictures import to_pixels
@@ -28,9 +28,9 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     for layer in layers:
         check_layer(used.model, "job.layers", layer)
     amounts = make_amounts(used.data.image_size, job.translation, job.scale, job.rotation, job.steps)
-    chosen = choose_images(used, config, job.count)
-    part = used.split(job.split)
-    many = take(used, part, sample(used, part, job.mean_images), job.split)
+    part = part_to_show(used)
+    chosen = choose_images(used, config, job.count, part)
+    many = take(used, part, sample(used, part.images, job.mean_images))
     with own_directory(config, output) as run:
         units = typical_distance(used.model, many.inputs, layers, used.data.batch_size)
         own, mean = (

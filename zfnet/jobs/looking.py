@@ -50,16 +50,32 @@ def check_layer(model: ZFNet, key: str, layer: str, only_conv: bool = False) -> 
         raise UserError(f"{key}={layer}: no such layer{did_you_mean(layer, known)}")
 
 
-def choose_images(used: UsedRun, config: Config, count: int) -> Chosen:
-    """Return the files that `images=[…]` names or, without it, `count` images of `job.split`.
+@dataclass(frozen=True)
+class Part:
+    """A part of the run's data: train, validation or test."""
+
+    name: str
+    images: ImageSet
+
+
+def part_to_show(used: UsedRun) -> Part:
+    """Return the part that `job.split` names (see `Look` in `job_settings.py`); raise UserError where there is none."""
+    splits, name = used.splits(), used.config.job.split
+    if name == "auto":
+        name = "test" if splits.validation is None else "validation"
+    return Part(name, used.split(name, splits))
+
+
+def choose_images(used: UsedRun, config: Config, count: int, part: Part | None = None) -> Chosen:
+    """Return the files that `images=[…]` names or, without it, `count` images of `part` (default: of `job.split`).
 
     Of a split, classes take turns, and of each class those come first that the network names rightly: where
     it is wrong from the start there is little to explain. Raises UserError for an unreadable file.
     """
     if config.images is not None:
         return _from_files(used, config.images)
-    part = used.split(config.job.split)
-    return take(used, part, _pick(used, part, min(count, len(part))), config.job.split)
+    part = part or part_to_show(used)
+    return take(used, part, _pick(used, part.images, min(count, len(part.images))))
 
 
 def sample(used: UsedRun, part: ImageSet, count: int) -> Tensor:
@@ -69,17 +85,18 @@ def sample(used: UsedRun, part: ImageSet, count: int) -> Tensor:
     return stratified(part.labels, count, used.config.seed)[0]
 
 
-def take(used: UsedRun, part: ImageSet, index: Tensor, split: str) -> Chosen:
-    """Return the images at `index` of a set as the network sees them."""
-    labels = part.labels[index]
+def take(used: UsedRun, part: Part, index: Tensor) -> Chosen:
+    """Return the images at `index` of a part as the network sees them."""
+    images, labels = part.images, part.images.labels[index]
     return Chosen(
-        to_inputs(used, part.pixels(index)),
+        to_inputs(used, images.pixels(index)),
         labels.to(used.plan.device),
         tuple(
-            f"{used.classes[c]} ({split} {i})" for i, c in zip(index.tolist(), labels.tolist(), strict=True)
+            f"{used.classes[c]} ({part.name} {i})"
+            for i, c in zip(index.tolist(), labels.tolist(), strict=True)
         ),
         known=True,
-        boxes=None if part.boxes is None else boxes_in_input(part.boxes[index], part, used.data),
+        boxes=None if images.boxes is None else boxes_in_input(images.boxes[index], images, used.data),
     )
 
 

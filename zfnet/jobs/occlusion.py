@@ -14,7 +14,7 @@ from zfnet.explain import Deconvnet
 from zfnet.explain.occlusion import Occlusion, centres_in_boxes, inside_and_outside, occlude, square_starts
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.jobs.common import UsedRun, own_directory
-from zfnet.jobs.looking import Chosen, check_layer, choose_images, mean_colour, to_inputs
+from zfnet.jobs.looking import Chosen, check_layer, choose_images, mean_colour, part_to_show, to_inputs
 from zfnet.report.figures import save_figure
 from zfnet.report.occlusion import Projections, draw_occlusion
 from zfnet.report.pictures import on_grey, to_pixels
@@ -32,7 +32,8 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     patch = job.patch or max(1, size // 5)
     stride = job.stride or max(1, min(patch, round(size / 24)))
     square_starts(size, patch, stride)  # complains before any data is read
-    chosen = choose_images(used, config, job.count)
+    part = part_to_show(used)
+    chosen = choose_images(used, config, job.count, part)
     fill = mean_colour(used, job.fill)
     with own_directory(config, output) as run:
         found = occlude(
@@ -45,7 +46,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
             fill=fill,
             batch_size=used.data.batch_size,
         )
-        projections = _project(used, chosen, found, used.split(job.split))
+        projections = _project(used, chosen, found, part.images)
         colour = to_pixels(fill.view(1, 3, 1, 1), used.data)[0, 0, 0] / 255
         figure = draw_occlusion(
             found,
@@ -63,13 +64,17 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
         run.write_json("occlusion.json", summary)
         for row in summary["images"]:
             log.info(
-                "%s: %s map %d; P %.1f %%, behind the square down to %.1f %%, then most probable: %s",
+                "%s: P %.1f %%, at worst %.1f %% and then %s",
                 row["image"],
-                job.layer,
-                row["map"],
                 100 * row["probability"],
                 100 * row["lowest_probability"],
                 row["predicted_at_lowest"],
+            )
+        if "boxes" in summary:
+            log.info(
+                "lowest in the object's box: %.0f %% of images (the box: %.0f %% of places)",
+                100 * summary["boxes"]["share_of_images_lowest_in_the_box"],
+                100 * summary["boxes"]["share_of_places_in_the_box"],
             )
         log.info("written to %s", run.folder)
 
