@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from zfnet.errors import UserError, did_you_mean
 from zfnet.explain.receptive_field import receptive_field
 from zfnet.explain.switches import DEAD_WINDOWS, pool_with_switches, side, unpool
+from zfnet.explain.transposed import transposed
 from zfnet.explain.windows import Signal
 from zfnet.geometry import CONV_LAYERS
 from zfnet.model import Dropout, ZFNet
@@ -212,6 +213,8 @@ class Deconvnet:
     @_exactly()
     def _forward(self, x: Tensor, layer: str) -> _Trace:
         """Run images [n, 3, H, W] up to `layer` as in evaluation mode, and keep what the way back needs."""
+        # channels last: as windows are cut out, and as convolutions like it best
+        x = x.contiguous(memory_format=torch.channels_last)
         trace = _Trace(x)
         for name in self._steps(layer):
             module = getattr(self.model, name)
@@ -264,7 +267,7 @@ class Deconvnet:
                 signal.values = signal.values * signal.see(trace.active[name])
         elif isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
             if isinstance(module, nn.Conv2d):
-                signal.values = F.conv_transpose2d(signal.values, module.weight, stride=module.stride)
+                signal.values = transposed(signal.values, module.weight, side(module.stride))
             else:
                 signal.values = unpool(signal.values, signal.see(trace.switches[name]), module)
             signal.corner = signal.corner * side(module.stride) - side(module.padding)

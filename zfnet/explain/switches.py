@@ -54,7 +54,11 @@ def unpool(signal: Tensor, switches: Tensor, pool: nn.MaxPool2d) -> Tensor:
     """
     kernel, stride = side(pool.kernel_size), side(pool.stride)
     height, width = signal.shape[2:]
-    out = signal.new_zeros(*signal.shape[:2], (height - 1) * stride + kernel, (width - 1) * stride + kernel)
+    out = torch.zeros(
+        (*signal.shape[:2], (height - 1) * stride + kernel, (width - 1) * stride + kernel),
+        dtype=signal.dtype,
+        device=signal.device,
+    ).contiguous(memory_format=torch.channels_last)
     for place in range(kernel**2):
         out[_cells(place, kernel, stride, height, width)] += signal * (switches >> place & 1)
     return out
