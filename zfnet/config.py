@@ -108,8 +108,8 @@ class TrainerConfig:
     name: str
     epochs: int = limits(low=1)
     device: str
-    devices: int = limits(low=1, high=1024)
-    gradients: str = one_of("fp32", "bf16")
+    devices: int = field(default=1, metadata={"low": 1, "high": 1024})
+    gradients: str = field(default="fp32", metadata={"choices": ("fp32", "bf16")})
     precision: str = one_of("auto", "fp32", "bf16")
     channels_last: bool | str = one_of(True, False, "auto")
     compile: bool | str = one_of(True, False, "auto")
@@ -124,8 +124,8 @@ class TrainerConfig:
     log_every: int = limits(low=1)
     checkpoint_minutes: float = limits(above=0)
     tensorboard: bool
-    profile: bool
-    snapshots: list[int] = field(default_factory=list)  # in no record from before there were any
+    profile: bool = False  # devices, gradients, profile and snapshots are missing from the oldest records
+    snapshots: list[int] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
