@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from zfnet.config import Config, DataConfig
-from zfnet.console import log_to
-from zfnet.data import Batches, ImageSet, load_splits, preprocess
+from zfnet.data import ImageSet, preprocess
 from zfnet.errors import UserError, did_you_mean
 from zfnet.explain.controls import dead_window_sensitivity, project_controls
 from zfnet.explain.deconvnet import Deconvnet
@@ -24,6 +21,7 @@ from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.explain.views import look
 from zfnet.geometry import CONV_LAYERS
 from zfnet.hydra_record import write_hydra_record
+from zfnet.jobs.common import UsedRun, hold, recorded_state
 from zfnet.model import ZFNet
 from zfnet.randomness import CONTROL, make_key, permutation
 from zfnet.report.atlas import Atlas, write_atlas
@@ -33,9 +31,8 @@ from zfnet.report.projections import draw_controls, draw_projections
 from zfnet.report.top_activations import write_tables
 from zfnet.run import RunDirectory, write_atomically
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
-from zfnet.training.device import choose
 from zfnet.training.signals import StopRequest
-from zfnet.weights import load_run, weights_hash
+from zfnet.weights import weights_hash
 
 log = logging.getLogger("zfnet")
 
@@ -48,53 +45,49 @@ _CONTROL_UNITS = 16  # for each layer
 class Subject:
     """What is looked at: the network, and the images of one split."""
 
-    model: ZFNet
-    device: torch.device
-    data: DataConfig
+    used: UsedRun
     images: ImageSet
     split: str
     layers: list[str]
     facts: dict[str, Any]  # what a saved search belongs to
 
-    def batches(self, images: ImageSet) -> Batches:
-        return Batches(images, self.data, self.device)
+    @property
+    def model(self) -> ZFNet:
+        return self.used.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.used.plan.device
+
+    @property
+    def data(self) -> DataConfig:
+        return self.used.data
 
 
 def main(config: Config, output: Path, overrides: list[str]) -> None:
-    """Look into the network of `run=…`; all is written to `output`, where a stopped search goes on."""
-    run, subject = RunDirectory(output), _load(config)
-    with _directory(config, run) as stop:
+    """Look into the network of `run=…`; all is written to `output`, where a stopped job goes on."""
+    run, subject = RunDirectory(output), _load(config, overrides)
+    _claim(config, run)
+    again = f"stopped; to go on, give the command again with hydra.run.dir={run.folder}"
+    with hold(run, "deconvnet.log") as stop:
         if run.state == "done":
             log.info("nothing to do: %s is finished", run.folder)
             return
-        run.set_status("running")
-        try:
+        with recorded_state(run, again):
             _explain(config, subject, run, stop)
-        except KeyboardInterrupt as error:
-            run.set_status("stopped", str(error) or "stopped by the keyboard")
-            log.info("stopped; to go on, give the command again with hydra.run.dir=%s", run.folder)
-            raise
-        except BaseException as error:
-            run.set_status("failed", str(error) or type(error).__name__)
-            log.debug("failed", exc_info=True)
-            raise
-        run.set_status("done")
         log.info("written to %s", run.folder)
 
 
-@contextlib.contextmanager
-def _directory(config: Config, run: RunDirectory) -> Iterator[StopRequest]:
-    """Hold the directory; raise UserError where it holds anything but this very job."""
-    if run.claim(config):
-        before = run.read_config()
-        if (before.job, before.run) != (config.job, config.run):
-            raise UserError(
-                f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)"
-            )
-    else:
-        write_hydra_record(run.folder)
-    with run.lock(), log_to(run.folder / "deconvnet.log"), StopRequest() as stop:
-        yield stop
+def _claim(config: Config, run: RunDirectory) -> None:
+    """Take the directory; raise UserError where it holds anything but this very job."""
+    if not run.claim(config):
+        write_hydra_record(run.folder, config)
+        return
+    before = run.read_config()
+    if (before.job, before.run) != (config.job, config.run):
+        raise UserError(
+            f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)"
+        )
 
 
 def _explain(config: Config, subject: Subject, run: RunDirectory, stop: StopRequest) -> None:
@@ -103,7 +96,7 @@ def _explain(config: Config, subject: Subject, run: RunDirectory, stop: StopRequ
     log.info(
         "%s of %s on %s, %d %s images, rule %s",
         ", ".join(subject.layers),
-        config.run,
+        subject.used.source.folder,
         subject.device,
         len(subject.images),
         subject.split,
@@ -135,37 +128,24 @@ def _explain(config: Config, subject: Subject, run: RunDirectory, stop: StopRequ
         log.info("open %s in a browser", write_atlas(atlas, run.folder / "atlas", stop.check))
 
 
-def _load(config: Config) -> Subject:
-    trained = load_run(str(config.run))
-    model, data, job = trained.model, config.data, config.job
-    if data.image_size != model.image_size:
-        raise UserError(
-            f"data.image_size={data.image_size}: the run's network takes images of {model.image_size} px"
-        )
-    known = [layer for layer in model.layers if layer in CONV_LAYERS]
+def _load(config: Config, overrides: list[str]) -> Subject:
+    used, job = UsedRun(config, overrides), config.job
+    known = [layer for layer in used.model.layers if layer in CONV_LAYERS]
     for layer in job.layers or ():
         if layer not in known:
             raise UserError(f"job.layers={layer}: no such convolution layer{did_you_mean(layer, known)}")
     if job.layers == []:
         raise UserError("job.layers=[]: names no layer; null is all of them")
-    splits = load_splits(data)
+    splits = used.splits()
     split = job.split
     if split == "auto":
         split = "validation" if splits.validation is not None else "test"
-    images: ImageSet | None = getattr(splits, split)
-    if images is None:
-        raise UserError(f"job.split={split}: this data has no {split} images; try job.split=train")
-    if images.classes != trained.classes:
-        raise UserError(
-            f"the run was trained on {len(trained.classes)} classes ({trained.classes[0]} …), its data now has "
-            f"{len(images.classes)} ({images.classes[0]} …): set data.root=… to the data it was trained on"
-        )
+    images = used.split(split, splits)
     if job.max_images is not None and job.max_images < len(images):
         images = images.take(torch.linspace(0, len(images) - 1, job.max_images).round().long())
-    facts = {"weights": weights_hash(model.state_dict()), "data": splits.fingerprint}
-    device = choose(config.trainer).device
+    facts = {"weights": weights_hash(used.model.state_dict()), "data": splits.fingerprint}
     layers = [layer for layer in known if job.layers is None or layer in job.layers]
-    return Subject(model.to(device), device, data, images, split, layers, facts)
+    return Subject(used, images, split, layers, facts)
 
 
 def _search(subject: Subject, top: int, run: RunDirectory, stop: StopRequest) -> TopActivations:
@@ -196,7 +176,7 @@ def _search(subject: Subject, top: int, run: RunDirectory, stop: StopRequest) ->
 
     try:
         with stop.deferred():
-            collect(subject.model, subject.images, subject.batches, subject.layers, found, after_batch)
+            collect(subject.model, subject.images, subject.used.batches, subject.layers, found, after_batch)
         keep()
     finally:
         writer.close()
