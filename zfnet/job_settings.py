@@ -34,8 +34,14 @@ class Summary(Job):
 
 @dataclass(kw_only=True)
 class Benchmark(Job):
-    """`rounds` turns of `steps` timed steps each, after `warmup` untimed ones; `workers` serve the other loops."""
+    """`rounds` turns of `steps` timed steps each, after `warmup` untimed ones; `workers` serve the other loops.
 
+    Of `subject` deconvnet, each round projects the strongest place of `maps` maps a layer in `count` images.
+    """
+
+    subject: str = one_of("training", "deconvnet")
+    maps: Optional[int] = limits(low=1)
+    count: int = limits(low=1)
     rounds: int = limits(low=1)
     steps: int = limits(low=1)
     warmup: int = limits(low=0)

@@ -32,3 +32,16 @@ def test_a_batch_larger_than_the_data_is_named(run_py) -> None:
     answer = run_py(*WORDS, *SIZES, "data.batch_size=100")
     assert answer.code == 1
     assert answer.err.startswith("error: data.batch_size=100: there are only 18 training images")
+
+
+def test_times_projections_beside_captum_and_they_agree(run_py, tmp_path: Path) -> None:
+    words = ("job.subject=deconvnet", "job.maps=2", "job.count=2", "hydra.run.dir=p")
+    answer = run_py(*WORDS, *SIZES, *words)
+    assert answer.code == 0, answer.err
+    assert max(len(line) for line in answer.out.splitlines()) <= 80
+    result = json.loads((tmp_path / "p/benchmark.json").read_text())
+    assert [row["layer"] for row in result["layers"]] == ["conv1", "conv2", "conv3", "conv4", "conv5"]
+    assert max(row["difference"] for row in result["layers"]) < 1e-5
+    total = result["all_maps_top_9"]
+    assert total["projections"] == 9 * (32 + 64 + 96 + 96 + 64)
+    assert total["ratio"] == pytest.approx(total["captum_seconds"] / total["zfnet_seconds"])

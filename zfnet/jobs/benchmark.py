@@ -12,21 +12,26 @@ from zfnet.benchmark.blog import BlogLoop
 from zfnet.benchmark.others import other_loops
 from zfnet.benchmark.ours import OurLoop, peak_memory
 from zfnet.benchmark.peaks import measure_peaks, roofline_seconds, training_flops
+from zfnet.benchmark.projections import all_maps, time_projections
 from zfnet.benchmark.turns import Contender, Timing, take_turns
 from zfnet.config import Config
-from zfnet.data import load_splits
+from zfnet.data import ImageSet, load_splits, preprocess
 from zfnet.environment import describe_environment
 from zfnet.errors import UserError
 from zfnet.report.benchmark import draw_benchmark
 from zfnet.report.figures import save_figure
 from zfnet.run import write_atomically
-from zfnet.training.device import choose
+from zfnet.training.device import Plan, choose
+from zfnet.training.state import make_model
 
 
 def main(config: Config, output: Path, overrides: list[str]) -> None:
     """Time, print a table, and write benchmark.json and figures/benchmark.png."""
     plan, job = choose(config.trainer), config.job
     images = load_splits(config.data).train
+    if job.subject == "deconvnet":
+        _projections(config, plan, images, output)
+        return
     if len(images) < config.data.batch_size:
         raise UserError(
             f"data.batch_size={config.data.batch_size}: there are only {len(images)} training images to take it from"
@@ -71,6 +76,38 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     write_atomically(output / "benchmark.json", json.dumps(result, indent=2) + "\n")
     save_figure(draw_benchmark(result), output / "figures" / "benchmark.png")
     _say(result, output)
+
+
+def _projections(config: Config, plan: Plan, images: ImageSet, output: Path) -> None:
+    """Time projections of a freshly initialised network; write benchmark.json."""
+    model = make_model(config, len(images.classes)).to(plan.device).eval()
+    pixels = images.pixels(range(min(config.job.count, len(images))))
+    inputs = preprocess(pixels.to(plan.device), config.data, channels_last=False)
+    print(f"{config.model.name}, {config.data.image_size} px, {len(inputs)} images, {plan.describe()}")
+    rows = time_projections(model, inputs, config.job.maps, config.job.rounds)
+    total = all_maps(rows)
+    result = {
+        "layers": rows,
+        "all_maps_top_9": total,
+        "config": config.to_dict(),
+        "environment": describe_environment(plan.device, "", config.trainer.name),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "benchmark.json", json.dumps(result, indent=2) + "\n")
+    print(
+        f"\n{'layer':<10}{'units':>7}{'zfnet, ms each':>17}{'captum, ms each':>18}{'ratio':>9}{'difference':>13}"
+    )
+    for row in rows:
+        ours, theirs = 1000 * row["zfnet_seconds"], 1000 * row["captum_seconds"]
+        print(
+            f"{row['layer']:<10}{row['units']:>7}{ours:>17.2f}{theirs:>18.2f}{row['ratio']:>8.1f}×"
+            f"{row['difference']:>13.1e}"
+        )
+    print(
+        f"\nall {total['projections']:,} projections (9 of each map), from the times above: "
+        f"{total['zfnet_seconds']:.0f} s,\nunit by unit with captum {total['captum_seconds']:.0f} s: "
+        f"{total['ratio']:.1f} times as long\nwritten to {output}"
+    )
 
 
 def _facts(timing: Timing, all_timings: list[Timing]) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""Deconvnet projections: ours, batched and cut to receptive fields, beside captum's, one unit at a time."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from zfnet.benchmark.turns import timed
+from zfnet.errors import UserError
+from zfnet.explain import Deconvnet
+from zfnet.geometry import CONV_LAYERS
+from zfnet.model import ZFNet
+
+
+def captums_deconvolution() -> Any:
+    """Return captum's NeuronDeconvolution; raise UserError where captum is not installed."""
+    try:
+        from captum.attr import NeuronDeconvolution
+    except ImportError as error:
+        raise UserError("job.subject=deconvnet compares with captum: pip install -e '.[explain]'") from error
+    return NeuronDeconvolution
+
+
+def strongest_units(model: ZFNet, images: Tensor, layer: str, maps: int | None) -> Tensor:
+    """Return units (image, channel, y, x), int64 [n, 4]: in each image, the strongest place of each map.
+
+    `maps` of the layer's maps, evenly spread, or all; places without activation are left out.
+    """
+    activations = model.activations(images, [layer])[layer]
+    count = activations.shape[1]
+    channels = torch.linspace(0, count - 1, min(maps or count, count)).round().long().unique()
+    values, places = activations[:, channels].flatten(2).max(dim=2)
+    image, number = (values > 0).nonzero().unbind(1)
+    place, width = places[image, number], activations.shape[3]
+    return torch.stack(
+        (image, channels[number.cpu()].to(place.device), place // width, place % width), 1
+    ).cpu()
+
+
+@torch.no_grad()
+def time_projections(model: ZFNet, images: Tensor, maps: int | None, rounds: int) -> list[dict[str, Any]]:
+    """Time both on the same units, in turns; one row a layer, with medians of seconds per projection.
+
+    images: [N, 3, S, S], normalised, on the model's device. `difference` is the largest difference between the
+    two, relative to the largest pixel: captum seeds a unit with 1 and we with its activation, which is put right first.
+    """
+    theirs, ours, rows = captums_deconvolution(), Deconvnet(model), []
+    layers = [layer for layer in model.layers if layer in CONV_LAYERS]
+    for layer in tqdm(layers, "projections", unit="layer", disable=None, leave=False):
+        units = strongest_units(model, images, layer, maps)
+        chosen = [tuple(u) for u in units.tolist()]
+        deconvolution = theirs(model, getattr(model, f"relu{layer[-1]}"))
+        seconds, results = _race(
+            {
+                "zfnet": partial(ours.project, images, layer, chosen),
+                "captum": partial(_one_by_one, deconvolution, images, chosen),
+            },
+            rounds,
+            images.device,
+        )
+        seeds = model.activations(images, [layer])[layer][tuple(units.to(images.device).unbind(1))]
+        scaled = results["captum"] * seeds[:, None, None, None]
+        rows.append(
+            {
+                "layer": layer,
+                "maps": int(getattr(model, layer).out_channels),
+                "units": len(chosen),
+                "zfnet_seconds": statistics.median(seconds["zfnet"]) / len(chosen),
+                "captum_seconds": statistics.median(seconds["captum"]) / len(chosen),
+                "ratio": statistics.median(
+                    b / a for a, b in zip(seconds["zfnet"], seconds["captum"], strict=True)
+                ),
+                "difference": float((results["zfnet"] - scaled).abs().max() / scaled.abs().max()),
+            }
+        )
+    return rows
+
+
+def _race(
+    contenders: dict[str, Callable[[], Tensor]], rounds: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+    """Call each in turn; return the seconds of each round and the last results."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    results: dict[str, Tensor] = {}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            kept: list[Tensor] = []
+            seconds[name].append(timed(lambda call=call, kept=kept: kept.append(call()), device))  # type: ignore[misc]
+            results[name] = kept[0]
+    return seconds, results
+
+
+def _one_by_one(deconvolution: Any, images: Tensor, units: Sequence[Sequence[int]]) -> Tensor:
+    """Project each unit by a call of its own, as captum's interface has it."""
+    found = []
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        for image, channel, y, x in units:
+            picture = images[image : image + 1].clone().requires_grad_()
+            found.append(deconvolution.attribute(picture, (channel, y, x)).detach())
+    return torch.cat(found)
+
+
+def all_maps(rows: list[dict[str, Any]], top: int = 9) -> dict[str, Any]:
+    """Return the time of every map's `top` projections, by each layer's time for one, and the ratio of the sums."""
+    count = sum(row["maps"] for row in rows) * top
+    ours, theirs = (
+        sum(row["maps"] * top * row[f"{name}_seconds"] for row in rows) for name in ("zfnet", "captum")
+    )
+    return {"projections": count, "zfnet_seconds": ours, "captum_seconds": theirs, "ratio": theirs / ours}
