@@ -41,7 +41,8 @@ def test_every_choice_composes_and_passes_the_checks(group: str, name: str) -> N
 
 @pytest.mark.parametrize("name", [name for group, name in FILES if group == "job"])
 def test_every_job_file_has_its_class(name: str) -> None:
-    assert compose(f"job={name}").job.name == name
+    needed = ["job.sweep=sweeps"] if name == "compare" else []
+    assert compose(f"job={name}", *needed).job.name == name
     assert name in JOBS
 
 
