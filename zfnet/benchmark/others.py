@@ -23,7 +23,7 @@ from zfnet.benchmark.turns import Contender, synchronize, time_steps
 from zfnet.config import Config
 from zfnet.construct import build_optimizer
 from zfnet.data import ImageSet
-from zfnet.training.device import Plan
+from zfnet.training.device import Plan, keep_memory
 from zfnet.training.state import make_model
 
 
@@ -161,6 +161,7 @@ class LightningLoop(_Loop):
     def turn(self, steps: int, warmup: int) -> float:
         import lightning
 
+        keep_memory(False)
         module = _lightning_module(self.model, self.optimizer, self.criterion)
         clock = _clock(warmup, self.plan.device)
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

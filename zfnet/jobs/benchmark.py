@@ -21,7 +21,7 @@ from zfnet.errors import UserError
 from zfnet.report.benchmark import draw_benchmark
 from zfnet.report.figures import save_figure
 from zfnet.run import write_atomically
-from zfnet.training.device import Plan, choose
+from zfnet.training.device import Plan, choose, keep_memory
 from zfnet.training.state import make_model
 
 
@@ -52,6 +52,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     timings = take_turns(contenders, rounds=job.rounds, steps=job.steps, warmup=job.warmup)
     waited = ours.waited / ours.taken
     memory = peak_memory(plan.device)
+    keep_memory(plan.device.type == "cpu")
     parts = ours.breakdown(max(2, min(job.steps, 10)))
 
     flops = training_flops(ours.state.model)

@@ -73,7 +73,7 @@ def choose(trainer: TrainerConfig, world: World = ALONE) -> Plan:
     channels_last = trainer.channels_last if isinstance(trainer.channels_last, bool) else device.type != "mps"
     _set_switches(trainer.deterministic, precision)
     if device.type == "cpu":
-        _keep_memory()
+        keep_memory(True)
     return Plan(device, precision, channels_last, trainer.compile is True, trainer.deterministic)
 
 
@@ -108,19 +108,21 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
-def _keep_memory() -> None:
-    """Let glibc keep what the network frees: each step asks for the same large blocks again.
+def keep_memory(keep: bool) -> None:
+    """Let glibc keep what the network frees, or go back to what it does by itself.
 
-    By default it returns them to the system, which hands them out anew page by page, each one zeroed: a tenth
-    of the CPU time of a step at 224 px.
+    Each step asks for the same large blocks again. By default glibc returns them to the system, which hands
+    them out anew page by page, each one zeroed: a tenth of the CPU time of a step at 224 px.
     """
     if sys.platform != "linux":
         return
-    trim_threshold, mmap_max = -1, -4  # the parameters' numbers in malloc.h
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # the parameters' numbers in malloc.h
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_max, 0)
+        libc.mallopt(mmap_max, 0 if keep else 65536)
+        # by default both thresholds grow to these as large blocks are freed
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, -1 if keep else 64 << 20)
 
 
 def _set_switches(deterministic: bool, precision: str) -> None:
