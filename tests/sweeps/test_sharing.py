@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
+from tests.helpers import MINUTE
 from tests.sweeps.test_launching import SMALL
 from zfnet.sweeps import sharing
 
@@ -69,3 +75,32 @@ def test_joblib_runs_jobs_side_by_side_with_the_same_numbers(run_py, tmp_path: P
     assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
     tables = [(tmp_path / sweep / "summary.csv").read_text().splitlines() for sweep in ("side", "s")]
     assert [line.split(",")[:2] for line in tables[0]] == [line.split(",")[:2] for line in tables[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_submitit_runs_jobs_in_processes_of_their_own_and_requeues_one(tmp_path: Path) -> None:
+    """Its local executor stands for SLURM; SIGUSR2 is how it hears that its time is up."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["-m", *MINUTE, "hydra/launcher=submitit_local"]
+    words += ["trainer.epochs=25", "trainer.checkpoint_minutes=1e-5", "seed=3", "hydra.sweep.dir=s"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (found := list(tmp_path.glob("s/*/checkpoints/step-*"))) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    folder = found[0].parents[1]
+    status = folder / "status.json"
+    os.kill(json.loads(status.read_text())["pid"], signal.SIGUSR2)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert json.loads(status.read_text())["state"] == "done"
+    log = (folder / "train.log").read_text()
+    assert log.count("epoch 25/25") == 1
+    assert "going on from epoch" in log
