@@ -75,7 +75,7 @@ class DataConfig:
     name: str = one_of("cifar10", "cifar100", "folder", "shapes")
     root: Optional[str]
     image_size: int = limits(low=1, high=4096)
-    batch_size: int = limits(low=1)
+    batch_size: int = limits(low=1, high=10_000_000)
     validation: float = limits(low=0)
     split_seed: int = limits(low=0)
     subset: Optional[int] = limits(low=1)
@@ -106,7 +106,7 @@ class TrainerConfig:
     """How the loop runs. `auto` values are decided by the hardware (`zfnet/training/device.py`)."""
 
     name: str
-    epochs: int = limits(low=1)
+    epochs: int = limits(low=1, high=1_000_000)
     device: str
     devices: int = field(default=1, metadata={"low": 1, "high": 1024})
     gradients: str = field(default="fp32", metadata={"choices": ("fp32", "bf16")})
@@ -114,7 +114,7 @@ class TrainerConfig:
     channels_last: bool | str = one_of(True, False, "auto")
     compile: bool | str = one_of(True, False, "auto")
     deterministic: bool
-    threads: Optional[int] = limits(low=1)
+    threads: Optional[int] = limits(low=1, high=512)
     accumulate: int = limits(low=1)
     clip_norm: Optional[float] = limits(above=0)
     label_smoothing: float = limits(low=0, below=1)

@@ -25,6 +25,12 @@ from zfnet.training.signals import Stopped
 
 log = logging.getLogger("zfnet")
 
+# which extra of pyproject.toml brings what is optional
+_EXTRA_OF_LAUNCHER = dict.fromkeys(("joblib", "submitit_local", "submitit_slurm"), "sweep")
+_EXTRA_OF = {"optuna": "sweep", "captum": "explain"} | dict.fromkeys(
+    ("onnx", "onnxruntime", "onnxscript"), "export"
+)
+
 _quiet = False  # whether errors become one line; not so with HYDRA_FULL_ERROR=1
 
 
@@ -125,8 +131,12 @@ def explain(error: Exception) -> str:
         return str(error)
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _explain_hydra(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return f"out of memory ({_one_line(error)}): lower data.batch_size, or raise trainer.accumulate"
+    if isinstance(error, MemoryError) or re.search(
+        "out of memory|can't allocate memory|not enough memory", str(error), re.I
+    ):
+        return f"out of memory ({_one_line(error)}): lower data.batch_size or the network's sizes"
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRA_OF.get(str(error.name).split(".")[0])):
+        return f"this needs {error.name}: pip install -e '.[{extra}]'"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror} ({type(error).__name__}; HYDRA_FULL_ERROR=1 shows where)"
     return f"{type(error).__name__}: {_one_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
@@ -145,6 +155,8 @@ def _explain_hydra(error: Exception) -> str:
     ):
         return _unknown_key(match[1].split("@")[0].lstrip("+~"), text)
     if match := re.search(r"In '[^']*': Could not find '([^']+)/([^'/]+)'", text):
+        if (extra := _EXTRA_OF_LAUNCHER.get(match[2])) and match[1] == "hydra/launcher":
+            return f"{match[1]}={match[2]} needs packages of its own: pip install -e '.[{extra}]'"
         choices = re.findall(r"^\t(\S+)$", text, re.M)
         return f"{match[1]}={match[2]}: no such choice{did_you_mean(match[2], choices)}"
     if match := re.search(

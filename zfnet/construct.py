@@ -76,6 +76,8 @@ def arguments(
 def _check_value(key: str, value: Any, default: Any) -> Any:
     """Compare a value's type with the default in the class's signature; lists become tuples where it has one."""
     if isinstance(value, (list, tuple)):
+        if key.endswith(".lr"):
+            raise UserError(f"{key}={value}: must be a number")
         if not all(_is_number(v) for v in value):
             raise UserError(f"{key}={value}: must be a list of numbers")
         if isinstance(default, tuple) and len(value) != len(default):

@@ -143,7 +143,7 @@ class RunDirectory:
             plain = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: there is no run (no config.yaml)") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
         if not isinstance(plain, dict):
             raise UserError(f"{path} is not a config")
@@ -164,7 +164,7 @@ class RunDirectory:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: has no {name}; did it finish?") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
     def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -204,7 +204,7 @@ class RunDirectory:
         """Return config.yaml as it stands, unchecked and quickly; empty where it cannot be read."""
         try:
             plain = yaml.load((self.folder / "config.yaml").read_bytes(), _LOADER)
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return {}
         return plain if isinstance(plain, dict) else {}
 
@@ -225,6 +225,8 @@ class RunDirectory:
                 return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: has no history.csv; did it train?") from None
+        except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+            raise UserError(f"{self.folder / 'history.csv'} cannot be read: {error}") from error
 
 
 def objective(results: Mapping[str, Any]) -> float | None:

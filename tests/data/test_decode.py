@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -177,3 +178,10 @@ def test_fit_square() -> None:
     square = wide.crop((0, 0, 20, 20))
     assert np.array_equal(fit_square(square, 20, "stretch"), np.asarray(square))
     assert fit_square(Image.new("RGB", (1, 300)), 8, "crop").shape == (8, 8, 3)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for read in (read_image, image_size):
+        with pytest.raises(UnreadableImage, match="not a regular file"):
+            read(tmp_path / "pipe.png")

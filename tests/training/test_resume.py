@@ -331,3 +331,15 @@ def test_a_checkpoint_is_tensors_and_plain_numbers(tmp_path: Path, kill_at) -> N
     assert saved.facts["step"] == 3
     kinds = {name.split(".")[0] for name in saved.tensors}
     assert kinds == {"model", "optimizer", "metrics", "average", "average_count"}
+
+
+def test_another_config_than_the_checkpoints_is_refused(run_py, tmp_path: Path) -> None:
+    assert run_py(*MINUTE, "hydra.run.dir=r").code == 0
+    run = RunDirectory(tmp_path / "r")
+    run.set_status("stopped")
+    text = (run.folder / "config.yaml").read_text()
+    (run.folder / "config.yaml").write_text(text.replace("epochs: 2", "epochs: 3"))
+    answer = run_py("job=resume", f"run={run.folder}")
+    assert answer.code == 1
+    assert "is not the config that the checkpoint was made with" in answer.err
+    assert answer.err.count("\n") == 1

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from tests.explain.trained import Trained
 from tests.helpers import TINY, compose, train_tiny
 from zfnet.config import read_config
 from zfnet.errors import UserError
 from zfnet.jobs.train import train
+from zfnet.run import RunDirectory
 from zfnet.training.checkpoint import read_checkpoint, step_files
+from zfnet.training.recorder import Recorder
+from zfnet.training.signals import Stopped
 from zfnet.training.snapshots import list_snapshots
 from zfnet.weights import load_model
 
@@ -42,14 +45,18 @@ def test_a_run_that_goes_on_keeps_its_snapshots_and_writes_the_rest(
         "trainer.snapshots=[1,2]",
         "trainer.threads=1",
     )
-    run = train_tiny(tmp_path / "run", *words, "trainer.epochs=1")
+
+    def stopped(*_: object) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "epoch", stopped)
+        with pytest.raises(Stopped):
+            train_tiny(tmp_path / "run", *words)
+    run = RunDirectory(tmp_path / "run")
     assert list(list_snapshots(run.snapshots)) == [1]
     before = list_snapshots(run.snapshots)[1].stat().st_mtime_ns
-    # make it one that was stopped after the first of two epochs
-    run.set_status("stopped")
-    longer = compose(*TINY, *words)
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(longer.to_dict()))
-    train(longer, run)
+    train(compose(*TINY, *words), run)
     found = list_snapshots(run.snapshots)
     assert list(found) == [1, 2]
     assert found[1].stat().st_mtime_ns == before

@@ -26,6 +26,7 @@ def read_image(file: str | Path | BinaryIO) -> Image.Image:
     EXIF rotation is applied, transparency is laid on white, 16-bit and floating-point grey are scaled to
     8 bits, and of an animation the first frame is taken.
     """
+    _check_regular(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -43,11 +44,18 @@ def read_image(file: str | Path | BinaryIO) -> Image.Image:
 
 def image_size(file: Path) -> tuple[int, int]:
     """Return (width, height) from the file's header; raise UnreadableImage."""
+    _check_regular(file)
     try:
         with Image.open(file, formats=FORMATS) as image:
             return image.size
     except Exception as error:
         raise UnreadableImage(str(error) or type(error).__name__) from error
+
+
+def _check_regular(file: str | Path | BinaryIO) -> None:
+    """A pipe or a device could keep its reader waiting, or give it bytes, for ever."""
+    if isinstance(file, (str, Path)) and Path(file).exists() and not Path(file).is_file():
+        raise UnreadableImage("not a regular file")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

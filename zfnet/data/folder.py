@@ -118,6 +118,15 @@ def _cached(listing: _Listing, data: DataConfig) -> tuple[np.ndarray, torch.Tens
         raise UserError(
             f"the image cache {place} cannot be written ({error}): set data.cache_dir=…"
         ) from error
+    try:
+        return _read_cache(folder, listing)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the image cache {folder} is damaged ({type(error).__name__}): delete it, and it is made again"
+        ) from error
+
+
+def _read_cache(folder: Path, listing: _Listing) -> tuple[np.ndarray, torch.Tensor, str]:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     if manifest["skipped"]:
         print(

@@ -38,7 +38,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     if "onnx" in formats and missing:
         raise UserError(
             f"job.format={config.job.format} needs {', '.join(missing)}: "
-            "pip install 'zfnet[export]', or choose job.format=pt2"
+            "pip install -e '.[export]', or choose job.format=pt2"
         )
     used = UsedRun(config, overrides)
     model = used.model.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -70,6 +70,16 @@ def _finished(config: Config) -> RunDirectory:
             f"run={original.folder} is not finished (state: {original.state}), so there is nothing to compare with: "
             f"go on with it by job=resume"
         )
+    # what it is to be compared with, looked at before the training and not after it
+    results, history = original.read_json("results.json"), original.read_history()
+    if not isinstance(results, dict) or "weights_sha256" not in results:
+        raise UserError(
+            f"{original.folder / 'results.json'} holds no results, so there is nothing to compare with"
+        )
+    if not history or any("train_loss" not in row for row in history):
+        raise UserError(
+            f"{original.folder / 'history.csv'} holds no epochs, so there is nothing to compare with"
+        )
     return original
 
 

@@ -17,7 +17,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> float | None:
     others = [o for o in overrides if o.split("=")[0].lstrip("+~") not in free]
     if others:
         raise UserError(
-            f"job=resume goes on with the run's own settings and takes no others, such as {others[0]}: "
+            f"job=resume goes on with the run's own settings and takes no others, such as {others[0].lstrip('+')}: "
             "start a new run for other settings"
         )
     run = RunDirectory(str(config.run))

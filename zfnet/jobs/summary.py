@@ -37,8 +37,9 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
 
 def _narrow(table: str) -> str:
     """Take the empty part out of the first column, so that the table fits 80 columns."""
-    blank = slice(26, 41)
-    return "\n".join(
+    blank = slice(28, 41)
+    lines = (
         line[: blank.start] + line[blank.stop :] if set(line[blank]) <= {" ", "="} else line
         for line in table.splitlines()
     )
+    return "\n".join(line.rstrip()[:80] for line in lines)

@@ -105,6 +105,11 @@ def _train(
     )
     state = TrainingState(config, plan, len(splits.train.classes), len(train), world)
     saved, problems = read_newest(run.checkpoints)
+    if saved is not None and saved.facts.get("identity") != config.identity():
+        raise UserError(
+            f"{run.folder / 'config.yaml'} is not the config that the checkpoint was made with: put the old one back, "
+            "or start a new run"
+        )
     if not world.leads:
         if saved is not None:
             state.restore(saved)
@@ -115,7 +120,8 @@ def _train(
     surroundings = describe_environment(plan.device, splits.fingerprint, config.trainer.name)
     run.write_json("environment.json", {**surroundings, "plan": plan.describe()})
     log.info("%s on %s: %s", config.model.name, config.data.name, _sizes(splits))
-    log.info("%s parameters; %s", f"{sum(p.numel() for p in state.model.parameters()):,}", plan.describe())
+    how = plan.describe() + (f", {world.size} processes" if world.size > 1 else "")
+    log.info("%s parameters; %s", f"{sum(p.numel() for p in state.model.parameters()):,}", how)
     if saved is not None:
         state.restore(saved)
         log.info("going on from epoch %d, step %d", state.epoch + 1, state.step)

@@ -44,7 +44,8 @@ class Plan:
         words = [name, self.precision, "NHWC" if self.channels_last else "NCHW"]
         words += ["compiled"] * self.compile + ["deterministic"] * self.deterministic
         if self.device.type == "cpu":
-            words.append(f"{torch.get_num_threads()} threads")
+            count = torch.get_num_threads()
+            words.append(f"{count} thread{'s' * (count > 1)}")
         return ", ".join(words)
 
 

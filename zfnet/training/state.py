@@ -101,6 +101,7 @@ class TrainingState:
                 "average_count": self.average.n_averaged,
             }
         facts = {
+            "identity": self.config.identity(),
             "epoch": self.epoch,
             "step": self.step,
             "optimizer": optimizer.facts,

@@ -132,6 +132,10 @@ def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> 
     if count == 1:
         yield ALONE
         return
+    if not torch.cuda.is_available() and count > (os.cpu_count() or 1):
+        raise UserError(
+            f"trainer.devices={count}: this machine has {os.cpu_count()} CPU cores and no CUDA device"
+        )
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="zfnet-") as place:
         meeting_point = f"file://{place}/meet"
