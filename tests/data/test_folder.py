@@ -257,3 +257,14 @@ def test_names_with_spaces_accents_and_signs(config, photos: Path) -> None:
     write_images(photos, {"two words": 2, "é=[ü],{}": 2, "日本": 2})
     train, _, _, _ = load_folder(config())
     assert train.classes == ("two words", "é=[ü],{}", "日本")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rows.npy", "images.npy"])
+def test_a_damaged_cache_is_named(config, photos: Path, name: str) -> None:
+    write_images(photos, {"a": 3, "b": 3})
+    data = config()
+    load_folder(data)
+    (damaged,) = Path(str(data.cache_dir)).glob(f"*/{name}")
+    damaged.write_bytes(b"[[")
+    with pytest.raises(UserError, match=rf"the image cache {damaged.parent} is damaged .*: delete it"):
+        load_folder(data)
