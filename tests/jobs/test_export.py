@@ -85,6 +85,6 @@ def test_without_the_extra_one_line_says_what_to_do(run_py, tiny_run, tmp_path, 
     answer = run_py("job=export", f"run={tiny_run.folder}")
     assert answer.code == 1
     assert answer.err == (
-        "error: job.format=all needs onnxruntime: pip install 'zfnet[export]', or choose job.format=pt2\n"
+        "error: job.format=all needs onnxruntime: pip install -e '.[export]', or choose job.format=pt2\n"
     )
     assert not list(tmp_path.glob("outputs/*/*"))
