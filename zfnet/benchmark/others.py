@@ -55,6 +55,18 @@ class _Loop:
         raise NotImplementedError
 
 
+def _pillow_loader(config: Config, plan: Plan, images: ImageSet, workers: int) -> DataLoader:
+    """Return the usual loader: Pillow images one at a time, made into batches."""
+    return DataLoader(
+        PillowImages(images, config.data.image_size),
+        config.data.batch_size,
+        shuffle=True,
+        num_workers=workers,
+        pin_memory=plan.device.type == "cuda",
+        drop_last=True,
+    )
+
+
 class TorchvisionLoop(_Loop):
     """After torchvision's references/classification: Pillow transforms, DataLoader, metrics read each step."""
 
@@ -62,14 +74,7 @@ class TorchvisionLoop(_Loop):
 
     def __init__(self, config: Config, plan: Plan, images: ImageSet, workers: int) -> None:
         super().__init__(config, plan, images, workers)
-        self.loader = DataLoader(
-            PillowImages(images, config.data.image_size),
-            self.batch_size,
-            shuffle=True,
-            num_workers=workers,
-            pin_memory=plan.device.type == "cuda",
-            drop_last=True,
-        )
+        self.loader = _pillow_loader(config, plan, images, workers)
 
     def _loop(self) -> Generator[None, None, None]:
         self.model.train()
@@ -149,14 +154,7 @@ class LightningLoop(_Loop):
 
     def __init__(self, config: Config, plan: Plan, images: ImageSet, workers: int) -> None:
         super().__init__(config, plan, images, workers)
-        self.loader = DataLoader(
-            PillowImages(images, config.data.image_size),
-            self.batch_size,
-            shuffle=True,
-            num_workers=workers,
-            pin_memory=plan.device.type == "cuda",
-            drop_last=True,
-        )
+        self.loader = _pillow_loader(config, plan, images, workers)
 
     def turn(self, steps: int, warmup: int) -> float:
         import lightning

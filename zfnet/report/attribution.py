@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from zfnet.explain.attribution import GRAD_CAM, INTEGRATED, Attributions
-from zfnet.report.pictures import on_grey
+from zfnet.report.pictures import on_grey, outline_box
 
 _CUT = 0.99  # of the sizes of integrated gradients: larger ones are drawn as this quantile
 
@@ -43,17 +42,7 @@ def draw_attribution(
         for panel in panels:
             panel.set(xticks=[], yticks=[])
             if boxes is not None:
-                top, left, bottom, right = boxes[row].tolist()
-                panel.add_patch(
-                    Rectangle(
-                        (left - 0.5, top - 0.5),
-                        right - left,
-                        bottom - top,
-                        fill=False,
-                        color="#57606a",
-                        ls="--",
-                    )
-                )
+                outline_box(panel, boxes[row], "#57606a")
     titles = ["image", *(f"{m} ({layer})" if m == GRAD_CAM else m for m in methods)]
     for panel, title in zip(axes[0], titles, strict=True):
         panel.set_title(title, fontsize=10)

@@ -15,6 +15,7 @@ from torch import Tensor
 from zfnet.explain.occlusion import Occlusion
 from zfnet.report.figures import RED
 from zfnet.report.palette import class_colours
+from zfnet.report.pictures import outline_box
 
 _TITLES = (
     "(a) Image and square",
@@ -70,17 +71,7 @@ def draw_occlusion(
         for panel in (panels[0], panels[1], panels[3], panels[4]):
             panel.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xticks=[], yticks=[])
             if boxes is not None and panel is not panels[0]:
-                top, left, bottom, right = boxes[row].tolist()
-                panel.add_patch(
-                    Rectangle(
-                        (left - 0.5, top - 0.5),
-                        right - left,
-                        bottom - top,
-                        fill=False,
-                        color="white",
-                        ls="--",
-                    )
-                )
+                outline_box(panel, boxes[row], "white")
     for panel, title in zip(axes[0], _TITLES, strict=True):
         panel.set_title(title.format(layer=layer), fontsize=11, y=1.03)
     return figure

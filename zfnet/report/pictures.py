@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from zfnet.config import DataConfig
@@ -48,3 +50,11 @@ def enlarge(tiles: Tensor, side: int) -> Tensor:
     """Repeat the pixels of tiles [N, h, w, 3] a whole number of times until they are at least `side` wide."""
     times = max(1, -(-side // tiles.shape[2]))
     return tiles.repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+
+def outline_box(axis: Axes, box: Tensor, colour: str) -> None:
+    """Draw a dashed outline around (top, left, bottom, right), in pixels of the image that `axis` shows."""
+    top, left, bottom, right = box.tolist()
+    axis.add_patch(
+        Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour, ls="--")
+    )
