@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers import augment_config, data_config, random_images
-from zfnet.data.batches import Batches, augment, preprocess
+from zfnet.data.batches import Batches, _cut_by_copying, _cut_by_gathering, augment, on_device, preprocess
 from zfnet.data.images import image_set
 
 CPU = torch.device("cpu")
@@ -71,6 +71,13 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image() -> None:
         assert changed.sum() > 18
 
 
+@pytest.mark.parametrize("piece", [1, 200, 10_000])
+def test_a_set_moves_to_a_device_in_pieces(monkeypatch, piece: int) -> None:
+    monkeypatch.setattr("zfnet.data.batches.PIECE", piece)
+    images = image_set(random_images(7, 4).numpy(), torch.zeros(7), "a").take(torch.tensor([5, 0, 6, 2, 3]))
+    assert torch.equal(on_device(images, CPU), images.pixels(range(5)))
+
+
 def test_in_order_is_neither_shuffled_nor_augmented() -> None:
     parts = batches(10, how=augment_config(crop_padding=3, flip=1.0, cutout=4))
     found = list(parts.in_order())
@@ -122,6 +129,18 @@ def test_crop_size_takes_windows_inside() -> None:
     assert out.shape == (500, 4, 4, 3)
     corners = {tuple(c) for c in torch.stack([out[:, 0, 0, 0], out[:, 3, 3, 0]], 1).tolist()}
     assert corners == {(10 * y + x + 1, 10 * (y + 3) + x + 4) for y in range(3) for x in range(3)}
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(2, 9), st.integers(1, 9), st.integers(0, 2**16))
+def test_the_two_ways_to_cut_are_one(count: int, stored: int, size: int, seed: int) -> None:
+    size = min(size, stored)
+    chance = torch.Generator().manual_seed(seed)
+    top, left = torch.randint(0, stored - size + 1, (2, count), generator=chance)
+    flipped = torch.rand(count, generator=chance) < 0.5
+    pixels = random_images(count, stored)
+    copied, gathered = (cut(pixels, top, left, flipped, size) for cut in (_cut_by_copying, _cut_by_gathering))
+    assert torch.equal(copied, gathered)
 
 
 def test_cutout_blots_one_square_of_mean_colour() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +106,40 @@ def test_fingerprint_sees_every_byte() -> None:
         marks.add(fingerprint(b))
     assert len(marks) == 5
     assert fingerprint(a[::2]) == fingerprint(a[::2].copy())
+
+
+STREAM = """
+import resource, sys
+import numpy as np, torch
+from tests.helpers import augment_config, data_config
+from zfnet.data.batches import Batches
+from zfnet.data.images import image_set
+
+def kibibytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name + ":"))
+
+torch.set_num_threads(1)
+stored = np.load(sys.argv[1], mmap_mode="r")
+images = image_set(stored, torch.arange(len(stored)) % 3, "abc")
+data = data_config(image_size=64, crop_size=224, batch_size=16)
+batches = Batches(images, data, torch.device("cpu"), augment=augment_config(flip=0.5))
+next(batches.epoch(0))
+limit = kibibytes("VmData") * 1024 + stored.nbytes // 4
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+before = kibibytes("VmRSS")
+seen = sum(len(batch.labels) for batch in batches.epoch(1))
+print(seen, kibibytes("VmHWM") - before, stored.nbytes // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_map_larger_than_the_memory_allowed_streams(tmp_path: Path) -> None:
+    """An epoch over a file four times as large as what the process may allocate; few of its pages stay mapped in."""
+    np.lib.format.open_memmap(tmp_path / "i.npy", "w+", np.uint8, (1024, 256, 256, 3)).flush()  # sparse
+    words = [sys.executable, "-c", STREAM, str(tmp_path / "i.npy")]
+    answer = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert answer.returncode == 0, answer.stderr
+    seen, grown, size = map(int, answer.stdout.split())
+    assert seen == 1024
+    assert grown < size / 4

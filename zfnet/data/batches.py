@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +29,8 @@ from zfnet.randomness import (
     randint,
     uniform,
 )
+
+PIECE = 2**26  # bytes that are moved to a device at once
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,9 @@ class Batches:
             return None
         needed = len(self.set) * self.set.images[0].nbytes
         free, _ = torch.cuda.mem_get_info(self.device)
-        return (
-            self.set.pixels(torch.arange(len(self.set))).to(self.device)
-            if (needed <= free * self.data.device_memory)
-            else None
-        )
+        if needed > free * self.data.device_memory:
+            return None
+        return on_device(self.set, self.device)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the shuffled, augmented batches of an epoch (counted from 0), from batch `start` on."""
@@ -164,6 +165,14 @@ class Batches:
         return preprocess(pixels, self.data, self.channels_last), self.labels[on_device], index
 
 
+def on_device(images: ImageSet, device: torch.device) -> Tensor:
+    """Return all images of a set as uint8 [N, h, w, 3] on the device, without a second copy of all on the host."""
+    out = torch.empty((len(images), *images.images.shape[1:]), dtype=torch.uint8, device=device)
+    for part in torch.arange(len(images)).split(max(1, PIECE // images.images[0].nbytes)):
+        out[part[0] : part[-1] + 1] = images.pixels(part).to(device)
+    return out
+
+
 def augment(
     pixels: Tensor, index: Tensor, how: AugmentConfig, data: DataConfig, seed: int, epoch: int
 ) -> Tensor:
@@ -172,33 +181,52 @@ def augment(
     pixels: uint8 [B, h, w, 3]; index: int64 [B], which images of the set these are. Returns uint8
     [B, c, c, 3] with c = data.crop_size or h. What lies outside the image, or is blotted out, has the mean colour.
     """
-    batch, height, width, _ = pixels.shape
+    height = pixels.shape[1]
     size = data.crop_size or height
     if not (how.crop_padding or how.flip or how.cutout or size != height):
         return pixels
 
     def draw(purpose: int, high: int) -> Tensor:
-        return randint(make_key(seed, purpose, epoch), index, high)[:, None]
+        return randint(make_key(seed, purpose, epoch), index, high)
 
-    along = torch.arange(size, device=pixels.device)[None]
-    rows = draw(CROP_Y, height - size + 2 * how.crop_padding + 1) - how.crop_padding + along
-    flipped = uniform(make_key(seed, FLIP, epoch), index)[:, None] < how.flip
-    columns = draw(CROP_X, width - size + 2 * how.crop_padding + 1) - how.crop_padding
-    columns = columns + torch.where(flipped, size - 1 - along, along)
-    out = pixels[
-        torch.arange(batch, device=pixels.device)[:, None, None],
-        rows.clamp(0, height - 1)[:, :, None],
-        columns.clamp(0, width - 1)[:, None, :],
-    ]
-    blank = ((rows < 0) | (rows >= height))[:, :, None] | ((columns < 0) | (columns >= width))[:, None, :]
+    fill = torch.tensor(data.mean, device=pixels.device).mul(255).round().clamp(0, 255).to(torch.uint8)
+    if how.crop_padding:
+        pixels = _framed(pixels, how.crop_padding, fill)
+    top, left = (draw(CROP_Y, pixels.shape[1] - size + 1), draw(CROP_X, pixels.shape[2] - size + 1))
+    flipped = uniform(make_key(seed, FLIP, epoch), index) < how.flip
+    cut = _cut_by_copying if pixels.device.type == "cpu" else _cut_by_gathering
+    out = cut(pixels, top, left, flipped, size)
     if how.cutout:
-        top, left = draw(CUTOUT_Y, size) - how.cutout // 2, draw(CUTOUT_X, size) - how.cutout // 2
-        hole_rows, hole_columns = (
-            (along >= top) & (along < top + how.cutout),
-            (along >= left) & (along < left + how.cutout),
+        along = torch.arange(size, device=pixels.device)
+        row, column = (
+            along - (draw(purpose, size) - how.cutout // 2)[:, None] for purpose in (CUTOUT_Y, CUTOUT_X)
         )
-        blank = blank | (hole_rows[:, :, None] & hole_columns[:, None, :])
-    if how.crop_padding or how.cutout:
-        fill = torch.tensor(data.mean, device=pixels.device).mul(255).round().clamp(0, 255).to(torch.uint8)
-        out = torch.where(blank[..., None], fill, out)
+        hole_rows, hole_columns = ((place >= 0) & (place < how.cutout) for place in (row, column))
+        out = torch.where((hole_rows[:, :, None] & hole_columns[:, None, :])[..., None], fill, out)
     return out
+
+
+def _framed(pixels: Tensor, width: int, fill: Tensor) -> Tensor:
+    """Put a frame of colour `fill` [3] around images [B, h, w, 3]."""
+    batch, height, across, _ = pixels.shape
+    out = fill.expand(batch, height + 2 * width, across + 2 * width, 3).clone()
+    out[:, width:-width, width:-width] = pixels
+    return out
+
+
+def _cut_by_gathering(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: int) -> Tensor:
+    """Cut a square from each image [B, h, w, 3] with its corner at (top, left) [B]; mirror it where `flipped` [B]."""
+    windows = pixels.unfold(1, size, 1).unfold(2, size, 1)  # a view: [B, tops, lefts, 3, size, size]
+    out = windows[torch.arange(len(pixels), device=pixels.device), top, left]
+    return torch.where(flipped[:, None, None, None], out.flip(3), out).permute(0, 2, 3, 1)
+
+
+def _cut_by_copying(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: int) -> Tensor:
+    """Do the same row by row, which on a CPU is ten times as fast as gathering byte by byte."""
+    out = np.empty((len(pixels), size, size, 3), np.uint8)
+    for window, image, y, x in zip(out, pixels.numpy(), top.tolist(), left.tolist(), strict=True):
+        window[...] = image[y : y + size, x : x + size]
+    cut = torch.from_numpy(out)
+    mirrored = cut.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # seen as NCHW, flip has a fast way
+    out[flipped.numpy()] = mirrored.numpy()[flipped.numpy()]
+    return cut

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from zfnet.config import DataConfig
 from zfnet.data.decode import SUFFIXES, UnreadableImage, fit_square, image_size, read_image
-from zfnet.data.images import ImageSet, fingerprint, image_set, stratified
+from zfnet.data.images import ImageSet, fingerprint, image_set, release, stratified
 from zfnet.errors import UserError
 
 CACHE_VERSION = 1
@@ -167,6 +167,8 @@ def _build(listing: _Listing, data: DataConfig, folder: Path) -> None:
         for number, problem in enumerate(
             tqdm(jobs, "decoding", count, unit=" images", disable=None, leave=False)
         ):
+            if number % 256 == 0:
+                release(images)
             if problem is None:
                 continue
             problems[number] = problem
@@ -199,6 +201,9 @@ def _compact(partial: Path, images: np.memmap, good: np.ndarray) -> np.memmap:
     packed = np.lib.format.open_memmap(partial / "packed.npy", mode="w+", dtype=np.uint8, shape=shape)
     for new, old in enumerate(good):
         packed[new] = images[old]
+        if new % 256 == 0:
+            release(images)
+            release(packed)
     packed.flush()
     os.replace(partial / "packed.npy", partial / "images.npy")
     return packed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,17 @@ class ImageSet:
 
     def pixels(self, index: Tensor | Sequence[int]) -> Tensor:
         """Return the images at `index` as uint8 [n, h, w, 3] on the CPU."""
-        return torch.from_numpy(self.images[self.rows[torch.as_tensor(index)].numpy()])
+        chosen = torch.from_numpy(self.images[self.rows[torch.as_tensor(index)].numpy()])
+        release(self.images)
+        return chosen
+
+
+def release(images: np.ndarray) -> None:
+    """Let go of the pages of a memory-mapped file that have been touched, so that reading through a file larger than
+    the memory does not fill it. They stay in the system's cache as long as it has room; nothing written is lost.
+    """
+    if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        images.base.madvise(mmap.MADV_DONTNEED)
 
 
 def image_set(
@@ -97,6 +108,8 @@ def fingerprint(*arrays: np.ndarray) -> str:
     """Return a SHA-256 over the arrays' contents."""
     digest = hashlib.sha256()
     for array in arrays:
-        for start in range(0, len(array), 4096):
-            digest.update(np.ascontiguousarray(array[start : start + 4096]).data)
+        rows = max(1, len(array) * 2**26 // max(1, array.nbytes))  # 64 MiB at a time
+        for start in range(0, len(array), rows):
+            digest.update(np.ascontiguousarray(array[start : start + rows]).data)
+            release(array)
     return digest.hexdigest()
