@@ -13,13 +13,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from zfnet.config import Config, DataConfig, ModelConfig, read_part
 from zfnet.errors import UserError
 from zfnet.model import ZFNet
-from zfnet.run import RunDirectory, find_run, write_atomically
+from zfnet.run import RunDirectory, find_run, write_tensors
 
 WEIGHTS_FORMAT = "zfnet-1"
 
@@ -61,7 +60,7 @@ def load_model(path: Path) -> tuple[ZFNet, ModelFacts]:
 def save_model(path: Path, model: ZFNet, facts: ModelFacts) -> str:
     """Write the weights with what is needed to rebuild the network; return the weights' hash."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(path, save(state, {"zfnet": json.dumps(asdict(facts))}))
+    write_tensors(path, state, {"zfnet": json.dumps(asdict(facts))})
     return weights_hash(state)
 
 

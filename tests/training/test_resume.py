@@ -160,15 +160,15 @@ def test_killed_while_writing_a_checkpoint(whole, tmp_path: Path, kill_at, caplo
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path: Path, monkeypatch) -> None:
-    real = checkpoint_module.write_atomically
+    real = checkpoint_module.write_tensors
 
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, *rest) -> None:
         if path.name >= step_name(5) and path.name.startswith("step"):
             raise UserError(f"{path} cannot be written: No space left on device")
-        real(path, content)
+        real(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "write_atomically", full)
+        patch.setattr(checkpoint_module, "write_tensors", full)
         with pytest.raises(UserError, match="No space left on device"):
             train_minute(tmp_path / "run", EVERY_STEP)
     run = RunDirectory(tmp_path / "run")

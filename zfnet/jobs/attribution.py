@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-
 from zfnet.config import Config
 from zfnet.explain.attribution import (
     INTEGRATED,
@@ -22,7 +20,7 @@ from zfnet.jobs.looking import Chosen, check_layer, choose_images
 from zfnet.report.attribution import draw_attribution
 from zfnet.report.figures import save_figure
 from zfnet.report.pictures import to_pixels
-from zfnet.run import write_atomically
+from zfnet.run import write_tensors
 
 log = logging.getLogger("zfnet")
 
@@ -42,7 +40,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
         )
         save_figure(figure, run.figures / "attribution.png")
         tensors = {name.replace(" ", "_"): maps.contiguous() for name, maps in found.maps.items()}
-        write_atomically(run.folder / "maps.safetensors", save(tensors))
+        write_tensors(run.folder / "maps.safetensors", tensors, {})
         rows = _rows(found, chosen)
         run.write_csv("attribution.csv", rows)
         _say(found, chosen)

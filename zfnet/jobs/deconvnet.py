@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from tqdm import tqdm
 
 from zfnet.config import Config, DataConfig
@@ -29,7 +28,7 @@ from zfnet.report.figures import save_figure
 from zfnet.report.pictures import GREY, on_grey, to_pixels
 from zfnet.report.projections import draw_controls, draw_projections
 from zfnet.report.top_activations import write_tables
-from zfnet.run import RunDirectory, write_atomically
+from zfnet.run import RunDirectory, write_tensors
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
 from zfnet.training.signals import StopRequest
 from zfnet.weights import weights_hash
@@ -219,7 +218,7 @@ def _draw_layer(
     folder = run.folder / "projections"
     folder.mkdir(exist_ok=True)
     shown = {"units": units, "projections": views.projections, "patches": pixels}
-    write_atomically(folder / f"{layer}.safetensors", save(shown))
+    write_tensors(folder / f"{layer}.safetensors", shown, {})
     first = units[rank == 0]
     return first[:_CONTROL_UNITS]
 

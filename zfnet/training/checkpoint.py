@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.optim import Optimizer
 
 from zfnet.errors import UserError
-from zfnet.run import write_atomically
+from zfnet.run import write_tensors
 
 KEPT = 2
 CHECKPOINT_FORMAT = 1
@@ -53,11 +52,15 @@ class CheckpointWriter:
         self.wait()
         if self.folder is None:
             return
+        # from a GPU they go to pinned memory, in the order of its work: the loop need not wait for them
         copies = {
-            key: value.detach().to("cpu", copy=True).contiguous() for key, value in checkpoint.tensors.items()
+            key: value.detach().to("cpu", non_blocking=value.is_cuda, copy=True)
+            for key, value in checkpoint.tensors.items()
         }
+        gpu = next((value.device for value in checkpoint.tensors.values() if value.is_cuda), None)
+        copied = None if gpu is None else torch.cuda.current_stream(gpu).record_event()
         facts = json.dumps({"format": CHECKPOINT_FORMAT, **checkpoint.facts})
-        self.pending = self.thread.submit(_write, self.folder, name, copies, facts, prune)
+        self.pending = self.thread.submit(_write, self.folder, name, copies, copied, facts, prune)
 
     def wait(self) -> None:
         """Wait until the last write is durable; raise its UserError if it failed."""
@@ -73,9 +76,14 @@ class CheckpointWriter:
             self.thread.shutdown()
 
 
-def _write(folder: Path, name: str, tensors: dict[str, Tensor], facts: str, prune: bool) -> None:
+def _write(
+    folder: Path, name: str, tensors: dict[str, Tensor], copied: torch.Event | None, facts: str, prune: bool
+) -> None:
+    if copied is not None:
+        copied.synchronize()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / name, save(tensors, {"checkpoint": facts}))
+    ready = {key: value.contiguous() for key, value in tensors.items()}
+    write_tensors(folder / name, ready, {"checkpoint": facts})
     if prune:
         for old in step_files(folder)[:-KEPT]:
             old.unlink(missing_ok=True)
