@@ -19,11 +19,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from zfnet.benchmark.blog import PillowImages
-from zfnet.benchmark.turns import Contender, synchronize, time_steps
+from zfnet.benchmark.turns import Contender, time_steps
 from zfnet.config import Config
 from zfnet.construct import build_optimizer
 from zfnet.data import ImageSet
-from zfnet.training.device import Plan, keep_memory
+from zfnet.training.device import Plan, keep_memory, synchronize
 from zfnet.training.state import make_model
 
 

@@ -8,10 +8,10 @@ from collections.abc import Generator, Iterator
 import torch
 import torch.nn.functional as F
 
-from zfnet.benchmark.turns import synchronize, time_steps
+from zfnet.benchmark.turns import time_steps
 from zfnet.config import Config
 from zfnet.data import Batch, Batches, ImageSet
-from zfnet.training.device import Plan
+from zfnet.training.device import Plan, synchronize
 from zfnet.training.loop import read_metrics, train_step
 from zfnet.training.state import TrainingState
 

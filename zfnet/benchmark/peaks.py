@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from zfnet.benchmark.turns import timed
 from zfnet.model import ZFNet
-from zfnet.training.device import Plan
+from zfnet.training.device import Plan, timed
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zfnet.benchmark.turns import timed
 from zfnet.errors import UserError
 from zfnet.explain import Deconvnet
 from zfnet.geometry import CONV_LAYERS
 from zfnet.model import ZFNet
+from zfnet.training.device import timed
 
 
 def captums_deconvolution() -> Any:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from tqdm import tqdm
 
-from zfnet.training.device import keep_memory
+from zfnet.training.device import keep_memory, timed
 
 
 class Contender(Protocol):
@@ -42,14 +41,6 @@ class Timing:
         return statistics.median(self.images_per_second)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def take_turns(contenders: Sequence[Contender], *, rounds: int, steps: int, warmup: int) -> list[Timing]:
     """Let each contender train `steps` steps per round, after `warmup` untimed ones in each turn."""
     timings = [Timing(c.name, c.batch_size, steps) for c in contenders]
@@ -76,12 +67,3 @@ def time_steps(
     seconds = timed(lambda: [next(loop) for _ in range(steps)], device)
     loop.close()  # ends a loader's workers
     return seconds
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that one call takes, its work on the device included."""
-    synchronize(device)
-    started = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - started

@@ -46,7 +46,7 @@ def reproduce(config: Config, run: RunDirectory) -> None:
             return
         with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
             with _threads_of(original):
-                train_and_test(config, run, stop)
+                train_and_test(config, run, stop, compiled=_compiled(original))
             found = compare_runs(original, run)
             run.write_json("reproduction.json", found)
             _say(found)
@@ -100,6 +100,14 @@ def _threads_of(original: RunDirectory) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _compiled(original: RunDirectory) -> bool | None:
+    """Return what trainer.compile=auto became there; None where that is not recorded."""
+    try:
+        return bool(original.read_json("environment.json")["compiled"])
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 def _first(found: dict[str, Any]) -> str:

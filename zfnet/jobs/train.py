@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from zfnet.report.results import draw_results, results_of, say_per_class, say_re
 from zfnet.run import RunDirectory, objective
 from zfnet.sweeps.pruning import trial_watcher
 from zfnet.training.checkpoint import CheckpointWriter, read_checkpoint, read_newest
+from zfnet.training.compiling import settle_auto
 from zfnet.training.device import choose
 from zfnet.training.loop import BEST, evaluate, fit
 from zfnet.training.recorder import Recorder, Watcher
@@ -65,11 +67,18 @@ def train(config: Config, run: RunDirectory, watcher: Watcher | None = None) -> 
 
 
 def train_and_test(
-    config: Config, run: RunDirectory, stop: StopRequest, watcher: Watcher | None = None
+    config: Config,
+    run: RunDirectory,
+    stop: StopRequest,
+    watcher: Watcher | None = None,
+    compiled: bool | None = None,
 ) -> dict[str, Any]:
-    """Train, measure and write everything but the state; returns what results.json holds."""
+    """Train, measure and write everything but the state; returns what results.json holds.
+
+    compiled: what trainer.compile=auto became in the run that this one repeats.
+    """
     with processes(config.trainer.devices, _work, run.folder) as world:
-        return _train(config, run, stop, world, watcher)
+        return _train(config, run, stop, world, watcher, compiled)
 
 
 def _work(world: World, folder: Path) -> None:
@@ -81,7 +90,12 @@ def _work(world: World, folder: Path) -> None:
 
 
 def _train(
-    config: Config, run: RunDirectory, stop: StopRequest, world: World, watcher: Watcher | None = None
+    config: Config,
+    run: RunDirectory,
+    stop: StopRequest,
+    world: World,
+    watcher: Watcher | None = None,
+    compiled: bool | None = None,
 ) -> dict[str, Any]:
     plan = choose(config.trainer, world)
     splits = load_splits(config.data)
@@ -117,9 +131,15 @@ def _train(
         return {}
     for problem in problems:
         log.warning("%s; using an earlier one", problem)
-    surroundings = describe_environment(plan.device, splits.fingerprint, config.trainer.name)
-    run.write_json("environment.json", {**surroundings, "plan": plan.describe()})
     log.info("%s on %s: %s", config.model.name, config.data.name, _sizes(splits))
+    if saved is not None:
+        compiled = saved.facts.get("compiled", compiled)
+    if (words := settle_auto(state, train, compiled)) is not None:
+        log.info(words)
+    plan = replace(plan, compile=state.compiled)
+    surroundings = describe_environment(plan.device, splits.fingerprint, config.trainer.name)
+    how_it_ran = {"plan": plan.describe(), "compiled": plan.compile}
+    run.write_json("environment.json", {**surroundings, **how_it_ran})
     how = plan.describe() + (f", {world.size} processes" if world.size > 1 else "")
     log.info("%s parameters; %s", f"{sum(p.numel() for p in state.model.parameters()):,}", how)
     if saved is not None:

@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import os
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +62,7 @@ def choose(trainer: TrainerConfig, world: World = ALONE) -> Plan:
         device = torch.device("cuda", world.local)
         torch.cuda.set_device(device)
     torch.set_num_threads(trainer.threads or max(1, THREADS // world.size))
-    if trainer.compile is True:
+    if trainer.compile is not False:
         torch.compiler.reset()  # past a number of recompilations the compiler would leave later jobs of a sweep alone
     precision = trainer.precision
     if precision == "auto":
@@ -124,6 +126,23 @@ def keep_memory(keep: bool) -> None:
         # by default both thresholds grow to these as large blocks are freed
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, -1 if keep else 64 << 20)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that one call takes, its work on the device included."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
 
 
 def _set_switches(deterministic: bool, precision: str) -> None:

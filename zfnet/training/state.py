@@ -44,9 +44,7 @@ class TrainingState:
             )  # of the whole batch, as in one process
         # wrapping and compiling make other modules; the state dict is always the plain one's
         self.parallel = world.wrap(self.model, plan.device, config.trainer.gradients)
-        self.forward: Callable[..., torch.Tensor] = (
-            torch.compile(self.parallel) if plan.compile else self.parallel
-        )
+        self.use_compiled(plan.compile)
         fused = plan.device.type in ("cpu", "cuda")
         self.optimizer = build_optimizer(config.optimizer, self.model.parameters(), fused)
         self.schedule = Schedule(config.scheduler, self.optimizer, config.trainer.epochs, steps_per_epoch)
@@ -63,6 +61,13 @@ class TrainingState:
         self.seconds = 0.0  # spent in earlier epochs and processes
         self.epoch_seconds = 0.0  # spent training in this epoch by earlier processes
         self._started = time.perf_counter()
+
+    def use_compiled(self, wanted: bool) -> None:
+        """Train through torch.compile from now on, or not; each size of batch is compiled for itself."""
+        self.compiled = wanted
+        self.forward: Callable[..., torch.Tensor] = (
+            torch.compile(self.parallel, dynamic=False) if wanted else self.parallel
+        )
 
     @property
     def evaluated(self) -> ZFNet:
@@ -110,6 +115,7 @@ class TrainingState:
             "history": self.history,
             "seconds": self.elapsed(),
             "epoch_seconds": epoch_seconds,
+            "compiled": self.compiled,
         }
         return Checkpoint(tensors, facts)
 

@@ -1,0 +1,126 @@
+"""trainer.compile=auto: a trial leaves no trace, the faster way is taken, and a run keeps to it."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import MINUTE, compose, learned, train_minute
+from zfnet.data import Batches, load_splits
+from zfnet.jobs import reproduce, train
+from zfnet.training import compiling
+from zfnet.training import state as state_module
+from zfnet.training.compiling import Trial, compile_if_it_pays
+from zfnet.training.device import choose
+from zfnet.training.state import TrainingState
+
+AUTO = "trainer.compile=auto"
+
+
+@pytest.fixture
+def tried(monkeypatch) -> list[Trial]:
+    """Make `auto` try on the CPU, however short the run, with the compiler's front half only; collect the trials."""
+    trials = []
+
+    class Noted(Trial):
+        def describe(self, *words) -> str:
+            trials.append(self)
+            return super().describe(*words)
+
+    monkeypatch.setattr(compiling, "WHERE", ("cpu",))
+    monkeypatch.setattr(compiling, "TYPICAL_SECONDS", 0.0)
+    monkeypatch.setattr(compiling, "STEPS", 2)
+    monkeypatch.setattr(compiling, "Trial", Noted)
+    monkeypatch.setattr(state_module.torch, "compile", partial(torch.compile, backend="eager"))
+    return trials
+
+
+def state_and_batches(*words: str) -> tuple[TrainingState, Batches]:
+    config = compose(*MINUTE, AUTO, *words)
+    plan, images = choose(config.trainer), load_splits(config.data).train
+    batches = Batches(images, config.data, plan.device, augment=config.augment)
+    return TrainingState(config, plan, 10, len(batches)), batches
+
+
+def test_break_even() -> None:
+    trial = Trial(eager=0.005, compiled=0.004, cost=30.0)
+    assert trial.pays
+    words = trial.describe(steps=2000, steps_per_epoch=100)
+    assert "pays after 300.0 epochs, of 20" in words
+    assert max(map(len, words.splitlines())) <= 80
+    never = Trial(eager=0.004, compiled=0.004, cost=30.0)
+    assert not never.pays
+    assert "never pays; off" in never.describe(2000, 100)
+
+
+@pytest.mark.parametrize(
+    "words", [("optimizer=sgd", "scheduler=onecycle", "trainer.ema=0.9"), ("model.norm=batch",)]
+)
+def test_a_trial_leaves_no_trace(tried, words: tuple[str, ...]) -> None:
+    state, batches = state_and_batches(*words)
+    before = state.checkpoint(0.0)
+    tensors = {name: tensor.clone() for name, tensor in before.tensors.items()}
+    compile_if_it_pays(state, batches)
+    after = state.checkpoint(0.0)
+    assert len(tried) == 1
+    assert after.tensors.keys() == tensors.keys()
+    assert all(torch.equal(after.tensors[name], tensors[name]) for name in tensors)
+    aside = ("seconds", "compiled")
+    assert {k: v for k, v in after.facts.items() if k not in aside} == {
+        k: v for k, v in before.facts.items() if k not in aside
+    }
+
+
+def test_a_short_run_is_not_tried(tried, monkeypatch) -> None:
+    monkeypatch.setattr(compiling, "TYPICAL_SECONDS", math.inf)
+    state, batches = state_and_batches()
+    assert "too few for it to pay" in compile_if_it_pays(state, batches)
+    assert not tried
+    assert not state.compiled
+
+
+def test_the_faster_way_is_taken(tried, monkeypatch) -> None:
+    state, batches = state_and_batches()
+    for seconds, faster in (((2.0, 1.0), True), ((1.0, 2.0), False)):
+        answers = iter(seconds)
+        monkeypatch.setattr(compiling, "_seconds", lambda *_, answers=answers: next(answers))
+        compile_if_it_pays(state, batches)
+        assert state.compiled is faster
+        assert (state.forward is state.model) is not faster
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(
+    tried, tmp_path: Path, monkeypatch, faster: bool
+) -> None:
+    whole = train_minute(tmp_path / "plain")
+    monkeypatch.setattr(Trial, "pays", property(lambda _: faster))
+    run = train_minute(tmp_path / "tried", AUTO)
+    assert len(tried) == 1
+    assert run.read_json("environment.json")["compiled"] is faster
+    assert "torch.compile: took" in (run.folder / "train.log").read_text()
+    if not faster:
+        assert learned(run) == learned(whole)
+
+    # what was found is not tried again: neither by a resume (the checkpoint knows it) nor by a reproduction
+    monkeypatch.setattr(Trial, "pays", property(lambda _: not faster))
+    settled = []
+    real = train.settle_auto
+    monkeypatch.setattr(
+        train, "settle_auto", lambda state, *rest: (real(state, *rest), settled.append(state.compiled))[0]
+    )
+    config = run.read_config()
+    (run.folder / "results.json").unlink()
+    run.set_status("stopped")
+    train.train(config, run)
+    config.run = str(run.folder)
+    again = type(run)(tmp_path / "again")
+    again.claim_new(config)
+    reproduce.reproduce(config, again)
+    assert settled == [faster, faster]
+    assert len(tried) == 1
+    assert again.read_json("reproduction.json")["identical"]
