@@ -36,10 +36,12 @@ class Summary(Job):
 class Benchmark(Job):
     """`rounds` turns of `steps` timed steps each, after `warmup` untimed ones; `workers` serve the other loops.
 
-    Of `subject` deconvnet, each round projects the strongest place of `maps` maps a layer in `count` images.
+    Of `subject` deconvnet, each round projects the strongest place of `maps` maps a layer in `count` images; of
+    folder, it reads `pictures` photographs.
     """
 
-    subject: str = one_of("training", "deconvnet")
+    subject: str = one_of("training", "choices", "records", "folder", "start", "deconvnet")
+    pictures: int = limits(low=2)
     maps: Optional[int] = limits(low=1)
     count: int = limits(low=1)
     rounds: int = limits(low=1)

@@ -19,9 +19,8 @@ from zfnet.training.state import TrainingState
 class OurLoop:
     """The training loop that `job=train` runs: its batches, its step, its readings of the loss."""
 
-    name = "zfnet"
-
-    def __init__(self, config: Config, plan: Plan, images: ImageSet) -> None:
+    def __init__(self, name: str, config: Config, plan: Plan, images: ImageSet) -> None:
+        self.name = name
         self.config, self.batch_size, self.plan = config, config.data.batch_size, plan
         self.batches = Batches(
             images,

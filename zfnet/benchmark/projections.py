@@ -12,11 +12,43 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from zfnet.config import Config
+from zfnet.data import load_splits, preprocess
 from zfnet.errors import UserError
 from zfnet.explain import Deconvnet
 from zfnet.geometry import CONV_LAYERS
 from zfnet.model import ZFNet
-from zfnet.training.device import timed
+from zfnet.training.device import Plan, timed
+from zfnet.training.state import make_model
+
+
+def measure(config: Config, plan: Plan) -> dict[str, Any]:
+    """Time projections of a freshly initialised network; return what benchmark.json holds."""
+    images = load_splits(config.data).train
+    model = make_model(config, len(images.classes)).to(plan.device).eval()
+    pixels = images.pixels(range(min(config.job.count, len(images))))
+    inputs = preprocess(pixels.to(plan.device), config.data, channels_last=False)
+    rows = time_projections(model, inputs, config.job.maps, config.job.rounds)
+    return {"layers": rows, "all_maps_top_9": all_maps(rows)}
+
+
+def say(result: dict[str, Any]) -> None:
+    """Print a table of layers, and what follows for all maps."""
+    print(
+        f"\n{'layer':<10}{'units':>7}{'zfnet, ms each':>17}{'captum, ms each':>18}{'ratio':>9}{'difference':>13}"
+    )
+    for row in result["layers"]:
+        ours, theirs = 1000 * row["zfnet_seconds"], 1000 * row["captum_seconds"]
+        print(
+            f"{row['layer']:<10}{row['units']:>7}{ours:>17.2f}{theirs:>18.2f}{row['ratio']:>8.1f}×"
+            f"{row['difference']:>13.1e}"
+        )
+    total = result["all_maps_top_9"]
+    print(
+        f"\nall {total['projections']:,} projections (9 of each map), from the times above: "
+        f"{total['zfnet_seconds']:.0f} s,\nunit by unit with captum {total['captum_seconds']:.0f} s: "
+        f"{total['ratio']:.1f} times as long"
+    )
 
 
 def captums_deconvolution() -> Any:

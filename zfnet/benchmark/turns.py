@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
+from zfnet.config import Config
+from zfnet.data import ImageSet, load_splits
+from zfnet.errors import UserError
 from zfnet.training.device import keep_memory, timed
 
 
@@ -67,3 +70,42 @@ def time_steps(
     seconds = timed(lambda: [next(loop) for _ in range(steps)], device)
     loop.close()  # ends a loader's workers
     return seconds
+
+
+def enough_images(config: Config) -> ImageSet:
+    """Return the training images; raise UserError if they do not fill a batch."""
+    images = load_splits(config.data).train
+    if len(images) < config.data.batch_size:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size}: there are only {len(images)} training images to take it from"
+        )
+    return images
+
+
+def compare(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """Return each contender's speeds; `first_is_faster_by` is the median over rounds of the first against it."""
+    rows = []
+    for timing in timings:
+        pairs = zip(timings[0].images_per_second, timing.images_per_second, strict=True)
+        rows.append(
+            {
+                "name": timing.name,
+                "images_per_second": timing.images_per_second,
+                "median": timing.median(),
+                "first_is_faster_by": statistics.median(a / b for a, b in pairs),
+                "steps": timing.steps,
+                "batch_size": timing.batch_size,
+            }
+        )
+    return rows
+
+
+def print_table(rows: Sequence[dict[str, Any]], what: str, ratio: str) -> None:
+    """Print what `compare` found, 80 columns wide."""
+    print(f"\n{what:<24}{'images/s':>10}{'min':>9}{'max':>9}{ratio:>24}")
+    for row in rows:
+        speeds = row["images_per_second"]
+        print(
+            f"{row['name']:<24}{row['median']:>10.1f}{min(speeds):>9.1f}{max(speeds):>9.1f}"
+            f"{row['first_is_faster_by']:>23.2f}×"
+        )

@@ -74,7 +74,7 @@ def choose(trainer: TrainerConfig, world: World = ALONE) -> Plan:
         )
         precision = "bf16" if fast else "fp32"
     channels_last = trainer.channels_last if isinstance(trainer.channels_last, bool) else device.type != "mps"
-    _set_switches(trainer.deterministic, precision)
+    set_switches(trainer.deterministic, precision)
     if device.type == "cpu":
         keep_memory(True)
     return Plan(device, precision, channels_last, trainer.compile is True, trainer.deterministic)
@@ -145,7 +145,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _set_switches(deterministic: bool, precision: str) -> None:
+def set_switches(deterministic: bool, precision: str) -> None:
     """All are set on every run, so that the jobs of one sweep leave nothing behind for each other."""
     # read when the first cuBLAS handle is made; harmless where it is not needed
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
