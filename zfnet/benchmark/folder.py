@@ -109,7 +109,7 @@ def _picture(seed: int) -> bytes:
     for side, strength in ((4, 1.0), (24, 0.5), (120, 0.25)):
         noise = Image.fromarray(chance.integers(0, 256, (side, side, 3), dtype=np.uint8))
         pixels += strength / 1.75 * np.asarray(noise.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
-    pixels += chance.normal(0, 12, pixels.shape)
+    pixels += chance.normal(0, 16, pixels.shape)
     file = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()
