@@ -18,6 +18,9 @@ from zfnet.explain import Deconvnet
 from zfnet.geometry import CONV_LAYERS
 from zfnet.model import ZFNet
 
+# Of the largest pixel: several times what float32 does to a projection as long as its switches are the same.
+APART = 1e-5
+
 
 def captums_deconvolution() -> Any:
     """Return captum's NeuronDeconvolution; raise UserError where captum is not installed."""
@@ -48,25 +51,30 @@ def strongest_units(model: ZFNet, images: Tensor, layer: str, maps: int | None) 
 def time_projections(model: ZFNet, images: Tensor, maps: int | None, rounds: int) -> list[dict[str, Any]]:
     """Time both on the same units, in turns; one row a layer, with medians of seconds per projection.
 
-    images: [N, 3, S, S], normalised, on the model's device. `difference` is the largest difference between the
-    two, relative to the largest pixel: captum seeds a unit with 1 and we with its activation, which is put right first.
+    images: [N, 3, S, S], normalised, on the model's device. Beside the seconds a row holds what `compare` says of
+    the projections. Ours start from the activations; captum's start from 1, and are multiplied by them afterwards.
+
+    Raises UserError where none of a layer's maps is active, or captum is not installed.
     """
     theirs, ours, rows = captums_deconvolution(), Deconvnet(model), []
     layers = [layer for layer in model.layers if layer in CONV_LAYERS]
     for layer in tqdm(layers, "projections", unit="layer", disable=None, leave=False):
         units = strongest_units(model, images, layer, maps)
+        if not len(units):
+            raise UserError(
+                f"job.maps={maps}: none of these maps of {layer} is active in the {len(images)} images; take more"
+            )
         chosen = [tuple(u) for u in units.tolist()]
+        seeds = model.activations(images, [layer])[layer][tuple(units.to(images.device).unbind(1))]
         deconvolution = theirs(model, getattr(model, f"relu{layer[-1]}"))
         seconds, results = _race(
             {
-                "zfnet": partial(ours.project, images, layer, chosen),
+                "zfnet": partial(ours.project, images, layer, chosen, seeds=seeds),
                 "captum": partial(_one_by_one, deconvolution, images, chosen),
             },
             rounds,
             images.device,
         )
-        seeds = model.activations(images, [layer])[layer][tuple(units.to(images.device).unbind(1))]
-        scaled = results["captum"] * seeds[:, None, None, None]
         rows.append(
             {
                 "layer": layer,
@@ -77,10 +85,24 @@ def time_projections(model: ZFNet, images: Tensor, maps: int | None, rounds: int
                 "ratio": statistics.median(
                     b / a for a, b in zip(seconds["zfnet"], seconds["captum"], strict=True)
                 ),
-                "difference": float((results["zfnet"] - scaled).abs().max() / scaled.abs().max()),
+                **compare(results["zfnet"], results["captum"] * seeds[:, None, None, None]),
             }
         )
     return rows
+
+
+def compare(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
+    """Return the `difference` of projections [units, 3, S, S], and `units_apart`, which differ by more than `APART`.
+
+    Both are counted in largest pixels of `theirs`. The two compute the same function: in float64 they agree to
+    1e-14, in float32 to 1.5e-6 as long as their switches are the same. Our forward pass holds maps channels last and
+    captum's as the model does, so that convolutions add in another order; where the two largest of a pooling window
+    differ by no more than that rounding, its switch can move, and whole patches of a projection move with it. On
+    9 images of shapes and a fresh network it does so in 1 of 1,699,812 live windows (largest values 2e-6 apart,
+    relatively), and 14 of 10,993 units see it. Neither answer is wrong in float32.
+    """
+    each = (ours - theirs).abs_().amax(dim=(1, 2, 3)) / theirs.abs().max()
+    return {"difference": float(each.max()), "units_apart": int((each > APART).sum())}
 
 
 def _race(

@@ -12,7 +12,7 @@ from zfnet.benchmark.blog import BlogLoop
 from zfnet.benchmark.others import other_loops
 from zfnet.benchmark.ours import OurLoop, peak_memory
 from zfnet.benchmark.peaks import measure_peaks, roofline_seconds, training_flops
-from zfnet.benchmark.projections import all_maps, time_projections
+from zfnet.benchmark.projections import APART, all_maps, time_projections
 from zfnet.benchmark.turns import Contender, Timing, take_turns
 from zfnet.config import Config
 from zfnet.data import ImageSet, load_splits, preprocess
@@ -96,16 +96,18 @@ def _projections(config: Config, plan: Plan, images: ImageSet, output: Path) -> 
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "benchmark.json", json.dumps(result, indent=2) + "\n")
     print(
-        f"\n{'layer':<10}{'units':>7}{'zfnet, ms each':>17}{'captum, ms each':>18}{'ratio':>9}{'difference':>13}"
+        f"\n{'layer':<8}{'units':>7}{'zfnet, ms each':>16}{'captum, ms each':>17}{'ratio':>9}"
+        f"{'difference':>12}{'apart':>7}"
     )
     for row in rows:
         ours, theirs = 1000 * row["zfnet_seconds"], 1000 * row["captum_seconds"]
         print(
-            f"{row['layer']:<10}{row['units']:>7}{ours:>17.2f}{theirs:>18.2f}{row['ratio']:>8.1f}×"
-            f"{row['difference']:>13.1e}"
+            f"{row['layer']:<8}{row['units']:>7}{ours:>16.2f}{theirs:>17.2f}{row['ratio']:>8.1f}×"
+            f"{row['difference']:>12.1e}{row['units_apart']:>7}"
         )
     print(
-        f"\nall {total['projections']:,} projections (9 of each map), from the times above: "
+        f"\ndifference: the largest, of the largest pixel; apart: units beyond {APART:.0e}\n"
+        f"all {total['projections']:,} projections (9 of each map), from the times above: "
         f"{total['zfnet_seconds']:.0f} s,\nunit by unit with captum {total['captum_seconds']:.0f} s: "
         f"{total['ratio']:.1f} times as long\nwritten to {output}"
     )
