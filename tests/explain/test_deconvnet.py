@@ -196,6 +196,17 @@ def test_bad_units_are_named(layer: str, units: list, message: str) -> None:
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("project", [Deconvnet.project, Deconvnet.project_fields])
+def test_seeds_and_switches_must_fit(project) -> None:
+    """Too many seeds would otherwise go by unseen."""
+    model = network()
+    deconvnet, images, units = Deconvnet(model), pictures(model), [(0, 1, 2, 3), (1, 1, 2, 3)]
+    with pytest.raises(UserError, match=r"seeds of shape \[3\]: must be \[2\], one for each unit"):
+        project(deconvnet, images, "conv1", units, seeds=torch.ones(3))
+    with pytest.raises(UserError, match=r"switches_from of shape \[1, 3, 64, 64\]: must be \[2, 3, 64, 64\]"):
+        project(deconvnet, images, "conv1", units, switches_from=images[:1])
+
+
 def test_bad_choices_are_named() -> None:
     with pytest.raises(UserError, match="rule=relu: must be one of deconvnet, guided, gradient"):
         Deconvnet(network(), "relu")
