@@ -1,4 +1,4 @@
-"""Tiny float64 networks of every variant, and images, for the tests of explanations."""
+"""Tiny float64 networks of every variant, images, and units, for the tests of explanations."""
 
 from __future__ import annotations
 
@@ -65,3 +65,14 @@ def some_units(model: ZFNet, images: Tensor, layer: str) -> list[tuple[int, ...]
     last = shape[2] - 1
     places = [(last // 2, last // 2), (0, 0), (last, last), (0, last), (last // 2, last)]
     return [(n, (3 * k + n) % shape[1], y, x) for k, (y, x) in enumerate(places) for n in range(len(images))]
+
+
+def alive(model: ZFNet, images: Tensor, layer: str) -> list[tuple[int, int, int, int]]:
+    """Return the strongest unit of each map over all images."""
+    found = model.activations(images, [layer])[layer]
+    units = []
+    for channel in range(found.shape[1]):
+        n, y, x = torch.unravel_index(found[:, channel].argmax(), found[:, channel].shape)
+        if found[n, channel, y, x] > 0:
+            units.append((int(n), channel, int(y), int(x)))
+    return units

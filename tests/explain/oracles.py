@@ -85,3 +85,7 @@ def _filter_back(signal: Tensor, module: nn.Conv2d, size: torch.Size) -> Tensor:
     kernel, stride, padding = module.kernel_size[0], module.stride[0], int(module.padding[0])
     missing = size[0] - ((signal.shape[2] - 1) * stride - 2 * padding + kernel)
     return F.conv_transpose2d(signal, module.weight, None, stride, padding, output_padding=missing)
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

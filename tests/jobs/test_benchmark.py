@@ -44,6 +44,7 @@ def test_times_projections_beside_captum_and_they_agree(run_py, tmp_path: Path) 
     result = json.loads((tmp_path / "p/benchmark.json").read_text())
     assert [row["layer"] for row in result["layers"]] == ["conv1", "conv2", "conv3", "conv4", "conv5"]
     assert max(row["difference"] for row in result["layers"]) < 1e-5
+    assert [row["units_apart"] for row in result["layers"]] == [0] * 5
     total = result["all_maps_top_9"]
     assert total["projections"] == 9 * (32 + 64 + 96 + 96 + 64)
     assert total["ratio"] == pytest.approx(total["captum_seconds"] / total["zfnet_seconds"])

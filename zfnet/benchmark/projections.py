@@ -21,6 +21,10 @@ from zfnet.model import ZFNet
 from zfnet.training.device import Plan, timed
 from zfnet.training.state import make_model
 
+APART = (
+    1e-5  # of the largest pixel: beyond the rounding of equal computations, below what a moved switch does
+)
+
 
 def measure(config: Config, plan: Plan) -> dict[str, Any]:
     """Time projections of a freshly initialised network; return what benchmark.json holds."""
@@ -35,17 +39,19 @@ def measure(config: Config, plan: Plan) -> dict[str, Any]:
 def say(result: dict[str, Any]) -> None:
     """Print a table of layers, and what follows for all maps."""
     print(
-        f"\n{'layer':<10}{'units':>7}{'zfnet, ms each':>17}{'captum, ms each':>18}{'ratio':>9}{'difference':>13}"
+        f"\n{'layer':<8}{'units':>7}{'zfnet, ms each':>16}{'captum, ms each':>17}{'ratio':>9}"
+        f"{'difference':>12}{'apart':>7}"
     )
     for row in result["layers"]:
         ours, theirs = 1000 * row["zfnet_seconds"], 1000 * row["captum_seconds"]
         print(
-            f"{row['layer']:<10}{row['units']:>7}{ours:>17.2f}{theirs:>18.2f}{row['ratio']:>8.1f}×"
-            f"{row['difference']:>13.1e}"
+            f"{row['layer']:<8}{row['units']:>7}{ours:>16.2f}{theirs:>17.2f}{row['ratio']:>8.1f}×"
+            f"{row['difference']:>12.1e}{row['units_apart']:>7}"
         )
     total = result["all_maps_top_9"]
     print(
-        f"\nall {total['projections']:,} projections (9 of each map), from the times above: "
+        f"\ndifference: the largest, of the largest pixel; apart: units beyond {APART:.0e}\n"
+        f"all {total['projections']:,} projections (9 of each map), from the times above: "
         f"{total['zfnet_seconds']:.0f} s,\nunit by unit with captum {total['captum_seconds']:.0f} s: "
         f"{total['ratio']:.1f} times as long"
     )
@@ -80,25 +86,30 @@ def strongest_units(model: ZFNet, images: Tensor, layer: str, maps: int | None) 
 def time_projections(model: ZFNet, images: Tensor, maps: int | None, rounds: int) -> list[dict[str, Any]]:
     """Time both on the same units, in turns; one row a layer, with medians of seconds per projection.
 
-    images: [N, 3, S, S], normalised, on the model's device. `difference` is the largest difference between the
-    two, relative to the largest pixel: captum seeds a unit with 1 and we with its activation, which is put right first.
+    images: [N, 3, S, S], normalised, on the model's device. Beside the seconds a row holds what `compare` says of
+    the projections. Ours start from the activations; captum's start from 1, and are multiplied by them afterwards.
+
+    Raises UserError where none of a layer's maps is active, or captum is not installed.
     """
     theirs, ours, rows = captums_deconvolution(), Deconvnet(model), []
     layers = [layer for layer in model.layers if layer in CONV_LAYERS]
     for layer in tqdm(layers, "projections", unit="layer", disable=None, leave=False):
         units = strongest_units(model, images, layer, maps)
+        if not len(units):
+            raise UserError(
+                f"job.maps={maps}: none of these maps of {layer} is active in the {len(images)} images; take more"
+            )
         chosen = [tuple(u) for u in units.tolist()]
+        seeds = model.activations(images, [layer])[layer][tuple(units.to(images.device).unbind(1))]
         deconvolution = theirs(model, getattr(model, f"relu{layer[-1]}"))
         seconds, results = _race(
             {
-                "zfnet": partial(ours.project, images, layer, chosen),
+                "zfnet": partial(ours.project, images, layer, chosen, seeds=seeds),
                 "captum": partial(_one_by_one, deconvolution, images, chosen),
             },
             rounds,
             images.device,
         )
-        seeds = model.activations(images, [layer])[layer][tuple(units.to(images.device).unbind(1))]
-        scaled = results["captum"] * seeds[:, None, None, None]
         rows.append(
             {
                 "layer": layer,
@@ -109,10 +120,24 @@ def time_projections(model: ZFNet, images: Tensor, maps: int | None, rounds: int
                 "ratio": statistics.median(
                     b / a for a, b in zip(seconds["zfnet"], seconds["captum"], strict=True)
                 ),
-                "difference": float((results["zfnet"] - scaled).abs().max() / scaled.abs().max()),
+                **compare(results["zfnet"], results["captum"] * seeds[:, None, None, None]),
             }
         )
     return rows
+
+
+def compare(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
+    """Return the `difference` of projections [units, 3, S, S], and `units_apart`, which differ by more than `APART`.
+
+    Both are counted in largest pixels of `theirs`. The two compute the same function: in float64 they agree to
+    1e-14, in float32 to 1.5e-6 as long as their switches are the same. Our forward pass holds maps channels last and
+    captum's as the model does, so that convolutions add in another order; where the two largest of a pooling window
+    differ by no more than that rounding, its switch can move, and whole patches of a projection move with it. On
+    9 images of shapes and a fresh network it does so in 1 of 1,699,812 live windows (largest values 2e-6 apart,
+    relatively), and 14 of 10,993 units see it. Neither answer is wrong in float32.
+    """
+    each = (ours - theirs).abs_().amax(dim=(1, 2, 3)) / theirs.abs().max()
+    return {"difference": float(each.max()), "units_apart": int((each > APART).sum())}
 
 
 def _race(

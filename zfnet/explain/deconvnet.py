@@ -108,9 +108,9 @@ class Deconvnet:
         switches_from: images [N, 3, H, W] whose pooling switches are used instead (a control)
         seeds: [len(units)], what to project instead of each unit's own activation
 
-        Raises UserError for a layer or a unit that the network has not.
+        Raises UserError for a layer or a unit that the network has not, and for shapes that do not fit.
         """
-        wanted = self._check(images, layer, units)
+        wanted = self._check(images, layer, units, switches_from, seeds)
         extent = (images.shape[2], images.shape[3])
         out = self.model.fc8.weight.new_zeros(len(wanted), 3, *extent)
         for chosen, signal in self._project(images, layer, wanted, switches_from, seeds):
@@ -130,7 +130,7 @@ class Deconvnet:
 
         `receptive_field(model, layer).corner(y, x)` tells where one lies; its cells outside the image are 0.
         """
-        wanted = self._check(images, layer, units)
+        wanted = self._check(images, layer, units, switches_from, seeds)
         if layer not in CONV_LAYERS:
             raise UserError(f"{layer}: its units see the whole image; use project")
         field = receptive_field(self.model, layer)
@@ -142,12 +142,23 @@ class Deconvnet:
 
     # -- what is asked for
 
-    def _check(self, images: Tensor, layer: str, units: Sequence[Sequence[int]] | Tensor) -> Tensor:
+    def _check(
+        self,
+        images: Tensor,
+        layer: str,
+        units: Sequence[Sequence[int]] | Tensor,
+        switches_from: Tensor | None,
+        seeds: Tensor | None,
+    ) -> Tensor:
         """Return the units as int64 [U, 4] on the CPU."""
         if layer not in self.model.layers:
             raise UserError(f"{layer}: no such layer{did_you_mean(layer, self.model.layers)}")
         if images.ndim != 4 or images.shape[1] != 3:
             raise UserError(f"images of shape {list(images.shape)}: must be [N, 3, H, W]")
+        if switches_from is not None and switches_from.shape != images.shape:
+            raise UserError(
+                f"switches_from of shape {list(switches_from.shape)}: must be {list(images.shape)}, as images"
+            )
         wanted = torch.as_tensor(units, dtype=torch.int64).cpu()
         if wanted.numel() == 0:
             wanted = wanted.reshape(0, 4)
@@ -156,6 +167,8 @@ class Deconvnet:
         if wanted.ndim != 2 or wanted.shape[1] != 4:
             kind = "(image, channel, y, x)" if layer in CONV_LAYERS else "(image, feature)"
             raise UserError(f"units of {layer} must be given as {kind}")
+        if seeds is not None and seeds.shape != (len(wanted),):
+            raise UserError(f"seeds of shape {list(seeds.shape)}: must be [{len(wanted)}], one for each unit")
         return wanted
 
     def _project(
@@ -169,10 +182,6 @@ class Deconvnet:
         """Yield (numbers of units, their signals at the pixels), some units at a time."""
         weight = self.model.fc8.weight
         images = images.to(weight)
-        if switches_from is not None and switches_from.shape != images.shape:
-            raise UserError(
-                f"switches_from of shape {list(switches_from.shape)}: must be {list(images.shape)}, as images"
-            )
         _check_range(units[:, 0], len(images), "image", layer)
         needed = units[:, 0].unique()
         for group in needed.split(_IMAGES):
