@@ -76,13 +76,10 @@ def _list_files(root: Path) -> _Listing:
                 raise UserError(
                     f"{class_folder}: its class '{class_folder.name}' has no folder in {folders['train']}"
                 )
-            paths = [Path(d, f) for d, _, names in os.walk(class_folder) for f in names]
-            for path in sorted(
-                p for p in paths if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
-            ):
-                listing.files.append(path.relative_to(root).as_posix())
-                listing.parts.append(part)
-                listing.labels.append(classes.index(class_folder.name))
+            files = _images_below(class_folder, root)
+            listing.files.extend(files)
+            listing.parts.extend([part] * len(files))
+            listing.labels.extend([classes.index(class_folder.name)] * len(files))
     if len(classes) < 2:
         raise UserError(f"data.root={root}: needs at least two class folders with images, has {len(classes)}")
     if not {"train", "all"} & set(listing.parts):
@@ -90,9 +87,22 @@ def _list_files(root: Path) -> _Listing:
     return listing
 
 
+def _images_below(folder: Path, root: Path) -> list[str]:
+    """Return the paths below `root` of the image files below `folder`, in a fixed order."""
+    files = []
+    for place, _, names in os.walk(folder):
+        within = Path(place).relative_to(root).as_posix()
+        files += [
+            f"{within}/{name}"
+            for name in names
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+        ]
+    return sorted(files, key=lambda file: file.split("/"))
+
+
 def _cached(listing: _Listing, data: DataConfig) -> tuple[np.ndarray, torch.Tensor, str]:
     """Return (images [M, s, s, 3] memory-mapped, the files they came from, fingerprint), decoding if need be."""
-    stats = [os.stat(listing.root / f) for f in listing.files]
+    stats = [os.stat(os.path.join(listing.root, f)) for f in listing.files]
     facts = [
         CACHE_VERSION,
         data.store_size,
