@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers import augment_config, data_config, random_images
-from zfnet.data.batches import Batches, _cut_by_copying, _cut_by_gathering, augment, on_device, preprocess
+from zfnet.data.batches import (
+    Batches,
+    _cut_by_copying,
+    _cut_by_gathering,
+    _normalise,
+    _resize,
+    augment,
+    preprocess,
+    resident,
+)
 from zfnet.data.images import image_set
 
 CPU = torch.device("cpu")
@@ -75,7 +84,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image() -> None:
 def test_a_set_moves_to_a_device_in_pieces(monkeypatch, piece: int) -> None:
     monkeypatch.setattr("zfnet.data.batches.PIECE", piece)
     images = image_set(random_images(7, 4).numpy(), torch.zeros(7), "a").take(torch.tensor([5, 0, 6, 2, 3]))
-    assert torch.equal(on_device(images, CPU), images.pixels(range(5)))
+    assert torch.equal(resident(images, CPU), images.pixels(range(5)))
 
 
 def test_in_order_is_neither_shuffled_nor_augmented() -> None:
@@ -194,6 +203,15 @@ def test_resizing_is_exact_to_a_grey_level(stored: int, wanted: int) -> None:
     )
     found = preprocess(pixels, data_config(image_size=wanted, **BYTES)).double()
     assert (found - exact).abs().max() <= 1.001
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(32, 224), (64, 20), (48, 48)])
+def test_resizing_last_as_on_a_gpu_is_within_a_grey_level(stored: int, wanted: int) -> None:
+    data = data_config(image_size=wanted, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+    pixels = random_images(4, stored)
+    last = _resize(_normalise(pixels.permute(0, 3, 1, 2), data), wanted)
+    apart = (preprocess(pixels, data) - last).abs() * torch.tensor(data.std).view(3, 1, 1) * 255
+    assert apart.max() <= 1.001
 
 
 def test_normalisation() -> None:

@@ -33,7 +33,9 @@ class RunningMetrics:
         self.sums[1] += correct
         self.sums[2] += count
         bad = self.sums[3]
-        bad.copy_(torch.where((bad < 0) & ~(losses < LOST * count), float(step), bad))
+        # a tensor made on the device: `where` would copy a plain number there, and wait for it
+        now = torch.full_like(bad, step)
+        bad.copy_(torch.where((bad < 0) & ~(losses < LOST * count), now, bad))
 
     def read(self) -> tuple[float, float, int | None]:
         """Return (mean loss, accuracy, first bad step or None). This waits for the device."""
