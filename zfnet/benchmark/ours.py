@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Generator, Iterator
 
@@ -89,6 +91,9 @@ class OurLoop:
         return {part: seconds / steps for part, seconds in parts.items()}
 
 
-def peak_memory(device: torch.device) -> float | None:
-    """Return the largest amount of GPU memory that was allocated, in GiB; None where there is no count."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+def peak_memory(device: torch.device) -> float:
+    """Return the largest amount of memory so far, in GiB: allocated on the GPU or, on a CPU, held by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
