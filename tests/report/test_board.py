@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import STEPS, train_minute
 from zfnet.report.board import TensorBoard
+from zfnet.report.figures import draw_curves, save_figure
 from zfnet.run import RunDirectory
 
 WORDS = ("trainer.tensorboard=true", "trainer.log_every=3")
@@ -55,6 +57,21 @@ def test_graph_images_and_hyperparameters(events: EventAccumulator) -> None:
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"optimizer.lr" in content
     assert b"model.conv1.channels" in content
+
+
+def test_a_picture_is_the_file(tmp_path: Path) -> None:
+    save_figure(
+        draw_curves([{"epoch": 1, "lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5}]), tmp_path / "x.png"
+    )
+    board = TensorBoard(tmp_path / "board", 0)
+    board.picture("x", tmp_path / "x.png", 3)
+    board.close()
+    accumulator = EventAccumulator(str(tmp_path / "board"))
+    accumulator.Reload()
+    (shown,) = accumulator.Images("x")
+    width, height = Image.open(tmp_path / "x.png").size
+    assert (shown.step, shown.width, shown.height) == (3, width, height)
+    assert shown.encoded_image_string == (tmp_path / "x.png").read_bytes()
 
 
 def test_nothing_where_it_is_not_wanted(tmp_path: Path) -> None:

@@ -76,11 +76,13 @@ def test_curves_show_what_there_is() -> None:
 def test_samples_name_guess_and_truth() -> None:
     images = image_set(random_images(5, 8).numpy(), torch.arange(5) % 3, "abc")
     evaluation = found(5, 3)
-    titles = [axis.get_title() for axis in draw_samples(images, evaluation).axes if axis.get_title()]
+    (axis,) = draw_samples(images, evaluation).axes
     expected = [
         f"{'abc'[g]}\n({'abc'[t]})" for g, t in zip(evaluation.predictions, evaluation.labels, strict=True)
     ]
-    assert titles == expected
+    assert [text.get_text() for text in axis.texts] == expected
+    for shown, image in zip(axis.images, images.images, strict=True):
+        assert np.array_equal(shown.get_array(), image)
 
 
 def test_equal_figures_are_equal_files(tmp_path: Path) -> None:

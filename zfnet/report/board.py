@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from zfnet.config import flatten
@@ -47,8 +47,19 @@ class TensorBoard:
         """Show images, uint8 [N, h, w, 3]."""
         self.writer.add_images(name, pixels, dataformats="NHWC")
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
-        self.writer.add_figure(name, figure, step, close=False)
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Show a PNG file as it is: `SummaryWriter.add_figure` would draw it once more."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        with Image.open(path) as file:
+            width, height = file.size
+            channels = len(file.getbands())
+        image = Summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=path.read_bytes()
+        )
+        self.writer._get_file_writer().add_summary(
+            Summary(value=[Summary.Value(tag=name, image=image)]), step
+        )
 
     def hyperparameters(self, config: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """Record settings and results in this run; `SummaryWriter.add_hparams` would open a second one."""

@@ -105,23 +105,32 @@ def draw_samples(images: ImageSet, found: Evaluation, columns: int = 8, rows: in
     """
     count = min(rows * columns, len(images))
     index = torch.linspace(0, len(images) - 1, count).round().long()
+    columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(1.55 * columns, 1.75 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis in axes:
-        axis.axis("off")
-    for axis, image, guess, truth in zip(
-        figure.axes,
-        images.pixels(index).numpy(),
-        found.predictions[index].tolist(),
-        found.labels[index].tolist(),
-        strict=False,
+    side, gap = 1.0, 0.3  # of an image, and above it for its names
+    figure = Figure(figsize=(1.35 * columns, 1.35 * (side + gap) * rows), layout="constrained")
+    axis = figure.subplots()
+    for number, (image, guess, truth) in enumerate(
+        zip(
+            images.pixels(index).numpy(),
+            found.predictions[index].tolist(),
+            found.labels[index].tolist(),
+            strict=True,
+        )
     ):
-        axis.imshow(image)
-        axis.set_title(
+        row, column = divmod(number, columns)
+        left, top = 1.08 * column * side, row * (side + gap)
+        axis.imshow(image, extent=(left, left + side, top + side, top))
+        axis.text(
+            left + side / 2,
+            top - 0.02,
             f"{images.classes[guess]}\n({images.classes[truth]})",
             fontsize=8,
+            ha="center",
+            va="bottom",
             color=GREEN if guess == truth else RED,
             parse_math=False,  # a class may be called $x$
         )
+    axis.set(xlim=(0, 1.08 * columns - 0.08), ylim=(rows * (side + gap) - gap, -gap))
+    axis.axis("off")
     return figure

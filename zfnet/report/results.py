@@ -39,9 +39,10 @@ def draw_results(
         "samples": draw_samples(part, found),
     }
     for name, figure in figures.items():
-        save_figure(figure, run.figures / f"{name}.png")
+        path = run.figures / f"{name}.png"
+        save_figure(figure, path)
         if board is not None:
-            board.figure(name, figure, step)
+            board.picture(name, path, step)
 
 
 def say_result(name: str, result: dict[str, Any]) -> None:
