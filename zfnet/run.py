@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from zfnet.config import Config, read_config
-from zfnet.errors import UserError
+from zfnet.errors import UserError, yaml_problem
 
 HISTORY_COLUMNS = (
     "epoch",
@@ -67,6 +67,15 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a directory that Hydra made and nobody wrote in, and those above it that were made for it."""
+    with contextlib.suppress(OSError):  # not empty, or not there
+        folder.rmdir()
+        if folder.parent.parent == OUTPUTS:
+            folder.parent.rmdir()
+            OUTPUTS.rmdir()
 
 
 class RunDirectory:
@@ -143,7 +152,9 @@ class RunDirectory:
             plain = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: there is no run (no config.yaml)") from None
-        except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} cannot be read: {yaml_problem(error)}") from error
+        except (OSError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
         if not isinstance(plain, dict):
             raise UserError(f"{path} is not a config")
