@@ -11,6 +11,7 @@ python run.py --help                           every group, and the composed con
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -28,7 +29,7 @@ from zfnet.training.checks import check_recipe
 def main(raw: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     # unresolved: `${…}` in them is resolved with the config that they change, and its errors are reported there
-    words = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    words: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     output = Path(os.path.relpath(hydra_config.runtime.output_dir))
     with errors_pass_hydra():
         try:

@@ -67,7 +67,9 @@ def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
     """
     for override in _parse(words):
         if override.value() == {}:
-            raise UserError(f"{override.input_line}: says nothing; set keys, as in {override.key_or_group}.KEY=VALUE")
+            raise UserError(
+                f"{override.input_line}: says nothing; set keys, as in {override.key_or_group}.KEY=VALUE"
+            )
     kind = job_class(raw.get("job"))
     if isinstance(raw.get("job"), str):  # in a record given as --config-path, job is no group
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-import yaml
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
@@ -45,7 +47,7 @@ class _Terminal(logging.Handler):
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Send the program's messages to the terminal and, with the time and with tracebacks, to a file."""
-    terminal, file = _Terminal(logging.INFO), logging.FileHandler(path, encoding="utf-8")
+    terminal, file = _Terminal(logging.INFO), logging.FileHandler(path, encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = log.level, log.propagate
     log.setLevel(logging.DEBUG)
@@ -95,7 +97,8 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         check_config_folders(sys.argv[1:])
-        main()
+        with _wrapped_help() if {"--help", "-h"} & set(sys.argv) else contextlib.nullcontext():
+            main()
     except Stopped as error:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -108,6 +111,19 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
         _quiet = False
         threading.excepthook = threading.__excepthook__
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+@contextlib.contextmanager
+def _wrapped_help() -> Iterator[None]:
+    """Break the long lines in which Hydra lists a group's choices."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        yield
+    for line in text.getvalue().splitlines():
+        print(
+            "\n".join(textwrap.wrap(line, 80, subsequent_indent="  ", break_on_hyphens=False))
+            if len(line) > 80
+            else line
+        )
 
 
 def _note_thread_error(args: threading.ExceptHookArgs) -> None:
@@ -139,7 +155,9 @@ def explain(error: Exception) -> str:
     if isinstance(error, yaml.YAMLError):
         return yaml_problem(error)
     if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"{error.filename}: there is a file where a directory is needed: choose another (hydra.run.dir=…)"
+        return (
+            f"{error.filename}: there is a file where a directory is needed: choose another (hydra.run.dir=…)"
+        )
     if "Config group override must be a string" in str(error):
         return _no_group_file()
     if isinstance(error, OSError) and error.filename:
@@ -170,7 +188,8 @@ def _explain_hydra(error: Exception) -> str:
         r"LexerNoViableAltException: (.*)|mismatched input|no viable alternative|extraneous input|missing EQUAL",
         text,
     ):
-        return f"the command line cannot be parsed ({match[1] or _one_line(error)}): write key=value, and quote lists for the shell"
+        where = match[1] or _one_line(error)
+        return f"the command line cannot be parsed ({where}): write key=value, and quote lists for the shell"
     cause = f" ({_one_line(error.__cause__)})" if error.__cause__ is not None else ""
     return _one_line(error) + cause
 

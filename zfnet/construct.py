@@ -21,7 +21,7 @@ from zfnet.errors import UserError, did_you_mean
 
 SLOTS: dict[str, type] = {"optimizer": Optimizer, "scheduler": LRScheduler}
 
-# What PyTorch takes without a word though it can mean nothing: whole numbers below these, and factors or rates of 0 and less.
+# What PyTorch takes without a word though it means nothing: whole numbers below these, factors and rates of 0 or less.
 _WHOLE = {"step_size": 1, "patience": 0, "cooldown": 0, "T_max": 1, "total_steps": 1, "total_iters": 1}
 _POSITIVE = ("factor", "gamma", "max_lr")
 _LARGEST = 1e30  # float32 ends at 3e38, and optimizers divide by small numbers

@@ -51,6 +51,7 @@ def test_failures_are_named_the_rest_is_finished_and_rerunning_skips_it(
     words = ("-m", *SMALL, "optimizer.lr=1e-3,-1", "seed=0,1")
     answer = run_py(*words)
     assert answer.code == 1
+    assert "\njob 3: optimizer.lr=-1 seed=1\n" in answer.out  # and not what all jobs share
     refused = "optimizer.lr=-1: must be greater than 0"
     assert answer.err.splitlines() == [
         "error: 2 of 4 jobs failed",

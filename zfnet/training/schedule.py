@@ -31,6 +31,11 @@ class Schedule:
         length = epochs * steps_per_epoch if self.by_step else epochs
         self.warmup_steps = round(settings.get("warmup_epochs", 0) * steps_per_epoch)
         self.scheduler = build_scheduler(settings, optimizer, length, EXTRA)
+        if getattr(self.scheduler, "total_steps", length) < length:
+            raise UserError(
+                f"scheduler.total_steps={settings['total_steps']}: the schedule ends before the run, which takes "
+                f"{length}; write auto"
+            )
         self.length, self.taken = length, 0
 
     def rate(self, step: int) -> float:
