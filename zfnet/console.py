@@ -116,14 +116,13 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
 @contextlib.contextmanager
 def _wrapped_help() -> Iterator[None]:
     """Break the long lines in which Hydra lists a group's choices."""
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        yield
-    for line in text.getvalue().splitlines():
-        print(
-            "\n".join(textwrap.wrap(line, 80, subsequent_indent="  ", break_on_hyphens=False))
-            if len(line) > 80
-            else line
-        )
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:  # Hydra leaves by an exit
+        for line in text.getvalue().splitlines():
+            print(textwrap.fill(line, 80, subsequent_indent="  ") if len(line) > 80 else line)
 
 
 def _note_thread_error(args: threading.ExceptHookArgs) -> None:

@@ -39,7 +39,8 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     if not config.images:
         raise UserError("job=predict needs images, as in 'images=[cat.jpg,photos/,https://…]'")
     for word in overrides:
-        key = word.split("=", 1)[0].lstrip("+~")
+        word = word.lstrip("+~")
+        key = word.split("=", 1)[0]
         if key == "data" or (key.startswith("data.") and key.removeprefix("data.") not in _USED):
             raise UserError(f"{word}: job=predict looks at images=[…] and at no data set; leave it out")
     images, problems = find_images(config.images)
