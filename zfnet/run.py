@@ -97,7 +97,7 @@ class RunDirectory:
         A directory without a run is taken; one that holds the same run is taken up again; one that holds
         another run, or files of some other kind, is refused and left as it is.
         """
-        if (self.folder / "config.yaml").exists():
+        if self._holds_a_record():
             if self.read_config().identity() != config.identity():
                 raise UserError(
                     f"{self.folder} holds a run with another config: choose another directory (hydra.run.dir=…)"
@@ -109,12 +109,16 @@ class RunDirectory:
     def claim_new(self, config: Config) -> None:
         """Make this, which must be absent or empty, the directory of `config`'s run; raise UserError otherwise."""
         if self.folder.exists() and any(_belongs_to_a_run(p.name) for p in self.folder.iterdir()):
-            found = "holds a run" if (self.folder / "config.yaml").exists() else "holds no run"
+            found = "holds a run" if self._holds_a_record() else "holds no run"
             raise UserError(
                 f"{self.folder} is not empty and {found}: choose another directory (hydra.run.dir=…)"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+    def _holds_a_record(self) -> bool:
+        """Return whether there is a config.yaml, and not one from which Hydra composes, as in `conf/`."""
+        return (self.folder / "config.yaml").exists() and "defaults" not in self.plain_config()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
