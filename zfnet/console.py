@@ -176,7 +176,7 @@ def _explain_hydra(error: Exception) -> str:
         text,
     ):
         return _unknown_key(match[1].split("@")[0].lstrip("+~"), text)
-    if match := re.search(r"In '[^']*': Could not find '([^']+)/([^'/]+)'", text):
+    if match := re.search(r"In '[^']*': Could not find '([^']+)/([^'/]*)'", text):
         if (extra := _EXTRA_OF_LAUNCHER.get(match[2])) and match[1] == "hydra/launcher":
             return f"{match[1]}={match[2]} needs packages of its own: pip install -e '.[{extra}]'"
         choices = re.findall(r"^\t(\S+)$", text, re.M)

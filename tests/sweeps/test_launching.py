@@ -176,6 +176,7 @@ def test_threads_and_compiler_are_as_new_for_every_job(monkeypatch) -> None:
         "model.name=a/../b,'c d'",
         "model.name=" + "long" * 60 + ",b",
         "model.name='$(touch x)','..'",
+        "trainer.epochs=2,3",  # which SMALL has set already
     ],
 )
 def test_directory_names_are_safe_whatever_the_values(run_py, tmp_path, monkeypatch, word) -> None:
