@@ -8,6 +8,13 @@ import pytest
 
 SHAPES = ("experiment=quickstart", "trainer.epochs=1", "data.train_images=100", "data.test_images=20")
 
+# the part of a run's .hydra/config.yaml that matters here: job is no group in it, and Hydra logs nothing
+RECORD = """
+defaults: [override hydra/job_logging: none, override hydra/hydra_logging: none, _self_]
+job: {name: train}
+hydra: {run: {dir: 'x/${job.name}'}}
+"""
+
 
 @pytest.mark.parametrize(
     ("words", "expected"),
@@ -48,8 +55,8 @@ SHAPES = ("experiment=quickstart", "trainer.epochs=1", "data.train_images=100", 
         (["seed=${oc.env:ZFNET_NONE}"], "seed: Environment variable 'ZFNET_NONE' not found"),
         (["ü=3"], "the command line cannot be parsed (ü=3): write key=value"),
         (["data.fit=größe"], "data.fit=größe: must be one of crop, stretch"),
-        (["hydra.run.dir=file"], "file: there is a file where a directory is needed"),
-        (["hydra.run.dir=file/run"], "file/run: there is a file where a directory is needed"),
+        (["hydra.run.dir=file"], "file: a file stands where a directory is needed"),
+        (["hydra.run.dir=file/run"], "file/run: a file stands where a directory is needed"),
         (["-cp", "record", "job=summary"], "this config has no choices of jobs: write job.name=…"),
         (["-cp", "broken"], "broken/config.yaml, line 3, column 2: "),
     ],
@@ -58,7 +65,7 @@ SHAPES = ("experiment=quickstart", "trainer.epochs=1", "data.train_images=100", 
 def test_one_line_and_nothing_written(run_py, tmp_path: Path, words, expected) -> None:
     (tmp_path / "file").touch()
     for name, text in (
-        ("record", "job: {name: train}\nhydra: {run: {dir: 'x/${job.name}'}}\n"),
+        ("record", RECORD),
         ("broken", "seed: 1\nmodel: {a: 1\nb: [\n"),
     ):
         (tmp_path / name).mkdir()

@@ -153,9 +153,9 @@ def explain(error: Exception) -> str:
         return f"this needs {error.name}: pip install -e '.[{extra}]'"
     if isinstance(error, yaml.YAMLError):
         return yaml_problem(error)
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
         return (
-            f"{error.filename}: there is a file where a directory is needed: choose another (hydra.run.dir=…)"
+            f"{error.filename}: a file stands where a directory is needed: choose another (hydra.run.dir=…)"
         )
     if "Config group override must be a string" in str(error):
         return _no_group_file()

@@ -147,12 +147,13 @@ def _train(
             stop,
             Snapshots(run.snapshots, config.trainer.snapshots, facts),
         )
+        # the best on validation; without validation, the last
         if state.best is not None and state.best["epoch"] != state.epoch:
-            best, lost = _best(run, state)  # on validation; without validation, the last is as good
-            if best is None:  # and no other weights take their place
+            best, lost = _best(run, state)
+            if best is None:  # no worse ones take their place
                 raise UserError(
                     f"{lost}: delete {run.checkpoints} and give job=resume run={run.folder} to train from the "
-                    "start, which makes them again"
+                    "start again"
                 )
             state.evaluated.load_state_dict(best.tensors)
             state.best = best.facts

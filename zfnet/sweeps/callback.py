@@ -42,9 +42,8 @@ class SweepReport(Callback):
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         share_machine(config.hydra.launcher.get("n_jobs", 1), Path(str(config.hydra.sweep.dir)))
-        shared = (
-            config.hydra.job.config.override_dirname.exclude_keys
-        )  # by all jobs, so that it need not be said
+        # what all jobs share need not be said
+        shared = config.hydra.job.config.override_dirname.exclude_keys
         own = [w for w in config.hydra.overrides.task if w.partition("=")[0].lstrip("+~") not in shared]
         head = f"job {config.hydra.job.num}: "
         print("\n" + textwrap.fill(head + " ".join(own), 80, subsequent_indent=" " * len(head)), flush=True)

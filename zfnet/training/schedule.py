@@ -31,10 +31,10 @@ class Schedule:
         length = epochs * steps_per_epoch if self.by_step else epochs
         self.warmup_steps = round(settings.get("warmup_epochs", 0) * steps_per_epoch)
         self.scheduler = build_scheduler(settings, optimizer, length, EXTRA)
-        if getattr(self.scheduler, "total_steps", length) < length:
+        ends = getattr(self.scheduler, "total_steps", length)
+        if ends < length:
             raise UserError(
-                f"scheduler.total_steps={settings['total_steps']}: the schedule ends before the run, which takes "
-                f"{length}; write auto"
+                f"scheduler.total_steps={ends}: the schedule ends before the run, which takes {length}; write auto"
             )
         self.length, self.taken = length, 0
 
