@@ -11,22 +11,25 @@ python run.py --help                           every group, and the composed con
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from zfnet.composing import forgive, read_command
 from zfnet.console import errors_pass_hydra, run_with_clear_errors
 from zfnet.hydra_record import register_resolvers
 from zfnet.jobs import run_job
+from zfnet.run import remove_if_empty
 from zfnet.training.checks import check_recipe
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(raw: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
-    words = list(hydra_config.overrides.task)
+    # unresolved: `${…}` in them is resolved with the config that they change, and its errors are reported there
+    words: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     output = Path(os.path.relpath(hydra_config.runtime.output_dir))
     with errors_pass_hydra():
         try:
@@ -34,8 +37,7 @@ def main(raw: DictConfig) -> float | None:
             check_recipe(config)
             return run_job(config, output, words)
         except Exception:
-            if output != Path() and output.is_dir() and not any(output.iterdir()):
-                output.rmdir()  # Hydra has made it, and nothing was written there
+            remove_if_empty(output)
             raise
 
 

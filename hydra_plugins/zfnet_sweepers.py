@@ -28,8 +28,9 @@ class _Sweeper(BasicSweeper):
     def _name_by_swept_keys(self, overrides: list[Override]) -> None:
         """Leave what all jobs share out of their directories' names."""
         assert self.config is not None
-        if any(override.is_sweep_override() for override in overrides):
-            shared = [o.key_or_group for o in overrides if not o.is_sweep_override()]
+        swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
+        if swept:
+            shared = [o.key_or_group for o in overrides if o.key_or_group not in swept]
             excluded = self.config.hydra.job.config.override_dirname.exclude_keys
             names = ",".join(f"'{key}'" for key in dict.fromkeys([*excluded, *shared]))
             self.config.hydra.overrides.hydra.append(

@@ -7,14 +7,14 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
 import torch
 
 from tests.explain.trained import Trained, train_some
-from tests.helpers import train_tiny
+from tests.helpers import learned, train_minute, train_tiny
 from zfnet.run import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +50,12 @@ def _switches_put_back():
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A finished run of the small network on 200 built-in images. Tests read it and never write to it."""
     return train_tiny(tmp_path_factory.mktemp("tiny") / "run")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[dict[str, Any]]]:
+    """What the run of MINUTE learns without any interruption, with checkpoints only at its end."""
+    return learned(train_minute(tmp_path_factory.mktemp("whole") / "run"))
 
 
 @pytest.fixture(scope="session")

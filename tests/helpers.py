@@ -21,6 +21,7 @@ from zfnet.hydra_record import register_resolvers
 from zfnet.jobs.common import UsedRun
 from zfnet.jobs.train import train
 from zfnet.run import RunDirectory
+from zfnet.training import loop
 from zfnet.training.checks import check_recipe
 
 # The built-in images at a size that trains in a second or two.
@@ -51,6 +52,7 @@ MINUTE = (
     "model.fc7=null",
 )
 STEPS = 8  # of one epoch of MINUTE: 72 training images in batches of 9
+EVERY_STEP = "trainer.checkpoint_minutes=1e-9"  # not part of a run's identity
 
 
 def compose(*words: str) -> Config:
@@ -86,6 +88,31 @@ def train_minute(folder: Path, *words: str) -> RunDirectory:
     with no_figures():
         train(config, run)
     return run
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL within this process: nothing that handles errors may handle it."""
+
+
+@contextmanager
+def dying_at(step: int) -> Iterator[None]:
+    """Within this block training dies just before the given global step, saving nothing more."""
+    real = loop.train_step
+
+    def dying(state, batch) -> None:
+        if state.step == step:
+            raise Killed
+        real(state, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", dying)
+        yield
+
+
+def die_at(folder: Path, step: int, *words: str) -> None:
+    """Train MINUTE in `folder` with a checkpoint after every step, and die before this one."""
+    with dying_at(step), pytest.raises(Killed):
+        train_minute(folder, EVERY_STEP, *words)
 
 
 @contextmanager

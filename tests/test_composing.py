@@ -107,7 +107,7 @@ def test_todays_defaults_have_no_say(onecycle: RunDirectory, tmp_path: Path, mon
         ("trainer.epochs=0", "trainer.epochs=0: must be at least 1"),
         ("model.conv1.kernel_size=99", "too few for its 99×99 kernel"),
         ("colour=red", "colour: no such key"),
-        ("seed.x=1", "seed: Value"),
+        ("seed.x=1", "seed={'x': 1}: must be a whole number"),
         ("~data.batch_size", "data.batch_size is missing"),
         ("~data.nothing", "cannot be set"),
     ],
@@ -213,6 +213,41 @@ def test_forgive_marks_keys_only_where_a_run_is_named() -> None:
         "seed=1",
         "run=x",
     ]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("data.root=Bilder/Größe", 'data.root="Bilder/Größe"'),
+        ("run=größe", 'run="größe"'),
+        ("images=[größe.jpg, x y ö.png,a.png]", 'images=["größe.jpg","x y ö.png",a.png]'),
+        ("data.root='Größe'", "data.root='Größe'"),
+        ("data.root=${oc.env:Größe}", "data.root=${oc.env:Größe}"),
+        ("--config-path=größe", "--config-path=größe"),
+        ("ü=3", "ü=3"),
+    ],
+)
+def test_forgive_quotes_letters_outside_ascii(word: str, expected: str) -> None:
+    assert forgive([word])[0] == expected
+    if expected.startswith(("data.root=", "images=")) and "$" not in word:
+        value = composing._parse([expected])[0].value()
+        assert value in ("Bilder/Größe", "Größe", ["größe.jpg", "x y ö.png", "a.png"])
+
+
+def test_an_interpolation_on_the_command_line_follows_the_record(onecycle: RunDirectory) -> None:
+    words = [
+        "job=summary",
+        f"run={onecycle.folder}",
+        "optimizer.lr=0.25",
+        "data.std=[1.0,1.0,${optimizer.lr}]",
+    ]
+    assert read_command(composing.compose(forgive(words)), words).data.std == [1.0, 1.0, 0.25]
+
+
+@pytest.mark.parametrize("word", ["model={}", "optimizer={}", "model.conv2={}", "+data.root={}"])
+def test_an_empty_group_says_nothing(word: str) -> None:
+    with pytest.raises(UserError, match=r"=\{\}: says nothing; set keys, as in "):
+        read_command(composing.compose(["job=summary"]), ["job=summary", word])
 
 
 def test_read_command_lays_words_on_the_named_run(onecycle: RunDirectory) -> None:

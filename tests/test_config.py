@@ -129,6 +129,12 @@ def test_seed_0_is_a_seed_and_seeds_differ() -> None:
         ("optimizer.weight_decay=-1", "optimizer (AdamW): Invalid weight_decay"),
         ("+optimizer.amsgrad=1", "optimizer.amsgrad=1: must be true or false"),
         ("scheduler.warmup_epochs=-1", "scheduler.warmup_epochs=-1: must be a number of epochs, at least 0"),
+        ("scheduler.warmup_epochs=10", "scheduler.warmup_epochs=10: must be less than trainer.epochs=10"),
+        (
+            "trainer.snapshots=[1,11]",
+            "trainer.snapshots=[1, 11]: epochs are counted from 1 to trainer.epochs=10",
+        ),
+        ("optimizer.lr=1e38", "optimizer.lr=1e+38: must be a finite number, at most 1e+30"),
         ("scheduler.interval=step", "a plateau schedule steps once an epoch"),
         ("scheduler.factor=2", "scheduler (ReduceLROnPlateau): Factor should be < 1.0"),
         ("~optimizer._target_", "optimizer._target_ is missing"),
@@ -187,7 +193,7 @@ def test_identity_counts_all_that_matters_and_nothing_else() -> None:
         (lambda c: c["data"].update(mean=["${oc.env:HOME}", 1, 1]), "data.mean.0=${oc.env:HOME}"),
         (lambda c: c.update(model="zfnet"), "model"),
         (lambda c: c.update(optimizer=None), "optimizer"),
-        (lambda c: c.update(optimizer=["a"]), "list is not a subclass of Dict"),
+        (lambda c: c.update(optimizer=["a"]), "optimizer=['a']: must be keys and values"),
         (lambda c: c.update(seed="x"), "seed"),
         (lambda c: c.update(extra=1), "extra: no such key"),
         (lambda c: c.update(job={"name": "os"}), "no such job"),
@@ -200,6 +206,17 @@ def test_a_damaged_record_is_named(change, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         read_config(plain)
     assert expected in str(caught.value)
+
+
+def test_a_data_set_without_files_has_no_root() -> None:
+    with pytest.raises(UserError, match=r"data.root=x: data=shapes draws its images and reads no files"):
+        compose("data=shapes", "data.root=x")
+
+
+def test_an_environment_variable_that_is_not_set_is_named(monkeypatch) -> None:
+    monkeypatch.delenv("ZFNET_NONE", raising=False)
+    with pytest.raises(UserError, match=r"^seed: Environment variable 'ZFNET_NONE' not found$"):
+        compose("seed=${oc.env:ZFNET_NONE}")
 
 
 def test_flatten() -> None:

@@ -8,6 +8,13 @@ import pytest
 
 SHAPES = ("experiment=quickstart", "trainer.epochs=1", "data.train_images=100", "data.test_images=20")
 
+# the part of a run's .hydra/config.yaml that matters here: job is no group in it, and Hydra logs nothing
+RECORD = """
+defaults: [override hydra/job_logging: none, override hydra/hydra_logging: none, _self_]
+job: {name: train}
+hydra: {run: {dir: 'x/${job.name}'}}
+"""
+
 
 @pytest.mark.parametrize(
     ("words", "expected"),
@@ -42,24 +49,59 @@ SHAPES = ("experiment=quickstart", "trainer.epochs=1", "data.train_images=100", 
         (["data.mean=[0.5,0.5]"], "must be three numbers"),
         (["scheduler.interval=year"], "scheduler.interval=year: must be epoch or step"),
         (["scheduler.patience=-x"], "scheduler.patience=-x: must be a number"),
+        (["model=null"], "model=null: no such choice; known: "),
+        (["data="], "data=: no such choice; known: cifar10, "),
+        (["optimizer=3"], "optimizer=3: no such choice; known: adagrad, "),
+        (["seed=${oc.env:ZFNET_NONE}"], "seed: Environment variable 'ZFNET_NONE' not found"),
+        (["ü=3"], "the command line cannot be parsed (ü=3): write key=value"),
+        (["data.fit=größe"], "data.fit=größe: must be one of crop, stretch"),
+        (["hydra.run.dir=file"], "file: a file stands where a directory is needed"),
+        (["hydra.run.dir=file/run"], "file/run: a file stands where a directory is needed"),
+        (["-cp", "record", "job=summary"], "this config has no choices of jobs: write job.name=…"),
+        (["-cp", "broken"], "broken/config.yaml, line 3, column 2: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_one_line_and_nothing_written(run_py, tmp_path: Path, words, expected) -> None:
+    (tmp_path / "file").touch()
+    for name, text in (
+        ("record", RECORD),
+        ("broken", "seed: 1\nmodel: {a: 1\nb: [\n"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(text)
+    before = set(tmp_path.rglob("*"))
+    words = [str(tmp_path / word) if word in ("record", "broken") else word for word in words]
     answer = run_py(*words)
     assert answer.code == 1
     assert expected in answer.err
     assert answer.err.startswith("error: ")
     assert answer.err.count("\n") == 1
     assert "Traceback" not in answer.err + answer.out
-    assert not [
-        p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock" and "outputs" not in p.parts
-    ]
+    if "/nowhere" in expected or "cuda:99" in expected:  # found out by a run, which is kept as failed
+        return
+    assert set(tmp_path.rglob("*")) == before
 
 
-def test_a_refused_config_leaves_no_directory(run_py, tmp_path: Path) -> None:
-    run_py("optimizer.lr=abc")
-    assert not list(tmp_path.glob("outputs/*/*"))
+def test_a_refused_config_takes_nothing_of_others_away(run_py, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "outputs/train/other").mkdir(parents=True)
+    assert run_py("optimizer.lr=abc").code == 1
+    assert run_py("optimizer.lr=abc", "hydra.run.dir=mine/run").code == 1
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "other", "outputs", "train"]
+
+
+def test_a_reader_that_has_had_enough_is_no_error(run_py, monkeypatch) -> None:
+    """`python run.py … | head`."""
+
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zfnet.jobs.summary.main", closed)
+        patch.setattr("zfnet.console.os.dup2", lambda *_: None)  # stdout is the test's own
+        answer = run_py("job=summary")
+    assert (answer.code, answer.out, answer.err) == (1, "", "")
 
 
 def test_full_error_shows_the_traceback(run_py, monkeypatch) -> None:
@@ -88,3 +130,4 @@ def test_help_lists_the_groups(run_py) -> None:
     assert answer.code == 0
     for group in ("job", "model", "optimizer", "scheduler", "data", "augment", "trainer", "experiment"):
         assert f"{group}: " in answer.out
+    assert max(map(len, answer.out.splitlines())) <= 80

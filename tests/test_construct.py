@@ -206,6 +206,28 @@ def test_a_missing_argument_is_named() -> None:
         arguments("scheduler", {"_target_": "torch.optim.lr_scheduler.StepLR"})
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "expected"),
+    [
+        ("StepLR", "step_size", 0, "a whole number, at least 1"),
+        ("StepLR", "step_size", 1.5, "a whole number, at least 1"),
+        ("StepLR", "gamma", -1, "a number greater than 0"),
+        ("MultiStepLR", "milestones", "abc", "a list of whole numbers, each at least 1, as in [6,8]"),
+        ("MultiStepLR", "milestones", [-1], "a list of whole numbers, each at least 1"),
+        ("MultiStepLR", "milestones", [1.5], "a list of whole numbers, each at least 1"),
+        ("ReduceLROnPlateau", "patience", -1, "a whole number, at least 0"),
+        ("ReduceLROnPlateau", "factor", 0, "a number greater than 0"),
+        ("CosineAnnealingLR", "T_max", 0, "a whole number, at least 1"),
+        ("OneCycleLR", "max_lr", "abc", "a number greater than 0"),
+    ],
+)
+def test_a_schedule_that_means_nothing_is_named(name: str, key: str, value: object, expected: str) -> None:
+    settings = {"_target_": f"torch.optim.lr_scheduler.{name}", key: value}
+    with pytest.raises(UserError) as caught:
+        arguments("scheduler", settings)
+    assert str(caught.value).startswith(f"scheduler.{key}={value}: must be {expected}")
+
+
 def test_fused_where_there_is_one() -> None:
     weight = [torch.nn.Parameter(torch.ones(1))]
     adam = build_optimizer({"_target_": "torch.optim.AdamW"}, weight, fused=True)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers import TINY, compose
 from zfnet import run as run_module
+from zfnet.composing import CONF
 from zfnet.errors import UserError
 from zfnet.run import RunDirectory, find_run, list_runs, write_atomically
 
@@ -53,6 +54,12 @@ def _full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def test_a_folder_of_configs_is_no_run(tmp_path: Path) -> None:
+    shutil.copy(CONF / "config.yaml", tmp_path)
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        RunDirectory(tmp_path).claim(compose(*TINY))
+
+
 def test_a_folder_that_holds_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="is not empty and holds no run"):
@@ -64,7 +71,7 @@ def test_where_data_lies_and_what_is_logged_do_not_make_another_run(tmp_path: Pa
     run = RunDirectory(tmp_path / "run")
     run.claim(compose(*TINY))
     assert run.claim(
-        compose(*TINY, "data.root=/elsewhere", "trainer.log_every=1", "trainer.tensorboard=true")
+        compose(*TINY, "data.cache_dir=/elsewhere", "trainer.log_every=1", "trainer.tensorboard=true")
     )
     with pytest.raises(UserError):
         run.claim(compose(*TINY, "optimizer=sgd"))

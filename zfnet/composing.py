@@ -38,8 +38,9 @@ _OWN = ("job", "run", "images")
 def forgive(words: Sequence[str]) -> list[str]:
     """Mark key overrides so that Hydra takes keys which its own composition lacks, if the words name a run.
 
-    The record decides later whether such a key exists. A run directory whose name is made of overrides, as in
-    a sweep, is quoted: Hydra would read its `,` and `=` as a list and another override.
+    The record decides later whether such a key exists. Two things are quoted: a run directory whose name is made
+    of overrides, as in a sweep (Hydra would read its `,` and `=` as a list and another override), and letters
+    outside ASCII, for which Hydra has no place in bare values.
     """
     words = [_quote(word) for word in words]
     if not any(word.startswith("run=") and word not in ("run=", "run=null") for word in words):
@@ -54,7 +55,9 @@ def _quote(word: str) -> str:
     key, _, value = word.partition("=")
     if key == "run" and re.search(r"[,=]", value) and Path(value).expanduser().is_dir():
         return f'run="{value}"'
-    return word
+    if word.startswith("-") or value.isascii() or re.search(r"""['"$(){}\\]""", value):
+        return word
+    return f"{key}=" + re.sub(r"[^,\[\]]*[^\x00-\x7f][^,\[\]]*", lambda item: f'"{item[0].strip()}"', value)
 
 
 def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
@@ -62,7 +65,14 @@ def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
 
     Raises UserError for anything that is not acceptable.
     """
+    for override in _parse(words):
+        if override.value() == {}:
+            raise UserError(
+                f"{override.input_line}: says nothing; set keys, as in {override.key_or_group}.KEY=VALUE"
+            )
     kind = job_class(raw.get("job"))
+    if isinstance(raw.get("job"), str):  # in a record given as --config-path, job is no group
+        raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
     if kind is None:
         name = OmegaConf.select(raw, "job.name")
         raise UserError(f"job.name={name}: no such job{did_you_mean(str(name), JOBS)}")

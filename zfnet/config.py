@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional, TypeVar
@@ -20,7 +21,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from zfnet.errors import UserError, did_you_mean
 from zfnet.geometry import feature_sizes
 from zfnet.job_settings import JOBS, job_class
-from zfnet.ranges import check_ranges, is_finite, limits, one_of
+from zfnet.ranges import check_ranges, check_types, is_finite, limits, one_of
 
 
 @dataclass
@@ -212,6 +213,7 @@ def read_part(schema: type[T], raw: Any, prefix: str = "") -> T:
             if not isinstance(plain, dict):
                 raise UserError(f"{prefix or 'config'}: must hold keys and values, not {plain!r:.40}")
             _refuse_interpolation(plain, prefix)
+        check_types(schema, plain, dot)  # type: ignore[arg-type]
         typed = OmegaConf.merge(OmegaConf.structured(schema), plain)
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
@@ -238,7 +240,8 @@ def _refuse_interpolation(node: Any, key: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    line = str(error).strip().splitlines()[0]
+    return re.sub(r"^\w+ raised while resolving interpolation: \"?(.*?)\"?$", r"\1", line)
 
 
 def _unknown_key(error: OmegaConfBaseException) -> str:
@@ -265,6 +268,10 @@ def _check_together(config: Config) -> None:
         raise UserError(
             "data.root is not set: name the folder that holds train/ and test/, as in data.root=photos"
         )
+    if data.name == "shapes" and data.root:
+        raise UserError(
+            f"data.root={data.root}: data=shapes draws its images and reads no files; choose data=folder for your own"
+        )
     if data.batch_size % trainer.accumulate:
         raise UserError(
             f"trainer.accumulate={trainer.accumulate}: must divide data.batch_size={data.batch_size} without remainder"
@@ -278,8 +285,10 @@ def _check_together(config: Config) -> None:
         raise UserError(
             "trainer.devices: batch normalisation over several processes needs GPUs; use trainer.devices=1 on a CPU"
         )
-    if min(trainer.snapshots, default=1) < 1:
-        raise UserError(f"trainer.snapshots={trainer.snapshots}: epochs are counted from 1")
+    if not all(1 <= epoch <= trainer.epochs for epoch in trainer.snapshots):
+        raise UserError(
+            f"trainer.snapshots={trainer.snapshots}: epochs are counted from 1 to trainer.epochs={trainer.epochs}"
+        )
     name = trainer.device.split(":")[0]
     if name not in ("auto", "cpu", "cuda", "mps"):
         raise UserError(f"trainer.device={trainer.device}: must be one of auto, cpu, cuda, cuda:N, mps")

@@ -21,6 +21,11 @@ from zfnet.errors import UserError, did_you_mean
 
 SLOTS: dict[str, type] = {"optimizer": Optimizer, "scheduler": LRScheduler}
 
+# What PyTorch takes without a word though it means nothing: whole numbers below these, factors and rates of 0 or less.
+_WHOLE = {"step_size": 1, "patience": 0, "cooldown": 0, "T_max": 1, "total_steps": 1, "total_iters": 1}
+_POSITIVE = ("factor", "gamma", "max_lr")
+_LARGEST = 1e30  # float32 ends at 3e38, and optimizers divide by small numbers
+
 # Given by the program, never by a config.
 _INJECTED = {"self", "params", "optimizer", "last_epoch", "verbose"}
 
@@ -67,6 +72,8 @@ def arguments(
                 f"{slot}.{key}: {cls.__name__} has no such setting{did_you_mean(str(key), known)}"
             )
         keywords[key] = _check_value(f"{slot}.{key}", value, parameters[key].default)
+        if slot == "scheduler":
+            _check_meaning(key, value)
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in keywords:
             raise UserError(f"{slot}.{name} is missing: {cls.__name__} needs it")
@@ -91,11 +98,30 @@ def _check_value(key: str, value: Any, default: Any) -> Any:
     elif _is_number(default) or key.endswith(".lr"):
         if not _is_number(value) and not (value == "auto" and key.startswith("scheduler.")):
             raise UserError(f"{key}={value}: must be a number")
-        if isinstance(value, (int, float)) and not abs(value) < float("inf"):
-            raise UserError(f"{key}={value}: must be a finite number")
+        if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
+            raise UserError(f"{key}={value}: must be a finite number, at most {_LARGEST:g}")
     elif isinstance(default, tuple):
         raise UserError(f"{key}={value}: must be a list of {len(default)} numbers")
     return value
+
+
+def _check_meaning(key: str, value: Any) -> None:
+    """Refuse what a schedule cannot mean; `auto` and null are somebody else's to decide."""
+    if value is None or value == "auto":
+        return
+    low = _WHOLE.get(key)
+    if low is not None and not _is_whole(value, low):
+        raise UserError(f"scheduler.{key}={value}: must be a whole number, at least {low}")
+    if key == "milestones" and not (isinstance(value, list) and all(_is_whole(v, 1) for v in value)):
+        raise UserError(
+            f"scheduler.{key}={value}: must be a list of whole numbers, each at least 1, as in [6,8]"
+        )
+    if key in _POSITIVE and not (_is_number(value) and value > 0):
+        raise UserError(f"scheduler.{key}={value}: must be a number greater than 0")
+
+
+def _is_whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
 def _is_number(value: Any) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+import yaml
+
 
 class UserError(Exception):
     """Something outside the program is wrong: a key, a file, the network, a device. Shown as one line."""
@@ -17,3 +19,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def yaml_problem(error: yaml.YAMLError) -> str:
+    """Return one line for a syntax error: the place, with the file where it is known, and what is wrong there."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error).strip().splitlines()[0]
+    file = "" if mark.name.startswith("<") else f"{mark.name}, "
+    return f"{file}line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'no YAML'}"

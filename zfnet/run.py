@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zfnet.config import Config, read_config
-from zfnet.errors import UserError
+from zfnet.errors import UserError, yaml_problem
 
 HISTORY_COLUMNS = (
     "epoch",
@@ -94,6 +94,15 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a directory that Hydra made and nobody wrote in, and those above it that were made for it."""
+    with contextlib.suppress(OSError):  # not empty, or not there
+        folder.rmdir()
+        if folder.parent.parent == OUTPUTS:
+            folder.parent.rmdir()
+            OUTPUTS.rmdir()
+
+
 class RunDirectory:
     """One run's directory and its files."""
 
@@ -113,7 +122,7 @@ class RunDirectory:
         A directory without a run is taken; one that holds the same run is taken up again; one that holds
         another run, or files of some other kind, is refused and left as it is.
         """
-        if (self.folder / "config.yaml").exists():
+        if self._holds_a_record():
             if self.read_config().identity() != config.identity():
                 raise UserError(
                     f"{self.folder} holds a run with another config: choose another directory (hydra.run.dir=…)"
@@ -125,12 +134,16 @@ class RunDirectory:
     def claim_new(self, config: Config) -> None:
         """Make this, which must be absent or empty, the directory of `config`'s run; raise UserError otherwise."""
         if self.folder.exists() and any(_belongs_to_a_run(p.name) for p in self.folder.iterdir()):
-            found = "holds a run" if (self.folder / "config.yaml").exists() else "holds no run"
+            found = "holds a run" if self._holds_a_record() else "holds no run"
             raise UserError(
                 f"{self.folder} is not empty and {found}: choose another directory (hydra.run.dir=…)"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+    def _holds_a_record(self) -> bool:
+        """Return whether there is a config.yaml, and not one from which Hydra composes, as in `conf/`."""
+        return (self.folder / "config.yaml").exists() and "defaults" not in self.plain_config()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -168,7 +181,9 @@ class RunDirectory:
             plain = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: there is no run (no config.yaml)") from None
-        except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} cannot be read: {yaml_problem(error)}") from error
+        except (OSError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
         if not isinstance(plain, dict):
             raise UserError(f"{path} is not a config")

@@ -62,6 +62,9 @@ class Hostile(BaseHTTPRequestHandler):
         while not self.server.over.wait(0.02):  # type: ignore[attr-defined]
             self.wfile.write(b"x")
 
+    def _noise(self) -> None:
+        self.wfile.write(bytes(range(128, 256)) + b"\x1b[31mGIF89a\x00" * 50 + b"\r\n\r\n")
+
     def _fat(self) -> None:
         """A redirect whose own body never ends: it must not be read."""
         self._answer(302, Location="/good")
@@ -131,6 +134,14 @@ def test_harm_is_bounded(server: str, path: str, expected: str) -> None:
     with pytest.raises(UnreadableImage, match=expected):
         fetch(f"{server}/{path}")
     assert time.monotonic() - started < 5
+
+
+def test_noise_is_not_repeated(server: str) -> None:
+    with pytest.raises(UnreadableImage, match="cannot be fetched") as caught:
+        fetch(f"{server}/noise")
+    assert str(caught.value).isascii()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 120
 
 
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://127.0.0.1/a.png", "data://x", "HtTpX://a"])

@@ -116,6 +116,13 @@ def test_formats_mix_and_odd_files_are_passed_over(config, photos: Path) -> None
         (lambda p: p.mkdir(), "needs at least two class folders"),
         (lambda p: write_images(p, {"a": 3}), "needs at least two class folders with images, has 1"),
         (lambda p: [(p / c).mkdir(parents=True) for c in "ab"], "hold no image files"),
+        (
+            lambda p: [
+                write_images(p / "train", {"a": 1, "b": 1, "cat": 0}),
+                write_images(p / "val", {"cat": 1}),
+            ],
+            "train/cat: holds no image files to learn the class 'cat' from",
+        ),
         (lambda p: write_images(p / "test", {"a": 1, "b": 1}), "has test/ but no train/ folder"),
         (
             lambda p: [write_images(p / "train", {"a": 1, "b": 1}), write_images(p / "test", {"c": 1})],

@@ -98,6 +98,22 @@ def test_none_readable_is_an_error(run_py, tiny_run, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("outputs/*/*"))
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("data=cifar100", "data=cifar100: job=predict looks at images=[…] and at no data set; leave it out"),
+        ("data.subset=5", "data.subset=5: job=predict looks at images=[…] and at no data set"),
+        ("job.top=11", "job.top=11: the run knows 10 classes"),
+    ],
+)
+def test_what_says_nothing_is_refused(run_py, tiny_run, tmp_path: Path, word: str, expected: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    answer = run_py("job=predict", f"run={tiny_run.folder}", "images=good.png", word)
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: {expected}")
+    assert not (tmp_path / "outputs").exists()
+
+
 @pytest.mark.parametrize("top", [1, 3, 5])
 def test_the_table_keeps_to_its_width(top: int) -> None:
     classes = [

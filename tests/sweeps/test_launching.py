@@ -51,6 +51,7 @@ def test_failures_are_named_the_rest_is_finished_and_rerunning_skips_it(
     words = ("-m", *SMALL, "optimizer.lr=1e-3,-1", "seed=0,1")
     answer = run_py(*words)
     assert answer.code == 1
+    assert "\njob 3: optimizer.lr=-1 seed=1\n" in answer.out  # and not what all jobs share
     refused = "optimizer.lr=-1: must be greater than 0"
     assert answer.err.splitlines() == [
         "error: 2 of 4 jobs failed",
@@ -175,6 +176,7 @@ def test_threads_and_compiler_are_as_new_for_every_job(monkeypatch) -> None:
         "model.name=a/../b,'c d'",
         "model.name=" + "long" * 60 + ",b",
         "model.name='$(touch x)','..'",
+        "trainer.epochs=2,3",  # which SMALL has set already
     ],
 )
 def test_directory_names_are_safe_whatever_the_values(run_py, tmp_path, monkeypatch, word) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import MINUTE, STEPS, compose, learned, no_figures, random_images, train_minute
+from tests.helpers import MINUTE, STEPS, compose, random_images, train_minute
 from zfnet.data import Batch, Batches
 from zfnet.data.images import image_set
 from zfnet.errors import UserError
@@ -259,27 +257,6 @@ def test_validation_chooses_and_test_does_not() -> None:
     assert state.best is None
 
 
-def test_the_best_weights_are_the_ones_kept(tmp_path: Path, monkeypatch) -> None:
-    """Validation is made to prefer the first of three epochs: the file holds that epoch's weights."""
-    seen: list[torch.Tensor] = []
-    real = loop.evaluate
-
-    def judged(model, batches, plan, what, stop=None):
-        found = real(model, batches, plan, what, stop)
-        if what.startswith("validation "):
-            seen.append(model.conv1.weight.detach().clone())
-            object.__setattr__(found, "accuracy", [0.9, 0.2, 0.3][len(seen) - 1])
-        return found
-
-    monkeypatch.setattr(loop, "evaluate", judged)
-    run = train_minute(tmp_path / "run", "trainer.epochs=3", "optimizer.lr=0.01")
-    from zfnet.weights import load_model
-
-    assert torch.equal(load_model(run.weights)[0].conv1.weight, seen[0])
-    assert not torch.equal(seen[0], seen[2])
-    assert run.read_json("results.json")["best_epoch"] == 1
-
-
 @pytest.mark.parametrize(("monitor", "column"), [("validation_loss", 5), ("train_loss", 3)])
 def test_what_a_plateau_watches(monitor: str, column: int, tmp_path: Path, monkeypatch) -> None:
     watched: list[float] = []
@@ -306,79 +283,3 @@ def test_evaluation_is_exact_over_ragged_batches_and_puts_the_mode_back() -> Non
         logits = torch.cat([model(b.images) for b in batches.in_order()])
     assert found.loss == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
     assert found.accuracy == (logits.argmax(1) == images.labels).double().mean().item()
-
-
-# -- what a run leaves behind
-
-
-def test_the_files_of_a_run(tiny_run: RunDirectory) -> None:
-    present = {p.name for p in tiny_run.folder.iterdir()}
-    expected = {"config.yaml", "environment.json", "status.json", "history.csv", "results.json"}
-    assert expected | {"model.safetensors", "checkpoints", "figures", "train.log"} <= present
-    assert not [p for p in tiny_run.folder.rglob("*") if p.name.endswith(".partial")]
-    assert tiny_run.state == "done"
-    with open(tiny_run.folder / "history.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == HISTORY_COLUMNS
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    log = (tiny_run.folder / "train.log").read_text()
-    assert "epoch 1/2" in log
-    assert "334,794 parameters" in log
-
-
-def test_results(tiny_run: RunDirectory) -> None:
-    results, history = tiny_run.read_json("results.json"), tiny_run.read_history()
-    assert {
-        "test",
-        "validation",
-        "epochs",
-        "seconds",
-        "images_per_second",
-        "weights_sha256",
-    } <= results.keys()
-    for name, images in (("validation", 20), ("test", 50)):
-        part = results[name]
-        assert part["images"] == images
-        confusion = np.array(part["confusion"])
-        assert confusion.sum() == images
-        assert part["accuracy"] == pytest.approx(np.trace(confusion) / images)
-        assert 0 <= part["accuracy"] <= part["top5"] <= 1
-        for k, accuracy in enumerate(part["per_class"].values()):
-            assert accuracy == pytest.approx(confusion[k, k] / confusion[k].sum())
-    best = max(history, key=lambda row: row["validation_accuracy"])
-    assert results["best_epoch"] == best["epoch"]
-    assert results["validation"]["accuracy"] == pytest.approx(best["validation_accuracy"])
-    assert results["test_seen_each_epoch"] is False
-    environment = tiny_run.read_json("environment.json")
-    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
-    assert len(environment["data_fingerprint"]) == 64
-
-
-def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
-    words = ("data.validation=0", "trainer.monitor=train_loss", "trainer.test_each_epoch=true")
-    run = train_minute(tmp_path / "run", *words)
-    results = run.read_json("results.json")
-    assert results["validation"] is None
-    assert results["best_epoch"] is None
-    assert results["test_seen_each_epoch"] is True
-    history = run.read_history()
-    assert all(row["validation_loss"] is None for row in history)
-    assert history[-1]["test_accuracy"] == pytest.approx(results["test"]["accuracy"])
-    assert "do not choose an epoch or a setting by it" in (run.folder / "train.log").read_text()
-
-
-def test_logging_and_boards_change_no_weights(tmp_path: Path) -> None:
-    """What a run writes about itself is no part of what it computes."""
-    plain = learned(train_minute(tmp_path / "a"))
-    words = ("trainer.log_every=1", "trainer.tensorboard=true", "trainer.checkpoint_minutes=1e-9")
-    assert learned(train_minute(tmp_path / "b", *words)) == plain
-
-
-def test_the_objective_of_a_sweep_is_validations(tmp_path: Path) -> None:
-    from zfnet.jobs.train import train
-
-    config, run = compose(*MINUTE), RunDirectory(tmp_path / "run")
-    run.claim(config)
-    with no_figures():
-        value = train(config, run)
-    assert value == run.read_json("results.json")["validation"]["accuracy"]

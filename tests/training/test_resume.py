@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import MINUTE, STEPS, compose, learned, no_figures, train_minute
+from tests.helpers import (
+    EVERY_STEP,
+    MINUTE,
+    STEPS,
+    Killed,
+    compose,
+    die_at,
+    dying_at,
+    learned,
+    no_figures,
+    train_minute,
+)
 from zfnet.errors import UserError
 from zfnet.jobs import train as train_module
 from zfnet.run import RunDirectory
@@ -21,7 +32,6 @@ from zfnet.training import checkpoint as checkpoint_module
 from zfnet.training import loop
 from zfnet.training.checkpoint import step_files, step_name
 
-EVERY_STEP = "trainer.checkpoint_minutes=1e-9"  # not part of a run's identity
 ALL_ON = (
     "augment=crop_flip_cutout",
     "model.dropout=0.5",
@@ -32,45 +42,6 @@ ALL_ON = (
     "trainer.label_smoothing=0.1",
     "scheduler.warmup_epochs=0.5",
 )
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL within this process: nothing that handles errors may handle it."""
-
-
-@pytest.fixture
-def kill_at(monkeypatch: pytest.MonkeyPatch):
-    """Return a context in which training dies just before the given global step, saving nothing more."""
-
-    def context(step: int):
-        patch = pytest.MonkeyPatch.context()
-        inner = patch.__enter__()
-        real = loop.train_step
-
-        def dying(state, batch) -> None:
-            if state.step == step:
-                raise Killed
-            real(state, batch)
-
-        inner.setattr(loop, "train_step", dying)
-        return patch
-
-    return context
-
-
-def die_at(kill_at, folder: Path, step: int, *words: str) -> None:
-    patch = kill_at(step)
-    try:
-        with pytest.raises(Killed):
-            train_minute(folder, EVERY_STEP, *words)
-    finally:
-        patch.__exit__(None, None, None)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory):
-    """The same run without any interruption, checkpoints only at its end."""
-    return learned(train_minute(tmp_path_factory.mktemp("whole") / "run"))
 
 
 def test_two_runs_in_one_process_are_equal(whole, tmp_path: Path) -> None:
@@ -87,10 +58,10 @@ def test_two_runs_in_one_process_are_equal(whole, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stops", [[1], [3, 5], [7, 8], [8], [9, 12, 15]], ids=str)
-def test_killed_and_resumed(whole, tmp_path: Path, kill_at, stops: list[int]) -> None:
+def test_killed_and_resumed(whole, tmp_path: Path, stops: list[int]) -> None:
     """Twice in one epoch, in the last step of one and the first of the next, three times."""
     for step in stops:
-        die_at(kill_at, tmp_path / "run", step)
+        die_at(tmp_path / "run", step)
     run = train_minute(tmp_path / "run", EVERY_STEP)
     assert learned(run) == whole
     assert run.state == "done"
@@ -98,19 +69,17 @@ def test_killed_and_resumed(whole, tmp_path: Path, kill_at, stops: list[int]) ->
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("scheduler", ["plateau", "onecycle"])
-def test_with_everything_on(tmp_path: Path, kill_at, optimizer: str, scheduler: str) -> None:
+def test_with_everything_on(tmp_path: Path, optimizer: str, scheduler: str) -> None:
     words = (*ALL_ON, f"optimizer={optimizer}", f"scheduler={scheduler}")
     expected = learned(train_minute(tmp_path / "whole", *words))
     for step in (5, 11):
-        die_at(kill_at, tmp_path / "run", step, *words)
+        die_at(tmp_path / "run", step, *words)
     assert learned(train_minute(tmp_path / "run", EVERY_STEP, *words)) == expected
 
 
-def test_without_a_checkpoint_it_starts_again(whole, tmp_path: Path, kill_at) -> None:
-    patch = kill_at(3)
-    with pytest.raises(Killed):
+def test_without_a_checkpoint_it_starts_again(whole, tmp_path: Path) -> None:
+    with dying_at(3), pytest.raises(Killed):
         train_minute(tmp_path / "run")
-    patch.__exit__(None, None, None)
     assert not step_files(tmp_path / "run/checkpoints")
     assert learned(train_minute(tmp_path / "run")) == whole
 
@@ -142,9 +111,9 @@ def _raise(error: type[BaseException]):
     return fail
 
 
-def test_killed_while_writing_a_checkpoint(whole, tmp_path: Path, kill_at, caplog) -> None:
+def test_killed_while_writing_a_checkpoint(whole, tmp_path: Path, caplog) -> None:
     """A write that ended half way leaves its partial file; a file system that lied, a short newest file."""
-    die_at(kill_at, tmp_path / "run", 6)
+    die_at(tmp_path / "run", 6)
     files = step_files(tmp_path / "run/checkpoints")
     assert [p.name for p in files] == [step_name(5), step_name(6)]
     content = files[-1].read_bytes()
@@ -264,82 +233,11 @@ def test_processes_that_are_really_killed(whole, tmp_path: Path) -> None:
     assert learned(run) == learned(train_minute(tmp_path / "whole", "trainer.epochs=12"))
 
 
-def test_the_same_command_goes_on_in_the_same_directory(whole, tmp_path: Path, run_py, kill_at) -> None:
-    die_at(kill_at, tmp_path / "r", 5)
-    with no_figures():
-        answer = run_py(*MINUTE, EVERY_STEP, "hydra.run.dir=r")
-        assert answer.code == 0
-        assert "r holds this run already" in answer.out
-        assert "going on from epoch 1, step 5" in answer.out
-        assert learned(RunDirectory(tmp_path / "r")) == whole
-        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*") if p.name != "train.log"}
-        assert "nothing to do: r is finished" in run_py(*MINUTE, "hydra.run.dir=r").out
-        assert "nothing to do: r is finished" in run_py("job=resume", "run=r").out
-    assert {p: p.stat().st_mtime_ns for p in before} == before
-
-
-def test_another_configs_directory_is_refused_untouched(tmp_path: Path, run_py, kill_at) -> None:
-    die_at(kill_at, tmp_path / "r", 3)
-    before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
-    answer = run_py(*MINUTE, "hydra.run.dir=r", "seed=1")
-    assert answer.code == 1
-    assert answer.err == (
-        "error: r holds a run with another config: choose another directory (hydra.run.dir=…)\n"
-    )
-    assert {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()} == before
-
-
-def test_resume_takes_no_other_settings(tmp_path: Path, run_py, kill_at) -> None:
-    die_at(kill_at, tmp_path / "r", 2)
-    answer = run_py("job=resume", "run=r", "optimizer.lr=0.5")
-    assert answer.code == 1
-    assert "takes no others, such as" in answer.err
-    assert "optimizer.lr=0.5" in answer.err
-
-
-def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
-    config, run = compose(*MINUTE), RunDirectory(tmp_path / "r")
-    run.claim(config)
-    child = (
-        "import sys; from zfnet.run import RunDirectory\n"
-        "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", child, str(run.folder)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="is in use by another process"):
-            train_module.train(config, run)
-    finally:
-        process.kill()
-        process.communicate()
-    with run.lock():  # the system let go
-        pass
-
-
-def test_a_checkpoint_is_tensors_and_plain_numbers(tmp_path: Path, kill_at) -> None:
-    die_at(kill_at, tmp_path / "run", 3, *ALL_ON)
+def test_a_checkpoint_is_tensors_and_plain_numbers(tmp_path: Path) -> None:
+    die_at(tmp_path / "run", 3, *ALL_ON)
     saved, _ = checkpoint_module.read_newest(tmp_path / "run/checkpoints")
     assert saved is not None
     assert json.loads(json.dumps(saved.facts)) == saved.facts
     assert saved.facts["step"] == 3
     kinds = {name.split(".")[0] for name in saved.tensors}
     assert kinds == {"model", "optimizer", "metrics", "average", "average_count"}
-
-
-def test_another_config_than_the_checkpoints_is_refused(run_py, tmp_path: Path) -> None:
-    assert run_py(*MINUTE, "hydra.run.dir=r").code == 0
-    run = RunDirectory(tmp_path / "r")
-    run.set_status("stopped")
-    text = (run.folder / "config.yaml").read_text()
-    (run.folder / "config.yaml").write_text(text.replace("epochs: 2", "epochs: 3"))
-    answer = run_py("job=resume", f"run={run.folder}")
-    assert answer.code == 1
-    assert "is not the config that the checkpoint was made with" in answer.err
-    assert answer.err.count("\n") == 1

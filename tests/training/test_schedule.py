@@ -10,6 +10,7 @@ import torch
 
 from tests.helpers import checked
 from zfnet.construct import build_optimizer
+from zfnet.errors import UserError
 from zfnet.training.schedule import Schedule
 
 EPOCHS, STEPS = 10, 7
@@ -108,6 +109,12 @@ def test_a_schedule_goes_on_from_plain_numbers(name: str, stop: int) -> None:
 def test_a_run_of_one_epoch(name: str) -> None:
     one = schedule(f"scheduler={name}", epochs=1)
     assert len(advance(one, range(STEPS), [1.0])) == STEPS
+
+
+def test_a_schedule_that_ends_before_the_run_is_named() -> None:
+    with pytest.raises(UserError, match=r"scheduler.total_steps=69: the schedule ends before the run, .* 70"):
+        schedule("scheduler=onecycle", "scheduler.total_steps=69")
+    schedule("scheduler=onecycle", "scheduler.total_steps=70")
 
 
 def test_cycling_momentum() -> None:

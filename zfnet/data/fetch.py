@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import threading
 import time
 import urllib.error
@@ -41,11 +42,16 @@ def fetch(address: str) -> bytes:
     if isinstance(found, UnreadableImage):
         raise found
     if isinstance(found, urllib.error.HTTPError):
-        raise UnreadableImage(f"the server answers {found.code} {found.reason}") from found
+        raise UnreadableImage(f"the server answers {found.code} {_plain(found.reason)}".strip()) from found
     if isinstance(found, (OSError, http.client.HTTPException, ValueError)):
         reason = getattr(found, "reason", None) or found
-        raise UnreadableImage(f"cannot be fetched ({str(reason) or type(reason).__name__})") from found
+        raise UnreadableImage(f"cannot be fetched ({_plain(reason) or type(reason).__name__})") from found
     raise found
+
+
+def _plain(said: object) -> str:
+    """Return what may be the words of a server in so far as they are a line of text."""
+    return re.sub(r"[^\x20-\x7e]+|\\x[0-9a-f]{2}", "", str(said))[:80].strip()
 
 
 def _follow(address: str, deadline: float) -> bytes:

@@ -82,8 +82,17 @@ def _list_files(root: Path) -> _Listing:
             listing.labels.extend([classes.index(class_folder.name)] * len(files))
     if len(classes) < 2:
         raise UserError(f"data.root={root}: needs at least two class folders with images, has {len(classes)}")
-    if not {"train", "all"} & set(listing.parts):
+    learned = {
+        label for label, part in zip(listing.labels, listing.parts, strict=True) if part in ("train", "all")
+    }
+    if not learned:
         raise UserError(f"data.root={root}: its class folders hold no image files")
+    for label, name in enumerate(classes):
+        if label not in learned:
+            raise UserError(
+                f"{folders.get('train', root) / name}: holds no image files to learn the class '{name}' from; "
+                "put some there or remove the folder"
+            )
     return listing
 
 

@@ -32,7 +32,7 @@ from zfnet.weights import ModelFacts, load_model
 log = logging.getLogger("zfnet")
 
 # what the network sees of an image: a matter of the run, whatever data it is shown
-_PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit")
+PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit")
 _FIXED = ("model", "optimizer", "scheduler", "augment")
 
 
@@ -158,7 +158,7 @@ class UsedRun:
 def _data_for(data: DataConfig, facts: ModelFacts, given: set[str]) -> DataConfig:
     """Return `data` with the run's preprocessing, except where the command line says otherwise, key by key."""
     if "data" in given:  # the whole group was swapped for today's file
-        kept = {key: getattr(facts.data, key) for key in _PREPROCESSING if f"data.{key}" not in given}
+        kept = {key: getattr(facts.data, key) for key in PREPROCESSING if f"data.{key}" not in given}
         data = replace(data, **kept)
     if data.image_size != facts.data.image_size:
         raise UserError(

@@ -70,7 +70,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     again = f"stopped; to go on, give the command again with hydra.run.dir={run.folder}"
     with hold(run, "deconvnet.log") as stop:
         if run.state == "done":
-            log.info("nothing to do: %s is finished", run.folder)
+            print(f"nothing to do: {run.folder} is finished")
             return
         with recorded_state(run, again):
             _explain(config, subject, run, stop)
@@ -92,14 +92,9 @@ def _claim(config: Config, run: RunDirectory) -> None:
 def _explain(config: Config, subject: Subject, run: RunDirectory, stop: StopRequest) -> None:
     job = config.job
     deconvnet = Deconvnet(subject.model, job.rule, job.dead_windows, job.lrn)
+    log.info("%s: %s", subject.used.source.folder, ", ".join(subject.layers))
     log.info(
-        "%s of %s on %s, %d %s images, rule %s",
-        ", ".join(subject.layers),
-        subject.used.source.folder,
-        subject.device,
-        len(subject.images),
-        subject.split,
-        job.rule,
+        "%s %s images on %s, rule %s", f"{len(subject.images):,}", subject.split, subject.device, job.rule
     )
     found = _search(subject, job.top, run, stop)
     write_tables(found, subject.model, subject.images, run.folder)
@@ -224,9 +219,8 @@ def _draw_layer(
 
 
 def _say(similarity: dict[str, dict[str, dict[str, Any]]]) -> None:
-    log.info(
-        "rank correlation of projections with those of controls (near 1: the pictures do not tell the unit):"
-    )
+    log.info("rank correlation of projections with those of controls")
+    log.info("(near 1: the pictures do not tell the unit):")
     for layer, rows in similarity.items():
         words = [
             f"{name} {row['rank_correlation']:+.2f}" if row["rank_correlation"] is not None else f"{name} –"

@@ -24,7 +24,8 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     data = data_for_views(used.data, settings.tta, stored, settings.crop_ratio)
     model = used.model if settings.tta == "none" else MeanOfViews(used.model, settings.tta).eval()
     with own_directory(config, output) as run:
-        log.info("%s on %s, %d images; %s", used.source.folder, data.name, len(part), used.plan.describe())
+        log.info("%s on %s, %s images", used.source.folder, data.name, f"{len(part):,}")
+        log.info(used.plan.describe())
         surroundings = describe_environment(used.plan.device, splits.fingerprint, config.trainer.name)
         run.write_json("environment.json", {**surroundings, "plan": used.plan.describe()})
         found = evaluate(model, used.batches(part, data), used.plan, settings.split)

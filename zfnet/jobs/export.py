@@ -56,12 +56,13 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
             facts[f"largest_difference_{name}"] = difference
             log.info(
                 "%s: %.1f MB, within %.1e of the network's logits",
-                path,
+                path.name,
                 path.stat().st_size / 1e6,
                 difference,
             )
         run.write_json("model.json", facts)
-        log.info("classes and preprocessing: %s", run.folder / "model.json")
+        log.info("model.json: classes and preprocessing")
+        log.info("written to %s", run.folder)
 
 
 def describe(used: UsedRun) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.named import NamedImage, find_images
 from zfnet.errors import UserError
-from zfnet.jobs.common import UsedRun, own_directory
+from zfnet.jobs.common import PREPROCESSING, UsedRun, own_directory
 from zfnet.report.figures import save_figure
 from zfnet.report.predictions import Prediction, draw_predictions, prediction_table, shorten
 from zfnet.weights import weights_hash
 
 log = logging.getLogger("zfnet")
 
+_USED = ("batch_size", *PREPROCESSING)  # what it takes from `data`
 SHOWN = 48  # images in the figure
 PICTURE = 160  # pixels a side, at least
 
@@ -37,10 +38,17 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     """
     if not config.images:
         raise UserError("job=predict needs images, as in 'images=[cat.jpg,photos/,https://…]'")
+    for word in overrides:
+        word = word.lstrip("+~")
+        key = word.split("=", 1)[0]
+        if key == "data" or (key.startswith("data.") and key.removeprefix("data.") not in _USED):
+            raise UserError(f"{word}: job=predict looks at images=[…] and at no data set; leave it out")
     images, problems = find_images(config.images)
     if not images:
         raise _none_readable(problems)
     used = UsedRun(config, overrides)
+    if config.job.top > len(used.classes) and any(word.startswith("job.top=") for word in overrides):
+        raise UserError(f"job.top={config.job.top}: the run knows {len(used.classes)} classes")
     with own_directory(config, output) as run:
         predictions: list[Prediction] = []
         for prediction, problem in predict(used, images, config.job.top, config.data.batch_size):

@@ -42,7 +42,7 @@ def reproduce(config: Config, run: RunDirectory) -> None:
     original = _finished(config)
     with hold(run, "reproduce.log") as stop:
         if run.state == "done":
-            log.info("nothing to do: %s is finished; see its reproduction.json", run.folder)
+            print(f"nothing to do: {run.folder} is finished; see its reproduction.json")
             return
         with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
             with _threads_of(original):
@@ -124,11 +124,8 @@ def _say(found: dict[str, Any]) -> None:
         log.info("a variation of %s:", found["run"])
         _list(variation)
     if found["identical"]:
-        log.info(
-            "identical: every metric of %d epochs, the results and the weights (sha256 %s…)",
-            found["epochs"],
-            found["weights_sha256"]["now"][:12],
-        )
+        log.info("identical: every metric of %d epochs, the results and the weights", found["epochs"])
+        log.info("sha256 of the weights: %s…", found["weights_sha256"]["now"][:48])
     else:
         log.info("%s: %s", "differs" if variation else "NOT identical", _first(found))
         if found["largest_differences"]:

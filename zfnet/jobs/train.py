@@ -19,7 +19,7 @@ from zfnet.report.figures import draw_curves, save_figure
 from zfnet.report.results import draw_results, results_of, say_per_class, say_result
 from zfnet.run import RunDirectory, objective
 from zfnet.sweeps.pruning import trial_watcher
-from zfnet.training.checkpoint import CheckpointWriter, read_checkpoint, read_newest
+from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint, read_newest
 from zfnet.training.compiling import settle_auto
 from zfnet.training.device import choose
 from zfnet.training.loop import BEST, evaluate, fit
@@ -56,7 +56,12 @@ def train(config: Config, run: RunDirectory, watcher: Watcher | None = None) -> 
     """
     with hold(run, "train.log") as stop:
         if run.state == "done":
-            log.info("nothing to do: %s is finished", run.folder)
+            if not run.weights.is_file():
+                raise UserError(
+                    f"{run.folder} is finished, but its {run.weights.name} is gone: python run.py job=reproduce "
+                    f"run={run.folder} trains it again, in a new directory"
+                )
+            print(f"nothing to do: {run.folder} is finished")  # and not into its log: it does not change
             return objective(run.read_json("results.json"))
         try:
             with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
@@ -99,11 +104,7 @@ def _train(
 ) -> dict[str, Any]:
     plan = choose(config.trainer, world)
     splits = load_splits(config.data)
-    if splits.validation is None and config.trainer.monitor == "validation_loss":
-        raise UserError(
-            f"data.root={config.data.root} has no val/ folder and data.validation=0 holds no images out: "
-            "hold some out, or set trainer.monitor=train_loss"
-        )
+    _check_against(splits, config)
     train = Batches(
         splits.train,
         config.data,
@@ -145,6 +146,8 @@ def _train(
     if saved is not None:
         state.restore(saved)
         log.info("going on from epoch %d, step %d", state.epoch + 1, state.step)
+        if state.epoch < config.trainer.epochs and (lost := _best(run, state)[1]):
+            log.warning("%s; unless a later epoch is better, the run will have to start again", lost)
     board = TensorBoard(run.tensorboard, state.step) if config.trainer.tensorboard else None
     if board is not None and saved is None:
         board.graph(state.model, config.data.image_size)
@@ -164,14 +167,57 @@ def _train(
             stop,
             Snapshots(run.snapshots, config.trainer.snapshots, facts),
         )
-        if state.best is not None:  # the best on validation; without validation, the last
-            best = read_checkpoint(run.checkpoints / BEST)
+        # the best on validation; without validation, the last
+        if state.best is not None and state.best["epoch"] != state.epoch:
+            best, lost = _best(run, state)
+            if best is None:  # no worse ones take their place
+                raise UserError(
+                    f"{lost}: delete {run.checkpoints} and give job=resume run={run.folder} to train from the "
+                    "start again"
+                )
             state.evaluated.load_state_dict(best.tensors)
+            state.best = best.facts
         return _report(config, run, state, facts, splits, validation, test, board)
     finally:
         writer.close()
         if board is not None:
             board.close()
+
+
+def _check_against(splits: Splits, config: Config) -> None:
+    """Compare the config with the images themselves; raise UserError."""
+    data = config.data
+    if splits.validation is None and config.trainer.monitor == "validation_loss":
+        raise UserError(
+            f"data.root={data.root} has no val/ folder and data.validation=0 holds no images out: "
+            "hold some out, or set trainer.monitor=train_loss"
+        )
+    if data.subset is not None and data.subset > len(splits.train):
+        raise UserError(
+            f"data.subset={data.subset}: there are {len(splits.train)} training images; null takes all of them"
+        )
+    side = data.crop_size or splits.train.images.shape[1]
+    if config.augment.cutout > side:
+        raise UserError(
+            f"augment.cutout={config.augment.cutout}: must be at most {side}, the side of the images it is cut from"
+        )
+
+
+def _best(run: RunDirectory, state: TrainingState) -> tuple[Checkpoint | None, str | None]:
+    """Return the weights of the best epoch so far, or None and how they were lost.
+
+    Where a killed process had come further than its last checkpoint, they may be of a later and better epoch.
+    """
+    if state.best is None:
+        return None, None
+    path, problem = run.checkpoints / BEST, "holds the weights of a worse epoch"
+    try:
+        best = read_checkpoint(path)
+        if best.facts.get("validation_accuracy", -1) >= state.best["validation_accuracy"]:
+            return best, None
+    except UserError:
+        problem = "cannot be read" if path.exists() else "is missing"
+    return None, f"{path} {problem}: the weights of the best epoch, {state.best['epoch']}, are lost"
 
 
 def _sizes(splits: Splits) -> str:

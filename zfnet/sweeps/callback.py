@@ -7,6 +7,7 @@ reads from the sweep's directory.
 from __future__ import annotations
 
 import logging
+import textwrap
 import time
 import traceback
 from pathlib import Path
@@ -41,7 +42,11 @@ class SweepReport(Callback):
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         share_machine(config.hydra.launcher.get("n_jobs", 1), Path(str(config.hydra.sweep.dir)))
-        print(f"\njob {config.hydra.job.num}: {' '.join(config.hydra.overrides.task)}", flush=True)
+        # what all jobs share need not be said
+        shared = config.hydra.job.config.override_dirname.exclude_keys
+        own = [w for w in config.hydra.overrides.task if w.partition("=")[0].lstrip("+~") not in shared]
+        head = f"job {config.hydra.job.num}: "
+        print("\n" + textwrap.fill(head + " ".join(own), 80, subsequent_indent=" " * len(head)), flush=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Note a failure that came before the run began, and bring the tables up to date."""

@@ -9,5 +9,5 @@ from zfnet.training.schedule import EXTRA, check_interval
 
 def check_recipe(config: Config) -> None:
     """Build optimizer and schedule on a dummy; raise UserError where a name or a value is not acceptable."""
-    check_interval(config.scheduler)
+    check_interval(config.scheduler, config.trainer.epochs)
     check_construction(config.optimizer, config.scheduler, EXTRA)

@@ -31,6 +31,11 @@ class Schedule:
         length = epochs * steps_per_epoch if self.by_step else epochs
         self.warmup_steps = round(settings.get("warmup_epochs", 0) * steps_per_epoch)
         self.scheduler = build_scheduler(settings, optimizer, length, EXTRA)
+        ends = getattr(self.scheduler, "total_steps", length)
+        if ends < length:
+            raise UserError(
+                f"scheduler.total_steps={ends}: the schedule ends before the run, which takes {length}; write auto"
+            )
         self.length, self.taken = length, 0
 
     def rate(self, step: int) -> float:
@@ -84,13 +89,17 @@ class Schedule:
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state["scheduler"]})
 
 
-def check_interval(settings: Mapping[str, Any]) -> None:
+def check_interval(settings: Mapping[str, Any], epochs: int) -> None:
     """Check the keys that are ours; raise UserError."""
     if settings.get("interval", "epoch") not in ("epoch", "step"):
         raise UserError(f"scheduler.interval={settings['interval']}: must be epoch or step")
     warmup = settings.get("warmup_epochs", 0)
     if isinstance(warmup, bool) or not isinstance(warmup, (int, float)) or not 0 <= warmup < float("inf"):
         raise UserError(f"scheduler.warmup_epochs={warmup}: must be a number of epochs, at least 0")
+    if warmup >= epochs:
+        raise UserError(
+            f"scheduler.warmup_epochs={warmup}: must be less than trainer.epochs={epochs}, the run's length"
+        )
     if str(settings.get("_target_", "")).endswith("ReduceLROnPlateau") and settings.get("interval") == "step":
         raise UserError("scheduler.interval=step: a plateau schedule steps once an epoch, on trainer.monitor")
 

@@ -1,0 +1,176 @@
+"""job=resume and the same command again: what goes on, what has nothing to do, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.helpers import EVERY_STEP, MINUTE, STEPS, compose, die_at, learned, no_figures, train_minute
+from zfnet.errors import UserError
+from zfnet.jobs import train as train_module
+from zfnet.run import RunDirectory
+from zfnet.training import loop
+from zfnet.training.checkpoint import step_files
+
+
+def test_the_same_command_goes_on_in_the_same_directory(whole, tmp_path: Path, run_py) -> None:
+    die_at(tmp_path / "r", 5)
+    with no_figures():
+        answer = run_py(*MINUTE, EVERY_STEP, "hydra.run.dir=r")
+        assert answer.code == 0
+        assert "r holds this run already" in answer.out
+        assert "going on from epoch 1, step 5" in answer.out
+        assert learned(RunDirectory(tmp_path / "r")) == whole
+        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*") if p.name != ".lock"}
+        assert "nothing to do: r is finished" in run_py(*MINUTE, "hydra.run.dir=r").out
+        assert "nothing to do: r is finished" in run_py("job=resume", "run=r").out
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_another_configs_directory_is_refused_untouched(tmp_path: Path, run_py) -> None:
+    die_at(tmp_path / "r", 3)
+    before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
+    answer = run_py(*MINUTE, "hydra.run.dir=r", "seed=1")
+    assert answer.code == 1
+    assert answer.err == (
+        "error: r holds a run with another config: choose another directory (hydra.run.dir=…)\n"
+    )
+    assert {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()} == before
+
+
+def test_resume_takes_no_other_settings(tmp_path: Path, run_py) -> None:
+    die_at(tmp_path / "r", 2)
+    answer = run_py("job=resume", "run=r", "optimizer.lr=0.5")
+    assert answer.code == 1
+    assert "takes no others, such as" in answer.err
+    assert "optimizer.lr=0.5" in answer.err
+
+
+def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
+    config, run = compose(*MINUTE), RunDirectory(tmp_path / "r")
+    run.claim(config)
+    child = (
+        "import sys; from zfnet.run import RunDirectory\n"
+        "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", child, str(run.folder)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="is in use by another process"):
+            train_module.train(config, run)
+    finally:
+        process.kill()
+        process.communicate()
+    with run.lock():  # the system let go
+        pass
+
+
+def test_another_config_than_the_checkpoints_is_refused(run_py, tmp_path: Path) -> None:
+    assert run_py(*MINUTE, "hydra.run.dir=r").code == 0
+    run = RunDirectory(tmp_path / "r")
+    run.set_status("stopped")
+    text = (run.folder / "config.yaml").read_text()
+    (run.folder / "config.yaml").write_text(text.replace("epochs: 2", "epochs: 3"))
+    answer = run_py("job=resume", f"run={run.folder}")
+    assert answer.code == 1
+    assert "is not the config that the checkpoint was made with" in answer.err
+    assert answer.err.count("\n") == 1
+
+
+def test_a_finished_run_without_its_weights_is_named(run_py, tmp_path: Path) -> None:
+    run = train_minute(tmp_path / "r", "trainer.epochs=1")
+    run.weights.unlink()
+    answer = run_py("job=resume", "run=r")
+    assert answer.code == 1
+    assert answer.err == (
+        "error: r is finished, but its model.safetensors is gone: python run.py job=reproduce run=r trains it "
+        "again, in a new directory\n"
+    )
+    assert run.state == "done"
+
+
+# -- the best weights are lost
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that gives the validations of each epoch these accuracies."""
+    real = loop.evaluate
+
+    def prefer(*accuracies: float) -> None:
+        def judged(model, batches, plan, what, stop=None):
+            found = real(model, batches, plan, what, stop)
+            if what.startswith("validation "):
+                object.__setattr__(found, "accuracy", accuracies[int(what.split()[1]) - 1])
+            return found
+
+        monkeypatch.setattr(loop, "evaluate", judged)
+
+    return prefer
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, judge, harm: str) -> None:
+    judge(0.9, 0.2, 0.3)
+    die_at(tmp_path / "r", 2 * STEPS + 3, "trainer.epochs=3")
+    run = RunDirectory(tmp_path / "r")
+    path = run.checkpoints / loop.BEST
+    path.unlink()
+    if harm == "damaged":
+        path.write_bytes(b"\x00" * 99)
+    words = {"missing": "is missing", "damaged": "cannot be read"}
+    with pytest.raises(UserError) as caught:
+        train_minute(run.folder, EVERY_STEP, "trainer.epochs=3")
+    lost = f"{path} {words[harm]}: the weights of the best epoch, 1, are lost"
+    assert str(caught.value).startswith(
+        f"{lost}: delete {run.checkpoints} and give job=resume run={run.folder}"
+    )
+    assert f"{lost}; unless a later epoch is better" in (run.folder / "train.log").read_text()
+    assert not run.weights.exists()
+    shutil.rmtree(run.checkpoints)  # as it was told
+    again = learned(train_minute(run.folder, "trainer.epochs=3"))
+    assert again == learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
+    assert run.read_json("results.json")["best_epoch"] == 1
+
+
+@pytest.mark.parametrize(("accuracies", "best"), [((0.3, 0.2, 0.9), 3), ((0.1, 0.2, 0.2), 2)])
+def test_a_later_epoch_that_is_better_makes_the_loss_good(
+    tmp_path: Path, judge, accuracies: tuple[float, ...], best: int
+) -> None:
+    judge(*accuracies)
+    expected = learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
+    die_at(tmp_path / "r", STEPS + 3, "trainer.epochs=3")
+    run = RunDirectory(tmp_path / "r")
+    (run.checkpoints / loop.BEST).unlink()
+    assert learned(train_minute(run.folder, "trainer.epochs=3")) == expected
+    assert run.read_json("results.json")["best_epoch"] == best
+
+
+def test_best_weights_of_an_epoch_that_is_trained_again_are_not_lost(tmp_path: Path, judge) -> None:
+    """A killed run has come to a better epoch than its newest checkpoint knows of, which happens always."""
+    judge(0.1, 0.9, 0.2)
+    expected = learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
+    die_at(tmp_path / "r", 2 * STEPS + 1, "trainer.epochs=3")
+    run = RunDirectory(tmp_path / "r")
+    for path in step_files(run.checkpoints):
+        path.unlink()
+    die_at(tmp_path / "other", STEPS + 3, "trainer.epochs=3")
+    newest = step_files(tmp_path / "other/checkpoints")[-1]
+    shutil.copy(newest, run.checkpoints / newest.name)
+    judge(0.1, 0.05, 0.02)  # as where hardware rounds differently: trained again, the epoch comes out worse
+    assert learned(train_minute(run.folder, "trainer.epochs=3"))[0] == expected[0]
+    assert run.read_json("results.json")["best_epoch"] == 2
+    assert "are lost" not in (run.folder / "train.log").read_text()

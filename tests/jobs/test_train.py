@@ -1,0 +1,133 @@
+"""What a training leaves behind: its files, its figures, and the weights that validation chose."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import MINUTE, compose, learned, no_figures, train_minute
+from zfnet.errors import UserError
+from zfnet.run import HISTORY_COLUMNS, RunDirectory
+from zfnet.training import loop
+
+
+def test_the_best_weights_are_the_ones_kept(tmp_path: Path, monkeypatch) -> None:
+    """Validation is made to prefer the first of three epochs: the file holds that epoch's weights."""
+    seen: list[torch.Tensor] = []
+    real = loop.evaluate
+
+    def judged(model, batches, plan, what, stop=None):
+        found = real(model, batches, plan, what, stop)
+        if what.startswith("validation "):
+            seen.append(model.conv1.weight.detach().clone())
+            object.__setattr__(found, "accuracy", [0.9, 0.2, 0.3][len(seen) - 1])
+        return found
+
+    monkeypatch.setattr(loop, "evaluate", judged)
+    run = train_minute(tmp_path / "run", "trainer.epochs=3", "optimizer.lr=0.01")
+    from zfnet.weights import load_model
+
+    assert torch.equal(load_model(run.weights)[0].conv1.weight, seen[0])
+    assert not torch.equal(seen[0], seen[2])
+    assert run.read_json("results.json")["best_epoch"] == 1
+
+
+def test_the_files_of_a_run(tiny_run: RunDirectory) -> None:
+    present = {p.name for p in tiny_run.folder.iterdir()}
+    expected = {"config.yaml", "environment.json", "status.json", "history.csv", "results.json"}
+    assert expected | {"model.safetensors", "checkpoints", "figures", "train.log"} <= present
+    assert not [p for p in tiny_run.folder.rglob("*") if p.name.endswith(".partial")]
+    assert tiny_run.state == "done"
+    with open(tiny_run.folder / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == HISTORY_COLUMNS
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    log = (tiny_run.folder / "train.log").read_text()
+    assert "epoch 1/2" in log
+    assert "334,794 parameters" in log
+
+
+def test_results(tiny_run: RunDirectory) -> None:
+    results, history = tiny_run.read_json("results.json"), tiny_run.read_history()
+    assert {
+        "test",
+        "validation",
+        "epochs",
+        "seconds",
+        "images_per_second",
+        "weights_sha256",
+    } <= results.keys()
+    for name, images in (("validation", 20), ("test", 50)):
+        part = results[name]
+        assert part["images"] == images
+        confusion = np.array(part["confusion"])
+        assert confusion.sum() == images
+        assert part["accuracy"] == pytest.approx(np.trace(confusion) / images)
+        assert 0 <= part["accuracy"] <= part["top5"] <= 1
+        for k, accuracy in enumerate(part["per_class"].values()):
+            assert accuracy == pytest.approx(confusion[k, k] / confusion[k].sum())
+    best = max(history, key=lambda row: row["validation_accuracy"])
+    assert results["best_epoch"] == best["epoch"]
+    assert results["validation"]["accuracy"] == pytest.approx(best["validation_accuracy"])
+    assert results["test_seen_each_epoch"] is False
+    environment = tiny_run.read_json("environment.json")
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert len(environment["data_fingerprint"]) == 64
+
+
+def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
+    words = ("data.validation=0", "trainer.monitor=train_loss", "trainer.test_each_epoch=true")
+    run = train_minute(tmp_path / "run", *words)
+    results = run.read_json("results.json")
+    assert results["validation"] is None
+    assert results["best_epoch"] is None
+    assert results["test_seen_each_epoch"] is True
+    history = run.read_history()
+    assert all(row["validation_loss"] is None for row in history)
+    assert history[-1]["test_accuracy"] == pytest.approx(results["test"]["accuracy"])
+    assert "do not choose an epoch or a setting by it" in (run.folder / "train.log").read_text()
+
+
+def test_logging_and_boards_change_no_weights(tmp_path: Path) -> None:
+    """What a run writes about itself is no part of what it computes."""
+    plain = learned(train_minute(tmp_path / "a"))
+    words = ("trainer.log_every=1", "trainer.tensorboard=true", "trainer.checkpoint_minutes=1e-9")
+    assert learned(train_minute(tmp_path / "b", *words)) == plain
+
+
+def test_the_objective_of_a_sweep_is_validations(tmp_path: Path) -> None:
+    from zfnet.jobs.train import train
+
+    config, run = compose(*MINUTE), RunDirectory(tmp_path / "run")
+    run.claim(config)
+    with no_figures():
+        value = train(config, run)
+    assert value == run.read_json("results.json")["validation"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["data.subset=73"], "data.subset=73: there are 72 training images; null takes all of them"),
+        (
+            ["augment.cutout=65"],
+            "augment.cutout=65: must be at most 64, the side of the images it is cut from",
+        ),
+        (["augment.cutout=33", "data.crop_size=32"], "augment.cutout=33: must be at most 32"),
+    ],
+)
+def test_what_does_not_fit_the_images_is_named(tmp_path: Path, words: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        train_minute(tmp_path / "run", *words)
+    assert str(caught.value).startswith(expected)
+
+
+def test_what_just_fits_the_images_is_taken(tmp_path: Path) -> None:
+    assert (
+        train_minute(tmp_path / "run", "data.subset=72", "augment.cutout=64", "trainer.epochs=1").state
+        == "done"
+    )
