@@ -1,0 +1,181 @@
+"""A GPU that is not there, so that machines without one notice where tensors of two devices meet.
+
+Within `pretended_gpu()` the device `cuda` exists. Its tensors, `OnGpu`, say that they are on it, compute on the CPU,
+and refuse what CUDA refuses: operations on tensors of both devices, a CPU tensor indexed by one on the GPU,
+`numpy()`. `pretended_gpu` yields a list of what would have the host wait for the device.
+
+It cannot show CUDA's arithmetic, streams and memory, or what PyTorch's own C++ functions do among themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+READING = (aten._local_scalar_dense, aten.equal, aten.nonzero, aten._unique2)  # the host needs their results
+_waits: list[str] = []
+
+
+class MixedDevices(RuntimeError):
+    """Tensors of both devices met where CUDA would not have it."""
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU. `inner`, of the same shape, holds its numbers."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda _: torch.device("cuda", 0))  # type: ignore[assignment]
+    is_cuda = property(lambda _: True)  # type: ignore[assignment]
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor):
+        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        self = Tensor._make_wrapper_subclass(cls, inner.shape, **layout)
+        self.inner = inner
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs, given = kwargs or {}, {}
+        _refuse_mixed(func, args, kwargs)
+        if func.overloadpacket in READING:
+            _waits.append(str(func))
+
+        def unpack(x: OnGpu) -> Tensor:
+            given[id(x.inner)] = x
+            return x.inner
+
+        out = func(*tree_map_only(OnGpu, unpack, args), **tree_map_only(OnGpu, unpack, kwargs))
+        if func is aten.copy_.default and not isinstance(args[0], OnGpu):
+            _waits.append("a copy to the CPU")
+            return args[0]
+        # what works in place returns the tensor that it was given
+        return tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else OnGpu(t), out)
+
+
+def _refuse_mixed(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise MixedDevices where CUDA would."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    strangers = [x for x in tensors if not isinstance(x, OnGpu)]
+    if not strangers or func.overloadpacket in (aten.copy_, aten.fill_):
+        return
+    target_is_there = isinstance(args[0], OnGpu)
+    if func.overloadpacket in INDEXING and target_is_there:
+        indices = {id(i) for i in args[1]}  # they may be on the CPU: it is a copy, which waits
+        if any(id(x) in indices for x in strangers):
+            _waits.append(f"{func} by an index on the CPU")
+        strangers = [x for x in strangers if id(x) not in indices and x.ndim]
+    elif torch.Tag.pointwise in func.tags and (target_is_there or not func._schema.is_mutable):
+        strangers = [x for x in strangers if x.ndim]  # a single number on the CPU is passed by value
+    if strangers:
+        raise MixedDevices(f"{func}: {', '.join(f'{list(x.shape)} on {x.device}' for x in tensors)}")
+
+
+class _Gpu(TorchFunctionMode):
+    """Lets Python make tensors on the device and move them to it and back."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, first = dict(kwargs or {}), args[0] if args else None
+        if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
+            return _move(func, *args, **kwargs)
+        if func is Tensor.pin_memory:
+            return first.clone()
+        if isinstance(first, OnGpu):
+            if func is Tensor.numpy:
+                raise MixedDevices("can't convert a CUDA tensor to numpy")
+            if func is Tensor.tolist:
+                _waits.append("tolist")
+                return first.inner.tolist()
+            if func is F.one_hot:  # makes its own tensors in C++
+                return OnGpu(func(first.inner, *args[1:], **kwargs))
+        if _is_cuda(kwargs.get("device")):
+            if func in (torch.tensor, torch.as_tensor):
+                _waits.append(f"torch.tensor({first}, device=…)")
+            made = func(*args, **{**kwargs, "device": "cpu"})
+            return made if isinstance(made, OnGpu) else OnGpu(made)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
+
+
+def _move(func: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Do what Tensor.to, Tensor.cpu and Tensor.cuda do."""
+    rest, there = list(args), isinstance(x, OnGpu)
+    device = kwargs.pop("device", None)
+    if func is not Tensor.to:
+        device = "cpu" if func is Tensor.cpu else "cuda"
+    elif rest and isinstance(rest[0], Tensor):
+        device, rest[0] = rest[0].device, rest[0].dtype
+    elif rest and (rest[0] is None or isinstance(rest[0], (str, torch.device))):
+        device = rest.pop(0)
+    blocking = not kwargs.pop("non_blocking", any(value is True for value in rest))
+    rest = [value for value in rest if value is not None and not isinstance(value, bool)]
+    if device is None or _is_cuda(device) == there:
+        return Tensor.to(x, *rest, **kwargs) if rest or kwargs else x
+    if blocking:
+        _waits.append(f"a move to {device}")
+    return _Move.apply(x, rest, kwargs)
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rest, kwargs):
+        source = x.inner if isinstance(x, OnGpu) else x
+        moved = source.detach().to(*rest, **{**kwargs, "copy": True})
+        return moved if isinstance(x, OnGpu) else OnGpu(moved)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad.inner.clone() if isinstance(grad, OnGpu) else OnGpu(grad)), None, None
+
+
+class _Threads(ThreadPoolExecutor):
+    """Threads in which the device exists as well."""
+
+    def submit(self, call: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        def work() -> Any:
+            with _Gpu():
+                return call(*args, **kwargs)
+
+        return super().submit(work)
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[list[str]]:
+    """Have one GPU of 80 GiB within this block; yield what would have the host wait for it, as it happens."""
+    stream = SimpleNamespace(record_event=lambda: SimpleNamespace(synchronize=lambda: None))
+    facts = SimpleNamespace(name="pretended", total_memory=80 << 30, major=9, minor=0)
+    with pytest.MonkeyPatch.context() as patch, _Gpu():
+        for name, value in {
+            "device_count": 1,
+            "get_device_name": "pretended",
+            "get_device_properties": facts,
+            "mem_get_info": (80 << 30, 80 << 30),
+            "is_bf16_supported": True,
+            "current_stream": stream,
+            "synchronize": None,
+        }.items():
+            patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+        patch.setattr("zfnet.data.batches.ThreadPoolExecutor", _Threads)
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # a Parameter's type cannot change
+        _waits.clear()
+        try:
+            yield _waits
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(before)

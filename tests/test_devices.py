@@ -1,0 +1,183 @@
+"""Nothing mixes the CPU's tensors with a GPU's, and steps do not wait for it; shown on a GPU that is pretended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.explain.networks import network, pictures, some_units
+from tests.helpers import (
+    MINUTE,
+    compose,
+    data_config,
+    learned,
+    random_images,
+    train_minute,
+    used,
+)
+from tests.pretended import MixedDevices, OnGpu, pretended_gpu
+from zfnet.data import Batches, load_splits, preprocess
+from zfnet.data.images import image_set
+from zfnet.explain.controls import dead_window_sensitivity, project_controls
+from zfnet.explain.correspondence import compare, cut_to_boxes, mask, quarter_centres, sign_changes
+from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.evolution import look, project_strongest
+from zfnet.explain.filters import measure_filters
+from zfnet.explain.invariance import make_amounts, measure, typical_distance
+from zfnet.explain.occlusion import occlude
+from zfnet.explain.top_activations import TopActivations, collect
+from zfnet.jobs.looking import choose_images
+from zfnet.report.pictures import on_grey, to_pixels
+from zfnet.run import RunDirectory
+from zfnet.training.device import choose
+from zfnet.training.loop import evaluate, train_step
+from zfnet.training.state import TrainingState
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real one is there")
+ON_GPU = ("trainer.device=cuda", "trainer.precision=fp32")
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def waits() -> Iterator[list[str]]:
+    with pretended_gpu() as found:
+        yield found
+
+
+def test_the_pretence_refuses_what_cuda_refuses(waits: list[str]) -> None:
+    here, there = torch.ones(3), torch.ones(3, device="cuda")
+    assert isinstance(there, OnGpu)
+    for mixed in (
+        lambda: here + there,
+        lambda: torch.cat([here, there]),
+        lambda: here[there.long()],
+        lambda: there.numpy(),
+        lambda: torch.zeros(()).add_(there.sum()),
+        lambda: there.index_put((there.long(),), here),
+    ):
+        with pytest.raises(MixedDevices):
+            mixed()
+    assert waits == []
+    assert torch.equal((there * torch.tensor(2.0) + 1).cpu(), 2 * here + 1)
+    assert there[torch.tensor([0])].sum().item() == 1
+    assert len(waits) == 3  # the move, the index, the number
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("optimizer=sgd", "model.norm=lrn", "model.dropout=0.5", "augment=crop_flip_cutout"),
+        ("optimizer=adam", "data.device_memory=0", "trainer.accumulate=3"),
+        ("optimizer=adagrad", "model.norm=batch", "trainer.label_smoothing=0.1"),
+        ("optimizer=nadam", "model.rms_limit=0.1", "data.mean=[0.4,0.5,0.6]", "augment=crop_flip"),
+        ("optimizer=rmsprop", "scheduler.warmup_epochs=1"),
+    ],
+)
+def test_a_step_mixes_nothing_and_waits_for_nothing(waits: list[str], words: tuple[str, ...]) -> None:
+    config = compose(*MINUTE, *ON_GPU, *words)
+    images, plan = load_splits(config.data).train, choose(config.trainer)
+    batches = Batches(
+        images, config.data, plan.device, seed=1, augment=config.augment, channels_last=plan.channels_last
+    )
+    state = TrainingState(config, plan, 10, len(batches))
+    steps = batches.epoch(0)
+    train_step(state, next(steps))
+    waits.clear()
+    for batch in steps:
+        train_step(state, batch)
+    assert waits == []
+    assert all(p.device.type == "cuda" for p in state.model.parameters())
+
+
+def test_a_run_goes_on_from_a_checkpoint(waits: list[str], tmp_path: Path) -> None:
+    words = ("trainer.checkpoint_minutes=1e-9", "trainer.ema=0.9", "trainer.clip_norm=1", "model.dropout=0.5")
+    whole = train_minute(tmp_path / "gpu", *ON_GPU, *words)
+    (tmp_path / "gpu" / "checkpoints" / "step-000000016.safetensors").unlink()
+    before = learned(whole)
+    (whole.folder / "results.json").unlink()
+    whole.set_status("stopped")
+    assert learned(train_minute(tmp_path / "gpu", *ON_GPU, *words)) == before
+    assert learned(train_minute(tmp_path / "cpu", *words)) == before  # which is how `OnGpu` computes
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(32, 224), (32, 64), (64, 20), (48, 48)])
+def test_the_gpus_way_of_preprocessing_is_within_a_grey_level(
+    waits: list[str], stored: int, wanted: int
+) -> None:
+    data = data_config(image_size=wanted, mean=[0.0] * 3, std=[1 / 255] * 3)
+    pixels = random_images(4, stored)
+    assert (preprocess(pixels.to("cuda"), data).cpu() - preprocess(pixels, data)).abs().max() <= 1.001
+
+
+@pytest.mark.parametrize(
+    ("variant", "rule"), [("lrn", "deconvnet"), ("batch", "guided"), ("no_pool", "gradient")]
+)
+def test_projections(waits: list[str], variant: str, rule: str) -> None:
+    model = network(variant)
+    images, layers = pictures(model), ("conv1", "conv5", "fc8")
+    units = {layer: some_units(model, images, layer)[:6] for layer in layers}
+    expected = {layer: Deconvnet(model, rule).project(images, layer, units[layer]) for layer in layers}
+    model.to("cuda")
+    for layer in layers:
+        found = Deconvnet(model, rule).project(images.to("cuda"), layer, units[layer])
+        assert found.device.type == "cuda"
+        torch.testing.assert_close(found.cpu(), expected[layer])
+
+
+def test_explanations(waits: list[str]) -> None:
+    model = network("lrn").to("cuda")
+    size, labels = model.image_size, torch.arange(4, device="cuda")
+    inputs = pictures(model, 4).to("cuda")
+    deconvnet = Deconvnet(model, "guided", "all", "gradient")
+    units = torch.tensor([[0, 0, 1, 1], [1, 2, 0, 1], [3, 1, 0, 0]])
+    assert deconvnet.project_fields(inputs, "conv2", units).device.type == "cuda"
+    assert project_controls(deconvnet, inputs, "conv3", units).similarity()
+    assert dead_window_sensitivity(deconvnet, inputs, "conv2", units)
+    occluded = occlude(
+        model, inputs, labels, layer="conv5", patch=30, stride=30, fill=torch.zeros(3), batch_size=5
+    )
+    assert type(occluded.activation) is torch.Tensor
+    amounts = make_amounts(size, 0.1, 1.5, 90, 3)
+    curves = measure(model, inputs, labels, amounts, ["conv1", "fc7"], 4)
+    assert all(type(c.probability) is torch.Tensor for c in curves.values())
+    assert typical_distance(model, inputs, ["conv1"], 2)["conv1"] > 0
+    boxes = torch.tensor([[4.0, 4, 40, 50]] * 4)
+    cut = cut_to_boxes(inputs, boxes)
+    signs = [
+        sign_changes(model, cut, mask(cut, centres, 9, torch.zeros(3)), ["fc7"], 3)["fc7"]
+        for centres in quarter_centres(boxes, size).values()
+    ]
+    assert compare(signs[0], signs[1], torch.zeros(4, dtype=torch.int64), 9, 0)
+    assert on_grey(inputs).numpy().shape == to_pixels(inputs, data_config()).numpy().shape
+
+
+def test_searches_over_a_set(waits: list[str]) -> None:
+    model = network("pad").float().to("cuda")
+    images = image_set(random_images(20, model.image_size).numpy(), torch.arange(20) % 4, "abcd")
+    data = data_config(image_size=model.image_size)
+
+    def batches(part) -> Batches:
+        return Batches(part, data, GPU)
+
+    found = collect(model, images, batches, ["conv2", "fc7"], TopActivations(3, 4))
+    again = TopActivations.from_state(*found.state(), GPU)
+    assert again.statistics("conv2").class_means.device.type == "cuda"
+    probes = pictures(model, 2).float().to("cuda")
+    seen = look(model, images, batches, probes, ["conv2"], 2)
+    maps = torch.tensor([0, 3])
+
+    def inputs(index: torch.Tensor) -> torch.Tensor:
+        return preprocess(images.pixels(index).to("cuda"), data)
+
+    assert len(project_strongest(model, "conv2", seen.strongest["conv2"], maps, inputs)) == 2
+    assert type(measure_filters(model, batches(images).in_order()).peak) is torch.Tensor
+
+
+def test_a_run_of_the_cpus_is_read_on_a_gpu(tiny_run: RunDirectory, waits: list[str]) -> None:
+    run = used(tiny_run, *ON_GPU)
+    assert choose_images(run, run.config, 3).labels.device.type == "cuda"
+    found = evaluate(run.model, run.batches(run.split("test")), run.plan, "test")
+    assert found.accuracy == run.source.read_json("results.json")["test"]["accuracy"]
