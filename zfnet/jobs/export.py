@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def main(config: Config, output: Path, overrides: list[str]) -> None:
     model = used.model.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     facts = describe(used)
     inside = json.dumps(facts)
-    with own_directory(config, output) as run, torch.no_grad(), _readable_switches():
+    with own_directory(config, output) as run, torch.no_grad():
         size = used.data.image_size
         program = torch.export.export(
             model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: Dim("batch", min=1)},)
@@ -107,23 +106,6 @@ def check(model: ZFNet, exported: Callable[[Tensor], Tensor]) -> float:
             raise UserError(f"the exported network's logits differ from the network's by {difference:.3g}")
         largest = max(largest, difference)
     return largest
-
-
-@contextlib.contextmanager
-def _readable_switches() -> Iterator[None]:
-    """torch.export asks cuDNN's old TF32 switch, which cannot answer while `trainer=exact` has set the new ones.
-
-    Tracing is done on the CPU, so within this block they may stand as they come.
-    """
-    parts = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
-    before = [part.fp32_precision for part in parts]
-    for part in parts:
-        part.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        for part, value in zip(parts, before, strict=True):
-            part.fp32_precision = value
 
 
 def _onnx(program: ExportedProgram, facts: str) -> bytes:

@@ -54,11 +54,12 @@ class Plan:
 def choose(trainer: TrainerConfig, world: World = ALONE) -> Plan:
     """Decide every `auto` and set the process-wide switches that the decisions need; raise UserError."""
     device = _device(trainer.device)
-    if world.local >= torch.cuda.device_count() and device.type == "cuda":
-        raise UserError(
-            f"trainer.devices={world.size}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch"
-        )
     if world.size > 1 and device.type == "cuda":
+        # of processes started here all see this, not only those that are left without a GPU
+        if max(world.local + 1, trainer.devices) > torch.cuda.device_count():
+            raise UserError(
+                f"trainer.devices={world.size}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch"
+            )
         device = torch.device("cuda", world.local)
         torch.cuda.set_device(device)
     torch.set_num_threads(trainer.threads or max(1, THREADS // world.size))
@@ -154,6 +155,7 @@ def set_switches(deterministic: bool, precision: str) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     # IEEE fp32 when exactness is asked for, TF32 for what autocast leaves in fp32 otherwise
-    loose = "ieee" if deterministic else "tf32"
-    torch.backends.cuda.matmul.fp32_precision = loose
-    torch.backends.cudnn.conv.fp32_precision = loose  # type: ignore[attr-defined]
+    # by the older names, which set the newer ones too: the other way round, whoever reads an older one (Lightning,
+    # parts of torch.compile and torch.export) gets an error
+    torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic
