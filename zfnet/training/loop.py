@@ -138,8 +138,7 @@ def train_step(state: TrainingState, batch: Batch) -> None:
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.model.renormalize()
-    if state.average is not None:
-        state.average.update_parameters(state.model)
+    state.move_average()
     state.schedule.after_step()
     state.step += 1
 

@@ -77,6 +77,29 @@ class TrainingState:
         module: ZFNet = self.average.module  # type: ignore[assignment]
         return module
 
+    def move_average(self) -> None:
+        """Let the moving average follow the weights, where there is one.
+
+        `update_parameters` would do it too, but has the host wait for a GPU: it sends it its count of steps each time.
+        """
+        if self.average is None:
+            return
+        if self.average.n_averaged == 0:
+            self.average.update_parameters(self.model)  # copies
+            return
+        groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        of_average, of_model = (
+            (t.detach() for t in (*m.parameters(), *m.buffers())) for m in (self.average.module, self.model)
+        )
+        for average, now in zip(of_average, of_model, strict=True):
+            group = groups.setdefault(average.dtype, ([], []))
+            group[0].append(average)
+            group[1].append(now)
+        assert self.average.multi_avg_fn is not None
+        for group in groups.values():
+            self.average.multi_avg_fn(*group, self.average.n_averaged)
+        self.average.n_averaged += 1
+
     def averaging(self, now: bool) -> contextlib.AbstractContextManager:
         """Return the context of a backward pass: whether processes average their gradients after it."""
         if now or self.world.size == 1:
