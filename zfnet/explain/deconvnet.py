@@ -54,15 +54,17 @@ class _Trace:
 
 @contextlib.contextmanager
 def _exactly() -> Iterator[None]:
-    """Without gradients; on CUDA with deterministic convolutions in full precision, whatever training has chosen."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    """Without gradients; on CUDA with deterministic kernels in full precision, whatever training has chosen."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    conv = cudnn.conv  # type: ignore[attr-defined]
+    before = cudnn.deterministic, cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision
     try:
-        cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = True, False, "ieee"  # type: ignore
+        cudnn.deterministic, cudnn.benchmark = True, False
+        conv.fp32_precision = matmul.fp32_precision = "ieee"
         with torch.no_grad():
             yield
     finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
+        cudnn.deterministic, cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision = before
 
 
 class Deconvnet:
