@@ -68,10 +68,16 @@ def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
         words = f"torch.compile: off, {steps:,} steps of {1000 * eager:.2f} ms are too few for it to pay"
     else:
         state.use_compiled(True)
-        cost = timed(partial(_train_on, state, examples), state.plan.device)
-        trial = Trial(eager, _seconds(state, examples[0]), cost)
-        state.use_compiled(trial.pays)
-        words = trial.describe(steps, state.steps_per_epoch)
+        try:
+            cost = timed(partial(_train_on, state, examples), state.plan.device)
+            trial = Trial(eager, _seconds(state, examples[0]), cost)
+        except Exception as error:  # no C compiler, no Triton …: nobody asked for it by name
+            state.use_compiled(False)
+            state.optimizer.zero_grad(set_to_none=True)
+            words = f"torch.compile: off, it fails here ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        else:
+            state.use_compiled(trial.pays)
+            words = trial.describe(steps, state.steps_per_epoch)
     state.restore(before)
     return words
 
