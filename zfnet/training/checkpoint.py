@@ -155,7 +155,8 @@ def load_optimizer(optimizer: Optimizer, saved: Checkpoint) -> None:
     for fresh, stored in zip(optimizer.state_dict()["param_groups"], saved.facts["groups"], strict=True):
         # JSON has no tuples: what the fresh optimizer holds as one becomes one again
         values = {k: tuple(v) if isinstance(fresh.get(k), tuple) else v for k, v in stored.items()}
-        groups.append({**fresh, **values})
+        # which kernels compute a step is a matter of the device, which may be another one now
+        groups.append({**fresh, **values, **{k: fresh[k] for k in ("fused", "foreach") if k in fresh}})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
