@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from zfnet.report.sweep import Setting, Sweep, say, short_names
 
@@ -182,7 +183,9 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     axis.set_yticks(range(grid.shape[0]), [say(v) for v in rows.values])
     axis.set(xlabel=keys[0], ylabel=keys[1], title="Validation accuracy (mean ± std over seeds)")
     axis.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axis, format="{x:.1%}", shrink=0.9).outline.set_visible(False)
+    figure.colorbar(image, ax=axis, format=StrMethodFormatter("{x:.1%}"), shrink=0.9).outline.set_visible(
+        False
+    )
     return figure
 
 
@@ -205,7 +208,9 @@ def _draw_points(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
             which.set_ticks(places, texts)
     axis.set_title("Validation accuracy (ring: the best)")
     _bare(axis)
-    figure.colorbar(dots, ax=axis, format="{x:.1%}", shrink=0.9).outline.set_visible(False)
+    figure.colorbar(dots, ax=axis, format=StrMethodFormatter("{x:.1%}"), shrink=0.9).outline.set_visible(
+        False
+    )
     return figure
 
 
