@@ -19,6 +19,9 @@ from zfnet.run import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["MPLBACKEND"] = "Agg"
+# PyTorch looks at it once, at the first product on a GPU: of whatever test, and `trainer=exact` needs it there
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+THREADS = torch.get_num_threads()
 # the same examples every time, and no complaint about a busy machine
 hypothesis.settings.register_profile("zfnet", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("zfnet")
@@ -40,10 +43,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(autouse=True)
 def _switches_put_back():
     """`trainer=exact` and `trainer.threads` set process-wide switches; one test's must not reach the next."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+
+    def put_back() -> None:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(THREADS)
+
+    put_back()  # fixtures of a module or a session train before any test does
     yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.set_num_threads(before[1])
+    put_back()
 
 
 @pytest.fixture(scope="session")
