@@ -172,6 +172,25 @@ def test_twice_the_same_bytes_and_chunks_change_nothing(monkeypatch) -> None:
     torch.testing.assert_close(Deconvnet(model).project(images, "conv5", units), first)
 
 
+def test_tf32_has_no_part_in_it() -> None:
+    """Neither in convolutions nor in products with the fully connected layers' weights."""
+    model, found = network(), []
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+
+    def note(*_) -> None:
+        found.append((matmul.fp32_precision, conv.fp32_precision))
+
+    model.fc8.register_forward_hook(note)
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = True
+        Deconvnet(model).project(pictures(model), "fc8", [(0, 0)])
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+    assert found == [("ieee", "ieee")]
+
+
 def test_no_units_no_projections() -> None:
     model = network()
     assert Deconvnet(model).project(pictures(model), "conv5", []).shape == (0, 3, 64, 64)

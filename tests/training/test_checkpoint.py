@@ -220,6 +220,13 @@ def test_an_optimizer_goes_on_to_the_bit(name: str, channels_last: bool, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), whole.parameters(), strict=True))
 
 
+def test_kernels_are_the_devices_and_not_the_checkpoints() -> None:
+    """A run of a CPU may go on where `fused` does not exist."""
+    here, there = (torch.optim.Adagrad([torch.nn.Parameter(torch.ones(3))], fused=f) for f in (True, None))
+    load_optimizer(there, optimizer_checkpoint(here))
+    assert there.param_groups[0]["fused"] is None
+
+
 def test_prefixes() -> None:
     one = {"a.b": torch.ones(1), "c": torch.zeros(1)}
     both = with_prefix("model", one) | with_prefix("model2", {"a.b": torch.ones(2)})

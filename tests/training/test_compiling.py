@@ -93,6 +93,21 @@ def test_the_faster_way_is_taken(tried, monkeypatch) -> None:
         assert (state.forward is state.model) is not faster
 
 
+def test_a_compiler_that_fails_is_left_alone(tried, monkeypatch) -> None:
+    def compile_nothing(module, **_):
+        def call(*_):
+            raise RuntimeError("Failed to find C compiler\nand more")
+
+        return call
+
+    monkeypatch.setattr(state_module.torch, "compile", compile_nothing)
+    state, batches = state_and_batches()
+    before = {name: tensor.clone() for name, tensor in state.checkpoint(0.0).tensors.items()}
+    assert "off, it fails here (Failed to find C compiler)" in compile_if_it_pays(state, batches)
+    assert state.forward is state.model
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.checkpoint(0.0).tensors.items())
+
+
 @pytest.mark.parametrize("faster", [True, False])
 def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(
     tried, tmp_path: Path, monkeypatch, faster: bool

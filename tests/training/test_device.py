@@ -9,6 +9,7 @@ from tests.helpers import checked
 from zfnet.errors import UserError
 from zfnet.training import device as device_module
 from zfnet.training.device import choose
+from zfnet.training.world import World
 
 
 def plan(*words: str):
@@ -22,6 +23,24 @@ def test_exact_is_exact() -> None:
     assert not torch.backends.cudnn.benchmark
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert "deterministic" in exact.describe()
+
+
+@pytest.mark.parametrize(("trainer", "loose"), [("exact", False), ("cpu", True)])
+def test_the_older_names_of_tf32_can_be_read(trainer: str, loose: bool) -> None:
+    """Others read these, Lightning and torch.compile among them; set by the newer names alone they raise."""
+    plan(f"trainer={trainer}", "trainer.device=cpu")
+    assert torch.backends.cuda.matmul.allow_tf32 is loose
+    assert torch.backends.cudnn.allow_tf32 is loose
+    assert torch.get_float32_matmul_precision() == ("high" if loose else "highest")
+    assert (torch.backends.cudnn.conv.fp32_precision == "tf32") is loose
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_too_few_gpus_for_the_processes(monkeypatch, rank: int) -> None:
+    """All processes must say so: one that did not would wait for the others."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"trainer\.devices=2: this machine shows 1 CUDA devices"):
+        choose(checked("trainer.device=cuda", "trainer.devices=2").trainer, World(rank, 2, rank))
 
 
 def test_a_later_run_is_not_touched_by_an_earlier_one() -> None:
