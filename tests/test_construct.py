@@ -228,6 +228,21 @@ def test_a_schedule_that_means_nothing_is_named(name: str, key: str, value: obje
     assert str(caught.value).startswith(f"scheduler.{key}={value}: must be {expected}")
 
 
+class Late(torch.optim.SGD):
+    """Has no fused kernel and says so when it steps, as Adagrad does with a GPU in PyTorch 2.10."""
+
+    def step(self, closure=None):
+        if self.defaults["fused"]:
+            raise RuntimeError("`fused=True` requires all the params to be of supported devices")
+        return super().step(closure)
+
+
+def test_fused_is_not_asked_for_where_only_a_step_refuses_it() -> None:
+    optimizer = build_optimizer({"_target_": f"{__name__}.Late", "lr": 0.1}, [torch.ones(2)], fused=True)
+    assert isinstance(optimizer, Late)
+    assert not optimizer.defaults["fused"]
+
+
 def test_fused_where_there_is_one() -> None:
     weight = [torch.nn.Parameter(torch.ones(1))]
     adam = build_optimizer({"_target_": "torch.optim.AdamW"}, weight, fused=True)

@@ -133,14 +133,24 @@ def build_optimizer(settings: Mapping[str, Any], parameters: Any, fused: bool = 
     cls, keywords = arguments("optimizer", settings)
     parameters = list(parameters)
     try:
-        if fused and "fused" in inspect.signature(cls).parameters and "fused" not in keywords:
-            try:
-                return cls(parameters, **keywords, fused=True)
-            except RuntimeError:  # this device has no fused kernel for this optimizer
-                pass
+        if fused and "fused" not in keywords and _has_fused(cls, keywords, parameters[0]):
+            keywords["fused"] = True
         return cls(parameters, **keywords)
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer ({cls.__name__}): {error}") from error
+
+
+def _has_fused(cls: Any, keywords: Mapping[str, Any], like: torch.Tensor) -> bool:
+    """Return whether a one-kernel form exists on the device of `like`. Some optimizers say so only when they step."""
+    if "fused" not in inspect.signature(cls).parameters:
+        return False
+    parameter = torch.nn.Parameter(torch.zeros(1, device=like.device))
+    parameter.grad = torch.zeros(1, device=like.device)
+    try:
+        cls([parameter], **keywords, fused=True).step()
+    except RuntimeError:
+        return False
+    return True
 
 
 def build_scheduler(

@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from tests.helpers import augment_config, data_config, learned, random_images, tiny_model_config, train_minute
+from tests.explain.networks import network, pictures, some_units
+from tests.helpers import (
+    MINUTE,
+    augment_config,
+    compose,
+    data_config,
+    learned,
+    random_images,
+    tiny_model_config,
+    train_minute,
+    used,
+)
+from zfnet.construct import build_optimizer
+from zfnet.data import load_splits
 from zfnet.data.batches import Batches, augment, preprocess
 from zfnet.data.images import image_set
+from zfnet.explain import Deconvnet
 from zfnet.model import ZFNet
 from zfnet.normalization import LocalResponseNorm
 from zfnet.randomness import make_key, random_bits, uniform
+from zfnet.run import RunDirectory
 from zfnet.training import loop
+from zfnet.training.checkpoint import load_optimizer, optimizer_checkpoint
+from zfnet.training.device import choose
+from zfnet.training.state import TrainingState
+from zfnet.training.world import World, join
 
 pytestmark = pytest.mark.gpu
 CUDA = ("trainer.device=cuda", "trainer.checkpoint_minutes=1e-9")
+FAST = ("trainer.device=cuda", "trainer.deterministic=false")
+OPTIMIZERS = ("sgd", "adamw", "adam", "rmsprop", "adagrad", "nadam")
+
+
+def test_auto_is_the_gpu_in_bf16() -> None:
+    plan = choose(compose("trainer=auto").trainer)
+    assert plan.device.type == "cuda"
+    expected = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    assert plan.precision == expected
+    assert torch.cuda.get_device_name() in plan.describe()
 
 
 def test_random_numbers_are_the_cpus() -> None:
@@ -54,7 +88,7 @@ def test_batches_from_memory_and_from_the_host_are_equal(memory: float) -> None:
 
 
 def test_the_network_is_the_cpus() -> None:
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+    choose(compose("trainer=exact", "trainer.device=cuda").trainer)  # no TF32
     torch.manual_seed(0)
     model = ZFNet(10, 64, tiny_model_config(norm="lrn", dropout=0.5)).train()
     images = torch.randn(8, 3, 64, 64)
@@ -74,30 +108,167 @@ def test_normalisation_under_autocast_is_in_single_precision() -> None:
     assert torch.isfinite(x.grad).all()
 
 
-def test_exact_is_exact_and_resumes(tmp_path: Path, monkeypatch) -> None:
-    words = (*CUDA, "augment=crop_flip", "model.dropout=0.5", "model.norm=lrn", "trainer.ema=0.9")
-    whole = learned(train_minute(tmp_path / "a", *words))
-    assert learned(train_minute(tmp_path / "b", *words)) == whole
+class Killed(BaseException):
+    pass
 
-    class Killed(BaseException):
-        pass
 
-    real = loop.train_step
+@pytest.fixture
+def resumed(monkeypatch) -> Callable[..., RunDirectory]:
+    """Return a function that trains in a folder, dies before the twelfth step, and goes on to the end."""
 
-    def dying(state, batch) -> None:
-        if state.step == 11:
-            raise Killed
-        real(state, batch)
+    def call(folder: Path, *words: str) -> RunDirectory:
+        real = loop.train_step
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", dying)
-        with pytest.raises(Killed):
-            train_minute(tmp_path / "c", *words)
-    assert learned(train_minute(tmp_path / "c", *words)) == whole
+        def dying(state, batch) -> None:
+            if state.step == 11:
+                raise Killed
+            real(state, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "train_step", dying)
+            with pytest.raises(Killed):
+                train_minute(folder, *words)
+        return train_minute(folder, *words)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("augment=crop_flip", "model.dropout=0.5", "model.norm=lrn", "trainer.ema=0.9"),
+        ("augment=crop_flip_cutout", "model.norm=batch", "model.rms_limit=0.1", "data.device_memory=0"),
+        ("trainer.accumulate=3", "trainer.clip_norm=1", "trainer.label_smoothing=0.1", "model.pooling=ceil"),
+    ],
+)
+def test_exact_is_exact_and_resumes(resumed, tmp_path: Path, words: tuple[str, ...]) -> None:
+    whole = learned(train_minute(tmp_path / "a", *CUDA, *words))
+    assert learned(train_minute(tmp_path / "b", *CUDA, *words)) == whole
+    assert learned(resumed(tmp_path / "c", *CUDA, *words)) == whole
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_resumes(resumed, tmp_path: Path, name: str) -> None:
+    words = (*CUDA, f"optimizer={name}")
+    assert learned(resumed(tmp_path / "b", *words)) == learned(train_minute(tmp_path / "a", *words))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_of_the_cpus_goes_on_here(name: str) -> None:
+    settings = compose(f"optimizer={name}").optimizer
+    values, gradient = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(1, 2, 12).view(3, 4)
+
+    def make(device: str):
+        parameter = torch.nn.Parameter(values.to(device))
+        return parameter, build_optimizer(settings, [parameter], fused=True)
+
+    def step(parameter, optimizer) -> None:
+        parameter.grad = gradient.to(parameter.device)
+        optimizer.step()
+
+    here, optimizer = make("cpu")
+    step(here, optimizer)
+    there, on_gpu = make("cuda")
+    there.data.copy_(here.data)
+    load_optimizer(on_gpu, optimizer_checkpoint(copy.deepcopy(optimizer)))
+    step(here, optimizer)
+    step(there, on_gpu)
+    torch.testing.assert_close(there.detach().cpu(), here.detach())
 
 
 @pytest.mark.parametrize("trainer", ["cuda", "auto"])
 def test_the_fast_ways_train(tmp_path: Path, trainer: str) -> None:
-    words = (f"trainer={trainer}", "trainer.device=cuda", "trainer.deterministic=false", "optimizer.lr=3e-3")
-    history = train_minute(tmp_path / "r", *words, "trainer.epochs=6").read_history()
+    words = (f"trainer={trainer}", *FAST, "optimizer.lr=3e-3", "trainer.epochs=6")
+    history = train_minute(tmp_path / "r", *words).read_history()
     assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="Triton needs a C compiler")
+def test_the_compiled_way_trains(tmp_path: Path) -> None:
+    words = ("trainer=cuda", *FAST, "trainer.compile=true", "model.norm=lrn", "model.dropout=0.1")
+    run = train_minute(tmp_path / "r", *words, "optimizer.lr=3e-3", "trainer.epochs=6")
+    history = run.read_history()
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert "compiled" in run.read_json("environment.json")["plan"]
+
+
+def test_the_fast_way_evaluates_as_the_cpu_does(tiny_run: RunDirectory) -> None:
+    found = []
+    for words in (("trainer.device=cpu", "trainer.precision=fp32"), ("trainer=cuda",)):
+        run = used(tiny_run, *words)
+        found.append(loop.evaluate(run.model, run.batches(run.split("test")), run.plan, "test"))
+    assert found[1].loss == pytest.approx(found[0].loss, rel=0.02)  # bf16 has 8 bits
+    assert (found[1].predictions == found[0].predictions).double().mean() >= 0.9
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("augment=crop_flip_cutout", "model.norm=lrn", "trainer.ema=0.9", "trainer.clip_norm=1"),
+        ("optimizer=sgd", "model.norm=batch", "trainer.accumulate=3", "data.mean=[0.4,0.5,0.6]"),
+    ],
+)
+def test_no_step_waits_for_the_device(words: tuple[str, ...]) -> None:
+    config = compose(*MINUTE, "trainer=cuda", *FAST, "trainer.compile=false", "model.dropout=0.5", *words)
+    images, plan = load_splits(config.data).train, choose(config.trainer)
+    batches = Batches(images, config.data, plan.device, augment=config.augment)
+    state = TrainingState(config, plan, 10, len(batches))
+    for batch in batches.epoch(0):  # memory is taken, kernels are chosen
+        loop.train_step(state, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches.epoch(1):
+            loop.train_step(state, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("trainer", ["exact", "auto"])
+def test_projections_are_the_same_twice_and_close_to_the_cpus(trainer: str) -> None:
+    """Whatever training has chosen, the deconvnet works in full precision and with deterministic kernels."""
+    choose(compose(f"trainer={trainer}", "trainer.device=cuda").trainer)
+    model = network("lrn").float()
+    images = pictures(model).float()
+    units = {layer: some_units(model, images, layer) for layer in ("conv1", "conv5", "fc7")}
+    deconvnet = Deconvnet(model, lrn="gradient")
+    expected = {layer: deconvnet.project(images, layer, of) for layer, of in units.items()}
+    model.cuda()
+    for layer, cpus in expected.items():
+        once, twice = (deconvnet.project(images.cuda(), layer, units[layer]).cpu() for _ in range(2))
+        assert torch.equal(once, twice)
+        torch.testing.assert_close(once, cpus, rtol=1e-3, atol=1e-4 * float(cpus.abs().max()))
+
+
+def test_normalisation_is_the_same_twice() -> None:
+    choose(compose("trainer=exact", "trainer.device=cuda").trainer)
+    x = torch.randn(8, 96, 27, 27, device="cuda")
+    found = []
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        y = LocalResponseNorm()(leaf)
+        y.backward(torch.ones_like(y))
+        found.append((y.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("gradients", ["fp32", "bf16"])
+def test_processes_meet_through_nccl(tmp_path: Path, gradients: str) -> None:
+    """With one process, since there may be one GPU: the group, its two backends, and the wrapped network."""
+    join(World(), f"file://{tmp_path}/meet")
+    try:
+        here, there = torch.ones(2), torch.ones(2, device="cuda")
+        dist.all_reduce(here)
+        dist.all_reduce(there)
+        assert here.tolist() == there.tolist() == [1, 1]
+        values: list[object] = [None]
+        dist.all_gather_object(values, "a word")
+        assert values == ["a word"]
+        model = torch.nn.Linear(3, 2).cuda()
+        wrapped = World(size=2).wrap(model, torch.device("cuda", 0), gradients)
+        assert isinstance(wrapped, DistributedDataParallel)
+        wrapped(torch.ones(4, 3, device="cuda")).sum().backward()
+        assert model.weight.grad is not None
+        assert torch.equal(model.weight.grad.cpu(), torch.full((2, 3), 4.0))
+    finally:
+        dist.destroy_process_group()
