@@ -63,7 +63,7 @@ def choose(trainer: TrainerConfig, world: World = ALONE) -> Plan:
         device = torch.device("cuda", world.local)
         torch.cuda.set_device(device)
     torch.set_num_threads(trainer.threads or max(1, THREADS // world.size))
-    if trainer.compile is not False:
+    if trainer.compile is True or (trainer.compile == "auto" and device.type == "cuda"):
         torch.compiler.reset()  # past a number of recompilations the compiler would leave later jobs of a sweep alone
     precision = trainer.precision
     if precision == "auto":
