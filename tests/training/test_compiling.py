@@ -75,6 +75,16 @@ def test_a_trial_leaves_no_trace(tried, words: tuple[str, ...]) -> None:
     }
 
 
+@pytest.mark.parametrize("norm", ["lrn", "batch"])
+def test_the_network_is_one_graph(norm: str) -> None:
+    """Where the compiler breaks off, it loses what it gains."""
+    state, batches = state_and_batches(f"model.norm={norm}", "model.dropout=0.5")
+    state.model.train().set_step(0, 0)
+    images = next(batches.in_order()).images
+    compiled = torch.compile(state.model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(images), state.model(images))
+
+
 def test_a_short_run_is_not_tried(tried, monkeypatch) -> None:
     monkeypatch.setattr(compiling, "TYPICAL_SECONDS", math.inf)
     state, batches = state_and_batches()

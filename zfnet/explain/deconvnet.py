@@ -258,7 +258,9 @@ class Deconvnet:
         item, channel, y, x = units.unbind(1)
         top = trace.output[:, :, None, None] if trace.output.ndim == 2 else trace.output
         values = top.new_zeros(len(units), top.shape[1], 1, 1)
-        values[torch.arange(len(units)), channel, 0, 0] = top[item, channel, y, x] if seeds is None else seeds
+        values[torch.arange(len(units), device=units.device), channel, 0, 0] = (
+            top[item, channel, y, x] if seeds is None else seeds
+        )
         signal = Signal(values, item, torch.stack((y, x), 1))
         if self.whole_maps:
             signal = Signal(
