@@ -163,6 +163,7 @@ def pretended_gpu() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch, _Gpu():
         for name, value in {
             "device_count": 1,
+            "is_available": False,  # PyTorch's own code shall not look for it
             "get_device_name": "pretended",
             "get_device_properties": facts,
             "mem_get_info": (80 << 30, 80 << 30),
