@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import checked
+from tests.helpers import checked, compose
 from zfnet.errors import UserError
 from zfnet.training import device as device_module
 from zfnet.training.device import choose
@@ -40,7 +40,7 @@ def test_too_few_gpus_for_the_processes(monkeypatch, rank: int) -> None:
     """All processes must say so: one that did not would wait for the others."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"trainer\.devices=2: this machine shows 1 CUDA devices"):
-        choose(checked("trainer.device=cuda", "trainer.devices=2").trainer, World(rank, 2, rank))
+        choose(compose("trainer.device=cuda", "trainer.devices=2").trainer, World(rank, 2, rank))
 
 
 def test_a_later_run_is_not_touched_by_an_earlier_one() -> None:

@@ -6,6 +6,7 @@ package is installed. All use the precision of our plan, so that what differs is
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import time
@@ -99,8 +100,7 @@ class TimmLoop(_Loop):
 
     def __init__(self, config: Config, plan: Plan, images: ImageSet, workers: int) -> None:
         super().__init__(config, plan, images, workers)
-        from timm.data import create_loader
-
+        create_loader: Any = importlib.import_module("timm.data").create_loader
         size = config.data.image_size
         self.model = self.model.to(memory_format=torch.channels_last)
         self.loader = create_loader(
