@@ -18,6 +18,7 @@ from tests.helpers import data_config, write_images
 from zfnet.config import DataConfig
 from zfnet.data import folder as folder_module
 from zfnet.data.folder import load_folder
+from zfnet.data.images import fingerprint
 from zfnet.data.sources import load_splits
 from zfnet.errors import UserError
 
@@ -167,6 +168,16 @@ def test_or_left_out_and_counted(config, photos: Path, capsys) -> None:
         load_folder(config(on_error="skip"))
 
 
+def test_the_fingerprint_is_that_of_images_and_labels(config, photos: Path) -> None:
+    write_images(photos / "train", {"cat": 3, "dog": 2})
+    write_images(photos / "test", {"cat": 1, "dog": 1})
+    (photos / "train/cat/001.png").write_bytes(b"no image")
+    train, _, test, mark = load_folder(config(on_error="skip"))
+    labels = torch.cat([train.labels, test.labels])
+    assert train.images.shape[0] == len(labels) == 6
+    assert mark == fingerprint(train.images, labels.numpy())
+
+
 def test_the_cache_is_used(config, photos: Path, monkeypatch) -> None:
     write_images(photos, {"a": 3, "b": 3})
     first = load_folder(config())
@@ -212,7 +223,7 @@ def test_a_killed_build_leaves_nothing_that_counts(config, photos: Path, tmp_pat
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "fingerprint", die)  # all pixels are written, the manifest is not
+        patch.setattr(folder_module.np, "save", die)  # all pixels are written, the manifest is not
         with pytest.raises(Killed):
             load_folder(config())
     left = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]

@@ -27,9 +27,10 @@ from zfnet.training import loop
 real = loop.train_step
 
 def first_step(state, batch):
+    begun = time.time()
     real(state, batch)
     state.metrics.read()
-    print("first step done at", time.time(), flush=True)
+    print("first step", begun, time.time(), flush=True)
     os._exit(0)
 
 loop.train_step = first_step
@@ -50,23 +51,31 @@ JOBS = 4
 def measure(config: Config, plan: Plan) -> dict[str, Any]:
     """Start the program again and again, in processes of its own; return what benchmark.json holds."""
     words = [w for w in _own_words() if not w.startswith(("job=", "job.", "hydra."))]
-    first, sweep = [], []
+    first, jobs = [], []
     with tempfile.TemporaryDirectory(prefix="zfnet-start-") as place:
         for number in tqdm(range(config.job.rounds), "starts", unit="round", disable=None, leave=False):
             first.append(_first_step([*words, f"hydra.run.dir={place}/{number}"]))
-            sweep.append(_per_job(Path(place, f"sweep{number}")))
-    return {"command_words": words, "first_step_seconds": first, "seconds_per_sweep_job": sweep}
+            jobs.append(_per_job(Path(place, f"sweep{number}")))
+    return {
+        "command_words": words,
+        "first_step_begins": [begins for begins, _ in first],
+        "first_step_ends": [ends for _, ends in first],
+        "sweep_adds_per_job": [added for added, _ in jobs],
+        "job_aside_from_its_epochs": [aside for _, aside in jobs],
+    }
 
 
 def say(result: dict[str, Any]) -> None:
-    """Print both, as medians with their extremes."""
+    """Print medians with their extremes."""
     print()
     for name, key in (
-        ("from the command to the end of the first step", "first_step_seconds"),
-        ("a sweep's overhead per job, its epochs aside", "seconds_per_sweep_job"),
+        ("from the command to the first step", "first_step_begins"),
+        ("                   and to its end", "first_step_ends"),
+        ("what a sweep adds to each job", "sweep_adds_per_job"),
+        ("a short job's records, tests and figures", "job_aside_from_its_epochs"),
     ):
         found = result[key]
-        print(f"{name:<48}{statistics.median(found):6.2f} s  ({min(found):.2f} to {max(found):.2f})")
+        print(f"{name:<42}{statistics.median(found):6.2f} s  ({min(found):.2f} to {max(found):.2f})")
 
 
 def _own_words() -> list[str]:
@@ -75,17 +84,23 @@ def _own_words() -> list[str]:
     return list(HydraConfig.get().overrides.task)
 
 
-def _first_step(words: list[str]) -> float:
+def _first_step(words: list[str]) -> tuple[float, float]:
+    """Return the seconds until the first step begins, and until it is done."""
     started = time.time()
     answer = _python("-c", FIRST_STEP, *words)
     for line in answer.stdout.splitlines():
-        if line.startswith("first step done at "):
-            return float(line.rpartition(" ")[2]) - started
+        if line.startswith("first step "):
+            begun, done = map(float, line.split()[2:])
+            return begun - started, done - started
     raise UserError(f"no step was taken: {(answer.stderr.strip().splitlines() or ['no message'])[-1]}")
 
 
-def _per_job(folder: Path) -> float:
-    """Return by how much a sweep of JOBS jobs is longer than one of one job, per job, less the jobs' own epochs."""
+def _per_job(folder: Path) -> tuple[float, float]:
+    """Return what a job of a sweep takes beside the job's own work, and its own work beside its epochs, in seconds.
+
+    A sweep of JOBS jobs is longer than one of one job by JOBS - 1 jobs. A job works from the moment when it claims
+    its directory to the moment when it notes that it is done.
+    """
     seconds = []
     for count in (1, JOBS):
         seeds = ",".join(str(number) for number in range(count))
@@ -95,9 +110,14 @@ def _per_job(folder: Path) -> float:
         seconds.append(time.perf_counter() - started)
         if answer.returncode:
             raise UserError(f"the sweep failed: {(answer.stderr.strip().splitlines() or ['no message'])[-1]}")
-    runs = [RunDirectory(path.parent) for path in (folder / str(JOBS)).glob("*/history.csv")]
-    epochs = [sum(row["seconds"] or 0.0 for row in run.read_history()) for run in runs]
-    return (seconds[1] - seconds[0]) / (JOBS - 1) - statistics.mean(epochs)
+    runs = [path.parent for path in (folder / str(JOBS)).glob("*/history.csv")]
+    work = statistics.mean(
+        (run / "status.json").stat().st_mtime - (run / "config.yaml").stat().st_mtime for run in runs
+    )
+    epochs = statistics.mean(
+        sum(row["seconds"] or 0.0 for row in RunDirectory(run).read_history()) for run in runs
+    )
+    return (seconds[1] - seconds[0]) / (JOBS - 1) - work, work - epochs
 
 
 def _python(*words: str) -> subprocess.CompletedProcess[str]:

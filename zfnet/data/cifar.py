@@ -6,7 +6,6 @@ import socket
 from pathlib import Path
 
 import torch
-import torchvision
 
 from zfnet.data.images import ImageSet, fingerprint, image_set
 from zfnet.errors import UserError
@@ -20,6 +19,8 @@ def load_cifar(name: str, root: str) -> tuple[ImageSet, ImageSet, str]:
     torchvision compares the MD5 of every file with the published one before it reads it, on each load. That
     matters beyond transmission errors: the files are pickles, and only the published ones are ever opened.
     """
+    import torchvision  # half a second, which other images need not wait for
+
     folder = Path(root).expanduser()
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     try:

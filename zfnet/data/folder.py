@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from zfnet.config import DataConfig
 from zfnet.data.decode import SUFFIXES, UnreadableImage, fit_square, image_size, read_image
-from zfnet.data.images import ImageSet, fingerprint, image_set, release, stratified
+from zfnet.data.images import ImageSet, image_set, release, stratified
 from zfnet.errors import UserError
 
 CACHE_VERSION = 1
@@ -181,14 +181,17 @@ def _build(listing: _Listing, data: DataConfig, folder: Path) -> None:
             except UnreadableImage as error:
                 return str(error)
 
-        problems = {}
+        # the digest and the disk keep step with the decoding, which needs neither
+        problems, digest, file = {}, hashlib.sha256(), os.open(partial / "images.npy", os.O_RDWR)
         jobs = pool.map(decode, range(count))
         for number, problem in enumerate(
             tqdm(jobs, "decoding", count, unit=" images", disable=None, leave=False)
         ):
             if number % 256 == 0:
+                os.fsync(file)
                 release(images)
             if problem is None:
+                digest.update(images[number].data)
                 continue
             problems[number] = problem
             if data.on_error == "stop":
@@ -205,10 +208,12 @@ def _build(listing: _Listing, data: DataConfig, folder: Path) -> None:
     if problems:
         images = _compact(partial, images, good)
     images.flush()
+    os.close(file)
+    digest.update(np.array(listing.labels)[good].data)
     np.save(partial / "rows.npy", good)
     manifest = {
         "skipped": [listing.files[n] for n in problems],
-        "fingerprint": fingerprint(images, np.array(listing.labels)[good]),
+        "fingerprint": digest.hexdigest(),
     }
     (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     partial.rename(folder)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from zfnet.data import ImageSet
 from zfnet.training.metrics import Evaluation
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 GREEN, RED = "#1a7f37", "#cf222e"
 _COLOURS = {"train": "#0969da", "validation": "#bc4c00", "test": "#8250df"}
+
+
+def new_figure(**settings: Any) -> Figure:
+    """Return an empty figure. (matplotlib takes a quarter of a second to import, and training begins without it.)"""
+    from matplotlib.figure import Figure
+
+    return Figure(**settings)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -25,7 +34,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss, accuracy and learning rate against the epoch."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = new_figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
     for axis, kind in zip(axes, ("loss", "accuracy"), strict=False):
@@ -52,7 +61,7 @@ def draw_confusion(found: Evaluation, classes: Sequence[str]) -> Figure:
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     count = len(classes)
     side = min(3 + 0.55 * count, 24)
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = new_figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axis.set(xlabel="predicted", ylabel="true", title=f"{found.accuracy:.2%} of {counts.sum():,} images")
@@ -84,7 +93,7 @@ def draw_confusion(found: Evaluation, classes: Sequence[str]) -> Figure:
 def draw_per_class(found: Evaluation, classes: Sequence[str]) -> Figure:
     """Accuracy by class, with the mean as a line."""
     values = [v or 0.0 for v in found.per_class()]
-    figure = Figure(figsize=(7, min(1.2 + 0.3 * len(classes), 24)), layout="constrained")
+    figure = new_figure(figsize=(7, min(1.2 + 0.3 * len(classes), 24)), layout="constrained")
     axis = figure.subplots()
     bars = axis.barh(range(len(classes)), values, color="#54aeff")
     if len(classes) <= 40:
@@ -108,8 +117,8 @@ def draw_samples(images: ImageSet, found: Evaluation, columns: int = 8, rows: in
     columns = min(columns, count)
     rows = -(-count // columns)
     side, gap = 1.0, 0.3  # of an image, and above it for its names
-    figure = Figure(figsize=(1.35 * columns, 1.35 * (side + gap) * rows), layout="constrained")
-    axis = figure.subplots()
+    figure = new_figure(figsize=(1.35 * columns, 1.35 * (side + gap) * rows))
+    axis = figure.add_axes((0, 0, 1, 1))
     for number, (image, guess, truth) in enumerate(
         zip(
             images.pixels(index).numpy(),
@@ -120,7 +129,7 @@ def draw_samples(images: ImageSet, found: Evaluation, columns: int = 8, rows: in
     ):
         row, column = divmod(number, columns)
         left, top = 1.08 * column * side, row * (side + gap)
-        axis.imshow(image, extent=(left, left + side, top + side, top))
+        axis.imshow(image, extent=(left, left + side, top + side, top), interpolation="nearest")
         axis.text(
             left + side / 2,
             top - 0.02,
