@@ -28,6 +28,7 @@ from zfnet.training.checks import check_recipe
 TINY = (
     "experiment=quickstart",
     "trainer.device=cpu",
+    "trainer.precision=fp32",
     "trainer.epochs=2",
     "trainer.tensorboard=false",
     "data.train_images=200",

@@ -53,7 +53,9 @@ def test_times_projections_beside_captum_and_they_agree(run_py, tmp_path: Path) 
 def test_each_decision_beside_its_alternative(run_py, tmp_path: Path, monkeypatch) -> None:
     # the compiler's front half is enough here: the other half takes a minute
     monkeypatch.setattr("zfnet.training.state.torch.compile", partial(torch.compile, backend="eager"))
-    answer = run_py(*WORDS, *SIZES, "job.subject=choices", "model.norm=lrn", "trainer=cpu", "hydra.run.dir=c")
+    answer = run_py(
+        *WORDS, *SIZES, "job.subject=choices", "model.norm=lrn", "trainer.precision=fp32", "hydra.run.dir=c"
+    )
     assert answer.code == 0, answer.err
     assert max(len(line) for line in answer.out.splitlines()) <= 80
     result = json.loads((tmp_path / "c/benchmark.json").read_text())

@@ -53,9 +53,20 @@ def test_a_later_run_is_not_touched_by_an_earlier_one() -> None:
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize(("flags", "precision"), [({"amx_bf16"}, "bf16"), ({"avx2"}, "fp32")])
-def test_bf16_on_the_cpu_only_where_it_pays(monkeypatch, flags: set[str], precision: str) -> None:
-    monkeypatch.setattr(device_module, "_cpu_flags", lambda: flags)
+@pytest.mark.parametrize(
+    ("vendor", "flags", "precision"),
+    [
+        ("GenuineIntel", {"avx512_bf16", "amx_bf16"}, "bf16"),
+        ("GenuineIntel", {"avx512_bf16"}, "fp32"),
+        ("AuthenticAMD", {"avx512_bf16"}, "bf16"),
+        ("AuthenticAMD", {"avx2"}, "fp32"),
+        ("", set(), "fp32"),
+    ],
+)
+def test_bf16_on_the_cpu_only_where_it_pays(
+    monkeypatch, vendor: str, flags: set[str], precision: str
+) -> None:
+    monkeypatch.setattr(device_module, "_cpu", lambda: (vendor, flags))
     assert plan("trainer=cpu").precision == precision
     assert plan("trainer=cpu", "trainer.precision=fp32").precision == "fp32"
 
