@@ -238,7 +238,7 @@ def _cut_by_gathering(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor
 
 
 def _cut_by_copying(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: int) -> Tensor:
-    """Do the same row by row, which on a CPU is ten times as fast as gathering byte by byte."""
+    """Do the same row by row, which on a CPU is three times as fast as gathering byte by byte."""
     out = np.empty((len(pixels), size, size, 3), np.uint8)
     for window, image, y, x in zip(out, pixels.numpy(), top.tolist(), left.tolist(), strict=True):
         window[...] = image[y : y + size, x : x + size]
