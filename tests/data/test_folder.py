@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -275,6 +276,22 @@ def test_names_with_spaces_accents_and_signs(config, photos: Path) -> None:
     write_images(photos, {"two words": 2, "é=[ü],{}": 2, "日本": 2})
     train, _, _, _ = load_folder(config())
     assert train.classes == ("two words", "é=[ü],{}", "日本")
+
+
+def test_a_full_disk_is_named_before_anything_is_decoded(
+    config, photos: Path, tmp_path: Path, monkeypatch
+) -> None:
+    write_images(photos / "train", {"cat": 2, "dog": 2})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module.os, "posix_fallocate", full, raising=False)
+        with pytest.raises(UserError, match=r"cannot be written .*No space left on device.*data\.cache_dir"):
+            load_folder(config())
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert len(load_folder(config())[0]) > 0
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rows.npy", "images.npy"])

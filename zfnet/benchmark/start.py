@@ -34,8 +34,8 @@ def first_step(state, batch):
     os._exit(0)
 
 loop.train_step = first_step
-sys.argv = ["run.py", *sys.argv[1:]]
-runpy.run_path("run.py", run_name="__main__")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # a job that is over at once
 SHORT = (
@@ -87,7 +87,7 @@ def _own_words() -> list[str]:
 def _first_step(words: list[str]) -> tuple[float, float]:
     """Return the seconds until the first step begins, and until it is done."""
     started = time.time()
-    answer = _python("-c", FIRST_STEP, *words)
+    answer = _python("-c", FIRST_STEP, str(ROOT / "run.py"), *words)
     for line in answer.stdout.splitlines():
         if line.startswith("first step "):
             begun, done = map(float, line.split()[2:])
@@ -105,7 +105,7 @@ def _per_job(folder: Path) -> tuple[float, float]:
     for count in (1, JOBS):
         seeds = ",".join(str(number) for number in range(count))
         started = time.perf_counter()
-        words = ("run.py", "-m", *SHORT, f"seed={seeds}", f"hydra.sweep.dir={folder}/{count}")
+        words = (str(ROOT / "run.py"), "-m", *SHORT, f"seed={seeds}", f"hydra.sweep.dir={folder}/{count}")
         answer = _python(*words)
         seconds.append(time.perf_counter() - started)
         if answer.returncode:
@@ -126,5 +126,5 @@ def _python(*words: str) -> subprocess.CompletedProcess[str]:
         "PYTHONPATH": str(ROOT)
     }
     return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=surroundings, check=False
+        [sys.executable, *words], capture_output=True, text=True, env=surroundings, check=False
     )

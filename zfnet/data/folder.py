@@ -170,9 +170,7 @@ def _build(listing: _Listing, data: DataConfig, folder: Path) -> None:
     count = len(listing.files)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         size = data.store_size or _natural_size(pool, listing, data)
-        images = np.lib.format.open_memmap(
-            partial / "images.npy", mode="w+", dtype=np.uint8, shape=(count, size, size, 3)
-        )
+        images = _new_array(partial / "images.npy", (count, size, size, 3))
 
         def decode(number: int) -> str | None:
             try:
@@ -182,13 +180,14 @@ def _build(listing: _Listing, data: DataConfig, folder: Path) -> None:
                 return str(error)
 
         # the digest and the disk keep step with the decoding, which needs neither
-        problems, digest, file = {}, hashlib.sha256(), os.open(partial / "images.npy", os.O_RDWR)
+        problems, digest = {}, hashlib.sha256()
         jobs = pool.map(decode, range(count))
         for number, problem in enumerate(
             tqdm(jobs, "decoding", count, unit=" images", disable=None, leave=False)
         ):
             if number % 256 == 0:
-                os.fsync(file)
+                with open(partial / "images.npy", "r+b") as file:
+                    os.fsync(file.fileno())
                 release(images)
             if problem is None:
                 digest.update(images[number].data)
@@ -208,7 +207,6 @@ def _build(listing: _Listing, data: DataConfig, folder: Path) -> None:
     if problems:
         images = _compact(partial, images, good)
     images.flush()
-    os.close(file)
     digest.update(np.array(listing.labels)[good].data)
     np.save(partial / "rows.npy", good)
     manifest = {
@@ -219,10 +217,21 @@ def _build(listing: _Listing, data: DataConfig, folder: Path) -> None:
     partial.rename(folder)
 
 
+def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """Make a file of bytes that is mapped into memory; raise OSError if the disk has no room for it."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(
+        os, "posix_fallocate"
+    ):  # without it, writing to a full disk through the map would kill the process
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return array
+
+
 def _compact(partial: Path, images: np.memmap, good: np.ndarray) -> np.memmap:
     """Close the gaps that skipped images left."""
     shape = (len(good), *images.shape[1:])
-    packed = np.lib.format.open_memmap(partial / "packed.npy", mode="w+", dtype=np.uint8, shape=shape)
+    packed = _new_array(partial / "packed.npy", shape)
     for new, old in enumerate(good):
         packed[new] = images[old]
         if new % 256 == 0:
