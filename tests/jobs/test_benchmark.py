@@ -96,4 +96,4 @@ def test_the_first_step_and_the_overhead_of_a_sweep(run_py, tmp_path: Path, monk
     assert "job.rounds=1" not in result["command_words"]
     bad = run_py(*WORDS, *SIZES, "job.subject=start", "data=folder", "data.root=nowhere")
     assert bad.code == 1
-    assert bad.err.startswith("error: no step was taken: error: data.root=nowhere: there is no such folder")
+    assert bad.err.startswith("error: no step was taken: data.root=nowhere: there is no such folder")

@@ -92,7 +92,7 @@ def _first_step(words: list[str]) -> tuple[float, float]:
         if line.startswith("first step "):
             begun, done = map(float, line.split()[2:])
             return begun - started, done - started
-    raise UserError(f"no step was taken: {(answer.stderr.strip().splitlines() or ['no message'])[-1]}")
+    raise UserError(f"no step was taken: {_last_words(answer)}")
 
 
 def _per_job(folder: Path) -> tuple[float, float]:
@@ -109,7 +109,7 @@ def _per_job(folder: Path) -> tuple[float, float]:
         answer = _python(*words)
         seconds.append(time.perf_counter() - started)
         if answer.returncode:
-            raise UserError(f"the sweep failed: {(answer.stderr.strip().splitlines() or ['no message'])[-1]}")
+            raise UserError(f"the sweep failed: {_last_words(answer)}")
     runs = [path.parent for path in (folder / str(JOBS)).glob("*/history.csv")]
     work = statistics.mean(
         (run / "status.json").stat().st_mtime - (run / "config.yaml").stat().st_mtime for run in runs
@@ -118,6 +118,10 @@ def _per_job(folder: Path) -> tuple[float, float]:
         sum(row["seconds"] or 0.0 for row in RunDirectory(run).read_history()) for run in runs
     )
     return (seconds[1] - seconds[0]) / (JOBS - 1) - work, work - epochs
+
+
+def _last_words(answer: subprocess.CompletedProcess[str]) -> str:
+    return (answer.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
 
 
 def _python(*words: str) -> subprocess.CompletedProcess[str]:
