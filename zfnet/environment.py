@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -27,7 +28,7 @@ def describe_environment(device: torch.device, data_fingerprint: str, mode: str)
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {
-            "name": _cpu_name(),
+            "name": cpu_facts().get("model name") or platform.processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -75,14 +76,14 @@ def _git(*words: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    try:
+def cpu_facts() -> dict[str, str]:
+    """Return what Linux tells of the first processor, by its names in /proc/cpuinfo; nothing elsewhere."""
+    facts: dict[str, str] = {}
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())
+    return facts
 
 
 def _device(device: torch.device) -> dict[str, Any]:

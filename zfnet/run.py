@@ -55,10 +55,9 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) 
     try:
         if callable(content):
             content(beside)
-        with open(beside, "ab" if callable(content) else "wb") as file:
-            if not callable(content):
-                file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
+        else:
+            beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(beside, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:

@@ -66,7 +66,8 @@ def test_a_later_run_is_not_touched_by_an_earlier_one() -> None:
 def test_bf16_on_the_cpu_only_where_it_pays(
     monkeypatch, vendor: str, flags: set[str], precision: str
 ) -> None:
-    monkeypatch.setattr(device_module, "_cpu", lambda: (vendor, flags))
+    facts = {"vendor_id": vendor, "flags": " ".join(flags)}
+    monkeypatch.setattr(device_module, "cpu_facts", lambda: facts)
     assert plan("trainer=cpu").precision == precision
     assert plan("trainer=cpu", "trainer.precision=fp32").precision == "fp32"
 

@@ -36,7 +36,6 @@ class Way(OurLoop):
         self.keeps_memory = keeps_memory
         if change is not None:
             change(self.state)
-            self.state.use_compiled(plan.compile)
 
     def turn(self, steps: int, warmup: int) -> float:
         set_switches(self.plan.deterministic, self.plan.precision)
@@ -48,12 +47,11 @@ def measure(config: Config, plan: Plan) -> dict[str, Any]:
     job, images = config.job, enough_images(config)
     ways = [Way("as chosen", config, plan, images)]
     exact = replace(plan, precision="fp32", compile=False, deterministic=True)
+    precision = "fp32" if plan.precision == "bf16" else "bf16"
     plans = {
         "exact": exact,
         "NCHW" if plan.channels_last else "NHWC": replace(plan, channels_last=not plan.channels_last),
-        "fp32" if plan.precision == "bf16" else "bf16": replace(
-            plan, precision="fp32" if plan.precision == "bf16" else "bf16"
-        ),
+        precision: replace(plan, precision=precision),
         "not compiled" if plan.compile else "compiled": replace(plan, compile=not plan.compile),
     }
     ways += [Way(name, config, other, images) for name, other in plans.items() if other != plan]

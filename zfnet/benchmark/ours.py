@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 from zfnet.benchmark.turns import time_steps
 from zfnet.config import Config
-from zfnet.data import Batch, Batches, ImageSet
+from zfnet.data import Batch, ImageSet
 from zfnet.training.device import Plan, synchronize
 from zfnet.training.loop import read_metrics, train_step
-from zfnet.training.state import TrainingState
+from zfnet.training.state import TrainingState, training_batches
 
 
 class OurLoop:
@@ -24,14 +24,7 @@ class OurLoop:
     def __init__(self, name: str, config: Config, plan: Plan, images: ImageSet) -> None:
         self.name = name
         self.config, self.batch_size, self.plan = config, config.data.batch_size, plan
-        self.batches = Batches(
-            images,
-            config.data,
-            plan.device,
-            seed=config.seed,
-            augment=config.augment,
-            channels_last=plan.channels_last,
-        )
+        self.batches = training_batches(config, plan, images)
         self.state = TrainingState(config, plan, len(images.classes), len(self.batches))
         self.waited = 0.0  # seconds in which the host got no batch yet, and the steps they belong to
         self.taken = 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from zfnet.benchmark.turns import Contender, compare, enough_images, print_table, take_turns
 from zfnet.config import Config
-from zfnet.data import Batches, ImageSet
+from zfnet.data import ImageSet
 from zfnet.report.board import TensorBoard
 from zfnet.run import RunDirectory
 from zfnet.training.checkpoint import CheckpointWriter
@@ -18,7 +18,7 @@ from zfnet.training.device import Plan, timed
 from zfnet.training.loop import finish_epoch, train_epoch
 from zfnet.training.recorder import Recorder
 from zfnet.training.signals import StopRequest
-from zfnet.training.state import TrainingState
+from zfnet.training.state import TrainingState, training_batches
 
 
 class Epochs:
@@ -30,14 +30,7 @@ class Epochs:
 
     def __init__(self, name: str, config: Config, plan: Plan, images: ImageSet, folder: Path | None) -> None:
         self.name, self.images = name, images
-        self.batches = Batches(
-            images,
-            config.data,
-            plan.device,
-            seed=config.seed,
-            augment=config.augment,
-            channels_last=plan.channels_last,
-        )
+        self.batches = training_batches(config, plan, images)
         self.batch_size = len(images)  # what the clock calls a step is an epoch here
         self.state = TrainingState(config, plan, len(images.classes), len(self.batches))
         run = None if folder is None else RunDirectory(folder)

@@ -70,9 +70,8 @@ def _resize(images: Tensor, size: int) -> Tensor:
     """Resize images [B, 3, h, h], bytes or floats, to side `size`."""
     if images.shape[-1] == size:
         return images
-    smooth = (
-        images.shape[-1] > size or images.dtype == torch.uint8
-    )  # bytes have no other way; it is the same upwards
+    # bytes can be resized in no other way; upwards it is the same
+    smooth = images.shape[-1] > size or images.dtype == torch.uint8
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=smooth)
 
 
@@ -238,7 +237,7 @@ def _cut_by_gathering(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor
 
 
 def _cut_by_copying(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: int) -> Tensor:
-    """Do the same row by row, which on a CPU is three times as fast as gathering byte by byte."""
+    """Do the same row by row, which a CPU does faster than gathering byte by byte."""
     out = np.empty((len(pixels), size, size, 3), np.uint8)
     for window, image, y, x in zip(out, pixels.numpy(), top.tolist(), left.tolist(), strict=True):
         window[...] = image[y : y + size, x : x + size]

@@ -26,7 +26,7 @@ from zfnet.training.loop import BEST, evaluate, fit
 from zfnet.training.recorder import Recorder, Watcher
 from zfnet.training.signals import Pruned, StopRequest
 from zfnet.training.snapshots import Snapshots
-from zfnet.training.state import TrainingState
+from zfnet.training.state import TrainingState, training_batches
 from zfnet.training.world import World, follow, processes, torchrun_world
 from zfnet.weights import ModelFacts, save_model
 
@@ -105,15 +105,7 @@ def _train(
     plan = choose(config.trainer, world)
     splits = load_splits(config.data)
     _check_against(splits, config)
-    train = Batches(
-        splits.train,
-        config.data,
-        plan.device,
-        seed=config.seed,
-        augment=config.augment,
-        channels_last=plan.channels_last,
-        share=(world.rank, world.size),
-    )
+    train = training_batches(config, plan, splits.train, world)
     validation, test = (
         None if part is None else Batches(part, config.data, plan.device, channels_last=plan.channels_last)
         for part in (splits.validation, splits.test)

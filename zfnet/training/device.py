@@ -9,11 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from zfnet.config import TrainerConfig
+from zfnet.environment import cpu_facts
 from zfnet.errors import UserError
 from zfnet.training.world import ALONE, World
 
@@ -107,18 +107,9 @@ def _fast_bf16() -> bool:
     It does with matrix units (AMX), and on AMD's Zen 4 and later, whose dot products of bf16 have twice the rate of
     fp32 (measured: 1.9 times as fast at 224 px). With other instructions for bf16, or none, it is slower.
     """
-    vendor, flags = _cpu()
-    return "amx_bf16" in flags or (vendor == "AuthenticAMD" and "avx512_bf16" in flags)
-
-
-def _cpu() -> tuple[str, set[str]]:
-    """Return the processor's vendor and the instructions it names, as Linux tells them."""
-    facts: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            facts.setdefault(name.strip(), value.strip())
-    return facts.get("vendor_id", ""), set(facts.get("flags", "").split())
+    facts = cpu_facts()
+    flags = facts.get("flags", "").split()
+    return "amx_bf16" in flags or (facts.get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in flags)
 
 
 def keep_memory(keep: bool) -> None:

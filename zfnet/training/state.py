@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from zfnet.config import Config
 from zfnet.construct import build_optimizer
+from zfnet.data import Batches, ImageSet
 from zfnet.model import ZFNet
 from zfnet.training.checkpoint import (
     Checkpoint,
@@ -160,6 +161,19 @@ class TrainingState:
             facts["seconds"],
             facts["epoch_seconds"],
         )
+
+
+def training_batches(config: Config, plan: Plan, images: ImageSet, world: World = ALONE) -> Batches:
+    """Return the batches that a run trains on: its seed, its augmentation, and this process's share of each."""
+    return Batches(
+        images,
+        config.data,
+        plan.device,
+        seed=config.seed,
+        augment=config.augment,
+        channels_last=plan.channels_last,
+        share=(world.rank, world.size),
+    )
 
 
 def make_model(config: Config, num_classes: int) -> ZFNet:
