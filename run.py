@@ -17,11 +17,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from zfnet.composing import forgive, read_command
-from zfnet.console import errors_pass_hydra, run_with_clear_errors
-from zfnet.hydra_record import register_resolvers
-from zfnet.jobs import run_job
-from zfnet.run import remove_if_empty
+from zfnet.runs.command import forgive, read_command
+from zfnet.runs.console import errors_pass_hydra, run_with_clear_errors
+from zfnet.runs.directory import remove_if_empty
+from zfnet.runs.hydra_record import register_resolvers
 from zfnet.training.checks import check_recipe
 
 
@@ -35,7 +34,7 @@ def main(raw: DictConfig) -> float | None:
         try:
             config = read_command(raw, words)
             check_recipe(config)
-            return run_job(config, output, words)
+            return config.job.main(config, output)
         except Exception:
             remove_if_empty(output)
             raise

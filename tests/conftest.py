@@ -15,7 +15,7 @@ import torch
 
 from tests.explain.trained import Trained, train_some
 from tests.helpers import learned, train_minute, train_tiny
-from zfnet.run import RunDirectory
+from zfnet.runs.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["MPLBACKEND"] = "Agg"

@@ -13,16 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from zfnet import composing
-from zfnet.composing import forgive, read_command
-from zfnet.config import AugmentConfig, Config, Conv, DataConfig, Linear, ModelConfig, read_config
+from zfnet.config.schema import AugmentConfig, Config, Conv, DataConfig, Linear, ModelConfig, read_config
 from zfnet.data.shapes import draw_shapes
-from zfnet.hydra_record import register_resolvers
-from zfnet.jobs.common import UsedRun
 from zfnet.jobs.train import train
-from zfnet.run import RunDirectory
+from zfnet.runs import command as composing
+from zfnet.runs.command import forgive, read_command
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.hydra_record import register_resolvers
 from zfnet.training import loop
 from zfnet.training.checks import check_recipe
+from zfnet.training.loaded import LoadedRun
 
 # The built-in images at a size that trains in a second or two; on the CPU, wherever the tests run.
 TINY = (
@@ -200,8 +200,8 @@ def write_images(folder: Path, counts: dict[str, int], size: int = 8, suffix: st
     return folder
 
 
-def used(run: RunDirectory, *words: str) -> UsedRun:
+def used(run: RunDirectory, *words: str) -> LoadedRun:
     """Return a run as the jobs that read one see it, with these overrides on the command line."""
     register_resolvers()
     command = ["job=evaluate", f"run={run.folder}", *words]
-    return UsedRun(read_command(composing.compose(forgive(command)), command), command)
+    return LoadedRun(read_command(composing.compose(forgive(command)), command))

@@ -159,13 +159,13 @@ class _Threads(ThreadPoolExecutor):
 def pretended_gpu() -> Iterator[list[str]]:
     """Have one GPU of 80 GiB within this block; yield what would have the host wait for it, as it happens."""
     stream = SimpleNamespace(record_event=lambda: SimpleNamespace(synchronize=lambda: None))
-    facts = SimpleNamespace(name="pretended", total_memory=80 << 30, major=9, minor=0)
+    metadata = SimpleNamespace(name="pretended", total_memory=80 << 30, major=9, minor=0)
     with pytest.MonkeyPatch.context() as patch, _Gpu():
         for name, value in {
             "device_count": 1,
             "is_available": False,  # PyTorch's own code shall not look for it
             "get_device_name": "pretended",
-            "get_device_properties": facts,
+            "get_device_properties": metadata,
             "mem_get_info": (80 << 30, 80 << 30),
             "is_bf16_supported": True,
             "current_stream": stream,

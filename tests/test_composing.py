@@ -9,11 +9,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from tests.helpers import MINUTE, TINY, compose
-from zfnet import composing
-from zfnet.composing import CONF, forgive, overlay, read_command
-from zfnet.config import Config
-from zfnet.errors import UserError
-from zfnet.run import RunDirectory
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config
+from zfnet.runs import command as composing
+from zfnet.runs.command import CONF, forgive, overlay, read_command
+from zfnet.runs.directory import RunDirectory
 
 OWN = {"job": {"name": "train"}, "run": None, "images": None}
 

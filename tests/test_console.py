@@ -44,7 +44,6 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["job=resume", "run=nowhere"], "run=nowhere: there is no run"),
         (["run=x"], "job=train reads no run: job=resume goes on with one"),
         (["images=cat.jpg"], "job=train reads no image files"),
-        (["job.name=os"], "job.name=os: no such job"),
         (["optimizer.lr"], "the command line cannot be parsed"),
         (["data.mean=[0.5,0.5]"], "must be three numbers"),
         (["scheduler.interval=year"], "scheduler.interval=year: must be epoch or step"),
@@ -98,15 +97,15 @@ def test_a_reader_that_has_had_enough_is_no_error(run_py, monkeypatch) -> None:
         raise BrokenPipeError
 
     with monkeypatch.context() as patch:
-        patch.setattr("zfnet.jobs.summary.main", closed)
-        patch.setattr("zfnet.console.os.dup2", lambda *_: None)  # stdout is the test's own
+        patch.setattr("zfnet.jobs.summary.SummaryJob.main", closed)
+        patch.setattr("zfnet.runs.console.os.dup2", lambda *_: None)  # stdout is the test's own
         answer = run_py("job=summary")
     assert (answer.code, answer.out, answer.err) == (1, "", "")
 
 
 def test_full_error_shows_the_traceback(run_py, monkeypatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    from zfnet.errors import UserError
+    from zfnet.config.errors import UserError
 
     with pytest.raises(UserError, match="lr=-1"):
         run_py("optimizer.lr=-1")

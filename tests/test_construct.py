@@ -15,9 +15,16 @@ import torch
 import yaml
 
 from tests.helpers import compose
-from zfnet.config import read_config
-from zfnet.construct import SLOTS, arguments, build_optimizer, build_scheduler, check_construction, resolve
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
+from zfnet.config.instantiate import (
+    SLOTS,
+    arguments,
+    build_optimizer,
+    build_scheduler,
+    check_construction,
+    resolve,
+)
+from zfnet.config.schema import read_config
 from zfnet.training.schedule import EXTRA
 
 # What ran, or may run, from a YAML file under Hydra's own `instantiate` at one version or another.
@@ -55,7 +62,7 @@ HOSTILE = [
     "pickle.loads",
     "functools.partial",
     "hydra.utils.instantiate",
-    "zfnet.construct.build_optimizer",
+    "zfnet.config.instantiate.build_optimizer",
     "tests.test_construct.Trap",
     "no.such.module",
     "",

@@ -28,10 +28,10 @@ from zfnet.explain.evolution import look, project_strongest
 from zfnet.explain.filters import measure_filters
 from zfnet.explain.invariance import make_amounts, measure, typical_distance
 from zfnet.explain.occlusion import occlude
+from zfnet.explain.selection import choose_images
 from zfnet.explain.top_activations import TopActivations, collect
-from zfnet.jobs.looking import choose_images
-from zfnet.report.pictures import on_grey, to_pixels
-from zfnet.run import RunDirectory
+from zfnet.plots.pictures import on_grey, to_pixels
+from zfnet.runs.directory import RunDirectory
 from zfnet.training.device import choose
 from zfnet.training.loop import evaluate, train_step
 from zfnet.training.state import TrainingState

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from zfnet.config import Conv, ModelConfig
-from zfnet.errors import UserError
-from zfnet.geometry import Pool, feature_sizes, pool_of
-from zfnet.model import ZFNet
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Conv, ModelConfig
+from zfnet.model.sizes import Pool, feature_sizes, pool_of
+from zfnet.model.zfnet import ZFNet
 
 
 @pytest.mark.parametrize("padding", [0, 1])

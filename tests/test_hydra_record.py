@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import MINUTE, no_figures
-from zfnet.composing import overlay
-from zfnet.hydra_record import NAME_LIMIT, short_dirname
-from zfnet.run import RunDirectory
+from zfnet.runs.command import overlay
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.hydra_record import NAME_LIMIT, short_dirname
 
 
 @given(st.text(max_size=400))

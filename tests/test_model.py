@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.helpers import compose, tiny_model_config
-from zfnet.config import Conv, Linear, ModelConfig
-from zfnet.errors import UserError
-from zfnet.model import Dropout, ZFNet
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Conv, Linear, ModelConfig
+from zfnet.model.zfnet import Dropout, ZFNet
 
 
 class BlogZFNet(nn.Module):

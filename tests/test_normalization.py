@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from zfnet.normalization import LocalResponseNorm
+from zfnet.model.layers import LocalResponseNorm
 
 
 def _noise(*shape: int, scale: float = 20.0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zfnet.randomness import make_key, permutation, randint, random_bits, uniform
+from zfnet.config.randomness import make_key, permutation, randint, random_bits, uniform
 
 N = 200_000
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.helpers import checked
-from zfnet.config import Config, read_config
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config, read_config
 
 
 def changed(key: str, value: Any) -> Config:

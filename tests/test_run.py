@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import TINY, compose
-from zfnet import run as run_module
-from zfnet.composing import CONF
-from zfnet.errors import UserError
-from zfnet.run import RunDirectory, find_run, list_runs, write_atomically
+from zfnet.config.errors import UserError
+from zfnet.runs import directory as run_module
+from zfnet.runs.command import CONF
+from zfnet.runs.directory import RunDirectory, find_run, list_runs, write_atomically
 
 
 def test_last_is_the_newest_finished_training_run(tiny_run, tmp_path: Path, monkeypatch) -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import save, save_file
 
 from tests.helpers import data_config, random_images, tiny_model_config
 from zfnet import ZFNet, load_run
+from zfnet.config.errors import UserError
 from zfnet.data import preprocess
-from zfnet.errors import UserError
-from zfnet.weights import ModelFacts, load_model, save_model, weights_hash
+from zfnet.runs.weights import ModelMetadata, load_model, save_model, weights_hash
 
 
 @pytest.fixture
@@ -26,15 +26,15 @@ def saved(tmp_path: Path):
     torch.manual_seed(0)
     config = tiny_model_config(norm="batch", conv3=None, fc7=None)
     model = ZFNet(3, 70, config)
-    facts = ModelFacts(config, ("a", "b", "ç"), data_config(image_size=70), stored_size=32)
+    metadata = ModelMetadata(config, ("a", "b", "ç"), data_config(image_size=70), stored_size=32)
     path = tmp_path / "model.safetensors"
-    return model, facts, path, save_model(path, model, facts)
+    return model, metadata, path, save_model(path, model, metadata)
 
 
 def test_round_trip(saved) -> None:
-    model, facts, path, digest = saved
+    model, metadata, path, digest = saved
     again, found = load_model(path)
-    assert found == facts
+    assert found == metadata
     assert not again.training
     images = torch.randn(2, 3, 70, 70)
     assert torch.equal(again(images), model.eval()(images))
@@ -50,8 +50,8 @@ def test_the_hash_sees_names_and_bytes(saved) -> None:
 
 
 def test_equal_weights_are_equal_files(saved, tmp_path: Path) -> None:
-    model, facts, path, _ = saved
-    save_model(tmp_path / "again.safetensors", model, facts)
+    model, metadata, path, _ = saved
+    save_model(tmp_path / "again.safetensors", model, metadata)
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
@@ -77,9 +77,9 @@ def header(path: Path) -> tuple[dict, dict]:
 )
 def test_a_changed_header_is_one_line(saved, change, expected: str) -> None:
     _, _, path, _ = saved
-    facts, state = header(path)
-    change(facts)
-    path.write_bytes(save(state, {"zfnet": json.dumps(facts)}))
+    metadata, state = header(path)
+    change(metadata)
+    path.write_bytes(save(state, {"zfnet": json.dumps(metadata)}))
     with pytest.raises(UserError) as caught:
         load_model(path)
     assert expected in str(caught.value)
@@ -116,7 +116,7 @@ def test_load_run(tiny_run) -> None:
     assert loaded.classes[0] == "disc"
     assert len(loaded.classes) == 10
     assert weights_hash(loaded.model.state_dict()) == tiny_run.read_json("results.json")["weights_sha256"]
-    images = preprocess(random_images(2, loaded.facts.stored_size), loaded.facts.data)
+    images = preprocess(random_images(2, loaded.metadata.stored_size), loaded.metadata.data)
     assert loaded.model(images).shape == (2, 10)
 
 

@@ -8,7 +8,7 @@ from tests.helpers import compose
 from zfnet.benchmark.blog import BlogLoop, BlogZFNet, PillowImages
 from zfnet.data import preprocess
 from zfnet.data.shapes import draw_shapes
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 
 
 def test_the_same_weights_give_the_same_logits() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zfnet.benchmark.peaks import Peaks, roofline_seconds, training_flops
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 from zfnet.training.device import Plan
 
 PLAN = Plan(torch.device("cpu"), "fp32", True, False, False)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from tests.helpers import tiny_model_config
 from zfnet.benchmark.pool_first import PoolFirstZFNet
-from zfnet.config import ModelConfig
-from zfnet.model import ZFNet
+from zfnet.config.schema import ModelConfig
+from zfnet.model.zfnet import ZFNet
 
 
 def pair(image_size: int, config: ModelConfig) -> tuple[ZFNet, ZFNet]:

@@ -7,7 +7,7 @@ import torch
 
 from tests.explain.networks import network, pictures
 from zfnet.benchmark.projections import APART, compare, time_projections
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 
 
 def test_compare_finds_the_largest_difference_and_counts_the_units_apart() -> None:

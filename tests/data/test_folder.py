@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from tests.helpers import data_config, write_images
-from zfnet.config import DataConfig
+from zfnet.config.errors import UserError
+from zfnet.config.schema import DataConfig
 from zfnet.data import folder as folder_module
 from zfnet.data.folder import load_folder
 from zfnet.data.images import fingerprint
 from zfnet.data.sources import load_splits
-from zfnet.errors import UserError
 
 
 @pytest.fixture

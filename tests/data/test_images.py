@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zfnet.config.errors import UserError
 from zfnet.data.images import fingerprint, hold_out, image_set, stratified
-from zfnet.errors import UserError
 
 labels_and_count = st.lists(st.integers(0, 4), min_size=2, max_size=80).flatmap(
     lambda labels: st.tuples(st.just(torch.tensor(labels)), st.integers(0, len(labels)))

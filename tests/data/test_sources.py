@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.helpers import data_config
+from zfnet.config.errors import UserError
 from zfnet.data.sources import load_splits
-from zfnet.errors import UserError
 
 
 def test_the_built_in_images() -> None:

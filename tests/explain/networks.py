@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zfnet.config import Conv, Linear, ModelConfig
-from zfnet.model import ZFNet
+from zfnet.config.schema import Conv, Linear, ModelConfig
+from zfnet.model.zfnet import ZFNet
 
 
 def config(**changes) -> ModelConfig:

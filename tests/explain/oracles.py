@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 
 
 class _Relu(torch.autograd.Function):

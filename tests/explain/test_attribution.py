@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.explain.networks import network, pictures
 from tests.explain.trained import Trained
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.explain.attribution import GRAD_CAM, INTEGRATED, METHODS, attribute, in_boxes, share_in_boxes
 
 pytest.importorskip("captum")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.explain.networks import network, pictures
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.explain.correspondence import (
     MARGIN,
     compare,

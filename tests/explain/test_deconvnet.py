@@ -11,11 +11,11 @@ from torch import nn
 
 from tests.explain.networks import VARIANTS, alive, network, pictures, some_units
 from tests.explain.oracles import by_autograd, by_mirror, close
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
 from zfnet.explain.deconvnet import RULES
 from zfnet.explain.switches import pool_with_switches, unpool
-from zfnet.geometry import CONV_LAYERS
+from zfnet.model.sizes import CONV_LAYERS
 
 # -- independent implementations
 

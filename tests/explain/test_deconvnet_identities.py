@@ -10,7 +10,7 @@ from tests.explain.networks import VARIANTS, alive, network, pictures, some_unit
 from tests.explain.oracles import close
 from zfnet.explain import Deconvnet, receptive_box, receptive_field
 from zfnet.explain.deconvnet import RULES
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 
 
 def test_layer_1_is_the_filter_times_the_activation() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.explain.networks import network, pictures
 from tests.explain.trained import Trained
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.explain.occlusion import centres_in_boxes, inside_and_outside, occlude, square_starts
 
 FILL = torch.tensor([0.3, -0.2, 0.1])

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.explain.networks import VARIANTS, network, pictures
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.explain import receptive_box, receptive_field
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 
 
 def test_the_papers_numbers() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.helpers import train_tiny
 from zfnet.data import ImageSet, load_splits, preprocess
-from zfnet.model import ZFNet
-from zfnet.run import RunDirectory
-from zfnet.weights import load_run
+from zfnet.model.zfnet import ZFNet
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.weights import load_run
 
 
 @dataclass(frozen=True)

@@ -24,20 +24,20 @@ from tests.helpers import (
     train_minute,
     used,
 )
-from zfnet.construct import build_optimizer
+from zfnet.config.instantiate import build_optimizer
+from zfnet.config.randomness import make_key, random_bits, uniform
 from zfnet.data import load_splits
 from zfnet.data.batches import Batches, augment, preprocess
 from zfnet.data.images import image_set
 from zfnet.explain import Deconvnet
-from zfnet.model import ZFNet
-from zfnet.normalization import LocalResponseNorm
-from zfnet.randomness import make_key, random_bits, uniform
-from zfnet.run import RunDirectory
+from zfnet.model.layers import LocalResponseNorm
+from zfnet.model.zfnet import ZFNet
+from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
 from zfnet.training.checkpoint import load_optimizer, optimizer_checkpoint
 from zfnet.training.device import choose
+from zfnet.training.processes import World, join
 from zfnet.training.state import TrainingState
-from zfnet.training.world import World, join
 
 pytestmark = pytest.mark.gpu
 CUDA = ("trainer.device=cuda", "trainer.checkpoint_minutes=1e-9")

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from tests.helpers import TINY, compose, used
-from zfnet.errors import UserError
-from zfnet.jobs.common import own_directory
-from zfnet.run import RunDirectory
-from zfnet.training.signals import Stopped
+from zfnet.config.errors import UserError
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.session import own_directory
+from zfnet.runs.signals import Stopped
 
 
 def test_the_state_tells_how_the_job_ended(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_the_state_tells_how_the_job_ended(tmp_path: Path) -> None:
                 raise error
         run = RunDirectory(tmp_path / name)
         assert not run.in_use()
-        assert run.read_config() == config
+        assert run.plain_config() == config.to_dict()
         return {k: v for k, v in run.read_json("status.json").items() if k != "pid"}
 
     assert end("a", None) == {"state": "done", "error": None}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from zfnet import load_run
 from zfnet.data import load_splits, preprocess
 from zfnet.explain import Deconvnet, receptive_box
-from zfnet.training.signals import Stopped
+from zfnet.runs.signals import Stopped
 
 SMALL = (
     "job=deconvnet",
@@ -95,7 +95,7 @@ def test_all_it_writes_and_going_on_after_a_stop(
 
     # stopped in the middle of the search, then of the atlas, it goes on and ends with the same bytes
     from zfnet.explain.top_activations import TopActivations
-    from zfnet.report import atlas
+    from zfnet.plots import atlas
 
     with monkeypatch.context() as patch:
         add = TopActivations.add
@@ -106,7 +106,7 @@ def test_all_it_writes_and_going_on_after_a_stop(
             add(self, *batch)
 
         patch.setattr(TopActivations, "add", stop_at_once)
-        patch.setattr("zfnet.jobs.deconvnet._SAVE_SECONDS", 0.0)
+        patch.setattr("zfnet.analyses.deconvnet._SAVE_SECONDS", 0.0)
         assert run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part").code == 143
     with monkeypatch.context() as patch:
         patch.setattr(atlas, "_sheet", lambda *_: (_ for _ in ()).throw(Stopped(15)))

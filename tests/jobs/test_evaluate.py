@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.helpers import used
 from zfnet.data.shapes import CLASSES, draw_shapes
-from zfnet.report.results import results_of
-from zfnet.run import RunDirectory
+from zfnet.plots.results import results_of
+from zfnet.runs.directory import RunDirectory
 from zfnet.training.loop import evaluate
 
 

@@ -11,9 +11,9 @@ import torch
 
 from tests.helpers import TINY, compose, used
 from zfnet import ZFNet
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.jobs import export
-from zfnet.run import RunDirectory
+from zfnet.runs.directory import RunDirectory
 
 
 def test_pt2_answers_like_the_network(run_py, tiny_run) -> None:
@@ -25,11 +25,11 @@ def test_pt2_answers_like_the_network(run_py, tiny_run) -> None:
     program = torch.export.load("x/model.pt2", extra_files=extra)
     run = used(tiny_run)
     assert json.loads(extra["zfnet.json"])["classes"] == list(run.classes)
-    facts = RunDirectory("x").read_json("model.json")
-    assert facts["weights_sha256"] == tiny_run.read_json("results.json")["weights_sha256"]
+    metadata = RunDirectory("x").read_json("model.json")
+    assert metadata["weights_sha256"] == tiny_run.read_json("results.json")["weights_sha256"]
     part = run.split("test")
     pixels = part.pixels(range(7)).numpy() / 255
-    how = facts["preprocessing"]
+    how = metadata["preprocessing"]
     images = torch.from_numpy(((pixels - how["mean"]) / how["std"]).astype(np.float32)).permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = run.model(next(iter(run.batches(part).in_order())).images[:7])
@@ -44,10 +44,10 @@ def test_onnx_answers_like_the_network(run_py, tiny_run) -> None:
     assert "Warning" not in answer.err
     session = onnxruntime.InferenceSession("x/model.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, 64, 64]
-    facts = json.loads(session.get_modelmeta().custom_metadata_map["zfnet"])
+    metadata = json.loads(session.get_modelmeta().custom_metadata_map["zfnet"])
     run = used(tiny_run)
-    assert facts["classes"] == list(run.classes)
-    assert facts["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    assert metadata["classes"] == list(run.classes)
+    assert metadata["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = run.model(images)

@@ -18,10 +18,10 @@ from tests.explain.trained import Trained
 from zfnet.data import Splits
 from zfnet.data.shapes import draw_shapes
 from zfnet.explain.attribution import METHODS
-from zfnet.jobs.looking import part_to_show
-from zfnet.run import RunDirectory
+from zfnet.explain.selection import part_to_show
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.weights import load_model
 from zfnet.training.snapshots import list_snapshots
-from zfnet.weights import load_model
 
 QUICK = ("trainer.threads=1",)
 
@@ -39,13 +39,13 @@ def test_occlusion_of_image_files(run_py, tiny_run: RunDirectory, tmp_path: Path
         "hydra.run.dir=out", *QUICK,
     )  # fmt: skip
     assert answer.code == 0, answer.err
-    facts = json.loads(Path("out/occlusion.json").read_text())
+    metadata = json.loads(Path("out/occlusion.json").read_text())
     rows = read_csv(Path("out/maps.csv"))
     assert len(rows) == 9
-    assert facts["images"][0]["class_is_the_truth"] is False
-    assert facts["images"][0]["lowest_probability"] == min(float(r["probability"]) for r in rows)
+    assert metadata["images"][0]["class_is_the_truth"] is False
+    assert metadata["images"][0]["lowest_probability"] == min(float(r["probability"]) for r in rows)
     assert "a, b.png" in rows[0]["image"]
-    assert "boxes" not in facts
+    assert "boxes" not in metadata
     assert Image.open("out/figures/occlusion.png").width > 1000
     assert RunDirectory("out").state == "done"
 
@@ -58,10 +58,10 @@ def test_invariance_writes_every_point_that_it_draws(run_py, tiny_run: RunDirect
     assert answer.code == 0, answer.err
     rows = read_csv(Path("out/curves.csv"))
     assert len(rows) == (2 + 6) * 4 * 3
-    facts = json.loads(Path("out/invariance.json").read_text())
-    assert facts["layers"] == ["conv1", "fc7"]
+    metadata = json.loads(Path("out/invariance.json").read_text())
+    assert metadata["layers"] == ["conv1", "fc7"]
     for row in rows:
-        scaled = float(row["distance_fc7"]) / facts["distance_between_two_images"]["fc7"]
+        scaled = float(row["distance_fc7"]) / metadata["distance_between_two_images"]["fc7"]
         assert float(row["canonical_fc7"]) == pytest.approx(scaled, rel=1e-5)
         if float(row["amount"]) == (1 if row["transform"] == "scale" else 0):
             assert row["distance_conv1"] == row["distance_fc7"] == "0.0"
@@ -103,13 +103,13 @@ def test_filters_of_two_runs_stand_side_by_side(run_py, tiny_run: RunDirectory, 
         *QUICK,
     )
     assert answer.code == 0, answer.err
-    facts = list(json.loads(Path("out/filters.json").read_text())["runs"].values())
-    assert [f["filters"] for f in facts] == [32, 12]
+    metadata = list(json.loads(Path("out/filters.json").read_text())["runs"].values())
+    assert [f["filters"] for f in metadata] == [32, 12]
     rows = read_csv(Path("out/filters.csv"))
     assert len(rows) == 44
-    assert max(float(r["rms"]) for r in rows[32:]) == pytest.approx(facts[1]["rms"]["max"])
+    assert max(float(r["rms"]) for r in rows[32:]) == pytest.approx(metadata[1]["rms"]["max"])
     weight = load_model(trained.run.weights)[0].conv1.weight.detach()
-    assert facts[1]["rms"]["max"] == pytest.approx(
+    assert metadata[1]["rms"]["max"] == pytest.approx(
         float(weight.square().mean((1, 2, 3)).max().sqrt()), rel=1e-5
     )
     assert Image.open("out/figures/filters.png").width > 1000
@@ -136,9 +136,9 @@ def test_correspondence_of_shapes_and_of_a_table_of_points(
     table.write_text("image,part,x,y\na.png,eye,40,20\na.png,nose,50,40\nb.png,eye,30,20\nb.png,nose,31,45\n")
     answer = run_py(*words, f"job.points={table}", "hydra.run.dir=own")
     assert answer.code == 0, answer.err
-    facts = json.loads(Path("own/correspondence.json").read_text())
-    assert list(facts["table"]["fc7"]) == ["eye", "nose", "same place", "random"]
-    assert facts["images"] == 2
+    metadata = json.loads(Path("own/correspondence.json").read_text())
+    assert list(metadata["table"]["fc7"]) == ["eye", "nose", "same place", "random"]
+    assert metadata["images"] == 2
 
 
 def test_attribution_writes_its_maps(run_py, tiny_run: RunDirectory) -> None:

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from tests.helpers import TINY, compose
-from zfnet.errors import UserError
-from zfnet.jobs.points import read_points, to_input_pixels
+from zfnet.analyses.points import read_points, to_input_pixels
+from zfnet.config.errors import UserError
 
 DATA = compose(*TINY).data
 
@@ -22,7 +22,7 @@ DATA = compose(*TINY).data
 def used() -> Any:
     """What is asked of a run: its preprocessing and its device."""
     plan = SimpleNamespace(device=torch.device("cpu"), channels_last=True)
-    return SimpleNamespace(facts=SimpleNamespace(stored_size=64), data=DATA, plan=plan)
+    return SimpleNamespace(metadata=SimpleNamespace(stored_size=64), data=DATA, plan=plan)
 
 
 @pytest.fixture(autouse=True)

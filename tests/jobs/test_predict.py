@@ -15,8 +15,8 @@ from zfnet.data.decode import read_image
 from zfnet.data.named import NamedImage
 from zfnet.data.shapes import draw_shapes
 from zfnet.jobs.predict import predict
-from zfnet.report.predictions import Prediction, prediction_table
-from zfnet.run import RunDirectory
+from zfnet.plots.predictions import Prediction, prediction_table
+from zfnet.runs.directory import RunDirectory
 from zfnet.training.loop import evaluate
 
 

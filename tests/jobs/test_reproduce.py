@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-import zfnet.environment
+import zfnet.runs.provenance
 import zfnet.training.loop
 from tests.helpers import TINY, train_tiny
-from zfnet.composing import CONF
-from zfnet.run import RunDirectory
+from zfnet.runs.command import CONF
+from zfnet.runs.directory import RunDirectory
 
 SHORT = ("trainer=exact", "trainer.epochs=1", "data.train_images=60", "data.test_images=20")
 
@@ -87,7 +87,7 @@ def test_hydras_own_way_trains_the_same(run_py, exact_run, tmp_path: Path, monke
 
 def test_changed_code_is_named(run_py, exact_run, tmp_path: Path, monkeypatch) -> None:
     code = {**exact_run.read_json("environment.json")["code"], "source_sha256": "0" * 64}
-    monkeypatch.setattr(zfnet.environment, "_code", lambda: code)
+    monkeypatch.setattr(zfnet.runs.provenance, "_code", lambda: code)
     step = zfnet.training.loop.train_step
 
     def other(state, batch) -> None:

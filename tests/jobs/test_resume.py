@@ -12,9 +12,9 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.helpers import EVERY_STEP, MINUTE, STEPS, compose, die_at, learned, no_figures, train_minute
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
-from zfnet.run import RunDirectory
+from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
 from zfnet.training.checkpoint import step_files
 
@@ -56,7 +56,7 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     config, run = compose(*MINUTE), RunDirectory(tmp_path / "r")
     run.claim(config)
     child = (
-        "import sys; from zfnet.run import RunDirectory\n"
+        "import sys; from zfnet.runs.directory import RunDirectory\n"
         "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.helpers import TINY, compose
 from zfnet.jobs.runs import Row, describe, run_table
-from zfnet.run import RunDirectory
+from zfnet.runs.directory import RunDirectory
 
 
 def claimed(folder: Path, state: str, changed: float) -> RunDirectory:

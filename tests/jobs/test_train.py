@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.helpers import MINUTE, compose, learned, no_figures, train_minute
-from zfnet.errors import UserError
-from zfnet.run import HISTORY_COLUMNS, RunDirectory
+from zfnet.config.errors import UserError
+from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
 from zfnet.training import loop
 
 
@@ -29,7 +29,7 @@ def test_the_best_weights_are_the_ones_kept(tmp_path: Path, monkeypatch) -> None
 
     monkeypatch.setattr(loop, "evaluate", judged)
     run = train_minute(tmp_path / "run", "trainer.epochs=3", "optimizer.lr=0.01")
-    from zfnet.weights import load_model
+    from zfnet.runs.weights import load_model
 
     assert torch.equal(load_model(run.weights)[0].conv1.weight, seen[0])
     assert not torch.equal(seen[0], seen[2])

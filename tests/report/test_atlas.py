@@ -14,13 +14,13 @@ from PIL import Image
 from tests.explain.networks import config
 from tests.helpers import compose
 from tests.report.browser import CHROMIUM, DRIVER, browser
-from zfnet.config import Conv
+from zfnet.config.schema import Conv
 from zfnet.data import Batches
 from zfnet.data.images import image_set
 from zfnet.explain import Deconvnet, receptive_box
 from zfnet.explain.top_activations import TopActivations, collect
-from zfnet.model import ZFNet
-from zfnet.report.atlas import Atlas, write_atlas
+from zfnet.model.zfnet import ZFNet
+from zfnet.plots.atlas import Atlas, write_atlas
 
 CLASSES = ["<b>bold</b>", "</script>", "sea lion", "cat"]
 MAPS = 12 + 6
@@ -56,10 +56,10 @@ def page(atlas: Atlas, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_pages_numbers_are_the_searchs(atlas: Atlas, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    facts = json.loads(re.search(r'id="facts">(.*?)</script>', text, re.S)[1])
-    assert [len(layer["maps"]) for layer in facts["layers"]] == [12, 6]
-    assert facts["classes"] == CLASSES
-    for layer in facts["layers"]:
+    metadata = json.loads(re.search(r'id="metadata">(.*?)</script>', text, re.S)[1])
+    assert [len(layer["maps"]) for layer in metadata["layers"]] == [12, 6]
+    assert metadata["classes"] == CLASSES
+    for layer in metadata["layers"]:
         record = atlas.found.layers[layer["name"]]
         for number, entry in enumerate(layer["maps"]):
             assert len(entry["top"]) == int(record.filled[number].sum())
@@ -69,7 +69,7 @@ def test_the_pages_numbers_are_the_searchs(atlas: Atlas, page: Path) -> None:
                 assert label == image % 4
                 seen = receptive_box(atlas.deconvnet.model, layer["name"], y, x)
                 assert [64 * side for side in box] == pytest.approx(seen, abs=0.05)
-    assert facts["layers"][0]["maps"][3]["top"] == []
+    assert metadata["layers"][0]["maps"][3]["top"] == []
     assert not (page.parent / "maps/conv1/3.webp").exists()
 
 

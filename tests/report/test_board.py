@@ -9,9 +9,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import STEPS, train_minute
-from zfnet.report.board import TensorBoard
-from zfnet.report.figures import draw_curves, save_figure
-from zfnet.run import RunDirectory
+from zfnet.plots.figures import draw_curves, save_figure
+from zfnet.runs.directory import RunDirectory
+from zfnet.training.board import TensorBoard
 
 WORDS = ("trainer.tensorboard=true", "trainer.log_every=3")
 

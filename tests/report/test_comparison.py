@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zfnet.report.comparison import first_difference, largest_differences
+from zfnet.runs.compare import first_difference, largest_differences
 
 Row = dict[str, Any]
 NUMBERS = st.floats(0, 10) | st.none()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.helpers import random_images
 from zfnet.data.images import image_set
-from zfnet.report.figures import (
+from zfnet.plots.figures import (
     draw_confusion,
     draw_curves,
     draw_per_class,

@@ -6,7 +6,7 @@ import torch
 
 from tests.helpers import compose
 from zfnet.data import preprocess
-from zfnet.report.pictures import GREY, enlarge, mosaic, on_grey, to_pixels
+from zfnet.plots.pictures import GREY, enlarge, mosaic, on_grey, to_pixels
 
 
 def test_to_pixels_undoes_preprocess() -> None:

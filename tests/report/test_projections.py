@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from zfnet.report.projections import draw_controls, draw_projections
+from zfnet.plots.projections import draw_controls, draw_projections
 
 
 def test_projections_left_patches_right_and_every_map_named() -> None:

@@ -14,11 +14,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from tests.helpers import TINY, compose
-from zfnet.composing import compose as compose_words
-from zfnet.config import flatten
-from zfnet.hydra_record import register_resolvers
-from zfnet.report.sweep import ABSENT, read_sweep, short_names, swept_keys
-from zfnet.run import RunDirectory
+from zfnet.config.schema import flatten
+from zfnet.plots.sweep import ABSENT, read_sweep, short_names, swept_keys
+from zfnet.runs.command import compose as compose_words
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.hydra_record import register_resolvers
 
 
 def write_job(

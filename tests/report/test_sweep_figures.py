@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.report.test_sweep import write_job
-from zfnet.report.sweep import read_sweep
-from zfnet.report.sweep_figures import draw_sweep
+from zfnet.plots.sweep import read_sweep
+from zfnet.plots.sweep_figures import draw_sweep
 
 
 def texts(axis) -> set[str]:

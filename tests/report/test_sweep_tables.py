@@ -7,8 +7,8 @@ import io
 from pathlib import Path
 
 from tests.report.test_sweep import write_job
-from zfnet.report.sweep import read_sweep
-from zfnet.report.sweep_tables import to_csv, to_markdown, to_text, write_tables
+from zfnet.plots.sweep import read_sweep
+from zfnet.plots.sweep_tables import to_csv, to_markdown, to_text, write_tables
 
 
 def test_the_terminal_fits_80_columns_and_shows_mean_std_and_n(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_the_terminal_fits_80_columns_and_shows_mean_std_and_n(tmp_path: Path) -
 
 
 def test_columns_and_rows_that_do_not_fit_are_counted(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("zfnet.report.sweep_tables.MOST_ROWS", 2)
+    monkeypatch.setattr("zfnet.plots.sweep_tables.MOST_ROWS", 2)
     keys = ("optimizer.lr", "model.dropout", "trainer.clip_norm", "trainer.label_smoothing", "optimizer.eps")
     for n in range(1, 6):
         write_job(tmp_path, *(f"{key}={n / 1000 + k / 100}" for k, key in enumerate(keys)), accuracy=n / 100)

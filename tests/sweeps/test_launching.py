@@ -14,7 +14,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.helpers import TINY, compose
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.training.device import choose
 
 SMALL = (

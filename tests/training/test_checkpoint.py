@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from tests.helpers import checked
-from zfnet import run as run_module
-from zfnet.construct import build_optimizer
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
+from zfnet.config.instantiate import build_optimizer
+from zfnet.runs import directory as run_module
 from zfnet.training.checkpoint import (
     KEPT,
     Checkpoint,
@@ -51,7 +51,7 @@ def test_round_trip(writer: CheckpointWriter) -> None:
     writer.write(step_name(7), some(7))
     writer.wait()
     found = read_checkpoint(writer.folder / "step-000000007.safetensors")
-    assert found.facts == some(7).facts
+    assert found.metadata == some(7).metadata
     assert {k: v.dtype for k, v in found.tensors.items()} == {k: v.dtype for k, v in some(7).tensors.items()}
     assert all(torch.equal(found.tensors[k], v) for k, v in some(7).tensors.items())
 
@@ -65,7 +65,7 @@ def test_the_newest_are_kept_and_the_best_too(writer: CheckpointWriter) -> None:
     assert len(list(writer.folder.iterdir())) == KEPT + 1
     newest, problems = read_newest(writer.folder)
     assert newest is not None
-    assert newest.facts["step"] == 100_000
+    assert newest.metadata["step"] == 100_000
     assert problems == []
 
 
@@ -81,12 +81,12 @@ def test_training_may_change_tensors_at_once(writer: CheckpointWriter, monkeypat
     checkpoint = some(1)
     writer.write(step_name(1), checkpoint)
     checkpoint.tensors["a"].fill_(99)
-    checkpoint.facts["history"].append("later")
+    checkpoint.metadata["history"].append("later")
     gate.set()
     writer.wait()
     found = read_checkpoint(writer.folder / step_name(1))
     assert found.tensors["a"].tolist() == [1, 1, 1]
-    assert found.facts["history"] == some(1).facts["history"]
+    assert found.metadata["history"] == some(1).metadata["history"]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 100, -1])
@@ -98,7 +98,7 @@ def test_a_truncated_file_gives_way_to_the_one_before(writer: CheckpointWriter, 
     path.write_bytes(path.read_bytes()[:cut])
     newest, problems = read_newest(writer.folder)
     assert newest is not None
-    assert newest.facts["step"] == 1
+    assert newest.metadata["step"] == 1
     assert len(problems) == 1
     assert str(path) in problems[0]
 
@@ -145,7 +145,7 @@ def test_leftovers_of_a_kill_do_not_count(writer: CheckpointWriter) -> None:
     (writer.folder / "best.safetensors").write_bytes(b"")
     newest, problems = read_newest(writer.folder)
     assert newest is not None
-    assert newest.facts["step"] == 3
+    assert newest.metadata["step"] == 3
     assert problems == []
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypa
     with monkeypatch.context() as patch:
         if where == "write":
 
-            def half(tensors, path, facts) -> None:
+            def half(tensors, path, metadata) -> None:
                 Path(path).write_bytes(b"half")
                 raise SafetensorError("I/O error: No space left on device (os error 28)")
 
@@ -177,10 +177,10 @@ def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypa
         ):
             writer.wait()
     assert [p.name for p in writer.folder.iterdir()] == [step_name(1)]
-    assert read_newest(writer.folder)[0].facts["step"] == 1
+    assert read_newest(writer.folder)[0].metadata["step"] == 1
     writer.write(step_name(3), some(3))  # and when there is room again, it goes on
     writer.close()
-    assert read_newest(writer.folder)[0].facts["step"] == 3
+    assert read_newest(writer.folder)[0].metadata["step"] == 3
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "adagrad", "nadam"])

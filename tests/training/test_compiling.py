@@ -70,8 +70,8 @@ def test_a_trial_leaves_no_trace(tried, words: tuple[str, ...]) -> None:
     assert after.tensors.keys() == tensors.keys()
     assert all(torch.equal(after.tensors[name], tensors[name]) for name in tensors)
     aside = ("seconds", "compiled")
-    assert {k: v for k, v in after.facts.items() if k not in aside} == {
-        k: v for k, v in before.facts.items() if k not in aside
+    assert {k: v for k, v in after.metadata.items() if k not in aside} == {
+        k: v for k, v in before.metadata.items() if k not in aside
     }
 
 

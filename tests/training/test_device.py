@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.helpers import checked, compose
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.training import device as device_module
 from zfnet.training.device import choose
-from zfnet.training.world import World
+from zfnet.training.processes import World
 
 
 def plan(*words: str):
@@ -66,8 +66,8 @@ def test_a_later_run_is_not_touched_by_an_earlier_one() -> None:
 def test_bf16_on_the_cpu_only_where_it_pays(
     monkeypatch, vendor: str, flags: set[str], precision: str
 ) -> None:
-    facts = {"vendor_id": vendor, "flags": " ".join(flags)}
-    monkeypatch.setattr(device_module, "cpu_facts", lambda: facts)
+    metadata = {"vendor_id": vendor, "flags": " ".join(flags)}
+    monkeypatch.setattr(device_module, "cpu_facts", lambda: metadata)
     assert plan("trainer=cpu").precision == precision
     assert plan("trainer=cpu", "trainer.precision=fp32").precision == "fp32"
 

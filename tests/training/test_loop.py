@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import MINUTE, STEPS, compose, random_images, train_minute
+from zfnet.config.errors import UserError
 from zfnet.data import Batch, Batches
 from zfnet.data.images import image_set
-from zfnet.errors import UserError
-from zfnet.run import HISTORY_COLUMNS, RunDirectory
+from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
 from zfnet.training import loop
 from zfnet.training.device import choose
 from zfnet.training.loop import evaluate, finish_epoch, train_step

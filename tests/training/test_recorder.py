@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zfnet.run import HISTORY_COLUMNS, RunDirectory
+from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
 from zfnet.training.recorder import Recorder, epoch_line
 
 ROW = {

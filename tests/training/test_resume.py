@@ -25,9 +25,9 @@ from tests.helpers import (
     no_figures,
     train_minute,
 )
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
-from zfnet.run import RunDirectory
+from zfnet.runs.directory import RunDirectory
 from zfnet.training import checkpoint as checkpoint_module
 from zfnet.training import loop
 from zfnet.training.checkpoint import step_files, step_name
@@ -237,7 +237,7 @@ def test_a_checkpoint_is_tensors_and_plain_numbers(tmp_path: Path) -> None:
     die_at(tmp_path / "run", 3, *ALL_ON)
     saved, _ = checkpoint_module.read_newest(tmp_path / "run/checkpoints")
     assert saved is not None
-    assert json.loads(json.dumps(saved.facts)) == saved.facts
-    assert saved.facts["step"] == 3
+    assert json.loads(json.dumps(saved.metadata)) == saved.metadata
+    assert saved.metadata["step"] == 3
     kinds = {name.split(".")[0] for name in saved.tensors}
     assert kinds == {"model", "optimizer", "metrics", "average", "average_count"}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.helpers import checked
-from zfnet.construct import build_optimizer
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
+from zfnet.config.instantiate import build_optimizer
 from zfnet.training.schedule import Schedule
 
 EPOCHS, STEPS = 10, 7

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from zfnet.training.signals import Stopped, StopRequest
+from zfnet.runs.signals import Stopped, StopRequest
 
 NUMBERS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 

@@ -10,15 +10,15 @@ import torch
 
 from tests.explain.trained import Trained
 from tests.helpers import TINY, compose, train_tiny
-from zfnet.config import read_config
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
+from zfnet.config.schema import read_config
 from zfnet.jobs.train import train
-from zfnet.run import RunDirectory
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.signals import Stopped
+from zfnet.runs.weights import load_model
 from zfnet.training.checkpoint import read_checkpoint, step_files
 from zfnet.training.recorder import Recorder
-from zfnet.training.signals import Stopped
 from zfnet.training.snapshots import list_snapshots
-from zfnet.weights import load_model
 
 
 def test_the_last_snapshot_is_the_network_as_training_left_it(trained: Trained) -> None:

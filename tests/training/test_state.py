@@ -46,7 +46,7 @@ def test_restore_is_the_inverse_of_checkpoint() -> None:
     assert saved.tensors.keys() == again.tensors.keys()
     assert all(torch.equal(saved.tensors[k], again.tensors[k]) for k in saved.tensors)
     aside = ("seconds", "identity")
-    timeless = [{k: v for k, v in c.facts.items() if k not in aside} for c in (saved, again)]
+    timeless = [{k: v for k, v in c.metadata.items() if k not in aside} for c in (saved, again)]
     assert timeless[0] == timeless[1]
     assert b.step_in_epoch == 29 - 3 * 8
     assert b.elapsed() >= a.seconds

@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers import TINY, compose
 from zfnet import ZFNet
-from zfnet.training.views import MeanOfViews, data_for_views
+from zfnet.training.tta import MeanOfViews, data_for_views
 
 
 def network() -> ZFNet:

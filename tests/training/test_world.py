@@ -14,8 +14,8 @@ import torch
 
 from tests.conftest import ROOT
 from tests.helpers import train_tiny
-from zfnet.run import RunDirectory
-from zfnet.weights import load_run
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.weights import load_run
 
 # 90 training images in batches of 40, 40 and 10: shares of unequal size, cut into parts once more
 WORDS = (

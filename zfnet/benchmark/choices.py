@@ -11,10 +11,10 @@ from torch import nn
 from zfnet.benchmark.ours import OurLoop
 from zfnet.benchmark.pool_first import PoolFirstZFNet
 from zfnet.benchmark.turns import compare, enough_images, print_table, take_turns, time_steps
-from zfnet.config import Config
-from zfnet.construct import build_optimizer
+from zfnet.config.instantiate import build_optimizer
+from zfnet.config.schema import Config
 from zfnet.data import ImageSet
-from zfnet.normalization import LocalResponseNorm
+from zfnet.model.layers import LocalResponseNorm
 from zfnet.training.compiling import Trial
 from zfnet.training.device import Plan, set_switches, timed
 from zfnet.training.state import TrainingState

@@ -20,7 +20,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from zfnet.benchmark.turns import Contender, compare, print_table, take_turns
-from zfnet.config import AugmentConfig, Config, DataConfig
+from zfnet.config.schema import AugmentConfig, Config, DataConfig
 from zfnet.data import Batches
 from zfnet.data.folder import load_folder
 from zfnet.training.device import Plan, keep_memory, timed

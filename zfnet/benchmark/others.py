@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from zfnet.benchmark.blog import PillowImages
 from zfnet.benchmark.turns import Contender, time_steps
-from zfnet.config import Config
-from zfnet.construct import build_optimizer
+from zfnet.config.instantiate import build_optimizer
+from zfnet.config.schema import Config
 from zfnet.data import ImageSet
 from zfnet.training.device import Plan, keep_memory, synchronize
 from zfnet.training.state import make_model

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from zfnet.benchmark.turns import time_steps
-from zfnet.config import Config
+from zfnet.config.schema import Config
 from zfnet.data import Batch, ImageSet
 from zfnet.training.device import Plan, synchronize
 from zfnet.training.loop import read_metrics, train_step

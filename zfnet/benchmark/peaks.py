@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 from zfnet.training.device import Plan, timed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 
 
 class PoolFirstZFNet(ZFNet):

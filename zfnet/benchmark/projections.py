@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zfnet.config import Config
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config
 from zfnet.data import load_splits, preprocess
-from zfnet.errors import UserError
 from zfnet.explain import Deconvnet
-from zfnet.geometry import CONV_LAYERS
-from zfnet.model import ZFNet
+from zfnet.model.sizes import CONV_LAYERS
+from zfnet.model.zfnet import ZFNet
 from zfnet.training.device import Plan, timed
 from zfnet.training.state import make_model
 

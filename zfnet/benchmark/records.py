@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from zfnet.benchmark.turns import Contender, compare, enough_images, print_table, take_turns
-from zfnet.config import Config
+from zfnet.config.schema import Config
 from zfnet.data import ImageSet
-from zfnet.report.board import TensorBoard
-from zfnet.run import RunDirectory
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.signals import StopRequest
+from zfnet.training.board import TensorBoard
 from zfnet.training.checkpoint import CheckpointWriter
 from zfnet.training.device import Plan, timed
 from zfnet.training.loop import finish_epoch, train_epoch
 from zfnet.training.recorder import Recorder
-from zfnet.training.signals import StopRequest
 from zfnet.training.state import TrainingState, training_batches
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from zfnet.config import Config
-from zfnet.environment import ROOT
-from zfnet.errors import UserError
-from zfnet.run import RunDirectory
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.provenance import ROOT
 from zfnet.training.device import Plan
 
 # run.py as it is, ended by the first step once its loss is known

@@ -9,7 +9,7 @@ from zfnet.benchmark.others import other_loops
 from zfnet.benchmark.ours import OurLoop, peak_memory
 from zfnet.benchmark.peaks import measure_peaks, roofline_seconds, training_flops
 from zfnet.benchmark.turns import Contender, compare, enough_images, print_table, take_turns
-from zfnet.config import Config
+from zfnet.config.schema import Config
 from zfnet.training.device import Plan, keep_memory
 
 

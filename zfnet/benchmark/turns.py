@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from zfnet.config import Config
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config
 from zfnet.data import ImageSet, load_splits
-from zfnet.errors import UserError
 from zfnet.training.device import keep_memory, timed
 
 

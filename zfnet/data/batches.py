@@ -15,9 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zfnet.config import AugmentConfig, DataConfig
-from zfnet.data.images import ImageSet
-from zfnet.randomness import (
+from zfnet.config.randomness import (
     CROP_X,
     CROP_Y,
     CUTOUT_X,
@@ -29,6 +27,8 @@ from zfnet.randomness import (
     randint,
     uniform,
 )
+from zfnet.config.schema import AugmentConfig, DataConfig
+from zfnet.data.images import ImageSet
 
 PIECE = 2**26  # bytes that are moved to a device at once
 

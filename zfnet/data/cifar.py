@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from zfnet.config.errors import UserError
 from zfnet.data.images import ImageSet, fingerprint, image_set
-from zfnet.errors import UserError
 
 NETWORK_TIMEOUT_S = 30
 

@@ -19,10 +19,10 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from zfnet.config import DataConfig
+from zfnet.config.errors import UserError
+from zfnet.config.schema import DataConfig
 from zfnet.data.decode import SUFFIXES, UnreadableImage, fit_square, image_size, read_image
 from zfnet.data.images import ImageSet, image_set, release, stratified
-from zfnet.errors import UserError
 
 CACHE_VERSION = 1
 _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -112,7 +112,7 @@ def _images_below(folder: Path, root: Path) -> list[str]:
 def _cached(listing: _Listing, data: DataConfig) -> tuple[np.ndarray, torch.Tensor, str]:
     """Return (images [M, s, s, 3] memory-mapped, the files they came from, fingerprint), decoding if need be."""
     stats = [os.stat(os.path.join(listing.root, f)) for f in listing.files]
-    facts = [
+    metadata = [
         CACHE_VERSION,
         data.store_size,
         data.image_size,
@@ -122,7 +122,7 @@ def _cached(listing: _Listing, data: DataConfig) -> tuple[np.ndarray, torch.Tens
         [[f, s.st_size, s.st_mtime_ns] for f, s in zip(listing.files, stats, strict=True)],
         listing.labels,
     ]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:24]
     place = _cache_folder(data)
     folder = place / key
     try:

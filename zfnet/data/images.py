@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zfnet.errors import UserError
-from zfnet.randomness import SPLIT, make_key, random_bits
+from zfnet.config.errors import UserError
+from zfnet.config.randomness import SPLIT, make_key, random_bits
 
 
 @dataclass(frozen=True)

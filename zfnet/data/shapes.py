@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zfnet.config.randomness import SHAPES, make_key, uniform
 from zfnet.data.images import ImageSet, image_set
-from zfnet.randomness import SHAPES, make_key, uniform
 
 CLASSES = ("disc", "ring", "square", "frame", "triangle", "cross", "star", "crescent", "hexagon", "bars")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from zfnet.config import DataConfig
+from zfnet.config.errors import UserError
+from zfnet.config.randomness import SUBSET
+from zfnet.config.schema import DataConfig
 from zfnet.data.cifar import load_cifar
 from zfnet.data.folder import load_folder
 from zfnet.data.images import ImageSet, Splits, fingerprint, hold_out, stratified
 from zfnet.data.shapes import draw_shapes
-from zfnet.errors import UserError
-from zfnet.randomness import SUBSET
 
 
 def load_splits(data: DataConfig) -> Splits:

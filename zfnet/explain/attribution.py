@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.explain.deconvnet import RULES, Deconvnet
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 
 INTEGRATED, GRAD_CAM = "integrated gradients", "Grad-CAM"
 METHODS = (*RULES, INTEGRATED, GRAD_CAM)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zfnet.config.randomness import CONTROL, make_key, permutation, randint
+from zfnet.explain.crops import frame_size
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.receptive_field import window_steps
 from zfnet.explain.switches import DEAD_WINDOWS
-from zfnet.explain.views import frame_size
-from zfnet.model import ZFNet
-from zfnet.randomness import CONTROL, make_key, permutation, randint
+from zfnet.model.zfnet import ZFNet
 
 CONTROLS = {
     "random_weights": "the same network with each layer's weights shuffled",

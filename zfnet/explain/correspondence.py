@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zfnet.errors import UserError
-from zfnet.model import ZFNet
+from zfnet.config.errors import UserError
+from zfnet.model.zfnet import ZFNet
 
 MARGIN = 1.6  # built-in shapes are then as large as the larger ones that the network was trained on
 

@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zfnet.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError, did_you_mean
 from zfnet.explain.receptive_field import receptive_field
 from zfnet.explain.switches import DEAD_WINDOWS, pool_with_switches, side, unpool
 from zfnet.explain.transposed import transposed
 from zfnet.explain.windows import Signal
-from zfnet.geometry import CONV_LAYERS
-from zfnet.model import Dropout, ZFNet
-from zfnet.normalization import LocalResponseNorm
+from zfnet.model.layers import LocalResponseNorm
+from zfnet.model.sizes import CONV_LAYERS
+from zfnet.model.zfnet import Dropout, ZFNet
 
 RULES = ("deconvnet", "guided", "gradient")
 LRN_RULES = ("identity", "gradient")

@@ -12,11 +12,11 @@ from zfnet.data import Batches, ImageSet
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.receptive_field import receptive_field
 from zfnet.explain.top_activations import LayerRecord, TopActivations, collect
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 
 
 @dataclass(frozen=True)
-class Look:
+class EpochView:
     """One snapshot: for each layer the strongest activation of every map, and every map's answers to the probes.
 
     strongest: layer → its record with one place for each of the C maps
@@ -35,14 +35,14 @@ def look(
     probes: Tensor,
     layers: Sequence[str],
     batch_size: int,
-) -> Look:
+) -> EpochView:
     """Search all `images` for the strongest activations, and ask the maps about the probes [P, 3, S, S]."""
     found = collect(model, images, batches_of, layers, TopActivations(1, len(images.classes)))
     parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for part in probes.split(batch_size):
         for layer, maps in model.activations(part, layers).items():
             parts[layer].append(maps.amax((2, 3)).cpu())
-    return Look(found.layers, {layer: torch.cat(answers) for layer, answers in parts.items()})
+    return EpochView(found.layers, {layer: torch.cat(answers) for layer, answers in parts.items()})
 
 
 def project_strongest(

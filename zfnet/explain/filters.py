@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zfnet.data import Batch
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 
 FLAT = 0.1  # a filter whose RMS is below this share of the layer's median counts as flat
 _GRID = 64  # frequencies are sampled on a grid of this many points a side

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 
 TRANSFORMS = ("vertical translation", "horizontal translation", "scale", "rotation")
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zfnet.errors import UserError
-from zfnet.model import ZFNet
+from zfnet.config.errors import UserError
+from zfnet.model.zfnet import ZFNet
 
 
 @dataclass(frozen=True)

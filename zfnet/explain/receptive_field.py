@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zfnet.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError, did_you_mean
 from zfnet.explain.switches import side
-from zfnet.geometry import CONV_LAYERS
-from zfnet.model import ZFNet
+from zfnet.model.sizes import CONV_LAYERS
+from zfnet.model.zfnet import ZFNet
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from zfnet.config.errors import UserError
 from zfnet.data import Batches, ImageSet
-from zfnet.errors import UserError
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 
 _NONE = torch.iinfo(torch.int64).max  # the index of a place that no image has taken yet: sorts last
 
@@ -144,7 +144,7 @@ class TopActivations:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return (tensors, facts that JSON can hold), from which `from_state` goes on."""
+        """Return (tensors, metadata that JSON can hold), from which `from_state` goes on."""
         tensors = {"class_counts": self.class_counts}
         for layer, record in self.layers.items():
             tensors |= {f"{layer}.{k}": v for k, v in vars(record).items() if isinstance(v, Tensor)}
@@ -158,12 +158,12 @@ class TopActivations:
 
     @classmethod
     def from_state(
-        cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], device: torch.device
     ) -> TopActivations:
         """Return the collection that `state` described; its tensors go to `device`."""
-        self = cls(facts["top"], facts["num_classes"])
-        self.images, self.class_counts = facts["images"], tensors["class_counts"]
-        for layer, size in facts["sizes"].items():
+        self = cls(metadata["top"], metadata["num_classes"])
+        self.images, self.class_counts = metadata["images"], tensors["class_counts"]
+        for layer, size in metadata["sizes"].items():
             parts = {
                 key.removeprefix(f"{layer}."): value.to(device)
                 for key, value in tensors.items()

@@ -8,19 +8,22 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from zfnet.config import Config
-from zfnet.errors import UserError
-from zfnet.jobs.common import UsedRun, own_directory
-from zfnet.model import ZFNet
-from zfnet.run import write_atomically
-from zfnet.weights import weights_hash
+from zfnet.config.errors import UserError
+from zfnet.config.ranges import one_of
+from zfnet.config.schema import Config, Job
+from zfnet.model.zfnet import ZFNet
+from zfnet.runs.directory import write_atomically
+from zfnet.runs.session import own_directory
+from zfnet.runs.weights import weights_hash
+from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
 
@@ -30,41 +33,47 @@ TOLERANCE = 1e-4
 _BATCHES = (1, 2, 5)  # the file was traced with 2
 
 
-def main(config: Config, output: Path, overrides: list[str]) -> None:
-    """Write model.onnx, model.pt2 and model.json; raises UserError where a file answers unlike the network."""
-    formats = FORMATS if config.job.format == "all" else (config.job.format,)
-    missing = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]
-    if "onnx" in formats and missing:
-        raise UserError(
-            f"job.format={config.job.format} needs {', '.join(missing)}: "
-            "pip install -e '.[export]', or choose job.format=pt2"
-        )
-    used = UsedRun(config, overrides)
-    model = used.model.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    facts = describe(used)
-    inside = json.dumps(facts)
-    with own_directory(config, output) as run, torch.no_grad():
-        size = used.data.image_size
-        program = torch.export.export(
-            model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: Dim("batch", min=1)},)
-        )
-        for name in formats:
-            path = run.folder / f"model.{name}"
-            write_atomically(path, _WRITE[name](program, inside))
-            difference = check(model, _READ[name](path))
-            facts[f"largest_difference_{name}"] = difference
-            log.info(
-                "%s: %.1f MB, within %.1e of the network's logits",
-                path.name,
-                path.stat().st_size / 1e6,
-                difference,
+@dataclass(kw_only=True)
+class ExportJob(Job):
+    reads_run: ClassVar[str] = "needed"
+
+    format: str = one_of("onnx", "pt2", "all")
+
+    def main(self, config: Config, output: Path) -> None:
+        """Write model.onnx, model.pt2 and model.json; raises UserError where a file answers unlike the network."""
+        formats = FORMATS if config.job.format == "all" else (config.job.format,)
+        missing = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]
+        if "onnx" in formats and missing:
+            raise UserError(
+                f"job.format={config.job.format} needs {', '.join(missing)}: "
+                "pip install -e '.[export]', or choose job.format=pt2"
             )
-        run.write_json("model.json", facts)
-        log.info("model.json: classes and preprocessing")
-        log.info("written to %s", run.folder)
+        used = LoadedRun(config)
+        model = used.model.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        metadata = describe(used)
+        inside = json.dumps(metadata)
+        with own_directory(config, output) as run, torch.no_grad():
+            size = used.data.image_size
+            program = torch.export.export(
+                model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: Dim("batch", min=1)},)
+            )
+            for name in formats:
+                path = run.folder / f"model.{name}"
+                write_atomically(path, _WRITE[name](program, inside))
+                difference = check(model, _READ[name](path))
+                metadata[f"largest_difference_{name}"] = difference
+                log.info(
+                    "%s: %.1f MB, within %.1e of the network's logits",
+                    path.name,
+                    path.stat().st_size / 1e6,
+                    difference,
+                )
+            run.write_json("model.json", metadata)
+            log.info("model.json: classes and preprocessing")
+            log.info("written to %s", run.folder)
 
 
-def describe(used: UsedRun) -> dict[str, Any]:
+def describe(used: LoadedRun) -> dict[str, Any]:
     """Return what a user of the files must know, as JSON can hold it."""
     data, size = used.data, used.data.image_size
     return {
@@ -74,8 +83,8 @@ def describe(used: UsedRun) -> dict[str, Any]:
         "preprocessing": {
             "channels": "RGB",
             "fit": data.fit,
-            "stored_size": used.facts.stored_size,
-            "crop_size": data.crop_size or used.facts.stored_size,
+            "stored_size": used.metadata.stored_size,
+            "crop_size": data.crop_size or used.metadata.stored_size,
             "image_size": size,
             "mean": data.mean,
             "std": data.std,
@@ -108,7 +117,7 @@ def check(model: ZFNet, exported: Callable[[Tensor], Tensor]) -> float:
     return largest
 
 
-def _onnx(program: ExportedProgram, facts: str) -> bytes:
+def _onnx(program: ExportedProgram, metadata: str) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter's own insides
         exported = torch.onnx.export(
@@ -121,7 +130,7 @@ def _onnx(program: ExportedProgram, facts: str) -> bytes:
             verbose=False,
         )
     assert exported is not None
-    exported.model.metadata_props["zfnet"] = facts
+    exported.model.metadata_props["zfnet"] = metadata
     content: bytes = exported.model_proto.SerializeToString()
     return content
 
@@ -135,9 +144,9 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _pt2(program: ExportedProgram, facts: str) -> bytes:
+def _pt2(program: ExportedProgram, metadata: str) -> bytes:
     content = io.BytesIO()
-    torch.export.save(program, content, extra_files={"zfnet.json": facts})
+    torch.export.save(program, content, extra_files={"zfnet.json": metadata})
     return content.getvalue()
 
 

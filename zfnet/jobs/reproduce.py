@@ -5,36 +5,41 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from zfnet.config import Config
-from zfnet.errors import UserError
-from zfnet.hydra_record import write_hydra_record
-from zfnet.jobs.common import hold, recorded_state
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config, Job
 from zfnet.jobs.train import train_and_test
-from zfnet.report.comparison import compare_runs
-from zfnet.run import RunDirectory, find_run
+from zfnet.runs.compare import compare_runs
+from zfnet.runs.directory import RunDirectory, find_run
+from zfnet.runs.hydra_record import write_hydra_record
+from zfnet.runs.session import hold, recorded_state
 
 log = logging.getLogger("zfnet")
 
 _MOST_THREADS = 1024  # a record that says more is damaged
 
 
-def main(config: Config, output: Path, overrides: list[str]) -> None:
-    """Train the recorded config (and overrides, which make it a variation) in `output`, and compare.
+@dataclass(kw_only=True)
+class ReproduceJob(Job):
+    reads_run: ClassVar[str] = "needed"
 
-    Raises UserError where there is nothing to compare with, and where the result of the same config differs.
-    """
-    original = _finished(config)
-    if output.resolve().is_relative_to(original.folder.resolve()):
-        raise UserError(f"hydra.run.dir={output}: lies in the run itself; choose a directory of its own")
-    run = RunDirectory(output)
-    run.claim_new(config)
-    write_hydra_record(output, config)
-    reproduce(config, run)
+    def main(self, config: Config, output: Path) -> None:
+        """Train the recorded config (and overrides, which make it a variation) in `output`, and compare.
+
+        Raises UserError where there is nothing to compare with, and where the result of the same config differs.
+        """
+        original = _finished(config)
+        if output.resolve().is_relative_to(original.folder.resolve()):
+            raise UserError(f"hydra.run.dir={output}: lies in the run itself; choose a directory of its own")
+        run = RunDirectory(output)
+        run.claim_new(config)
+        write_hydra_record(output, config)
+        reproduce(config, run)
 
 
 def reproduce(config: Config, run: RunDirectory) -> None:

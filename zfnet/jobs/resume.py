@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from zfnet.config import Config
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config, Job
 from zfnet.jobs.reproduce import reproduce
 from zfnet.jobs.train import train
-from zfnet.run import RunDirectory
+from zfnet.runs.directory import RunDirectory
 
 
-def main(config: Config, output: Path, overrides: list[str]) -> float | None:
-    """Go on with `run=<dir>` from that run's own config."""
-    free = ("job", "run", "trainer.devices")  # how many processes share the work does not change the result
-    others = [o for o in overrides if o.split("=")[0].lstrip("+~") not in free]
-    if others:
-        raise UserError(
-            f"job=resume goes on with the run's own settings and takes no others, such as {others[0].lstrip('+')}: "
-            "start a new run for other settings"
-        )
-    run = RunDirectory(str(config.run))
-    recorded = run.read_config()
-    if recorded.job.name == "reproduce":
-        reproduce(recorded, run)
-        return None
-    if recorded.job.name != "train":
-        raise UserError(f"run={run.folder} was made by job={recorded.job.name}: only a training can go on")
-    return train(config, run)
+@dataclass(kw_only=True)
+class ResumeJob(Job):
+    reads_run: ClassVar[str] = "needed"
+
+    def main(self, config: Config, output: Path) -> float | None:
+        """Go on with `run=<dir>` from that run's own config."""
+        free = (
+            "job",
+            "run",
+            "trainer.devices",
+        )  # how many processes share the work does not change the result
+        others = [o for o in config.overrides if o.split("=")[0].lstrip("+~") not in free]
+        if others:
+            raise UserError(
+                f"job=resume goes on with the run's own settings and takes no others, such as {others[0].lstrip('+')}: "
+                "start a new run for other settings"
+            )
+        run = RunDirectory(str(config.run))
+        recorded = run.read_config()
+        if recorded.job.name == "reproduce":
+            reproduce(recorded, run)
+            return None
+        if recorded.job.name != "train":
+            raise UserError(
+                f"run={run.folder} was made by job={recorded.job.name}: only a training can go on"
+            )
+        return train(config, run)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zfnet.config import Config
-from zfnet.errors import UserError
-from zfnet.report.predictions import shorten
-from zfnet.run import RunDirectory, list_runs
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config, Job
+from zfnet.plots.predictions import shorten
+from zfnet.runs.directory import RunDirectory, list_runs
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,22 @@ class Row:
     folder: str
 
 
-def main(config: Config, output: Path, overrides: list[str]) -> None:
-    """Print the table; a damaged run is a line like any other. Raises UserError where there is no such folder."""
-    root = Path(config.job.root).expanduser()
-    if not root.is_dir():
-        raise UserError(f"job.root={root}: there is no such folder")
-    rows = sorted((describe(run) for run in list_runs(root)), key=lambda row: row.changed, reverse=True)
-    if not rows:
-        print(f"no runs below {root}")
-        return
-    # into a file or another program directories go whole
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print("\n".join(run_table(rows, time.time(), width)))
+@dataclass(kw_only=True)
+class RunsJob(Job):
+    root: str
+
+    def main(self, config: Config, output: Path) -> None:
+        """Print the table; a damaged run is a line like any other. Raises UserError where there is no such folder."""
+        root = Path(config.job.root).expanduser()
+        if not root.is_dir():
+            raise UserError(f"job.root={root}: there is no such folder")
+        rows = sorted((describe(run) for run in list_runs(root)), key=lambda row: row.changed, reverse=True)
+        if not rows:
+            print(f"no runs below {root}")
+            return
+        # into a file or another program directories go whole
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n".join(run_table(rows, time.time(), width)))
 
 
 def describe(run: RunDirectory) -> Row:
@@ -71,12 +75,12 @@ def _on_disk(folder: Path) -> tuple[float, int]:
     for place, _, names in os.walk(folder):
         for name in names:
             try:
-                facts = os.lstat(os.path.join(place, name))
+                metadata = os.lstat(os.path.join(place, name))
             except OSError:  # gone meanwhile
                 continue
-            size += facts.st_size
+            size += metadata.st_size
             if name != ".lock":  # touched by whoever looks whether it is held
-                changed = max(changed, facts.st_mtime)
+                changed = max(changed, metadata.st_mtime)
     return changed, size
 
 

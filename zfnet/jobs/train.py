@@ -4,49 +4,53 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zfnet.config import Config
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config, Job
 from zfnet.data import Batches, Splits, load_splits
-from zfnet.environment import describe_environment
-from zfnet.errors import UserError
-from zfnet.hydra_record import write_hydra_record
-from zfnet.jobs.common import hold, recorded_state
-from zfnet.report.board import TensorBoard
-from zfnet.report.figures import draw_curves, save_figure
-from zfnet.report.results import draw_results, results_of, say_per_class, say_result
-from zfnet.run import RunDirectory, objective
+from zfnet.plots.figures import draw_curves, save_figure
+from zfnet.plots.results import draw_results, results_of, say_per_class, say_result
+from zfnet.runs.directory import RunDirectory, objective
+from zfnet.runs.hydra_record import write_hydra_record
+from zfnet.runs.provenance import describe_environment
+from zfnet.runs.session import hold, recorded_state
+from zfnet.runs.signals import Pruned, StopRequest
+from zfnet.runs.weights import ModelMetadata, save_model
 from zfnet.sweeps.pruning import trial_watcher
+from zfnet.training.board import TensorBoard
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint, read_newest
 from zfnet.training.compiling import settle_auto
 from zfnet.training.device import choose
 from zfnet.training.loop import BEST, evaluate, fit
+from zfnet.training.processes import World, follow, processes, torchrun_world
 from zfnet.training.recorder import Recorder, Watcher
-from zfnet.training.signals import Pruned, StopRequest
 from zfnet.training.snapshots import Snapshots
 from zfnet.training.state import TrainingState, training_batches
-from zfnet.training.world import World, follow, processes, torchrun_world
-from zfnet.weights import ModelFacts, save_model
 
 log = logging.getLogger("zfnet")
 
 
-def main(config: Config, output: Path, overrides: list[str]) -> float | None:
-    """Train `config` in the directory `output`; go on there if it holds the same run, unfinished."""
-    world = torchrun_world()
-    if world is not None and not world.leads:
-        follow(world, _work)
-        with contextlib.suppress(OSError):
-            output.rmdir()  # Hydra made it for this process; process 0 has another
-        return None
-    run = RunDirectory(output)
-    if run.claim(config):
-        print(f"{output} holds this run already")
-    else:
-        write_hydra_record(output)
-    return train(config, run, trial_watcher())
+@dataclass(kw_only=True)
+class TrainJob(Job):
+    """train: no settings of its own."""
+
+    def main(self, config: Config, output: Path) -> float | None:
+        """Train `config` in the directory `output`; go on there if it holds the same run, unfinished."""
+        world = torchrun_world()
+        if world is not None and not world.is_main:
+            follow(world, _work)
+            with contextlib.suppress(OSError):
+                output.rmdir()  # Hydra made it for this process; process 0 has another
+            return None
+        run = RunDirectory(output)
+        if run.claim(config):
+            print(f"{output} holds this run already")
+        else:
+            write_hydra_record(output)
+        return train(config, run, trial_watcher())
 
 
 def train(config: Config, run: RunDirectory, watcher: Watcher | None = None) -> float | None:
@@ -112,12 +116,12 @@ def _train(
     )
     state = TrainingState(config, plan, len(splits.train.classes), len(train), world)
     saved, problems = read_newest(run.checkpoints)
-    if saved is not None and saved.facts.get("identity") != config.identity():
+    if saved is not None and saved.metadata.get("identity") != config.identity():
         raise UserError(
             f"{run.folder / 'config.yaml'} is not the config that the checkpoint was made with: put the old one back, "
             "or start a new run"
         )
-    if not world.leads:
+    if not world.is_main:
         if saved is not None:
             state.restore(saved)
         fit(state, train, validation, None, CheckpointWriter(None), Recorder(None, None), stop)
@@ -126,7 +130,7 @@ def _train(
         log.warning("%s; using an earlier one", problem)
     log.info("%s on %s: %s", config.model.name, config.data.name, _sizes(splits))
     if saved is not None:
-        compiled = saved.facts.get("compiled", compiled)
+        compiled = saved.metadata.get("compiled", compiled)
     if (words := settle_auto(state, train, compiled)) is not None:
         log.info(words)
     plan = replace(plan, compile=state.compiled)
@@ -144,7 +148,7 @@ def _train(
     if board is not None and saved is None:
         board.graph(state.model, config.data.image_size)
         board.images("train/samples", splits.train.pixels(range(min(16, len(splits.train)))))
-    facts = ModelFacts(
+    metadata = ModelMetadata(
         config.model, splits.train.classes, config.data, stored_size=splits.train.images.shape[1]
     )
     writer = CheckpointWriter(run.checkpoints)
@@ -157,7 +161,7 @@ def _train(
             writer,
             Recorder(run, board, watcher),
             stop,
-            Snapshots(run.snapshots, config.trainer.snapshots, facts),
+            Snapshots(run.snapshots, config.trainer.snapshots, metadata),
         )
         # the best on validation; without validation, the last
         if state.best is not None and state.best["epoch"] != state.epoch:
@@ -168,8 +172,8 @@ def _train(
                     "start again"
                 )
             state.evaluated.load_state_dict(best.tensors)
-            state.best = best.facts
-        return _report(config, run, state, facts, splits, validation, test, board)
+            state.best = best.metadata
+        return _report(config, run, state, metadata, splits, validation, test, board)
     finally:
         writer.close()
         if board is not None:
@@ -205,7 +209,7 @@ def _best(run: RunDirectory, state: TrainingState) -> tuple[Checkpoint | None, s
     path, problem = run.checkpoints / BEST, "holds the weights of a worse epoch"
     try:
         best = read_checkpoint(path)
-        if best.facts.get("validation_accuracy", -1) >= state.best["validation_accuracy"]:
+        if best.metadata.get("validation_accuracy", -1) >= state.best["validation_accuracy"]:
             return best, None
     except UserError:
         problem = "cannot be read" if path.exists() else "is missing"
@@ -222,19 +226,19 @@ def _report(
     config: Config,
     run: RunDirectory,
     state: TrainingState,
-    facts: ModelFacts,
+    metadata: ModelMetadata,
     splits: Splits,
     validation: Batches | None,
     test: Batches | None,
     board: TensorBoard | None,
 ) -> dict[str, Any]:
     """Measure validation and test with the weights to keep, and write figures, weights and results.json."""
-    model, plan, classes = state.evaluated, state.plan, facts.classes
+    model, plan, classes = state.evaluated, state.plan, metadata.classes
     found = {
         name: None if batches is None else evaluate(model, batches, plan, name)
         for name, batches in (("validation", validation), ("test", test))
     }
-    digest = save_model(run.weights, model, facts)
+    digest = save_model(run.weights, model, metadata)
     steps = sum(row["seconds"] for row in state.history)
     results: dict[str, Any] = {
         name: None if f is None else results_of(f, classes) for name, f in found.items()

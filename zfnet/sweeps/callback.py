@@ -18,11 +18,11 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from zfnet.console import explain
-from zfnet.hydra_record import register_resolvers
-from zfnet.report.sweep import read_sweep
-from zfnet.report.sweep_tables import to_text, write_tables
-from zfnet.run import RunDirectory, write_atomically
+from zfnet.plots.sweep import read_sweep
+from zfnet.plots.sweep_tables import to_text, write_tables
+from zfnet.runs.console import explain
+from zfnet.runs.directory import RunDirectory, write_atomically
+from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.sharing import share_machine
 
 log = logging.getLogger("zfnet")
@@ -79,8 +79,8 @@ def summarize(folder: Path, figures: bool = False) -> str:
     write_tables(sweep)
     if figures:
         # imported here: Hydra builds the callback for every command, and few of them draw
-        from zfnet.report.figures import save_figure
-        from zfnet.report.sweep_figures import draw_sweep
+        from zfnet.plots.figures import save_figure
+        from zfnet.plots.sweep_figures import draw_sweep
 
         for name, figure in draw_sweep(sweep).items():
             save_figure(figure, folder / "figures" / f"{name}.png")

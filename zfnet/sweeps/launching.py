@@ -13,10 +13,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from zfnet.composing import read_command
-from zfnet.console import explain
-from zfnet.errors import UserError
-from zfnet.run import RunDirectory, objective, write_atomically
+from zfnet.config.errors import UserError
+from zfnet.runs.command import read_command
+from zfnet.runs.console import explain
+from zfnet.runs.directory import RunDirectory, objective, write_atomically
 
 
 class SweepFailed(UserError):

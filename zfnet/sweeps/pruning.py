@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from zfnet.runs.signals import Pruned
 from zfnet.sweeps.study import SearchSettings, open_study
-from zfnet.training.signals import Pruned
 
 if TYPE_CHECKING:
     from optuna.trial import Trial

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import Override
 
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
 from zfnet.sweeps.launching import Jobs, Outcome
 from zfnet.sweeps.space import any_values, fixed_overrides, job_overrides, search_space, what_counts
 from zfnet.sweeps.study import SearchSettings, Worker, ask, make_sampler, open_study

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from zfnet.config import NOT_IDENTITY
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
+from zfnet.config.schema import NOT_IDENTITY
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

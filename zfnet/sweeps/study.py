@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from zfnet.errors import UserError, did_you_mean
-from zfnet.randomness import make_key
+from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.randomness import make_key
 
 if TYPE_CHECKING:
     from optuna import Study

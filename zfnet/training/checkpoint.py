@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zfnet.errors import UserError
-from zfnet.run import write_tensors
+from zfnet.config.errors import UserError
+from zfnet.runs.directory import write_tensors
 
 KEPT = 2
 CHECKPOINT_FORMAT = 1
@@ -30,10 +30,10 @@ _NAME = re.compile(r"step-(\d{9})\.safetensors")
 
 @dataclass
 class Checkpoint:
-    """tensors: by name; facts: what JSON can hold."""
+    """tensors: by name; metadata: what JSON can hold."""
 
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 class CheckpointWriter:
@@ -59,8 +59,8 @@ class CheckpointWriter:
         }
         gpu = next((value.device for value in checkpoint.tensors.values() if value.is_cuda), None)
         copied = None if gpu is None else torch.cuda.current_stream(gpu).record_event()
-        facts = json.dumps({"format": CHECKPOINT_FORMAT, **checkpoint.facts})
-        self.pending = self.thread.submit(_write, self.folder, name, copies, copied, facts, prune)
+        metadata = json.dumps({"format": CHECKPOINT_FORMAT, **checkpoint.metadata})
+        self.pending = self.thread.submit(_write, self.folder, name, copies, copied, metadata, prune)
 
     def wait(self) -> None:
         """Wait until the last write is durable; raise its UserError if it failed."""
@@ -77,13 +77,18 @@ class CheckpointWriter:
 
 
 def _write(
-    folder: Path, name: str, tensors: dict[str, Tensor], copied: torch.Event | None, facts: str, prune: bool
+    folder: Path,
+    name: str,
+    tensors: dict[str, Tensor],
+    copied: torch.Event | None,
+    metadata: str,
+    prune: bool,
 ) -> None:
     if copied is not None:
         copied.synchronize()
     folder.mkdir(parents=True, exist_ok=True)
     ready = {key: value.contiguous() for key, value in tensors.items()}
-    write_tensors(folder / name, ready, {"checkpoint": facts})
+    write_tensors(folder / name, ready, {"checkpoint": metadata})
     if prune:
         for old in step_files(folder)[:-KEPT]:
             old.unlink(missing_ok=True)
@@ -102,15 +107,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint; raise UserError if it is damaged or of another version."""
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["checkpoint"])
+            metadata = json.loads((file.metadata() or {})["checkpoint"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if not isinstance(facts, dict):
+        if not isinstance(metadata, dict):
             raise ValueError("its header is no record")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged or no checkpoint ({error})") from error
-    if facts.pop("format", None) != CHECKPOINT_FORMAT:
+    if metadata.pop("format", None) != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by another version of this program")
-    return Checkpoint(tensors, facts)
+    return Checkpoint(tensors, metadata)
 
 
 def read_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -149,10 +154,10 @@ def load_optimizer(optimizer: Optimizer, saved: Checkpoint) -> None:
             # safetensors drops the memory format; fused kernels would read NCHW momentum against NHWC weights
             value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[key] = value
-    for index, key, value in saved.facts["numbers"]:
+    for index, key, value in saved.metadata["numbers"]:
         state.setdefault(index, {})[key] = value
     groups = []
-    for fresh, stored in zip(optimizer.state_dict()["param_groups"], saved.facts["groups"], strict=True):
+    for fresh, stored in zip(optimizer.state_dict()["param_groups"], saved.metadata["groups"], strict=True):
         # JSON has no tuples: what the fresh optimizer holds as one becomes one again
         values = {k: tuple(v) if isinstance(fresh.get(k), tuple) else v for k, v in stored.items()}
         # which kernels compute a step is a matter of the device, which may be another one now

@@ -61,7 +61,7 @@ def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
     steps = state.config.trainer.epochs * state.steps_per_epoch
     before = state.checkpoint(0.0)
     before.tensors = {name: tensor.clone() for name, tensor in before.tensors.items()}
-    before.facts["seconds"] = state.seconds
+    before.metadata["seconds"] = state.seconds
     examples = _one_of_each_size(batches)
     eager = _seconds(state, examples[0])
     if eager * steps * TYPICAL_GAIN < TYPICAL_SECONDS:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from zfnet.config import TrainerConfig
-from zfnet.environment import cpu_facts
-from zfnet.errors import UserError
-from zfnet.training.world import ALONE, World
+from zfnet.config.errors import UserError
+from zfnet.config.schema import TrainerConfig
+from zfnet.runs.provenance import cpu_facts
+from zfnet.training.processes import SINGLE, World
 
 THREADS = torch.get_num_threads()  # PyTorch's own choice, before any run changes it
 
@@ -51,7 +51,7 @@ class Plan:
         return ", ".join(words)
 
 
-def choose(trainer: TrainerConfig, world: World = ALONE) -> Plan:
+def choose(trainer: TrainerConfig, world: World = SINGLE) -> Plan:
     """Decide every `auto` and set the process-wide switches that the decisions need; raise UserError."""
     device = _device(trainer.device)
     if world.size > 1 and device.type == "cuda":
@@ -107,9 +107,9 @@ def _fast_bf16() -> bool:
     It does with matrix units (AMX), and on AMD's Zen 4 and later, whose dot products of bf16 have twice the rate of
     fp32 (measured: 1.9 times as fast at 224 px). With other instructions for bf16, or none, it is slower.
     """
-    facts = cpu_facts()
-    flags = facts.get("flags", "").split()
-    return "amx_bf16" in flags or (facts.get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in flags)
+    metadata = cpu_facts()
+    flags = metadata.get("flags", "").split()
+    return "amx_bf16" in flags or (metadata.get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in flags)
 
 
 def keep_memory(keep: bool) -> None:

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from zfnet.config.errors import UserError
 from zfnet.data import Batch, Batches
-from zfnet.errors import UserError
+from zfnet.runs.signals import Pruned, Stopped, StopRequest
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, step_name
 from zfnet.training.device import Plan
 from zfnet.training.metrics import Evaluation, EvaluationSums
 from zfnet.training.recorder import Recorder
-from zfnet.training.signals import Pruned, Stopped, StopRequest
 from zfnet.training.snapshots import Snapshots
 from zfnet.training.state import TrainingState
 
@@ -44,12 +44,12 @@ def fit(
                 train_epoch(state, train, writer, recorder, stop)
                 row: dict[str, float] = {}
                 for name, batches in (("validation", validation), ("test", test)):
-                    if batches is not None and state.world.leads:
+                    if batches is not None and state.world.is_main:
                         found = evaluate(
                             state.evaluated, batches, state.plan, f"{name} {state.epoch + 1}", stop
                         )
                         row |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy}
-                row = state.world.from_leader(row)  # all processes must decide alike
+                row = state.world.broadcast(row)  # all processes must decide alike
                 if snapshots is not None:
                     snapshots.take(state.epoch + 1, state.evaluated)
                 finish_epoch(state, row, len(train.set), writer, recorder)
@@ -82,7 +82,7 @@ def train_epoch(
             initial=state.step_in_epoch,
             desc=f"epoch {state.epoch + 1}/{trainer.epochs}",
             unit="step",
-            disable=None if state.world.leads else True,
+            disable=None if state.world.is_main else True,
             leave=False,
             dynamic_ncols=True,
         ) as bar,
@@ -130,7 +130,7 @@ def train_step(state: TrainingState, batch: Batch) -> None:
             # processes average their gradients, so each scales its sum to be a part of the whole batch's mean
             (losses * (world.size / batch.total)).backward()
         tally += torch.stack([losses.detach(), (logits.argmax(1) == labels).sum()])
-    losses, correct = world.add_up(tally).unbind()
+    losses, correct = world.all_reduce(tally).unbind()
     state.metrics.add(losses, correct, batch.total, state.step)
     if config.trainer.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.trainer.clip_norm)

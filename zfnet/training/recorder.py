@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from zfnet.run import RunDirectory
+from zfnet.runs.directory import RunDirectory
 
 log = logging.getLogger("zfnet")
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from zfnet.construct import build_scheduler
-from zfnet.errors import UserError
+from zfnet.config.errors import UserError
+from zfnet.config.instantiate import build_scheduler
 
 # keys of conf/scheduler that are ours and not the scheduler's
 EXTRA = ("interval", "warmup_epochs")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from zfnet.model import ZFNet
-from zfnet.weights import ModelFacts, save_model
+from zfnet.model.zfnet import ZFNet
+from zfnet.runs.weights import ModelMetadata, save_model
 
 _NAME = re.compile(r"epoch-(\d{4,})\.safetensors")
 
@@ -19,14 +19,14 @@ class Snapshots:
     rest; an epoch that is trained again gives the same file again.
     """
 
-    def __init__(self, folder: Path, epochs: Sequence[int], facts: ModelFacts) -> None:
-        self.folder, self.epochs, self.facts = folder, frozenset(epochs), facts
+    def __init__(self, folder: Path, epochs: Sequence[int], metadata: ModelMetadata) -> None:
+        self.folder, self.epochs, self.metadata = folder, frozenset(epochs), metadata
 
     def take(self, epoch: int, model: ZFNet) -> None:
         """Write the weights if this epoch is one of those to keep; raise UserError if that fails."""
         if epoch in self.epochs:
             self.folder.mkdir(exist_ok=True)
-            save_model(self.folder / f"epoch-{epoch:04d}.safetensors", model, self.facts)
+            save_model(self.folder / f"epoch-{epoch:04d}.safetensors", model, self.metadata)
 
 
 def list_snapshots(folder: Path) -> dict[int, Path]:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from zfnet.config import Config
-from zfnet.construct import build_optimizer
+from zfnet.config.instantiate import build_optimizer
+from zfnet.config.schema import Config
 from zfnet.data import Batches, ImageSet
-from zfnet.model import ZFNet
+from zfnet.model.zfnet import ZFNet
 from zfnet.training.checkpoint import (
     Checkpoint,
     load_optimizer,
@@ -24,8 +24,8 @@ from zfnet.training.checkpoint import (
 )
 from zfnet.training.device import Plan
 from zfnet.training.metrics import RunningMetrics
+from zfnet.training.processes import SINGLE, World
 from zfnet.training.schedule import Schedule
-from zfnet.training.world import ALONE, World
 
 
 class TrainingState:
@@ -35,7 +35,7 @@ class TrainingState:
     """
 
     def __init__(
-        self, config: Config, plan: Plan, num_classes: int, steps_per_epoch: int, world: World = ALONE
+        self, config: Config, plan: Plan, num_classes: int, steps_per_epoch: int, world: World = SINGLE
     ) -> None:
         self.config, self.plan, self.steps_per_epoch, self.world = config, plan, steps_per_epoch, world
         self.model = make_model(config, num_classes).to(plan.device).to(memory_format=plan.memory_format)
@@ -129,11 +129,11 @@ class TrainingState:
                 **with_prefix("average", self.average.module.state_dict()),
                 "average_count": self.average.n_averaged,
             }
-        facts = {
+        metadata = {
             "identity": self.config.identity(),
             "epoch": self.epoch,
             "step": self.step,
-            "optimizer": optimizer.facts,
+            "optimizer": optimizer.metadata,
             "schedule": self.schedule.state(),
             "best": self.best,
             "history": self.history,
@@ -141,29 +141,29 @@ class TrainingState:
             "epoch_seconds": epoch_seconds,
             "compiled": self.compiled,
         }
-        return Checkpoint(tensors, facts)
+        return Checkpoint(tensors, metadata)
 
     def restore(self, saved: Checkpoint) -> None:
         """Become what `checkpoint` recorded."""
-        facts = saved.facts
+        metadata = saved.metadata
         self.model.load_state_dict(under_prefix("model", saved.tensors))
         load_optimizer(
-            self.optimizer, Checkpoint(under_prefix("optimizer", saved.tensors), facts["optimizer"])
+            self.optimizer, Checkpoint(under_prefix("optimizer", saved.tensors), metadata["optimizer"])
         )
-        self.schedule.load_state(facts["schedule"])
+        self.schedule.load_state(metadata["schedule"])
         self.metrics.sums.copy_(saved.tensors["metrics"])
         if self.average is not None:
             self.average.module.load_state_dict(under_prefix("average", saved.tensors))
             self.average.n_averaged.copy_(saved.tensors["average_count"])
-        self.epoch, self.step, self.best = facts["epoch"], facts["step"], facts["best"]
+        self.epoch, self.step, self.best = metadata["epoch"], metadata["step"], metadata["best"]
         self.history, self.seconds, self.epoch_seconds = (
-            facts["history"],
-            facts["seconds"],
-            facts["epoch_seconds"],
+            metadata["history"],
+            metadata["seconds"],
+            metadata["epoch_seconds"],
         )
 
 
-def training_batches(config: Config, plan: Plan, images: ImageSet, world: World = ALONE) -> Batches:
+def training_batches(config: Config, plan: Plan, images: ImageSet, world: World = SINGLE) -> Batches:
     """Return the batches that a run trains on: its seed, its augmentation, and this process's share of each."""
     return Batches(
         images,

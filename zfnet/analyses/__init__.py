@@ -1,0 +1,1 @@
+"""One file per analysis: its settings, measurement, figure and command."""

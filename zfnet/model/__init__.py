@@ -1,0 +1,5 @@
+"""The network."""
+
+from zfnet.model.zfnet import ZFNet
+
+__all__ = ["ZFNet"]

@@ -1,0 +1,216 @@
+"""The atlas: all feature maps of a network in one static page, with what excites each of them.
+
+`atlas/index.html` holds every number and opens without a server or a network; pictures lie beside it and load
+as they come into sight:
+
+    sheets/<layer>_<kind>.webp    a thumbnail of every map of a layer: what the page shows first
+    maps/<layer>/<number>.webp    one map's projections (upper row) and patches (lower row)
+    images/<number>.webp          an image, as stored
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from zfnet.config.schema import DataConfig
+from zfnet.data import ImageSet
+from zfnet.explain.crops import frame_size, look
+from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.receptive_field import receptive_boxes, receptive_field
+from zfnet.explain.top_activations import LayerRecord, TopActivations
+from zfnet.plots.pictures import GREY, mosaic, on_grey, to_pixels
+from zfnet.runs.directory import write_atomically
+
+_PAGE = Path(__file__).parent / "atlas_page"
+KINDS = ("projections", "patches")
+_MAPS = 32  # projected at once
+_THUMBNAIL, _CELL = 96, 32  # a thumbnail shows 3×3 cells
+_CLASSES = 5  # of a map's classes, how many are told
+_LOSSLESS = 32  # frames up to this side are too small for a lossy format
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """What the page is made from. `split` names the part of the data that `images` are."""
+
+    title: str
+    split: str
+    deconvnet: Deconvnet
+    images: ImageSet
+    data: DataConfig
+    found: TopActivations
+
+
+def write_atlas(atlas: Atlas, folder: Path, after_part: Callable[[], None] = lambda: None) -> Path:
+    """Write the atlas and return the page. Pictures that are there already are kept: a stopped job goes on.
+
+    after_part: called now and then; may raise to stop.
+    """
+    layers = list(atlas.found.layers)
+    for layer in layers:
+        _write_maps(atlas, folder / "maps" / layer, layer, after_part)
+    for layer in tqdm(layers, "thumbnails", unit="layer", disable=None, leave=False):
+        for kind in KINDS:
+            path = folder / "sheets" / f"{layer}_{kind}.webp"
+            if not path.exists():
+                _save(path, _sheet(atlas, folder / "maps" / layer, layer, kind), lossless=False)
+            after_part()
+    _write_images(atlas, folder / "images", after_part)
+    metadata = json.dumps(_facts(atlas), separators=(",", ":")).replace("<", "\\u003c")
+    page = (_PAGE / "page.html").read_text(encoding="utf-8")
+    for mark, text in (
+        ("title", html.escape(atlas.title)),
+        ("style", (_PAGE / "page.css").read_text(encoding="utf-8")),
+        ("script", (_PAGE / "page.js").read_text(encoding="utf-8")),
+        ("metadata", metadata),  # last: nothing in the data is taken for a mark
+    ):
+        page = page.replace(f"<!-- {mark} -->", text)
+    write_atomically(folder / "index.html", page)
+    return folder / "index.html"
+
+
+def _write_maps(atlas: Atlas, folder: Path, layer: str, after_part: Callable[[], None]) -> None:
+    """Write each map's picture: row 0 projections, row 1 patches, one column for each of the `top` images."""
+    record = atlas.found.layers[layer]
+    filled, places = record.filled.cpu(), record.places().cpu()
+    count, top = filled.shape
+    side = frame_size(atlas.deconvnet.model, layer)
+    with tqdm(total=count, desc=f"atlas: {layer}", unit="map", disable=None, leave=False) as bar:
+        for numbers in torch.arange(count).split(_MAPS):
+            wanted = [n for n in numbers.tolist() if filled[n, 0] and not _map_path(folder, n).exists()]
+            if wanted:
+                chosen = torch.tensor(wanted)
+                row, rank = filled[chosen].nonzero().unbind(1)
+                place = places[chosen[row], rank]
+                units = torch.stack((place[:, 0], chosen[row], place[:, 1], place[:, 2]), 1)
+                views = look(atlas.deconvnet, atlas.images, atlas.data, layer, units)
+                tiles = torch.full((len(wanted), 2, top, side, side, 3), GREY, dtype=torch.uint8)
+                tiles[row, 0, rank] = on_grey(views.projections)
+                tiles[row, 1, rank] = torch.where(
+                    views.inside.permute(0, 2, 3, 1), to_pixels(views.patches, atlas.data), GREY
+                )
+                for n, both in zip(wanted, tiles, strict=True):
+                    _save(_map_path(folder, n), mosaic(both.flatten(0, 1), top), lossless=side <= _LOSSLESS)
+            bar.update(len(numbers))
+            after_part()
+
+
+def _map_path(folder: Path, number: int) -> Path:
+    return folder / f"{number}.webp"
+
+
+def _sheet(atlas: Atlas, folder: Path, layer: str, kind: str) -> np.ndarray:
+    """Return the thumbnails of a layer's maps, in rows of `_columns`, each of the map's first nine pictures."""
+    record = atlas.found.layers[layer]
+    side, count = frame_size(atlas.deconvnet.model, layer), len(record.values)
+    top = min(9, record.values.shape[1])
+    thumbnails = torch.full((count, _THUMBNAIL, _THUMBNAIL, 3), GREY, dtype=torch.uint8)
+    for n in record.filled[:, 0].nonzero().flatten().tolist():
+        with Image.open(_map_path(folder, n)) as picture:
+            upper = KINDS.index(kind) * side
+            row = np.array(picture.convert("RGB"))[upper : upper + side]
+        for place in range(top):
+            cell = Image.fromarray(row[:, place * side : (place + 1) * side])
+            how = Image.Resampling.NEAREST if side < _CELL else Image.Resampling.BOX
+            cell = cell.resize((_CELL - 1,) * 2, how)
+            y, x = divmod(place, 3)
+            thumbnails[n, y * _CELL : (y + 1) * _CELL - 1, x * _CELL : (x + 1) * _CELL - 1] = (
+                torch.from_numpy(np.array(cell))
+            )
+    return mosaic(thumbnails, _columns(count))
+
+
+def _columns(count: int) -> int:
+    return max(1, round(count**0.5))
+
+
+def _write_images(atlas: Atlas, folder: Path, after_part: Callable[[], None]) -> None:
+    """Write every image that some map is shown with, once: what of it the network sees, in stored pixels."""
+    shown = torch.cat([r.index[r.filled].cpu() for r in atlas.found.layers.values()]).unique()
+    for group in tqdm(shown.split(256), "atlas: images", unit="×256", disable=None, leave=False):
+        pixels = atlas.images.pixels(group)
+        size = atlas.data.crop_size or pixels.shape[1]
+        top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
+        for number, image in zip(
+            group.tolist(), pixels[:, top : top + size, left : left + size], strict=True
+        ):
+            if not (path := folder / f"{number}.webp").exists():
+                _save(path, image.numpy(), lossless=size <= _LOSSLESS)
+        after_part()
+
+
+def _save(path: Path, pixels: np.ndarray, lossless: bool) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", lossless=lossless, quality=60 if lossless else 88, method=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def _facts(atlas: Atlas) -> dict[str, Any]:
+    """Return every number on the page."""
+    return {
+        "title": atlas.title,
+        "split": atlas.split,
+        "images": atlas.found.images,
+        "rule": atlas.deconvnet.rule,
+        "top": atlas.found.top,
+        "classes": list(atlas.images.classes),
+        "imageSize": atlas.data.image_size,
+        "layers": [_layer_facts(atlas, layer, record) for layer, record in atlas.found.layers.items()],
+    }
+
+
+def _layer_facts(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]:
+    model, habits = atlas.deconvnet.model, atlas.found.statistics(layer)
+    filled, places, values = record.filled.cpu(), record.places().cpu(), record.values.cpu()
+    row, rank = filled.nonzero().unbind(1)
+    place = places[row, rank]
+    boxes = receptive_boxes(model, layer, place[:, 1:]) / atlas.data.image_size
+    labels = atlas.images.labels[place[:, 0]]
+    tops: list[list[list[float]]] = [[] for _ in range(len(values))]
+    for n, value, where, label, box in zip(
+        row.tolist(), values[row, rank].tolist(), place.tolist(), labels.tolist(), boxes.tolist(), strict=True
+    ):
+        tops[n].append([_short(value), where[0], label, *where[1:], *map(_short, box)])
+    best = habits.class_means.topk(min(_CLASSES, habits.class_means.shape[1]), dim=1)
+    return {
+        "name": layer,
+        "frame": frame_size(model, layer),
+        "field": receptive_field(model, layer).size,
+        "columns": _columns(len(values)),
+        "maps": [
+            {
+                "mean": _short(mean),
+                "images": _short(images),
+                "positions": _short(positions),
+                "selectivity": _short(selective),
+                "classes": [[c, _short(m)] for c, m in zip(numbers, means, strict=True)],
+                "top": top,
+            }
+            for mean, images, positions, selective, numbers, means, top in zip(
+                habits.mean.tolist(),
+                habits.image_share.tolist(),
+                habits.position_share.tolist(),
+                habits.selectivity.tolist(),
+                best.indices.tolist(),
+                best.values.tolist(),
+                tops,
+                strict=True,
+            )
+        ],
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,181 @@
+"use strict";
+// All text that comes from data (class names, titles) is set with textContent, never as HTML.
+const metadata = JSON.parse(document.getElementById("metadata").textContent);
+const $ = (id) => document.getElementById(id);
+const classes = metadata.classes;
+const maps = metadata.layers.flatMap((layer) =>
+  layer.maps.map((map, number) => ({ ...map, layer, number, dead: map.top.length === 0 })));
+const state = { layer: "", shown: [], map: null };
+
+function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+const percent = (value) => (value > 0 && value < 0.001 ? "under 0.1" : (100 * value).toFixed(value < 0.0995 ? 1 : 0)) + " %";
+const favourite = (map) => classes[map.classes[0][0]];
+const address = (map) => `#${map.layer.name}/${map.number}`;
+
+// ---- the grid
+
+function matches(map, words) {
+  return words.every((word) => {
+    if (word === map.layer.name.toLowerCase()) return true;
+    if (/^\d+$/.test(word)) return Number(word) === map.number;
+    if (word === "dead") return map.dead;
+    if (map.dead) return false;
+    const names = [map.classes[0][0], ...map.top.map((entry) => entry[2])];
+    return names.some((number) => classes[number].toLowerCase().includes(word));
+  });
+}
+
+const strongest = (map) => (map.dead ? -Infinity : map.top[0][0]);
+const ORDERS = {
+  number: () => 0,
+  activation: (a, b) => strongest(b) - strongest(a),
+  selectivity: (a, b) => b.selectivity - a.selectivity,
+  sparsity: (a, b) => (a.dead ? 2 : a.positions) - (b.dead ? 2 : b.positions),
+};
+
+function card(map, kind) {
+  const { layer, number } = map;
+  const thumbnail = make("span", { className: "thumbnail" });
+  if (!map.dead) {
+    const columns = layer.columns, rows = Math.ceil(layer.maps.length / columns);
+    const [row, column] = [Math.floor(number / columns), number % columns];
+    thumbnail.style.backgroundImage = `url("sheets/${layer.name}_${kind}.webp")`;
+    thumbnail.style.backgroundSize = `${100 * columns}% ${100 * rows}%`;
+    thumbnail.style.backgroundPosition =
+      `${columns > 1 ? (100 * column) / (columns - 1) : 0}% ${rows > 1 ? (100 * row) / (rows - 1) : 0}%`;
+  }
+  const about = map.dead ? "never active" : `${favourite(map)} ${map.selectivity.toFixed(2)}`;
+  const element = make("button",
+    { type: "button", className: map.dead ? "card dead" : "card", onclick: () => { location.hash = address(map); } },
+    thumbnail, make("b", { textContent: `${layer.name} · ${number}` }), make("small", { textContent: about }));
+  element.dataset.map = address(map);
+  element.setAttribute("aria-label", map.dead
+    ? `${layer.name} map ${number}: never active`
+    : `${layer.name} map ${number}: most active for ${favourite(map)}, selectivity ${map.selectivity.toFixed(2)}`);
+  return element;
+}
+
+function draw() {
+  const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  // a class name may hold spaces: try the whole text as one word as well
+  const whole = $("search").value.trim().toLowerCase();
+  state.shown = maps.filter((map) => (!state.layer || map.layer.name === state.layer)
+    && (matches(map, words) || (words.length > 1 && matches(map, [whole]))));
+  state.shown.sort(ORDERS[$("sort").value]); // stable: equal maps stay in order of number
+  const grid = document.createDocumentFragment();
+  for (const map of state.shown) grid.append(card(map, $("kind").value));
+  if (!state.shown.length) grid.append(make("p", { className: "nothing", textContent: "No map matches." }));
+  $("grid").replaceChildren(grid);
+  const dead = state.shown.filter((map) => map.dead).length;
+  $("count").textContent = `${state.shown.length.toLocaleString("en")} of ${maps.length.toLocaleString("en")} maps`
+    + (dead ? `, ${dead} never active` : "");
+}
+
+function chooseLayer(name) {
+  state.layer = name;
+  for (const button of $("layers").children) button.setAttribute("aria-pressed", button.value === name);
+  draw();
+}
+
+// ---- one map
+
+function tile(map, entry, place) {
+  const [value, image, label, y, x] = entry;
+  const views = ["projections", "patches"].map((kind, row) => {
+    const view = make("span", { className: map.layer.frame < 48 ? "view pixels" : "view" });
+    view.style.backgroundImage = `url("maps/${map.layer.name}/${map.number}.webp")`;
+    view.style.backgroundSize = `${100 * metadata.top}% 200%`;
+    view.style.backgroundPosition = `${metadata.top > 1 ? (100 * place) / (metadata.top - 1) : 0}% ${100 * row}%`;
+    return view;
+  });
+  const button = make("button", { type: "button", onclick: () => showImage(map, place) }, ...views,
+    make("small", { textContent: `${value.toPrecision(3)} · ${classes[label]}` }));
+  button.setAttribute("aria-label", `Place ${place + 1}: image ${image} of class ${classes[label]}, `
+    + `activation ${value} at row ${y}, column ${x}. Show the whole image.`);
+  return make("li", {}, button);
+}
+
+function showImage(map, place) {
+  const [value, image, label, y, x, top, left, bottom, right] = map.top[place];
+  $("image").src = `images/${image}.webp`;
+  $("image").alt = `Image ${image} of class ${classes[label]}`;
+  Object.assign($("box").style, {
+    top: `${100 * top}%`, left: `${100 * left}%`, height: `${100 * (bottom - top)}%`, width: `${100 * (right - left)}%`,
+  });
+  $("caption").textContent = `${metadata.split} image ${image}, ${classes[label]}: activation ${value} `
+    + `at (${y}, ${x}); outlined is what the unit sees`;
+  [...$("tiles").children].forEach((item, n) => item.firstChild.setAttribute("aria-pressed", n === place));
+}
+
+function showMap(map) {
+  state.map = map;
+  $("name").textContent = `${map.layer.name} · map ${map.number}`;
+  $("habits").textContent = map.dead
+    ? `Never active on ${metadata.images.toLocaleString("en")} ${metadata.split} images.`
+    : `Active in ${percent(map.images)} of images and at ${percent(map.positions)} of positions; `
+      + `mean activation ${map.mean}; class selectivity ${map.selectivity.toFixed(3)} (${favourite(map)}); `
+      + `sees ${map.layer.field} × ${map.layer.field} px`;
+  $("tiles").replaceChildren(...map.top.map((entry, place) => tile(map, entry, place)));
+  $("detail").classList.toggle("empty", map.dead);
+  document.querySelector(".columns").hidden = map.dead;
+  const highest = Math.max(...map.classes.map((entry) => entry[1]), 1e-12);
+  $("bars").replaceChildren(...map.classes.flatMap(([number, mean]) => {
+    const bar = make("i");
+    bar.style.width = `${Math.max(0, (100 * mean) / highest)}%`;
+    return [make("span", { textContent: classes[number] }), make("div", {}, bar),
+      make("span", { className: "number", textContent: mean.toPrecision(3) })];
+  }));
+  if (!map.dead) showImage(map, 0);
+  if (!$("detail").open) $("detail").showModal();
+  $("detail").scrollTop = 0;
+}
+
+function move(step) {
+  const place = state.shown.indexOf(state.map);
+  const next = state.shown[(place + step + state.shown.length) % state.shown.length];
+  if (next) location.hash = address(next);
+}
+
+function follow() {
+  const wanted = maps.find((map) => address(map) === location.hash);
+  if (wanted) showMap(wanted);
+  else if ($("detail").open) $("detail").close();
+}
+
+// ---- start
+
+$("about").textContent = `${metadata.title}: the ${metadata.top} strongest activations of each map over `
+  + `${metadata.images.toLocaleString("en")} ${metadata.split} images, rule ${metadata.rule}`;
+for (const name of ["", ...metadata.layers.map((layer) => layer.name)]) {
+  $("layers").append(make("button", { type: "button", value: name, textContent: name || "all", onclick: () => chooseLayer(name) }));
+}
+for (const name of classes) $("names").append(make("option", { value: name }));
+for (const id of ["search", "sort", "kind"]) $(id).addEventListener("input", draw);
+$("previous").onclick = () => move(-1);
+$("next").onclick = () => move(1);
+$("close").onclick = () => $("detail").close();
+$("detail").addEventListener("close", () => {
+  if (!state.map) return;
+  const opener = document.querySelector(`[data-map="${address(state.map)}"]`);
+  state.map = null;
+  history.replaceState(null, "", location.pathname + location.search);
+  if (opener) opener.focus();
+});
+$("detail").addEventListener("click", (event) => { if (event.target === $("detail")) $("detail").close(); });
+$("detail").addEventListener("keydown", (event) => {
+  if (event.key === "ArrowLeft") move(-1);
+  if (event.key === "ArrowRight") move(1);
+});
+$("theme").onclick = () => {
+  const root = document.documentElement;
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+};
+addEventListener("hashchange", follow);
+chooseLayer("");
+follow();

@@ -1,0 +1,60 @@
+"""Tensors as pictures: images back from what the network sees, projections on grey, and mosaics of both."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from zfnet.config.schema import DataConfig
+
+GREY = 128
+
+
+def to_pixels(images: Tensor, data: DataConfig) -> Tensor:
+    """Undo the normalisation: [N, 3, h, w] becomes uint8 [N, h, w, 3] on the CPU."""
+    std, mean = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (data.std, data.mean))
+    return _to_bytes((images.detach().float() * std + mean) * 255)
+
+
+def on_grey(projections: Tensor) -> Tensor:
+    """Show projections [N, 3, h, w] as uint8 [N, h, w, 3]: grey is no signal, each is stretched for itself.
+
+    The largest thousandth of the values is cut off, lest a few bright pixels leave all others grey.
+    """
+    flat = projections.detach().float().abs().flatten(1)
+    count = max(1, flat.shape[1] // 1000)
+    peak = flat.topk(count, dim=1).values[:, -1].clamp(min=torch.finfo(torch.float32).tiny)
+    return _to_bytes(GREY + (255 - GREY) * projections.detach().float() / peak[:, None, None, None])
+
+
+def _to_bytes(values: Tensor) -> Tensor:
+    return values.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def mosaic(tiles: Tensor, columns: int, gap: int = 0, side: int = 0) -> np.ndarray:
+    """Lay tiles, uint8 [N, h, w, 3], in rows of `columns` with white gaps; tiles below `side` are enlarged."""
+    tiles = enlarge(tiles, side)
+    count, height, width, _ = tiles.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for number, tile in enumerate(tiles.numpy()):
+        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = tile
+    return sheet
+
+
+def enlarge(tiles: Tensor, side: int) -> Tensor:
+    """Repeat the pixels of tiles [N, h, w, 3] a whole number of times until they are at least `side` wide."""
+    times = max(1, -(-side // tiles.shape[2]))
+    return tiles.repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+
+def outline_box(axis: Axes, box: Tensor, colour: str) -> None:
+    """Draw a dashed outline around (top, left, bottom, right), in pixels of the image that `axis` shows."""
+    top, left, bottom, right = box.tolist()
+    axis.add_patch(
+        Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour, ls="--")
+    )

@@ -1,1 +1,0 @@
-"""Everything that is drawn: figures and TensorBoard."""

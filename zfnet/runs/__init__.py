@@ -1,0 +1,1 @@
+"""The run directory: its files, its provenance and its comparison with another."""

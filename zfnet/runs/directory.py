@@ -1,0 +1,295 @@
+"""The run directory: every file in it is written and read through here.
+
+A file is written beside its final place, synced and renamed, so it is whole or absent. Configs are YAML
+without interpolation: nothing that is read back can run code. (`weights.py` reads and writes the weights.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zfnet.config.errors import UserError, yaml_problem
+from zfnet.config.schema import Config, read_config
+
+HISTORY_COLUMNS = (
+    "epoch",
+    "step",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "seconds",
+    "images_per_second",
+)
+OUTPUTS = Path("outputs")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast
+# what a directory may hold before its run: a lock, and the account of an attempt whose config was refused
+_NO_RUN = (".lock", "status.json", "train.log")
+
+
+def _belongs_to_a_run(name: str) -> bool:
+    # a .partial file is what a process left that was killed while it claimed the directory
+    return name not in _NO_RUN and not (name.startswith(".") and name.endswith(".partial"))
+
+
+def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
+    """Write `content` so that `path` is, at any moment, what it was or what it shall be.
+
+    A function is called with the path of a file to write, and raises OSError if it cannot.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if callable(content):
+            content(beside)
+        else:
+            beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(beside, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    sync_folder(path.parent)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically, from the tensors' own memory.
+
+    Making its bytes first (`safetensors.torch.save`) holds the interpreter's lock: 0.2 s for the blog's network, in
+    which a training loop beside this thread stands still.
+    """
+
+    def write(beside: Path) -> None:
+        try:
+            save_file(tensors, beside, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error).removeprefix("Error while serializing: ")) from error
+
+    write_atomically(path, write)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a directory that Hydra made and nobody wrote in, and those above it that were made for it."""
+    with contextlib.suppress(OSError):  # not empty, or not there
+        folder.rmdir()
+        if folder.parent.parent == OUTPUTS:
+            folder.parent.rmdir()
+            OUTPUTS.rmdir()
+
+
+class RunDirectory:
+    """One run's directory and its files."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self.figures = self.folder / "figures"
+        self.snapshots = self.folder / "snapshots"
+        self.tensorboard = self.folder / "tensorboard"
+        self.weights = self.folder / "model.safetensors"
+
+    # -- whose directory is it?
+
+    def claim(self, config: Config) -> bool:
+        """Make this the directory of `config`'s run; return whether there is something to resume.
+
+        A directory without a run is taken; one that holds the same run is taken up again; one that holds
+        another run, or files of some other kind, is refused and left as it is.
+        """
+        if self._holds_a_record():
+            if self.read_config().identity() != config.identity():
+                raise UserError(
+                    f"{self.folder} holds a run with another config: choose another directory (hydra.run.dir=…)"
+                )
+            return True
+        self.claim_new(config)
+        return False
+
+    def claim_new(self, config: Config) -> None:
+        """Make this, which must be absent or empty, the directory of `config`'s run; raise UserError otherwise."""
+        if self.folder.exists() and any(_belongs_to_a_run(p.name) for p in self.folder.iterdir()):
+            found = "holds a run" if self._holds_a_record() else "holds no run"
+            raise UserError(
+                f"{self.folder} is not empty and {found}: choose another directory (hydra.run.dir=…)"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+    def _holds_a_record(self) -> bool:
+        """Return whether there is a config.yaml, and not one from which Hydra composes, as in `conf/`."""
+        return (self.folder / "config.yaml").exists() and "defaults" not in self.plain_config()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for this process; the system lets go when the process ends, however it ends."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self.folder} is in use by another process: wait for it or stop it first"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def in_use(self) -> bool:
+        """Return whether a process holds the directory now."""
+        if not (self.folder / ".lock").is_file():
+            return False
+        try:
+            with self.lock():
+                return False
+        except UserError:
+            return True
+
+    # -- the small files
+
+    def read_config(self) -> Config:
+        """Return the run's own config; raise UserError if there is none or it is damaged."""
+        path = self.folder / "config.yaml"
+        try:
+            plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"run={self.folder}: there is no run (no config.yaml)") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} cannot be read: {yaml_problem(error)}") from error
+        except (OSError, UnicodeDecodeError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        if not isinstance(plain, dict):
+            raise UserError(f"{path} is not a config")
+        try:
+            return read_config(plain)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except RecursionError as error:  # YAML can contain itself
+            raise UserError(f"{path} cannot be read: it is nested too deeply") from error
+
+    def write_json(self, name: str, content: Any) -> None:
+        write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Return a JSON file of the run; raise UserError if it is absent or damaged."""
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"run={self.folder}: has no {name}; did it finish?") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a table with a header; `rows` are not empty and have equal keys."""
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_atomically(self.folder / name, text.getvalue())
+
+    def set_status(self, state: str, error: str | None = None) -> None:
+        """Record running, done, stopped, pruned (stopped by a search) or failed."""
+        self.write_json("status.json", {"state": state, "error": error, "pid": os.getpid()})
+
+    @property
+    def state(self) -> str:
+        """The recorded state, or `none` where nothing (readable) is recorded."""
+        return self.state_and_error()[0]
+
+    def state_and_error(self) -> tuple[str, str | None]:
+        """Return the recorded state, or `none`, and the error or reason that stands with it."""
+        try:
+            status = self.read_json("status.json")
+            return str(status["state"]), status["error"]
+        except (UserError, KeyError, TypeError):
+            return "none", None
+
+    @property
+    def job(self) -> str | None:
+        """The name of the job that made this run; None where its config cannot be read."""
+        try:
+            return str(self.plain_config()["job"]["name"])
+        except (KeyError, TypeError):
+            return None
+
+    def plain_config(self) -> dict[str, Any]:
+        """Return config.yaml as it stands, unchecked and quickly; empty where it cannot be read."""
+        try:
+            plain = yaml.load((self.folder / "config.yaml").read_bytes(), _LOADER)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            return {}
+        return plain if isinstance(plain, dict) else {}
+
+    def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write history.csv; columns beyond the usual ones follow them."""
+        columns = [
+            *HISTORY_COLUMNS,
+            *(key for key in (rows[0] if rows else {}) if key not in HISTORY_COLUMNS),
+        ]
+        lines = [",".join(columns)]
+        lines += [",".join("" if row.get(c) is None else str(row[c]) for c in columns) for row in rows]
+        write_atomically(self.folder / "history.csv", "\n".join(lines) + "\n")
+
+    def read_history(self) -> list[dict[str, float | None]]:
+        """Return the rows of history.csv as numbers; an empty cell is None."""
+        try:
+            with open(self.folder / "history.csv", newline="", encoding="utf-8") as file:
+                return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+        except FileNotFoundError:
+            raise UserError(f"run={self.folder}: has no history.csv; did it train?") from None
+        except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+            raise UserError(f"{self.folder / 'history.csv'} cannot be read: {error}") from error
+
+
+def objective(results: Mapping[str, Any]) -> float | None:
+    """What a sweep compares: accuracy on validation, never on test; None where there is no validation."""
+    return results["validation"]["accuracy"] if results["validation"] else None
+
+
+def find_run(text: str) -> RunDirectory:
+    """Return the run that `run=…` names: a directory, or `last` for the newest finished training run in outputs/.
+
+    Raises UserError where there is none.
+    """
+    if text != "last":
+        folder = Path(text).expanduser()
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"run={text}: there is no run (no config.yaml)")
+        return RunDirectory(folder)
+    finished = [run for run in list_runs(OUTPUTS) if run.state == "done" and run.job == "train"]
+    if not finished:
+        raise UserError(f"run=last: there is no finished training run in {OUTPUTS.absolute()}")
+    return max(finished, key=lambda run: (run.folder / "results.json").stat().st_mtime_ns)
+
+
+def list_runs(root: Path) -> list[RunDirectory]:
+    """Return every run below `root` (outputs/<job>/<time>, outputs/sweeps/<time>/<overrides>), by name."""
+    found = [path.parent for depth in range(1, 5) for path in root.glob("*/" * depth + "config.yaml")]
+    return [RunDirectory(folder) for folder in sorted(found) if folder.name != ".hydra"]

@@ -1,0 +1,109 @@
+"""What surrounds a run: code, versions, machine. Recorded so that a difference can be explained later."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pillow", "safetensors", "matplotlib")
+ROOT = Path(__file__).resolve().parents[2]
+DIFF_LIMIT = 200_000  # characters
+
+
+def describe_environment(device: torch.device, data_fingerprint: str, mode: str) -> dict[str, Any]:
+    """Return code, packages, device and data, as JSON can hold them."""
+    return {
+        "mode": mode,
+        "code": _code(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": {
+            "name": cpu_facts().get("model name") or platform.processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "device": _device(device),
+        "data_fingerprint": data_fingerprint,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _code() -> dict[str, Any]:
+    """The git commit and what differs from it; and a hash of the source, which needs no git."""
+    digest = hashlib.sha256()
+    for path in sorted(ROOT.glob("zfnet/**/*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        digest.update(path.read_bytes())
+    diff = _git("diff", "HEAD", "--", "zfnet", "conf", "run.py")
+    return {
+        "source_sha256": digest.hexdigest(),
+        "commit": _git("rev-parse", "HEAD"),
+        "diff": diff[:DIFF_LIMIT] if diff else diff,
+        "untracked": (
+            _git("ls-files", "--others", "--exclude-standard", "--", "zfnet", "conf") or ""
+        ).split(),
+    }
+
+
+def _git(*words: str) -> str | None:
+    """What git answers about this project; None where there is no git or no repository."""
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20, check=True
+        )
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def cpu_facts() -> dict[str, str]:
+    """Return what Linux tells of the first processor, by its names in /proc/cpuinfo; nothing elsewhere."""
+    metadata: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            metadata.setdefault(name.strip(), value.strip())
+    return metadata
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"type": device.type}
+    metadata = torch.cuda.get_device_properties(device)
+    return {
+        "type": "cuda",
+        "name": metadata.name,
+        "memory_gib": round(metadata.total_memory / 2**30, 1),
+        "capability": f"{metadata.major}.{metadata.minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _nvidia_driver(),
+    }
+
+
+def _nvidia_driver() -> str | None:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        return text.splitlines()[0]
+    except (OSError, IndexError):
+        return None

@@ -1,0 +1,128 @@
+"""A finished run as jobs use it: its network on the chosen device, and images prepared as in its training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config, DataConfig
+from zfnet.data import Batches, ImageSet, Splits, load_splits
+from zfnet.runs.directory import find_run
+from zfnet.runs.weights import ModelMetadata, load_model
+from zfnet.training.device import choose
+
+# what the network sees of an image: a matter of the run, whatever data it is shown
+PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit")
+_FIXED = ("model", "optimizer", "scheduler", "augment")
+
+
+class LoadedRun:
+    """The run that `run=<dir>` names: its network on the chosen device, and images as it saw them.
+
+    source: its directory, which is only read
+    model: in evaluation mode, on plan.device
+    metadata: classes and preprocessing, as recorded with the weights
+    data: where images come from, after overrides; how they are prepared is the run's way
+
+    Raises UserError where the run is not finished, or an override contradicts its network.
+    """
+
+    def __init__(self, config: Config) -> None:
+        given = {word.split("=", 1)[0].lstrip("+~") for word in config.overrides}
+        for key in sorted(given):
+            if key.split(".")[0] in _FIXED:
+                raise UserError(
+                    f"{key}=…: job={config.job.name} uses the network and the weights of run={config.run} "
+                    "as they are; leave it out"
+                )
+        self.config = config
+        self.source = find_run(str(config.run))
+        model, self.metadata = load_model(self.source.weights)
+        self.data = _data_for(config.data, self.metadata, given)
+        self.plan = choose(config.trainer)
+        self.model = model.to(self.plan.device).to(memory_format=self.plan.memory_format)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.metadata.classes
+
+    def splits(self) -> Splits:
+        """Load the images; labels are the run's own numbers, matched by class name."""
+        loaded = load_splits(self.data)
+        train, validation, test = (
+            None if part is None else self._by_name(part)
+            for part in (loaded.train, loaded.validation, loaded.test)
+        )
+        assert train is not None
+        return Splits(train, validation, test, loaded.fingerprint)
+
+    def split(self, name: str, splits: Splits | None = None) -> ImageSet:
+        """Return train, validation, test, or `all` of them; raise UserError where there is no such part."""
+        splits = splits or self.splits()
+        if name == "all":
+            return _joined([p for p in (splits.train, splits.validation, splits.test) if p is not None])
+        part: ImageSet | None = getattr(splits, name)
+        if part is None:
+            raise UserError(f"job.split={name}: data={self.data.name} has no {name} images")
+        return part
+
+    def batches(self, part: ImageSet, data: DataConfig | None = None) -> Batches:
+        """Return the batches of `part` on the device, prepared as `data` says (default: as in training)."""
+        return Batches(part, data or self.data, self.plan.device, channels_last=self.plan.channels_last)
+
+    def _by_name(self, part: ImageSet) -> ImageSet:
+        if part.classes == self.classes:
+            return part
+        for name in part.classes:
+            if name not in self.classes:
+                raise UserError(
+                    f"data={self.data.name}: its class '{name}' is not one of run={self.source.folder}, "
+                    f"which knows {_few(self.classes)}"
+                )
+        numbers = torch.tensor([self.classes.index(name) for name in part.classes])
+        return replace(part, labels=numbers[part.labels], classes=self.classes)
+
+
+def _data_for(data: DataConfig, metadata: ModelMetadata, given: set[str]) -> DataConfig:
+    """Return `data` with the run's preprocessing, except where the command line says otherwise, key by key."""
+    if "data" in given:  # the whole group was swapped for today's file
+        kept = {key: getattr(metadata.data, key) for key in PREPROCESSING if f"data.{key}" not in given}
+        data = replace(data, **kept)
+    if data.image_size != metadata.data.image_size:
+        raise UserError(
+            f"data.image_size={data.image_size}: the run's network takes images of {metadata.data.image_size} px; "
+            "leave it out"
+        )
+    elsewhere = (data.name, data.root) != (metadata.data.name, metadata.data.root)
+    if elsewhere and "data.store_size" not in given:
+        data = replace(data, store_size=metadata.stored_size)
+    return data
+
+
+def _joined(parts: Sequence[ImageSet]) -> ImageSet:
+    """Put sets of one data set together; pixels that they share already are not copied."""
+    first = parts[0]
+    arrays: list[np.ndarray] = []
+    rows = []
+    for part in parts:
+        known = next((k for k, a in enumerate(arrays) if a is part.images), None)
+        if known is None:
+            known = len(arrays)
+            arrays.append(part.images)
+        rows.append(part.rows + sum(len(a) for a in arrays[:known]))
+    images = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return replace(
+        first,
+        images=images,
+        labels=torch.cat([p.labels for p in parts]),
+        rows=torch.cat(rows),
+        boxes=None if any(p.boxes is None for p in parts) else torch.cat([p.boxes for p in parts]),  # type: ignore[misc]
+    )
+
+
+def _few(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" … ({len(names)} in all)" if len(names) > most else "")

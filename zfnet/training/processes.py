@@ -1,0 +1,222 @@
+"""Several processes that train one network: who they are, what they agree on, and how they are started.
+
+One Hydra job is one run directory, and process 0 alone writes to it. `trainer.devices=N` starts N − 1 more
+processes on this machine; `torchrun` starts them all, on any number of machines that share the run's and the
+data's folders. Every process holds the same state after every step, so each of them could be resumed from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from tqdm import tqdm
+
+from zfnet.config.errors import UserError
+
+PATIENCE_S = 20  # after the death of a process, for the others to notice it by themselves
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among `size` processes; `local` is its number on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.rank == 0
+
+    def all_reduce(self, value: Tensor) -> Tensor:
+        """Return the sum of all processes' values; on a GPU the host does not wait for it."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any process says so. All must ask."""
+        if self.size == 1:
+            return flag
+        answer = torch.tensor([float(flag)])
+        dist.all_reduce(answer, dist.ReduceOp.MAX)
+        return bool(answer.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Return process 0's value."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def wrap(self, model: nn.Module, device: torch.device, gradients: str) -> nn.Module:
+        """Return the module to call in training: it averages gradients over all processes."""
+        if self.size == 1:
+            return model
+        # buffers hold each process's own dropout offset, so they are not to be broadcast
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is unknown to older releases
+            wrapped = nn.parallel.DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        if gradients == "bf16":
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        return wrapped
+
+
+SINGLE = World()
+
+
+def torchrun_world() -> World | None:
+    """Return this process's place if torchrun started it."""
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+        return None
+    return World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+
+def join(world: World, meeting_point: str = "env://") -> None:
+    """Meet the other processes; GPUs talk through NCCL, everything else through gloo."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=meeting_point,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(minutes=30),  # one process may have to decode a whole data set first
+    )
+
+
+@contextlib.contextmanager
+def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> Iterator[World]:
+    """Start `count − 1` processes that call `work(world, folder)`, and be process 0 within this block.
+
+    When one of them dies, the block ends with a UserError that says how, whatever this process waits for.
+    """
+    if (world := torchrun_world()) is not None:
+        join(world)
+        world.broadcast(str(folder))  # for `follow`
+        try:
+            yield world
+        finally:
+            dist.destroy_process_group()
+        return
+    if count == 1:
+        yield SINGLE
+        return
+    if not torch.cuda.is_available() and count > (os.cpu_count() or 1):
+        raise UserError(
+            f"trainer.devices={count}: this machine has {os.cpu_count()} CPU cores and no CUDA device"
+        )
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="zfnet-") as place:
+        meeting_point = f"file://{place}/meet"
+        children: list[BaseProcess] = [
+            context.Process(
+                target=_child, args=(World(rank, count, rank), meeting_point, work, folder), daemon=True
+            )
+            for rank in range(1, count)
+        ]
+        for child in children:
+            child.start()
+        watch = _Watch(children, folder)
+        try:
+            join(World(0, count), meeting_point)
+            yield World(0, count)
+            for child in children:
+                child.join()
+        except RuntimeError as error:  # what a collective raises when a peer is gone
+            if death := watch.death(wait=5):
+                raise UserError(death) from error
+            raise
+        finally:
+            watch.done.set()
+            for child in children:
+                child.terminate()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def follow(world: World, work: Callable[[World, Path], None]) -> None:
+    """Be another process than the first of those that torchrun started: work where process 0 says."""
+    join(world)
+    try:
+        work(world, Path(world.broadcast(None)))
+    finally:
+        dist.destroy_process_group()
+
+
+def _child(
+    world: World, meeting_point: str, work: Callable[[World, Path], None], folder: Path
+) -> None:  # pragma: no cover (runs in a process of its own)
+    # process 0 decides when to stop; Ctrl-C reaches the whole group
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tqdm.set_lock(threading.RLock())  # not a semaphore, which would outlive this process if it were killed
+    try:
+        join(world, meeting_point)
+        work(world, folder)
+        dist.destroy_process_group()
+    except UserError:
+        os._exit(3)  # process 0 meets the same error, and says it
+    except RuntimeError:
+        os._exit(4)
+
+
+class _Watch:
+    """Looks after the other processes from a thread, since process 0 may be inside a call that never returns."""
+
+    def __init__(self, children: list[BaseProcess], folder: Path) -> None:
+        self.children, self.folder, self.done = children, folder, threading.Event()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def death(self, wait: float = 0) -> str | None:
+        """Return how the first dead process ended, if one has."""
+        for child in self.children:
+            child.join(wait)
+            if child.exitcode not in (None, 0):
+                code = int(child.exitcode)
+                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+                which = f"training process {self.children.index(child) + 2} of {len(self.children) + 1}"
+                return (
+                    f"{which} {how}: go on from the last checkpoint with job=resume run={self.folder} "
+                    "(trainer.devices may differ)"
+                )
+        return None
+
+    def _look(self) -> None:
+        while not self.done.wait(0.5):
+            if (death := self.death()) and not self.done.wait(PATIENCE_S):
+                from zfnet.runs.directory import RunDirectory  # only for this last word
+
+                RunDirectory(self.folder).set_status("failed", death)
+                print(f"error: {death}", flush=True)
+                os._exit(1)
