@@ -1,4 +1,4 @@
-"""The only entry. Hydra composes a config, `zfnet/config.py` checks it, and the job that it names runs.
+"""The only entry. Hydra composes a config, `zfnet/config` checks it, and the job that it names runs.
 
 python run.py                                  train on CIFAR-10
 python run.py experiment=quickstart            train on built-in images, about a minute, no download
@@ -17,11 +17,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from zfnet.runs.command import forgive, read_command
+from zfnet.runs.command import allow_keys_of_record, read_command
 from zfnet.runs.console import errors_pass_hydra, run_with_clear_errors
 from zfnet.runs.directory import remove_if_empty
 from zfnet.runs.hydra_record import register_resolvers
-from zfnet.training.checks import check_recipe
+from zfnet.training.build import check_recipe
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -33,7 +33,8 @@ def main(raw: DictConfig) -> float | None:
     with errors_pass_hydra():
         try:
             config = read_command(raw, words)
-            check_recipe(config)
+            if config.job.trains:
+                check_recipe(config)
             return config.job.main(config, output)
         except Exception:
             remove_if_empty(output)
@@ -42,5 +43,5 @@ def main(raw: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     register_resolvers()
-    sys.argv[1:] = forgive(sys.argv[1:])
+    sys.argv[1:] = allow_keys_of_record(sys.argv[1:])
     run_with_clear_errors(main)

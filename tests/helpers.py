@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,15 +14,22 @@ import pytest
 import torch
 from PIL import Image
 
-from zfnet.config.schema import AugmentConfig, Config, Conv, DataConfig, Linear, ModelConfig, read_config
+from zfnet.config.schema import (
+    DATA,
+    AugmentConfig,
+    Config,
+    Conv,
+    DataConfig,
+    Linear,
+    ModelConfig,
+)
 from zfnet.data.shapes import draw_shapes
 from zfnet.jobs.train import train
-from zfnet.runs import command as composing
-from zfnet.runs.command import forgive, read_command
+from zfnet.runs import command
+from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
 from zfnet.runs.directory import RunDirectory
-from zfnet.runs.hydra_record import register_resolvers
 from zfnet.training import loop
-from zfnet.training.checks import check_recipe
+from zfnet.training.build import check_recipe
 from zfnet.training.loaded import LoadedRun
 
 # The built-in images at a size that trains in a second or two; on the CPU, wherever the tests run.
@@ -30,7 +38,7 @@ TINY = (
     "trainer.device=cpu",
     "trainer.precision=fp32",
     "trainer.epochs=2",
-    "trainer.tensorboard=false",
+    "logger=none",
     "data.train_images=200",
     "data.test_images=50",
     "data.batch_size=20",
@@ -59,13 +67,12 @@ EVERY_STEP = "trainer.checkpoint_minutes=1e-9"  # not part of a run's identity
 
 def compose(*words: str) -> Config:
     """Return the config that these words on the command line would give."""
-    return copy.deepcopy(_composed(words, composing.CONF))
+    return copy.deepcopy(_composed(words))
 
 
 @functools.cache
-def _composed(words: tuple[str, ...], conf: Path) -> Config:
-    register_resolvers()
-    return read_config(composing.compose(words))
+def _composed(words: tuple[str, ...]) -> Config:
+    return command.compose(words)
 
 
 def checked(*words: str) -> Config:
@@ -139,28 +146,12 @@ def learned(run: RunDirectory) -> tuple[bytes, list[dict[str, Any]]]:
     return run.weights.read_bytes(), history
 
 
-def data_config(**changes: Any) -> DataConfig:
-    """Return the default data settings with changes."""
-    values: dict[str, Any] = {
-        "name": "shapes",
-        "root": None,
-        "image_size": 64,
-        "batch_size": 4,
-        "validation": 0.1,
-        "split_seed": 0,
-        "subset": None,
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-        "crop_size": None,
-        "store_size": None,
-        "fit": "crop",
-        "on_error": "stop",
-        "cache_dir": None,
-        "device_memory": 0.5,
-        "train_images": None,
-        "test_images": None,
-    }
-    return DataConfig(**(values | changes))
+def data_config(name: str = "shapes", **changes: Any) -> DataConfig:
+    """Return the default data settings of a data set with changes, at 64 px and 4 images a batch."""
+    words = [f"data={name}", *(["data.root=nowhere"] if name == "folder" else [])]
+    values = dataclasses.asdict(compose(*words).data)
+    sizes = {"image_size": 64, "batch_size": 4, "validation": 0.1, "store_size": None}
+    return DATA[name](**(values | sizes | changes))
 
 
 def augment_config(crop_padding: int = 0, flip: float = 0.0, cutout: int = 0) -> AugmentConfig:
@@ -202,6 +193,5 @@ def write_images(folder: Path, counts: dict[str, int], size: int = 8, suffix: st
 
 def used(run: RunDirectory, *words: str) -> LoadedRun:
     """Return a run as the jobs that read one see it, with these overrides on the command line."""
-    register_resolvers()
-    command = ["job=evaluate", f"run={run.folder}", *words]
-    return LoadedRun(read_command(composing.compose(forgive(command)), command))
+    words = ("job=evaluate", f"run={run.folder}", *words)
+    return LoadedRun(read_command(compose_raw(allow_keys_of_record(words)), words))

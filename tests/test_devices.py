@@ -32,7 +32,7 @@ from zfnet.explain.selection import choose_images
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.plots.pictures import on_grey, to_pixels
 from zfnet.runs.directory import RunDirectory
-from zfnet.training.device import choose
+from zfnet.training.device import resolve_runtime
 from zfnet.training.loop import evaluate, train_step
 from zfnet.training.state import TrainingState
 
@@ -71,18 +71,23 @@ def test_the_pretence_refuses_what_cuda_refuses(waits: list[str]) -> None:
     [
         ("optimizer=sgd", "model.norm=lrn", "model.dropout=0.5", "augment=crop_flip_cutout"),
         ("optimizer=adam", "data.device_memory=0", "trainer.accumulate=3"),
-        ("optimizer=adagrad", "model.norm=batch", "trainer.label_smoothing=0.1"),
+        ("optimizer=adagrad", "model.norm=batch", "loss.label_smoothing=0.1"),
         ("optimizer=nadam", "model.rms_limit=0.1", "data.mean=[0.4,0.5,0.6]", "augment=crop_flip"),
         ("optimizer=rmsprop", "scheduler.warmup_epochs=1"),
     ],
 )
 def test_a_step_mixes_nothing_and_waits_for_nothing(waits: list[str], words: tuple[str, ...]) -> None:
     config = compose(*MINUTE, *ON_GPU, *words)
-    images, plan = load_splits(config.data).train, choose(config.trainer)
+    images, runtime = load_splits(config.data).train, resolve_runtime(config.trainer)
     batches = Batches(
-        images, config.data, plan.device, seed=1, augment=config.augment, channels_last=plan.channels_last
+        images,
+        config.data,
+        runtime.device,
+        seed=1,
+        augment=config.augment,
+        channels_last=runtime.channels_last,
     )
-    state = TrainingState(config, plan, 10, len(batches))
+    state = TrainingState(config, runtime, 10, len(batches))
     steps = batches.epoch(0)
     train_step(state, next(steps))
     waits.clear()
@@ -179,5 +184,5 @@ def test_searches_over_a_set(waits: list[str]) -> None:
 def test_a_run_of_the_cpus_is_read_on_a_gpu(tiny_run: RunDirectory, waits: list[str]) -> None:
     run = used(tiny_run, *ON_GPU)
     assert choose_images(run, run.config, 3).labels.device.type == "cuda"
-    found = evaluate(run.model, run.batches(run.split("test")), run.plan, "test")
+    found = evaluate(run.model, run.batches(run.split("test")), run.runtime, "test")
     assert found.accuracy == run.source.read_json("results.json")["test"]["accuracy"]

@@ -7,9 +7,9 @@ import torch
 
 from zfnet.benchmark.peaks import Peaks, roofline_seconds, training_flops
 from zfnet.model.zfnet import ZFNet
-from zfnet.training.device import Plan
+from zfnet.training.device import Runtime
 
-PLAN = Plan(torch.device("cpu"), "fp32", True, False, False)
+PLAN = Runtime(torch.device("cpu"), "fp32", True, False, False)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
 from zfnet.training.checkpoint import load_optimizer, optimizer_checkpoint
-from zfnet.training.device import choose
+from zfnet.training.device import resolve_runtime
 from zfnet.training.processes import World, join
 from zfnet.training.state import TrainingState
 
@@ -46,11 +46,11 @@ OPTIMIZERS = ("sgd", "adamw", "adam", "rmsprop", "adagrad", "nadam")
 
 
 def test_auto_is_the_gpu_in_bf16() -> None:
-    plan = choose(compose("trainer=auto").trainer)
-    assert plan.device.type == "cuda"
+    runtime = resolve_runtime(compose("trainer=auto").trainer)
+    assert runtime.device.type == "cuda"
     expected = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    assert plan.precision == expected
-    assert torch.cuda.get_device_name() in plan.describe()
+    assert runtime.precision == expected
+    assert torch.cuda.get_device_name() in runtime.describe()
 
 
 def test_random_numbers_are_the_cpus() -> None:
@@ -88,7 +88,7 @@ def test_batches_from_memory_and_from_the_host_are_equal(memory: float) -> None:
 
 
 def test_the_network_is_the_cpus() -> None:
-    choose(compose("trainer=exact", "trainer.device=cuda").trainer)  # no TF32
+    resolve_runtime(compose("trainer=exact", "trainer.device=cuda").trainer)  # no TF32
     torch.manual_seed(0)
     model = ZFNet(10, 64, tiny_model_config(norm="lrn", dropout=0.5)).train()
     images = torch.randn(8, 3, 64, 64)
@@ -138,7 +138,7 @@ def resumed(monkeypatch) -> Callable[..., RunDirectory]:
     [
         ("augment=crop_flip", "model.dropout=0.5", "model.norm=lrn", "trainer.ema=0.9"),
         ("augment=crop_flip_cutout", "model.norm=batch", "model.rms_limit=0.1", "data.device_memory=0"),
-        ("trainer.accumulate=3", "trainer.clip_norm=1", "trainer.label_smoothing=0.1", "model.pooling=ceil"),
+        ("trainer.accumulate=3", "trainer.clip_norm=1", "loss.label_smoothing=0.1", "model.pooling=ceil"),
     ],
 )
 def test_exact_is_exact_and_resumes(resumed, tmp_path: Path, words: tuple[str, ...]) -> None:
@@ -196,7 +196,7 @@ def test_the_fast_way_evaluates_as_the_cpu_does(tiny_run: RunDirectory) -> None:
     found = []
     for words in (("trainer.device=cpu", "trainer.precision=fp32"), ("trainer=cuda",)):
         run = used(tiny_run, *words)
-        found.append(loop.evaluate(run.model, run.batches(run.split("test")), run.plan, "test"))
+        found.append(loop.evaluate(run.model, run.batches(run.split("test")), run.runtime, "test"))
     assert found[1].loss == pytest.approx(found[0].loss, rel=0.02)  # bf16 has 8 bits
     assert (found[1].predictions == found[0].predictions).double().mean() >= 0.9
 
@@ -210,9 +210,9 @@ def test_the_fast_way_evaluates_as_the_cpu_does(tiny_run: RunDirectory) -> None:
 )
 def test_no_step_waits_for_the_device(words: tuple[str, ...]) -> None:
     config = compose(*MINUTE, "trainer=cuda", *FAST, "trainer.compile=false", "model.dropout=0.5", *words)
-    images, plan = load_splits(config.data).train, choose(config.trainer)
-    batches = Batches(images, config.data, plan.device, augment=config.augment)
-    state = TrainingState(config, plan, 10, len(batches))
+    images, runtime = load_splits(config.data).train, resolve_runtime(config.trainer)
+    batches = Batches(images, config.data, runtime.device, augment=config.augment)
+    state = TrainingState(config, runtime, 10, len(batches))
     for batch in batches.epoch(0):  # memory is taken, kernels are chosen
         loop.train_step(state, batch)
     torch.cuda.set_sync_debug_mode("error")
@@ -226,7 +226,7 @@ def test_no_step_waits_for_the_device(words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("trainer", ["exact", "auto"])
 def test_projections_are_the_same_twice_and_close_to_the_cpus(trainer: str) -> None:
     """Whatever training has chosen, the deconvnet works in full precision and with deterministic kernels."""
-    choose(compose(f"trainer={trainer}", "trainer.device=cuda").trainer)
+    resolve_runtime(compose(f"trainer={trainer}", "trainer.device=cuda").trainer)
     model = network("lrn").float()
     images = pictures(model).float()
     units = {layer: some_units(model, images, layer) for layer in ("conv1", "conv5", "fc7")}
@@ -240,7 +240,7 @@ def test_projections_are_the_same_twice_and_close_to_the_cpus(trainer: str) -> N
 
 
 def test_normalisation_is_the_same_twice() -> None:
-    choose(compose("trainer=exact", "trainer.device=cuda").trainer)
+    resolve_runtime(compose("trainer=exact", "trainer.device=cuda").trainer)
     x = torch.randn(8, 96, 27, 27, device="cuda")
     found = []
     for _ in range(2):

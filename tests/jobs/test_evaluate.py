@@ -27,7 +27,7 @@ def test_the_runs_own_splits_give_its_own_figures(run_py, tiny_run, monkeypatch)
     assert shown.accuracy == recorded["test"]["accuracy"]
     assert len(part) == 50
     run = used(tiny_run)
-    found = evaluate(run.model, run.batches(run.split("validation")), run.plan, "validation")
+    found = evaluate(run.model, run.batches(run.split("validation")), run.runtime, "validation")
     assert results_of(found, run.classes) == recorded["validation"]
 
 
@@ -49,8 +49,8 @@ def test_classes_of_a_folder_are_matched_by_name(tiny_run, gallery: Path) -> Non
     assert len(part) == 40
     own = used(tiny_run)
     same = own.split("test").take(torch.arange(40))
-    by_folder = evaluate(folder.model, folder.batches(part), folder.plan, "folder")
-    by_run = evaluate(own.model, own.batches(same), own.plan, "run")
+    by_folder = evaluate(folder.model, folder.batches(part), folder.runtime, "folder")
+    by_run = evaluate(own.model, own.batches(same), own.runtime, "run")
     assert by_folder.confusion().tolist() == by_run.confusion().tolist()
     assert by_folder.loss == pytest.approx(by_run.loss, rel=1e-5)
 

@@ -21,7 +21,7 @@ from zfnet.explain.attribution import METHODS
 from zfnet.explain.selection import part_to_show
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import load_model
-from zfnet.training.snapshots import list_snapshots
+from zfnet.training.callbacks import list_snapshots
 
 QUICK = ("trainer.threads=1",)
 

@@ -21,8 +21,8 @@ DATA = compose(*TINY).data
 @pytest.fixture
 def used() -> Any:
     """What is asked of a run: its preprocessing and its device."""
-    plan = SimpleNamespace(device=torch.device("cpu"), channels_last=True)
-    return SimpleNamespace(metadata=SimpleNamespace(stored_size=64), data=DATA, plan=plan)
+    runtime = SimpleNamespace(device=torch.device("cpu"), channels_last=True)
+    return SimpleNamespace(metadata=SimpleNamespace(stored_size=64), data=DATA, runtime=runtime)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from zfnet.training.loop import evaluate
 def test_a_file_of_the_data_gets_evaluations_answer(tiny_run, tmp_path: Path) -> None:
     run = used(tiny_run)
     part = run.split("test")
-    found = evaluate(run.model, run.batches(part), run.plan, "test")
+    found = evaluate(run.model, run.batches(part), run.runtime, "test")
     images = []
     for n, pixels in enumerate(part.pixels(range(len(part))).numpy()):
         Image.fromarray(pixels).save(tmp_path / f"{n:02d}.png")

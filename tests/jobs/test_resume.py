@@ -111,8 +111,8 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     real = loop.evaluate
 
     def prefer(*accuracies: float) -> None:
-        def judged(model, batches, plan, what, stop=None):
-            found = real(model, batches, plan, what, stop)
+        def judged(model, batches, runtime, what, stop=None):
+            found = real(model, batches, runtime, what, stop)
             if what.startswith("validation "):
                 object.__setattr__(found, "accuracy", accuracies[int(what.split()[1]) - 1])
             return found

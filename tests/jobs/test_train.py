@@ -20,8 +20,8 @@ def test_the_best_weights_are_the_ones_kept(tmp_path: Path, monkeypatch) -> None
     seen: list[torch.Tensor] = []
     real = loop.evaluate
 
-    def judged(model, batches, plan, what, stop=None):
-        found = real(model, batches, plan, what, stop)
+    def judged(model, batches, runtime, what, stop=None):
+        found = real(model, batches, runtime, what, stop)
         if what.startswith("validation "):
             seen.append(model.conv1.weight.detach().clone())
             object.__setattr__(found, "accuracy", [0.9, 0.2, 0.3][len(seen) - 1])

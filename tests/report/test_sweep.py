@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from tests.helpers import TINY, compose
 from zfnet.config.schema import flatten
 from zfnet.plots.sweep import ABSENT, read_sweep, short_names, swept_keys
-from zfnet.runs.command import compose as compose_words
+from zfnet.runs.command import compose_raw as compose_words
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import register_resolvers
 

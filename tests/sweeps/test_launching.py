@@ -15,12 +15,12 @@ import torch
 from tests.conftest import ROOT
 from tests.helpers import TINY, compose
 from zfnet.config.errors import UserError
-from zfnet.training.device import choose
+from zfnet.training.device import resolve_runtime
 
 SMALL = (
     "experiment=quickstart",
     "trainer.epochs=1",
-    "trainer.tensorboard=false",
+    "logger=none",
     "data.train_images=100",
     "data.test_images=20",
     "data.batch_size=30",
@@ -160,9 +160,9 @@ def test_threads_and_compiler_are_as_new_for_every_job(monkeypatch) -> None:
     resets = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
     own = torch.get_num_threads()
-    choose(compose(*TINY, "trainer.threads=1").trainer)
+    resolve_runtime(compose(*TINY, "trainer.threads=1").trainer)
     assert torch.get_num_threads() == 1
-    choose(compose(*TINY, "trainer.compile=true").trainer)
+    resolve_runtime(compose(*TINY, "trainer.compile=true").trainer)
     assert torch.get_num_threads() == own
     assert resets == [
         True

@@ -118,10 +118,10 @@ def test_hopeless_trials_are_pruned_and_can_still_be_trained_to_the_end(
 ) -> None:
     trial, evaluate = -1, loop.evaluate
 
-    def ever_worse(model, batches, plan, what, stop):
+    def ever_worse(model, batches, runtime, what, stop):
         nonlocal trial
         trial += what == "validation 1"
-        return dataclasses.replace(evaluate(model, batches, plan, what, stop), accuracy=0.9 - trial / 10)
+        return dataclasses.replace(evaluate(model, batches, runtime, what, stop), accuracy=0.9 - trial / 10)
 
     words = [*SEARCH, *SPACE, "trainer.epochs=3", "hydra.sweeper.n_trials=3", "hydra.sweeper.pruner=median"]
     with monkeypatch.context() as patch:

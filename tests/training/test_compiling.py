@@ -15,7 +15,7 @@ from zfnet.jobs import reproduce, train
 from zfnet.training import compiling
 from zfnet.training import state as state_module
 from zfnet.training.compiling import Trial, compile_if_it_pays
-from zfnet.training.device import choose
+from zfnet.training.device import resolve_runtime
 from zfnet.training.state import TrainingState
 
 AUTO = "trainer.compile=auto"
@@ -41,9 +41,9 @@ def tried(monkeypatch) -> list[Trial]:
 
 def state_and_batches(*words: str) -> tuple[TrainingState, Batches]:
     config = compose(*MINUTE, AUTO, *words)
-    plan, images = choose(config.trainer), load_splits(config.data).train
-    batches = Batches(images, config.data, plan.device, augment=config.augment)
-    return TrainingState(config, plan, 10, len(batches)), batches
+    runtime, images = resolve_runtime(config.trainer), load_splits(config.data).train
+    batches = Batches(images, config.data, runtime.device, augment=config.augment)
+    return TrainingState(config, runtime, 10, len(batches)), batches
 
 
 def test_break_even() -> None:

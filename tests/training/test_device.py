@@ -8,16 +8,16 @@ import torch
 from tests.helpers import checked, compose
 from zfnet.config.errors import UserError
 from zfnet.training import device as device_module
-from zfnet.training.device import choose
+from zfnet.training.device import resolve_runtime
 from zfnet.training.processes import World
 
 
-def plan(*words: str):
-    return choose(checked(*words).trainer)
+def runtime(*words: str):
+    return resolve_runtime(checked(*words).trainer)
 
 
 def test_exact_is_exact() -> None:
-    exact = plan("trainer=exact", "trainer.device=cpu")
+    exact = runtime("trainer=exact", "trainer.device=cpu")
     assert (exact.precision, exact.compile, exact.deterministic) == ("fp32", False, True)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.benchmark
@@ -28,7 +28,7 @@ def test_exact_is_exact() -> None:
 @pytest.mark.parametrize(("trainer", "loose"), [("exact", False), ("cpu", True)])
 def test_the_older_names_of_tf32_can_be_read(trainer: str, loose: bool) -> None:
     """Others read these, Lightning and torch.compile among them; set by the newer names alone they raise."""
-    plan(f"trainer={trainer}", "trainer.device=cpu")
+    runtime(f"trainer={trainer}", "trainer.device=cpu")
     assert torch.backends.cuda.matmul.allow_tf32 is loose
     assert torch.backends.cudnn.allow_tf32 is loose
     assert torch.get_float32_matmul_precision() == ("high" if loose else "highest")
@@ -40,14 +40,14 @@ def test_too_few_gpus_for_the_processes(monkeypatch, rank: int) -> None:
     """All processes must say so: one that did not would wait for the others."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"trainer\.devices=2: this machine shows 1 CUDA devices"):
-        choose(compose("trainer.device=cuda", "trainer.devices=2").trainer, World(rank, 2, rank))
+        resolve_runtime(compose("trainer.device=cuda", "trainer.devices=2").trainer, World(rank, 2, rank))
 
 
 def test_a_later_run_is_not_touched_by_an_earlier_one() -> None:
     threads = torch.get_num_threads()
-    plan("trainer=exact", "trainer.device=cpu", "trainer.threads=3")
+    runtime("trainer=exact", "trainer.device=cpu", "trainer.threads=3")
     assert torch.get_num_threads() == 3
-    plan("trainer=cpu")
+    runtime("trainer=cpu")
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.benchmark
     assert torch.get_num_threads() == threads
@@ -68,20 +68,20 @@ def test_bf16_on_the_cpu_only_where_it_pays(
 ) -> None:
     metadata = {"vendor_id": vendor, "flags": " ".join(flags)}
     monkeypatch.setattr(device_module, "cpu_facts", lambda: metadata)
-    assert plan("trainer=cpu").precision == precision
-    assert plan("trainer=cpu", "trainer.precision=fp32").precision == "fp32"
+    assert runtime("trainer=cpu").precision == precision
+    assert runtime("trainer=cpu", "trainer.precision=fp32").precision == "fp32"
 
 
 def test_autocast() -> None:
-    with plan("trainer=cpu", "trainer.precision=bf16").autocast():
+    with runtime("trainer=cpu", "trainer.precision=bf16").autocast():
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
-    with plan("trainer=cpu", "trainer.precision=fp32").autocast():
+    with runtime("trainer=cpu", "trainer.precision=fp32").autocast():
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
 
 
 def test_memory_format() -> None:
-    assert plan("trainer=cpu").memory_format == torch.channels_last
-    off = plan("trainer=cpu", "trainer.channels_last=false")
+    assert runtime("trainer=cpu").memory_format == torch.channels_last
+    off = runtime("trainer=cpu", "trainer.channels_last=false")
     assert off.memory_format == torch.contiguous_format
     assert "NCHW" in off.describe()
 
@@ -94,4 +94,4 @@ def test_a_device_that_is_not_there(name: str, expected: str) -> None:
     if name == "mps" and torch.backends.mps.is_available():
         pytest.skip("this is an Apple machine")
     with pytest.raises(UserError, match=expected):
-        plan(f"trainer.device={name}")
+        runtime(f"trainer.device={name}")

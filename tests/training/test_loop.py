@@ -17,7 +17,7 @@ from zfnet.data import Batch, Batches
 from zfnet.data.images import image_set
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
 from zfnet.training import loop
-from zfnet.training.device import choose
+from zfnet.training.device import resolve_runtime
 from zfnet.training.loop import evaluate, finish_epoch, train_step
 from zfnet.training.state import TrainingState
 
@@ -37,7 +37,7 @@ SCHEDULERS = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
 
 def make_state(*words: str) -> TrainingState:
     config = compose(*MINUTE, "optimizer=sgd", "scheduler=constant", "data.batch_size=12", *words)
-    return TrainingState(config, choose(config.trainer), 10, STEPS)
+    return TrainingState(config, resolve_runtime(config.trainer), 10, STEPS)
 
 
 def batch(count: int = 12, seed: int = 0) -> Batch:
@@ -128,7 +128,7 @@ def test_a_step_is_gradient_descent() -> None:
 @pytest.mark.parametrize("count", [12, 7])
 def test_accumulation_is_the_whole_batch(parts: int, count: int) -> None:
     """Also for a last batch that is smaller; with dropout, since masks do not depend on the division."""
-    words = ("model.dropout=0.4", "optimizer.lr=0.1", "trainer.label_smoothing=0.1")
+    words = ("model.dropout=0.4", "optimizer.lr=0.1", "loss.label_smoothing=0.1")
     whole, divided = make_state(*words), make_state(*words, f"trainer.accumulate={parts}")
     for state in (whole, divided):
         state.model.train()
@@ -149,7 +149,7 @@ def test_clipping_bounds_the_step() -> None:
 
 
 def test_label_smoothing() -> None:
-    state, twin = stepped("trainer.label_smoothing=0.2"), make_state().model.train()
+    state, twin = stepped("loss.label_smoothing=0.2"), make_state().model.train()
     logits = twin(batch().images).log_softmax(1)
     labels = batch().labels
     expected = -0.8 * logits[torch.arange(12), labels].mean() - 0.2 * logits.mean()
@@ -275,7 +275,7 @@ def test_evaluation_is_exact_over_ragged_batches_and_puts_the_mode_back() -> Non
     batches = Batches(images, state.config.data, torch.device("cpu"))
     state.model.train()
     before = {k: v.clone() for k, v in state.model.state_dict().items()}
-    found = evaluate(state.model, batches, state.plan, "x")
+    found = evaluate(state.model, batches, state.runtime, "x")
     assert state.model.training
     assert all(torch.equal(before[k], v) for k, v in state.model.state_dict().items())
     model = state.model.eval()

@@ -39,7 +39,7 @@ ALL_ON = (
     "trainer.ema=0.8",
     "trainer.accumulate=3",
     "trainer.clip_norm=1",
-    "trainer.label_smoothing=0.1",
+    "loss.label_smoothing=0.1",
     "scheduler.warmup_epochs=0.5",
 )
 

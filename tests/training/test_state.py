@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from tests.helpers import MINUTE, compose
-from zfnet.training.device import choose
+from zfnet.training.device import resolve_runtime
 from zfnet.training.state import TrainingState, make_model
 
 
 def state(*words: str) -> TrainingState:
     config = compose(*MINUTE, *words)
-    return TrainingState(config, choose(config.trainer), 10, 8)
+    return TrainingState(config, resolve_runtime(config.trainer), 10, 8)
 
 
 def test_the_seed_gives_the_weights_and_leaves_the_global_generator_alone() -> None:

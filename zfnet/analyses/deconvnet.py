@@ -58,7 +58,7 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        return self.used.plan.device
+        return self.used.runtime.device
 
     @property
     def data(self) -> DataConfig:

@@ -21,8 +21,8 @@ from zfnet.plots.evolution import draw_evolution, draw_steadiness
 from zfnet.plots.figures import save_figure
 from zfnet.runs.session import own_directory
 from zfnet.runs.weights import load_model
+from zfnet.training.callbacks import list_snapshots
 from zfnet.training.loaded import LoadedRun
-from zfnet.training.snapshots import list_snapshots
 
 log = logging.getLogger("zfnet")
 
@@ -59,7 +59,7 @@ class EvolutionJob(Look):
             for epoch in reversed(snapshots):  # the last one first: it says which maps are alive
                 log.info("epoch %d of %s", epoch, ", ".join(map(str, snapshots)))
                 model, _ = load_model(snapshots[epoch])
-                model = model.to(used.plan.device).to(memory_format=used.plan.memory_format)
+                model = model.to(used.runtime.device).to(memory_format=used.runtime.memory_format)
                 looks[epoch] = look(model, part, used.batches, probes, layers, used.data.batch_size)
                 strongest = looks[epoch].strongest
                 if not chosen:

@@ -16,55 +16,57 @@ from zfnet.config.schema import Config
 from zfnet.data import ImageSet
 from zfnet.model.layers import LocalResponseNorm
 from zfnet.training.compiling import Trial
-from zfnet.training.device import Plan, set_switches, timed
+from zfnet.training.device import Runtime, set_switches, timed
 from zfnet.training.state import TrainingState
 
 
 class Way(OurLoop):
-    """Our loop with one decision changed: by another plan, by `change`, which mends its state, or in its memory."""
+    """Our loop with one decision changed: by another runtime, by `change`, which mends its state, or in its memory."""
 
     def __init__(
         self,
         name: str,
         config: Config,
-        plan: Plan,
+        runtime: Runtime,
         images: ImageSet,
         change: Callable[[TrainingState], None] | None = None,
         keeps_memory: bool = True,
     ) -> None:
-        super().__init__(name, config, plan, images)
+        super().__init__(name, config, runtime, images)
         self.keeps_memory = keeps_memory
         if change is not None:
             change(self.state)
 
     def turn(self, steps: int, warmup: int) -> float:
-        set_switches(self.plan.deterministic, self.plan.precision)
-        return time_steps(self._loop(), steps, warmup, self.plan.device, ours=self.keeps_memory)
+        set_switches(self.runtime.deterministic, self.runtime.precision)
+        return time_steps(self._loop(), steps, warmup, self.runtime.device, ours=self.keeps_memory)
 
 
-def measure(config: Config, plan: Plan) -> dict[str, Any]:
+def measure(config: Config, runtime: Runtime) -> dict[str, Any]:
     """Time every way in turns with the chosen one; return what benchmark.json holds."""
     job, images = config.job, enough_images(config)
-    ways = [Way("as chosen", config, plan, images)]
-    exact = replace(plan, precision="fp32", compile=False, deterministic=True)
-    precision = "fp32" if plan.precision == "bf16" else "bf16"
+    ways = [Way("as chosen", config, runtime, images)]
+    exact = replace(runtime, precision="fp32", compile=False, deterministic=True)
+    precision = "fp32" if runtime.precision == "bf16" else "bf16"
     plans = {
         "exact": exact,
-        "NCHW" if plan.channels_last else "NHWC": replace(plan, channels_last=not plan.channels_last),
-        precision: replace(plan, precision=precision),
-        "not compiled" if plan.compile else "compiled": replace(plan, compile=not plan.compile),
+        "NCHW" if runtime.channels_last else "NHWC": replace(
+            runtime, channels_last=not runtime.channels_last
+        ),
+        precision: replace(runtime, precision=precision),
+        "not compiled" if runtime.compile else "compiled": replace(runtime, compile=not runtime.compile),
     }
-    ways += [Way(name, config, other, images) for name, other in plans.items() if other != plan]
-    ways.append(Way("optimizer not fused", config, plan, images, _not_fused))
+    ways += [Way(name, config, other, images) for name, other in plans.items() if other != runtime]
+    ways.append(Way("optimizer not fused", config, runtime, images, _not_fused))
     if config.model.norm != "batch":
-        ways.append(Way("pooling first", config, plan, images, _pool_first))
+        ways.append(Way("pooling first", config, runtime, images, _pool_first))
     # on CUDA its backward pass has no deterministic form, and asked for one raises
-    if config.model.norm == "lrn" and not (plan.deterministic and plan.device.type == "cuda"):
-        ways.append(Way("PyTorch's LRN", config, plan, images, _their_lrn))
-    if plan.device.type == "cpu":
-        ways.append(Way("memory given back", config, plan, images, keeps_memory=False))
-    compiled = next(way for way in ways if way.plan.compile)
-    cost = timed(lambda: compiled.turn(1, 0), plan.device)
+    if config.model.norm == "lrn" and not (runtime.deterministic and runtime.device.type == "cuda"):
+        ways.append(Way("PyTorch's LRN", config, runtime, images, _their_lrn))
+    if runtime.device.type == "cpu":
+        ways.append(Way("memory given back", config, runtime, images, keeps_memory=False))
+    compiled = next(way for way in ways if way.runtime.compile)
+    cost = timed(lambda: compiled.turn(1, 0), runtime.device)
     timings = take_turns(ways, rounds=job.rounds, steps=job.steps, warmup=job.warmup)
     by_name = {timing.name: config.data.batch_size / timing.median() for timing in timings}
     chosen = by_name["as chosen"]

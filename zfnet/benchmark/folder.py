@@ -23,7 +23,7 @@ from zfnet.benchmark.turns import Contender, compare, print_table, take_turns
 from zfnet.config.schema import AugmentConfig, Config, DataConfig
 from zfnet.data import Batches
 from zfnet.data.folder import load_folder
-from zfnet.training.device import Plan, keep_memory, timed
+from zfnet.training.device import Runtime, keep_memory, timed
 
 WIDTH, HEIGHT = 500, 375  # the most frequent size in ImageNet
 DISTINCT = 32
@@ -47,7 +47,7 @@ class Epochs:
             deque(self.batches(), maxlen=0)  # takes them all and keeps none
 
 
-def measure(config: Config, plan: Plan) -> dict[str, Any]:
+def measure(config: Config, runtime: Runtime) -> dict[str, Any]:
     """Write photographs, decode them once, then read them both ways in turns; return what benchmark.json holds."""
     count = config.job.pictures
     with tempfile.TemporaryDirectory(prefix="zfnet-folder-") as place:
@@ -67,11 +67,13 @@ def measure(config: Config, plan: Plan) -> dict[str, Any]:
         images, *_ = load_folder(data)
         seconds, work = time.perf_counter() - before, time.process_time() - work
         flips = AugmentConfig(name="flip", crop_padding=0, flip=0.5, cutout=0)
-        ours = Batches(images, data, plan.device, augment=flips, channels_last=plan.channels_last)
-        theirs = _live(root / "train", data, cores, plan)
+        ours = Batches(images, data, runtime.device, augment=flips, channels_last=runtime.channels_last)
+        theirs = _live(root / "train", data, cores, runtime)
         contenders: list[Contender] = [
-            Epochs("from the cache", count, plan.device, lambda: ours.epoch(0)),
-            Epochs("decoded by Pillow", count, plan.device, lambda: (x.to(plan.device) for x, _ in theirs)),
+            Epochs("from the cache", count, runtime.device, lambda: ours.epoch(0)),
+            Epochs(
+                "decoded by Pillow", count, runtime.device, lambda: (x.to(runtime.device) for x, _ in theirs)
+            ),
         ]
         timings = take_turns(contenders, rounds=config.job.rounds, steps=1, warmup=0)
     return {
@@ -115,7 +117,7 @@ def _picture(seed: int) -> bytes:
     return file.getvalue()
 
 
-def _live(folder: Path, data: DataConfig, workers: int, plan: Plan) -> DataLoader:
+def _live(folder: Path, data: DataConfig, workers: int, runtime: Runtime) -> DataLoader:
     """Return the usual loader of an ImageNet script, on all cores."""
     steps = [
         transforms.Resize(int(data.store_size or 0)),
@@ -129,5 +131,5 @@ def _live(folder: Path, data: DataConfig, workers: int, plan: Plan) -> DataLoade
         data.batch_size,
         shuffle=True,
         num_workers=workers,
-        pin_memory=plan.device.type == "cuda",
+        pin_memory=runtime.device.type == "cuda",
     )

@@ -1,7 +1,7 @@
 """Other people's training loops, with the same network, optimizer settings and images, and their own loaders.
 
 Each is written the way its project's documentation or reference script trains, and takes part only where its
-package is installed. All use the precision of our plan, so that what differs is the loop and the loader.
+package is installed. All use the precision of our runtime, so that what differs is the loop and the loader.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from zfnet.benchmark.turns import Contender, time_steps
 from zfnet.config.instantiate import build_optimizer
 from zfnet.config.schema import Config
 from zfnet.data import ImageSet
-from zfnet.training.device import Plan, keep_memory, synchronize
+from zfnet.training.device import Runtime, keep_memory, synchronize
 from zfnet.training.state import make_model
 
 
-def other_loops(config: Config, plan: Plan, images: ImageSet, workers: int) -> list[Contender]:
+def other_loops(config: Config, runtime: Runtime, images: ImageSet, workers: int) -> list[Contender]:
     """Return torchvision's reference loop, and timm's and Lightning's where they are installed."""
-    loops: list[Contender] = [TorchvisionLoop(config, plan, images, workers)]
+    loops: list[Contender] = [TorchvisionLoop(config, runtime, images, workers)]
     if importlib.util.find_spec("timm"):
-        loops.append(TimmLoop(config, plan, images, workers))
+        loops.append(TimmLoop(config, runtime, images, workers))
     if importlib.util.find_spec("lightning"):
-        loops.append(LightningLoop(config, plan, images, workers))
+        loops.append(LightningLoop(config, runtime, images, workers))
     return loops
 
 
@@ -43,27 +43,27 @@ class _Loop:
 
     name = ""
 
-    def __init__(self, config: Config, plan: Plan, images: ImageSet, workers: int) -> None:
-        self.batch_size, self.plan, self.workers = config.data.batch_size, plan, workers
-        self.model = make_model(config, len(images.classes)).to(plan.device)
+    def __init__(self, config: Config, runtime: Runtime, images: ImageSet, workers: int) -> None:
+        self.batch_size, self.runtime, self.workers = config.data.batch_size, runtime, workers
+        self.model = make_model(config, len(images.classes)).to(runtime.device)
         self.optimizer = build_optimizer(config.optimizer, self.model.parameters())
         self.criterion = nn.CrossEntropyLoss()
 
     def turn(self, steps: int, warmup: int) -> float:
-        return time_steps(self._loop(), steps, warmup, self.plan.device)
+        return time_steps(self._loop(), steps, warmup, self.runtime.device)
 
     def _loop(self) -> Generator[None, None, None]:
         raise NotImplementedError
 
 
-def _pillow_loader(config: Config, plan: Plan, images: ImageSet, workers: int) -> DataLoader:
+def _pillow_loader(config: Config, runtime: Runtime, images: ImageSet, workers: int) -> DataLoader:
     """Return the usual loader: Pillow images one at a time, made into batches."""
     return DataLoader(
         PillowImages(images, config.data.image_size),
         config.data.batch_size,
         shuffle=True,
         num_workers=workers,
-        pin_memory=plan.device.type == "cuda",
+        pin_memory=runtime.device.type == "cuda",
         drop_last=True,
     )
 
@@ -73,16 +73,16 @@ class TorchvisionLoop(_Loop):
 
     name = "torchvision reference"
 
-    def __init__(self, config: Config, plan: Plan, images: ImageSet, workers: int) -> None:
-        super().__init__(config, plan, images, workers)
-        self.loader = _pillow_loader(config, plan, images, workers)
+    def __init__(self, config: Config, runtime: Runtime, images: ImageSet, workers: int) -> None:
+        super().__init__(config, runtime, images, workers)
+        self.loader = _pillow_loader(config, runtime, images, workers)
 
     def _loop(self) -> Generator[None, None, None]:
         self.model.train()
         while True:
             for batch_images, batch_labels in self.loader:
-                images, labels = batch_images.to(self.plan.device), batch_labels.to(self.plan.device)
-                with self.plan.autocast():
+                images, labels = batch_images.to(self.runtime.device), batch_labels.to(self.runtime.device)
+                with self.runtime.autocast():
                     logits = self.model(images)
                     loss = self.criterion(logits, labels)
                 self.optimizer.zero_grad()
@@ -98,8 +98,8 @@ class TimmLoop(_Loop):
 
     name = "timm"
 
-    def __init__(self, config: Config, plan: Plan, images: ImageSet, workers: int) -> None:
-        super().__init__(config, plan, images, workers)
+    def __init__(self, config: Config, runtime: Runtime, images: ImageSet, workers: int) -> None:
+        super().__init__(config, runtime, images, workers)
         create_loader: Any = importlib.import_module("timm.data").create_loader
         size = config.data.image_size
         self.model = self.model.to(memory_format=torch.channels_last)
@@ -109,21 +109,21 @@ class TimmLoop(_Loop):
             batch_size=self.batch_size,
             is_training=True,
             no_aug=True,
-            use_prefetcher=plan.device.type == "cuda",
+            use_prefetcher=runtime.device.type == "cuda",
             mean=tuple(config.data.mean),
             std=tuple(config.data.std),
             num_workers=workers,
             persistent_workers=False,
-            device=plan.device,
+            device=runtime.device,
         )
 
     def _loop(self) -> Generator[None, None, None]:
         self.model.train()
         while True:
             for batch_images, batch_labels in self.loader:
-                images = batch_images.to(self.plan.device, memory_format=torch.channels_last)
-                labels = batch_labels.to(self.plan.device)
-                with self.plan.autocast():
+                images = batch_images.to(self.runtime.device, memory_format=torch.channels_last)
+                labels = batch_labels.to(self.runtime.device)
+                with self.runtime.autocast():
                     loss = self.criterion(self.model(images), labels)
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -152,24 +152,24 @@ class LightningLoop(_Loop):
 
     name = "Lightning"
 
-    def __init__(self, config: Config, plan: Plan, images: ImageSet, workers: int) -> None:
-        super().__init__(config, plan, images, workers)
-        self.loader = _pillow_loader(config, plan, images, workers)
+    def __init__(self, config: Config, runtime: Runtime, images: ImageSet, workers: int) -> None:
+        super().__init__(config, runtime, images, workers)
+        self.loader = _pillow_loader(config, runtime, images, workers)
 
     def turn(self, steps: int, warmup: int) -> float:
         import lightning
 
         keep_memory(False)
         module = _lightning_module(self.model, self.optimizer, self.criterion)
-        clock = _clock(warmup, self.plan.device)
+        clock = _clock(warmup, self.runtime.device)
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer = lightning.Trainer(
                 max_steps=warmup + steps,
-                accelerator="gpu" if self.plan.device.type == "cuda" else "cpu",
+                accelerator="gpu" if self.runtime.device.type == "cuda" else "cpu",
                 devices=1,
-                precision="bf16-mixed" if self.plan.precision == "bf16" else "32-true",
+                precision="bf16-mixed" if self.runtime.precision == "bf16" else "32-true",
                 callbacks=[clock],
                 logger=False,
                 enable_checkpointing=False,

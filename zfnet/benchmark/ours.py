@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from zfnet.benchmark.turns import time_steps
 from zfnet.config.schema import Config
 from zfnet.data import Batch, ImageSet
-from zfnet.training.device import Plan, synchronize
+from zfnet.training.device import Runtime, synchronize
 from zfnet.training.loop import read_metrics, train_step
 from zfnet.training.state import TrainingState, training_batches
 
@@ -21,16 +21,16 @@ from zfnet.training.state import TrainingState, training_batches
 class OurLoop:
     """The training loop that `job=train` runs: its batches, its step, its readings of the loss."""
 
-    def __init__(self, name: str, config: Config, plan: Plan, images: ImageSet) -> None:
+    def __init__(self, name: str, config: Config, runtime: Runtime, images: ImageSet) -> None:
         self.name = name
-        self.config, self.batch_size, self.plan = config, config.data.batch_size, plan
-        self.batches = training_batches(config, plan, images)
-        self.state = TrainingState(config, plan, len(images.classes), len(self.batches))
+        self.config, self.batch_size, self.runtime = config, config.data.batch_size, runtime
+        self.batches = training_batches(config, runtime, images)
+        self.state = TrainingState(config, runtime, len(images.classes), len(self.batches))
         self.waited = 0.0  # seconds in which the host got no batch yet, and the steps they belong to
         self.taken = 0
 
     def turn(self, steps: int, warmup: int) -> float:
-        return time_steps(self._loop(), steps, warmup, self.plan.device, ours=True)
+        return time_steps(self._loop(), steps, warmup, self.runtime.device, ours=True)
 
     def _loop(self) -> Generator[None, None, None]:
         """Short last batches are left out, so that all steps are equal."""
@@ -63,17 +63,17 @@ class OurLoop:
 
         def lap(part: str) -> None:
             nonlocal started
-            synchronize(self.plan.device)
+            synchronize(self.runtime.device)
             parts[part] += time.perf_counter() - started
             started = time.perf_counter()
 
         for _ in range(steps):
-            synchronize(self.plan.device)
+            synchronize(self.runtime.device)
             started = time.perf_counter()
             batch = next(source)
             lap("data")
             state.model.set_step(self.config.seed, state.step)
-            with self.plan.autocast():
+            with self.runtime.autocast():
                 loss = F.cross_entropy(state.forward(batch.images), batch.labels)
             lap("forward")
             loss.backward()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from zfnet.model.zfnet import ZFNet
-from zfnet.training.device import Plan, timed
+from zfnet.training.device import Runtime, timed
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,16 @@ class Peaks:
     copy_gb_per_second: float  # bytes read plus bytes written
 
 
-def measure_peaks(plan: Plan) -> Peaks:
+def measure_peaks(runtime: Runtime) -> Peaks:
     """Time a large matrix product in the plan's precision, and a large copy; the best of ten counts."""
-    on_cpu = plan.device.type == "cpu"
-    dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+    on_cpu = runtime.device.type == "cpu"
+    dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
     n = 2048 if on_cpu else 8192
-    a, b = (torch.randn(n, n, device=plan.device).to(dtype) for _ in range(2))
-    product = min(timed(lambda: a @ b, plan.device) for _ in range(10))
-    source = torch.ones(2**26 if on_cpu else 2**29, device=plan.device)  # 256 MiB or 2 GiB
+    a, b = (torch.randn(n, n, device=runtime.device).to(dtype) for _ in range(2))
+    product = min(timed(lambda: a @ b, runtime.device) for _ in range(10))
+    source = torch.ones(2**26 if on_cpu else 2**29, device=runtime.device)  # 256 MiB or 2 GiB
     target = torch.empty_like(source)
-    copy = min(timed(lambda: target.copy_(source), plan.device) for _ in range(10))
+    copy = min(timed(lambda: target.copy_(source), runtime.device) for _ in range(10))
     return Peaks(2 * n**3 / product / 1e12, 2 * source.nbytes / copy / 1e9)
 
 
@@ -51,14 +51,14 @@ def _on_meta(model: ZFNet) -> ZFNet:
         return ZFNet(model.num_classes, model.image_size, model.config)
 
 
-def roofline_seconds(model: ZFNet, batch_size: int, plan: Plan, peaks: Peaks) -> float:
+def roofline_seconds(model: ZFNet, batch_size: int, runtime: Runtime, peaks: Peaks) -> float:
     """Return the least time of one training step if each layer ran at its own roofline.
 
     A layer's forward pass takes the larger of (operations / matmul peak) and (bytes / copy rate), its bytes
     being input, output and weights once; the backward pass computes two such products (conv1: one). ReLU,
     pooling and the loss are taken as free. The optimizer moves 7 fp32 numbers a parameter (AdamW).
     """
-    element = 2 if plan.precision == "bf16" else 4
+    element = 2 if runtime.precision == "bf16" else 4
     flops_rate, bytes_rate = peaks.matmul_tflops * 1e12, peaks.copy_gb_per_second * 1e9
     total = 0.0
     for name, layer, x, y in _layers(model):

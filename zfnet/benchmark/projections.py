@@ -18,7 +18,7 @@ from zfnet.data import load_splits, preprocess
 from zfnet.explain import Deconvnet
 from zfnet.model.sizes import CONV_LAYERS
 from zfnet.model.zfnet import ZFNet
-from zfnet.training.device import Plan, timed
+from zfnet.training.device import Runtime, timed
 from zfnet.training.state import make_model
 
 APART = (
@@ -26,12 +26,12 @@ APART = (
 )
 
 
-def measure(config: Config, plan: Plan) -> dict[str, Any]:
+def measure(config: Config, runtime: Runtime) -> dict[str, Any]:
     """Time projections of a freshly initialised network; return what benchmark.json holds."""
     images = load_splits(config.data).train
-    model = make_model(config, len(images.classes)).to(plan.device).eval()
+    model = make_model(config, len(images.classes)).to(runtime.device).eval()
     pixels = images.pixels(range(min(config.job.count, len(images))))
-    inputs = preprocess(pixels.to(plan.device), config.data, channels_last=False)
+    inputs = preprocess(pixels.to(runtime.device), config.data, channels_last=False)
     rows = time_projections(model, inputs, config.job.maps, config.job.rounds)
     return {"layers": rows, "all_maps_top_9": all_maps(rows)}
 

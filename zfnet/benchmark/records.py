@@ -15,7 +15,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.signals import StopRequest
 from zfnet.training.board import TensorBoard
 from zfnet.training.checkpoint import CheckpointWriter
-from zfnet.training.device import Plan, timed
+from zfnet.training.device import Runtime, timed
 from zfnet.training.loop import finish_epoch, train_epoch
 from zfnet.training.recorder import Recorder
 from zfnet.training.state import TrainingState, training_batches
@@ -28,11 +28,13 @@ class Epochs:
     written when a turn ends is waited for, but not timed: within a run it is written beside the next epoch.
     """
 
-    def __init__(self, name: str, config: Config, plan: Plan, images: ImageSet, folder: Path | None) -> None:
+    def __init__(
+        self, name: str, config: Config, runtime: Runtime, images: ImageSet, folder: Path | None
+    ) -> None:
         self.name, self.images = name, images
-        self.batches = training_batches(config, plan, images)
+        self.batches = training_batches(config, runtime, images)
         self.batch_size = len(images)  # what the clock calls a step is an epoch here
-        self.state = TrainingState(config, plan, len(images.classes), len(self.batches))
+        self.state = TrainingState(config, runtime, len(images.classes), len(self.batches))
         run = None if folder is None else RunDirectory(folder)
         board = None if run is None else TensorBoard(run.tensorboard, 0)
         self.writer = CheckpointWriter(None if run is None else run.checkpoints)
@@ -41,7 +43,7 @@ class Epochs:
 
     def turn(self, steps: int, warmup: int) -> float:
         """Train `steps` epochs; there is no warm-up."""
-        seconds = timed(lambda: self._epochs(steps), self.state.plan.device)
+        seconds = timed(lambda: self._epochs(steps), self.state.runtime.device)
         self.writer.wait()
         return seconds
 
@@ -60,13 +62,13 @@ class _Screen(io.StringIO):
         return True
 
 
-def measure(config: Config, plan: Plan) -> dict[str, Any]:
+def measure(config: Config, runtime: Runtime) -> dict[str, Any]:
     """Train epochs with and without records, in turns; return what benchmark.json holds."""
     job, images = config.job, enough_images(config)
     with tempfile.TemporaryDirectory(prefix="zfnet-records-") as folder:
         contenders: list[Contender] = [
-            Epochs("without records", config, plan, images, None),
-            Epochs("with records", config, plan, images, Path(folder)),
+            Epochs("without records", config, runtime, images, None),
+            Epochs("with records", config, runtime, images, Path(folder)),
         ]
         timings = take_turns(contenders, rounds=job.rounds, steps=config.trainer.epochs, warmup=0)
     rows = compare(timings)

@@ -17,7 +17,7 @@ from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.provenance import ROOT
-from zfnet.training.device import Plan
+from zfnet.training.device import Runtime
 
 # run.py as it is, ended by the first step once its loss is known
 FIRST_STEP = """
@@ -48,7 +48,7 @@ SHORT = (
 JOBS = 4
 
 
-def measure(config: Config, plan: Plan) -> dict[str, Any]:
+def measure(config: Config, runtime: Runtime) -> dict[str, Any]:
     """Start the program again and again, in processes of its own; return what benchmark.json holds."""
     words = [w for w in _own_words() if not w.startswith(("job=", "job.", "hydra."))]
     first, jobs = [], []

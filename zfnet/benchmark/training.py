@@ -10,26 +10,26 @@ from zfnet.benchmark.ours import OurLoop, peak_memory
 from zfnet.benchmark.peaks import measure_peaks, roofline_seconds, training_flops
 from zfnet.benchmark.turns import Contender, compare, enough_images, print_table, take_turns
 from zfnet.config.schema import Config
-from zfnet.training.device import Plan, keep_memory
+from zfnet.training.device import Runtime, keep_memory
 
 
-def measure(config: Config, plan: Plan) -> dict[str, Any]:
+def measure(config: Config, runtime: Runtime) -> dict[str, Any]:
     """Time the loops in turns, then the parts of one step; return what benchmark.json holds."""
     job, images = config.job, enough_images(config)
-    ours = OurLoop("zfnet", config, plan, images)
+    ours = OurLoop("zfnet", config, runtime, images)
     ours.turn(steps=1, warmup=1)
-    memory = peak_memory(plan.device)  # before anybody else has taken any
+    memory = peak_memory(runtime.device)  # before anybody else has taken any
     ours.waited, ours.taken = 0.0, 0
-    peaks = measure_peaks(plan)
+    peaks = measure_peaks(runtime)
     contenders: list[Contender] = [ours]
     if config.data.image_size == 224:
-        contenders.append(BlogLoop(images, config.data.batch_size, plan.device, job.workers))
+        contenders.append(BlogLoop(images, config.data.batch_size, runtime.device, job.workers))
     else:
         print("the blog's network takes 224 px only, so its loop is left out")
-    contenders += other_loops(config, plan, images, job.workers)
+    contenders += other_loops(config, runtime, images, job.workers)
     timings = take_turns(contenders, rounds=job.rounds, steps=job.steps, warmup=job.warmup)
     waited = ours.waited / ours.taken
-    keep_memory(plan.device.type == "cpu")
+    keep_memory(runtime.device.type == "cpu")
     parts = ours.breakdown(max(2, min(job.steps, 10)))
     flops, speed = training_flops(ours.state.model), timings[0].median()
     return {
@@ -41,7 +41,7 @@ def measure(config: Config, plan: Plan) -> dict[str, Any]:
         "tflop_per_second": speed * flops / 1e12,
         "matmul_peak_tflop_per_second": peaks.matmul_tflops,
         "share_of_matmul_peak": speed * flops / 1e12 / peaks.matmul_tflops,
-        "share_of_roofline": roofline_seconds(ours.state.model, ours.batch_size, plan, peaks)
+        "share_of_roofline": roofline_seconds(ours.state.model, ours.batch_size, runtime, peaks)
         / (ours.batch_size / speed),
         "copy_gb_per_second": peaks.copy_gb_per_second,
         "peak_memory_gib": memory,

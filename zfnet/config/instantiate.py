@@ -1,102 +1,210 @@
-"""Safe construction of the two things a config may name: an optimizer and a learning-rate schedule.
+"""Safe instantiation of what a config names by `_target_`: models, data sets, losses, optimizers, callbacks …
 
-`_target_` in a config is only a name. It is looked up among modules that are already imported (nothing is
-ever imported because a config said so), and what it resolves to must be a class of the slot's kind, whatever
-path led there: `torch.optim.sgd.torch.hub.load` is a function, so it is refused. Arguments are plain
-numbers, booleans, strings and lists of them, checked against the class's own signature.
+A `_target_` is only a name. It is looked up in this package, in the parts of PyTorch and torchvision that belong to the
+slot, and in the packages that the command imports (`imports=[my_lab]`, see `trust.py`); nothing else is ever imported
+because a config said so. What it resolves to must be a class of the slot's kind, defined in one of those places,
+whatever path led there: `torch.optim.sgd.torch.hub.load` is a function, so it is refused. Arguments are plain numbers,
+booleans, strings, lists and mappings of them, checked against the class's own signature.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from zfnet.config.errors import UserError, did_you_mean
 
-SLOTS: dict[str, type] = {"optimizer": Optimizer, "scheduler": LRScheduler}
-
-# What PyTorch takes without a word though it means nothing: whole numbers below these, factors and rates of 0 or less.
+# Modules whose classes a slot may use without `imports`. A class counts by where it is defined.
+BUILT_IN: dict[str, tuple[str, ...]] = {
+    "model": ("torchvision.models",),
+    "loss": ("torch.nn.modules.loss",),
+    "augment": ("torchvision.transforms.v2",),
+    "optimizer": ("torch.optim",),
+    "scheduler": ("torch.optim.lr_scheduler",),
+}
+# A model of torchvision's may be made by a function, as in torchvision.models.vgg11.
+_FUNCTIONS = ("model",)
+# torchvision's functions would download what these name.
+_REFUSED_ARGUMENTS = {"model": ("weights", "weights_backbone")}
+# What PyTorch accepts silently though it means nothing: whole numbers below these, factors and rates of 0 or less.
 _WHOLE = {"step_size": 1, "patience": 0, "cooldown": 0, "T_max": 1, "total_steps": 1, "total_iters": 1}
-_POSITIVE = ("factor", "gamma", "max_lr")
+_POSITIVE = ("factor", "gamma", "max_lr", "lr")
+# Given by the program, never by a config.
+_GIVEN = {"optimizer": ("params",), "scheduler": ("optimizer", "last_epoch")}
 _LARGEST = 1e30  # float32 ends at 3e38, and optimizers divide by small numbers
 
-# Given by the program, never by a config.
-_INJECTED = {"self", "params", "optimizer", "last_epoch", "verbose"}
 
+def resolve(slot: str, target: Any, base: type, imports: Sequence[str] = ()) -> Any:
+    """Return the class that `target` names, if `slot` may instantiate it; raise UserError otherwise.
 
-def resolve(slot: str, target: Any) -> type:
-    """Return the class that `target` names, if it is one that `slot` may construct; raise UserError otherwise."""
-    base = SLOTS[slot]
+    slot: the key that holds the `_target_`, such as optimizer or callbacks.ema
+    base: the class that it must derive from
+    imports: the packages that the command trusts
+    """
+    group = slot.split(".")[0]
     wanted = f"{slot}._target_={target}: must name a subclass of {base.__module__}.{base.__qualname__}"
-    if not isinstance(target, str):
+    if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
         raise UserError(wanted)
-    parts = target.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        found: Any = sys.modules.get(".".join(parts[:cut]))
-        if found is not None:
+    package = target.split(".")[0]
+    places = ("zfnet", *BUILT_IN.get(group, ()), *imports)
+    if not any(_below(package, place.split(".")[0]) for place in places):
+        raise UserError(
+            f"{slot}._target_={target}: the package {package} is not one that this command imports; if you trust it, "
+            f"add imports=[{package}]"
+        )
+    found = _look_up(target, [place for place in places if _below(place, package)], package in imports)
+    if found is None:
+        raise UserError(f"{wanted}; there is no such name")
+    where = str(getattr(found, "__module__", ""))
+    if any(_below(where, place) for place in places):
+        if isinstance(found, type) and issubclass(found, base) and found is not base:
+            return found
+        if group in _FUNCTIONS and inspect.isfunction(found):
+            return found
+    raise UserError(f"{wanted}, not {found.__name__ if isinstance(found, type) else type(found).__name__}")
+
+
+def _below(module: str, place: str) -> bool:
+    return module == place or module.startswith(place + ".")
+
+
+def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
+    """Import the module part of `target`, no other than those at or below `places`, and return what it names there."""
+    parts, found, rest = target.split("."), None, 0
+    for cut in range(1, len(parts)):
+        name = ".".join(parts[:cut])
+        if not any(_below(name, place) or _below(place, name) for place in places):
             break
-    else:
-        raise UserError(f"{wanted}; no imported module holds that name")
-    for part in parts[cut:]:
-        # vars() and not getattr(): a module's __getattr__ may import or run something
-        found = vars(found).get(part) if hasattr(found, "__dict__") else None
-    if not (isinstance(found, type) and issubclass(found, base) and found is not base):
-        raise UserError(f"{wanted}, not {'nothing' if found is None else type(found).__name__}")
+        try:
+            found, rest = sys.modules.get(name) or importlib.import_module(name), cut
+        except ModuleNotFoundError as error:
+            if error.name != name and not name.startswith(
+                f"{error.name}."
+            ):  # a package of its own is missing
+                raise UserError(f"{target} cannot be imported: {error}; install it first") from error
+            if cut == 1:
+                raise UserError(
+                    f"{target} cannot be imported ({error}): install it or put it beside run.py"
+                ) from error
+            break
+        except Exception as error:
+            raise UserError(f"{target} cannot be imported: {type(error).__name__}: {error}") from error
+    for part in parts[rest:]:
+        if found is None:
+            return None
+        # vars() and not getattr(): a module's __getattr__ may run something
+        found = (
+            getattr(found, part, None)
+            if trusted
+            else vars(found).get(part)
+            if hasattr(found, "__dict__")
+            else None
+        )
     return found
 
 
-def arguments(
-    slot: str, settings: Mapping[str, Any], extra: tuple[str, ...] = ()
-) -> tuple[type, dict[str, Any]]:
-    """Return the class that `settings` names and its keyword arguments, checked against its signature.
+def instantiate(
+    slot: str,
+    settings: Mapping[str, Any],
+    base: type,
+    imports: Sequence[str] = (),
+    *,
+    given: Sequence[Any] = (),
+    offered: Mapping[str, Any] | None = None,
+    own: Sequence[str] = (),
+    construct: Callable[..., Any] | None = None,
+) -> Any:
+    """Return an object of the class that `settings` names; raise UserError naming the key or what the class says.
 
-    `extra` names keys that belong to the slot but not to the class; they are left out.
+    given: positional arguments that the program passes; offered: keyword arguments that it passes if the class takes
+    them and the config does not set them; own: keys that belong to the slot and not to the class
+    construct: is called with the class and its keyword arguments instead of the class
     """
-    if "_target_" not in settings:
-        raise UserError(f"{slot}._target_ is missing: choose a file of conf/{slot}, as in {slot}=NAME")
-    cls = resolve(slot, settings["_target_"])
-    parameters = {n: p for n, p in inspect.signature(cls).parameters.items() if n not in _INJECTED}
+    cls, keywords = arguments(slot, settings, base, imports, taken=len(given), own=own)
+    parameters = inspect.signature(cls).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, value in (offered or {}).items():
+        if key not in keywords and (key in parameters or takes_all):
+            keywords[key] = value
+    for key, parameter in list(parameters.items())[len(given) :]:
+        optional = parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        )
+        if not optional and key not in keywords and key not in _GIVEN.get(slot.split(".")[0], ()):
+            raise UserError(f"{slot}.{key} is missing: {cls.__name__} needs it")
+    try:
+        made = construct(cls, keywords) if construct else cls(*given, **keywords)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the class raises about its arguments
+        values = ", ".join(f"{k}={v}" for k, v in settings.items() if k != "_target_")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{slot} ({cls.__name__}): {reason} ({values or 'no arguments'})") from error
+    if not isinstance(made, base):
+        raise UserError(
+            f"{slot}._target_={settings['_target_']}: makes a {type(made).__name__}, no {base.__name__}"
+        )
+    return made
+
+
+def arguments(
+    slot: str,
+    settings: Mapping[str, Any],
+    base: type,
+    imports: Sequence[str] = (),
+    *,
+    taken: int = 0,
+    own: Sequence[str] = (),
+) -> tuple[Any, dict[str, Any]]:
+    """Return the class that `settings` names and its keyword arguments, checked against its signature."""
+    if not isinstance(settings, Mapping) or "_target_" not in settings:
+        raise UserError(
+            f"{slot}._target_ is missing: name a class, as the files in conf/{slot.split('.')[0]} do"
+        )
+    cls = resolve(slot, settings["_target_"], base, imports)
+    given = _GIVEN.get(slot.split(".")[0], ())
+    parameters = {k: p for k, p in list(inspect.signature(cls).parameters.items())[taken:] if k not in given}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     keywords: dict[str, Any] = {}
     for key, value in settings.items():
-        if key == "_target_" or key in extra:
+        if key == "_target_" or key in own:
             continue
-        if key not in parameters:
-            known = [*parameters, *extra]
+        if key in given or (key not in parameters and not takes_all):
             raise UserError(
-                f"{slot}.{key}: {cls.__name__} has no such setting{did_you_mean(str(key), known)}"
+                f"{slot}.{key}: {cls.__name__} has no such setting{did_you_mean(str(key), [*parameters, *own])}"
             )
-        keywords[key] = _check_value(f"{slot}.{key}", value, parameters[key].default)
-        if slot == "scheduler":
-            _check_meaning(key, value)
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in keywords:
-            raise UserError(f"{slot}.{name} is missing: {cls.__name__} needs it")
+        if key in _REFUSED_ARGUMENTS.get(slot, ()) and value is not None:
+            raise UserError(f"{slot}.{key}={value}: start from weights with trainer.init_from=… instead")
+        if key != "schedulers" and "_target_" in str(value):
+            raise UserError(
+                f"{slot}.{key}={value}: must be a plain value; nothing is constructed inside arguments"
+            )
+        default = parameters[key].default if key in parameters else inspect.Parameter.empty
+        keywords[key] = _check_value(f"{slot}.{key}", value, default)
+        _check_meaning(slot, str(key), value)
     return cls, keywords
 
 
 def _check_value(key: str, value: Any, default: Any) -> Any:
     """Compare a value's type with the default in the class's signature; lists become tuples where it has one."""
     if isinstance(value, (list, tuple)):
-        if key.endswith(".lr"):
+        if key.endswith(".lr") or is_number(default):
             raise UserError(f"{key}={value}: must be a number")
-        if not all(_is_number(v) for v in value):
-            raise UserError(f"{key}={value}: must be a list of numbers")
         if isinstance(default, tuple) and len(value) != len(default):
             raise UserError(f"{key}={value}: must be a list of {len(default)} numbers")
+        if isinstance(default, tuple) and not all(is_number(v) for v in value):
+            raise UserError(f"{key}={value}: must be a list of numbers")
         return tuple(value) if isinstance(default, tuple) else list(value)
-    if not (value is None or isinstance(value, (bool, int, float, str))):
-        raise UserError(f"{key}={value}: must be a plain value, not a {type(value).__name__}")
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise UserError(f"{key}={value}: must be true or false")
-    elif _is_number(default) or key.endswith(".lr"):
-        if not _is_number(value) and not (value == "auto" and key.startswith("scheduler.")):
+    elif is_number(default) or key.endswith(".lr"):
+        optional = value is None and not key.endswith(".lr")
+        if not (is_number(value) or optional or (value == "auto" and key.startswith("scheduler"))):
             raise UserError(f"{key}={value}: must be a number")
         if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
             raise UserError(f"{key}={value}: must be a finite number, at most {_LARGEST:g}")
@@ -105,80 +213,24 @@ def _check_value(key: str, value: Any, default: Any) -> Any:
     return value
 
 
-def _check_meaning(key: str, value: Any) -> None:
-    """Refuse what a schedule cannot mean; `auto` and null are somebody else's to decide."""
-    if value is None or value == "auto":
+def _check_meaning(slot: str, key: str, value: Any) -> None:
+    """Refuse what an optimizer or a schedule cannot mean; `auto` and null are left to the program."""
+    if value is None or value == "auto" or slot.split(".")[0] not in ("optimizer", "scheduler"):
         return
     low = _WHOLE.get(key)
     if low is not None and not _is_whole(value, low):
-        raise UserError(f"scheduler.{key}={value}: must be a whole number, at least {low}")
+        raise UserError(f"{slot}.{key}={value}: must be a whole number, at least {low}")
     if key == "milestones" and not (isinstance(value, list) and all(_is_whole(v, 1) for v in value)):
         raise UserError(
-            f"scheduler.{key}={value}: must be a list of whole numbers, each at least 1, as in [6,8]"
+            f"{slot}.{key}={value}: must be a list of whole numbers, each at least 1, as in [6,8]"
         )
-    if key in _POSITIVE and not (_is_number(value) and value > 0):
-        raise UserError(f"scheduler.{key}={value}: must be a number greater than 0")
+    if key in _POSITIVE and not (is_number(value) and value > 0):
+        raise UserError(f"{slot}.{key}={value}: must be a number greater than 0")
 
 
 def _is_whole(value: Any, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def build_optimizer(settings: Mapping[str, Any], parameters: Any, fused: bool = False) -> Optimizer:
-    """Construct the optimizer; `fused` asks for its one-kernel form where it has one."""
-    cls, keywords = arguments("optimizer", settings)
-    parameters = list(parameters)
-    try:
-        if fused and "fused" not in keywords and _has_fused(cls, keywords, parameters[0]):
-            keywords["fused"] = True
-        return cls(parameters, **keywords)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer ({cls.__name__}): {error}") from error
-
-
-def _has_fused(cls: Any, keywords: Mapping[str, Any], like: torch.Tensor) -> bool:
-    """Return whether a one-kernel form exists on the device of `like`. Some optimizers say so only when they step."""
-    if "fused" not in inspect.signature(cls).parameters:
-        return False
-    parameter = torch.nn.Parameter(torch.zeros(1, device=like.device))
-    parameter.grad = torch.zeros(1, device=like.device)
-    try:
-        cls([parameter], **keywords, fused=True).step()
-    except RuntimeError:
-        return False
-    return True
-
-
-def build_scheduler(
-    settings: Mapping[str, Any], optimizer: Optimizer, length: int, extra: tuple[str, ...]
-) -> LRScheduler:
-    """Construct the schedule; the value `auto` stands for the run's length in the schedule's own unit."""
-    cls, keywords = arguments("scheduler", settings, extra)
-    keywords = {key: length if value == "auto" else value for key, value in keywords.items()}
-    try:
-        return cls(optimizer, **keywords)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"scheduler ({cls.__name__}): {error}") from error
-
-
-def check_construction(
-    optimizer: Mapping[str, Any], scheduler: Mapping[str, Any], extra: tuple[str, ...]
-) -> None:
-    """Build both on one dummy parameter, so that a bad value is known before any data is read."""
-    _, keywords = arguments("optimizer", optimizer)
-    if not keywords.get("lr", 1) > 0:
-        raise UserError(f"optimizer.lr={keywords['lr']}: must be greater than 0")
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    dummy = build_optimizer(optimizer, [parameter])
-    parameter.grad = torch.zeros(1)
-    try:
-        dummy.step()
-    except (TypeError, RuntimeError) as error:  # LBFGS wants a closure, SparseAdam sparse gradients
-        raise UserError(
-            f"optimizer._target_={optimizer['_target_']}: cannot take a plain step ({error})"
-        ) from error
-    build_scheduler(scheduler, dummy, 100, extra)

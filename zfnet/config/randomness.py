@@ -8,11 +8,30 @@ mixing function is the 32-bit finaliser of MurmurHash3, computed in int64 so tha
 
 from __future__ import annotations
 
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 
 # Purposes keep streams apart: the order of epoch 3 and the flips of epoch 3 share no numbers.
-SPLIT, ORDER, CROP_Y, CROP_X, FLIP, CUTOUT_Y, CUTOUT_X, DROPOUT, SUBSET, SHAPES, CONTROL = range(11)
+(
+    SPLIT,
+    ORDER,
+    CROP_Y,
+    CROP_X,
+    FLIP,
+    CUTOUT_Y,
+    CUTOUT_X,
+    DROPOUT,
+    SUBSET,
+    SHAPES,
+    CONTROL,
+    TRANSFORM,
+    DATASET,
+) = range(13)
 
 _MASK = 0xFFFFFFFF
 
@@ -57,3 +76,27 @@ def permutation(key: int, n: int) -> Tensor:
     index = torch.arange(n)
     # the index in the low bits breaks ties, so that the order does not depend on the sort's stability
     return ((random_bits(key, index) << 31) | index).argsort()
+
+
+@contextlib.contextmanager
+def seeded_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
+    """Within this block the yielded function seeds the generators that other people's code draws from.
+
+    Those are Python's, NumPy's and PyTorch's global ones, on the CPU and on `device`; afterwards they are as before.
+    """
+    devices = [device] if device.type == "cuda" else []
+    before = random.getstate(), np.random.get_state()
+
+    def seed(key: int) -> None:
+        random.seed(key)
+        np.random.seed(key)
+        torch.default_generator.manual_seed(key)
+        if devices:
+            torch.cuda.manual_seed(key)
+
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield seed
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])

@@ -1,144 +1,203 @@
-"""What a config may say: the schema behind the YAML files, its ranges, and its checked form.
+"""What a config may say: the classes behind the YAML files, with types and ranges checked by pydantic.
 
-The values live in `conf/`; here are their types, their ranges and their meaning. `read_config` turns what
-Hydra composed into these classes, or raises a UserError that names the key. Nothing below this file sees
-an unchecked value.
+The values live in `conf/`; here are their types and their meaning. `read_config` turns what Hydra composed, or what a
+run recorded, into these classes, or raises a UserError that names the key. Nothing below sees an unchecked value.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Optional, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Optional, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from zfnet.config.errors import UserError, did_you_mean
-from zfnet.config.ranges import check_ranges, check_types, is_finite, limits, one_of
+from zfnet.config.instantiate import resolve
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Folder = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder may be named 2024
+Colour = Annotated[
+    list[float], Field(min_length=3, max_length=3)
+]  # red, green, blue; fractions of full scale
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError("must be one of auto, cpu, cuda, cuda:N, mps")
+    return name
+
+
+class Checked:
+    """A dataclass whose values pydantic checks strictly: no conversion of text to numbers, no unknown key."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass
-class Conv:
+class Conv(Checked):
     """One convolution layer: `channels` maps of kernel_size × kernel_size filters, ReLU, perhaps 3×3/2 pooling."""
 
-    channels: int = limits(low=1)
-    kernel_size: int = limits(low=1)
-    stride: int = limits(low=1)
-    padding: int = limits(low=0)
+    channels: Positive
+    kernel_size: Positive
+    stride: Positive
+    padding: NotNegative
     pool: bool = False
 
 
 @dataclass
-class Linear:
+class Linear(Checked):
     """One fully connected layer with ReLU and dropout."""
 
-    features: int = limits(low=1)
-
-
-def _conv(*values: Any) -> Any:
-    return field(default_factory=lambda: Conv(*values))
-
-
-def _linear(features: int) -> Any:
-    return field(default_factory=lambda: Linear(features))
+    features: Positive
 
 
 @dataclass
-class ModelConfig:
-    """The network (paper, Fig. 3). The defaults are the blog's; a null layer is left out (paper, Table 3)."""
+class ModelConfig(Checked):
+    """ZFNet (paper, Fig. 3). The defaults are the blog's; a null layer is left out (paper, Table 3)."""
 
     name: str = "zfnet"
-    conv1: Conv = _conv(96, 7, 2, 1, True)
-    conv2: Conv = _conv(256, 5, 2, 0, True)
-    conv3: Optional[Conv] = _conv(384, 3, 1, 1, False)
-    conv4: Optional[Conv] = _conv(384, 3, 1, 1, False)
-    conv5: Conv = _conv(256, 3, 1, 1, True)
-    fc6: Optional[Linear] = _linear(4096)
-    fc7: Optional[Linear] = _linear(4096)
-    dropout: float = field(default=0.5, metadata={"low": 0.0, "below": 1.0})
-    norm: str = field(default="none", metadata={"choices": ("none", "lrn", "batch")})
-    pooling: str = field(default="pad", metadata={"choices": ("pad", "ceil")})
-    init: str = field(default="default", metadata={"choices": ("default", "normal", "he")})
-    rms_limit: Optional[float] = field(default=None, metadata={"above": 0.0})
+    conv1: Conv = field(default_factory=lambda: Conv(96, 7, 2, 1, True))
+    conv2: Conv = field(default_factory=lambda: Conv(256, 5, 2, 0, True))
+    conv3: Optional[Conv] = field(default_factory=lambda: Conv(384, 3, 1, 1))
+    conv4: Optional[Conv] = field(default_factory=lambda: Conv(384, 3, 1, 1))
+    conv5: Conv = field(default_factory=lambda: Conv(256, 3, 1, 1, True))
+    fc6: Optional[Linear] = field(default_factory=lambda: Linear(4096))
+    fc7: Optional[Linear] = field(default_factory=lambda: Linear(4096))
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    norm: Literal["none", "lrn", "batch"] = "none"
+    pooling: Literal["pad", "ceil"] = "pad"
+    init: Literal["default", "normal", "he"] = "default"
+    rms_limit: Optional[Annotated[float, Field(gt=0)]] = None
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """Where images come from and how they become batches. `crop_size` is counted in stored pixels."""
-
-    name: str = one_of("cifar10", "cifar100", "folder", "shapes")
-    root: Optional[str]
-    image_size: int = limits(low=1, high=4096)
-    batch_size: int = limits(low=1, high=10_000_000)
-    validation: float = limits(low=0)
-    split_seed: int = limits(low=0)
-    subset: Optional[int] = limits(low=1)
-    mean: list[float]
-    std: list[float]
-    crop_size: Optional[int] = limits(low=1)
-    store_size: Optional[int] = limits(low=1, high=4096)
-    fit: str = one_of("crop", "stretch")
-    on_error: str = one_of("stop", "skip")
-    cache_dir: Optional[str]
-    device_memory: float = limits(low=0, high=1)
-    train_images: Optional[int] = limits(low=10)
-    test_images: Optional[int] = limits(low=10)
-
-
-@dataclass(kw_only=True)
-class AugmentConfig:
-    """Random changes of training images, in stored pixels. `flip` is a probability."""
+class DataConfig(Checked):
+    """What every data set has: how its images become batches. `crop_size` is counted in stored pixels."""
 
     name: str
-    crop_padding: int = limits(low=0)
-    flip: float = limits(low=0, high=1)
-    cutout: int = limits(low=0)
+    root: Optional[Folder] = None
+    image_size: Side
+    batch_size: Annotated[int, Field(ge=1, le=10_000_000)]
+    validation: Annotated[float, Field(ge=0)]
+    split_seed: NotNegative
+    subset: Optional[Positive] = None
+    mean: Colour
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+    crop_size: Optional[Positive] = None
+    device_memory: Fraction = 0.5
+    store_size: Optional[Side] = None
+    fit: Literal["crop", "stretch"] = "crop"
 
 
 @dataclass(kw_only=True)
-class TrainerConfig:
+class CifarData(DataConfig):
+    """CIFAR-10 or CIFAR-100; `root` is the folder that holds, or will hold, the files."""
+
+    name: Literal["cifar10", "cifar100"]
+
+
+@dataclass(kw_only=True)
+class FolderData(DataConfig):
+    """Images in folders, one for each class, below `root`."""
+
+    name: Literal["folder"]
+    on_error: Literal["stop", "skip"] = "stop"
+    cache_dir: Optional[Folder] = None
+
+
+@dataclass(kw_only=True)
+class ShapesData(DataConfig):
+    """The built-in images."""
+
+    name: Literal["shapes"]
+    train_images: Annotated[int, Field(ge=10)] = 6000
+    test_images: Annotated[int, Field(ge=10)] = 2000
+
+
+@dataclass(kw_only=True)
+class DatasetData(DataConfig):
+    """Your own `torch.utils.data.Dataset`s of (image, label); each part is a `_target_` with its arguments."""
+
+    name: Literal["dataset"]
+    train: dict[str, Any]
+    val: Optional[dict[str, Any]] = None
+    test: Optional[dict[str, Any]] = None
+    classes: Optional[list[str]] = None
+
+
+DATA: dict[str, type[DataConfig]] = {
+    "cifar10": CifarData,
+    "cifar100": CifarData,
+    "folder": FolderData,
+    "shapes": ShapesData,
+    "dataset": DatasetData,
+}
+
+
+@dataclass(kw_only=True)
+class AugmentConfig(Checked):
+    """Random changes of training images, in stored pixels. `flip` is a probability.
+
+    transforms: further operations, in order, each a `_target_` with its arguments
+    """
+
+    name: str
+    crop_padding: NotNegative = 0
+    flip: Fraction = 0.0
+    cutout: NotNegative = 0
+    transforms: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class TrainerConfig(Checked):
     """How the loop runs. `auto` values are decided by the hardware (`zfnet/training/device.py`)."""
 
     name: str
-    epochs: int = limits(low=1, high=1_000_000)
-    device: str
-    devices: int = field(default=1, metadata={"low": 1, "high": 1024})
-    gradients: str = field(default="fp32", metadata={"choices": ("fp32", "bf16")})
-    precision: str = one_of("auto", "fp32", "bf16")
-    channels_last: bool | str = one_of(True, False, "auto")
-    compile: bool | str = one_of(True, False, "auto")
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)]
+    device: Annotated[str, AfterValidator(_device)]
+    devices: Annotated[int, Field(ge=1, le=1024)] = 1
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"]
+    channels_last: bool | Literal["auto"]
+    compile: bool | Literal["auto"]
     deterministic: bool
-    threads: Optional[int] = limits(low=1, high=512)
-    accumulate: int = limits(low=1)
-    clip_norm: Optional[float] = limits(above=0)
-    label_smoothing: float = limits(low=0, below=1)
-    ema: Optional[float] = limits(above=0, below=1)
-    monitor: str = one_of("validation_loss", "train_loss")
+    threads: Optional[Annotated[int, Field(ge=1, le=512)]]
+    accumulate: Positive
+    clip_norm: Optional[Annotated[float, Field(gt=0)]]
+    ema: Optional[Annotated[float, Field(gt=0, lt=1)]]
+    monitor: Literal["validation_loss", "train_loss"]
     test_each_epoch: bool
-    log_every: int = limits(low=1)
-    checkpoint_minutes: float = limits(above=0)
-    tensorboard: bool
-    profile: bool = False  # devices, gradients, profile and snapshots are missing from the oldest records
-    snapshots: list[int] = field(default_factory=list)
+    log_every: Positive
+    checkpoint_minutes: Annotated[float, Field(gt=0)]
+    profile: bool = False  # these are missing from the oldest records
+    snapshots: list[Positive] = field(default_factory=list)
+    init_from: Optional[str] = None
+    freeze: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
-class Job:
+class Job(Checked):
     """What a command does: its settings are the fields of a subclass, and `main` does it.
 
     reads_run: whether it reads a run directory (`run=<dir>`): needed, optional or refused
     reads_images: whether it reads image files (`images=[…]`)
+    trains: whether it trains what the config describes, so that all of it must be built; others build what they use
     """
 
     reads_run: ClassVar[str] = "refused"
     reads_images: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     name: str
 
@@ -148,47 +207,57 @@ class Job:
 
 
 @dataclass(kw_only=True)
-class Config:
-    """A whole run. Two runs with equal identity compute the same thing."""
+class Config(Checked):
+    """A whole run. Two runs with equal identity compute the same thing.
 
-    job: Any  # a Job
-    model: ModelConfig
+    model: a ModelConfig, or the settings of another network: a `_target_` and its arguments
+    loss, optimizer, scheduler: a `_target_` and its arguments
+    logger, callbacks: each entry a `_target_` and its arguments
+    imports: packages that a `_target_` of this command may come from, beside PyTorch, torchvision and this one
+    overrides: the words of the command at work; not recorded
+    """
+
+    job: Any
+    model: Any
+    data: Any
+    augment: AugmentConfig
+    loss: dict[str, Any]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
-    data: DataConfig
-    augment: AugmentConfig
     trainer: TrainerConfig
-    seed: int = limits(low=0, high=2**63 - 1)
+    logger: dict[str, dict[str, Any]] = field(default_factory=dict)
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     run: Optional[str] = None
-    images: Any = None  # None or a list of files, folders, patterns and addresses
-    overrides: list[str] = field(
-        default_factory=list
-    )  # the command line's, of the command at work; not recorded
+    images: Optional[list[str]] = None
+    imports: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain dicts, lists and numbers."""
+        """Return what is recorded, as plain dicts, lists and numbers."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "overrides"}
 
     def identity(self) -> str:
         """Return a hash of everything that the result depends on (not where data lies or what is logged)."""
-        return hashlib.sha256(json.dumps(metadata(self.to_dict()), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(result_keys(self.to_dict()), sort_keys=True).encode()).hexdigest()
 
 
 # Keys that change neither the weights nor the figures of a run.
-NOT_IDENTITY = {
+NOT_IDENTITY: dict[str, tuple[str, ...]] = {
     "data": ("root", "cache_dir", "device_memory"),
-    "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "tensorboard", "profile", "snapshots"),
+    "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "profile", "snapshots"),
 }
+_NOT_RESULT = ("job", "run", "images", "imports", "logger")
 
 
-def metadata(plain: Mapping[str, Any]) -> dict[str, Any]:
+def result_keys(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a config (as plain dicts) that the result depends on."""
     return {
         group: {k: v for k, v in value.items() if k not in NOT_IDENTITY.get(group, ())}
         if isinstance(value, Mapping)
         else value
         for group, value in plain.items()
-        if group not in ("job", "run", "images")
+        if group not in _NOT_RESULT
     }
 
 
@@ -203,98 +272,179 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-T = TypeVar("T")
+# -- reading
 
 
-def read_config(raw: DictConfig | dict[str, Any]) -> Config:
-    """Return the typed and checked form of a composed config; raise UserError naming the first bad key."""
-    config = read_part(Config, raw)
-    settings = dict(config.job) if isinstance(config.job, dict) else {}
-    target = settings.pop("_target_", None)
-    if target is None:  # a record
+def read_config(raw: DictConfig | dict[str, Any], imports: Sequence[str] = ()) -> Config:
+    """Return the typed and checked form of a composed config or of a record; raise UserError naming the bad key.
+
+    imports: the packages that this command trusts; what `raw` itself says about them has no effect
+    """
+    plain = _plain(raw)
+    if isinstance(plain.get("images"), str):
+        plain["images"] = [plain["images"]]
+    config = check(Config, upgrade(plain) | {"imports": list(imports)}, "")
+    settings = config.job if isinstance(config.job, dict) else {"name": str(config.job)}
+    if "_target_" in settings:
+        kind = resolve("job", settings["_target_"], Job, imports)
+        config.job = check(kind, {k: v for k, v in settings.items() if k != "_target_"}, "job")
+    else:  # of a record only the name counts
         config.job = Job(name=str(settings.get("name")))
-    else:
-        config.job = read_part(job_class(target), settings, "job")
-    if isinstance(config.images, str):
-        config.images = [config.images]
-    if config.images is not None and not (
-        isinstance(config.images, list) and all(isinstance(i, str) for i in config.images)
-    ):
-        raise UserError(f"images={config.images}: must be a list of files, as in 'images=[cat.jpg,photos/]'")
+    if not isinstance(config.model, dict):
+        raise UserError(f"model={config.model}: must hold keys and values")
+    if "_target_" not in config.model:
+        config.model = check(ModelConfig, config.model, "model")
+    config.data = read_data(config.data)
     _check_together(config)
     return config
 
 
-def read_part(schema: type[T], raw: Any, prefix: str = "") -> T:
-    """Return one group of a config (or all of it) as its class, with types and ranges checked."""
-    dot = f"{prefix}." if prefix else ""
+def read_data(plain: Any) -> DataConfig:
+    """Return the checked settings of a data set; raise UserError."""
+    name = plain.get("name") if isinstance(plain, dict) else plain
+    if name not in DATA:
+        raise UserError(f"data.name={name}: no such data set{did_you_mean(str(name), DATA)}")
+    return check(DATA[name], plain, "data")
+
+
+T = TypeVar("T")
+
+
+def check(schema: type[T], plain: Any, prefix: str) -> T:
+    """Return `plain` as an object of this class; raise UserError that names the first bad key and its value."""
+    if not isinstance(plain, dict):
+        raise UserError(f"{prefix}={plain!r:.40}: must hold keys and values")
     try:
-        if isinstance(raw, DictConfig):
-            plain = OmegaConf.to_container(raw, resolve=True)
-        else:  # from a file, perhaps a stranger's
-            plain = raw
-            if not isinstance(plain, dict):
-                raise UserError(f"{prefix or 'config'}: must hold keys and values, not {plain!r:.40}")
-            _refuse_interpolation(plain, prefix)
-        check_types(schema, plain, dot)  # type: ignore[arg-type]
-        typed = OmegaConf.merge(OmegaConf.structured(schema), plain)
-        missing = sorted(OmegaConf.missing_keys(typed))
-        if missing:
-            raise UserError(
-                f"{dot}{missing[0]} is missing from the config: give it a value, as in {dot}{missing[0]}=…"
-            )
-        part = OmegaConf.to_object(typed)
-    except ConfigKeyError as error:
-        raise UserError(f"{dot}{_unknown_key(error)}") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{dot}{error.full_key or 'config'}: {_first_line(error)}") from error
-    assert isinstance(part, schema)
-    check_ranges(part, dot)
-    return part
+        # as JSON, where pydantic is strict about numbers and text and still makes dataclasses of mappings
+        return TypeAdapter(schema).validate_json(json.dumps(plain, default=str))
+    except ValidationError as error:
+        raise UserError(_problem(error, schema, plain, prefix)) from error
 
 
-def job_class(target: Any) -> type[Job]:
-    """Return the class of a job; raise UserError where there is none."""
-    module, _, name = str(target).rpartition(".")
-    if not module.startswith("zfnet."):
-        raise UserError(f"job._target_={target}: must name a job")
-    found: type[Job] = getattr(importlib.import_module(module), name)
-    return found
+# pydantic's kinds of error, in the words of this program's other messages
+_MESSAGES = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "must be a whole number of at most 4,300 digits",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list, as in [1,2]",
+    "dict_type": "must hold keys and values",
+    "dataclass_type": "must hold keys and values",
+    "literal_error": "must be one of {expected}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be greater than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
+    "too_short": "must have {min_length} values",
+    "too_long": "must have {max_length} values",
+}
 
 
-def _refuse_interpolation(node: Any, key: str) -> None:
-    """`${…}` can read environment variables; a recorded config holds values only."""
-    if isinstance(node, str) and "${" in node:
-        raise UserError(f"{key}={node}: a recorded config may not contain an interpolation")
-    if isinstance(node, (dict, list)):
-        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
-            _refuse_interpolation(value, f"{key}.{name}" if key else str(name))
+def _problem(error: ValidationError, schema: Any, plain: dict[str, Any], prefix: str) -> str:
+    """Return one line about the first bad key: all that pydantic says of it."""
+
+    def path(loc: tuple[int | str, ...]) -> tuple[list[str], Any]:
+        keys, node = [], plain  # pydantic's places also name the members of a union
+        for key in loc:
+            if (isinstance(node, dict) and key in node) or (isinstance(node, list) and isinstance(key, int)):
+                node = node[key]  # type: ignore[index]
+                keys.append(str(key))
+        return keys, node
+
+    first = error.errors()[0]
+    keys, value = path(first["loc"])
+    where = ".".join([prefix, *keys] if prefix else keys)
+    last = str(first["loc"][-1])
+    if first["type"] == "missing":
+        key = f"{where}.{last}" if where else last
+        return f"{key} is missing from the config: give it a value, as in {key}=…"
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{where}: no such key{did_you_mean(last, _fields_at(schema, keys[:-1]))}"
+    reasons = dict.fromkeys(
+        _MESSAGES.get(e["type"], e["msg"].removeprefix("Value error, "))
+        .format(**e.get("ctx", {}))
+        .replace("'", "")
+        for e in error.errors()
+        if path(e["loc"])[0] == keys
+    )
+    shown = "null" if value is None else " ".join(str(value).split())
+    return f"{where}={shown}: {', or '.join(reasons)}"
 
 
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().splitlines()[0]
-    return re.sub(r"^\w+ raised while resolving interpolation: \"?(.*?)\"?$", r"\1", line)
+def _fields_at(schema: Any, keys: Sequence[str]) -> list[str]:
+    """Return the names of the fields of the dataclass that stands at `keys` below `schema`."""
+    node = schema
+    for key in keys:
+        hints = {f.name: f.default_factory for f in dataclasses.fields(node)}
+        made = hints.get(key)
+        node = (
+            type(made()) if callable(made) else {"augment": AugmentConfig, "trainer": TrainerConfig}.get(key)
+        )
+        if not dataclasses.is_dataclass(node):
+            return []
+    return [f.name for f in dataclasses.fields(node)]
 
 
-def _unknown_key(error: OmegaConfBaseException) -> str:
-    full_key = str(error.full_key or error.key)
-    known: list[str] = []
-    if dataclasses.is_dataclass(error.object_type):
-        known = [f.name for f in dataclasses.fields(error.object_type)]
-    return f"{full_key}: no such key{did_you_mean(str(error.key), known)}"
+def _plain(raw: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(raw, DictConfig):
+        try:
+            composed: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            reason = str(error).strip().splitlines()[0].rpartition("resolving interpolation: ")[2].strip('"')
+            raise UserError(f"{error.full_key or 'config'}: {reason}") from error
+        return dict(composed)
+    refuse_interpolation(raw)
+    return dict(raw)
+
+
+def refuse_interpolation(plain: Mapping[str, Any]) -> None:
+    """Raise UserError if a record, perhaps a stranger's, holds `${…}`, which could read environment variables."""
+    for key, value in flatten(plain).items():
+        if "${" in str(value):
+            raise UserError(f"{key}={value}: a recorded config may not contain an interpolation")
+
+
+# What the one class for all data sets held in earlier records.
+_OLD_DATA_KEYS = ("root", "store_size", "fit", "on_error", "cache_dir", "train_images", "test_images")
+
+
+def upgrade(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of an earlier version as this version would have written it; others come back unchanged."""
+    trainer, data = plain.get("trainer"), plain.get("data")
+    if not isinstance(trainer, dict) or not isinstance(data, dict) or "loss" in plain:
+        return plain
+    trainer = dict(trainer)
+    plain = {**plain, "trainer": trainer}
+    plain["loss"] = {
+        "_target_": "torch.nn.CrossEntropyLoss",
+        "label_smoothing": trainer.pop("label_smoothing", 0.0),
+    }
+    plain["logger"] = {}
+    if trainer.pop("tensorboard", False):
+        plain["logger"] = {"tensorboard": {"_target_": "zfnet.training.loggers.TensorBoardLogger"}}
+    plain["data"] = upgrade_data(data)
+    return plain
+
+
+def upgrade_data(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a data set without those that earlier versions recorded for every other one."""
+    if data.get("name") not in DATA:
+        return data
+    known = {f.name for f in dataclasses.fields(DATA[data["name"]])}
+    return {
+        k: v
+        for k, v in data.items()
+        if not (k in _OLD_DATA_KEYS and (k not in known or (v is None and k.endswith("_images"))))
+    }
 
 
 def _check_together(config: Config) -> None:
     """Checks that concern more than one key."""
     data, trainer = config.data, config.trainer
-    for key in ("mean", "std"):
-        values = getattr(data, key)
-        if len(values) != 3 or not all(is_finite(v) for v in values):
-            raise UserError(
-                f"data.{key}={values}: must be three numbers, one for each of red, green and blue"
-            )
-    if min(data.std) <= 0:
-        raise UserError(f"data.std={data.std}: must be greater than 0")
     if data.name == "folder" and not data.root:
         raise UserError(
             "data.root is not set: name the folder that holds train/ and test/, as in data.root=photos"
@@ -307,19 +457,16 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"trainer.accumulate={trainer.accumulate}: must divide data.batch_size={data.batch_size} without remainder"
         )
-    if data.validation == 0 and data.name != "folder" and trainer.monitor == "validation_loss":
+    if (
+        data.validation == 0
+        and data.name not in ("folder", "dataset")
+        and trainer.monitor == "validation_loss"
+    ):
         raise UserError(
             "data.validation=0 leaves no images for trainer.monitor=validation_loss: "
             "hold some out, or set trainer.monitor=train_loss"
         )
-    if trainer.devices > 1 and config.model.norm == "batch" and trainer.device == "cpu":
-        raise UserError(
-            "trainer.devices: batch normalisation over several processes needs GPUs; use trainer.devices=1 on a CPU"
-        )
-    if not all(1 <= epoch <= trainer.epochs for epoch in trainer.snapshots):
+    if not all(epoch <= trainer.epochs for epoch in trainer.snapshots):
         raise UserError(
             f"trainer.snapshots={trainer.snapshots}: epochs are counted from 1 to trainer.epochs={trainer.epochs}"
         )
-    name = trainer.device.split(":")[0]
-    if name not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(f"trainer.device={trainer.device}: must be one of auto, cpu, cuda, cuda:N, mps")

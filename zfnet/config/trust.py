@@ -1,13 +1,16 @@
-"""Configs from elsewhere, given to Hydra by `--config-path` or `--config-dir`: data, and nothing that runs.
+"""Which packages a command trusts, and what a config folder from elsewhere may hold.
 
-Hydra itself constructs what a config's `hydra` part names (callbacks, launchers, log handlers), before this
-program sees a word of it. So that part is checked first: it may say where to write, and little more.
+Trust is what somebody types (`imports=[lion_pytorch]`) or keeps in the project's own `conf/`, such as conf/local.yaml.
+A run's record, and a folder given by `--config-path` or `--config-dir`, may name packages too; that has no effect.
+
+Hydra itself constructs what a config's `hydra` part names (callbacks, launchers, log handlers) before this program
+sees it. So that part of a folder from elsewhere is checked first: it may say where to write, and little more.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ from typing import Any
 import yaml
 
 from zfnet.config.errors import UserError
-from zfnet.runs.command import CONF
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 _OPTIONS = ("--config-path", "-cp", "--config-dir", "-cd")
 _HARMLESS = {"run", "sweep", "job", "mode", "output_subdir"}
@@ -43,19 +47,23 @@ def _check(path: Path, root: Path) -> None:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
-        return  # Hydra will say so
-    said = content.get("hydra") if isinstance(content, dict) else None
+        return  # Hydra reports it
+    hydra_part = content.get("hydra") if isinstance(content, dict) else None
     # other ways to put something into Hydra's part: a folder of that name, a package header, a placed default
     elsewhere = (
         "hydra" in path.relative_to(root).parts[:-1]
         or re.search(r"@[^\s:]*hydra", text)
         or re.search(r"@package[^\n]*hydra", text)
     )
-    more = [key for key, value in said.items() if not _harmless(key, value)] if isinstance(said, dict) else []
+    more = (
+        [key for key, value in hydra_part.items() if not _harmless(key, value)]
+        if isinstance(hydra_part, dict)
+        else []
+    )
     # .hydra/hydra.yaml is Hydra's own record of a run, and is not read as a config unless it is named
     if path.name == "hydra.yaml" and isinstance(content, dict) and set(content) == {"hydra"}:
         return
-    if elsewhere or more or (said is not None and not isinstance(said, dict)):
+    if elsewhere or more or (hydra_part is not None and not isinstance(hydra_part, dict)):
         what = f"hydra.{more[0]}" if more else "a part of Hydra's own configuration"
         raise UserError(
             f"{path}: sets {what}, through which a config can run code; from another folder than conf/ only "
@@ -67,3 +75,12 @@ def _harmless(key: str, value: Any) -> bool:
     if key == "sweeper":  # what to sweep over, and not with what
         return isinstance(value, dict) and set(value) == {"params"}
     return key in _HARMLESS or (key == "callbacks" and value == _OWN_CALLBACKS)
+
+
+def only_own_folders(sources: Iterable[Any]) -> bool:
+    """Return whether Hydra composed a config from this project's `conf/` and Hydra's own packages alone.
+
+    sources: `HydraConfig.get().runtime.config_sources`
+    """
+    places = [Path(str(s.path)) for s in sources if s.schema == "file"]
+    return all(place.resolve() == CONF for place in places)

@@ -6,7 +6,7 @@ made batch k−1, so resuming in the middle costs nothing and cannot go wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zfnet.config.errors import UserError
 from zfnet.config.randomness import (
     CROP_X,
     CROP_Y,
@@ -22,9 +23,11 @@ from zfnet.config.randomness import (
     CUTOUT_Y,
     FLIP,
     ORDER,
+    TRANSFORM,
     make_key,
     permutation,
     randint,
+    seeded_generators,
     uniform,
 )
 from zfnet.config.schema import AugmentConfig, DataConfig
@@ -46,6 +49,15 @@ class Batch:
     index: Tensor
     first: int
     total: int
+
+    def split(self, count: int) -> Iterator[tuple[Batch, bool]]:
+        """Yield up to `count` micro-batches of about equal size, each with whether it is the last."""
+        size = len(self.labels)
+        step = max(1, -(-size // count))
+        for start in range(0, max(1, size), step):
+            rows = slice(start, start + step)
+            micro = (self.images[rows], self.labels[rows], self.index[rows], self.first + start, self.total)
+            yield Batch(*micro), start + step >= size
 
 
 def preprocess(pixels: Tensor, data: DataConfig, channels_last: bool = True) -> Tensor:
@@ -91,6 +103,7 @@ class Batches:
     """The batches of one set on one device.
 
     share: (rank, number) of the processes that divide each batch among them.
+    transforms: called in order on each training image after `augment`, see `apply_transforms`.
 
     Images that fit `data.device_memory` of a GPU's free memory move there once; others are gathered on the
     CPU, one batch ahead of the loop.
@@ -104,12 +117,13 @@ class Batches:
         *,
         seed: int = 0,
         augment: AugmentConfig | None = None,
+        transforms: Sequence[Callable[[Tensor], Tensor]] = (),
         channels_last: bool = True,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self.rank, self.processes = share
         self.set, self.data, self.device, self.seed = images, data, device, seed
-        self.augment, self.channels_last = augment, channels_last
+        self.augment, self.transforms, self.channels_last = augment, transforms, channels_last
         self.labels = images.labels.to(device)
         self.resident = self._resident()
 
@@ -137,25 +151,27 @@ class Batches:
 
     def _batches(self, order: Tensor, start: int, epoch: int | None) -> Iterator[Batch]:
         size = self.data.batch_size
-        wholes = [order[k * size : (k + 1) * size] for k in range(start, len(self))]
-        bounds = [[len(w) * r // self.processes for r in (self.rank, self.rank + 1)] for w in wholes]
-        pieces = [w[first:end] for w, (first, end) in zip(wholes, bounds, strict=True)]
-        for batch, whole, (first, _) in zip(self._ahead(pieces, epoch), wholes, bounds, strict=True):
+        global_batches = [order[k * size : (k + 1) * size] for k in range(start, len(self))]
+        bounds = [[len(w) * r // self.processes for r in (self.rank, self.rank + 1)] for w in global_batches]
+        shards = [w[first:end] for w, (first, end) in zip(global_batches, bounds, strict=True)]
+        for batch, whole, (first, _) in zip(
+            self._prefetch(shards, epoch), global_batches, bounds, strict=True
+        ):
             yield Batch(*batch, first=first, total=len(whole))
 
-    def _ahead(self, pieces: list[Tensor], epoch: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (images, labels, index) of each piece; what must be copied is fetched one piece ahead."""
+    def _prefetch(self, shards: list[Tensor], epoch: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (images, labels, index) of each shard; what must be copied is prefetched, one shard ahead."""
         if self.resident is not None or self.device.type == "cpu":
-            for index in pieces:
+            for index in shards:
                 yield self._finish(index, self._gather(index), epoch)
             return
         with ThreadPoolExecutor(
             max_workers=1
-        ) as ahead:  # gather and copy the next batch while this one trains
-            waiting = [ahead.submit(self._gather, index) for index in pieces[:1]]
-            for k, index in enumerate(pieces):
+        ) as worker:  # gather and copy the next batch while this one trains
+            waiting = [worker.submit(self._gather, index) for index in shards[:1]]
+            for k, index in enumerate(shards):
                 pixels = waiting.pop().result()
-                waiting += [ahead.submit(self._gather, index) for index in pieces[k + 1 : k + 2]]
+                waiting += [worker.submit(self._gather, index) for index in shards[k + 1 : k + 2]]
                 yield self._finish(index, pixels, epoch)
 
     def _gather(self, index: Tensor) -> Tensor:
@@ -171,6 +187,8 @@ class Batches:
         where = on_device(index, self.device)
         if epoch is not None and self.augment is not None:
             pixels = augment(pixels, where, self.augment, self.data, self.seed, epoch)
+        if epoch is not None and self.transforms:
+            pixels = apply_transforms(pixels, index, self.transforms, self.seed, epoch)
         return preprocess(pixels, self.data, self.channels_last), self.labels[where], index
 
 
@@ -190,10 +208,10 @@ def resident(images: ImageSet, device: torch.device) -> Tensor:
 def augment(
     pixels: Tensor, index: Tensor, how: AugmentConfig, data: DataConfig, seed: int, epoch: int
 ) -> Tensor:
-    """Crop, flip and blot out, each image by its own random numbers.
+    """Random crop, horizontal flip and cutout, each image by its own random numbers.
 
     pixels: uint8 [B, h, w, 3]; index: int64 [B], which images of the set these are. Returns uint8
-    [B, c, c, 3] with c = data.crop_size or h. What lies outside the image, or is blotted out, has the mean colour.
+    [B, c, c, 3] with c = data.crop_size or h. Padding and cutout have the mean colour.
     """
     height = pixels.shape[1]
     size = data.crop_size or height
@@ -206,10 +224,10 @@ def augment(
     fill = torch.tensor(data.mean).mul(255).round().clamp(0, 255).to(torch.uint8)
     fill = on_device(fill, pixels.device)
     if how.crop_padding:
-        pixels = _framed(pixels, how.crop_padding, fill)
+        pixels = _pad(pixels, how.crop_padding, fill)
     top, left = (draw(CROP_Y, pixels.shape[1] - size + 1), draw(CROP_X, pixels.shape[2] - size + 1))
     flipped = uniform(make_key(seed, FLIP, epoch), index) < how.flip
-    cut = _cut_by_copying if pixels.device.type == "cpu" else _cut_by_gathering
+    cut = _crop_on_cpu if pixels.device.type == "cpu" else _crop_on_gpu
     out = cut(pixels, top, left, flipped, size)
     if how.cutout:
         along = torch.arange(size, device=pixels.device)
@@ -221,7 +239,42 @@ def augment(
     return out
 
 
-def _framed(pixels: Tensor, width: int, fill: Tensor) -> Tensor:
+def apply_transforms(
+    pixels: Tensor, index: Tensor, transforms: Sequence[Callable[[Tensor], Tensor]], seed: int, epoch: int
+) -> Tensor:
+    """Call each transform on each image, with generators seeded by (seed, epoch, which image it is).
+
+    pixels: uint8 [B, h, w, 3]; index: int64 [B], on the CPU. A transform takes uint8 [3, h, w] and returns the same, or
+    floats from 0 to 1; the last one's images are squares of one size s. Returns uint8 [B, s, s, 3].
+
+    One image at a time, so that the numbers do not depend on how images are batched. Raises UserError for other results.
+    """
+    out = []
+    with seeded_generators(pixels.device) as set_seed:
+        for image, number in zip(pixels.permute(0, 3, 1, 2), index.tolist(), strict=True):
+            set_seed(make_key(seed, TRANSFORM, epoch, number))
+            for transform in transforms:
+                image = transform(image)
+            if image.is_floating_point():
+                image = image.mul(255).round().clamp(0, 255).to(torch.uint8)
+            if (
+                image.dtype != torch.uint8
+                or image.ndim != 3
+                or image.shape[0] != 3
+                or image.shape[1] != image.shape[2]
+            ):
+                raise UserError(
+                    f"augment.transforms: give images {list(image.shape)} of {image.dtype}; must give uint8 [3, s, s]"
+                )
+            out.append(image)
+    if len({image.shape for image in out}) > 1:
+        raise UserError(
+            "augment.transforms: give images of different sizes; end with one that makes them equal"
+        )
+    return torch.stack(out).permute(0, 2, 3, 1).contiguous() if out else pixels
+
+
+def _pad(pixels: Tensor, width: int, fill: Tensor) -> Tensor:
     """Put a frame of colour `fill` [3] around images [B, h, w, 3]."""
     batch, height, across, _ = pixels.shape
     out = fill.expand(batch, height + 2 * width, across + 2 * width, 3).clone()
@@ -229,14 +282,14 @@ def _framed(pixels: Tensor, width: int, fill: Tensor) -> Tensor:
     return out
 
 
-def _cut_by_gathering(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: int) -> Tensor:
+def _crop_on_gpu(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: int) -> Tensor:
     """Cut a square from each image [B, h, w, 3] with its corner at (top, left) [B]; mirror it where `flipped` [B]."""
     windows = pixels.unfold(1, size, 1).unfold(2, size, 1)  # a view: [B, tops, lefts, 3, size, size]
     out = windows[torch.arange(len(pixels), device=pixels.device), top, left]
     return torch.where(flipped[:, None, None, None], out.flip(3), out).permute(0, 2, 3, 1)
 
 
-def _cut_by_copying(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: int) -> Tensor:
+def _crop_on_cpu(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: int) -> Tensor:
     """Do the same row by row, which a CPU does faster than gathering byte by byte."""
     out = np.empty((len(pixels), size, size, 3), np.uint8)
     for window, image, y, x in zip(out, pixels.numpy(), top.tolist(), left.tolist(), strict=True):

@@ -20,7 +20,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import DataConfig
+from zfnet.config.schema import FolderData
 from zfnet.data.decode import SUFFIXES, UnreadableImage, fit_square, image_size, read_image
 from zfnet.data.images import ImageSet, image_set, release, stratified
 
@@ -41,7 +41,7 @@ class _Listing:
     classes: list[str]
 
 
-def load_folder(data: DataConfig) -> tuple[ImageSet, ImageSet | None, ImageSet | None, str]:
+def load_folder(data: FolderData) -> tuple[ImageSet, ImageSet | None, ImageSet | None, str]:
     """Return (train, validation or None, test or None, fingerprint) of the images below `data.root`."""
     listing = _list_files(Path(str(data.root)).expanduser())
     images, good, mark = _cached(listing, data)
@@ -109,7 +109,7 @@ def _images_below(folder: Path, root: Path) -> list[str]:
     return sorted(files, key=lambda file: file.split("/"))
 
 
-def _cached(listing: _Listing, data: DataConfig) -> tuple[np.ndarray, torch.Tensor, str]:
+def _cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, torch.Tensor, str]:
     """Return (images [M, s, s, 3] memory-mapped, the files they came from, fingerprint), decoding if need be."""
     stats = [os.stat(os.path.join(listing.root, f)) for f in listing.files]
     metadata = [
@@ -156,13 +156,13 @@ def _read_cache(folder: Path, listing: _Listing) -> tuple[np.ndarray, torch.Tens
     return np.load(folder / "images.npy", mmap_mode="r"), good, manifest["fingerprint"]
 
 
-def _cache_folder(data: DataConfig) -> Path:
+def _cache_folder(data: FolderData) -> Path:
     if data.cache_dir:
         return Path(data.cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zfnet"
 
 
-def _build(listing: _Listing, data: DataConfig, folder: Path) -> None:
+def _build(listing: _Listing, data: FolderData, folder: Path) -> None:
     """Decode every file into `folder`, on all cores (Pillow's decoders release the interpreter lock)."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
@@ -242,7 +242,7 @@ def _compact(partial: Path, images: np.memmap, good: np.ndarray) -> np.memmap:
     return packed
 
 
-def _natural_size(pool: ThreadPoolExecutor, listing: _Listing, data: DataConfig) -> int:
+def _natural_size(pool: ThreadPoolExecutor, listing: _Listing, data: FolderData) -> int:
     """Keep small images as they are, if all are squares of one size: enlarging them is the device's work."""
 
     def size_of(file: str) -> tuple[int, int] | None:

@@ -1,27 +1,44 @@
-"""From the name of a data set to its three parts."""
+"""From `data` in a config to its three parts: training, validation and test images."""
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
 from zfnet.config.errors import UserError
-from zfnet.config.randomness import SUBSET
-from zfnet.config.schema import DataConfig
-from zfnet.data.cifar import load_cifar
+from zfnet.config.instantiate import instantiate
+from zfnet.config.randomness import DATASET, SUBSET, make_key, seeded_generators
+from zfnet.config.schema import DataConfig, DatasetData, FolderData, ShapesData
+from zfnet.data.decode import fit_square
 from zfnet.data.folder import load_folder
-from zfnet.data.images import ImageSet, Splits, fingerprint, hold_out, stratified
+from zfnet.data.images import ImageSet, Splits, fingerprint, hold_out, image_set, stratified
 from zfnet.data.shapes import draw_shapes
 
 
-def load_splits(data: DataConfig) -> Splits:
-    """Return the training, validation and test images that the config describes; raise UserError."""
+def load_splits(data: DataConfig, imports: Sequence[str] = ()) -> Splits:
+    """Return the training, validation and test images that the config describes; raise UserError.
+
+    imports: packages that a `_target_` of a data set may come from
+    """
     validation: ImageSet | None = None
     test: ImageSet | None
-    if data.name == "folder":
+    if isinstance(data, FolderData):
         train, validation, test, mark = load_folder(data)
-    elif data.name == "shapes":
+    elif isinstance(data, ShapesData):
         size = data.store_size or data.image_size
-        train = draw_shapes(data.train_images or 6000, size, part=0)
-        test = draw_shapes(data.test_images or 2000, size, part=1)
+        train = draw_shapes(data.train_images, size, part=0)
+        test = draw_shapes(data.test_images, size, part=1)
         mark = fingerprint(train.images, test.images)
+    elif isinstance(data, DatasetData):
+        train, validation, test, mark = load_datasets(data, imports)
     else:
         train, test, mark = load_cifar(data.name, data.root or "data")
     if validation is None:
@@ -35,3 +52,127 @@ def load_splits(data: DataConfig) -> Splits:
             f"data.crop_size={data.crop_size}: images are stored at {stored}×{stored}; raise data.store_size"
         )
     return Splits(train, validation, test, mark)
+
+
+# -- your own torch.utils.data.Dataset
+
+
+def load_datasets(
+    data: DatasetData, imports: Sequence[str]
+) -> tuple[ImageSet, ImageSet | None, ImageSet | None, str]:
+    """Return (train, validation or None, test or None, fingerprint) of the data sets that the config names.
+
+    Every image is read once, in order, with generators seeded by its number, and kept as bytes: what a data set draws
+    at random it draws once, and not in each epoch. Raises UserError for items that are not (image, label).
+    """
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    sets: dict[str, Any] = {
+        name: instantiate(f"data.{name}", settings, Dataset, imports)
+        for name, settings in parts.items()
+        if settings is not None
+    }
+    images: dict[str, list[Image.Image]] = {}
+    labels: dict[str, list[int]] = {}
+    for name, dataset in sets.items():
+        images[name], labels[name] = _read_all(name, dataset)
+    side = data.store_size or _common_side(images["train"]) or data.image_size
+    classes = data.classes or getattr(sets["train"], "classes", None)
+    highest = max(max(numbers) for numbers in labels.values())
+    if classes is None:
+        classes = [str(number) for number in range(highest + 1)]
+    if highest >= len(classes):
+        raise UserError(f"data.classes={list(classes)}: there is a label {highest}, which has no name")
+    made = {
+        name: image_set(
+            np.stack([fit_square(image, side, data.fit) for image in images[name]]),
+            torch.tensor(labels[name]),
+            [str(c) for c in classes],
+        )
+        for name in sets
+    }
+    mark = fingerprint(*(array for part in made.values() for array in (part.images, part.labels.numpy())))
+    return made["train"], made.get("val"), made.get("test"), mark
+
+
+def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
+    images, labels = [], []
+    with seeded_generators(torch.device("cpu")) as set_seed:
+        for number in tqdm(range(len(dataset)), f"reading {name}", unit=" images", disable=None, leave=False):
+            set_seed(make_key(DATASET, number))
+            try:
+                image, label = dataset[number]
+                images.append(_to_image(image))
+                labels.append(int(label))
+            except Exception as error:  # whatever somebody's code raises
+                raise UserError(
+                    f"data.{name}: item {number} is not an image and a label ({type(error).__name__}: {error})"
+                ) from error
+            if labels[-1] < 0:
+                raise UserError(f"data.{name}: item {number} has the label {labels[-1]}; labels count from 0")
+    if not images:
+        raise UserError(f"data.{name}: the data set is empty")
+    return images, labels
+
+
+def _to_image(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, torch.Tensor):
+        if image.is_floating_point():
+            image = image.mul(255).round().clamp(0, 255).to(torch.uint8)
+        image = image.permute(1, 2, 0).numpy()
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise ValueError(f"pixels are {array.dtype}, must be uint8 (or floats from 0 to 1 in a tensor)")
+    return Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array).convert(
+        "RGB"
+    )
+
+
+def _common_side(images: Sequence[Image.Image]) -> int | None:
+    sizes = {image.size for image in images}
+    width, height = next(iter(sizes))
+    return width if len(sizes) == 1 and width == height else None
+
+
+# -- CIFAR-10 and CIFAR-100, through torchvision
+
+NETWORK_TIMEOUT_S = 30
+
+
+def load_cifar(name: str, root: str) -> tuple[ImageSet, ImageSet, str]:
+    """Return (training set, test set, fingerprint) of `cifar10` or `cifar100`, downloading it if it is not at `root`.
+
+    torchvision compares the MD5 of every file with the published one before it reads it, on each load. That
+    matters beyond transmission errors: the files are pickles, and only the published ones are ever opened.
+    """
+    import torchvision  # half a second, which other images need not wait for
+
+    folder = Path(root).expanduser()
+    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    try:
+        train = cls(str(folder), train=True)
+    except RuntimeError:  # absent or damaged
+        train = _download(cls, name, folder)
+    test = cls(str(folder), train=False)
+    sets = [image_set(part.data, torch.tensor(part.targets), part.classes) for part in (train, test)]
+    marks = [part.data for part in (train, test)] + [s.labels.numpy() for s in sets]
+    return sets[0], sets[1], fingerprint(*marks)
+
+
+def _download(cls: type, name: str, folder: Path):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT_S)  # torchvision sets none, and would wait for ever
+    try:
+        return cls(str(folder), train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{name} is not in {folder.absolute()} and could not be downloaded ({_reason(error)}): set data.root=… to "
+            "a folder that holds it, or try the built-in images with experiment=quickstart"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "reason", None) or error).strip().splitlines()[0]

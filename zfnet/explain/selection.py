@@ -104,7 +104,7 @@ def take(used: LoadedRun, part: Part, index: Tensor) -> Chosen:
     images, labels = part.images, part.images.labels[index]
     return Chosen(
         to_inputs(used, images.pixels(index)),
-        labels.to(used.plan.device),
+        labels.to(used.runtime.device),
         tuple(
             f"{used.classes[c]} ({part.name} {i})"
             for i, c in zip(index.tolist(), labels.tolist(), strict=True)
@@ -116,7 +116,7 @@ def take(used: LoadedRun, part: Part, index: Tensor) -> Chosen:
 
 def to_inputs(used: LoadedRun, pixels: Tensor) -> Tensor:
     """Return stored pixels, uint8 [N, h, w, 3], as the network sees them: [N, 3, S, S] on its device."""
-    return preprocess(pixels.to(used.plan.device), used.data, used.plan.channels_last)
+    return preprocess(pixels.to(used.runtime.device), used.data, used.runtime.channels_last)
 
 
 @torch.no_grad()
@@ -174,4 +174,4 @@ def _from_files(used: LoadedRun, items: Sequence[str]) -> Chosen:
         f"{used.classes[c]}? ({shorten(i.name.rpartition('/')[2], 24)})"
         for i, c in zip(images, labels.tolist(), strict=True)
     )
-    return Chosen(inputs, labels.to(used.plan.device), names, known=False)
+    return Chosen(inputs, labels.to(used.runtime.device), names, known=False)

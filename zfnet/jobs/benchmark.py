@@ -14,7 +14,7 @@ from zfnet.plots.benchmark import draw_benchmark
 from zfnet.plots.figures import save_figure
 from zfnet.runs.directory import write_atomically
 from zfnet.runs.provenance import describe_environment
-from zfnet.training.device import choose
+from zfnet.training.device import resolve_runtime
 
 SUBJECTS = {
     "training": training,
@@ -45,14 +45,14 @@ class BenchmarkJob(Job):
 
     def main(self, config: Config, output: Path) -> None:
         """Time the subject, print a table, and write benchmark.json and, where there are loops to compare, a figure."""
-        plan, subject = choose(config.trainer), SUBJECTS[config.job.subject]
+        runtime, subject = resolve_runtime(config.trainer), SUBJECTS[config.job.subject]
         print(
-            f"{config.model.name}, {config.data.image_size} px, batch {config.data.batch_size}, {plan.describe()}"
+            f"{config.model.name}, {config.data.image_size} px, batch {config.data.batch_size}, {runtime.describe()}"
         )
-        result = subject.measure(config, plan)
+        result = subject.measure(config, runtime)
         result |= {
             "config": config.to_dict(),
-            "environment": describe_environment(plan.device, "", config.trainer.name),
+            "environment": describe_environment(runtime.device, "", config.trainer.name),
         }
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "benchmark.json", json.dumps(result, indent=2) + "\n")

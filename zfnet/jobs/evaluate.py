@@ -37,10 +37,10 @@ class EvaluateJob(Job):
         model = used.model if settings.tta == "none" else MeanOfViews(used.model, settings.tta).eval()
         with own_directory(config, output) as run:
             log.info("%s on %s, %s images", used.source.folder, data.name, f"{len(part):,}")
-            log.info(used.plan.describe())
-            surroundings = describe_environment(used.plan.device, splits.fingerprint, config.trainer.name)
-            run.write_json("environment.json", {**surroundings, "plan": used.plan.describe()})
-            found = evaluate(model, used.batches(part, data), used.plan, settings.split)
+            log.info(used.runtime.describe())
+            surroundings = describe_environment(used.runtime.device, splits.fingerprint, config.trainer.name)
+            run.write_json("environment.json", {**surroundings, "plan": used.runtime.describe()})
+            found = evaluate(model, used.batches(part, data), used.runtime, settings.split)
             result = results_of(found, part.classes)
             run.write_json(
                 "results.json",

@@ -134,9 +134,9 @@ def predict(
 
 def _shares(used: LoadedRun, pixels: np.ndarray) -> Tensor:
     """Return probabilities [N, classes], on the CPU, for stored pixels [N, h, w, 3]."""
-    plan = used.plan
-    batch = preprocess(torch.from_numpy(pixels).to(plan.device), used.data, plan.channels_last)
-    with plan.autocast():
+    runtime = used.runtime
+    batch = preprocess(torch.from_numpy(pixels).to(runtime.device), used.data, runtime.channels_last)
+    with runtime.autocast():
         logits = used.model(batch)
     return logits.float().softmax(1).cpu()
 

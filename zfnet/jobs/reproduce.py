@@ -27,6 +27,7 @@ _MOST_THREADS = 1024  # a record that says more is damaged
 @dataclass(kw_only=True)
 class ReproduceJob(Job):
     reads_run: ClassVar[str] = "needed"
+    trains: ClassVar[bool] = True
 
     def main(self, config: Config, output: Path) -> None:
         """Train the recorded config (and overrides, which make it a variation) in `output`, and compare.

@@ -16,6 +16,7 @@ from zfnet.runs.directory import RunDirectory
 @dataclass(kw_only=True)
 class ResumeJob(Job):
     reads_run: ClassVar[str] = "needed"
+    trains: ClassVar[bool] = True
 
     def main(self, config: Config, output: Path) -> float | None:
         """Go on with `run=<dir>` from that run's own config."""

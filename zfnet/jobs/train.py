@@ -1,12 +1,14 @@
-"""job=train: load, train, test once, write it all down."""
+"""job=train: load, train, test once, and write everything into one run directory."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
@@ -18,30 +20,34 @@ from zfnet.runs.hydra_record import write_hydra_record
 from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import hold, recorded_state
 from zfnet.runs.signals import Pruned, StopRequest
-from zfnet.runs.weights import ModelMetadata, save_model
-from zfnet.sweeps.pruning import trial_watcher
-from zfnet.training.board import TensorBoard
-from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint, read_newest
+from zfnet.runs.weights import ModelMetadata, save_model, weights_hash
+from zfnet.sweeps.pruning import trial_report
+from zfnet.training import callbacks as cb
+from zfnet.training.build import build_callbacks, build_loggers
+from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, read_newest
 from zfnet.training.compiling import settle_auto
-from zfnet.training.device import choose
-from zfnet.training.loop import BEST, evaluate, fit
-from zfnet.training.processes import World, follow, processes, torchrun_world
-from zfnet.training.recorder import Recorder, Watcher
-from zfnet.training.snapshots import Snapshots
+from zfnet.training.device import resolve_runtime
+from zfnet.training.loggers import LoggedRun, Logger
+from zfnet.training.loop import evaluate, fit
+from zfnet.training.processes import World, processes, run_worker, torchrun_world
 from zfnet.training.state import TrainingState, training_batches
 
 log = logging.getLogger("zfnet")
 
+Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
+
 
 @dataclass(kw_only=True)
 class TrainJob(Job):
-    """train: no settings of its own."""
+    """Train `config`; it has no settings of its own."""
+
+    trains: ClassVar[bool] = True
 
     def main(self, config: Config, output: Path) -> float | None:
         """Train `config` in the directory `output`; go on there if it holds the same run, unfinished."""
         world = torchrun_world()
         if world is not None and not world.is_main:
-            follow(world, _work)
+            run_worker(world, partial(_work, imports=config.imports))
             with contextlib.suppress(OSError):
                 output.rmdir()  # Hydra made it for this process; process 0 has another
             return None
@@ -50,13 +56,13 @@ class TrainJob(Job):
             print(f"{output} holds this run already")
         else:
             write_hydra_record(output)
-        return train(config, run, trial_watcher())
+        return train(config, run, trial_report())
 
 
-def train(config: Config, run: RunDirectory, watcher: Watcher | None = None) -> float | None:
+def train(config: Config, run: RunDirectory, report: Report | None = None) -> float | None:
     """Train in a claimed directory, from its newest checkpoint if it has one. Returns the objective of a sweep.
 
-    `watcher` sees every epoch and may end the run (`Pruned`); it then has no objective.
+    report: gets every epoch's validation accuracy and may prune the run, which then has no objective
     """
     with hold(run, "train.log") as stop:
         if run.state == "done":
@@ -65,11 +71,11 @@ def train(config: Config, run: RunDirectory, watcher: Watcher | None = None) -> 
                     f"{run.folder} is finished, but its {run.weights.name} is gone: python run.py job=reproduce "
                     f"run={run.folder} trains it again, in a new directory"
                 )
-            print(f"nothing to do: {run.folder} is finished")  # and not into its log: it does not change
+            print(f"nothing to do: {run.folder} is finished")  # not into its log, which does not change
             return objective(run.read_json("results.json"))
         try:
             with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
-                results = train_and_test(config, run, stop, watcher)
+                results = train_and_test(config, run, stop, report)
         except Pruned:
             return None
         return objective(results)
@@ -79,23 +85,23 @@ def train_and_test(
     config: Config,
     run: RunDirectory,
     stop: StopRequest,
-    watcher: Watcher | None = None,
+    report: Report | None = None,
     compiled: bool | None = None,
 ) -> dict[str, Any]:
-    """Train, measure and write everything but the state; returns what results.json holds.
+    """Train, measure and write everything but the status; returns what results.json holds.
 
-    compiled: what trainer.compile=auto became in the run that this one repeats.
+    compiled: what trainer.compile=auto became in the run that this one repeats
     """
-    with processes(config.trainer.devices, _work, run.folder) as world:
-        return _train(config, run, stop, world, watcher, compiled)
+    with processes(config.trainer.devices, partial(_work, imports=config.imports), run.folder) as world:
+        return _train(config, run, stop, world, report, compiled)
 
 
-def _work(world: World, folder: Path) -> None:
-    """What the other processes of a run do: the same, without writing or saying anything."""
+def _work(world: World, folder: Path, imports: list[str]) -> None:
+    """Do what the processes with rank > 0 do: the same, without writing files or logs."""
     log.addHandler(logging.NullHandler())
     log.propagate = False
     run = RunDirectory(folder)
-    _train(run.read_config(), run, StopRequest(), world)
+    _train(run.read_config(imports), run, StopRequest(), world)
 
 
 def _train(
@@ -103,20 +109,28 @@ def _train(
     run: RunDirectory,
     stop: StopRequest,
     world: World,
-    watcher: Watcher | None = None,
+    report: Report | None = None,
     compiled: bool | None = None,
 ) -> dict[str, Any]:
-    plan = choose(config.trainer, world)
-    splits = load_splits(config.data)
+    runtime = resolve_runtime(config.trainer, world)
+    splits = load_splits(config.data, config.imports)
     _check_against(splits, config)
-    train = training_batches(config, plan, splits.train, world)
-    validation, test = (
-        None if part is None else Batches(part, config.data, plan.device, channels_last=plan.channels_last)
-        for part in (splits.validation, splits.test)
+    train = training_batches(config, runtime, splits.train, world)
+    sets = {
+        name: Batches(split, config.data, runtime.device, channels_last=runtime.channels_last)
+        for name, split in (("validation", splits.validation), ("test", splits.test))
+        if split is not None
+    }
+    each_epoch = {k: v for k, v in sets.items() if k == "validation" or config.trainer.test_each_epoch}
+    metadata = ModelMetadata(
+        config.model, splits.train.classes, config.data, stored_size=splits.train.images.shape[1]
     )
-    state = TrainingState(config, plan, len(splits.train.classes), len(train), world)
+    loggers = build_loggers(config) if world.is_main else []
+    writer = CheckpointWriter(run.checkpoints if world.is_main else None)
+    callbacks = _callbacks(config, run, world, loggers, writer, stop, metadata, report)
+    state = TrainingState(config, runtime, len(splits.train.classes), len(train), world, callbacks)
     saved, problems = read_newest(run.checkpoints)
-    if saved is not None and saved.metadata.get("identity") != config.identity():
+    if saved is not None and saved.metadata.get("identity", config.identity()) != config.identity():
         raise UserError(
             f"{run.folder / 'config.yaml'} is not the config that the checkpoint was made with: put the old one back, "
             "or start a new run"
@@ -124,45 +138,31 @@ def _train(
     if not world.is_main:
         if saved is not None:
             state.restore(saved)
-        fit(state, train, validation, None, CheckpointWriter(None), Recorder(None, None), stop)
+        fit(state, train, each_epoch, stop)
         return {}
     for problem in problems:
         log.warning("%s; using an earlier one", problem)
-    log.info("%s on %s: %s", config.model.name, config.data.name, _sizes(splits))
+    log.info("%s on %s: %s", model_name(config.model), config.data.name, _sizes(splits))
+    for name in state.new_weights:
+        log.info("trainer.init_from: %s is new, since the number of classes differs", name)
     if saved is not None:
         compiled = saved.metadata.get("compiled", compiled)
     if (words := settle_auto(state, train, compiled)) is not None:
         log.info(words)
-    plan = replace(plan, compile=state.compiled)
-    surroundings = describe_environment(plan.device, splits.fingerprint, config.trainer.name)
-    how_it_ran = {"plan": plan.describe(), "compiled": plan.compile}
-    run.write_json("environment.json", {**surroundings, **how_it_ran})
-    how = plan.describe() + (f", {world.size} processes" if world.size > 1 else "")
-    log.info("%s parameters; %s", f"{sum(p.numel() for p in state.model.parameters()):,}", how)
+    _write_environment(config, run, state, splits)
     if saved is not None:
         state.restore(saved)
         log.info("going on from epoch %d, step %d", state.epoch + 1, state.step)
         if state.epoch < config.trainer.epochs and (lost := _best(run, state)[1]):
             log.warning("%s; unless a later epoch is better, the run will have to start again", lost)
-    board = TensorBoard(run.tensorboard, state.step) if config.trainer.tensorboard else None
-    if board is not None and saved is None:
-        board.graph(state.model, config.data.image_size)
-        board.images("train/samples", splits.train.pixels(range(min(16, len(splits.train)))))
-    metadata = ModelMetadata(
-        config.model, splits.train.classes, config.data, stored_size=splits.train.images.shape[1]
+    samples = splits.train.pixels(range(min(16, len(splits.train))))
+    started = LoggedRun(
+        run.folder, config.to_dict(), state.step, state.model, config.data.image_size, samples
     )
-    writer = CheckpointWriter(run.checkpoints)
     try:
-        fit(
-            state,
-            train,
-            validation,
-            test if config.trainer.test_each_epoch else None,
-            writer,
-            Recorder(run, board, watcher),
-            stop,
-            Snapshots(run.snapshots, config.trainer.snapshots, metadata),
-        )
+        for logger in loggers:
+            logger.start(started)
+        fit(state, train, each_epoch, stop)
         # the best on validation; without validation, the last
         if state.best is not None and state.best["epoch"] != state.epoch:
             best, lost = _best(run, state)
@@ -171,13 +171,62 @@ def _train(
                     f"{lost}: delete {run.checkpoints} and give job=resume run={run.folder} to train from the "
                     "start again"
                 )
-            state.evaluated.load_state_dict(best.tensors)
+            state.eval_model.load_state_dict(best.tensors)
             state.best = best.metadata
-        return _report(config, run, state, metadata, splits, validation, test, board)
+        else:
+            getattr(state.optimizer, "eval", bool)()
+        return _report(config, run, state, metadata, splits, sets, loggers)
     finally:
         writer.close()
-        if board is not None:
-            board.close()
+        for logger in loggers:
+            logger.close()
+
+
+def _callbacks(
+    config: Config,
+    run: RunDirectory,
+    world: World,
+    loggers: list[Logger],
+    writer: CheckpointWriter,
+    stop: StopRequest,
+    metadata: ModelMetadata,
+    report: Report | None,
+) -> list[cb.Callback]:
+    """Return the callbacks of this process, in the order in which they are called."""
+    trainer = config.trainer
+    limit = getattr(config.model, "rms_limit", None)
+    made: list[cb.Callback] = []
+    if limit is not None:
+        made.append(cb.FilterRenormalization(limit))
+    if trainer.ema is not None:
+        made.append(cb.EMA(trainer.ema))
+    if world.is_main and trainer.snapshots:
+        made.append(cb.Snapshots(run.snapshots, trainer.snapshots, metadata))
+    made.append(cb.Metrics(run if world.is_main else None, loggers))
+    made += build_callbacks(config)
+    if world.is_main:
+        if trainer.profile:
+            made.append(cb.Profiler(run.folder / "profile"))
+        made.append(cb.ProgressBar())
+        if report is not None:
+            made.append(cb.Pruning(report))
+    return [*made, cb.Checkpoints(writer, trainer.checkpoint_minutes), cb.StopOnSignal(stop)]
+
+
+def _write_environment(config: Config, run: RunDirectory, state: TrainingState, splits: Splits) -> None:
+    runtime = replace(state.runtime, compile=state.compiled)
+    environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name)
+    environment |= {"plan": runtime.describe(), "compiled": runtime.compile, "imports": config.imports}
+    if config.trainer.init_from is not None:
+        environment["initial_weights_sha256"] = weights_hash(state.model.state_dict())
+    run.write_json("environment.json", environment)
+    how = runtime.describe() + (f", {state.world.size} processes" if state.world.size > 1 else "")
+    log.info("%s parameters; %s", f"{sum(p.numel() for p in state.model.parameters()):,}", how)
+
+
+def model_name(model: Any) -> str:
+    """Return a network's name for people."""
+    return str(model["_target_"].rpartition(".")[2] if isinstance(model, dict) else model.name)
 
 
 def _check_against(splits: Splits, config: Config) -> None:
@@ -228,53 +277,42 @@ def _report(
     state: TrainingState,
     metadata: ModelMetadata,
     splits: Splits,
-    validation: Batches | None,
-    test: Batches | None,
-    board: TensorBoard | None,
+    sets: Mapping[str, Batches],
+    loggers: list[Logger],
 ) -> dict[str, Any]:
     """Measure validation and test with the weights to keep, and write figures, weights and results.json."""
-    model, plan, classes = state.evaluated, state.plan, metadata.classes
-    found = {
-        name: None if batches is None else evaluate(model, batches, plan, name)
-        for name, batches in (("validation", validation), ("test", test))
-    }
+    model = state.eval_model
+    measured = {name: evaluate(model, batches, state.runtime, name) for name, batches in sets.items()}
     digest = save_model(run.weights, model, metadata)
-    steps = sum(row["seconds"] for row in state.history)
+    seconds = sum(row["seconds"] for row in state.history)
     results: dict[str, Any] = {
-        name: None if f is None else results_of(f, classes) for name, f in found.items()
+        name: results_of(measured[name], metadata.classes) if name in measured else None
+        for name in ("validation", "test")
     }
+    accuracies = {f"result/{name}_accuracy": r["accuracy"] for name, r in results.items() if r is not None}
     results |= {
         "epochs": state.epoch,
         "best_epoch": state.best["epoch"] if state.best else None,
         "seconds": round(state.elapsed(), 2),
-        "images_per_second": round(len(splits.train) * len(state.history) / steps, 1),
+        "images_per_second": round(len(splits.train) * len(state.history) / seconds, 1),
         "weights_sha256": digest,
         "test_seen_each_epoch": config.trainer.test_each_epoch,
     }
     save_figure(draw_curves(state.history), run.figures / "curves.png")
-    shown, part = next(
-        (
-            (f, p)
-            for f, p in ((found["test"], splits.test), (found["validation"], splits.validation))
-            if f is not None and p is not None
-        ),
-        (None, None),
-    )
-    if shown is not None and part is not None:
-        draw_results(run, shown, part, board, state.step)
-    if board is not None:
-        flat = {
-            f"result/{name}_accuracy": r["accuracy"] for name, r in results.items() if isinstance(r, dict)
-        }
-        board.hyperparameters(
-            {k: v for k, v in config.to_dict().items() if k not in ("job", "run", "images")}, flat
-        )
+    for name, split in (("test", splits.test), ("validation", splits.validation)):
+        if split is not None:
+            draw_results(run, measured[name], split)
+            break
+    for logger in loggers:
+        for path in sorted(run.figures.glob("*.png")):
+            logger.figure(path.stem, path, state.step)
+        logger.finish(accuracies)
     run.write_json("results.json", results)
-    _say(config, run, results)
+    _print_results(config, run, results)
     return results
 
 
-def _say(config: Config, run: RunDirectory, results: dict[str, Any]) -> None:
+def _print_results(config: Config, run: RunDirectory, results: dict[str, Any]) -> None:
     for name in ("validation", "test"):
         if results[name]:
             say_result(name, results[name])

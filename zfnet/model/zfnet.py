@@ -192,6 +192,16 @@ class ZFNet(nn.Module):
                 # torch.where, so that filters within the limit keep their bits
                 weight.copy_(torch.where(rms > limit, weight * (limit / rms), weight))
 
+    @staticmethod
+    def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a state dict under this class's names: the blog's are translated, prefixes of wrappers dropped."""
+        renamed = {}
+        for name, value in state.items():
+            name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+            prefix, _, rest = name.rpartition(".")
+            renamed[f"{_BLOG_NAMES.get(prefix, prefix)}.{rest}"] = value
+        return renamed
+
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         """Load a state dict of this class or of the blog's, with or without DataParallel's `module.` prefix.
 
@@ -201,11 +211,7 @@ class ZFNet(nn.Module):
 
         Raises UserError where names or shapes do not fit.
         """
-        renamed = {}
-        for name, value in state.items():
-            name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-            prefix, _, rest = name.rpartition(".")
-            renamed[f"{_BLOG_NAMES.get(prefix, prefix)}.{rest}"] = value
+        renamed = self.own_names(state)
         own = self.state_dict()
         for name in own.keys() - renamed.keys():
             raise UserError(f"the weights lack {name}")

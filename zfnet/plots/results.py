@@ -9,7 +9,6 @@ from typing import Any
 from zfnet.data import ImageSet
 from zfnet.plots.figures import draw_confusion, draw_per_class, draw_samples, save_figure
 from zfnet.runs.directory import RunDirectory
-from zfnet.training.board import TensorBoard
 from zfnet.training.metrics import Evaluation
 
 log = logging.getLogger("zfnet")
@@ -29,8 +28,6 @@ def draw_results(
     run: RunDirectory,
     found: Evaluation,
     part: ImageSet,
-    board: TensorBoard | None = None,
-    step: int = 0,
 ) -> None:
     """Write confusion.png, per_class.png and samples.png; `found` is about the images of `part`."""
     figures = {
@@ -39,10 +36,7 @@ def draw_results(
         "samples": draw_samples(part, found),
     }
     for name, figure in figures.items():
-        path = run.figures / f"{name}.png"
-        save_figure(figure, path)
-        if board is not None:
-            board.picture(name, path, step)
+        save_figure(figure, run.figures / f"{name}.png")
 
 
 def say_result(name: str, result: dict[str, Any]) -> None:

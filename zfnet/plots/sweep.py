@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import flatten, metadata
+from zfnet.config.schema import flatten, result_keys
 from zfnet.runs.directory import RunDirectory
 
 ABSENT = "–"  # in place of a value that a job does not have, such as the momentum of an Adam
@@ -116,7 +116,7 @@ def _read_job(sweep: Path, folder: Path) -> SweepJob | None:
         results = run.read_json("results.json")
     except (UserError, ValueError):
         pass  # not there yet
-    settings = flatten(metadata(plain))
+    settings = flatten(result_keys(plain))
     seed = settings.pop("seed", None)
     name = folder.relative_to(sweep).as_posix()
     return SweepJob(

@@ -1,9 +1,9 @@
 """From the command line to a checked config, with or without a recorded run underneath.
 
-Without `run=…` a config is what Hydra composes from `conf/`. With it, the run's own record is the base and
-the command line's overrides are laid on top; today's defaults have no say. Hydra has to accept those
-overrides first, though its composition may lack their keys (the record's optimizer may have others than
-today's default): `forgive` lets it.
+Without `run=…` a config is what Hydra composes from `conf/`. With it, the run's own record is the base and the command
+line's overrides are laid on top; today's defaults have no effect. Hydra has to accept those overrides first, though its
+composition may lack their keys (the record's optimizer may have others than today's default): see
+`allow_keys_of_record`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, job_class, read_config
+from zfnet.config.instantiate import resolve
+from zfnet.config.schema import Config, Job, read_config, upgrade
+from zfnet.config.trust import CONF, only_own_folders
 from zfnet.runs.directory import RunDirectory, find_run
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 # groups that may be swapped on top of a record; job and experiment say what to do, not what was done
-GROUPS = ("model", "optimizer", "scheduler", "data", "augment", "trainer")
-# what a command says about itself, and not about the record
-_OWN = ("job", "run", "images")
+GROUPS = ("model", "data", "augment", "loss", "optimizer", "scheduler", "trainer", "logger", "callbacks")
+# about the command itself, and not about the record
+_OWN = ("job", "run", "images", "imports")
 
 
-def forgive(words: Sequence[str]) -> list[str]:
+def allow_keys_of_record(words: Sequence[str]) -> list[str]:
     """Mark key overrides so that Hydra takes keys which its own composition lacks, if the words name a run.
 
     The record decides later whether such a key exists. Two things are quoted: a run directory whose name is made
@@ -67,18 +70,23 @@ def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
     for override in _parse(words):
         if override.value() == {}:
             raise UserError(
-                f"{override.input_line}: says nothing; set keys, as in {override.key_or_group}.KEY=VALUE"
+                f"{override.input_line}: holds nothing; set keys, as in {override.key_or_group}.KEY=VALUE"
             )
     if isinstance(raw.get("job"), str):  # in a record given as --config-path, job is no group
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
-    kind = job_class(OmegaConf.select(raw, "job._target_"))
+    imports = trusted_imports(raw, words)
+    target = OmegaConf.select(raw, "job._target_")
+    if target is None:
+        name = OmegaConf.select(raw, "job.name")
+        raise UserError(f"job.name={name}: choose a job by job=NAME, such as job=train")
+    kind = resolve("job", target, Job, imports)
     job, run = f"job={raw.job.name}", raw.get("run")
     if raw.get("images") is not None and not kind.reads_images:
         raise UserError(f"{job} reads no image files: leave images=… out")
     if run is None:
         if kind.reads_run == "needed":
             raise UserError(f"{job} needs run=<dir>: the directory of a run, or run=last for the newest one")
-        config = read_config(raw)
+        config = read_config(raw, imports)
     elif kind.reads_run == "refused":
         raise UserError(
             f"{job} reads no run: job=resume goes on with one, job=reproduce runs one again, in a new directory"
@@ -86,12 +94,14 @@ def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
     else:
         found = find_run(str(run))
         own = {key: OmegaConf.to_container(raw, resolve=True)[key] for key in _OWN}  # type: ignore[index,call-overload]
-        config = overlay(found, words, {**own, "run": str(found.folder)})
+        config = overlay(found, words, {**own, "run": str(found.folder)}, imports)
     config.overrides = list(words)
     return config
 
 
-def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any]) -> Config:
+def overlay(
+    run: RunDirectory, words: Sequence[str], own: dict[str, Any], imports: Sequence[str] = ()
+) -> Config:
     """Return a run's recorded config with overrides on top; `own` holds the command's job, run and images.
 
     A group override (`optimizer=sgd`) swaps the whole group for today's file, a key override sets that key.
@@ -99,15 +109,16 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any]) -> Con
     overrides = [
         o for o in _parse(words) if o.key_or_group not in _OWN and not o.key_or_group.startswith("job.")
     ]
+    run.read_config(imports)  # names the file, if its own part is damaged
     if not overrides:
-        plain = run.read_config().to_dict()
-        return read_config(OmegaConf.create({**plain, **own}))
-    base = _record(run)
+        return read_config({**run.recorded(), **own}, imports)
+    base = _composed_record(run)
     groups = [o for o in overrides if _is_group(o)]
     if groups:
-        composed = compose([o.input_line or "" for o in groups])
+        composed = OmegaConf.to_container(compose_raw([o.input_line or "" for o in groups]), resolve=False)
+        assert isinstance(composed, dict)
         for override in groups:
-            base[override.key_or_group] = composed._get_node(override.key_or_group)
+            base[override.key_or_group] = composed[override.key_or_group]
     for override in overrides:
         if override in groups:
             continue
@@ -121,7 +132,7 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any]) -> Con
             raise UserError(f"{override.input_line}: cannot be set ({str(error).splitlines()[0]})") from error
     for key, value in own.items():
         base[key] = value
-    return read_config(base)
+    return read_config(base, imports)
 
 
 def _parse(words: Sequence[str]) -> list[Override]:
@@ -138,35 +149,61 @@ def _is_group(override: Override) -> bool:
     return key in GROUPS
 
 
-def _record(run: RunDirectory) -> DictConfig:
+def _composed_record(run: RunDirectory) -> DictConfig:
     """Return the run's config as it was composed, so that keys which follow others still follow them.
 
-    `.hydra/config.yaml` holds it with its `${…}`. It counts only if it says the same as the checked record,
-    and only if nothing in it calls a resolver, which could read environment variables.
+    `.hydra/config.yaml` holds it with its `${…}`. It counts only if it resolves to the same as the record, and only if
+    nothing in it calls a resolver, which could read environment variables.
     """
-    checked = run.read_config()
-    plain = OmegaConf.create(checked.to_dict())
+    recorded = run.recorded()
+    plain = OmegaConf.create(recorded)
     try:
         unresolved = yaml.safe_load((run.folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(unresolved, dict):
             return plain
-        job = {k: v for k, v in unresolved.items() if k in plain}  # less what is said to Hydra
+        job = {k: v for k, v in upgrade(unresolved).items() if k in plain}  # less what concerns Hydra
         values = json.dumps(job, default=str)  # YAML can spell "$" in other ways
-    except (OSError, ValueError, yaml.YAMLError):
-        return plain
-    if re.search(r"\$\{[^}]*[:$]", values):
-        return plain
-    composed = OmegaConf.create(job)
-    try:
-        same = read_config(composed).identity() == checked.identity()
-    except UserError:
+        if re.search(r"\$\{[^}]*[:$]", values):
+            return plain
+        composed = OmegaConf.create(job)
+        same = read_config(composed).identity() == read_config(recorded).identity()
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, UserError):
         return plain
     return composed if same else plain
 
 
-def compose(words: Sequence[str], name: str = "config") -> DictConfig:
-    """Compose today's `conf/` with these overrides; works inside and outside a Hydra program."""
-    if GlobalHydra.instance().is_initialized():
-        return hydra_compose(name, overrides=list(words))
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose(name, overrides=list(words))
+def trusted_imports(raw: DictConfig, words: Sequence[str]) -> list[str]:
+    """Return the packages that a command trusts: those of its own words, and those of the project's own `conf/`."""
+    if HydraConfig.initialized() and not only_own_folders(HydraConfig.get().runtime.config_sources):
+        raw = compose_raw([w for w in words if w.lstrip("+").startswith("imports=")])
+    imports: Any = OmegaConf.select(raw, "imports")
+    imports = OmegaConf.to_container(imports) if OmegaConf.is_list(imports) else imports or []
+    if not isinstance(imports, list) or not all(str(i).isidentifier() for i in imports):
+        raise UserError(f"imports={imports}: must be a list of packages, as in imports=[lion_pytorch,my_lab]")
+    return [str(i) for i in imports]
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """Return the checked config that these words would give on the command line, for use in Python:
+
+    config = compose(["experiment=quickstart", "optimizer.lr=3e-3"])
+
+    Raises UserError for a key, a choice or a value that is not acceptable.
+    """
+    words = allow_keys_of_record(overrides)
+    try:
+        return read_command(compose_raw(words), words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(str(error).strip().splitlines()[0]) from error
+
+
+def compose_raw(words: Sequence[str]) -> DictConfig:
+    """Compose this project's `conf/` with these overrides; works inside and outside a Hydra program."""
+    program = GlobalHydra.instance().hydra  # composing replaces a running program's own state for a moment
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra_compose("config", overrides=list(words))
+    finally:
+        if program is not None:
+            GlobalHydra.instance().initialize(program)

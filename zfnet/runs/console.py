@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError, did_you_mean, yaml_problem
-from zfnet.config.trust import check_config_folders
-from zfnet.runs.command import CONF, compose
+from zfnet.config.trust import CONF, check_config_folders
+from zfnet.runs.command import compose_raw
 from zfnet.runs.signals import Stopped
 
 log = logging.getLogger("zfnet")
@@ -197,7 +197,7 @@ def _unknown_key(key: str, text: str) -> str:
     """Name a key that the config has not, with the nearest one that it has."""
     known: list[str] = []
     with contextlib.suppress(Exception):
-        known = _keys(compose([w for w in sys.argv[1:] if _chooses_a_group(w)]))
+        known = _keys(compose_raw([w for w in sys.argv[1:] if _chooses_a_group(w)]))
     if key in known:
         return _one_line(Exception(text))
     suggestion = did_you_mean(key, known) if known else ""

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zfnet.config.errors import UserError, yaml_problem
-from zfnet.config.schema import Config, read_config
+from zfnet.config.schema import Config, read_config, upgrade
 
 HISTORY_COLUMNS = (
     "epoch",
@@ -173,8 +173,8 @@ class RunDirectory:
 
     # -- the small files
 
-    def read_config(self) -> Config:
-        """Return the run's own config; raise UserError if there is none or it is damaged."""
+    def recorded(self) -> dict[str, Any]:
+        """Return config.yaml as plain values, as this version would have written them; raise UserError."""
         path = self.folder / "config.yaml"
         try:
             plain = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -186,10 +186,18 @@ class RunDirectory:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
         if not isinstance(plain, dict):
             raise UserError(f"{path} is not a config")
+        return upgrade(plain)
+
+    def read_config(self, imports: Sequence[str] = ()) -> Config:
+        """Return the run's own config; raise UserError if there is none or it is damaged.
+
+        imports: packages that this command trusts; those that the record names are no reason to import them
+        """
+        path = self.folder / "config.yaml"
         try:
-            return read_config(plain)
+            return read_config(self.recorded(), imports)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
         except RecursionError as error:  # YAML can contain itself
             raise UserError(f"{path} cannot be read: it is nested too deeply") from error
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra import compose as hydra_compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from zfnet.config.schema import Config
-from zfnet.runs.command import CONF, compose
+from zfnet.config.trust import CONF
 from zfnet.runs.directory import write_atomically
 
 NAME_LIMIT = 120  # bytes; file systems stop at 255, and a path holds several names
@@ -29,7 +30,9 @@ def write_hydra_record(folder: Path, config: Config | None = None) -> None:
     composed: Any = HydraConfig.instance().cfg  # Hydra's own part; the job's is composed once more
     words = list(composed.hydra.overrides.task)
     if config is None:
-        job = OmegaConf.to_container(compose(words, composed.hydra.job.config_name), resolve=False)
+        job = OmegaConf.to_container(
+            hydra_compose(composed.hydra.job.config_name, overrides=words), resolve=False
+        )
     else:
         job = config.to_dict()
     (folder / ".hydra").mkdir(exist_ok=True)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-
-from zfnet.training.processes import SINGLE, World
 
 
 class Stopped(KeyboardInterrupt):
@@ -20,11 +18,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class Pruned(Exception):
-    """A search has no hope for this run. Ends the run and not the sweep; a checkpoint is saved."""
+    """Raised when a search prunes this trial. Ends the run and not the sweep; a checkpoint is saved."""
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request, which the loop honours between two steps."""
+    """Turns the first SIGINT or SIGTERM into a request, which the loop checks between two steps."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -59,7 +57,7 @@ class StopRequest:
         finally:
             self._deferred = False
 
-    def check(self, world: World = SINGLE) -> None:
-        """Raise Stopped if a signal was noted, by any of the processes."""
-        if world.any(self.number is not None):
+    def check(self, any_process: Callable[[bool], bool] = bool) -> None:
+        """Raise Stopped if a signal was noted; `any_process` tells of a flag whether one of the processes has it set."""
+        if any_process(self.number is not None):
             raise Stopped(self.number or signal.SIGTERM)

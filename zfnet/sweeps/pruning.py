@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from zfnet.runs.signals import Pruned
 from zfnet.sweeps.study import SearchSettings, open_study
 
 if TYPE_CHECKING:
-    from optuna.trial import Trial
+    pass
 
 
-class TrialWatcher:
-    """Reports validation accuracy to a trial, and raises Pruned where its study has no hope for it."""
+def trial_report() -> Callable[[float, int], bool] | None:
+    """Return a function that reports (validation accuracy, epoch) to this job's trial and returns whether to prune.
 
-    def __init__(self, trial: Trial) -> None:
-        self.trial = trial
-
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        """Report one row of the history."""
-        value = row.get("validation_accuracy")
-        if value is None:
-            return
-        self.trial.report(value, row["epoch"])
-        if self.trial.should_prune():
-            raise Pruned(f"validation accuracy {value:.2%} after epoch {row['epoch']}, behind other trials")
-
-
-def trial_watcher() -> TrialWatcher | None:
-    """Return the watcher of this job, if it is a trial of a search that prunes.
+    None unless the job is a trial of a search that prunes.
 
     A job learns this from Hydra's own config, so it may run in any process and on any machine.
     """
@@ -49,4 +34,10 @@ def trial_watcher() -> TrialWatcher | None:
     given = {str(k): v for k, v in sweeper.items() if k not in ("_target_", "params")}
     study = open_study(SearchSettings(**given), Path(hydra.sweep.dir), create=False)
     ids = {t.number: t._trial_id for t in study.get_trials(deepcopy=False)}
-    return TrialWatcher(Trial(study, ids[sweeper["trial"]]))
+    trial = Trial(study, ids[sweeper["trial"]])
+
+    def report(value: float, epoch: int) -> bool:
+        trial.report(value, epoch)
+        return trial.should_prune()
+
+    return report

@@ -1,8 +1,8 @@
-"""Checkpoints: tensors and plain numbers, written so that the last good one is never at risk.
+"""Checkpoints: tensors and plain values, written so that the last good one is never at risk.
 
-A checkpoint is one safetensors file: the tensors, and a JSON header with everything else. No pickle. It is
-written by a thread from copies, synced, and renamed to a name that sorts by step; only then are older ones
-removed. A file that was cut short fails its own length check and the one before it is used.
+A checkpoint is one safetensors file: the tensors, and a JSON header with everything else. No pickle. It is written by a
+thread from copies, synced, and renamed to a name that sorts by step; only then are older ones removed. A file that was
+cut short fails its own length check, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from zfnet.config.errors import UserError
 from zfnet.runs.directory import write_tensors
 
 KEPT = 2
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
+BEST = "best.safetensors"
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 
 
@@ -59,8 +60,8 @@ class CheckpointWriter:
         }
         gpu = next((value.device for value in checkpoint.tensors.values() if value.is_cuda), None)
         copied = None if gpu is None else torch.cuda.current_stream(gpu).record_event()
-        metadata = json.dumps({"format": CHECKPOINT_FORMAT, **checkpoint.metadata})
-        self.pending = self.thread.submit(_write, self.folder, name, copies, copied, metadata, prune)
+        header = json.dumps({"format": CHECKPOINT_FORMAT, **checkpoint.metadata})
+        self.pending = self.thread.submit(_write, self.folder, name, copies, copied, header, prune)
 
     def wait(self) -> None:
         """Wait until the last write is durable; raise its UserError if it failed."""
@@ -77,18 +78,13 @@ class CheckpointWriter:
 
 
 def _write(
-    folder: Path,
-    name: str,
-    tensors: dict[str, Tensor],
-    copied: torch.Event | None,
-    metadata: str,
-    prune: bool,
+    folder: Path, name: str, tensors: dict[str, Tensor], copied: torch.Event | None, header: str, prune: bool
 ) -> None:
     if copied is not None:
         copied.synchronize()
     folder.mkdir(parents=True, exist_ok=True)
     ready = {key: value.contiguous() for key, value in tensors.items()}
-    write_tensors(folder / name, ready, {"checkpoint": metadata})
+    write_tensors(folder / name, ready, {"checkpoint": header})
     if prune:
         for old in step_files(folder)[:-KEPT]:
             old.unlink(missing_ok=True)
@@ -104,7 +100,7 @@ def step_name(step: int) -> str:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint; raise UserError if it is damaged or of another version."""
+    """Read one checkpoint, of this version or the one before; raise UserError if it is damaged or of another."""
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {})["checkpoint"])
@@ -113,9 +109,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError("its header is no record")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged or no checkpoint ({error})") from error
-    if metadata.pop("format", None) != CHECKPOINT_FORMAT:
+    version = metadata.pop("format", None)
+    if version not in (1, CHECKPOINT_FORMAT):
         raise UserError(f"{path} was written by another version of this program")
-    return Checkpoint(tensors, metadata)
+    checkpoint = Checkpoint(tensors, metadata)
+    return (
+        checkpoint
+        if version == CHECKPOINT_FORMAT or "optimizer" not in metadata
+        else _from_format_1(checkpoint)
+    )
 
 
 def read_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -129,40 +131,89 @@ def read_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, problems
 
 
-def optimizer_checkpoint(optimizer: Optimizer) -> Checkpoint:
-    """Divide an optimizer's state into tensors and plain numbers."""
-    state = optimizer.state_dict()
-    tensors, numbers = {}, []
-    for index, values in state["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value
-            elif value is not None:
-                numbers.append([index, key, value])
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-    return Checkpoint(tensors, {"numbers": numbers, "groups": groups})
+# -- nested values as named tensors and JSON
 
 
-def load_optimizer(optimizer: Optimizer, saved: Checkpoint) -> None:
-    """Give an optimizer the state that `optimizer_checkpoint` took."""
+def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a nested value as JSON can hold it; its tensors go into `tensors`, under names that begin with `name`.
+
+    Raises UserError for anything but tensors, numbers, text, None, and lists, tuples and dicts of them.
+    """
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[k, pack(v, f"{name}.{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [pack(v, f"{name}.{n}", tensors) for n, v in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise UserError(
+        f"{name}: a checkpoint cannot hold a {type(value).__name__}; only tensors, numbers and text"
+    )
+
+
+def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return what `pack` was given."""
+    if isinstance(value, list):
+        return [unpack(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "tuple" in value:
+        return tuple(unpack(v, tensors) for v in value["tuple"])
+    return {k: unpack(v, tensors) for k, v in value["dict"]}
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Give an optimizer the state that its `state_dict()` had when it was packed."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in saved.tensors.items():
-        index, _, key = name.partition(".")
-        like = parameters[int(index)]
-        if value.shape == like.shape:
-            # safetensors drops the memory format; fused kernels would read NCHW momentum against NHWC weights
-            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
-        state.setdefault(int(index), {})[key] = value
-    for index, key, value in saved.metadata["numbers"]:
-        state.setdefault(index, {})[key] = value
+
+    def like(value: Any, parameter: Tensor) -> Any:
+        # safetensors drops the memory format; fused kernels would read NCHW momentum against NHWC weights
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        return value
+
+    state = {
+        index: {key: like(value, parameters[index]) for key, value in values.items()}
+        for index, values in saved["state"].items()
+    }
+    fresh = optimizer.state_dict()["param_groups"]
     groups = []
-    for fresh, stored in zip(optimizer.state_dict()["param_groups"], saved.metadata["groups"], strict=True):
-        # JSON has no tuples: what the fresh optimizer holds as one becomes one again
-        values = {k: tuple(v) if isinstance(fresh.get(k), tuple) else v for k, v in stored.items()}
-        # which kernels compute a step is a matter of the device, which may be another one now
-        groups.append({**fresh, **values, **{k: fresh[k] for k in ("fused", "foreach") if k in fresh}})
+    for new, old in zip(fresh, saved["param_groups"], strict=True):
+        # which kernels compute a step depends on the device, which may be another one now
+        kernels = {key: new[key] for key in ("fused", "foreach") if key in new}
+        groups.append({**new, **old, "params": new["params"], **kernels})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _from_format_1(old: Checkpoint) -> Checkpoint:
+    """Return a checkpoint as this version would have written it."""
+    tensors, metadata = dict(old.tensors), dict(old.metadata)
+    state: dict[int, dict[str, Any]] = {}
+    for name in [n for n in tensors if n.startswith("optimizer.")]:
+        _, index, key = name.split(".", 2)
+        state.setdefault(int(index), {})[key] = tensors.pop(name)
+    for index, key, value in metadata["optimizer"]["numbers"]:
+        state.setdefault(index, {})[key] = value
+    # JSON had made lists of tuples: AdamW's betas, say
+    groups = [
+        {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
+        for group in metadata["optimizer"]["groups"]
+    ]
+    metadata["optimizer"] = pack({"state": state, "param_groups": groups}, "optimizer", tensors)
+    callbacks = {}
+    if "average_count" in tensors:
+        model = {
+            n.removeprefix("average."): tensors.pop(n) for n in list(tensors) if n.startswith("average.")
+        }
+        callbacks["ema"] = {"model": model, "count": tensors.pop("average_count")}
+    metadata["callbacks"] = pack(callbacks, "callbacks", tensors)
+    metadata.pop("identity", None)  # was computed in another way
+    return Checkpoint(tensors, metadata)
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

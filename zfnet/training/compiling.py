@@ -48,7 +48,11 @@ def settle_auto(state: TrainingState, batches: Batches, recorded: bool | None) -
 
     Of a run on several processes, or elsewhere than on a GPU, `auto` is off.
     """
-    if state.config.trainer.compile != "auto" or state.plan.device.type not in WHERE or state.world.size > 1:
+    if (
+        state.config.trainer.compile != "auto"
+        or state.runtime.device.type not in WHERE
+        or state.world.size > 1
+    ):
         return None
     if recorded is None:
         return compile_if_it_pays(state, batches)
@@ -59,7 +63,7 @@ def settle_auto(state: TrainingState, batches: Batches, recorded: bool | None) -
 def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
     """Leave `state` as it was, but for whether its steps are compiled; return the reason in words."""
     steps = state.config.trainer.epochs * state.steps_per_epoch
-    before = state.checkpoint(0.0)
+    before = state.checkpoint()
     before.tensors = {name: tensor.clone() for name, tensor in before.tensors.items()}
     before.metadata["seconds"] = state.seconds
     examples = _one_of_each_size(batches)
@@ -69,7 +73,7 @@ def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
     else:
         state.use_compiled(True)
         try:
-            cost = timed(partial(_train_on, state, examples), state.plan.device)
+            cost = timed(partial(_train_on, state, examples), state.runtime.device)
             trial = Trial(eager, _seconds(state, examples[0]), cost)
         except Exception as error:  # no C compiler, no Triton …: nobody asked for it by name
             state.use_compiled(False)
@@ -90,7 +94,7 @@ def _one_of_each_size(batches: Batches) -> list[Batch]:
 
 def _seconds(state: TrainingState, batch: Batch) -> float:
     _train_on(state, [batch] * WARMUP)
-    return timed(partial(_train_on, state, [batch] * STEPS), state.plan.device) / STEPS
+    return timed(partial(_train_on, state, [batch] * STEPS), state.runtime.device) / STEPS
 
 
 def _train_on(state: TrainingState, batches: Sequence[Batch]) -> None:

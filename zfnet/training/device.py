@@ -21,7 +21,7 @@ THREADS = torch.get_num_threads()  # PyTorch's own choice, before any run change
 
 
 @dataclass(frozen=True)
-class Plan:
+class Runtime:
     """The decisions of one run."""
 
     device: torch.device
@@ -51,7 +51,7 @@ class Plan:
         return ", ".join(words)
 
 
-def choose(trainer: TrainerConfig, world: World = SINGLE) -> Plan:
+def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE) -> Runtime:
     """Decide every `auto` and set the process-wide switches that the decisions need; raise UserError."""
     device = _device(trainer.device)
     if world.size > 1 and device.type == "cuda":
@@ -77,7 +77,7 @@ def choose(trainer: TrainerConfig, world: World = SINGLE) -> Plan:
     set_switches(trainer.deterministic, precision)
     if device.type == "cpu":
         keep_memory(True)
-    return Plan(device, precision, channels_last, trainer.compile is True, trainer.deterministic)
+    return Runtime(device, precision, channels_last, trainer.compile is True, trainer.deterministic)
 
 
 def _device(name: str) -> torch.device:

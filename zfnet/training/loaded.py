@@ -13,18 +13,18 @@ from zfnet.config.schema import Config, DataConfig
 from zfnet.data import Batches, ImageSet, Splits, load_splits
 from zfnet.runs.directory import find_run
 from zfnet.runs.weights import ModelMetadata, load_model
-from zfnet.training.device import choose
+from zfnet.training.device import resolve_runtime
 
 # what the network sees of an image: a matter of the run, whatever data it is shown
 PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit")
-_FIXED = ("model", "optimizer", "scheduler", "augment")
+_FIXED = ("model", "loss", "optimizer", "scheduler", "augment", "callbacks")
 
 
 class LoadedRun:
     """The run that `run=<dir>` names: its network on the chosen device, and images as it saw them.
 
     source: its directory, which is only read
-    model: in evaluation mode, on plan.device
+    model: in evaluation mode, on runtime.device
     metadata: classes and preprocessing, as recorded with the weights
     data: where images come from, after overrides; how they are prepared is the run's way
 
@@ -41,10 +41,10 @@ class LoadedRun:
                 )
         self.config = config
         self.source = find_run(str(config.run))
-        model, self.metadata = load_model(self.source.weights)
+        model, self.metadata = load_model(self.source.weights, config.imports)
         self.data = _data_for(config.data, self.metadata, given)
-        self.plan = choose(config.trainer)
-        self.model = model.to(self.plan.device).to(memory_format=self.plan.memory_format)
+        self.runtime = resolve_runtime(config.trainer)
+        self.model = model.to(self.runtime.device).to(memory_format=self.runtime.memory_format)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ class LoadedRun:
 
     def splits(self) -> Splits:
         """Load the images; labels are the run's own numbers, matched by class name."""
-        loaded = load_splits(self.data)
+        loaded = load_splits(self.data, self.config.imports)
         train, validation, test = (
             None if part is None else self._by_name(part)
             for part in (loaded.train, loaded.validation, loaded.test)
@@ -72,7 +72,7 @@ class LoadedRun:
 
     def batches(self, part: ImageSet, data: DataConfig | None = None) -> Batches:
         """Return the batches of `part` on the device, prepared as `data` says (default: as in training)."""
-        return Batches(part, data or self.data, self.plan.device, channels_last=self.plan.channels_last)
+        return Batches(part, data or self.data, self.runtime.device, channels_last=self.runtime.channels_last)
 
     def _by_name(self, part: ImageSet) -> ImageSet:
         if part.classes == self.classes:

@@ -1,4 +1,4 @@
-"""Several processes that train one network: who they are, what they agree on, and how they are started.
+"""Several processes that train one network: rank and size, collectives, and how they are started.
 
 One Hydra job is one run directory, and process 0 alone writes to it. `trainer.devices=N` starts N − 1 more
 processes on this machine; `torchrun` starts them all, on any number of machines that share the run's and the
@@ -28,6 +28,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError
+from zfnet.runs.directory import RunDirectory
 
 PATIENCE_S = 20  # after the death of a process, for the others to notice it by themselves
 
@@ -42,7 +43,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Whether this process writes files and logs."""
         return self.rank == 0
 
     def all_reduce(self, value: Tensor) -> Tensor:
@@ -52,20 +53,12 @@ class World:
         return value
 
     def any(self, flag: bool) -> bool:
-        """Return whether any process says so. All must ask."""
+        """Return whether the flag is set in any process. All processes must call it."""
         if self.size == 1:
             return flag
-        answer = torch.tensor([float(flag)])
-        dist.all_reduce(answer, dist.ReduceOp.MAX)
-        return bool(answer.item())
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return every process's value, by rank."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        result = torch.tensor([float(flag)])
+        dist.all_reduce(result, dist.ReduceOp.MAX)
+        return bool(result.item())
 
     def broadcast(self, value: Any) -> Any:
         """Return process 0's value."""
@@ -103,12 +96,12 @@ def torchrun_world() -> World | None:
     return World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
-def join(world: World, meeting_point: str = "env://") -> None:
+def init_process_group(world: World, init_method: str = "env://") -> None:
     """Meet the other processes; GPUs talk through NCCL, everything else through gloo."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
         backend,
-        init_method=meeting_point,
+        init_method=init_method,
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(minutes=30),  # one process may have to decode a whole data set first
@@ -122,8 +115,8 @@ def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> 
     When one of them dies, the block ends with a UserError that says how, whatever this process waits for.
     """
     if (world := torchrun_world()) is not None:
-        join(world)
-        world.broadcast(str(folder))  # for `follow`
+        init_process_group(world)
+        world.broadcast(str(folder))  # for `run_worker`
         try:
             yield world
         finally:
@@ -138,10 +131,10 @@ def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> 
         )
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="zfnet-") as place:
-        meeting_point = f"file://{place}/meet"
+        init_method = f"file://{place}/meet"
         children: list[BaseProcess] = [
             context.Process(
-                target=_child, args=(World(rank, count, rank), meeting_point, work, folder), daemon=True
+                target=_child, args=(World(rank, count, rank), init_method, work, folder), daemon=True
             )
             for rank in range(1, count)
         ]
@@ -149,7 +142,7 @@ def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> 
             child.start()
         watch = _Watch(children, folder)
         try:
-            join(World(0, count), meeting_point)
+            init_process_group(World(0, count), init_method)
             yield World(0, count)
             for child in children:
                 child.join()
@@ -165,9 +158,9 @@ def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> 
                 dist.destroy_process_group()
 
 
-def follow(world: World, work: Callable[[World, Path], None]) -> None:
-    """Be another process than the first of those that torchrun started: work where process 0 says."""
-    join(world)
+def run_worker(world: World, work: Callable[[World, Path], None]) -> None:
+    """Run a process with rank > 0 of those that torchrun started, on the folder that process 0 broadcasts."""
+    init_process_group(world)
     try:
         work(world, Path(world.broadcast(None)))
     finally:
@@ -175,24 +168,24 @@ def follow(world: World, work: Callable[[World, Path], None]) -> None:
 
 
 def _child(
-    world: World, meeting_point: str, work: Callable[[World, Path], None], folder: Path
+    world: World, init_method: str, work: Callable[[World, Path], None], folder: Path
 ) -> None:  # pragma: no cover (runs in a process of its own)
     # process 0 decides when to stop; Ctrl-C reaches the whole group
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     tqdm.set_lock(threading.RLock())  # not a semaphore, which would outlive this process if it were killed
     try:
-        join(world, meeting_point)
+        init_process_group(world, init_method)
         work(world, folder)
         dist.destroy_process_group()
     except UserError:
-        os._exit(3)  # process 0 meets the same error, and says it
+        os._exit(3)  # process 0 raises the same error, and reports it
     except RuntimeError:
         os._exit(4)
 
 
 class _Watch:
-    """Looks after the other processes from a thread, since process 0 may be inside a call that never returns."""
+    """Watches the other processes from a thread, since process 0 may be inside a call that never returns."""
 
     def __init__(self, children: list[BaseProcess], folder: Path) -> None:
         self.children, self.folder, self.done = children, folder, threading.Event()
@@ -215,8 +208,6 @@ class _Watch:
     def _look(self) -> None:
         while not self.done.wait(0.5):
             if (death := self.death()) and not self.done.wait(PATIENCE_S):
-                from zfnet.runs.directory import RunDirectory  # only for this last word
-
                 RunDirectory(self.folder).set_status("failed", death)
                 print(f"error: {death}", flush=True)
                 os._exit(1)

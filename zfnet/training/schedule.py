@@ -2,91 +2,119 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from zfnet.config.errors import UserError
-from zfnet.config.instantiate import build_scheduler
 
 # keys of conf/scheduler that are ours and not the scheduler's
-EXTRA = ("interval", "warmup_epochs")
+OWN_KEYS = ("interval", "warmup_epochs")
 
 
 class Schedule:
-    """Steps the scheduler at the interval that its config names.
+    """Steps a scheduler at the interval that its config names.
 
-    During warm-up the scheduler's rate is multiplied by a factor that rises linearly to 1. The factor is
-    applied for the duration of a step only, so schedulers that compute a rate from the last one are not misled.
+    During warm-up each group's rate is the scheduler's, multiplied by a factor that rises linearly to 1. Schedulers
+    that compute a rate from the last one would be misled by the product, so after the optimizer's step the scheduler's
+    own rates are put back.
+
+    length: the run's length in the schedule's unit (epochs or steps)
     """
 
     def __init__(
-        self, settings: Mapping[str, Any], optimizer: Optimizer, epochs: int, steps_per_epoch: int
+        self,
+        settings: Mapping[str, Any],
+        scheduler: LRScheduler,
+        optimizer: Optimizer,
+        length: int,
+        steps_per_epoch: int,
     ) -> None:
-        self.optimizer = optimizer
-        self.by_step = settings.get("interval", "epoch") == "step"
-        length = epochs * steps_per_epoch if self.by_step else epochs
+        self.optimizer, self.scheduler, self.length = optimizer, scheduler, length
+        self.by_step = steps_by_batch(settings)
         self.warmup_steps = round(settings.get("warmup_epochs", 0) * steps_per_epoch)
-        self.scheduler = build_scheduler(settings, optimizer, length, EXTRA)
-        ends = getattr(self.scheduler, "total_steps", length)
+        ends = getattr(scheduler, "total_steps", length)
         if ends < length:
             raise UserError(
                 f"scheduler.total_steps={ends}: the schedule ends before the run, which takes {length}; write auto"
             )
-        self.length, self.taken = length, 0
+        self.count = 0  # of the scheduler's steps
+        self._rates: list[float] | None = None  # the scheduler's own, while warmed-up ones are in force
 
-    def rate(self, step: int) -> float:
-        """Return the learning rate that global step `step` uses (or would use)."""
+    def lr(self, step: int) -> float:
+        """Return the learning rate (of the first parameter group) that step `step` uses, or would use now."""
         return float(self.optimizer.param_groups[0]["lr"]) * self._factor(step)
 
     def _factor(self, step: int) -> float:
         return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
-    @contextlib.contextmanager
-    def warmed_up(self, step: int) -> Iterator[None]:
-        """Let the optimizer see the warmed-up rate for one step."""
+    def set_lr(self, step: int) -> None:
+        """Give the optimizer the rates of this step."""
         factor = self._factor(step)
-        if factor == 1.0:
-            yield
-            return
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"] * factor
-        try:
-            yield
-        finally:
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        if factor != 1.0:
+            self._rates = [group["lr"] for group in self.optimizer.param_groups]
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * factor
 
-    def after_step(self) -> None:
-        """Tell a schedule that counts steps that one is over."""
+    def step(self) -> None:
+        """End an optimizer step: undo warm-up, and advance a schedule that counts steps."""
+        if self._rates is not None:
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
+            self._rates = None
         if self.by_step:
             self._advance(None)
 
-    def after_epoch(self, watched: float) -> None:
-        """Tell a schedule that counts epochs that one is over; `watched` is what a plateau schedule looks at."""
+    def epoch(self, monitored: float) -> None:
+        """End an epoch: advance a schedule that counts epochs; `monitored` is what a plateau schedule looks at."""
         if not self.by_step:
-            self._advance(watched)
+            self._advance(monitored)
 
-    def _advance(self, watched: float | None) -> None:
-        self.taken += 1
+    def _advance(self, monitored: float | None) -> None:
+        self.count += 1
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(watched)  # type: ignore[arg-type]
-        elif self.taken < self.length:  # after the last step there is no rate left to compute
+            self.scheduler.step(monitored)  # type: ignore[arg-type]
+        elif self.count < self.length:  # after the last step there is no rate left to compute
             self.scheduler.step()
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what changes as the schedule advances, as plain numbers; the rest follows from the config."""
-        plain = {k: v for k, v in self.scheduler.state_dict().items() if _is_plain(v)}
-        return {"taken": self.taken, "scheduler": plain}
+        return {"taken": self.count, "scheduler": _plain_state(self.scheduler)}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state()`; the rates themselves belong to the optimizer."""
-        self.taken = state["taken"]
-        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state["scheduler"]})
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`; the rates themselves belong to the optimizer."""
+        self.count = state["taken"]
+        _load_plain_state(self.scheduler, state["scheduler"])
+
+
+def _plain_state(scheduler: LRScheduler) -> dict[str, Any]:
+    """Return the plain values of a scheduler's attributes, and those of the schedulers that it chains."""
+    state = {k: v for k, v in vars(scheduler).items() if _is_plain(v)}
+    inner = getattr(scheduler, "_schedulers", None)
+    if inner is not None:
+        state["_schedulers"] = [_plain_state(s) for s in inner]
+    return state
+
+
+def _load_plain_state(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
+    vars(scheduler).update({k: v for k, v in state.items() if k != "_schedulers"})
+    for inner, values in zip(
+        getattr(scheduler, "_schedulers", []), state.get("_schedulers", []), strict=True
+    ):
+        _load_plain_state(inner, values)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def steps_by_batch(settings: Mapping[str, Any]) -> bool:
+    """Whether the schedule counts optimizer steps, and not epochs."""
+    return bool(settings.get("interval", "epoch") == "step")
 
 
 def check_interval(settings: Mapping[str, Any], epochs: int) -> None:
@@ -100,11 +128,3 @@ def check_interval(settings: Mapping[str, Any], epochs: int) -> None:
         raise UserError(
             f"scheduler.warmup_epochs={warmup}: must be less than trainer.epochs={epochs}, the run's length"
         )
-    if str(settings.get("_target_", "")).endswith("ReduceLROnPlateau") and settings.get("interval") == "step":
-        raise UserError("scheduler.interval=step: a plateau schedule steps once an epoch, on trainer.monitor")
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(v) for v in value)
-    return value is None or isinstance(value, (bool, int, float, str))

@@ -1,109 +1,94 @@
-"""Everything that training changes, in one place: what a checkpoint holds and what a resume restores."""
+"""Model, optimizer, schedule, metrics and counters: what a checkpoint holds and what a resume restores."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 
-from zfnet.config.instantiate import build_optimizer
+from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.data import Batches, ImageSet
-from zfnet.model.zfnet import ZFNet
-from zfnet.training.checkpoint import (
-    Checkpoint,
-    load_optimizer,
-    optimizer_checkpoint,
-    under_prefix,
-    with_prefix,
-)
-from zfnet.training.device import Plan
+from zfnet.model.build import build_model, freeze, has_batch_norm, load_initial_weights
+from zfnet.training.build import build_loss, build_optimizer, build_scheduler, build_transforms
+from zfnet.training.callbacks import Callback
+from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_prefix, unpack, with_prefix
+from zfnet.training.device import Runtime
 from zfnet.training.metrics import RunningMetrics
 from zfnet.training.processes import SINGLE, World
-from zfnet.training.schedule import Schedule
+from zfnet.training.schedule import Schedule, steps_by_batch
 
 
 class TrainingState:
-    """The network, what moves it, and where in the run it is.
+    """One training: its parts, and how far it has come.
 
     There is no random state: order, augmentation and dropout are functions of (seed, epoch, step).
+
+    callbacks: are called in this order; those that add to the state put it into its checkpoints
+    eval_model: the weights to evaluate and keep: the model's, unless a callback averages them
     """
 
     def __init__(
-        self, config: Config, plan: Plan, num_classes: int, steps_per_epoch: int, world: World = SINGLE
+        self,
+        config: Config,
+        runtime: Runtime,
+        num_classes: int,
+        steps_per_epoch: int,
+        world: World = SINGLE,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.config, self.plan, self.steps_per_epoch, self.world = config, plan, steps_per_epoch, world
-        self.model = make_model(config, num_classes).to(plan.device).to(memory_format=plan.memory_format)
-        if world.size > 1 and config.model.norm == "batch":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(
-                self.model
-            )  # of the whole batch, as in one process
+        self.config, self.runtime, self.steps_per_epoch, self.world = config, runtime, steps_per_epoch, world
+        model, self.new_weights = initial_model(config, num_classes)
+        freeze(model, config.trainer.freeze)
+        self.model = model.to(runtime.device).to(memory_format=runtime.memory_format)
+        if world.size > 1 and has_batch_norm(self.model):  # of the whole batch, as in one process
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         # wrapping and compiling make other modules; the state dict is always the plain one's
-        self.parallel = world.wrap(self.model, plan.device, config.trainer.gradients)
-        self.use_compiled(plan.compile)
-        fused = plan.device.type in ("cpu", "cuda")
-        self.optimizer = build_optimizer(config.optimizer, self.model.parameters(), fused)
-        self.schedule = Schedule(config.scheduler, self.optimizer, config.trainer.epochs, steps_per_epoch)
-        self.average = (
-            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.trainer.ema), use_buffers=True)
-            if config.trainer.ema
-            else None
-        )
-        self.metrics = RunningMetrics(plan.device)
+        self.parallel = world.wrap(self.model, runtime.device, config.trainer.gradients)
+        self.use_compiled(runtime.compile)
+        self.criterion = build_loss(config).to(runtime.device)
+        self.optimizer = build_optimizer(config, self.model, fused=runtime.device.type in ("cpu", "cuda"))
+        epochs = config.trainer.epochs
+        length = epochs * steps_per_epoch if steps_by_batch(config.scheduler) else epochs
+        scheduler = build_scheduler(config.scheduler, self.optimizer, length, config.imports)
+        self.schedule = Schedule(config.scheduler, scheduler, self.optimizer, length, steps_per_epoch)
+        self.metrics = RunningMetrics(runtime.device)
         self.epoch = 0  # the epoch in progress, counted from 0
         self.step = 0  # optimizer steps since the beginning
-        self.best: dict[str, Any] | None = None  # epoch and figures of the best validation so far
+        self.should_stop = False  # set by a callback to end the training before its last epoch
+        self.best: dict[str, Any] | None = None  # epoch and metrics of the best validation so far
         self.history: list[dict[str, Any]] = []  # one row per finished epoch
-        self.seconds = 0.0  # spent in earlier epochs and processes
-        self.epoch_seconds = 0.0  # spent training in this epoch by earlier processes
+        self.last_reading: tuple[float, float] | None = None  # mean loss and accuracy, when last read
+        self.seconds = 0.0  # spent in earlier processes
+        self.epoch_seconds = 0.0  # spent training in this epoch, by all processes
         self._started = time.perf_counter()
+        self.eval_model: nn.Module = self.model
+        self.callbacks = list(callbacks)
+        for callback in self.callbacks:
+            callback.on_fit_start(self)
 
     def use_compiled(self, wanted: bool) -> None:
         """Train through torch.compile from now on, or not; each size of batch is compiled for itself."""
         self.compiled = wanted
-        self.forward: Callable[..., torch.Tensor] = (
+        self.forward: Callable[..., Tensor] = (
             torch.compile(self.parallel, dynamic=False) if wanted else self.parallel
         )
 
-    @property
-    def evaluated(self) -> ZFNet:
-        """The weights to evaluate and keep: the moving average where there is one."""
-        if self.average is None:
-            return self.model
-        module: ZFNet = self.average.module  # type: ignore[assignment]
-        return module
+    def train(self) -> None:
+        """Put the model, and an optimizer that has modes, into training mode; frozen layers stay in evaluation mode."""
+        self.model.train()
+        for name in self.config.trainer.freeze:
+            self.model.get_submodule(name).eval()
+        getattr(self.optimizer, "train", bool)()
 
-    def move_average(self) -> None:
-        """Let the moving average follow the weights, where there is one.
-
-        `update_parameters` would do it too, but has the host wait for a GPU: it sends it its count of steps each time.
-        """
-        if self.average is None:
-            return
-        if self.average.n_averaged == 0:
-            self.average.update_parameters(self.model)  # copies
-            return
-        groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        of_average, of_model = (
-            (t.detach() for t in (*m.parameters(), *m.buffers())) for m in (self.average.module, self.model)
-        )
-        for average, now in zip(of_average, of_model, strict=True):
-            group = groups.setdefault(average.dtype, ([], []))
-            group[0].append(average)
-            group[1].append(now)
-        assert self.average.multi_avg_fn is not None
-        for group in groups.values():
-            self.average.multi_avg_fn(*group, self.average.n_averaged)
-        self.average.n_averaged += 1
-
-    def averaging(self, now: bool) -> contextlib.AbstractContextManager:
-        """Return the context of a backward pass: whether processes average their gradients after it."""
-        if now or self.world.size == 1:
+    def grad_sync(self, last: bool) -> contextlib.AbstractContextManager:
+        """Return the context of a backward pass: processes average their gradients after the last of a step."""
+        if last or self.world.size == 1:
             return contextlib.nullcontext()
         waiting: contextlib.AbstractContextManager = self.parallel.no_sync()  # type: ignore[operator]
         return waiting
@@ -116,29 +101,67 @@ class TrainingState:
         """Seconds of this run, over all its processes."""
         return self.seconds + time.perf_counter() - self._started
 
-    def checkpoint(self, epoch_seconds: float) -> Checkpoint:
-        """Return what a resume needs; `epoch_seconds` is the time spent training in this epoch."""
-        optimizer = optimizer_checkpoint(self.optimizer)
-        tensors = {
-            **with_prefix("model", self.model.state_dict()),
-            **with_prefix("optimizer", optimizer.tensors),
-            "metrics": self.metrics.sums,
+    def read_metrics(self) -> tuple[float, float]:
+        """Return the epoch's mean loss and accuracy so far (waits for the device); raise UserError if it diverged."""
+        loss, accuracy, bad = self.metrics.read()
+        if bad is not None:
+            raise UserError(
+                f"training diverged: the loss at step {bad} (epoch {bad // self.steps_per_epoch + 1}, learning rate "
+                f"{self.schedule.lr(bad):g}) is not a number or beyond all bounds: lower optimizer.lr, or try "
+                "scheduler.warmup_epochs=1 or trainer.clip_norm=1"
+            )
+        self.last_reading = loss, accuracy
+        return loss, accuracy
+
+    def end_epoch(self, measured: dict[str, float], images: int) -> dict[str, Any]:
+        """Add the epoch to the history, note whether it is the best, move the learning rate; return the row.
+
+        measured: validation_loss, validation_accuracy …, where they are measured; images: trained on in the epoch
+        """
+        loss, accuracy = self.read_metrics()
+        row: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            "lr": self.schedule.lr(self.step - 1),
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "validation_loss": None,
+            "validation_accuracy": None,
+            **measured,
+            "seconds": round(self.epoch_seconds, 3),
+            "images_per_second": round(images / self.epoch_seconds, 1),
         }
-        if self.average is not None:
-            tensors |= {
-                **with_prefix("average", self.average.module.state_dict()),
-                "average_count": self.average.n_averaged,
-            }
+        self.history.append(row)
+        score = row["validation_accuracy"]
+        if score is not None and (self.best is None or score > self.best["validation_accuracy"]):
+            self.best = {k: row[k] for k in ("epoch", "validation_accuracy", "validation_loss")}
+        self.schedule.epoch(row[self.config.trainer.monitor])
+        self.metrics.reset()
+        self.epoch += 1
+        self.epoch_seconds = 0.0
+        return row
+
+    def checkpoint(self) -> Checkpoint:
+        """Return what a resume needs."""
+        getattr(
+            self.optimizer, "train", bool
+        )()  # the weights that are trained, where the optimizer has two kinds
+        tensors = {**with_prefix("model", self.model.state_dict()), "metrics": self.metrics.sums}
+        optimizer = self.optimizer.state_dict()
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]]
+        callbacks = {c.name: c.state_dict() for c in self.callbacks if c.name}
         metadata = {
             "identity": self.config.identity(),
             "epoch": self.epoch,
             "step": self.step,
-            "optimizer": optimizer.metadata,
-            "schedule": self.schedule.state(),
+            "should_stop": self.should_stop,
+            "optimizer": pack({"state": optimizer["state"], "param_groups": groups}, "optimizer", tensors),
+            "callbacks": pack({k: v for k, v in callbacks.items() if v}, "callbacks", tensors),
+            "schedule": self.schedule.state_dict(),
             "best": self.best,
             "history": self.history,
             "seconds": self.elapsed(),
-            "epoch_seconds": epoch_seconds,
+            "epoch_seconds": self.epoch_seconds,
             "compiled": self.compiled,
         }
         return Checkpoint(tensors, metadata)
@@ -147,37 +170,42 @@ class TrainingState:
         """Become what `checkpoint` recorded."""
         metadata = saved.metadata
         self.model.load_state_dict(under_prefix("model", saved.tensors))
-        load_optimizer(
-            self.optimizer, Checkpoint(under_prefix("optimizer", saved.tensors), metadata["optimizer"])
-        )
-        self.schedule.load_state(metadata["schedule"])
+        load_optimizer(self.optimizer, unpack(metadata["optimizer"], saved.tensors))
+        self.schedule.load_state_dict(metadata["schedule"])
         self.metrics.sums.copy_(saved.tensors["metrics"])
-        if self.average is not None:
-            self.average.module.load_state_dict(under_prefix("average", saved.tensors))
-            self.average.n_averaged.copy_(saved.tensors["average_count"])
+        states = unpack(metadata["callbacks"], saved.tensors)
+        for callback in self.callbacks:
+            if callback.name in states:
+                callback.load_state_dict(states[callback.name])
         self.epoch, self.step, self.best = metadata["epoch"], metadata["step"], metadata["best"]
-        self.history, self.seconds, self.epoch_seconds = (
-            metadata["history"],
-            metadata["seconds"],
-            metadata["epoch_seconds"],
-        )
+        self.should_stop = metadata.get("should_stop", False)
+        self.history, self.seconds = metadata["history"], metadata["seconds"]
+        self.epoch_seconds = metadata["epoch_seconds"]
 
 
-def training_batches(config: Config, plan: Plan, images: ImageSet, world: World = SINGLE) -> Batches:
+def training_batches(config: Config, runtime: Runtime, images: ImageSet, world: World = SINGLE) -> Batches:
     """Return the batches that a run trains on: its seed, its augmentation, and this process's share of each."""
     return Batches(
         images,
         config.data,
-        plan.device,
+        runtime.device,
         seed=config.seed,
         augment=config.augment,
-        channels_last=plan.channels_last,
+        transforms=build_transforms(config),
+        channels_last=runtime.channels_last,
         share=(world.rank, world.size),
     )
 
 
-def make_model(config: Config, num_classes: int) -> ZFNet:
-    """Return the network with the weights that the seed gives it, without touching the global generator."""
+def initial_model(config: Config, num_classes: int) -> tuple[nn.Module, list[str]]:
+    """Return the network with the weights that the seed gives it, or those of `trainer.init_from`.
+
+    Also returns the names of weights that `trainer.init_from` did not set. The global generator is not touched.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return ZFNet(num_classes, config.data.image_size, config.model)
+        model = build_model(config.model, num_classes, config.data.image_size, config.imports)
+    if config.trainer.init_from is None:
+        return model, []
+    path = Path(config.trainer.init_from).expanduser()
+    return model, load_initial_weights(model, path / "model.safetensors" if path.is_dir() else path)

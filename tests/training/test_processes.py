@@ -66,7 +66,7 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(
     words += [
         "experiment=quickstart",
         "data.test_images=50",
-        "trainer.tensorboard=false",
+        "logger=none",
         "trainer.log_every=1",
     ]
     slow = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -70,9 +70,7 @@ def test_a_folder_that_holds_other_files_is_refused(tmp_path: Path) -> None:
 def test_where_data_lies_and_what_is_logged_do_not_make_another_run(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.claim(compose(*TINY))
-    assert run.claim(
-        compose(*TINY, "data.cache_dir=/elsewhere", "trainer.log_every=1", "trainer.tensorboard=true")
-    )
+    assert run.claim(compose(*TINY, "data.device_memory=0.1", "trainer.log_every=1", "logger=tensorboard"))
     with pytest.raises(UserError):
         run.claim(compose(*TINY, "optimizer=sgd"))
 

@@ -66,7 +66,7 @@ def header(path: Path) -> tuple[dict, dict]:
         (lambda h: h.update(format="zfnet-9"), "another version of this program"),
         (lambda h: h.pop("format"), "not a file of ZFNet weights"),
         (lambda h: h.pop("classes"), "not a file of ZFNet weights"),
-        (lambda h: h.update(model=None), "model: must hold keys and values, not None"),
+        (lambda h: h.update(model=None), "model=None: must hold keys and values"),
         (lambda h: h["model"].update(norm="os.system"), "model.norm=os.system: must be one of"),
         (lambda h: h["model"].update(extra=1), "model.extra: no such key"),
         (lambda h: h["data"].update(root="${oc.env:HOME}"), "may not contain an interpolation"),
@@ -123,15 +123,17 @@ def test_load_run(tiny_run) -> None:
 def test_load_run_reproduces_the_reported_figures(tiny_run) -> None:
     """The weights that are kept are those that results.json speaks of."""
     from zfnet.data import Batches, load_splits
-    from zfnet.training.device import choose
+    from zfnet.training.device import resolve_runtime
     from zfnet.training.loop import evaluate
 
     loaded = load_run(tiny_run.folder)
     splits = load_splits(loaded.config.data)
-    plan = dataclasses.replace(choose(loaded.config.trainer), device=torch.device("cpu"), precision="fp32")
+    runtime = dataclasses.replace(
+        resolve_runtime(loaded.config.trainer), device=torch.device("cpu"), precision="fp32"
+    )
     results = tiny_run.read_json("results.json")
     for name, part in (("validation", splits.validation), ("test", splits.test)):
-        found = evaluate(loaded.model, Batches(part, loaded.config.data, plan.device), plan, name)
+        found = evaluate(loaded.model, Batches(part, loaded.config.data, runtime.device), runtime, name)
         assert found.accuracy == pytest.approx(results[name]["accuracy"], abs=0.02)
         assert found.loss == pytest.approx(results[name]["loss"], rel=1e-2)
 

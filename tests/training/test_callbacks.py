@@ -16,9 +16,9 @@ from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.signals import Stopped
 from zfnet.runs.weights import load_model
+from zfnet.training.callbacks import list_snapshots
 from zfnet.training.checkpoint import read_checkpoint, step_files
-from zfnet.training.recorder import Recorder
-from zfnet.training.snapshots import list_snapshots
+from zfnet.training.loggers import Recorder
 
 
 def test_the_last_snapshot_is_the_network_as_training_left_it(trained: Trained) -> None:

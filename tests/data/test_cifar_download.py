@@ -12,8 +12,7 @@ import torchvision
 
 from tests.helpers import data_config
 from zfnet.config.errors import UserError
-from zfnet.data.cifar import NETWORK_TIMEOUT_S, load_cifar
-from zfnet.data.sources import load_splits
+from zfnet.data.sources import NETWORK_TIMEOUT_S, load_cifar, load_splits
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
-from zfnet.training.recorder import Recorder, epoch_line
+from zfnet.training.loggers import Recorder, epoch_line
 
 ROW = {
     "epoch": 9,

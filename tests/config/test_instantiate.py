@@ -1,0 +1,337 @@
+"""What a config may construct: optimizers and schedules, and nothing that runs code."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pathlib
+import shutil
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from tests.helpers import checked
+from zfnet.config.errors import UserError
+from zfnet.config.instantiate import arguments, instantiate, resolve
+from zfnet.config.schema import Job, read_config
+from zfnet.training.build import build_optimizer, build_scheduler, check_recipe
+from zfnet.training.callbacks import Callback
+from zfnet.training.loggers import Logger
+
+SLOTS: dict[str, type] = {
+    "model": nn.Module,
+    "data.train": Dataset,
+    "augment.transforms.0": nn.Module,
+    "loss": nn.Module,
+    "optimizer": Optimizer,
+    "scheduler": LRScheduler,
+    "logger.mine": Logger,
+    "callbacks.mine": Callback,
+    "job": Job,
+}
+
+# What ran, or may run, from a YAML file under Hydra's own `instantiate` at one version or another.
+HOSTILE = [
+    "os.system",
+    "logging.os.system",
+    "posix.system",
+    "eval",
+    "builtins.eval",
+    "builtins.exec",
+    "builtins.open",
+    "builtins.__import__",
+    "subprocess.run",
+    "subprocess.Popen",
+    "importlib.import_module",
+    "pathlib.Path.unlink",
+    "pathlib.Path.write_text",
+    "shutil.copy",
+    "shutil.rmtree",
+    "urllib.request.urlopen",
+    "torch.load",
+    "torch.hub.load",
+    "torch.optim.sgd.torch.hub.load",
+    "torch.optim.sgd.torch.load",
+    "torch.optim.sgd.shutil.copy",
+    "torch.optim.lr_scheduler.types.FunctionType",
+    "torch.optim.Optimizer",
+    "torch.optim.Optimizer.__subclasses__",
+    "torch.optim.lr_scheduler.LRScheduler",
+    "torch.optim.SGD.step",
+    "torch.optim.SGD.__init__",
+    "torch.nn.Linear",
+    "torch.optim",
+    "torch",
+    "pickle.loads",
+    "functools.partial",
+    "hydra.utils.instantiate",
+    "zfnet.config.instantiate.build_optimizer",
+    "tests.test_construct.Trap",
+    "no.such.module",
+    "",
+    ".",
+    "..",
+    "torch..optim.SGD",
+    "torch.optim.SGD.",
+    "torch.optim.NoSuch",
+]
+
+
+class Trap:
+    """Records that it was constructed or called; no slot may accept it."""
+
+    sprung = False
+
+    def __init__(self, *_: object, **__: object) -> None:
+        Trap.sprung = True
+
+
+@pytest.fixture
+def armed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace what a hostile config would call by witnesses, and return the list that they write to."""
+    calls: list[str] = []
+    for owner, name in (
+        (logging.os, "system"),
+        (subprocess, "run"),
+        (pathlib.Path, "unlink"),
+        (pathlib.Path, "write_text"),
+        (shutil, "copy"),
+        (shutil, "rmtree"),
+        (urllib.request, "urlopen"),
+        (torch, "load"),
+        (torch.hub, "load"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, _name=name, **__: calls.append(_name))
+    real = importlib.import_module
+
+    def import_module(name: str) -> object:
+        """Imports of this program's own parts, and of packages that a test trusts, are harmless."""
+        module = real(name)
+        if name.split(".")[0] not in ("zfnet", "my_lab"):
+            calls.append(f"import {name}")
+        return module
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    # an alias such as Hydra's advisory GHSA-37p2-j732-x8pj describes: a module seen through another
+    monkeypatch.setattr(sys.modules["torch.optim.sgd"], "shutil", shutil, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("slot", list(SLOTS))
+@pytest.mark.parametrize("target", HOSTILE)
+def test_resolve_refuses_hostile_targets(slot: str, target: str, armed: list[str]) -> None:
+    with pytest.raises(
+        UserError, match=r"must name a subclass of|not one that this command imports"
+    ) as caught:
+        resolve(slot, target, SLOTS[slot])
+    assert str(caught.value).startswith(f"{slot}._target_={target}")
+    settings = {"_target_": target, "lr": 0.1, "command": "touch witness"}
+    with pytest.raises(UserError):
+        instantiate(slot, settings, SLOTS[slot])
+    assert armed == []
+    assert not Trap.sprung
+
+
+@pytest.mark.parametrize("target", HOSTILE)
+def test_resolve_refuses_aliases_in_a_trusted_package(target: str, armed: list[str], monkeypatch) -> None:
+    """What a trusted package has imported is not its own: `my_lab.os.system`."""
+    package = type(sys)("my_lab")
+    package.__path__ = []
+    for name in (
+        "os",
+        "torch",
+        "shutil",
+        "subprocess",
+        "pathlib",
+        "builtins",
+        "logging",
+        "pickle",
+        "functools",
+    ):
+        setattr(package, name, sys.modules[name])
+    monkeypatch.setitem(sys.modules, "my_lab", package)
+    for slot, base in SLOTS.items():
+        with pytest.raises(UserError):
+            resolve(slot, f"my_lab.{target}", base, ["my_lab"])
+    assert armed == []
+
+
+@pytest.mark.parametrize("target", [None, 3, True, ["torch.optim.SGD"], {"_target_": "os.system"}, b"x"])
+def test_resolve_takes_names_only(target: object) -> None:
+    with pytest.raises(UserError, match="must name a subclass of"):
+        resolve("optimizer", target, Optimizer)
+
+
+@pytest.mark.parametrize(
+    ("slot", "target"),
+    [
+        ("optimizer", "torch.optim.SGD"),
+        ("scheduler", "torch.optim.lr_scheduler.StepLR"),
+        ("loss", "torch.nn.MSELoss"),
+        ("augment.transforms.0", "torchvision.transforms.v2.ColorJitter"),
+        ("model", "torchvision.models.AlexNet"),
+        ("logger.mine", "zfnet.training.loggers.CSVLogger"),
+        ("callbacks.mine", "zfnet.training.callbacks.EarlyStopping"),
+        ("job", "zfnet.jobs.train.TrainJob"),
+    ],
+)
+def test_resolve_gives_each_slot_its_own_kind_only(slot: str, target: str) -> None:
+    assert resolve(slot, target, SLOTS[slot]).__name__ == target.rpartition(".")[2]
+    for other, base in SLOTS.items():
+        if other != slot:
+            with pytest.raises(UserError):
+                resolve(other, target, base)
+
+
+def test_resolve_imports_nothing_without_trust(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "trap_module.py").write_text("open('witness', 'w').close()\nclass SGD: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"add imports=\[trap_module\]"):
+        resolve("optimizer", "trap_module.SGD", Optimizer)
+    assert not (tmp_path / "witness").exists()
+    assert "trap_module" not in sys.modules
+
+
+def test_resolve_names_a_package_that_is_missing_or_broken(monkeypatch, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "broken_module.py").write_text("import no_such_package_at_all\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"install it or put it beside run\.py"):
+        resolve("optimizer", "no_such_package.Lion", Optimizer, ["no_such_package"])
+    with pytest.raises(UserError, match="No module named 'no_such_package_at_all'"):
+        resolve("optimizer", "broken_module.Lion", Optimizer, ["broken_module"])
+
+
+def test_a_modules_getattr_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = type(sys)("lazy")
+    module.__getattr__ = lambda name: pytest.fail(f"asked for {name}")
+    monkeypatch.setitem(sys.modules, "lazy", module)
+    with pytest.raises(UserError):
+        resolve("optimizer", "lazy.SGD", Optimizer)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_partial_", True),
+        ("_args_", [1]),
+        ("_recursive_", True),
+        ("_convert_", "all"),
+        ("params", [1]),
+        ("self", 1),
+        ("lr", {"_target_": "os.system", "command": "touch witness"}),
+        ("weight_decay", {"_target_": "os.system"}),
+        ("foreach", {"_target_": "builtins.eval"}),
+        ("momentum", [{"_target_": "os.system"}]),
+        ("momentum", "os.system"),
+    ],
+)
+def test_arguments_are_plain_values(key: str, value: object, armed: list[str]) -> None:
+    with pytest.raises(UserError, match=rf"optimizer\.{key}"):
+        arguments("optimizer", {"_target_": "torch.optim.SGD", key: value}, Optimizer)
+    assert armed == []
+
+
+def test_check_recipe_refuses_a_hostile_record(request: pytest.FixtureRequest) -> None:
+    plain = checked().to_dict()
+    armed: list[str] = request.getfixturevalue("armed")  # Hydra itself imports, so not before this line
+    for hostile in ({"_target_": "os.system", "command": "touch witness"}, {"_target_": "builtins.open"}):
+        for slot in ("model", "loss", "optimizer", "scheduler", "logger", "callbacks"):
+            named = {"mine": hostile} if slot in ("logger", "callbacks") else hostile
+            with pytest.raises(UserError, match=r"_target_="):
+                check_recipe(read_config(plain | {slot: named}))
+        augment = plain["augment"] | {"transforms": [hostile]}
+        with pytest.raises(UserError, match=r"augment.transforms.0._target_="):
+            check_recipe(read_config(plain | {"augment": augment}))
+    assert armed == []
+    with pytest.raises(yaml.YAMLError):  # YAML itself has a way to name Python objects
+        yaml.safe_load("optimizer: !!python/object/apply:os.system ['touch witness']")
+
+
+def test_a_records_own_imports_have_no_effect() -> None:
+    plain = checked().to_dict() | {"imports": ["os", "my_lab"]}
+    assert read_config(plain).imports == []
+    assert read_config(plain, ["lion_pytorch"]).imports == ["lion_pytorch"]
+
+
+def test_lists_become_tuples_where_the_class_has_one() -> None:
+    cls, keywords = arguments("optimizer", {"_target_": "torch.optim.AdamW", "betas": [0.8, 0.9]}, Optimizer)
+    assert cls is torch.optim.AdamW
+    assert keywords["betas"] == (0.8, 0.9)
+
+
+def test_auto_is_the_length_of_the_run() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    cosine = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": "auto"}
+    assert build_scheduler(cosine, optimizer, 37).T_max == 37
+
+
+def test_a_class_of_ones_own_is_resolved_with_trust() -> None:
+    assert resolve("optimizer", f"{__name__}.Descent", Optimizer, ["tests"]) is Descent
+    with pytest.raises(UserError, match=r"add imports=\[tests\]"):
+        resolve("optimizer", f"{__name__}.Descent", Optimizer)
+
+
+class Descent(torch.optim.SGD):
+    pass
+
+
+def test_a_missing_argument_is_named() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    with pytest.raises(UserError, match=r"scheduler\.step_size is missing: StepLR needs it"):
+        build_scheduler({"_target_": "torch.optim.lr_scheduler.StepLR"}, optimizer, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "expected"),
+    [
+        ("StepLR", "step_size", 0, "a whole number, at least 1"),
+        ("StepLR", "step_size", 1.5, "a whole number, at least 1"),
+        ("StepLR", "gamma", -1, "a number greater than 0"),
+        ("MultiStepLR", "milestones", "abc", "a list of whole numbers, each at least 1, as in [6,8]"),
+        ("MultiStepLR", "milestones", [-1], "a list of whole numbers, each at least 1"),
+        ("MultiStepLR", "milestones", [1.5], "a list of whole numbers, each at least 1"),
+        ("ReduceLROnPlateau", "patience", -1, "a whole number, at least 0"),
+        ("ReduceLROnPlateau", "factor", 0, "a number greater than 0"),
+        ("CosineAnnealingLR", "T_max", 0, "a whole number, at least 1"),
+        ("OneCycleLR", "max_lr", "abc", "a number greater than 0"),
+    ],
+)
+def test_a_schedule_that_means_nothing_is_named(name: str, key: str, value: object, expected: str) -> None:
+    settings = {"_target_": f"torch.optim.lr_scheduler.{name}", key: value}
+    with pytest.raises(UserError) as caught:
+        arguments("scheduler", settings, LRScheduler, taken=1)
+    assert str(caught.value).startswith(f"scheduler.{key}={value}: must be {expected}")
+
+
+class Late(torch.optim.SGD):
+    """Has no fused kernel and says so when it steps, as Adagrad does with a GPU in PyTorch 2.10."""
+
+    def step(self, closure=None):
+        if self.defaults["fused"]:
+            raise RuntimeError("`fused=True` requires all the params to be of supported devices")
+        return super().step(closure)
+
+
+def _optimizer(target: str) -> Optimizer:
+    config = checked("optimizer=sgd")
+    config.optimizer, config.imports = {"_target_": target, "lr": 0.1}, ["tests"]
+    return build_optimizer(config, nn.Linear(2, 2), fused=True)
+
+
+def test_build_optimizer_asks_for_fused_only_where_a_step_of_it_works() -> None:
+    late = _optimizer(f"{__name__}.Late")
+    assert isinstance(late, Late)
+    assert not late.defaults["fused"]
+    assert _optimizer("torch.optim.AdamW").defaults["fused"] is True
+    assert isinstance(_optimizer("torch.optim.RMSprop"), torch.optim.RMSprop)

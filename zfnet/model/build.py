@@ -1,0 +1,103 @@
+"""The network that a config names, and weights that it may start from."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.instantiate import instantiate, resolve
+from zfnet.config.schema import ModelConfig
+from zfnet.model.layers import replace_dropout
+from zfnet.model.zfnet import ZFNet
+
+
+def build_model(
+    model: ModelConfig | Mapping[str, Any], num_classes: int, image_size: int, imports: Sequence[str] = ()
+) -> nn.Module:
+    """Return the network: ZFNet, or the `nn.Module` that a `_target_` names, for images [N, 3, S, S].
+
+    Another network's class is also given `num_classes` and `image_size` if it takes them, and its dropout becomes
+    dropout whose masks follow the seed. Raises UserError if it does not turn images into logits [N, num_classes].
+    """
+    if isinstance(model, ModelConfig):
+        return ZFNet(num_classes, image_size, model)
+    cls = resolve("model", model.get("_target_"), nn.Module, imports)
+    # `image_size` only by name: a `**kwargs` may hand it on to a class that does not take it
+    sizes = {"image_size": image_size} if "image_size" in inspect.signature(cls).parameters else {}
+    offered = {"num_classes": num_classes, **sizes}
+    network: nn.Module = instantiate("model", model, nn.Module, imports, offered=offered)
+    replace_dropout(network)
+    name, training = type(network).__name__, network.training
+    try:
+        with torch.no_grad():
+            logits = network.eval()(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"model ({name}): fails on images [2, 3, {image_size}, {image_size}]: {reason}"
+        ) from error
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"model ({name}): gives {shape} for 2 images; must be [2, {num_classes}]")
+    return network.train(training)
+
+
+def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
+    """Load a file of weights into the network, as far as it fits; return the names that keep their initial values.
+
+    Only the last layer may differ, in its number of classes. Raises UserError for anything else that does not fit, and
+    for a file that is not safetensors.
+    """
+    try:
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in load_file(path).items()}
+    except FileNotFoundError:
+        raise UserError(f"trainer.init_from={path}: there is no such file of weights") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(
+            f"trainer.init_from={path}: is not a safetensors file, or is damaged ({error})"
+        ) from error
+    if isinstance(model, ZFNet):
+        state = model.own_names(state)
+    own = model.state_dict()
+    head = list(own)[-1].rpartition(".")[0] + "."
+    fresh = []
+    for name, value in own.items():
+        if name not in state:
+            raise UserError(f"trainer.init_from={path}: lacks {name}")
+        if state[name].shape != value.shape:
+            if not name.startswith(head) or state[name].shape[1:] != value.shape[1:]:
+                raise UserError(
+                    f"trainer.init_from={path}: its {name} is {list(state[name].shape)}, this network's is "
+                    f"{list(value.shape)}"
+                )
+            fresh.append(name)
+            state[name] = value
+    for name in state:
+        if name not in own:
+            raise UserError(f"trainer.init_from={path}: holds {name}, and the network has no such weight")
+    model.load_state_dict(state)
+    return fresh
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Stop training the named modules (and their running statistics, see `TrainingState.train`); raise UserError."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules or not any(True for _ in modules[name].parameters()):
+            known = [n for n, m in modules.items() if n and any(True for _ in m.parameters())]
+            raise UserError(f"trainer.freeze: the network has no layer {name}{did_you_mean(name, known)}")
+        modules[name].requires_grad_(False)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether any layer normalises over the batch."""
+    return any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) for m in model.modules())

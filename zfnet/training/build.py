@@ -1,0 +1,239 @@
+"""From a config to the objects that train: loss, optimizer, schedule, transforms, callbacks and loggers."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from zfnet.config.errors import UserError
+from zfnet.config.instantiate import instantiate, resolve
+from zfnet.config.schema import Config, ModelConfig
+from zfnet.model.build import build_model, freeze, has_batch_norm
+from zfnet.model.zfnet import ZFNet
+from zfnet.training.callbacks import Callback
+from zfnet.training.loggers import Logger
+from zfnet.training.schedule import OWN_KEYS, check_interval, steps_by_batch
+
+GROUP_KEYS = ("match", "ndim", "lr_scale")  # of a parameter group, beside the optimizer's own
+
+
+class SummedLoss(nn.Module):
+    """A loss as its sum over the images of a batch, so that parts of a batch add up to the whole.
+
+    A class with a `reduction` argument is asked for the sum; the result of any other is taken as the batch's mean.
+    """
+
+    def __init__(self, loss: nn.Module, is_mean: bool) -> None:
+        super().__init__()
+        self.loss, self.is_mean = loss, is_mean
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the losses of logits [B, C] with labels [B]."""
+        if not len(labels):  # this process has no image of a short batch, and a mean of none is not a number
+            return logits.sum() * 0
+        value: Tensor = self.loss(logits, labels)
+        return value * len(labels) if self.is_mean else value
+
+
+def build_loss(config: Config) -> SummedLoss:
+    """Return the loss that `config.loss` names; raise UserError if it does not give one number for a batch."""
+    cls = resolve("loss", config.loss.get("_target_"), nn.Module, config.imports)
+    sums = "reduction" in inspect.signature(cls).parameters
+    settings = {**config.loss, "reduction": "sum"} if sums else config.loss
+    if isinstance(weight := settings.get("weight"), list):  # of the classes, in cross-entropy
+        settings = {k: v for k, v in settings.items() if k != "weight"}
+        loss = instantiate(
+            "loss",
+            settings,
+            nn.Module,
+            config.imports,
+            offered={"weight": torch.tensor(weight, dtype=torch.float32)},
+        )
+    else:
+        loss = instantiate("loss", settings, nn.Module, config.imports)
+    if any(True for _ in loss.parameters()):
+        raise UserError(
+            f"loss ({cls.__name__}): has parameters of its own, which the optimizer would not train"
+        )
+    return SummedLoss(loss, is_mean=not sums)
+
+
+def build_transforms(config: Config) -> list[nn.Module]:
+    """Return the operations of `augment.transforms`, in order."""
+    return [
+        instantiate(f"augment.transforms.{number}", settings, nn.Module, config.imports)
+        for number, settings in enumerate(config.augment.transforms)
+    ]
+
+
+def build_callbacks(config: Config) -> list[Callback]:
+    """Return the callbacks that `config.callbacks` names, in its order."""
+    made = []
+    for name, settings in config.callbacks.items():
+        callback = instantiate(f"callbacks.{name}", settings, Callback, config.imports)
+        callback.name = name
+        made.append(callback)
+    return made
+
+
+def build_loggers(config: Config) -> list[Logger]:
+    """Return the loggers that `config.logger` names."""
+    return [
+        instantiate(f"logger.{name}", settings, Logger, config.imports)
+        for name, settings in config.logger.items()
+    ]
+
+
+# -- optimizer
+
+
+def build_optimizer(config: Config, model: nn.Module, fused: bool = False) -> Optimizer:
+    """Return the optimizer of the model's trainable parameters; `fused` asks for its one-kernel form if it has one."""
+
+    def construct(cls: Any, keywords: dict[str, Any]) -> Optimizer:
+        groups = list(parameter_groups(config, model, keywords.get("lr")))
+        if fused and "fused" not in keywords and _has_fused(cls, keywords, groups[0]["params"][0].device):
+            keywords["fused"] = True
+        made: Optimizer = cls(groups if len(groups) > 1 else groups[0]["params"], **keywords)
+        return made
+
+    built: Optimizer = instantiate(
+        "optimizer", config.optimizer, Optimizer, config.imports, own=("param_groups",), construct=construct
+    )
+    return built
+
+
+def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iterator[dict[str, Any]]:
+    """Yield the parameter groups of `optimizer.param_groups`, then the rest; raise UserError for an unusable rule.
+
+    Each rule names parameters by `match` (a regular expression searched in the name) and/or `ndim` (the number of
+    dimensions: biases and norms have 1), and sets what the optimizer takes, such as weight_decay, or `lr_scale`, a
+    factor on the learning rate. A parameter goes to the first rule that names it.
+    """
+    rules = config.optimizer.get("param_groups") or []
+    rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not rest:
+        raise UserError(f"trainer.freeze={config.trainer.freeze}: leaves no parameters to train")
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+        raise UserError(
+            f"optimizer.param_groups={rules}: must be a list such as [{{ndim: 1, weight_decay: 0}}]"
+        )
+    for number, rule in enumerate(rules):
+        if not {"match", "ndim"} & rule.keys():
+            raise UserError(f"optimizer.param_groups.{number}={rule}: names no parameters; set match or ndim")
+        try:
+            pattern = re.compile(str(rule.get("match", "")))
+        except re.error as error:
+            raise UserError(f"optimizer.param_groups.{number}.match={rule['match']}: {error}") from error
+        chosen = {
+            name: p
+            for name, p in rest.items()
+            if pattern.search(name) and ("ndim" not in rule or p.ndim == rule["ndim"])
+        }
+        rest = {name: p for name, p in rest.items() if name not in chosen}
+        if not chosen:
+            raise UserError(f"optimizer.param_groups.{number}={rule}: no parameter fits it")
+        group = {key: value for key, value in rule.items() if key not in GROUP_KEYS}
+        if "lr_scale" in rule:
+            if lr is None:
+                raise UserError(f"optimizer.param_groups.{number}.lr_scale: needs optimizer.lr")
+            group["lr"] = lr * rule["lr_scale"]
+        yield {"params": list(chosen.values()), **group}
+    if rest:
+        yield {"params": list(rest.values())}
+
+
+def _has_fused(cls: Any, keywords: Mapping[str, Any], device: torch.device) -> bool:
+    """Return whether a one-kernel form exists on this device. Some optimizers raise only when they step."""
+    if "fused" not in inspect.signature(cls).parameters:
+        return False
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.zeros(1, device=device)
+    try:
+        cls([parameter], **keywords, fused=True).step()
+    except RuntimeError:
+        return False
+    return True
+
+
+# -- schedule
+
+
+def build_scheduler(
+    settings: Mapping[str, Any], optimizer: Optimizer, length: int, imports: Sequence[str] = ()
+) -> LRScheduler:
+    """Return the learning-rate schedule; the value `auto` stands for the run's length in the schedule's own unit.
+
+    A schedule that chains others (`SequentialLR`, `ChainedScheduler`) names them in `schedulers`, each by `_target_`.
+    """
+
+    def build(slot: str, part: Mapping[str, Any]) -> LRScheduler:
+        values = {key: length if value == "auto" else value for key, value in part.items()}
+        chain = values.get("schedulers")
+        if not isinstance(chain, list):
+            return instantiate(slot, values, LRScheduler, imports, given=(optimizer,), own=OWN_KEYS)
+        values["schedulers"] = [build(f"{slot}.schedulers.{n}", inner) for n, inner in enumerate(chain)]
+
+        def construct(cls: Any, keywords: dict[str, Any]) -> LRScheduler:
+            made: LRScheduler = cls(**{"optimizer": optimizer, **keywords})
+            return made
+
+        return instantiate(slot, values, LRScheduler, imports, own=OWN_KEYS, construct=construct)
+
+    made = build("scheduler", settings)
+    if isinstance(made, ReduceLROnPlateau) and steps_by_batch(settings):
+        raise UserError("scheduler.interval=step: a plateau schedule steps once an epoch, on trainer.monitor")
+    return made
+
+
+# -- all at once, before any data is read
+
+
+def check_recipe(config: Config) -> None:
+    """Build everything on a small scale; raise UserError for what cannot be built."""
+    if isinstance(config.model, ModelConfig):
+        with torch.device("meta"):  # shapes only
+            model: nn.Module = ZFNet(2, config.data.image_size, config.model)
+    else:
+        model = build_model(config.model, 2, config.data.image_size, config.imports)
+    freeze(model, config.trainer.freeze)
+    if config.trainer.devices > 1 and config.trainer.device == "cpu" and has_batch_norm(model):
+        raise UserError(
+            "trainer.devices: batch normalisation over several processes needs GPUs; use trainer.devices=1 on a CPU"
+        )
+    check_interval(config.scheduler, config.trainer.epochs)
+    loss = build_loss(config)
+    value = loss(torch.zeros(2, 2, requires_grad=True), torch.tensor([0, 1]))
+    if value.ndim or not value.requires_grad:
+        raise UserError(
+            f"loss ({type(loss.loss).__name__}): must give one number with a gradient, not {list(value.shape)}"
+        )
+    list(parameter_groups(config, model, 1.0))
+    build_transforms(config)
+    build_callbacks(config)
+    build_loggers(config)
+    _check_step(config)
+
+
+def _check_step(config: Config) -> None:
+    """Step the optimizer and the schedule once, on a small network of two kinds of parameters."""
+    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2, 2))
+    plain = {k: v for k, v in config.optimizer.items() if k != "param_groups"}
+    optimizer = instantiate(
+        "optimizer", plain, Optimizer, config.imports, construct=lambda cls, k: cls(network.parameters(), **k)
+    )
+    network(torch.zeros(1, 3, 3, 3)).sum().backward()
+    try:
+        optimizer.step()
+    except (TypeError, RuntimeError) as error:  # LBFGS wants a closure, SparseAdam sparse gradients
+        raise UserError(
+            f"optimizer._target_={plain['_target_']}: cannot take a plain step ({str(error).splitlines()[0]})"
+        ) from error
+    build_scheduler(config.scheduler, optimizer, 100, config.imports)

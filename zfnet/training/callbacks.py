@@ -1,0 +1,344 @@
+"""Callbacks: what happens during training beside the step itself.
+
+The program uses them for the moving average of the weights, filter renormalisation, the progress bar, metrics, checkpoints,
+snapshots, pruning and stops; `callbacks:` in a config adds early stopping and your own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from zfnet.config.errors import UserError
+from zfnet.model.layers import renormalize_filters
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.signals import Pruned, Stopped, StopRequest
+from zfnet.runs.weights import ModelMetadata, save_model
+from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, step_name
+from zfnet.training.loggers import Logger, epoch_line, log
+
+if TYPE_CHECKING:
+    from zfnet.training.state import TrainingState
+
+
+class Callback:
+    """Hooks of a training; each is given the `TrainingState`. Derive from it, and override what you need.
+
+    name: the key under which a config names it; the state that `state_dict` returns is kept under this name
+
+    A callback must be a function of the config, the step and its own state: then a resumed run equals one that never
+    stopped. What it keeps from step to step (numbers, lists, tensors) belongs into `state_dict`.
+    """
+
+    name = ""
+
+    def on_fit_start(self, state: TrainingState) -> None:
+        """Called once before the first step of this process, before a checkpoint is loaded."""
+
+    def on_epoch_start(self, state: TrainingState) -> None:
+        """Called before the first step of an epoch, and again after a resume in its middle."""
+
+    def on_optimizer_step(self, state: TrainingState) -> None:
+        """Called in each step, after the optimizer has changed the weights: part of the step's arithmetic."""
+
+    def on_step_end(self, state: TrainingState) -> None:
+        """Called after each step; `state.step` counts it already. Raise Stopped or set `state.should_stop` to end."""
+
+    def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
+        """Called after each epoch with its row of history.csv; set `state.should_stop` to end the training."""
+
+    def on_fit_end(self, state: TrainingState) -> None:
+        """Called after the last epoch."""
+
+    def on_exception(self, state: TrainingState, error: BaseException) -> None:
+        """Called when the training ends by an error, a signal or pruning, before the error goes on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold: tensors, numbers, text, and lists, tuples and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+
+
+# -- part of the arithmetic
+
+
+class FilterRenormalization(Callback):
+    """Scales each convolution filter whose RMS exceeds `limit` back to it (paper, section 3)."""
+
+    name = "filter_renormalization"
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def on_optimizer_step(self, state: TrainingState) -> None:
+        renormalize_filters(state.model, self.limit)
+
+
+class EMA(Callback):
+    """Keeps an exponential moving average of the weights, and has it evaluated and saved instead of them."""
+
+    name = "ema"
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    def on_fit_start(self, state: TrainingState) -> None:
+        self.average = AveragedModel(
+            state.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True
+        )
+        state.eval_model = self.average.module
+
+    @torch.no_grad()
+    def on_optimizer_step(self, state: TrainingState) -> None:
+        # `update_parameters` makes the host wait for a GPU: it sends the count of steps to it each time
+        if self.average.n_averaged == 0:
+            self.average.update_parameters(state.model)  # copies
+            return
+        groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        averages, values = (
+            (t.detach() for t in (*m.parameters(), *m.buffers())) for m in (self.average.module, state.model)
+        )
+        for average, value in zip(averages, values, strict=True):
+            group = groups.setdefault(average.dtype, ([], []))
+            group[0].append(average)
+            group[1].append(value)
+        assert self.average.multi_avg_fn is not None
+        for group in groups.values():
+            self.average.multi_avg_fn(*group, self.average.n_averaged)
+        self.average.n_averaged += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": dict(self.average.module.state_dict()), "count": self.average.n_averaged}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average.module.load_state_dict(state["model"])
+        self.average.n_averaged.copy_(state["count"])
+
+
+# -- after steps
+
+
+class ProgressBar(Callback):
+    """A bar for each epoch, on a terminal only."""
+
+    def on_epoch_start(self, state: TrainingState) -> None:
+        self.bar = tqdm(
+            total=state.steps_per_epoch,
+            initial=state.step_in_epoch,
+            desc=f"epoch {state.epoch + 1}/{state.config.trainer.epochs}",
+            unit="step",
+            disable=None,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def on_step_end(self, state: TrainingState) -> None:
+        self.bar.update()
+        if state.last_reading is not None:
+            loss, accuracy = state.last_reading
+            speed = state.step_in_epoch * state.config.data.batch_size / state.epoch_seconds
+            self.bar.set_postfix_str(
+                f"loss {loss:.4f}, accuracy {accuracy:.4f}, {speed:.0f} images/s", refresh=False
+            )
+        if state.step_in_epoch == state.steps_per_epoch:
+            self.bar.close()
+
+    def on_exception(self, state: TrainingState, error: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+class Metrics(Callback):
+    """Reads the metrics every `trainer.log_every` steps, the loop's only synchronisation, and logs them."""
+
+    def __init__(self, run: RunDirectory | None, loggers: list[Logger]) -> None:
+        self.run, self.loggers = run, loggers
+
+    def on_step_end(self, state: TrainingState) -> None:
+        if state.step % state.config.trainer.log_every:
+            return
+        loss, accuracy = state.read_metrics()  # the one place where the host waits for the device
+        values = {
+            "step/train_loss": loss,
+            "step/train_accuracy": accuracy,
+            "step/lr": state.schedule.lr(state.step - 1),
+        }
+        for logger in self.loggers:
+            logger.log(state.step, values)
+
+    def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
+        if self.run is None:  # not the main process
+            return
+        self.run.write_history(state.history)
+        log.info(epoch_line(row, state.config.trainer.epochs))
+        values = {f"epoch/{k}": v for k, v in row.items() if k not in ("epoch", "step") and v is not None}
+        for logger in self.loggers:
+            logger.log(row["epoch"], values)
+
+
+class Profiler(Callback):
+    """Writes a trace of five steps of the first epoch, the sixth to the tenth, to profile/ in the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.profile: torch.profiler.profile | None = None
+
+    def on_epoch_start(self, state: TrainingState) -> None:
+        if state.epoch > 0:
+            return
+        self.folder.mkdir(exist_ok=True)
+        self.profile = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1),
+            on_trace_ready=lambda p: p.export_chrome_trace(
+                str(self.folder / f"step-{p.step_num:06d}.json.gz")
+            ),
+            record_shapes=True,
+        )
+        self.profile.start()
+
+    def on_step_end(self, state: TrainingState) -> None:
+        if self.profile is None:
+            return
+        if state.step_in_epoch == state.steps_per_epoch:
+            self.profile.stop()
+            self.profile = None
+        else:
+            self.profile.step()
+
+
+class Checkpoints(Callback):
+    """Saves the state every few minutes, at the end, and when the training is stopped; and the best weights so far."""
+
+    def __init__(self, writer: CheckpointWriter, minutes: float) -> None:
+        self.writer, self.minutes = writer, minutes
+        self.last = time.perf_counter()
+
+    def on_step_end(self, state: TrainingState) -> None:
+        now = time.perf_counter()
+        if now - self.last > 60 * self.minutes:
+            self.save(state)
+            self.last = now
+
+    def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
+        if state.best is not None and state.best["epoch"] == row["epoch"]:
+            best = Checkpoint(dict(state.eval_model.state_dict()), state.best)
+            self.writer.write(BEST, best, prune=False)
+
+    def on_fit_end(self, state: TrainingState) -> None:
+        self.save(state)
+        self.writer.wait()
+
+    def on_exception(self, state: TrainingState, error: BaseException) -> None:
+        # a RuntimeError is what a collective raises when another process is gone; the step in progress has changed
+        # nothing yet
+        if isinstance(error, (Stopped, Pruned)) or (isinstance(error, RuntimeError) and state.world.size > 1):
+            self.save(state)
+            self.writer.wait()
+
+    def save(self, state: TrainingState) -> None:
+        """Start writing a checkpoint, unless training has diverged: then the previous one is kept."""
+        state.read_metrics()
+        self.writer.write(step_name(state.step), state.checkpoint())
+
+
+class StopOnSignal(Callback):
+    """Ends the training after a step, if SIGINT or SIGTERM arrived."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+
+    def on_step_end(self, state: TrainingState) -> None:
+        # on GPUs the processes of a run agree to stop only where they synchronise anyway
+        on_cpu = state.runtime.device.type == "cpu"
+        if state.world.size == 1 or on_cpu or state.step % state.config.trainer.log_every == 0:
+            self.stop.check(state.world.any)
+
+
+# -- after epochs
+
+
+class Snapshots(Callback):
+    """Writes `epoch-0001.safetensors` and so on into `folder` after each of `epochs` (counted from 1; paper, Fig. 4).
+
+    They have model.safetensors' format. A resumed run keeps those it has and writes the rest; an epoch that is trained
+    again gives the same file again.
+    """
+
+    def __init__(self, folder: Path, epochs: list[int], metadata: ModelMetadata) -> None:
+        self.folder, self.epochs, self.metadata = folder, frozenset(epochs), metadata
+
+    def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
+        if row["epoch"] in self.epochs:
+            self.folder.mkdir(exist_ok=True)
+            save_model(self.folder / f"epoch-{row['epoch']:04d}.safetensors", state.eval_model, self.metadata)
+
+
+class Pruning(Callback):
+    """Reports each epoch to a trial of a search, and ends the run where the search's pruner says so.
+
+    report: is given (validation accuracy, epoch) and returns whether to prune
+    """
+
+    def __init__(self, report: Callable[[float, int], bool]) -> None:
+        self.report = report
+
+    def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
+        value, epoch = row.get("validation_accuracy"), row["epoch"]
+        if value is not None and epoch < state.config.trainer.epochs and self.report(value, epoch):
+            raise Pruned(f"validation accuracy {value:.2%} after epoch {epoch}, behind other trials")
+
+
+class EarlyStopping(Callback):
+    """Ends the training when a metric has not improved by more than `min_delta` for `patience` epochs.
+
+    monitor: a column of history.csv: one with loss in its name is to fall, any other to rise
+    """
+
+    def __init__(self, monitor: str = "validation_loss", patience: int = 5, min_delta: float = 0.0) -> None:
+        if patience < 1:
+            raise UserError(f"patience={patience}: must be at least 1")
+        self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
+        self.best: float | None = None
+        self.waited = 0
+
+    def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
+        value = row.get(self.monitor)
+        if value is None:
+            known = ", ".join(k for k, v in row.items() if v is not None)
+            raise UserError(f"callbacks.{self.name}.monitor={self.monitor}: is not measured; known: {known}")
+        sign = -1 if "loss" in self.monitor else 1
+        if self.best is None or sign * (value - self.best) > self.min_delta:
+            self.best, self.waited = value, 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            state.should_stop = True
+            log.info(
+                "early stopping after epoch %d: %s has not improved on %.4f for %d epochs",
+                row["epoch"],
+                self.monitor,
+                self.best,
+                self.waited,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.waited = state["best"], state["waited"]
+
+
+def list_snapshots(folder: Path) -> dict[int, Path]:
+    """Return the snapshots in a folder by epoch, in their order; empty where there is no such folder."""
+    names = {p: p.stem.removeprefix("epoch-") for p in folder.glob("epoch-*.safetensors")}
+    return dict(
+        sorted((int(number), p) for p, number in names.items() if number.isdigit() and len(number) >= 4)
+    )
