@@ -19,15 +19,15 @@ from tests.helpers import (
     used,
 )
 from tests.pretended import MixedDevices, OnGpu, pretended_gpu
+from zfnet.analyses.correspondence import compare, cut_to_boxes, mask, quarter_centres, sign_changes
+from zfnet.analyses.deconvnet import dead_window_sensitivity, project_controls
+from zfnet.analyses.evolution import project_strongest, view_epoch
+from zfnet.analyses.filters import measure_filters
+from zfnet.analyses.invariance import make_amounts, measure, typical_distance
+from zfnet.analyses.occlusion import occlude
 from zfnet.data import Batches, load_splits, preprocess
 from zfnet.data.images import image_set
-from zfnet.explain.controls import dead_window_sensitivity, project_controls
-from zfnet.explain.correspondence import compare, cut_to_boxes, mask, quarter_centres, sign_changes
 from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.evolution import look, project_strongest
-from zfnet.explain.filters import measure_filters
-from zfnet.explain.invariance import make_amounts, measure, typical_distance
-from zfnet.explain.occlusion import occlude
 from zfnet.explain.selection import choose_images
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.plots.pictures import on_grey, to_pixels
@@ -171,7 +171,7 @@ def test_searches_over_a_set(waits: list[str]) -> None:
     again = TopActivations.from_state(*found.state(), GPU)
     assert again.statistics("conv2").class_means.device.type == "cuda"
     probes = pictures(model, 2).float().to("cuda")
-    seen = look(model, images, batches, probes, ["conv2"], 2)
+    seen = view_epoch(model, images, batches, probes, ["conv2"], 2)
     maps = torch.tensor([0, 3])
 
     def inputs(index: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Image files of every kind, honest and hostile."""
+"""Image files of every format, intact and hostile."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
 COLOUR = np.stack([GRADIENT, GRADIENT[::-1], GRADIENT[:, ::-1]], axis=-1)
 
 
-def encode(image: Image.Image, kind: str, **options: object) -> io.BytesIO:
+def encode(image: Image.Image, file_format: str, **options: object) -> io.BytesIO:
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    image.save(file, file_format, **options)
     file.seek(0)
     return file
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "TGA", "GIF", "JPEG", "WEBP"])
-def test_formats(kind: str) -> None:
-    options = {"quality": 100} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "PPM", "TGA", "GIF", "JPEG", "WEBP"])
+def test_read_image_reads_every_format(file_format: str) -> None:
+    lossless = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}
     smooth = Image.fromarray(np.repeat(GRADIENT[..., None], 3, axis=2))
-    image = read_image(encode(smooth, kind, **options))
+    image = read_image(encode(smooth, file_format, **lossless.get(file_format, {})))
     assert (image.mode, image.size) == ("RGB", (16, 12))
-    tolerance = 3 if kind in ("JPEG", "GIF") else 0
+    tolerance = 3 if file_format in ("JPEG", "GIF") else 0
     assert np.abs(np.asarray(image).astype(int) - np.asarray(smooth)).max() <= tolerance
 
 
-def test_modes() -> None:
+def test_read_image_converts_every_mode() -> None:
     rgb = Image.fromarray(COLOUR)
     assert np.array_equal(read_image(encode(rgb, "PNG")), COLOUR)
     grey = Image.fromarray(GRADIENT)
@@ -48,7 +48,7 @@ def test_modes() -> None:
     assert np.abs(cmyk - COLOUR).max() <= 1
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_read_image_shows_transparency_as_white() -> None:
     alpha = np.array([[0, 255, 128]], dtype=np.uint8)
     black = np.zeros((1, 3, 3), dtype=np.uint8)
     expected = [255, 0, 127]
@@ -67,20 +67,21 @@ def test_transparency_is_laid_on_white() -> None:
     assert colour_key[0, 0].tolist() == [255, 255, 255]
 
 
-def test_sixteen_bits_and_floats_keep_their_range() -> None:
+def test_read_image_keeps_the_range_of_16_bits_and_floats() -> None:
     wide = (GRADIENT.astype(np.uint16) * 257).astype(np.uint16)
-    for kind in ("PNG", "TIFF"):
-        assert np.array_equal(np.asarray(read_image(encode(Image.fromarray(wide), kind)))[..., 0], GRADIENT)
+    for file_format in ("PNG", "TIFF"):
+        image = read_image(encode(Image.fromarray(wide), file_format))
+        assert np.array_equal(np.asarray(image)[..., 0], GRADIENT)
     for scale in (1 / 255, 1.0, 257.0):
         image = Image.fromarray((GRADIENT * scale).astype(np.float32))
-        found = np.asarray(read_image(encode(image, "TIFF")))[..., 0].astype(int)
-        assert np.abs(found - GRADIENT).max() <= 1
+        pixels = np.asarray(read_image(encode(image, "TIFF")))[..., 0].astype(int)
+        assert np.abs(pixels - GRADIENT).max() <= 1
     broken = Image.fromarray(np.array([[np.nan, np.inf, -np.inf, 0.5]], dtype=np.float32))
     assert read_image(encode(broken, "TIFF")).size == (4, 1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied(orientation: int) -> None:
+def test_read_image_applies_exif_rotation(orientation: int) -> None:
     upright = COLOUR
     stored = {
         1: upright,
@@ -98,17 +99,17 @@ def test_exif_rotation_is_applied(orientation: int) -> None:
     assert np.array_equal(np.asarray(read_image(file)), upright)
 
 
-def test_of_an_animation_the_first_frame_is_taken() -> None:
+def test_read_image_takes_the_first_frame() -> None:
     frames = [Image.new("RGB", (5, 5), c) for c in ("red", "blue")]
-    for kind in ("GIF", "WEBP", "PNG"):
-        options = {"lossless": True} if kind == "WEBP" else {}
-        file = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    for file_format in ("GIF", "WEBP", "PNG"):
+        options = {"lossless": True} if file_format == "WEBP" else {}
+        file = encode(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
         assert np.asarray(read_image(file))[2, 2].tolist() == [255, 0, 0]
 
 
 def _png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(tag: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
@@ -136,7 +137,7 @@ def hostile_files() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", hostile_files())
-def test_hostile_files_are_unreadable(name: str, tmp_path: Path, monkeypatch) -> None:
+def test_read_image_refuses_hostile_files(name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "image.png"
     path.write_bytes(hostile_files()[name])
@@ -146,7 +147,7 @@ def test_hostile_files_are_unreadable(name: str, tmp_path: Path, monkeypatch) ->
     assert [p.name for p in tmp_path.iterdir()] == ["image.png"]
 
 
-def test_unreadable_files_and_folders(tmp_path: Path) -> None:
+def test_folders_and_missing_files_are_unreadable(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.png"):
         with pytest.raises(UnreadableImage):
             read_image(path)
@@ -154,14 +155,14 @@ def test_unreadable_files_and_folders(tmp_path: Path) -> None:
             image_size(path)
 
 
-def test_nothing_that_starts_a_program_is_opened() -> None:
+def test_formats_exclude_those_that_start_a_program() -> None:
     assert {"PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"} <= set(FORMATS)
     assert not {"EPS", "WMF", "EMF"} & set(FORMATS)
     assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"} <= SUFFIXES
     assert not {".eps", ".ps", ".wmf", ".emf"} & SUFFIXES
 
 
-def test_size_is_read_without_decoding(tmp_path: Path) -> None:
+def test_image_size_reads_the_header_only(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(_png_header(300, 200))  # its pixels are missing
     assert image_size(path) == (300, 200)

@@ -1,7 +1,8 @@
-"""A network that has learned something, in a few seconds: what the tests of explanations ask their questions to."""
+"""A network trained for a few seconds, for the tests of explanations, and a reader of the tables that they write."""
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -25,18 +26,23 @@ class Trained:
     images: ImageSet
     inputs: Tensor
 
-    def rightly_named(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (inputs, labels, boxes) of the first `count` images that the network names rightly."""
+    def correctly_classified(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (inputs, labels, boxes) of the first `count` images that the network classifies correctly."""
         with torch.no_grad():
-            right = (self.model(self.inputs).argmax(1) == self.images.labels).nonzero().flatten()[:count]
-        assert len(right) == count
+            correct = (self.model(self.inputs).argmax(1) == self.images.labels).nonzero().flatten()[:count]
+        assert len(correct) == count
         assert self.images.boxes is not None
-        return self.inputs[right], self.images.labels[right], self.images.boxes[right]
+        return self.inputs[correct], self.images.labels[correct], self.images.boxes[correct]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def train_some(folder: Path) -> Trained:
-    """Train a narrow network with batch normalisation on 1,080 built-in images: a third right, in seconds."""
-    # figures are others' affair, and would take as long as the training
+    """Train a narrow network with batch normalisation on 1,080 built-in images: a third becomes correct, in seconds."""
+    # its figures are tested elsewhere, and would take as long as the training
     with patch("zfnet.jobs.train.draw_results"), patch("zfnet.jobs.train.save_figure"):
         run = train_tiny(
             folder,
@@ -54,9 +60,9 @@ def train_some(folder: Path) -> Trained:
             "model.conv4=null",
             "model.conv5.channels=48",
         )
-    used = load_run(run.folder)
-    images = load_splits(used.config.data).test
+    loaded = load_run(run.folder)
+    images = load_splits(loaded.config.data).test
     assert images is not None
     return Trained(
-        run, used.model, images, preprocess(images.pixels(torch.arange(len(images))), used.config.data)
+        run, loaded.model, images, preprocess(images.pixels(torch.arange(len(images))), loaded.config.data)
     )

@@ -1,21 +1,24 @@
-"""Evaluating: a run's own figures again, to the bit; other images by the names of their classes."""
+"""Evaluating: a run's own results again, to the bit; other images by class name; test-time augmentation."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import used
+from tests.helpers import TINY, compose, used
+from zfnet import ZFNet
 from zfnet.data.shapes import CLASSES, draw_shapes
+from zfnet.jobs.evaluate import MeanOfViews, data_for_tencrop
 from zfnet.plots.results import results_of
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.loop import evaluate
 
 
-def test_the_runs_own_splits_give_its_own_figures(run_py, tiny_run, monkeypatch) -> None:
+def test_evaluate_repeats_the_runs_own_results(run_py, tiny_run, monkeypatch) -> None:
     drawn = []
     monkeypatch.setattr("zfnet.jobs.evaluate.draw_results", lambda *given: drawn.append(given))
     recorded = tiny_run.read_json("results.json")
@@ -23,12 +26,12 @@ def test_the_runs_own_splits_give_its_own_figures(run_py, tiny_run, monkeypatch)
     assert answer.code == 0, answer.err
     assert RunDirectory("e").read_json("results.json")["test"] == recorded["test"]
     assert RunDirectory("e").state == "done"
-    ((_, shown, part),) = drawn
+    ((_, shown, images),) = drawn
     assert shown.accuracy == recorded["test"]["accuracy"]
-    assert len(part) == 50
+    assert len(images) == 50
     run = used(tiny_run)
-    found = evaluate(run.model, run.batches(run.split("validation")), run.runtime, "validation")
-    assert results_of(found, run.classes) == recorded["validation"]
+    evaluation = evaluate(run.model, run.batches(run.split("validation")), run.runtime, "validation")
+    assert results_of(evaluation, run.classes) == recorded["validation"]
 
 
 @pytest.fixture
@@ -42,30 +45,30 @@ def gallery(tmp_path: Path) -> Path:
     return tmp_path / "gallery"
 
 
-def test_classes_of_a_folder_are_matched_by_name(tiny_run, gallery: Path) -> None:
+def test_evaluate_matches_a_folders_classes_by_name(tiny_run, gallery: Path) -> None:
     folder = used(tiny_run, "data=folder", f"data.root={gallery}")
     assert folder.data.image_size == 64  # the run's, though conf/data/folder.yaml says 224
-    part = folder.split("all")
-    assert len(part) == 40
+    images = folder.split("all")
+    assert len(images) == 40
     own = used(tiny_run)
     same = own.split("test").take(torch.arange(40))
-    by_folder = evaluate(folder.model, folder.batches(part), folder.runtime, "folder")
+    by_folder = evaluate(folder.model, folder.batches(images), folder.runtime, "folder")
     by_run = evaluate(own.model, own.batches(same), own.runtime, "run")
     assert by_folder.confusion().tolist() == by_run.confusion().tolist()
     assert by_folder.loss == pytest.approx(by_run.loss, rel=1e-5)
 
 
-def test_all_is_every_image_once(tiny_run) -> None:
+def test_split_all_is_every_image_once(tiny_run) -> None:
     run = used(tiny_run)
     splits = run.splits()
-    part = run.split("all", splits)
+    images = run.split("all", splits)
     assert splits.validation is not None
     assert splits.test is not None
-    assert len(part) == 250
-    pixels = part.pixels(range(250))
+    assert len(images) == 250
+    pixels = images.pixels(range(250))
     assert len(pixels.flatten(1).unique(dim=0)) == 250
     assert torch.equal(pixels[-50:], splits.test.pixels(range(50)))
-    assert torch.equal(part.labels[-50:], splits.test.labels)
+    assert torch.equal(images.labels[-50:], splits.test.labels)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +82,13 @@ def test_all_is_every_image_once(tiny_run) -> None:
         (["data=folder", "data.root=strange"], "its class 'cat' is not one of run="),
     ],
 )
-def test_one_line_and_nothing_written(run_py, tiny_run, tmp_path: Path, words, expected) -> None:
-    for kind in ("cat", "dog"):
-        (tmp_path / "strange" / kind).mkdir(parents=True)
+def test_evaluate_refuses_in_one_line_and_writes_nothing(
+    run_py, tiny_run, tmp_path: Path, words, expected
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "strange" / name).mkdir(parents=True)
         for n in range(5):
-            Image.new("RGB", (64, 64)).save(tmp_path / "strange" / kind / f"{n}.png")
+            Image.new("RGB", (64, 64)).save(tmp_path / "strange" / name / f"{n}.png")
     answer = run_py("job=evaluate", f"run={tiny_run.folder}", *words)
     assert answer.code == 1
     assert expected in answer.err
@@ -91,10 +96,43 @@ def test_one_line_and_nothing_written(run_py, tiny_run, tmp_path: Path, words, e
     assert not list(tmp_path.glob("outputs/*/*"))
 
 
-def test_views_are_averaged_in_the_job(run_py, tiny_run, monkeypatch) -> None:
+def test_evaluate_averages_the_views_of_tta(run_py, tiny_run, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.evaluate.draw_results", lambda *_: None)
     answer = run_py("job=evaluate", f"run={tiny_run.folder}", "job.tta=tencrop", "hydra.run.dir=t")
     assert answer.code == 0, answer.err
-    found = RunDirectory("t").read_json("results.json")
-    assert found["tta"] == "tencrop"
-    assert found["test"]["loss"] != tiny_run.read_json("results.json")["test"]["loss"]
+    results = RunDirectory("t").read_json("results.json")
+    assert results["tta"] == "tencrop"
+    assert results["test"]["loss"] != tiny_run.read_json("results.json")["test"]["loss"]
+
+
+def network() -> ZFNet:
+    torch.manual_seed(0)
+    return ZFNet(10, 64, compose(*TINY).model).eval()
+
+
+def test_tencrop_averages_corners_centre_and_mirror_images() -> None:
+    model, images = network(), torch.randn(3, 3, 74, 74)
+    views = []
+    for top, left in ((0, 0), (0, 10), (10, 0), (10, 10), (5, 5)):
+        crop = images[:, :, top : top + 64, left : left + 64]
+        views += [crop, crop.flip(3)]
+    with torch.no_grad():
+        expected = torch.stack([model(v).softmax(1) for v in views]).mean(0).log()
+        torch.testing.assert_close(MeanOfViews(model, "tencrop", 64)(images), expected)
+
+
+def test_flip_gives_mirror_images_equal_outputs() -> None:
+    model, images = network(), torch.randn(2, 3, 64, 64)
+    flip = MeanOfViews(model, "flip", 64)
+    with torch.no_grad():
+        torch.testing.assert_close(flip(images), flip(images.flip(3)))
+        expected = (model(images).softmax(1) + model(images.flip(3)).softmax(1)) / 2
+        torch.testing.assert_close(flip(images), expected.log())
+        assert not torch.allclose(model(images), model(images.flip(3)))
+
+
+def test_data_for_tencrop_enlarges_images_by_the_crop() -> None:
+    data = compose(*TINY).data
+    assert data_for_tencrop(data, 64, 0.875).image_size == 73  # 64 / 0.875
+    larger = data_for_tencrop(dataclasses.replace(data, crop_size=32), 64, 0.875)
+    assert (larger.image_size, larger.crop_size) == (128, None)  # 32 of 64 pixels

@@ -1,4 +1,4 @@
-"""Exporting: the files answer like the network, alone and at any batch size."""
+"""Exporting: the files give the network's logits, at any batch size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zfnet.jobs import export
 from zfnet.runs.directory import RunDirectory
 
 
-def test_pt2_answers_like_the_network(run_py, tiny_run) -> None:
+def test_pt2_gives_the_networks_logits(run_py, tiny_run) -> None:
     answer = run_py(
         "job=export", f"run={tiny_run.folder}", "job.format=pt2", "trainer=exact", "hydra.run.dir=x"
     )
@@ -27,16 +27,18 @@ def test_pt2_answers_like_the_network(run_py, tiny_run) -> None:
     assert json.loads(extra["zfnet.json"])["classes"] == list(run.classes)
     metadata = RunDirectory("x").read_json("model.json")
     assert metadata["weights_sha256"] == tiny_run.read_json("results.json")["weights_sha256"]
-    part = run.split("test")
-    pixels = part.pixels(range(7)).numpy() / 255
-    how = metadata["preprocessing"]
-    images = torch.from_numpy(((pixels - how["mean"]) / how["std"]).astype(np.float32)).permute(0, 3, 1, 2)
+    test = run.split("test")
+    pixels = test.pixels(range(7)).numpy() / 255
+    preprocessing = metadata["preprocessing"]
+    images = torch.from_numpy(
+        ((pixels - preprocessing["mean"]) / preprocessing["std"]).astype(np.float32)
+    ).permute(0, 3, 1, 2)
     with torch.no_grad():
-        expected = run.model(next(iter(run.batches(part).in_order())).images[:7])
+        expected = run.model(next(iter(run.batches(test).in_order())).images[:7])
         torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_onnx_answers_like_the_network(run_py, tiny_run) -> None:
+def test_onnx_gives_the_networks_logits(run_py, tiny_run) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     answer = run_py("job=export", f"run={tiny_run.folder}", "job.format=onnx", "hydra.run.dir=x")
@@ -51,11 +53,11 @@ def test_onnx_answers_like_the_network(run_py, tiny_run) -> None:
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = run.model(images)
-    found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    logits = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_papers_normalisation_and_pooling_can_be_exported(tmp_path) -> None:
+def test_lrn_and_ceil_pooling_can_be_exported(tmp_path) -> None:
     model = ZFNet(10, 64, compose(*TINY, "model.norm=lrn", "model.pooling=ceil").model).eval()
     program = torch.export.export(
         model, (torch.zeros(2, 3, 64, 64),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
@@ -68,7 +70,7 @@ def test_the_papers_normalisation_and_pooling_can_be_exported(tmp_path) -> None:
         assert export.check(model, export._READ[name](path)) < 1e-4
 
 
-def test_a_file_that_answers_otherwise_is_refused() -> None:
+def test_check_refuses_other_logits() -> None:
     model = ZFNet(10, 64, compose(*TINY).model).eval()
     with torch.no_grad():
         assert export.check(model, model) == 0
@@ -77,7 +79,7 @@ def test_a_file_that_answers_otherwise_is_refused() -> None:
                 export.check(model, wrong)
 
 
-def test_without_the_extra_one_line_says_what_to_do(run_py, tiny_run, tmp_path, monkeypatch) -> None:
+def test_export_names_the_missing_extra(run_py, tiny_run, tmp_path, monkeypatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name)

@@ -1,4 +1,4 @@
-"""Predicting: the pixels of training, every kind of file, and what cannot be read is said."""
+"""Predicting: images are prepared as in training, every file format is read, unreadable files are reported."""
 
 from __future__ import annotations
 
@@ -12,33 +12,31 @@ from PIL import Image
 
 from tests.helpers import used
 from zfnet.data.decode import read_image
-from zfnet.data.named import NamedImage
+from zfnet.data.files import NamedImage
 from zfnet.data.shapes import draw_shapes
-from zfnet.jobs.predict import predict
-from zfnet.plots.predictions import Prediction, prediction_table
+from zfnet.jobs.predict import Prediction, predict, prediction_table
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.loop import evaluate
 
 
-def test_a_file_of_the_data_gets_evaluations_answer(tiny_run, tmp_path: Path) -> None:
+def test_predict_agrees_with_evaluate(tiny_run, tmp_path: Path) -> None:
     run = used(tiny_run)
-    part = run.split("test")
-    found = evaluate(run.model, run.batches(part), run.runtime, "test")
+    test = run.split("test")
+    evaluation = evaluate(run.model, run.batches(test), run.runtime, "test")
     images = []
-    for n, pixels in enumerate(part.pixels(range(len(part))).numpy()):
+    for n, pixels in enumerate(test.pixels(range(len(test))).numpy()):
         Image.fromarray(pixels).save(tmp_path / f"{n:02d}.png")
         images.append(NamedImage(str(tmp_path / f"{n:02d}.png")))
-    answers = list(predict(run, images, top=10, batch_size=20))
-    assert [problem for _, problem in answers] == [None] * len(part)
-    best = [run.classes.index(p.best[0][0]) for p, _ in answers]
-    assert best == found.predictions.tolist()
-    shares = torch.tensor([p.best[0][1] for p, _ in answers])
-    torch.testing.assert_close(shares, found.confidences)
-    for p, _ in answers:
-        assert sum(share for _, share in p.best) == pytest.approx(1, abs=1e-5)
+    predictions = list(predict(run, images, top=10, batch_size=20))
+    assert [p.error for p in predictions] == [None] * len(test)
+    assert [run.classes.index(p.best[0][0]) for p in predictions] == evaluation.predictions.tolist()
+    probabilities = torch.tensor([p.best[0][1] for p in predictions])
+    torch.testing.assert_close(probabilities, evaluation.confidences)
+    for p in predictions:
+        assert sum(value for _, value in p.best) == pytest.approx(1, abs=1e-5)
 
 
-def test_kinds_of_files_show_the_same_picture(tmp_path: Path) -> None:
+def test_file_formats_show_the_same_picture(tmp_path: Path) -> None:
     upright = Image.fromarray(draw_shapes(1, 64, part=1).images[0])
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by a quarter, clockwise
@@ -55,7 +53,7 @@ def test_kinds_of_files_show_the_same_picture(tmp_path: Path) -> None:
     assert np.abs(np.asarray(read_image(tmp_path / "deep.png"))[..., 0] - grey / 257).max() <= 1
 
 
-def test_the_rest_is_done_and_the_bad_ones_are_named(run_py, tiny_run, tmp_path: Path) -> None:
+def test_predict_job_reports_unreadable_images_and_does_the_rest(run_py, tiny_run, tmp_path: Path) -> None:
     Image.new("RGB", (30, 90), "red").save(tmp_path / "tall $x_{y.png")
     (tmp_path / "bad.jpg").write_text("not an image")
     (tmp_path / "cut.png").write_bytes((tmp_path / "tall $x_{y.png").read_bytes()[:60])
@@ -77,16 +75,16 @@ def test_the_rest_is_done_and_the_bad_ones_are_named(run_py, tiny_run, tmp_path:
     assert written["weights_sha256"] == tiny_run.read_json("results.json")["weights_sha256"]
 
 
-def test_pictures_come_with_the_first_readable_images(tiny_run, tmp_path: Path, monkeypatch) -> None:
+def test_predict_keeps_pictures_of_the_first_readable_images(tiny_run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.predict.SHOWN", 3)
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     images = [NamedImage("gone.png")] * 5 + [NamedImage(str(tmp_path / "good.png"))] * 5
-    answers = list(predict(used(tiny_run), images, top=1, batch_size=2))
-    assert [problem is None for _, problem in answers] == [False] * 5 + [True] * 5
-    assert [p.picture is not None for p, _ in answers[5:]] == [True, True, True, False, False]
+    predictions = list(predict(used(tiny_run), images, top=1, batch_size=2))
+    assert [p.error is None for p in predictions] == [False] * 5 + [True] * 5
+    assert [p.picture is not None for p in predictions[5:]] == [True, True, True, False, False]
 
 
-def test_none_readable_is_an_error(run_py, tiny_run, tmp_path: Path) -> None:
+def test_predict_job_fails_where_no_image_is_readable(run_py, tiny_run, tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_text("not an image")
     answer = run_py("job=predict", f"run={tiny_run.folder}", "images=bad.jpg", "hydra.run.dir=p")
     assert (answer.code, "none can be read: bad.jpg: not an image" in answer.err) == (1, True)
@@ -101,12 +99,14 @@ def test_none_readable_is_an_error(run_py, tiny_run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("data=cifar100", "data=cifar100: job=predict looks at images=[…] and at no data set; leave it out"),
-        ("data.subset=5", "data.subset=5: job=predict looks at images=[…] and at no data set"),
-        ("job.top=11", "job.top=11: the run knows 10 classes"),
+        ("data=cifar100", "data=cifar100: job=predict reads images=[…] and no data set; leave it out"),
+        ("data.subset=5", "data.subset=5: job=predict reads images=[…] and no data set"),
+        ("job.top=11", "job.top=11: the run has 10 classes"),
     ],
 )
-def test_what_says_nothing_is_refused(run_py, tiny_run, tmp_path: Path, word: str, expected: str) -> None:
+def test_predict_job_refuses_overrides_without_effect(
+    run_py, tiny_run, tmp_path: Path, word: str, expected: str
+) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     answer = run_py("job=predict", f"run={tiny_run.folder}", "images=good.png", word)
     assert answer.code == 1
@@ -115,7 +115,7 @@ def test_what_says_nothing_is_refused(run_py, tiny_run, tmp_path: Path, word: st
 
 
 @pytest.mark.parametrize("top", [1, 3, 5])
-def test_the_table_keeps_to_its_width(top: int) -> None:
+def test_prediction_table_keeps_to_its_width(top: int) -> None:
     classes = [
         ("a class with a rather long name of its own", 0.5),
         ("b", 0.25),

@@ -127,7 +127,7 @@ def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, judge,
     judge(0.9, 0.2, 0.3)
     die_at(tmp_path / "r", 2 * STEPS + 3, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
-    path = run.checkpoints / loop.BEST
+    path = run.checkpoints / checkpoint.BEST
     path.unlink()
     if harm == "damaged":
         path.write_bytes(b"\x00" * 99)
@@ -154,7 +154,7 @@ def test_a_later_epoch_that_is_better_makes_the_loss_good(
     expected = learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
     die_at(tmp_path / "r", STEPS + 3, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
-    (run.checkpoints / loop.BEST).unlink()
+    (run.checkpoints / checkpoint.BEST).unlink()
     assert learned(train_minute(run.folder, "trainer.epochs=3")) == expected
     assert run.read_json("results.json")["best_epoch"] == best
 

@@ -26,7 +26,7 @@ def test_the_terminal_fits_80_columns_and_shows_mean_std_and_n(tmp_path: Path) -
 
 def test_columns_and_rows_that_do_not_fit_are_counted(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.plots.sweep_tables.MOST_ROWS", 2)
-    keys = ("optimizer.lr", "model.dropout", "trainer.clip_norm", "trainer.label_smoothing", "optimizer.eps")
+    keys = ("optimizer.lr", "model.dropout", "trainer.clip_norm", "loss.label_smoothing", "optimizer.eps")
     for n in range(1, 6):
         write_job(tmp_path, *(f"{key}={n / 1000 + k / 100}" for k, key in enumerate(keys)), accuracy=n / 100)
     text = to_text(read_sweep(tmp_path), 60)

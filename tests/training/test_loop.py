@@ -80,7 +80,7 @@ def test_every_optimizer_lowers_the_loss(name: str) -> None:
     losses = []
     for _ in range(30):
         train_step(state, batch())
-        losses.append(loop.read_metrics(state)[0])
+        losses.append(loop.state.read_metrics()[0])
         state.metrics.reset()
     assert losses[-1] < losses[0] - 0.15
 
@@ -250,7 +250,7 @@ def test_validation_chooses_and_test_does_not() -> None:
         finish(state, accuracy, silent, silent, test)
     assert state.best is not None
     assert state.best["epoch"] == 2  # the first of equals, whatever the test set says
-    assert silent.written == [loop.BEST] * 2
+    assert silent.written == [checkpoint.BEST] * 2
     state = make_state()
     state.optimizer.step()
     finish(state, None, silent, silent, 0.9)

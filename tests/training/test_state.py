@@ -6,7 +6,7 @@ import torch
 
 from tests.helpers import MINUTE, compose
 from zfnet.training.device import resolve_runtime
-from zfnet.training.state import TrainingState, make_model
+from zfnet.training.state import TrainingState
 
 
 def state(*words: str) -> TrainingState:
@@ -18,11 +18,11 @@ def test_the_seed_gives_the_weights_and_leaves_the_global_generator_alone() -> N
     config = compose(*MINUTE)
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    a = make_model(config, 10).state_dict()
+    a = initial_model(config, 10)[0].state_dict()
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(2)
-    b = make_model(config, 10).state_dict()
-    c = make_model(compose(*MINUTE, "seed=1"), 10).state_dict()
+    b = initial_model(config, 10)[0].state_dict()
+    c = initial_model(compose(*MINUTE, "seed=1"), 10)[0].state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
 

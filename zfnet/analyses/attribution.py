@@ -1,36 +1,50 @@
-"""job=attribution: deconvnet, guided backpropagation and gradient beside integrated gradients and Grad-CAM."""
+"""job=attribution: which pixels of an image speak for its class, by five methods.
+
+All five explain one number, the class's output before the softmax. The deconvnet (Zeiler & Fergus 2013), guided
+backpropagation (Springenberg et al. 2014) and the gradient (Simonyan et al. 2013) are this project's own
+(`explain/deconvnet.py`); integrated gradients (Sundararajan et al. 2017) and Grad-CAM (Selvaraju et al. 2017) are
+captum's.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from zfnet.config.errors import UserError
 from zfnet.config.ranges import limits
 from zfnet.config.schema import Config
-from zfnet.explain.attribution import (
-    INTEGRATED,
-    Attributions,
-    attribute,
-    in_boxes,
-    load_captum,
-    share_in_boxes,
-)
-from zfnet.explain.selection import Chosen, Look, check_layer, choose_images
-from zfnet.plots.attribution import draw_attribution
-from zfnet.plots.figures import save_figure
-from zfnet.plots.pictures import to_pixels
+from zfnet.explain.deconvnet import RULES, Deconvnet
+from zfnet.explain.selection import Chosen, Look, check_layer, choose_images, in_boxes, output_layer
+from zfnet.model.zfnet import ZFNet
+from zfnet.plots.figures import SOFT, new_figure, plain, save_figure, styled
+from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.directory import write_tensors
 from zfnet.runs.session import own_directory
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
 
+INTEGRATED, GRAD_CAM = "integrated gradients", "Grad-CAM"
+METHODS = (*RULES, INTEGRATED, GRAD_CAM)
+_CLIP = 0.99  # quantile of the sizes of integrated gradients: larger ones are drawn as this value
+
 
 @dataclass(kw_only=True)
 class AttributionJob(Look):
-    """`layer` is Grad-CAM's; integrated gradients take `steps` points."""
+    """See conf/job/attribution.yaml."""
 
     reads_images: ClassVar[bool] = True
 
@@ -40,58 +54,187 @@ class AttributionJob(Look):
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/attribution.png, the maps themselves (maps.safetensors) and attribution.csv."""
-        load_captum()  # complains before anything is read
-        used, job = LoadedRun(config), config.job
-        check_layer(used.model, "job.layer", job.layer, only_conv=True)
-        chosen = choose_images(used, config, job.count)
+        load_captum()  # raises before anything is read
+        loaded = LoadedRun(config)
+        check_layer(loaded.model, "job.layer", self.layer, only_conv=True)
+        chosen = choose_images(loaded, config, self.count)
         with own_directory(config, output) as run:
-            found = attribute(
-                used.model, chosen.inputs, chosen.labels, job.layer, job.steps, used.data.batch_size
+            result = attribute(
+                loaded.model, chosen.inputs, chosen.labels, self.layer, self.steps, loaded.data.batch_size
             )
-            figure = draw_attribution(
-                found, to_pixels(chosen.inputs, used.data), chosen.names, job.layer, chosen.boxes
-            )
+            pixels = to_pixels(chosen.inputs, loaded.data)
+            figure = draw_attribution(result, pixels, chosen.names, self.layer, chosen.boxes)
             save_figure(figure, run.figures / "attribution.png")
-            tensors = {name.replace(" ", "_"): maps.contiguous() for name, maps in found.maps.items()}
+            tensors = {name.replace(" ", "_"): maps.contiguous() for name, maps in result.maps.items()}
             write_tensors(run.folder / "maps.safetensors", tensors, {})
-            rows = _rows(found, chosen)
-            run.write_csv("attribution.csv", rows)
-            _say(found, chosen)
+            run.write_csv("attribution.csv", _rows(result, chosen))
+            _log_summary(result, chosen)
             log.info("written to %s", run.folder)
 
 
-def _rows(found: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
+# ---- measurement
+
+
+@dataclass(frozen=True)
+class Attributions:
+    """Attributions of N images, on the CPU.
+
+    maps: method → [N, 3, S, S], or [N, 1, S, S] for Grad-CAM, which is never negative
+    output, baseline_output: [N], the class's output for the image and for an image of the mean colour; integrated
+    gradients add up to their difference, the more exactly the more steps they take
+    """
+
+    maps: dict[str, Tensor]
+    output: Tensor
+    baseline_output: Tensor
+
+
+def load_captum() -> ModuleType:
+    """Return captum.attr; raise UserError where captum is not installed."""
+    try:
+        import captum.attr
+    except ImportError as error:
+        raise UserError("job=attribution needs captum: pip install -e '.[explain]'") from error
+    module: ModuleType = captum.attr
+    return module
+
+
+def attribute(
+    model: ZFNet, images: Tensor, labels: Tensor, layer: str, steps: int, batch_size: int
+) -> Attributions:
+    """Return the five attributions of images [N, 3, S, S] to their classes `labels` [N].
+
+    layer: the convolution layer whose output Grad-CAM weighs. Raises UserError without captum.
+    """
+    captum = load_captum()
+    units = torch.stack([torch.arange(len(labels)), labels.cpu()], 1)
+    ones = torch.ones(
+        len(labels)
+    )  # the class's own output may be negative, and would only scale the projection
+    logits = output_layer(model)
+    maps = {rule: Deconvnet(model, rule).project(images, logits, units, seeds=ones).cpu() for rule in RULES}
+    integrated = captum.IntegratedGradients(model).attribute(
+        images,
+        torch.zeros_like(images),
+        labels,
+        n_steps=steps,
+        internal_batch_size=max(batch_size, len(images)),
+    )
+    maps[INTEGRATED] = integrated.detach().float().cpu()
+    last = _last_module(model, layer)
+    cam = captum.LayerGradCam(model, last).attribute(images, labels, relu_attributions=True).detach()
+    maps[GRAD_CAM] = F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False).cpu()
+    rows = torch.arange(len(labels), device=labels.device)
+    with torch.no_grad():
+        output, baseline = (model(x)[rows, labels].cpu() for x in (images, torch.zeros_like(images)))
+    return Attributions(maps, output, baseline)
+
+
+def _last_module(model: ZFNet, layer: str) -> nn.Module:
+    """Return the module whose output is the layer's output."""
+    return model.get_submodule(next(name for name, of in model.output_of.items() if of == layer))
+
+
+def share_in_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
+    """Return the share of the attributions' sizes, |maps| [N, C, S, S], inside each box [N, 4]; NaN if all are 0.
+
+    boxes: (top, left, bottom, right) in pixels; a pixel counts if its centre is inside.
+    """
+    size = maps.abs().sum(1)
+    return (size * pixels_in_boxes(boxes, maps.shape[-1])).sum((1, 2)) / size.sum((1, 2))
+
+
+def pixels_in_boxes(boxes: Tensor, side: int) -> Tensor:
+    """Return which pixels have their centre in the box: bool [N, side, side]."""
+    return in_boxes(torch.arange(side) + 0.5, boxes)
+
+
+def _rows(result: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
     """One row for each image and method; the box's columns are empty where it is not known."""
     rows = []
-    for method, maps in found.maps.items():
-        shares = None if chosen.boxes is None else share_in_boxes(maps, chosen.boxes).tolist()
-        areas = (
-            None
-            if chosen.boxes is None
-            else in_boxes(chosen.boxes, maps.shape[-1]).float().mean((1, 2)).tolist()
-        )
-        for n, name in enumerate(chosen.names):
-            rows.append(
-                {
-                    "image": name,
-                    "method": method,
-                    "sum": float(maps[n].sum()),
-                    "largest": float(maps[n].abs().max()),
-                    "output": float(found.output[n]),
-                    "output_of_mean_colour": float(found.baseline_output[n]),
-                    "share_in_box": "" if shares is None else shares[n],
-                    "box_area": "" if areas is None else areas[n],
-                }
-            )
+    for method, maps in result.maps.items():
+        shares: Sequence[Any] = [""] * len(chosen)
+        areas = shares
+        if chosen.boxes is not None:
+            shares = share_in_boxes(maps, chosen.boxes).tolist()
+            areas = pixels_in_boxes(chosen.boxes, maps.shape[-1]).float().mean((1, 2)).tolist()
+        rows += [
+            {
+                "image": name,
+                "method": method,
+                "sum": float(maps[n].sum()),
+                "largest": float(maps[n].abs().max()),
+                "output": float(result.output[n]),
+                "output_of_mean_colour": float(result.baseline_output[n]),
+                "share_in_box": shares[n],
+                "box_area": areas[n],
+            }
+            for n, name in enumerate(chosen.names)
+        ]
     return rows
 
 
-def _say(found: Attributions, chosen: Chosen) -> None:
-    gap = found.maps[INTEGRATED].sum((1, 2, 3)) - (found.output - found.baseline_output)
-    log.info("integrated gradients miss the outputs' difference by up to %.2g", gap.abs().max())
+def _log_summary(result: Attributions, chosen: Chosen) -> None:
+    gap = result.maps[INTEGRATED].sum((1, 2, 3)) - (result.output - result.baseline_output)
+    log.info(
+        "integrated gradients differ from the change of the output by at most %.2g; more job.steps, less",
+        gap.abs().max(),
+    )
     if chosen.boxes is None:
         return
-    area = in_boxes(chosen.boxes, chosen.inputs.shape[-1]).float().mean()
-    log.info("share inside the objects' boxes, which are %.0f %% of the images:", 100 * area)
-    for method, maps in found.maps.items():
+    area = pixels_in_boxes(chosen.boxes, chosen.inputs.shape[-1]).float().mean()
+    log.info("share inside the objects' boxes, which cover %.0f %% of the images:", 100 * area)
+    for method, maps in result.maps.items():
         log.info("  %-20s %5.1f %%", method, 100 * share_in_boxes(maps, chosen.boxes).nanmean())
+
+
+# ---- figure
+
+
+@styled
+def draw_attribution(
+    result: Attributions, pictures: Tensor, names: Sequence[str], layer: str, boxes: Tensor | None
+) -> Figure:
+    """Draw a row for each image and a column for each method; each picture has its own scale.
+
+    Projections on grey, integrated gradients in red (for) and blue (against), Grad-CAM over the image.
+    pictures: uint8 [N, S, S, 3]; boxes: [N, 4] in input pixels, dashed.
+    """
+    methods = list(result.maps)
+    figure = new_figure(figsize=(2.1 * (1 + len(methods)), 1.2 + 2.1 * len(names)))
+    figure.suptitle("Pixels that speak for the class: five methods, each picture on its own scale")
+    axes = figure.subplots(len(names), 1 + len(methods), squeeze=False)
+    projections = {name: on_grey(maps) for name, maps in result.maps.items() if name in RULES}
+    for row, panels in enumerate(axes):
+        show(panels[0], pictures[row])
+        panels[0].set_ylabel(plain(names)[row])
+        for panel, method in zip(panels[1:], methods, strict=True):
+            maps = result.maps[method][row]
+            if method in RULES:
+                show(panel, projections[method][row])
+            elif method == INTEGRATED:
+                heat = maps.sum(0).numpy()
+                heat = heat / max(float(np.quantile(np.abs(heat), _CLIP)), 1e-12)
+                show(panel, heat, cmap="RdBu_r", vmin=-1, vmax=1)
+            else:
+                show(panel, pictures[row].float().mean(-1), cmap="gray", vmin=0, vmax=255)
+                show(panel, maps[0] / maps.max().clamp(min=1e-12), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+        for panel in panels if boxes is not None else ():
+            outline_box(panel, boxes[row], SOFT)  # type: ignore[index]
+    titles = {INTEGRATED: "red: for, blue: against", GRAD_CAM: f"of {layer}, over the image"}
+    axes[0, 0].set_title("image" if boxes is None else "image\ndashed: the object's box")
+    for panel, method in zip(axes[0, 1:], methods, strict=True):
+        panel.set_title(f"{method}\n{titles.get(method, 'grey: no signal')}")
+    scales = {"gray": (-1, RULES), "RdBu_r": (-1, (INTEGRATED,)), "inferno": (0, (GRAD_CAM,))}
+    for colours, (low, drawn) in scales.items():
+        columns = [1 + methods.index(method) for method in drawn]
+        figure.colorbar(
+            ScalarMappable(Normalize(low, 1), colours),
+            ax=axes[:, columns].ravel().tolist(),
+            location="bottom",
+            label="of the largest" if colours == "inferno" else "of the largest size",
+            aspect=16 * len(columns),
+            ticks=range(low, 2),
+            pad=0.02,
+        )
+    return figure

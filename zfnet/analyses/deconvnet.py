@@ -1,32 +1,45 @@
-"""job=deconvnet: what excites each feature map, by the deconvnet (paper, Fig. 2), with controls and an atlas."""
+"""job=deconvnet: what excites each feature map, by the deconvnet, with controls and an atlas of all maps.
+
+Source: Zeiler & Fergus 2013, section 2.1 and Fig. 2: the strongest activations of a map over a whole set, projected to
+the pixels. The projection itself is `explain/deconvnet.py`, the search `explain/top_activations.py`.
+
+Ours are the controls. A projection that hardly changes when the weights are shuffled, when the pooling switches are
+another image's, or when another unit is projected from the same place, is not evidence about that unit (Adebayo et al.
+2018; Nie et al. 2018; Mahendran & Vedaldi 2016).
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Any, Optional
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError, did_you_mean
-from zfnet.config.randomness import CONTROL, make_key, permutation
+from zfnet.config.randomness import CONTROL, make_key, permutation, randint
 from zfnet.config.ranges import limits, one_of
-from zfnet.config.schema import Config, DataConfig, Job
+from zfnet.config.schema import Config
 from zfnet.data import ImageSet, preprocess
-from zfnet.explain.controls import dead_window_sensitivity, project_controls
-from zfnet.explain.crops import look
+from zfnet.explain.crops import project_frames, view_units
 from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.receptive_field import receptive_boxes, window_steps
+from zfnet.explain.selection import Look, chosen_split, conv_layers
+from zfnet.explain.switches import DEAD_WINDOWS
 from zfnet.explain.top_activations import TopActivations, collect
-from zfnet.model.sizes import CONV_LAYERS
 from zfnet.model.zfnet import ZFNet
 from zfnet.plots.atlas import Atlas, write_atlas
-from zfnet.plots.figures import save_figure
-from zfnet.plots.pictures import GREY, on_grey, to_pixels
-from zfnet.plots.projections import draw_controls, draw_projections
-from zfnet.plots.top_activations import write_tables
+from zfnet.plots.figures import BLUE, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
+from zfnet.plots.pictures import GREY, mosaic, on_grey, show, to_pixels
 from zfnet.runs.directory import RunDirectory, write_tensors
 from zfnet.runs.hydra_record import write_hydra_record
 from zfnet.runs.session import hold, recorded_state
@@ -37,44 +50,23 @@ from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
 
+CONTROLS = {
+    "random_weights": "the same network with each layer's weights shuffled",
+    "other_switches": "pooling switches of another image",
+    "other_unit": "another unit of the layer, at the same place",
+}
 SEARCH = "search.safetensors"
 _SAVE_SECONDS = 30.0
 _CONTROL_UNITS = 16  # for each layer
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is looked at: the network, and the images of one split."""
-
-    used: LoadedRun
-    images: ImageSet
-    split: str
-    layers: list[str]
-    metadata: dict[str, Any]  # what a saved search belongs to
-
-    @property
-    def model(self) -> ZFNet:
-        return self.used.model
-
-    @property
-    def device(self) -> torch.device:
-        return self.used.runtime.device
-
-    @property
-    def data(self) -> DataConfig:
-        return self.used.data
-
-
 @dataclass(kw_only=True)
-class DeconvnetJob(Job):
+class DeconvnetJob(Look):
     """See conf/job/deconvnet.yaml."""
-
-    reads_run: ClassVar[str] = "needed"
 
     layers: Optional[list[str]]
     top: int = limits(low=1, high=100)
     maps: int = limits(low=1, high=100)
-    split: str = one_of("auto", "train", "validation", "test")
     max_images: Optional[int] = limits(low=1)
     rule: str = one_of("deconvnet", "guided", "gradient")
     dead_windows: str = one_of("first", "mask", "all")
@@ -83,17 +75,49 @@ class DeconvnetJob(Job):
     atlas: bool
 
     def main(self, config: Config, output: Path) -> None:
-        """Look into the network of `run=…`; all is written to `output`, where a stopped job goes on."""
+        """Look into the network of `run=…`; write all to `output`, where a stopped job continues."""
         run, subject = RunDirectory(output), _load(config)
         _claim(config, run)
-        again = f"stopped; to go on, give the command again with hydra.run.dir={run.folder}"
+        message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
         with hold(run, "deconvnet.log") as stop:
             if run.state == "done":
                 print(f"nothing to do: {run.folder} is finished")
                 return
-            with recorded_state(run, again):
+            with recorded_state(run, message):
                 _explain(config, subject, run, stop)
             log.info("written to %s", run.folder)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The network, and the images of one split that it is shown.
+
+    origin: fingerprints of the weights and the data, which a saved search must match
+    """
+
+    loaded: LoadedRun
+    images: ImageSet
+    split: str
+    layers: list[str]
+    origin: dict[str, Any]
+
+
+def _load(config: Config) -> Subject:
+    loaded, job = LoadedRun(config), config.job
+    known = conv_layers(loaded.model)
+    for layer in job.layers or ():
+        if layer not in known:
+            raise UserError(f"job.layers={layer}: no such convolution layer{did_you_mean(layer, known)}")
+    if job.layers == []:
+        raise UserError("job.layers=[]: names no layer; null is all of them")
+    splits = loaded.splits()
+    split = chosen_split(loaded, splits)
+    images = split.images
+    if job.max_images is not None and job.max_images < len(images):
+        images = images.take(torch.linspace(0, len(images) - 1, job.max_images).round().long())
+    origin = {"weights": weights_hash(loaded.model.state_dict()), "data": splits.fingerprint}
+    layers = [layer for layer in known if job.layers is None or layer in job.layers]
+    return Subject(loaded, images, split.name, layers, origin)
 
 
 def _claim(config: Config, run: RunDirectory) -> None:
@@ -101,31 +125,31 @@ def _claim(config: Config, run: RunDirectory) -> None:
     if not run.claim(config):
         write_hydra_record(run.folder, config)
         return
-    before, now = run.plain_config(), config.to_dict()
-    if (before["job"], before["run"]) != (now["job"], now["run"]):
+    recorded, now = run.plain_config(), config.to_dict()
+    if (recorded["job"], recorded["run"]) != (now["job"], now["run"]):
         raise UserError(
             f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)"
         )
 
 
 def _explain(config: Config, subject: Subject, run: RunDirectory, stop: StopRequest) -> None:
-    job = config.job
-    deconvnet = Deconvnet(subject.model, job.rule, job.dead_windows, job.lrn)
-    log.info("%s: %s", subject.used.source.folder, ", ".join(subject.layers))
+    job, loaded, images = config.job, subject.loaded, subject.images
+    deconvnet = Deconvnet(loaded.model, job.rule, job.dead_windows, job.lrn)
+    log.info("%s: %s", loaded.source.folder, ", ".join(subject.layers))
     log.info(
-        "%s %s images on %s, rule %s", f"{len(subject.images):,}", subject.split, subject.device, job.rule
+        "%s %s images on %s, rule %s", f"{len(images):,}", subject.split, loaded.runtime.device, job.rule
     )
-    found = _search(subject, job.top, run, stop)
-    write_tables(found, subject.model, subject.images, run.folder)
+    search = _search(subject, job.top, run, stop)
+    write_tables(run, search, loaded.model, images)
     for layer in subject.layers:
-        dead = found.statistics(layer).dead
+        dead = search.statistics(layer).dead
         if bool(dead.any()):
             log.info("%s: %d of %d maps are never active", layer, int(dead.sum()), len(dead))
     similarity, sensitivity = {}, {}
     for layer in tqdm(subject.layers, "figures", unit="layer", disable=None, leave=False):
-        units = _draw_layer(config, subject, deconvnet, found, layer, run)
+        units = _draw_layer(config, subject, deconvnet, search, layer, run)
         if job.controls and len(units) > 1:
-            inputs = preprocess(subject.images.pixels(units[:, 0]).to(subject.device), subject.data)
+            inputs = preprocess(images.pixels(units[:, 0]).to(loaded.runtime.device), loaded.data)
             units[:, 0] = torch.arange(len(units))
             similarity[layer] = project_controls(deconvnet, inputs, layer, units, config.seed).similarity()
             sensitivity[layer] = dead_window_sensitivity(deconvnet, inputs, layer, units)
@@ -134,98 +158,242 @@ def _explain(config: Config, subject: Subject, run: RunDirectory, stop: StopRequ
         run.write_json("controls.json", similarity)
         run.write_json("dead_windows.json", sensitivity)
         save_figure(draw_controls(similarity), run.figures / "controls.png")
-        _say(similarity)
+        _log_controls(similarity)
     if job.atlas:
         title = f"{config.model.name} on {config.data.name}"
-        atlas = Atlas(title, subject.split, deconvnet, subject.images, subject.data, found)
+        atlas = Atlas(title, subject.split, deconvnet, images, loaded.data, search)
         log.info("open %s in a browser", write_atlas(atlas, run.folder / "atlas", stop.check))
 
 
-def _load(config: Config) -> Subject:
-    used, job = LoadedRun(config), config.job
-    known = [layer for layer in used.model.layers if layer in CONV_LAYERS]
-    for layer in job.layers or ():
-        if layer not in known:
-            raise UserError(f"job.layers={layer}: no such convolution layer{did_you_mean(layer, known)}")
-    if job.layers == []:
-        raise UserError("job.layers=[]: names no layer; null is all of them")
-    splits = used.splits()
-    split = job.split
-    if split == "auto":
-        split = "validation" if splits.validation is not None else "test"
-    images = used.split(split, splits)
-    if job.max_images is not None and job.max_images < len(images):
-        images = images.take(torch.linspace(0, len(images) - 1, job.max_images).round().long())
-    metadata = {"weights": weights_hash(used.model.state_dict()), "data": splits.fingerprint}
-    layers = [layer for layer in known if job.layers is None or layer in job.layers]
-    return Subject(used, images, split, layers, metadata)
+# ---- search
 
 
 def _search(subject: Subject, top: int, run: RunDirectory, stop: StopRequest) -> TopActivations:
-    """Find the strongest activations; a search that was stopped here goes on."""
-    found, path = TopActivations(top, len(subject.images.classes)), run.folder / SEARCH
+    """Search for the strongest activations; a search that was stopped in this directory continues."""
+    search, path = TopActivations(top, len(subject.images.classes)), run.folder / SEARCH
+    loaded = subject.loaded
     if path.exists():
         saved = read_checkpoint(path)
-        if saved.metadata["of"] != subject.metadata:
+        if saved.metadata["of"] != subject.origin:
             raise UserError(
                 f"{path} belongs to other weights or images: choose another directory (hydra.run.dir=…)"
             )
-        found = TopActivations.from_state(saved.tensors, saved.metadata["search"], subject.device)
-        log.info("going on after %d images", found.images)
+        search = TopActivations.from_state(saved.tensors, saved.metadata["search"], loaded.runtime.device)
+        log.info("going on after %d images", search.images)
     writer = CheckpointWriter(run.folder)
 
-    def keep() -> None:
-        tensors, metadata = found.state()
-        writer.write(SEARCH, Checkpoint(tensors, {"search": metadata, "of": subject.metadata}), prune=False)
+    def save() -> None:
+        tensors, state = search.state()
+        writer.write(SEARCH, Checkpoint(tensors, {"search": state, "of": subject.origin}), prune=False)
 
     last = time.monotonic()
 
     def after_batch(_: TopActivations) -> None:
         nonlocal last
         if stop.number is not None or time.monotonic() - last > _SAVE_SECONDS:
-            keep()
+            save()
             last = time.monotonic()
         stop.check()
 
     try:
         with stop.deferred():
-            collect(subject.model, subject.images, subject.used.batches, subject.layers, found, after_batch)
-        keep()
+            collect(loaded.model, subject.images, loaded.batches, subject.layers, search, after_batch)
+        save()
     finally:
         writer.close()
-    return found
+    return search
+
+
+def write_tables(run: RunDirectory, search: TopActivations, model: ZFNet, images: ImageSet) -> None:
+    """Write top_activations.csv, one row for each activation, and maps.csv, one for each map."""
+    tops: list[dict[str, Any]] = []
+    maps: list[dict[str, Any]] = []
+    for layer, record in search.layers.items():
+        channel, rank = record.filled.nonzero().cpu().unbind(1)
+        places = record.places().cpu()[channel, rank]
+        columns = {
+            "map": channel.tolist(),
+            "rank": (rank + 1).tolist(),
+            "activation": [f"{v:.6g}" for v in record.values.cpu()[channel, rank].tolist()],
+            "image": places[:, 0].tolist(),
+            "class": [images.classes[c] for c in images.labels[places[:, 0]].tolist()],
+            **dict(zip("yx", places[:, 1:].T.tolist(), strict=True)),
+        }
+        boxes = receptive_boxes(model, layer, places[:, 1:])
+        columns |= dict(zip(("top", "left", "bottom", "right"), boxes.T.tolist(), strict=True))
+        tops += [{"layer": layer, **{k: v[n] for k, v in columns.items()}} for n in range(len(places))]
+        stats = search.statistics(layer)
+        numbers = {
+            "mean_activation": stats.mean.tolist(),
+            "image_share": stats.image_share.tolist(),
+            "position_share": stats.position_share.tolist(),
+            "selectivity": stats.selectivity.tolist(),
+        }
+        for c, (best, dead) in enumerate(zip(stats.best_class.tolist(), stats.dead.tolist(), strict=True)):
+            row = {key: f"{values[c]:.6g}" for key, values in numbers.items()}
+            best_class = "" if dead else images.classes[best]
+            maps.append({"layer": layer, "map": c, **row, "class": best_class, "dead": int(dead)})
+    if tops:
+        run.write_csv("top_activations.csv", tops)
+    run.write_csv("maps.csv", maps)
+
+
+# ---- controls
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Projections of U units within their receptive fields, [U, 3, s, s] each: their own, and each control's."""
+
+    own: Tensor
+    others: dict[str, Tensor]
+
+    def similarity(self) -> dict[str, dict[str, float | int | None]]:
+        """Return for each control the mean and standard deviation of the rank correlation with the units' own.
+
+        `rank_correlation` is of the signed values, `rank_correlation_abs` of their sizes. Units of which either
+        projection is constant have none; `units` counts the others.
+        """
+        rows: dict[str, dict[str, float | int | None]] = {}
+        for name, other in self.others.items():
+            row: dict[str, float | int | None] = {}
+            for key, own, control in (
+                ("rank_correlation", self.own, other),
+                ("rank_correlation_abs", self.own.abs(), other.abs()),
+            ):
+                values = rank_correlation(own, control)
+                values = values[values.isfinite()]
+                row["units"] = len(values)
+                row[key] = float(values.mean()) if len(values) else None
+                row[f"{key}_std"] = float(values.std(correction=0)) if len(values) else None
+            rows[name] = row
+        return rows
+
+
+def project_controls(
+    deconvnet: Deconvnet, images: Tensor, layer: str, units: Tensor, seed: int = 0
+) -> Controls:
+    """Project units (image, channel, y, x) of [N ≥ 2, 3, H, W] images as they are and with each control that applies.
+
+    All are seeded with 1, since a control's own activation may be 0; the seed only scales a projection. With
+    `rule=guided` or `gradient` an inactive unit still projects to nothing.
+    """
+    model = deconvnet.model
+    ones = torch.ones(len(units), dtype=images.dtype)
+    channels = model.activations(images[:1], [layer])[layer].shape[1]
+    neighbours = units.clone()
+    step = 1 + randint(make_key(seed, CONTROL, 1), torch.arange(len(units)), max(1, channels - 1))
+    neighbours[:, 1] = (units[:, 1] + step) % channels
+    shuffled = Deconvnet(
+        shuffle_weights(model, layer, seed), deconvnet.rule, deconvnet.dead_windows, deconvnet.lrn
+    )
+    # cut to the receptive field: outside of it all of them are 0, which would only make them look alike
+    others = {
+        "random_weights": project_frames(shuffled, images, layer, units, seeds=ones),
+        "other_unit": project_frames(deconvnet, images, layer, neighbours, seeds=ones),
+    }
+    if any(step.name.startswith("pool") for step in window_steps(model, layer)):
+        others["other_switches"] = project_frames(
+            deconvnet, images, layer, units, seeds=ones, switches_from=images.roll(1, 0)
+        )
+    return Controls(project_frames(deconvnet, images, layer, units, seeds=ones), others)
+
+
+def dead_window_sensitivity(
+    deconvnet: Deconvnet, images: Tensor, layer: str, units: Tensor
+) -> dict[str, dict[str, float | None]]:
+    """Return how much projections change with each other treatment of pooling windows without activation.
+
+    For each other choice of `dead_windows`: the mean change relative to the projection's norm, and the mean
+    cosine; None where no unit projects to anything.
+    """
+    own = deconvnet.project(images, layer, units).flatten(1)
+    norm = own.norm(dim=1)
+    rows: dict[str, dict[str, float | None]] = {}
+    for choice in DEAD_WINDOWS:
+        if choice != deconvnet.dead_windows:
+            other = Deconvnet(deconvnet.model, deconvnet.rule, choice, deconvnet.lrn)
+            there = other.project(images, layer, units).flatten(1)[norm > 0]
+            here = own[norm > 0]
+            change = ((there - here).norm(dim=1) / here.norm(dim=1)).mean()
+            cosine = torch.cosine_similarity(there, here).mean()
+            rows[choice] = {
+                "relative_change": float(change) if len(here) else None,
+                "cosine": float(cosine) if len(here) else None,
+            }
+    return rows
+
+
+@torch.no_grad()
+def shuffle_weights(model: ZFNet, layer: str, seed: int = 0) -> ZFNet:
+    """Return a copy whose weights up to `layer` are shuffled, layer by layer: the same numbers in random order."""
+    twin = copy.deepcopy(model)
+    for number, name in enumerate(twin.layers[: twin.layers.index(layer) + 1]):
+        weight: Tensor = getattr(twin, name).weight
+        order = permutation(make_key(seed, CONTROL, 0, number), weight.numel()).to(weight.device)
+        weight.copy_(weight.flatten()[order].view_as(weight))
+    return twin
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Return Spearman's correlation of each row pair of a, b [U, …] (ties: mean rank); NaN where one is constant."""
+    ranks = [torch.stack([_ranks(row) for row in x.flatten(1).cpu()]) for x in (a, b)]
+    centred = [r - r.mean(1, keepdim=True) for r in ranks]
+    norm = centred[0].norm(dim=1) * centred[1].norm(dim=1)
+    return (centred[0] * centred[1]).sum(1) / torch.where(norm > 0, norm, torch.nan)
+
+
+def _ranks(row: Tensor) -> Tensor:
+    _, group, counts = row.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[group]
+
+
+def _log_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    log.info("rank correlation of projections with those of controls")
+    log.info("(near 1: the pictures do not depend on the unit):")
+    for layer, rows in similarity.items():
+        cells = [
+            f"{name} –" if row["rank_correlation"] is None else f"{name} {row['rank_correlation']:+.2f}"
+            for name, row in rows.items()
+        ]
+        log.info("  %s  %s", layer, "  ".join(cells))
+
+
+# ---- figures
 
 
 def _draw_layer(
     config: Config,
     subject: Subject,
     deconvnet: Deconvnet,
-    found: TopActivations,
+    search: TopActivations,
     layer: str,
     run: RunDirectory,
-) -> torch.Tensor:
+) -> Tensor:
     """Draw a layer's figure and write the values that it shows; return some of its units, for the controls."""
-    record = found.layers[layer]
+    record, data = search.layers[layer], subject.loaded.data
     alive = record.filled[:, 0].cpu().nonzero().flatten()
     if len(alive) == 0:
         log.info("%s: no map is ever active, so there is nothing to draw", layer)
         return torch.zeros(0, 4, dtype=torch.int64)
-    order = permutation(make_key(config.seed, CONTROL, 2, int(layer[-1])), len(alive))
+    place = conv_layers(deconvnet.model).index(layer)
+    order = permutation(make_key(config.seed, CONTROL, 2, 1 + place), len(alive))
     chosen = alive[order[: config.job.maps]].sort().values
     filled, places = record.filled.cpu()[chosen], record.places().cpu()[chosen]
     number, rank = filled.nonzero().unbind(1)
-    place = places[number, rank]
-    units = torch.stack((place[:, 0], chosen[number], place[:, 1], place[:, 2]), 1)
-    views = look(deconvnet, subject.images, subject.data, layer, units)
+    at = places[number, rank]
+    units = torch.stack((at[:, 0], chosen[number], at[:, 1], at[:, 2]), 1)
+    views = view_units(deconvnet, subject.images, data, layer, units)
     side = views.patches.shape[-1]
-    blank = torch.full((len(chosen), config.job.top, side, side, 3), GREY, dtype=torch.uint8)
-    projections, patches = blank.clone(), blank
+    projections = torch.full((len(chosen), config.job.top, side, side, 3), GREY, dtype=torch.uint8)
+    patches = projections.clone()
     projections[number, rank] = on_grey(views.projections)
-    pixels = torch.where(views.inside.permute(0, 2, 3, 1), to_pixels(views.patches, subject.data), GREY)
+    pixels = torch.where(views.inside.permute(0, 2, 3, 1), to_pixels(views.patches, data), GREY)
     patches[number, rank] = pixels
     title = (
         f"{layer}: the strongest activations of {len(chosen)} of {len(record.values)} maps "
-        f"over {found.images:,} {subject.split} images"
+        f"over {search.images:,} {subject.split} images"
     )
     figure = draw_projections(title, chosen.tolist(), list(projections), list(patches))
     save_figure(figure, run.figures / f"deconvnet_{layer}.png")
@@ -233,16 +401,66 @@ def _draw_layer(
     folder.mkdir(exist_ok=True)
     shown = {"units": units, "projections": views.projections, "patches": pixels}
     write_tensors(folder / f"{layer}.safetensors", shown, {})
-    first = units[rank == 0]
-    return first[:_CONTROL_UNITS]
+    return units[rank == 0][:_CONTROL_UNITS]
 
 
-def _say(similarity: dict[str, dict[str, dict[str, Any]]]) -> None:
-    log.info("rank correlation of projections with those of controls")
-    log.info("(near 1: the pictures do not tell the unit):")
-    for layer, rows in similarity.items():
-        words = [
-            f"{name} {row['rank_correlation']:+.2f}" if row["rank_correlation"] is not None else f"{name} –"
-            for name, row in rows.items()
-        ]
-        log.info("  %s  %s", layer, "  ".join(words))
+@styled
+def draw_projections(
+    title: str, maps: Sequence[int], projections: Sequence[Tensor], patches: Sequence[Tensor]
+) -> Figure:
+    """Draw the paper's Fig. 2 for one layer: left the maps' projections, right the patches that they come from.
+
+    maps: numbers of the feature maps; projections, patches: of each map uint8 [top, h, w, 3], in one order
+    """
+    columns = math.ceil(math.sqrt(len(maps)))
+    rows = -(-len(maps) // columns)
+    figure = new_figure(figsize=(4.0 * columns + 0.4, 2.2 * rows + 0.55))
+    figure.suptitle(title)
+    axes = figure.subplots(1, 2)
+    sides = {"projections (grey: no signal)": projections, "image patches (grey: outside the image)": patches}
+    for axis, (name, tiles) in zip(axes, sides.items(), strict=True):
+        blocks = [mosaic(block, math.ceil(math.sqrt(len(block))), gap=3, side=96) for block in tiles]
+        height, width = (side + side // 9 for side in blocks[0].shape[:2])  # with room for its number
+        sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+        for place, (number, block) in enumerate(zip(maps, blocks, strict=True)):
+            top, left = height * (place // columns) + height - block.shape[0], width * (place % columns)
+            sheet[top : top + block.shape[0], left : left + block.shape[1]] = block
+            middle = left + block.shape[1] / 2
+            axis.text(middle, top - height / 75, f"map {number}", ha="center", va="bottom", fontsize=8)
+        show(axis, sheet, interpolation="antialiased")
+        axis.set_title(name)
+    return figure
+
+
+@styled
+def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
+    """Draw the rank correlation of projections with those of each control, by layer: mean and standard deviation."""
+    layers = list(similarity)
+    figure = new_figure(figsize=(max(7.5, 1.7 * len(layers) + 1.5), 4.2))
+    axis = figure.subplots()
+    width = 0.8 / len(CONTROLS)
+    for place, ((name, meaning), colour) in enumerate(
+        zip(CONTROLS.items(), (BLUE, ORANGE, PURPLE), strict=True)
+    ):
+        rows = [similarity[layer].get(name, {}) for layer in layers]
+        drawn = [k for k, row in enumerate(rows) if row.get("rank_correlation") is not None]
+        axis.bar(
+            [k + (place - (len(CONTROLS) - 1) / 2) * width for k in drawn],
+            [rows[k]["rank_correlation"] for k in drawn],
+            width * 0.92,
+            yerr=[rows[k]["rank_correlation_std"] for k in drawn],
+            color=colour,
+            ecolor=SOFT,
+            label=meaning,
+        )
+    axis.axhline(0, color=SOFT, linewidth=0.8)
+    axis.axhline(1, color=SOFT, linewidth=0.8, linestyle=":")
+    axis.set_xticks(range(len(layers)), layers)
+    axis.grid(axis="x", visible=False)
+    axis.set(
+        title="Similarity of projections to those of controls\n(1: equal; the picture shows the image, not the unit)",
+        ylabel="rank correlation ± standard deviation over units",
+        ylim=(min(-0.3, axis.get_ylim()[0]), 1.15),
+    )
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure

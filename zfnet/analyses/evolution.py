@@ -1,24 +1,34 @@
-"""job=evolution: feature maps at the epochs whose weights a run kept (paper, Fig. 4)."""
+"""job=evolution: how feature maps develop during training, at the epochs whose weights a run kept.
+
+Source: Zeiler & Fergus 2013, section 4 and Fig. 4: for a random subset of maps, the projection of the strongest
+activation over all training images at each epoch, contrast enhanced. Ours are the curves of stability: how similar a
+map's responses to a fixed set of images are from snapshot to snapshot, and how many maps change their strongest image.
+"""
 
 from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from zfnet.config.errors import UserError
 from zfnet.config.ranges import limits
 from zfnet.config.schema import Config
-from zfnet.explain.evolution import EpochView, correlation, draw_lots, look, project_strongest
-from zfnet.explain.selection import Look, check_layer, part_to_show, sample, to_inputs
-from zfnet.model.sizes import CONV_LAYERS
-from zfnet.plots.evolution import draw_evolution, draw_steadiness
-from zfnet.plots.figures import save_figure
+from zfnet.data import Batches, ImageSet
+from zfnet.explain.crops import project_frames
+from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.selection import Look, check_layer, chosen_split, conv_layers, sample, to_inputs
+from zfnet.explain.top_activations import LayerRecord, TopActivations, collect
+from zfnet.model.zfnet import ZFNet
+from zfnet.plots.figures import PALETTE, new_figure, save_figure, styled
+from zfnet.plots.pictures import on_grey, show_mosaic
 from zfnet.runs.session import own_directory
 from zfnet.runs.weights import load_model
 from zfnet.training.callbacks import list_snapshots
@@ -26,10 +36,12 @@ from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
 
+_CONTRAST = 0.6  # exponent of the values drawn: the paper enhances the contrast, too
+
 
 @dataclass(kw_only=True)
 class EvolutionJob(Look):
-    """`maps` of each layer are drawn; on `probe_images` maps are compared across epochs."""
+    """See conf/job/evolution.yaml."""
 
     max_images: Optional[int] = limits(low=1)
     layers: Optional[list[str]]
@@ -37,118 +49,225 @@ class EvolutionJob(Look):
     probe_images: int = limits(low=3)
 
     def main(self, config: Config, output: Path) -> None:
-        """Write figures/evolution.png and steadiness.png, strongest.csv (every map, every epoch) and steadiness.csv."""
-        used, job = LoadedRun(config), config.job
-        layers = job.layers or [name for name in used.model.layers if name in CONV_LAYERS]
+        """Write figures/evolution.png and stability.png, strongest.csv (every map, every epoch) and stability.csv."""
+        loaded = LoadedRun(config)
+        layers = self.layers or conv_layers(loaded.model)
         for layer in layers:
-            check_layer(used.model, "job.layers", layer, only_conv=True)
-        snapshots = list_snapshots(used.source.snapshots)
+            check_layer(loaded.model, "job.layers", layer, only_conv=True)
+        snapshots = list_snapshots(loaded.source.snapshots)
         if len(snapshots) < 2:
             raise UserError(
-                f"run={used.source.folder}: kept the weights of {len(snapshots)} epochs, and it takes two to see "
-                "something grow: train with 'trainer.snapshots=[1,2,5,10]'"
+                f"run={loaded.source.folder}: kept the weights of {len(snapshots)} epochs, and a comparison needs two: "
+                "train with 'trainer.snapshots=[1,2,5,10]'"
             )
-        part = part_to_show(used).images
-        if job.max_images:
-            part = part.take(sample(used, part, job.max_images))
-        probes = to_inputs(used, part.pixels(sample(used, part, job.probe_images)))
+        images = chosen_split(loaded).images
+        if self.max_images:
+            images = images.take(sample(loaded, images, self.max_images))
+        probes = to_inputs(loaded, images.pixels(sample(loaded, images, self.probe_images)))
         with own_directory(config, output) as run:
-            looks: dict[int, EpochView] = {}
-            pictures: dict[int, dict[str, Tensor]] = {}
-            chosen: dict[str, Tensor] = {}
-            for epoch in reversed(snapshots):  # the last one first: it says which maps are alive
+            views: dict[int, EpochView] = {}
+            projections: dict[int, dict[str, Tensor]] = {}
+            maps: dict[str, Tensor] = {}
+            for epoch in reversed(snapshots):  # the last one first: its active maps are sampled
                 log.info("epoch %d of %s", epoch, ", ".join(map(str, snapshots)))
                 model, _ = load_model(snapshots[epoch])
-                model = model.to(used.runtime.device).to(memory_format=used.runtime.memory_format)
-                looks[epoch] = look(model, part, used.batches, probes, layers, used.data.batch_size)
-                strongest = looks[epoch].strongest
-                if not chosen:
-                    chosen = {
-                        layer: draw_lots(record.filled[:, 0].cpu(), job.maps, config.seed)
+                model = model.to(loaded.runtime.device).to(memory_format=loaded.runtime.memory_format)
+                views[epoch] = view_epoch(
+                    model, images, loaded.batches, probes, layers, loaded.data.batch_size
+                )
+                strongest = views[epoch].strongest
+                if not maps:
+                    maps = {
+                        layer: sample_maps(record.filled[:, 0].cpu(), self.maps, config.seed)
                         for layer, record in strongest.items()
                     }
-                pictures[epoch] = {
+                projections[epoch] = {
                     layer: project_strongest(
                         model,
                         layer,
                         strongest[layer],
-                        maps,
-                        lambda index: to_inputs(used, part.pixels(index)),
+                        maps[layer],
+                        lambda i: to_inputs(loaded, images.pixels(i)),
                     )
-                    for layer, maps in chosen.items()
+                    for layer in layers
                 }
-            epochs = list(snapshots)
-            steadiness = _steadiness(looks, epochs, layers)
-            save_figure(draw_evolution(pictures, chosen, epochs), run.figures / "evolution.png")
-            save_figure(draw_steadiness(steadiness, layers), run.figures / "steadiness.png")
-            run.write_csv("strongest.csv", _strongest(looks, epochs, layers, used.classes, part.labels))
-            run.write_csv("steadiness.csv", steadiness)
-            for row in steadiness:
-                if row["epoch"] == epochs[-1]:
-                    log.info(
-                        "%s: correlation with epoch %d: %.2f; strongest image new in %.0f %% of maps",
-                        row["layer"],
-                        row["previous"],
-                        row["correlation_with_previous"],
-                        100 * row["strongest_image_changed"],
-                    )
+            views = {epoch: views[epoch] for epoch in snapshots}
+            stability = _stability(views, layers)
+            save_figure(draw_evolution(projections, maps, list(snapshots)), run.figures / "evolution.png")
+            save_figure(draw_stability(stability, layers), run.figures / "stability.png")
+            run.write_csv("strongest.csv", _strongest(views, loaded.classes, images.labels))
+            run.write_csv("stability.csv", stability)
+            for row in stability[-len(layers) :]:
+                log.info(
+                    "%s: correlation with epoch %d: %.2f; strongest image changed in %.0f %% of maps",
+                    row["layer"],
+                    row["previous"],
+                    row["correlation_with_previous"],
+                    100 * row["strongest_image_changed"],
+                )
             log.info("written to %s", run.folder)
 
 
+# ---- measurement
+
+
+@dataclass(frozen=True)
+class EpochView:
+    """The network at one epoch.
+
+    strongest: layer → its record with the strongest activation of each of the C maps
+    responses: layer → float [P, C] on the CPU, each map's largest activation on each probe image
+    """
+
+    strongest: dict[str, LayerRecord]
+    responses: dict[str, Tensor]
+
+
+@torch.no_grad()
+def view_epoch(
+    model: ZFNet,
+    images: ImageSet,
+    batches_of: Callable[[ImageSet], Batches],
+    probes: Tensor,
+    layers: Sequence[str],
+    batch_size: int,
+) -> EpochView:
+    """Search all `images` for the strongest activations, and record the maps' responses to probes [P, 3, S, S]."""
+    search = collect(model, images, batches_of, layers, TopActivations(1, len(images.classes)))
+    responses: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for chunk in probes.split(batch_size):
+        for layer, maps in model.activations(chunk, layers).items():
+            responses[layer].append(maps.amax((2, 3)).cpu())
+    return EpochView(search.layers, {layer: torch.cat(chunks) for layer, chunks in responses.items()})
+
+
+def project_strongest(
+    model: ZFNet, layer: str, strongest: LayerRecord, maps: Tensor, inputs_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the projections of these maps' strongest activations, [M, 3, h, w], cut to their receptive fields.
+
+    inputs_of: image numbers → network inputs. A map that was active on no image projects to nothing.
+    """
+    places = strongest.places().cpu()[maps, 0]
+    images, item = places[:, 0].unique(return_inverse=True)
+    units = torch.stack([item, maps, places[:, 1], places[:, 2]], 1)
+    return project_frames(Deconvnet(model), inputs_of(images), layer, units)
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Return the correlation of each column of a with that of b, [P, C] each; NaN where one does not vary."""
+    a, b = a.double() - a.double().mean(0), b.double() - b.double().mean(0)
+    norm = a.norm(dim=0) * b.norm(dim=0)
+    return torch.where(norm > 0, (a * b).sum(0) / norm, torch.nan)
+
+
+def sample_maps(alive: Tensor, count: int, seed: int) -> Tensor:
+    """Return up to `count` of the maps that are alive (bool [C]), sampled with the seed, in ascending order."""
+    maps = alive.nonzero().flatten()
+    order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))
+    return maps[order[:count]].sort().values
+
+
 def _strongest(
-    looks: dict[int, EpochView],
-    epochs: list[int],
-    layers: list[str],
-    classes: tuple[str, ...],
-    labels: Tensor,
+    views: Mapping[int, EpochView], classes: Sequence[str], labels: Tensor
 ) -> list[dict[str, Any]]:
-    """One row for each epoch, layer and map: its strongest activation and where that is."""
-    rows = []
-    for epoch in epochs:
-        for layer in layers:
-            record = looks[epoch].strongest[layer]
-            for number, (value, (image, y, x)) in enumerate(
-                zip(record.values[:, 0].tolist(), record.places()[:, 0].tolist(), strict=True)
-            ):
-                rows.append(
-                    {
-                        "epoch": epoch,
-                        "layer": layer,
-                        "map": number,
-                        "activation": value,
-                        "image": image,
-                        "class": classes[int(labels[image])],
-                        "y": y,
-                        "x": x,
-                    }
-                )
-    return rows
+    """One row for each epoch, layer and map: its strongest activation, and where that is."""
+    return [
+        {
+            "epoch": epoch,
+            "layer": layer,
+            "map": number,
+            "activation": value,
+            "image": image,
+            "class": classes[int(labels[image])],
+            "y": y,
+            "x": x,
+        }
+        for epoch, view in views.items()
+        for layer, record in view.strongest.items()
+        for number, (value, (image, y, x)) in enumerate(
+            zip(record.values[:, 0].tolist(), record.places()[:, 0].tolist(), strict=True)
+        )
+    ]
 
 
-def _steadiness(looks: dict[int, EpochView], epochs: list[int], layers: list[str]) -> list[dict[str, Any]]:
+def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each epoch but the first, and layer: means over the maps that vary at both epochs."""
-    rows = []
-    for previous, epoch in itertools.pairwise(epochs):
+    rows, last = [], list(views.values())[-1]
+    for (previous, before), (epoch, now) in itertools.pairwise(views.items()):
         for layer in layers:
-            before, now, end = (looks[e] for e in (previous, epoch, epochs[-1]))
-            alike = correlation(before.answers[layer], now.answers[layer])
-            with_last = correlation(before.answers[layer], end.answers[layer])
+            similar = correlation(before.responses[layer], now.responses[layer])
+            with_last = correlation(before.responses[layer], last.responses[layer])
             alive = (before.strongest[layer].filled & now.strongest[layer].filled)[:, 0]
-            moved = (before.strongest[layer].index != now.strongest[layer].index)[:, 0]
+            changed = (before.strongest[layer].index != now.strongest[layer].index)[:, 0]
             rows.append(
                 {
                     "previous": previous,
                     "epoch": epoch,
                     "layer": layer,
-                    "correlation_with_previous": _mean(alike),
-                    "correlation_of_previous_with_last": _mean(with_last),
-                    "strongest_image_changed": _mean(torch.where(alive, moved.double(), torch.nan)),
-                    "maps": int(alike.isfinite().sum()),
+                    "correlation_with_previous": float(similar.nanmean()),
+                    "correlation_of_previous_with_last": float(with_last.nanmean()),
+                    "strongest_image_changed": float(
+                        torch.where(alive, changed.double(), torch.nan).nanmean()
+                    ),
+                    "maps": int(similar.isfinite().sum()),
                 }
             )
     return rows
 
 
-def _mean(values: Tensor) -> float:
-    """The mean of what is a number; NaN if nothing is."""
-    return float(values.nanmean())
+# ---- figures
+
+
+@styled
+def draw_evolution(
+    projections: Mapping[int, Mapping[str, Tensor]], maps: Mapping[str, Tensor], epochs: Sequence[int]
+) -> Figure:
+    """Draw a block for each layer: a row for each map, a column for each epoch (paper, Fig. 4).
+
+    projections: epoch → layer → [M, 3, h, w]; maps: layer → the M maps' numbers.
+    """
+    count = max(len(numbers) for numbers in maps.values())
+    columns = min(len(maps), 3)
+    rows = -(-len(maps) // columns)
+    width = max(3.2, 0.8 * len(epochs) + 0.6)
+    figure = new_figure(figsize=(width * columns, (0.75 * count + 0.75) * rows + 0.4))
+    figure.suptitle("Strongest projection of each map, by epoch (grey: no signal)")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in axes:
+        panel.axis("off")
+    for panel, (layer, numbers) in zip(axes, maps.items(), strict=False):
+        panel.axis("on")
+        panel.set(title=layer, xlabel="epoch", ylabel="map")
+        if len(numbers) == 0:
+            panel.set(xticks=[], yticks=[], xlabel="no map is active at the last epoch")
+            continue
+        values = torch.stack([projections[epoch][layer] for epoch in epochs], 1).flatten(0, 1)  # [M · E, …]
+        tiles = on_grey(values.sign() * values.abs() ** _CONTRAST)
+        gap = max(2, max(48, tiles.shape[1]) // 24)
+        show_mosaic(panel, tiles, [f"{e}" for e in epochs], [f"{m}" for m in numbers.tolist()], gap, side=48)
+    return figure
+
+
+@styled
+def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Figure:
+    """Draw against the epoch how similar a layer's maps are to those before and to the last, and how many change."""
+    figure = new_figure(figsize=(13, 3.9))
+    figure.suptitle("Stability of feature maps, mean over each layer's maps")
+    axes = figure.subplots(1, 3)
+    panels = (
+        ("epoch", "correlation_with_previous", "Similarity to the snapshot before", "correlation"),
+        ("previous", "correlation_of_previous_with_last", "Similarity to the last snapshot", "correlation"),
+        ("epoch", "strongest_image_changed", "Maps with a new strongest image", "of the layer's maps"),
+    )
+    for axis, (at, key, title, label) in zip(axes, panels, strict=True):
+        for k, layer in enumerate(layers):
+            own = [row for row in rows if row["layer"] == layer]
+            colour = PALETTE[k % len(PALETTE)]
+            axis.plot([row[at] for row in own], [row[key] for row in own], "o-", color=colour, label=layer)
+        lowest = min((row[key] for row in rows if row[key] < 0), default=0.0)
+        axis.set(title=title, xlabel="epoch", ylabel=label, ylim=(lowest - 0.02, 1.02))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[2].yaxis.set_major_formatter("{x:.0%}")
+    axes[0].legend()
+    return figure

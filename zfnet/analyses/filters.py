@@ -1,31 +1,48 @@
-"""job=filters: first-layer filters of one run or two, drawn and measured (paper, Fig. 6)."""
+"""job=filters: first-layer filters of one run or of two side by side, drawn and measured.
+
+Source: Zeiler & Fergus 2013, section 4.1 and Fig. 6: one filter may dominate unless the RMS is limited to 0.1 (section
+3); AlexNet's 11×11 filters at stride 4 are of very high and low frequencies, alias, and some are dead. The measures
+(RMS, dead, flat, spectrum, aliasing energy) are ours and defined below.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
 
 from zfnet.config.ranges import limits
-from zfnet.config.schema import Config
-from zfnet.explain.filters import FLAT, Filters, in_pixel_units, measure_filters
-from zfnet.explain.selection import Look, part_to_show
-from zfnet.plots.figures import save_figure
-from zfnet.plots.filters import draw_filters
+from zfnet.config.schema import Config, model_name
+from zfnet.data import Batch
+from zfnet.explain.selection import Look, chosen_split, conv_layers
+from zfnet.model.zfnet import ZFNet
+from zfnet.plots.figures import INK, PALETTE, RED, new_figure, plain, save_figure, styled
+from zfnet.plots.pictures import enlarge, mosaic, show
 from zfnet.runs.directory import find_run
 from zfnet.runs.session import own_directory
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
 
+FLAT = 0.1  # a filter whose RMS is below this share of the layer's median counts as flat
+_GRID = 64  # frequencies are sampled on a grid of this many points a side
+_SIDE, _GAP = 44, 4  # of a drawn filter and between two, in pixels of the sheet
+
 
 @dataclass(kw_only=True)
 class FiltersJob(Look):
-    """`other` is a second run's directory; `limit` the RMS that the paper allows a filter."""
+    """See conf/job/filters.yaml."""
 
     other: Optional[str]
     limit: float = limits(above=0)
@@ -33,99 +50,247 @@ class FiltersJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/filters.png, filters.csv (every filter) and filters.json (each run as a whole)."""
         runs = [LoadedRun(config)]
-        if config.job.other is not None:
-            other = find_run(config.job.other)
-            recorded = other.read_config()  # its own data, which may be another, but this command's device
-            runs.append(
-                LoadedRun(
-                    dataclasses.replace(
-                        recorded, job=config.job, trainer=config.trainer, run=str(other.folder), images=None
-                    )
-                )
+        if self.other is not None:
+            other = find_run(self.other)  # with its own data, but on this command's device
+            recorded = dataclasses.replace(
+                other.read_config(), job=self, trainer=config.trainer, run=str(other.folder), images=None
             )
-        parts = [part_to_show(used).images for used in runs]
+            runs.append(LoadedRun(recorded))
+        sets = [chosen_split(loaded).images for loaded in runs]
         with own_directory(config, output) as run:
-            found = {
-                f"{'AB'[k]}: {used.source.folder.name}": measure_filters(
-                    used.model, used.batches(part).in_order()
-                )
-                for k, (used, part) in enumerate(zip(runs, parts, strict=True))
-            }
-            metadata = {
-                name: {
-                    "run": str(used.source.folder),
-                    "model": used.metadata.model.name,
-                    "images": len(part),
-                    **_facts(filters, used, config.job.limit),
+            measured: dict[str, Filters] = {}
+            summaries: dict[str, dict[str, Any]] = {}
+            for letter, loaded, images in zip("AB", runs, sets, strict=False):
+                name = f"{letter}: {loaded.source.folder.name}"
+                measured[name] = measure_filters(loaded.model, loaded.batches(images).in_order())
+                summaries[name] = {
+                    "run": str(loaded.source.folder),
+                    "model": model_name(loaded.metadata.model),
+                    "images": len(images),
+                    **_summarise(measured[name], loaded.data.std, self.limit),
                 }
-                for (name, filters), used, part in zip(found.items(), runs, parts, strict=True)
-            }
-            save_figure(draw_filters(found, config.job.limit), run.figures / "filters.png")
-            run.write_csv("filters.csv", _rows(found))
-            run.write_json("filters.json", {"limit": config.job.limit, "flat_below": FLAT, "runs": metadata})
-            for name, row in metadata.items():
-                size = row["kernel_size"]
-                log.info("%s: %d filters %d×%d, stride %d", name, row["filters"], size, size, row["stride"])
-                log.info(
-                    "  RMS: median %.3g, largest %.3g, %d beyond %g (for inputs of 0 … 255: %d)",
-                    row["rms"]["median"],
-                    row["rms"]["max"],
-                    row["beyond_limit"],
-                    config.job.limit,
-                    row["beyond_limit_for_inputs_of_0_to_255"],
-                )
-                log.info("  %d dead on %d images, %d flat", row["dead"], row["images"], row["flat"])
-                log.info("  energy that aliases: %.1f %% (median)", 100 * row["aliasing_energy"]["median"])
+            save_figure(draw_filters(measured, self.limit), run.figures / "filters.png")
+            run.write_csv("filters.csv", _rows(measured))
+            run.write_json("filters.json", {"limit": self.limit, "flat_below": FLAT, "runs": summaries})
+            for name, row in summaries.items():
+                _log_summary(name, row, self.limit)
             log.info("written to %s", run.folder)
 
 
-def _facts(filters: Filters, used: LoadedRun, limit: float) -> dict[str, Any]:
-    pixels = in_pixel_units(filters.rms, used.data.std)
+# ---- measurement
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The F filters of a first layer and their measures; all on the CPU, float64 but for flags.
+
+    weight: [F, 3, k, k]; stride: of the convolution, in pixels
+    rms: [F], root mean square of each filter's weights
+    dead: bool [F], the filter's map was 0 everywhere on every image
+    flat: bool [F], the RMS is below a tenth of the layer's median: such a filter does next to nothing
+    peak: [F], the largest activation on any image
+    spectrum: [F, R], power density by radial frequency; frequencies: [R], upper ends, in cycles per pixel
+    aliasing: [F], share of the filter's energy beyond the Nyquist frequency of its stride
+    """
+
+    weight: Tensor
+    stride: int
+    rms: Tensor
+    dead: Tensor
+    flat: Tensor
+    peak: Tensor
+    spectrum: Tensor
+    frequencies: Tensor
+    aliasing: Tensor
+
+
+@torch.no_grad()
+def measure_filters(model: ZFNet, batches: Iterable[Batch]) -> Filters:
+    """Measure the filters of the first layer; its maps are computed on all images of `batches`."""
+    layer = conv_layers(model)[0]
+    convolution = model.get_submodule(layer)
+    assert isinstance(convolution, nn.Conv2d)
+    weight = convolution.weight.detach().cpu().double()
+    peak = torch.zeros(len(weight), device=convolution.weight.device)
+    for batch in batches:
+        maps = model.activations(batch.images, [layer])[layer]
+        peak = torch.maximum(peak, maps.amax((0, 2, 3)).float())
+    rms = weight.square().mean((1, 2, 3)).sqrt()
+    spectrum, frequencies = radial_spectrum(weight)
+    stride = int(convolution.stride[0])
+    return Filters(
+        weight=weight,
+        stride=stride,
+        rms=rms,
+        dead=(peak <= 0).cpu(),
+        flat=rms < FLAT * rms.median(),
+        peak=peak.cpu().double(),
+        spectrum=spectrum,
+        frequencies=frequencies,
+        aliasing=aliasing_energy(weight, stride),
+    )
+
+
+def aliasing_energy(weight: Tensor, stride: int) -> Tensor:
+    """Return the share of each filter's energy that a grid of `stride` pixels cannot carry: [F] in 0 … 1.
+
+    weight: float64 [F, C, k, k]. What lies beyond 1 / (2·stride) cycles per pixel in x or in y counts: after the
+    convolution it appears as a lower frequency that is not in the image. The integral of |W(f)|² over the band
+    is Σ w_ab w_cd K_ac K_bd with K_ij = sinc((i − j) / stride) / stride, exactly. Stride 1: 0. An impulse:
+    1 − 1/stride². A filter of zeros: 0.
+    """
+    along = torch.arange(weight.shape[-1], dtype=weight.dtype)
+    kernel = torch.sinc((along[:, None] - along) / stride) / stride
+    inside = (weight * torch.einsum("ac,bd,nkcd->nkab", kernel, kernel, weight)).sum((1, 2, 3))
+    energy = weight.square().sum((1, 2, 3))
+    return torch.where(energy > 0, 1 - inside / energy, 0.0).clamp(0, 1)
+
+
+def radial_spectrum(weight: Tensor, bands: int = 16) -> tuple[Tensor, Tensor]:
+    """Return each filter's power density by distance from frequency 0, [F, bands], and the bands' upper ends.
+
+    1 is the density of white noise: the mean over all frequencies is 1. The bands divide 0 … √½ cycles per
+    pixel (the corner of the square of frequencies) evenly. Colours are added up. A filter of zeros: zeros.
+    """
+    power = torch.fft.fft2(weight, s=(_GRID, _GRID)).abs().square().sum(1).flatten(1)
+    frequency = torch.fft.fftfreq(_GRID, dtype=weight.dtype)
+    radius = torch.hypot(frequency[:, None], frequency).flatten()
+    width = math.sqrt(0.5) / bands
+    band = (radius / width).long().clamp(max=bands - 1)
+    sums = torch.zeros(len(weight), bands, dtype=weight.dtype).index_add_(1, band, power)
+    mean = power.mean(1, keepdim=True)
+    density = sums / torch.bincount(band, minlength=bands)
+    return torch.where(mean > 0, density / mean, 0.0), width * torch.arange(1, bands + 1, dtype=weight.dtype)
+
+
+def in_pixel_units(rms: Tensor, std: Sequence[float]) -> Tensor:
+    """Return RMS values [F] as they would be for inputs of 0 … 255, the paper's scale: divided by 255 · std."""
+    return rms / (255 * sum(std) / len(std))
+
+
+def _summarise(filters: Filters, std: Sequence[float], limit: float) -> dict[str, Any]:
+    def spread(values: Tensor) -> dict[str, float]:
+        return {name: float(getattr(values, name)()) for name in ("min", "median", "mean", "max")}
+
+    pixels = in_pixel_units(filters.rms, std)
+    frequencies = [f"{f:.3f}" for f in filters.frequencies.tolist()]
     return {
         "filters": len(filters.rms),
         "kernel_size": filters.weight.shape[-1],
         "stride": filters.stride,
-        "rms": _summary(filters.rms),
-        "rms_for_inputs_of_0_to_255": _summary(pixels),
+        "rms": spread(filters.rms),
+        "rms_for_inputs_of_0_to_255": spread(pixels),
         "beyond_limit": int((filters.rms > limit).sum()),
         "beyond_limit_for_inputs_of_0_to_255": int((pixels > limit).sum()),
-        "dead": int(filters.silent.sum()),
+        "dead": int(filters.dead.sum()),
         "flat": int(filters.flat.sum()),
-        "aliasing_energy": _summary(filters.aliasing),
-        "mean_power_density_up_to": dict(
-            zip(
-                (f"{f:.3f}" for f in filters.frequencies.tolist()),
-                filters.spectrum.mean(0).tolist(),
-                strict=True,
-            )
-        ),
+        "aliasing_energy": spread(filters.aliasing),
+        "mean_power_density_up_to": dict(zip(frequencies, filters.spectrum.mean(0).tolist(), strict=True)),
     }
 
 
-def _summary(values: torch.Tensor) -> dict[str, float]:
-    return {
-        "min": float(values.min()),
-        "median": float(values.median()),
-        "mean": float(values.mean()),
-        "max": float(values.max()),
-    }
-
-
-def _rows(found: dict[str, Filters]) -> list[dict[str, Any]]:
+def _rows(measured: Mapping[str, Filters]) -> list[dict[str, Any]]:
+    """One row for each run and filter."""
     return [
         {
             "run": name,
             "filter": n,
             "rms": float(filters.rms[n]),
-            "dead": bool(filters.silent[n]),
+            "dead": bool(filters.dead[n]),
             "flat": bool(filters.flat[n]),
             "largest_activation": float(filters.peak[n]),
             "aliasing_energy": float(filters.aliasing[n]),
             **{
-                f"density_to_{end:.3f}": share
-                for end, share in zip(filters.frequencies.tolist(), filters.spectrum[n].tolist(), strict=True)
+                f"density_to_{end:.3f}": density
+                for end, density in zip(
+                    filters.frequencies.tolist(), filters.spectrum[n].tolist(), strict=True
+                )
             },
         }
-        for name, filters in found.items()
+        for name, filters in measured.items()
         for n in range(len(filters.rms))
     ]
+
+
+def _log_summary(name: str, row: Mapping[str, Any], limit: float) -> None:
+    size = row["kernel_size"]
+    log.info("%s: %d filters %d×%d, stride %d", name, row["filters"], size, size, row["stride"])
+    log.info(
+        "  RMS: median %.3g, largest %.3g, %d beyond %g (for inputs of 0 … 255: %d)",
+        row["rms"]["median"],
+        row["rms"]["max"],
+        row["beyond_limit"],
+        limit,
+        row["beyond_limit_for_inputs_of_0_to_255"],
+    )
+    log.info("  %d dead on %d images, %d flat", row["dead"], row["images"], row["flat"])
+    log.info("  energy that aliases: %.1f %% (median)", 100 * row["aliasing_energy"]["median"])
+
+
+# ---- figure
+
+
+@styled
+def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
+    """Draw the filters of each run on one common scale, largest RMS first (paper, Fig. 6), and their measures below."""
+    columns = 12 if len(measured) > 1 else 24
+    rows = max(-(-len(filters.rms) // columns) for filters in measured.values())
+    tall = 0.6 + 13 / len(measured) * rows / columns
+    figure = new_figure(figsize=(13, tall + 3.9))
+    figure.suptitle("First-layer filters, largest RMS first (grey: 0; red frame: dead)")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(tall, 3.6))  # type: ignore[misc]
+    sheets = upper.subplots(1, len(measured), squeeze=False)[0]
+    axes = lower.subplots(1, 3)
+    values = torch.cat([filters.rms for filters in measured.values()]).clamp(min=1e-6)
+    low, high = min(float(values.min()), limit) / 1.3, max(float(values.max()), limit) * 1.3
+    wide = high > 10 * low
+    bins = np.geomspace(low, high, 25) if wide else np.linspace(low, high, 25)
+    quartiles = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    for panel, colour, (name, filters) in zip(sheets, PALETTE, measured.items(), strict=False):
+        _draw_sheet(panel, filters, columns)
+        size, dead, flat = filters.weight.shape[-1], int(filters.dead.sum()), int(filters.flat.sum())
+        panel.set_title(
+            f"{plain([name])[0]}: {len(filters.rms)} filters {size}×{size}, stride {filters.stride}; "
+            f"{dead} dead, {flat} flat"
+        )
+        axes[0].hist(filters.rms.clamp(min=1e-6).numpy(), bins, color=colour, alpha=0.55, label=name)
+        centres = filters.frequencies - filters.frequencies[0] / 2
+        axes[1].plot(centres, filters.spectrum.mean(0), ".-", color=colour, label=name)
+        band = filters.spectrum.quantile(quartiles, 0).numpy()
+        axes[1].fill_between(centres.numpy(), *band, color=colour, alpha=0.15, lw=0)
+        axes[1].axvline(0.5 / filters.stride, color=colour, ls="--", lw=1)
+        axes[2].hist(filters.aliasing.numpy(), np.linspace(0, 1, 26), color=colour, alpha=0.55, label=name)
+    axes[0].axvline(limit, color=INK, ls="--", lw=1)
+    title = f"Size of the weights (dashed: the paper's limit, {limit:g})"
+    axes[0].set(title=title, xlabel="RMS of a filter's weights", ylabel="filters")
+    if wide:
+        axes[0].set_xscale("log")
+    axes[1].set(
+        title="Power by frequency: mean, middle half\n(dashed: the stride's Nyquist frequency)",
+        xlabel="frequency (cycles per pixel)",
+        ylabel="power density (white noise: 1)",
+        xlim=(0, 0.72),
+        ylim=(0, None),
+    )
+    axes[2].set(
+        title="Energy beyond the stride's Nyquist frequency",
+        xlabel="of the filter's energy",
+        xlim=(0, 1),
+        ylabel="filters",
+    )
+    axes[2].xaxis.set_major_formatter("{x:.0%}")
+    axes[1].legend()
+    return figure
+
+
+def _draw_sheet(panel: Axes, filters: Filters, columns: int) -> None:
+    order = filters.rms.argsort(descending=True, stable=True)
+    weight = filters.weight[order]
+    scale = weight.abs().amax().clamp(min=1e-12)  # one for all, so that a filter that dominates is seen to
+    tiles = enlarge((127.5 * (1 + weight / scale)).round().to(torch.uint8).permute(0, 2, 3, 1), _SIDE)
+    side = tiles.shape[1]
+    show(panel, mosaic(tiles, columns, _GAP))
+    panel.set_xlabel(f"brightest and darkest: ±{float(scale):.3g}")
+    for place in filters.dead[order].nonzero().flatten().tolist():
+        left, top = (place % columns) * (side + _GAP) - 2, (place // columns) * (side + _GAP) - 2
+        panel.add_patch(Rectangle((left, top), side + 3, side + 3, fill=False, color=RED, lw=2))

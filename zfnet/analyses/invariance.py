@@ -1,31 +1,50 @@
-"""job=invariance: features and answers under translation, scaling and rotation (paper, Fig. 5)."""
+"""job=invariance: how features and predictions change as an image is shifted, scaled or rotated.
+
+Source: Zeiler & Fergus 2013, section 4.1 and Fig. 5. Ours: horizontal shifts, the mean over many images, and the unit
+of distance. The paper calls its axis "canonical distance" and does not define it; here 1 is the root mean square
+distance between two different images.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
 
 from zfnet.config.ranges import limits
 from zfnet.config.schema import Config
-from zfnet.explain.invariance import Curves, make_amounts, measure, transform_images, typical_distance
-from zfnet.explain.selection import Look, check_layer, choose_images, part_to_show, sample, take
-from zfnet.plots.figures import save_figure
-from zfnet.plots.invariance import draw_invariance
-from zfnet.plots.pictures import to_pixels
+from zfnet.explain.selection import Look, check_layer, choose_images, chosen_split, output_layer, sample, take
+from zfnet.model.zfnet import ZFNet
+from zfnet.plots.figures import INK, PALETTE, new_figure, plain, save_figure, styled
+from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
 
+# transform → the unit of its amounts
+TRANSFORMS = {
+    "vertical translation": "shift in pixels (down: +)",
+    "horizontal translation": "shift in pixels (right: +)",
+    "scale": "factor",
+    "rotation": "degrees counter-clockwise",
+}
+
 
 @dataclass(kw_only=True)
 class InvarianceJob(Look):
-    """Ranges of the transforms: `translation` is a share of the side, `rotation` in degrees; `steps` amounts each."""
+    """See conf/job/invariance.yaml."""
 
     reads_images: ClassVar[bool] = True
 
@@ -39,48 +58,183 @@ class InvarianceJob(Look):
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/invariance.png, every point of its curves (curves.csv), and invariance.json."""
-        used, job = LoadedRun(config), config.job
-        hidden = used.model.layers[:-1]
-        layers = job.layers or [hidden[0], hidden[-1]]
+        loaded = LoadedRun(config)
+        model, data = loaded.model, loaded.data
+        layers = self.layers or [model.layers[0], model.layers[-2]]
         for layer in layers:
-            check_layer(used.model, "job.layers", layer)
-        amounts = make_amounts(used.data.image_size, job.translation, job.scale, job.rotation, job.steps)
-        part = part_to_show(used)
-        chosen = choose_images(used, config, job.count, part)
-        many = take(used, part, sample(used, part.images, job.mean_images))
+            check_layer(model, "job.layers", layer)
+        amounts = make_amounts(data.image_size, self.translation, self.scale, self.rotation, self.steps)
+        split = chosen_split(loaded)
+        chosen = choose_images(loaded, config, self.count, split)
+        many = take(loaded, split, sample(loaded, split.images, self.mean_images))
         with own_directory(config, output) as run:
-            units = typical_distance(used.model, many.inputs, layers, used.data.batch_size)
+            units = typical_distance(model, many.inputs, layers, data.batch_size)
             own, mean = (
-                measure(used.model, c.inputs, c.labels, amounts, layers, used.data.batch_size)
-                for c in (chosen, many)
+                measure(model, c.inputs, c.labels, amounts, layers, data.batch_size) for c in (chosen, many)
             )
-            examples = {
-                name: to_pixels(
-                    transform_images(chosen.inputs, name, steps[[0, len(steps) // 2, -1]]).flatten(0, 1),
-                    used.data,
-                )
-                for name, steps in amounts.items()
-            }
-            save_figure(
-                draw_invariance(own, mean, units, examples, chosen.names), run.figures / "invariance.png"
-            )
+            examples = {}
+            for name, steps in amounts.items():
+                moved = transform_images(chosen.inputs, name, steps[[0, len(steps) // 2, -1]])
+                examples[name] = to_pixels(moved.flatten(0, 1), data)
+            figure = draw_invariance(own, mean, units, examples, chosen.names)
+            save_figure(figure, run.figures / "invariance.png")
             rows = _rows(own, units, chosen.names, "own curve") + _rows(mean, units, many.names, "mean")
             run.write_csv("curves.csv", rows)
+            extremes = {name: _extremes(curves, units) for name, curves in mean.items()}
             run.write_json(
                 "invariance.json",
                 {
                     "images_in_the_mean": len(many),
                     "layers": layers,
                     "distance_between_two_images": units,
-                    "mean_at_largest": {name: _ends(curves, units) for name, curves in mean.items()},
+                    "mean_at_largest": extremes,
                 },
             )
-            _say(mean, units, len(many))
+            log.info("mean over %d images; distance 1: as far apart as two different images", len(many))
+            for name, row in extremes.items():
+                distances = ", ".join(f"{layer} up to {row[f'canonical_{layer}']:.2f}" for layer in layers)
+                at_rest = mean[name].probability[:, amounts[name] == identity(name)].mean()
+                log.info("  %-22s %s; P from %.2f to %.2f", name, distances, at_rest, row["probability"])
             log.info("written to %s", run.folder)
 
 
+# ---- measurement
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One transform's curves of N images at A amounts; all on the CPU.
+
+    amounts: float [A], in pixels (down or right), as a factor, or in degrees (counter-clockwise)
+    distances: layer → [N, A], Euclidean distance of the layer's activations to those of the untransformed image
+    probability: [N, A], of the true class
+    """
+
+    amounts: Tensor
+    distances: dict[str, Tensor]
+    probability: Tensor
+
+
+def make_amounts(
+    size: int, translation: float, scale: float, rotation: float, steps: int
+) -> dict[str, Tensor]:
+    """Return each transform's amounts, float [A]; each holds its identity (0 px, ×1, 0°) exactly once.
+
+    size: side of the image in pixels; translation: largest shift as a share of it (whole pixels are used);
+    scale: largest factor; rotation: largest angle in degrees; steps: how many amounts, at most.
+    """
+    reach = round(translation * size)
+    # the same number on both sides of 0, and never the same pixel twice
+    side = torch.linspace(0, reach, steps // 2 + 1).round().unique()
+    shifts = torch.cat([-side.flip(0)[:-1], side])
+    return {
+        "vertical translation": shifts,
+        "horizontal translation": shifts,
+        "scale": torch.linspace(1, scale, steps),
+        "rotation": torch.linspace(0, rotation, steps),
+    }
+
+
+def identity(transform: str) -> float:
+    """Return the amount that changes nothing."""
+    return 1.0 if transform == "scale" else 0.0
+
+
+def transform_images(images: Tensor, transform: str, amounts: Tensor) -> Tensor:
+    """Return every image at every amount: [N, A, 3, S, S] from images [N, 3, S, S] and amounts [A].
+
+    Bilinear; what comes from outside is 0, the mean colour. The identity returns the image itself, bit by bit.
+    """
+    count, size = len(amounts), images.shape[-1]
+    matrices = torch.zeros(count, 2, 3)
+    matrices[:, 0, 0] = matrices[:, 1, 1] = 1
+    # a matrix says where each output pixel comes from, in units of half the image's side
+    if transform == "vertical translation":
+        matrices[:, 1, 2] = -amounts * 2 / size
+    elif transform == "horizontal translation":
+        matrices[:, 0, 2] = -amounts * 2 / size
+    elif transform == "scale":
+        matrices[:, 0, 0] = matrices[:, 1, 1] = 1 / amounts
+    else:
+        turn = amounts * (math.pi / 180)
+        matrices[:, 0, 0] = matrices[:, 1, 1] = turn.cos()
+        matrices[:, 0, 1], matrices[:, 1, 0] = -turn.sin(), turn.sin()
+    grid = F.affine_grid(matrices, [count, 3, size, size], align_corners=False).to(images)
+    # one grid serves all images: they are passed as channels
+    stacked = images.reshape(1, -1, size, size).expand(count, -1, -1, -1)
+    moved = F.grid_sample(stacked, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    moved = moved.view(count, len(images), 3, size, size).transpose(0, 1)
+    same = (amounts == identity(transform)).to(images.device)
+    return torch.where(same[None, :, None, None, None], images[:, None], moved)
+
+
+@torch.no_grad()
+def measure(
+    model: ZFNet,
+    images: Tensor,
+    labels: Tensor,
+    amounts: dict[str, Tensor],
+    layers: Sequence[str],
+    batch_size: int,
+) -> dict[str, Curves]:
+    """Return the curves of each transform for images [N, 3, S, S] with labels [N], on the images' device.
+
+    Every batch holds all amounts of its images, the identity among them, so that the identity's distance is 0
+    exactly, whatever the arithmetic.
+    """
+    curves, logits = {}, output_layer(model)
+    total = len(images) * len(amounts)
+    with tqdm(
+        total=total, desc="invariance", unit="curve", disable=None, leave=False, dynamic_ncols=True
+    ) as bar:
+        for transform, steps in amounts.items():
+            origin = int((steps == identity(transform)).nonzero())
+            distances: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+            probability = []
+            size = max(1, batch_size // len(steps))
+            for chunk, truth in zip(images.split(size), labels.split(size), strict=True):
+                moved = transform_images(chunk, transform, steps).flatten(0, 1)
+                outputs = model.activations(moved, list(dict.fromkeys([*layers, logits])))
+                for layer in layers:
+                    features = outputs[layer].reshape(len(chunk), len(steps), -1)
+                    distances[layer].append((features - features[:, origin : origin + 1]).norm(dim=2))
+                probabilities = outputs[logits].softmax(1).view(len(chunk), len(steps), -1)
+                probability.append(probabilities[torch.arange(len(chunk), device=truth.device), :, truth])
+                bar.update(len(chunk))
+            curves[transform] = Curves(
+                steps,
+                {layer: torch.cat(chunks).cpu() for layer, chunks in distances.items()},
+                torch.cat(probability).cpu(),
+            )
+    return curves
+
+
+@torch.no_grad()
+def typical_distance(
+    model: ZFNet, images: Tensor, layers: Sequence[str], batch_size: int
+) -> dict[str, float]:
+    """Return, for each layer, the root mean square distance between the activations of two different images.
+
+    From sums: the mean square over pairs is 2·n/(n−1)·(mean ‖f‖² − ‖mean f‖²).
+    """
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    dtype = torch.float32 if images.device.type == "mps" else torch.float64
+    for chunk in images.split(batch_size):
+        for layer, features in model.activations(chunk, layers).items():
+            flat = features.flatten(1).to(dtype)
+            zero = flat.new_zeros(())
+            sums[layer] = sums.get(layer, zero) + flat.sum(0)
+            squares[layer] = squares.get(layer, zero) + flat.square().sum()
+    n = len(images)
+    return {
+        layer: math.sqrt(max(0.0, 2 / (n - 1) * float(squares[layer] - sums[layer].square().sum() / n)))
+        for layer in layers
+    }
+
+
 def _rows(
-    curves: dict[str, Curves], units: dict[str, float], names: Sequence[str], used_for: str
+    curves: Mapping[str, Curves], units: Mapping[str, float], names: Sequence[str], used_for: str
 ) -> list[dict[str, Any]]:
     """One row for each image, transform and amount."""
     rows = []
@@ -102,7 +256,7 @@ def _rows(
     return rows
 
 
-def _ends(curve: Curves, units: dict[str, float]) -> dict[str, float]:
+def _extremes(curve: Curves, units: Mapping[str, float]) -> dict[str, float]:
     """Return the mean curve's largest distances and its lowest probability."""
     largest = {
         f"canonical_{layer}": float(d.mean(0).max() / units[layer]) for layer, d in curve.distances.items()
@@ -110,21 +264,64 @@ def _ends(curve: Curves, units: dict[str, float]) -> dict[str, float]:
     return {**largest, "probability": float(curve.probability.mean(0).min())}
 
 
-def _say(mean: dict[str, Curves], units: dict[str, float], count: int) -> None:
-    log.info("mean over %d images; distance 1: as far apart as two different images", count)
-    width = max(len(name) for name in mean)
-    for name, curve in mean.items():
-        moved = ", ".join(
-            f"{layer} up to {d.mean(0).max() / units[layer]:.2f}" for layer, d in curve.distances.items()
-        )
-        start = curve.probability[
-            torch.arange(count), int(curve.distances[next(iter(units))].sum(0).argmin())
-        ]
-        log.info(
-            "  %-*s %s; P from %.2f to %.2f",
-            width,
-            name,
-            moved,
-            start.mean(),
-            curve.probability.mean(0).min(),
-        )
+# ---- figure
+
+
+@styled
+def draw_invariance(
+    own: Mapping[str, Curves],
+    mean: Mapping[str, Curves],
+    units: Mapping[str, float],
+    examples: Mapping[str, Tensor],
+    names: Sequence[str],
+) -> Figure:
+    """Draw a row for each transform: images, distances in each layer, probability of the class (paper, Fig. 5).
+
+    Thin lines are the images of `own`; the black line is the mean over those of `mean`, its band holds the middle
+    half of them. units: layer → the distance that is drawn as 1. examples: transform → uint8 [3 · N, S, S, 3], each
+    image of `own` at three amounts.
+    """
+    columns = len(units) + 2
+    height = max(2.75, 0.55 * len(names))
+    figure = new_figure(figsize=(3.2 + 3.6 * (columns - 1), 1.4 + height * len(own)))
+    figure.suptitle(
+        "Invariance of features and predictions (distance 1: as far apart as two different images)"
+    )
+    axes = figure.subplots(len(own), columns, squeeze=False, width_ratios=[0.8] + [1] * (columns - 1))
+    count = len(next(iter(mean.values())).probability)
+    labels = (*plain(names), f"mean of {count} images, middle half")
+    for panels, (transform, curves) in zip(axes, own.items(), strict=True):
+        _draw_examples(panels[0], transform, curves.amounts, examples[transform])
+        for panel, layer in zip(panels[1:], units, strict=False):
+            everyone = mean[transform].distances[layer] / units[layer]
+            _draw_curves(panel, curves.amounts, curves.distances[layer] / units[layer], everyone, labels)
+            panel.set(ylabel=f"distance in {layer}", ylim=(0, None))
+        _draw_curves(panels[-1], curves.amounts, curves.probability, mean[transform].probability, labels)
+        panels[-1].set(ylabel="probability of the class", ylim=(0, 1.02))
+        for panel in panels[1:]:
+            panel.set_xlabel(TRANSFORMS[transform])
+            panel.margins(x=0)
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_examples(panel: Axes, transform: str, amounts: Tensor, pictures: Tensor) -> None:
+    """Draw one row for each image, at the first, the middle and the last amount; its curve's colour beside it."""
+    size, count = pictures.shape[1], len(pictures) // 3
+    gap = max(2, size // 16)
+    numbers = [f"{float(a):.0f}" if "translation" in transform else f"{float(a):.3g}" for a in amounts]
+    show_mosaic(panel, pictures, [numbers[0], numbers[len(numbers) // 2], numbers[-1]], gap=gap)
+    for n in range(count):
+        middle = n * (size + gap) + size / 2
+        panel.plot([-2 * gap], [middle], "s", color=PALETTE[n % len(PALETTE)], clip_on=False)
+    panel.set_xlim(-3 * gap, 3 * (size + gap))
+    panel.set(title=transform.capitalize(), xlabel=TRANSFORMS[transform])
+
+
+def _draw_curves(panel: Axes, amounts: Tensor, own: Tensor, many: Tensor, labels: Sequence[str]) -> None:
+    """Draw the curves of single images [N, A], and of many [M, A] the mean and the band between their quartiles."""
+    for n, line in enumerate(own):
+        panel.plot(amounts, line, color=PALETTE[n % len(PALETTE)], lw=1.2, label=labels[n])
+    low, high = np.quantile(many.numpy(), [0.25, 0.75], axis=0)
+    panel.fill_between(amounts.numpy(), low, high, color=INK, alpha=0.12, lw=0)
+    panel.plot(amounts, many.mean(0), color=INK, lw=2, label=labels[-1])

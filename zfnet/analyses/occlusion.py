@@ -1,43 +1,59 @@
-"""job=occlusion: a grey square over images, and what the network says (paper, Fig. 7)."""
+"""job=occlusion: what a network predicts while a grey square hides one part of an image after another.
+
+Source: Zeiler & Fergus 2013, section 4.2 and Fig. 7. The paper gives neither the square's size nor its steps; ours
+follow the image's size. Places cover the whole image; at the borders the square hangs over and hides less. Where the
+object's box is known, the probability inside and outside it tells whether the object matters.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+from tqdm import tqdm
 
+from zfnet.config.errors import UserError
 from zfnet.config.ranges import limits
 from zfnet.config.schema import Config
 from zfnet.data import ImageSet
-from zfnet.explain import Deconvnet
-from zfnet.explain.occlusion import Occlusion, centres_in_boxes, inside_and_outside, occlude, square_starts
+from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.selection import (
     Chosen,
     Look,
     check_layer,
     choose_images,
+    chosen_split,
+    in_boxes,
     mean_colour,
-    part_to_show,
+    output_layer,
     to_inputs,
 )
 from zfnet.explain.top_activations import TopActivations, collect
-from zfnet.plots.figures import save_figure
-from zfnet.plots.occlusion import Projections, draw_occlusion
-from zfnet.plots.pictures import on_grey, to_pixels
+from zfnet.model.zfnet import ZFNet
+from zfnet.plots.figures import RED, class_colours, new_figure, plain, save_figure, styled
+from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.session import own_directory
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
 
-OTHERS = 3  # images beside the one that is looked at, in panel c (paper, Fig. 7)
+OTHERS = 3  # images beside the occluded one, in panel c (paper, Fig. 7)
+_NAMED = 8  # classes in a legend
 
 
 @dataclass(kw_only=True)
 class OcclusionJob(Look):
-    """Squares of side `patch`, `stride` apart, in input pixels; `fill` is a pixel value, 0 … 255."""
+    """See conf/job/occlusion.yaml."""
 
     reads_images: ClassVar[bool] = True
 
@@ -49,104 +65,197 @@ class OcclusionJob(Look):
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/occlusion.png, every number of its maps (maps.csv), and a summary (occlusion.json)."""
-        used, job = LoadedRun(config), config.job
-        check_layer(used.model, "job.layer", job.layer, only_conv=True)
-        size = used.data.image_size
-        patch = job.patch or max(1, size // 5)
-        stride = job.stride or max(1, min(patch, round(size / 24)))
-        square_starts(size, patch, stride)  # complains before any data is read
-        part = part_to_show(used)
-        chosen = choose_images(used, config, job.count, part)
-        fill = mean_colour(used, job.fill)
+        loaded = LoadedRun(config)
+        data, classes = loaded.data, loaded.classes
+        check_layer(loaded.model, "job.layer", self.layer, only_conv=True)
+        patch = self.patch or max(1, data.image_size // 5)
+        stride = self.stride or max(1, min(patch, round(data.image_size / 24)))
+        square_starts(data.image_size, patch, stride)  # raises before any data is read
+        split = chosen_split(loaded)
+        chosen = choose_images(loaded, config, self.count, split)
+        fill = mean_colour(loaded, self.fill)
         with own_directory(config, output) as run:
-            found = occlude(
-                used.model,
+            result = occlude(
+                loaded.model,
                 chosen.inputs,
                 chosen.labels,
-                layer=job.layer,
+                layer=self.layer,
                 patch=patch,
                 stride=stride,
                 fill=fill,
-                batch_size=used.data.batch_size,
+                batch_size=data.batch_size,
             )
-            projections = _project(used, chosen, found, part.images)
-            colour = to_pixels(fill.view(1, 3, 1, 1), used.data)[0, 0, 0] / 255
             figure = draw_occlusion(
-                found,
-                to_pixels(chosen.inputs, used.data).numpy(),
+                result,
+                to_pixels(chosen.inputs, data).numpy(),
                 chosen.names,
-                used.classes,
-                job.layer,
-                projections,
+                classes,
+                self.layer,
+                project_strongest_map(loaded, self.layer, chosen.inputs, result, split.images),
                 chosen.boxes,
-                colour.tolist(),
+                (to_pixels(fill.view(1, 3, 1, 1), data).flatten() / 255).tolist(),
             )
             save_figure(figure, run.figures / "occlusion.png")
-            run.write_csv("maps.csv", _rows(found, chosen, used.classes))
-            summary = _summary(found, chosen, used.classes)
+            run.write_csv("maps.csv", _rows(result, chosen, classes))
+            summary = _summarise(result, chosen, classes)
             run.write_json("occlusion.json", summary)
-            for row in summary["images"]:
-                log.info(
-                    "%s: P %.1f %%, at worst %.1f %% and then %s",
-                    row["image"],
-                    100 * row["probability"],
-                    100 * row["lowest_probability"],
-                    row["predicted_at_lowest"],
-                )
-            if "boxes" in summary:
-                log.info(
-                    "lowest in the object's box: %.0f %% of images (the box: %.0f %% of places)",
-                    100 * summary["boxes"]["share_of_images_lowest_in_the_box"],
-                    100 * summary["boxes"]["share_of_places_in_the_box"],
-                )
+            _log_summary(summary)
             log.info("written to %s", run.folder)
 
 
-def _project(used: LoadedRun, chosen: Chosen, found: Occlusion, part: ImageSet) -> list[Projections]:
-    """Project each image's strongest map in that image and in the images of the split that excite it most."""
-    layer = used.config.job.layer
-    strongest = collect(
-        used.model, part, used.batches, [layer], TopActivations(OTHERS + 1, len(used.classes))
-    ).layers[layer]
-    deconvnet, shown = Deconvnet(used.model), []
-    for number in range(len(chosen)):
-        channel = int(found.channel[number])
-        places = strongest.places()[channel][strongest.filled[channel]].cpu()
-        others = to_inputs(used, part.pixels(places[:, 0]))
-        # the image itself may be among the strongest of its split
-        new = [k for k in range(len(others)) if not torch.equal(others[k], chosen.inputs[number])][:OTHERS]
-        images = torch.cat([chosen.inputs[number : number + 1], others[new]])
-        where = torch.cat([found.peak[number : number + 1], places[new, 1:]])
-        units = [(k, channel, int(y), int(x)) for k, (y, x) in enumerate(where.tolist())]
-        labels = part.labels[places[new, 0]].tolist()
-        shown.append(
-            Projections(
-                on_grey(deconvnet.project(images, layer, units)).numpy(),
-                to_pixels(images, used.data).numpy(),
-                ["this image", *(used.classes[c] for c in labels)],
-            )
+# ---- measurement
+
+
+@dataclass(frozen=True)
+class Occlusion:
+    """The network's outputs for N images at P × P places of the square; all on the CPU.
+
+    starts: int64 [P], the first row (and column) of the square at each place; it may lie outside the image
+    patch: side of the square in pixels
+    channel: int64 [N], the map with the largest sum of activations on the whole image
+    peak: int64 [N, 2], where (y, x) that map is strongest on the whole image
+    activation: [N, P, P], the sum over that map (panel b); whole_activation: [N], without a square
+    probability: [N, P, P], of the true class (panel d); whole_probability: [N]
+    predicted: int64 [N, P, P], the most probable class (panel e); whole_predicted: [N]
+    confidence: [N, P, P], its probability
+    """
+
+    starts: Tensor
+    patch: int
+    channel: Tensor
+    peak: Tensor
+    activation: Tensor
+    whole_activation: Tensor
+    probability: Tensor
+    whole_probability: Tensor
+    predicted: Tensor
+    whole_predicted: Tensor
+    confidence: Tensor
+
+
+def square_starts(size: int, patch: int, stride: int) -> Tensor:
+    """Return the first row of the square at each place: int64 [⌈size / stride⌉], `stride` apart.
+
+    The places are centred on the image and cover all of it; at the borders the square may hang over.
+    Raises UserError where the square covers the whole image, or its steps leave gaps.
+    """
+    if patch >= size:
+        raise UserError(f"job.patch={patch}: the occluder must be smaller than the image, which is {size} px")
+    if stride > patch:
+        raise UserError(
+            f"job.stride={stride}: must be at most job.patch={patch}, or pixels are never covered"
         )
-    return shown
+    places = -(-size // stride)
+    beyond = (places - 1) * stride + patch - size
+    return torch.arange(places) * stride - beyond // 2
 
 
-def _rows(found: Occlusion, chosen: Chosen, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """One row for each image and place: what the figure's maps are drawn from."""
+@torch.no_grad()
+def occlude(
+    model: ZFNet,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    layer: str = "conv5",
+    patch: int,
+    stride: int,
+    fill: Tensor,
+    batch_size: int,
+) -> Occlusion:
+    """Slide a square over each image and record the network's outputs.
+
+    images: [N, 3, S, S], normalised; labels: int64 [N]; fill: [3], the square's colour in the same units.
+    Occluded images are made batch by batch on the images' device. Raises UserError (see `square_starts`).
+    """
+    count, size, device = len(images), images.shape[-1], images.device
+    starts = square_starts(size, patch, stride).to(device)
+    side = len(starts)
+    channel, peak, whole = _whole_images(model, images, labels, layer, batch_size)
+    along = torch.arange(size, device=device)
+    hidden = (along >= starts[:, None]) & (along < starts[:, None] + patch)  # [P, S]
+    colour = fill.to(images).view(1, 3, 1, 1)
+    outputs = []
+    total = count * side * side
+    bar = tqdm(total=total, desc="occlusion", unit="image", disable=None, leave=False, dynamic_ncols=True)
+    with bar:
+        for number in torch.arange(total, device=device).split(batch_size):
+            image, row, column = number // side**2, number // side % side, number % side
+            square = (hidden[row][:, :, None] & hidden[column][:, None, :])[:, None]
+            occluded = torch.where(square, colour, images[image])
+            outputs.append(_outputs(model, occluded, layer, channel[image], labels[image]))
+            bar.update(len(number))
+    maps = [torch.cat(chunks).cpu().view(count, side, side) for chunks in zip(*outputs, strict=True)]
+    return Occlusion(
+        starts.cpu(),
+        patch,
+        channel.cpu(),
+        peak.cpu(),
+        activation=maps[0],
+        whole_activation=whole[0].cpu(),
+        probability=maps[1],
+        whole_probability=whole[1].cpu(),
+        predicted=maps[2],
+        whole_predicted=whole[2].cpu(),
+        confidence=maps[3],
+    )
+
+
+def _whole_images(
+    model: ZFNet, images: Tensor, labels: Tensor, layer: str, batch_size: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Return the strongest map of each unoccluded image, its peak (y, x), and the network's outputs."""
+    channels, peaks, outputs = [], [], []
+    for chunk, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        maps = model.activations(chunk, [layer])[layer]
+        channel = maps.sum((2, 3)).argmax(1)
+        strongest = maps[torch.arange(len(chunk), device=maps.device), channel].flatten(1).argmax(1)
+        channels.append(channel)
+        peaks.append(torch.stack([strongest // maps.shape[3], strongest % maps.shape[3]], 1))
+        outputs.append(_outputs(model, chunk, layer, channel, truth))
+    return (
+        torch.cat(channels),
+        torch.cat(peaks),
+        tuple(torch.cat(chunks) for chunks in zip(*outputs, strict=True)),
+    )
+
+
+def _outputs(model: ZFNet, images: Tensor, layer: str, channel: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Return (sum over the map, probability of the label, most probable class, its probability), each [B]."""
+    logits = output_layer(model)
+    outputs = model.activations(images, [layer, logits])
+    rows = torch.arange(len(images), device=images.device)
+    probabilities = outputs[logits].softmax(1)
+    confidence, predicted = probabilities.max(1)
+    return outputs[layer][rows, channel].sum((1, 2)), probabilities[rows, labels], predicted, confidence
+
+
+def centres_in_boxes(starts: Tensor, patch: int, boxes: Tensor) -> Tensor:
+    """Return which places have the square's centre in the box of the object: bool [N, P, P]."""
+    return in_boxes(starts + patch / 2, boxes)
+
+
+def inside_and_outside(maps: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of each map [N, P, P] over the places that `inside` marks, and over the others: two [N]."""
+    weight = inside.to(maps)
+    within = (maps * weight).sum((1, 2)) / weight.sum((1, 2))
+    outside = (maps * (1 - weight)).sum((1, 2)) / (1 - weight).sum((1, 2))
+    return within, outside
+
+
+def _rows(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each image and place: the numbers that the figure's maps show."""
+    starts = result.starts.tolist()
+    names = ("activation", "probability", "predicted", "confidence")
     rows = []
-    starts = found.starts.tolist()
     for number, name in enumerate(chosen.names):
-        maps = [
-            m[number].tolist()
-            for m in (found.activation, found.probability, found.predicted, found.confidence)
-        ]
+        maps = {key: getattr(result, key)[number].tolist() for key in names}
         rows += [
             {
                 "image": name,
                 "top": top,
                 "left": left,
-                "activation": maps[0][y][x],
-                "probability": maps[1][y][x],
-                "predicted": classes[maps[2][y][x]],
-                "confidence": maps[3][y][x],
+                **{key: values[y][x] for key, values in maps.items()},
+                "predicted": classes[maps["predicted"][y][x]],
             }
             for y, top in enumerate(starts)
             for x, left in enumerate(starts)
@@ -154,10 +263,10 @@ def _rows(found: Occlusion, chosen: Chosen, classes: tuple[str, ...]) -> list[di
     return rows
 
 
-def _summary(found: Occlusion, chosen: Chosen, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Facts about each image and, where the objects' boxes are known, whether it is they that matter."""
-    images, lowest = [], found.probability.flatten(1).argmin(1)
-    side, labels = len(found.starts), chosen.labels.tolist()
+def _summarise(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> dict[str, Any]:
+    """Summarise each image and, where the objects' boxes are known, whether the objects matter."""
+    images, lowest = [], result.probability.flatten(1).argmin(1)
+    side, labels = len(result.starts), chosen.labels.tolist()
     for number, name in enumerate(chosen.names):
         y, x = divmod(int(lowest[number]), side)
         images.append(
@@ -165,25 +274,176 @@ def _summary(found: Occlusion, chosen: Chosen, classes: tuple[str, ...]) -> dict
                 "image": name,
                 "class": classes[labels[number]],
                 "class_is_the_truth": chosen.known,
-                "map": int(found.channel[number]),
-                "activation": float(found.whole_activation[number]),
-                "probability": float(found.whole_probability[number]),
-                "predicted": classes[int(found.whole_predicted[number])],
-                "lowest_probability": float(found.probability[number, y, x]),
-                "lowest_at": [int(found.starts[y]), int(found.starts[x])],
-                "predicted_at_lowest": classes[int(found.predicted[number, y, x])],
+                "map": int(result.channel[number]),
+                "activation": float(result.whole_activation[number]),
+                "probability": float(result.whole_probability[number]),
+                "predicted": classes[int(result.whole_predicted[number])],
+                "lowest_probability": float(result.probability[number, y, x]),
+                "lowest_at": [int(result.starts[y]), int(result.starts[x])],
+                "predicted_at_lowest": classes[int(result.predicted[number, y, x])],
             }
         )
-    summary: dict[str, Any] = {"patch": found.patch, "starts": found.starts.tolist(), "images": images}
+    summary: dict[str, Any] = {"patch": result.patch, "starts": result.starts.tolist(), "images": images}
     if chosen.boxes is not None:
-        inside = centres_in_boxes(found.starts, found.patch, chosen.boxes)
-        within, outside = inside_and_outside(found.probability, inside)
+        inside = centres_in_boxes(result.starts, result.patch, chosen.boxes)
+        within, outside = inside_and_outside(result.probability, inside)
+        at_lowest = inside.flatten(1)[torch.arange(len(chosen)), lowest]
         summary["boxes"] = {
             "share_of_places_in_the_box": float(inside.float().mean()),
-            "share_of_images_lowest_in_the_box": float(
-                inside.flatten(1)[torch.arange(len(chosen)), lowest].float().mean()
-            ),
+            "share_of_images_lowest_in_the_box": float(at_lowest.float().mean()),
             "mean_probability_in_the_box": float(within.nanmean()),
             "mean_probability_outside": float(outside.nanmean()),
         }
     return summary
+
+
+def _log_summary(summary: dict[str, Any]) -> None:
+    for row in summary["images"]:
+        log.info(
+            "%s: P %.1f %%, at the lowest %.1f %%, where the prediction is %s",
+            row["image"],
+            100 * row["probability"],
+            100 * row["lowest_probability"],
+            row["predicted_at_lowest"],
+        )
+    if "boxes" in summary:
+        log.info(
+            "lowest in the object's box: %.0f %% of images (the box: %.0f %% of places)",
+            100 * summary["boxes"]["share_of_images_lowest_in_the_box"],
+            100 * summary["boxes"]["share_of_places_in_the_box"],
+        )
+
+
+# ---- figure
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Panel c: projections and images, uint8 [1 + M, S, S, 3], the occluded image's first, and a title for each."""
+
+    projections: np.ndarray
+    images: np.ndarray
+    titles: Sequence[str]
+
+
+def project_strongest_map(
+    loaded: LoadedRun, layer: str, inputs: Tensor, result: Occlusion, images: ImageSet
+) -> list[Projections]:
+    """Project each image's strongest map in that image and in the images of the split that excite it most."""
+    search = TopActivations(OTHERS + 1, len(loaded.classes))
+    strongest = collect(loaded.model, images, loaded.batches, [layer], search).layers[layer]
+    deconvnet, shown = Deconvnet(loaded.model), []
+    for number, channel in enumerate(result.channel.tolist()):
+        places = strongest.places()[channel][strongest.filled[channel]].cpu()
+        others = to_inputs(loaded, images.pixels(places[:, 0]))
+        # the image itself may be among the strongest of its split
+        new = [k for k in range(len(others)) if not torch.equal(others[k], inputs[number])][:OTHERS]
+        row = torch.cat([inputs[number : number + 1], others[new]])
+        where = torch.cat([result.peak[number : number + 1], places[new, 1:]])
+        units = [(k, channel, int(y), int(x)) for k, (y, x) in enumerate(where.tolist())]
+        labels = images.labels[places[new, 0]].tolist()
+        shown.append(
+            Projections(
+                on_grey(deconvnet.project(row, layer, units)).numpy(),
+                to_pixels(row, loaded.data).numpy(),
+                ["this image", *(loaded.classes[c] for c in labels)],
+            )
+        )
+    return shown
+
+
+@styled
+def draw_occlusion(
+    result: Occlusion,
+    pictures: np.ndarray,
+    names: Sequence[str],
+    classes: Sequence[str],
+    layer: str,
+    projections: Sequence[Projections],
+    boxes: Tensor | None = None,
+    fill: Sequence[float] = (0.5, 0.5, 0.5),
+) -> Figure:
+    """Draw five panels for each image (paper, Fig. 7). The square is where the probability is lowest; dashed: the box.
+
+    pictures: uint8 [N, S, S, 3]; fill: the square's colour, in 0 … 1; boxes: [N, 4] in input pixels.
+    """
+    rows, size = len(pictures), pictures.shape[1]
+    figure = new_figure(figsize=(18, 1.1 + 2.9 * rows))
+    dashed = "" if boxes is None else "; dashed: the object's box"
+    figure.suptitle(
+        f"Occlusion by a square of {result.patch} px; maps are drawn at the square's centre{dashed}"
+    )
+    axes = figure.subplots(rows, 5, squeeze=False, width_ratios=(1.1, 1.25, 2, 1.25, 1.4))
+    titles = (
+        "(a) Image and square where\nthe probability is lowest",
+        f"(b) Activation of the strongest\nmap of {layer}, summed",
+        f"(c) Image and projection of that map of {layer},\nhere and where it is strongest (grey: no signal)",
+        "(d) Probability\nof the class",
+        "(e) Most probable\nclass",
+    )
+    for panel, title in zip(axes[0], titles, strict=True):
+        panel.set_title(title, y=1.03)
+    extent = _extent(result, size)
+    for row, (image, activation, projected, probability, predicted) in enumerate(axes):
+        show(image, pictures[row])
+        worst = np.unravel_index(int(result.probability[row].argmin()), result.probability[row].shape)
+        top, left = (float(result.starts[k]) - 0.5 for k in worst)
+        square = Rectangle((left, top), result.patch, result.patch, fc=tuple(fill), ec="white", lw=0.8)
+        image.add_patch(square)
+        image.set_ylabel(plain(names)[row])
+        heat = show(activation, result.activation[row], cmap="magma", extent=extent, vmin=0)
+        whole = float(result.whole_activation[row])
+        activation.set_xlabel(f"map {int(result.channel[row])}; whole image: {whole:.3g}")
+        figure.colorbar(heat, ax=activation, shrink=0.8)
+        _draw_projections(projected, projections[row])
+        heat = show(probability, result.probability[row], cmap="viridis", extent=extent, vmin=0, vmax=1)
+        probability.set_xlabel(f"whole image: {float(result.whole_probability[row]):.1%}")
+        bar = figure.colorbar(heat, ax=probability, shrink=0.8)
+        bar.ax.yaxis.set_major_formatter("{x:.0%}")
+        _draw_classes(predicted, result.predicted[row].numpy(), classes, extent)
+        for panel in (image, activation, probability, predicted):
+            panel.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+            if boxes is not None and panel is not image:
+                outline_box(panel, boxes[row], "white")
+    return figure
+
+
+def _extent(result: Occlusion, size: int) -> tuple[float, float, float, float]:
+    """Return the edges of the maps in the image's pixels: each cell is centred on its square."""
+    stride = float(result.starts[1] - result.starts[0]) if len(result.starts) > 1 else float(size)
+    low = float(result.starts[0]) + result.patch / 2 - stride / 2 - 0.5
+    high = float(result.starts[-1]) + result.patch / 2 + stride / 2 - 0.5
+    return low, high, high, low
+
+
+def _draw_projections(panel: Axes, shown: Projections) -> None:
+    """Draw image and projection side by side, two by two, the occluded image's first and in a red frame."""
+    panel.axis("off")
+    for number, title in enumerate(shown.titles):
+        left, bottom = 0.51 * (number % 2), 0.53 * (1 - number // 2)
+        tile = panel.inset_axes((left, bottom, 0.49, 0.43))
+        show(tile, np.concatenate([shown.images[number], shown.projections[number]], axis=1))
+        tile.set_title(title, fontsize=8, pad=2, parse_math=False)
+        if number == 0:
+            tile.spines[:].set(visible=True, color=RED, linewidth=1.5)
+
+
+def _draw_classes(
+    panel: Axes, labels: np.ndarray, classes: Sequence[str], extent: tuple[float, float, float, float]
+) -> None:
+    """Draw a map of class numbers, with a legend of those that occur, most frequent first."""
+    colours = class_colours(labels.ravel().tolist())
+    place = {c: n for n, c in enumerate(colours)}
+    show(
+        panel,
+        np.vectorize(place.__getitem__)(labels),
+        cmap=ListedColormap(list(colours.values())),
+        extent=extent,
+        vmin=-0.5,
+        vmax=len(colours) - 0.5,
+        interpolation="nearest",
+    )
+    order = sorted(colours, key=lambda c: -int((labels == c).sum()))
+    names = plain(classes[c] for c in order[:_NAMED])
+    patches = [Patch(color=colours[c], label=name) for c, name in zip(order, names, strict=False)]
+    panel.legend(handles=patches, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=1)

@@ -261,6 +261,11 @@ def result_keys(plain: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def model_name(model: ModelConfig | Mapping[str, Any]) -> str:
+    """Return a network's name for people."""
+    return model.name if isinstance(model, ModelConfig) else str(model["_target_"]).rpartition(".")[2]
+
+
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a nested config as dotted keys and values; an empty or null part is a value."""
     flat: dict[str, Any] = {}
@@ -351,7 +356,7 @@ def _problem(error: ValidationError, schema: Any, plain: dict[str, Any], prefix:
         keys, node = [], plain  # pydantic's places also name the members of a union
         for key in loc:
             if (isinstance(node, dict) and key in node) or (isinstance(node, list) and isinstance(key, int)):
-                node = node[key]  # type: ignore[index]
+                node = node[key]
                 keys.append(str(key))
         return keys, node
 

@@ -264,7 +264,7 @@ def apply_transforms(
                 or image.shape[1] != image.shape[2]
             ):
                 raise UserError(
-                    f"augment.transforms: give images {list(image.shape)} of {image.dtype}; must give uint8 [3, s, s]"
+                    f"augment.transforms: give {list(image.shape)} of {image.dtype}; must give uint8 [3, s, s]"
                 )
             out.append(image)
     if len({image.shape for image in out}) > 1:

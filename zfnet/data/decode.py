@@ -1,4 +1,4 @@
-"""One image file of any kind, as an RGB array: the only place where image files are opened."""
+"""Image files of any format as RGB images: the only place where image files are opened."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Pillow hands EPS and PS files to Ghostscript, and WMF to the system: a program runs because a file said so.
+# Pillow passes EPS and PS files to Ghostscript, and WMF to the system: such a file would start a program.
 _REFUSED = {"EPS", "WMF", "EMF"}
 Image.init()
 FORMATS = tuple(sorted(set(Image.OPEN) - _REFUSED))
@@ -23,8 +23,8 @@ class UnreadableImage(Exception):
 def read_image(file: str | Path | BinaryIO) -> Image.Image:
     """Return the image in mode RGB, upright; raise UnreadableImage.
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit and floating-point grey are scaled to
-    8 bits, and of an animation the first frame is taken.
+    EXIF rotation is applied, transparency becomes white, 16-bit and floating-point grey are scaled to 8 bits, and an
+    animation gives its first frame.
     """
     _check_regular(file)
     try:
@@ -35,10 +35,9 @@ def read_image(file: str | Path | BinaryIO) -> Image.Image:
                 return _to_rgb(ImageOps.exif_transpose(image))
     except (
         UnidentifiedImageError
-    ) as error:  # its own message names the file once more, or an object in memory
+    ) as error:  # its message repeats the file's name, or names an object in memory
         raise UnreadableImage("not an image of a known format") from error
-    # Pillow's decoders raise whatever their format's damage leads to, so nothing narrower is safe
-    except Exception as error:
+    except Exception as error:  # Pillow's decoders raise errors of many classes on damaged files
         raise UnreadableImage(str(error) or type(error).__name__) from error
 
 
@@ -53,7 +52,7 @@ def image_size(file: Path) -> tuple[int, int]:
 
 
 def _check_regular(file: str | Path | BinaryIO) -> None:
-    """A pipe or a device could keep its reader waiting, or give it bytes, for ever."""
+    """Raise UnreadableImage for a pipe or a device: reading it might never end."""
     if isinstance(file, (str, Path)) and Path(file).exists() and not Path(file).is_file():
         raise UnreadableImage("not a regular file")
 
@@ -72,7 +71,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(grey: np.ndarray, mode: str) -> np.ndarray:
-    """Scale to 0 … 255: integers count from 0 to 65535; floats from 0 to 1, to 255 or to 65535."""
+    """Scale to 0 … 255: integers from 0 … 65535; floats from the smallest of 0 … 1, 255 and 65535 that holds them."""
     grey = np.nan_to_num(grey)
     peak = float(grey.max(initial=0.0))
     if mode == "F" and peak <= 1:

@@ -1,62 +1,319 @@
-"""job=benchmark: how fast this machine does what the composed config asks, beside others and other ways."""
+"""job=benchmark: the time of a training step and of its phases, and each choice of trainer=auto beside its alternative.
+
+`benchmarks/` times the same steps beside other people's training loops, with the functions of this file.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-from dataclasses import dataclass
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Protocol
 
-from zfnet.benchmark import choices, folder, projections, records, start, training
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from zfnet.config.errors import UserError
 from zfnet.config.ranges import limits, one_of
 from zfnet.config.schema import Config, Job
-from zfnet.plots.benchmark import draw_benchmark
-from zfnet.plots.figures import save_figure
+from zfnet.data import Batch, ImageSet, load_splits
+from zfnet.model.layers import set_dropout_step
+from zfnet.plots.figures import BLUE, INK, LIGHT_BLUE, ORANGE, PALE, PURPLE, new_figure, save_figure, styled
 from zfnet.runs.directory import write_atomically
 from zfnet.runs.provenance import describe_environment
-from zfnet.training.device import resolve_runtime
+from zfnet.runs.tables import format_table
+from zfnet.training.device import Runtime, keep_memory, resolve_runtime, set_switches, synchronize, timed
+from zfnet.training.loop import train_step
+from zfnet.training.state import TrainingState, training_batches
 
-SUBJECTS = {
-    "training": training,
-    "choices": choices,
-    "records": records,
-    "folder": folder,
-    "start": start,
-    "deconvnet": projections,
-}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PHASES = {"data": ORANGE, "forward": BLUE, "backward": LIGHT_BLUE, "optimizer": PURPLE}
+Result = dict[str, Any]  # what benchmark.json holds
 
 
 @dataclass(kw_only=True)
 class BenchmarkJob(Job):
-    """`rounds` turns of `steps` timed steps each, after `warmup` untimed ones; `workers` serve the other loops.
+    """`rounds` turns of `steps` timed steps each, after `warmup` untimed ones."""
 
-    Of `subject` deconvnet, each round projects the strongest place of `maps` maps a layer in `count` images; of
-    folder, it reads `pictures` photographs.
-    """
-
-    subject: str = one_of("training", "choices", "records", "folder", "start", "deconvnet")
-    pictures: int = limits(low=2)
-    maps: Optional[int] = limits(low=1)
-    count: int = limits(low=1)
+    subject: str = one_of("step", "choices")
     rounds: int = limits(low=1)
     steps: int = limits(low=1)
     warmup: int = limits(low=0)
-    workers: int = limits(low=0)
 
     def main(self, config: Config, output: Path) -> None:
-        """Time the subject, print a table, and write benchmark.json and, where there are loops to compare, a figure."""
-        runtime, subject = resolve_runtime(config.trainer), SUBJECTS[config.job.subject]
-        print(
-            f"{config.model.name}, {config.data.image_size} px, batch {config.data.batch_size}, {runtime.describe()}"
-        )
-        result = subject.measure(config, runtime)
-        result |= {
-            "config": config.to_dict(),
-            "environment": describe_environment(runtime.device, "", config.trainer.name),
+        """Time the steps, print a table, and write benchmark.json and a figure."""
+        runtime, images = resolve_runtime(config.trainer), load_splits(config.data).train
+        steps = TrainingSteps("as chosen", config, runtime, images)
+        others = alternatives(config, runtime, images) if self.subject == "choices" else ()
+        result = measure(steps, others, self.rounds, self.steps, self.warmup)
+        print_result(result)
+        write_result(result, config, runtime, output)
+
+
+class Contender(Protocol):
+    """A training loop that can be run for some steps, data included."""
+
+    name: str
+    batch_size: int
+
+    def turn(self, steps: int, warmup: int) -> float:
+        """Train `warmup` and then `steps` steps; return the seconds of the latter, the device's work included."""
+
+
+class TrainingSteps:
+    """The steps of job=train: its batches, its step, its readings of the loss, with one choice of `runtime`.
+
+    data_wait: seconds in which the host waited for batches, of `taken` steps
+
+    Raises UserError where the images do not fill a batch.
+    """
+
+    def __init__(self, name: str, config: Config, runtime: Runtime, images: ImageSet) -> None:
+        self.name, self.config, self.runtime, self.batch_size = name, config, runtime, config.data.batch_size
+        if len(images) < self.batch_size:
+            raise UserError(
+                f"data.batch_size={self.batch_size}: there are only {len(images)} training images"
+            )
+        self.batches = training_batches(config, runtime, images)
+        self.state = TrainingState(config, runtime, len(images.classes), len(self.batches))
+        self.data_wait, self.taken = 0.0, 0
+
+    def turn(self, steps: int, warmup: int) -> float:
+        self._set_process_switches()
+        return time_steps(self._loop(), steps, warmup, self.runtime.device)
+
+    def _set_process_switches(self) -> None:
+        set_switches(self.runtime.deterministic, self.runtime.precision)
+        keep_memory(self.runtime.device.type == "cpu")
+
+    def _loop(self) -> Generator[None, None, None]:
+        self.state.model.train()
+        for batch in self._full_batches():
+            train_step(self.state, batch)
+            if self.state.step % self.config.trainer.log_every == 0:
+                self.state.read_metrics()
+            self.taken += 1
+            yield
+
+    def _full_batches(self) -> Iterator[Batch]:
+        """Epoch after epoch; short last batches are left out, so that all steps are equal."""
+        for epoch in itertools.count():
+            batches = self.batches.epoch(epoch)
+            for _ in range(len(self.batches.set) // self.batch_size):
+                start = time.perf_counter()
+                batch = next(batches)
+                self.data_wait += time.perf_counter() - start
+                yield batch
+
+    def phase_seconds(self, steps: int) -> dict[str, float]:
+        """Return the seconds of each phase of a step, the device waited for after each phase."""
+        self._set_process_switches()
+        state, device, batches = self.state, self.runtime.device, self._full_batches()
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for _ in range(steps):
+            with _clock(seconds, "data", device):
+                batch = next(batches)
+            with _clock(seconds, "forward", device), self.runtime.autocast():
+                set_dropout_step(state.model, self.config.seed, state.step)
+                loss = state.criterion(state.forward(batch.images), batch.labels) / batch.total
+            with _clock(seconds, "backward", device):
+                loss.backward()
+            with _clock(seconds, "optimizer", device):
+                state.optimizer.step()
+                state.optimizer.zero_grad(set_to_none=True)
+        return {phase: total / steps for phase, total in seconds.items()}
+
+
+@contextlib.contextmanager
+def _clock(seconds: dict[str, float], phase: str, device: torch.device) -> Iterator[None]:
+    """Add the time of this block, its work on the device included, to seconds[phase]."""
+    synchronize(device)
+    start = time.perf_counter()
+    yield
+    synchronize(device)
+    seconds[phase] += time.perf_counter() - start
+
+
+def alternatives(config: Config, runtime: Runtime, images: ImageSet) -> Iterator[TrainingSteps]:
+    """Yield the steps with each choice of trainer=auto replaced by its alternative."""
+    precision, nhwc = "fp32" if runtime.precision == "bf16" else "bf16", runtime.channels_last
+    runtimes = {
+        "trainer=exact": replace(runtime, precision="fp32", compile=False, deterministic=True),
+        "NCHW" if nhwc else "NHWC": replace(runtime, channels_last=not nhwc),
+        precision: replace(runtime, precision=precision),
+        "not compiled" if runtime.compile else "compiled": replace(runtime, compile=not runtime.compile),
+    }
+    for name, other in runtimes.items():
+        if other != runtime:
+            yield TrainingSteps(name, config, other, images)
+
+
+def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps: int, warmup: int) -> Result:
+    """Time `ours` and `others` in turns, then the phases of one of our steps."""
+    runtime = ours.runtime
+    print(f"{runtime.describe()}, batches of {ours.batch_size}, data included\n")
+    first_steps = [ours.turn(1, 0)]
+    memory = peak_memory(runtime.device)  # before the others take any
+    ours.data_wait, ours.taken = 0.0, 0
+    contenders: list[Contender] = [ours, *others]
+    first_steps += [other.turn(1, 0) for other in contenders[1:]]  # compilers and autotuners work here
+    rows = take_turns(contenders, rounds, steps, warmup)
+    for row, seconds in zip(rows, first_steps, strict=True):
+        row["first_step_seconds"] = seconds
+    speed, wait = rows[0]["median"], ours.data_wait / ours.taken
+    images = next(ours.batches.epoch(0)).images[:2]  # two, for batch normalisation
+    flops, peak = flops_per_image(ours.state.model, images), matmul_peak(runtime)
+    return {
+        "batch_size": ours.batch_size,
+        "runtime": runtime.describe(),
+        "steps": steps,
+        "contenders": rows,
+        "breakdown_seconds": ours.phase_seconds(max(2, min(steps, 10))),
+        "waiting_share": wait * speed / ours.batch_size,
+        "training_gflop_per_image": flops / 1e9,
+        "tflop_per_second": speed * flops / 1e12,
+        "matmul_peak_tflop_per_second": peak / 1e12,
+        "share_of_matmul_peak": speed * flops / peak,
+        "peak_memory_gib": memory,
+    }
+
+
+def take_turns(contenders: Sequence[Contender], rounds: int, steps: int, warmup: int) -> list[dict[str, Any]]:
+    """Return one row per contender: its images per second in each round, their median, and the first's lead over it.
+
+    They take turns, so that a machine that speeds up or slows down does so for all of them; `first_is_faster_by` is
+    the median of the rounds' ratios.
+    """
+    speeds: list[list[float]] = [[] for _ in contenders]
+    for _ in tqdm(range(rounds), unit="round", disable=None, leave=False, dynamic_ncols=True):
+        for contender, row in zip(contenders, speeds, strict=True):
+            row.append(steps * contender.batch_size / contender.turn(steps, warmup))
+    return [
+        {
+            "name": contender.name,
+            "images_per_second": row,
+            "median": statistics.median(row),
+            "first_is_faster_by": statistics.median(a / b for a, b in zip(speeds[0], row, strict=True)),
         }
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / "benchmark.json", json.dumps(result, indent=2) + "\n")
-        if "contenders" in result:
-            save_figure(draw_benchmark(result), output / "figures" / "benchmark.png")
-        subject.say(result)
-        print(f"written to {output}")
+        for contender, row in zip(contenders, speeds, strict=True)
+    ]
+
+
+def time_steps(loop: Generator[None, None, None], steps: int, warmup: int, device: torch.device) -> float:
+    """Return the seconds of `steps` steps of a loop that trains on one batch at each `next()`, and end it."""
+    for _ in range(warmup):
+        next(loop)
+    seconds = timed(lambda: [next(loop) for _ in range(steps)], device)
+    loop.close()  # ends a loader's workers
+    return seconds
+
+
+def flops_per_image(model: nn.Module, images: Tensor) -> float:
+    """Return the floating-point operations of one image's forward and backward pass, counted by PyTorch.
+
+    images: [N, 3, S, S]. The gradient with respect to the images is not computed and not counted.
+    """
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / len(images)
+
+
+def matmul_peak(runtime: Runtime) -> float:
+    """Return FLOP/s of a large matrix product in the runtime's precision, the best of ten."""
+    dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+    n = 2048 if runtime.device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=runtime.device).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(timed(lambda: a @ b, runtime.device) for _ in range(10))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the largest amount of memory so far, in GiB: allocated on the GPU or, on a CPU, held by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def print_result(result: Result) -> None:
+    """Print the contenders, the phases of a step and what the hardware does, 80 columns wide."""
+    rows = [("", "images/s", "min", "max", "first is faster by", "first step")]
+    for row in result["contenders"]:
+        speeds = row["images_per_second"]
+        numbers = (f"{speed:.1f}" for speed in (row["median"], min(speeds), max(speeds)))
+        ratio, seconds = row["first_is_faster_by"], row["first_step_seconds"]
+        rows.append((row["name"], *numbers, f"{ratio:.2f}×", f"{seconds:.2f} s"))
+    print("\n".join(format_table(rows, "<>>>>>", 80, shrink=[0])))
+    phases, total = result["breakdown_seconds"], sum(result["breakdown_seconds"].values())
+    print(f"\none step ({result['contenders'][0]['name']}), the device waited for after each phase")
+    lines = [(f"  {phase}", f"{1000 * s:.2f} ms", f"{s / total:.1%}") for phase, s in phases.items()]
+    print("\n".join(format_table(lines, "<>>")))
+    print(
+        f"\n{result['tflop_per_second']:.3f} TFLOP/s, {result['share_of_matmul_peak']:.0%} of the rate of a large "
+        f"matrix product ({result['matmul_peak_tflop_per_second']:.3f});\nwaiting for data "
+        f"{result['waiting_share']:.2%} of the time; peak memory {result['peak_memory_gib']:.2f} GiB"
+    )
+
+
+def write_result(result: Result, config: Config, runtime: Runtime, output: Path) -> None:
+    """Write benchmark.json and figures/benchmark.png."""
+    output.mkdir(parents=True, exist_ok=True)
+    environment = describe_environment(runtime.device, "", config.trainer.name)
+    content = {**result, "config": config.to_dict(), "environment": environment}
+    write_atomically(output / "benchmark.json", json.dumps(content, indent=2) + "\n")
+    save_figure(draw_benchmark(result), output / "figures" / "benchmark.png")
+    print(f"written to {output}")
+
+
+@styled
+def draw_benchmark(result: Result) -> Figure:
+    """Draw bars of median images per second, with a dot for each turn; below them, the phases of one step."""
+    rows = result["contenders"] if len(result["contenders"]) > 1 else []
+    figure = new_figure(figsize=(8, 1.7 + 0.5 * len(rows)))
+    if rows:
+        upper, lower = figure.subplots(2, 1, height_ratios=[len(rows) + 0.5, 1])
+        _draw_contenders(upper, rows)
+    else:
+        lower = figure.subplots()
+    _draw_phases(lower, result)
+    figure.legend(ncols=len(PHASES), loc="outside lower center")
+    return figure
+
+
+def _draw_contenders(axis: Axes, rows: Sequence[Result]) -> None:
+    for y, row in enumerate(rows):
+        speeds = row["images_per_second"]
+        axis.barh(y, row["median"], color=PALE if y else LIGHT_BLUE, height=0.6)
+        axis.plot(speeds, [y] * len(speeds), ".", color=INK, alpha=0.6)
+        ratio = "" if y == 0 else f"  ({rows[0]['name']}: {row['first_is_faster_by']:.2f}× as fast)"
+        axis.text(max(speeds), y, f" {row['median']:.1f}{ratio}", va="center")
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axis.invert_yaxis()
+    axis.set(title="Training, data included (dots: turns)", xlabel="images per second")
+    axis.grid(axis="y", visible=False)
+    axis.set_xlim(0, 1.45 * max(max(row["images_per_second"]) for row in rows))
+
+
+def _draw_phases(axis: Axes, result: Result) -> None:
+    phases, left = result["breakdown_seconds"], 0.0
+    total, name = sum(phases.values()), result["contenders"][0]["name"]
+    for phase, seconds in phases.items():
+        share = seconds / total
+        axis.barh(0, share, left=left, color=PHASES[phase], label=f"{phase} {share:.1%}")
+        left += share
+    title = f"One step ({name}): {1000 * total:.1f} ms for {result['batch_size']} images"
+    axis.set(title=title, xlim=(0, 1), xlabel="share of the step", yticks=[])
+    axis.grid(False)
+    axis.xaxis.set_major_formatter("{x:.0%}")

@@ -1,20 +1,24 @@
-"""job=evaluate: what a run's network scores on a split, or on other images."""
+"""job=evaluate: a run's accuracy on a split of its own data, or on other images."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.functional import hflip, ten_crop
+
 from zfnet.config.ranges import limits, one_of
-from zfnet.config.schema import Config, Job
-from zfnet.plots.results import draw_results, results_of, say_per_class, say_result
+from zfnet.config.schema import Config, DataConfig, Job
+from zfnet.plots.results import draw_results, log_per_class, log_result, results_of
 from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import own_directory
 from zfnet.training.loaded import LoadedRun
 from zfnet.training.loop import evaluate
-from zfnet.training.tta import MeanOfViews, data_for_views
 
 log = logging.getLogger("zfnet")
 
@@ -28,30 +32,70 @@ class EvaluateJob(Job):
     crop_ratio: float = limits(above=0, high=1)
 
     def main(self, config: Config, output: Path) -> None:
-        """Measure one split and write results.json and figures; raises UserError where classes do not match."""
-        used, settings = LoadedRun(config), config.job
-        splits = used.splits()
-        part = used.split(settings.split, splits)
-        stored = part.images.shape[1]
-        data = data_for_views(used.data, settings.tta, stored, settings.crop_ratio)
-        model = used.model if settings.tta == "none" else MeanOfViews(used.model, settings.tta).eval()
+        """Evaluate one split; write results.json and figures. Raises UserError where the class names do not match."""
+        loaded = LoadedRun(config)
+        splits = loaded.splits()
+        images = loaded.split(self.split, splits)
+        data = loaded.data
+        model: nn.Module = loaded.model
+        if self.tta != "none":
+            model = MeanOfViews(model, self.tta, data.image_size).eval()
+        if self.tta == "tencrop":
+            data = data_for_tencrop(data, images.images.shape[1], self.crop_ratio)
         with own_directory(config, output) as run:
-            log.info("%s on %s, %s images", used.source.folder, data.name, f"{len(part):,}")
-            log.info(used.runtime.describe())
-            surroundings = describe_environment(used.runtime.device, splits.fingerprint, config.trainer.name)
-            run.write_json("environment.json", {**surroundings, "plan": used.runtime.describe()})
-            found = evaluate(model, used.batches(part, data), used.runtime, settings.split)
-            result = results_of(found, part.classes)
+            log.info("%s on %s, %s images", loaded.source.folder, data.name, f"{len(images):,}")
+            log.info(loaded.runtime.describe())
+            environment = describe_environment(loaded.runtime.device, splits.fingerprint, config.trainer.name)
+            run.write_json("environment.json", {**environment, "plan": loaded.runtime.describe()})
+            evaluation = evaluate(model, loaded.batches(images, data), loaded.runtime, self.split)
+            result = results_of(evaluation, images.classes)
             run.write_json(
                 "results.json",
                 {
-                    settings.split: result,
-                    "run": str(used.source.folder),
+                    self.split: result,
+                    "run": str(loaded.source.folder),
                     "data": {"name": data.name, "root": data.root},
-                    "tta": settings.tta,
+                    "tta": self.tta,
                 },
             )
-            say_result(settings.split, result)
-            say_per_class(result)
-            draw_results(run, found, part)
+            log_result(self.split, result)
+            log_per_class(result)
+            draw_results(run, evaluation, images)
             log.info("written to %s", run.folder)
+
+
+class MeanOfViews(nn.Module):
+    """Test-time augmentation: the log of the mean probabilities over several views of each image.
+
+    Source: Krizhevsky et al. 2012, section 4.1; the paper, section 3.
+
+    views: `flip` (the image and its mirror image) or `tencrop` (four corners and the centre, and their mirror
+        images; inputs must be larger than the network's, see `data_for_tencrop`)
+    image_size: side S of the network's input, in pixels
+    """
+
+    def __init__(self, model: nn.Module, views: str, image_size: int) -> None:
+        super().__init__()
+        self.model, self.views, self.image_size = model, views, image_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return log-probabilities [N, classes] for images [N, 3, h, w]."""
+        # one view at a time, since ten would multiply the memory by ten
+        views = [self.model(view).float().softmax(1) for view in self._views(images)]
+        mean = torch.stack(views).mean(0)
+        return mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+
+    def _views(self, images: Tensor) -> Iterator[Tensor]:
+        if self.views == "flip":
+            yield from (images, hflip(images))
+        else:
+            yield from ten_crop(images, [self.image_size, self.image_size])
+
+
+def data_for_tencrop(data: DataConfig, stored_size: int, crop_ratio: float) -> DataConfig:
+    """Return how images must be prepared for ten crops: larger than the network's input, so that crops are its size.
+
+    A crop's side is data.crop_size of the `stored_size` pixels where that is set, else `crop_ratio` of the image.
+    """
+    ratio = data.crop_size / stored_size if data.crop_size else crop_ratio
+    return replace(data, crop_size=None, image_size=round(data.image_size / ratio))

@@ -1,4 +1,4 @@
-"""job=export: a run's network as ONNX and torch.export files, checked against the network itself."""
+"""job=export: a run's network as ONNX and torch.export files, each compared with the network."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from zfnet.training.loaded import LoadedRun
 log = logging.getLogger("zfnet")
 
 FORMATS = ("onnx", "pt2")
-# of the largest logit; other kernels add in another order
+# of the largest logit: other kernels sum in another order
 TOLERANCE = 1e-4
-_BATCHES = (1, 2, 5)  # the file was traced with 2
+_BATCH_SIZES = (1, 2, 5)  # the network is traced with 2
 
 
 @dataclass(kw_only=True)
@@ -40,26 +40,26 @@ class ExportJob(Job):
     format: str = one_of("onnx", "pt2", "all")
 
     def main(self, config: Config, output: Path) -> None:
-        """Write model.onnx, model.pt2 and model.json; raises UserError where a file answers unlike the network."""
-        formats = FORMATS if config.job.format == "all" else (config.job.format,)
+        """Write model.onnx, model.pt2 and model.json; raises UserError where a file's logits differ."""
+        formats = FORMATS if self.format == "all" else (self.format,)
         missing = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]
         if "onnx" in formats and missing:
             raise UserError(
-                f"job.format={config.job.format} needs {', '.join(missing)}: "
+                f"job.format={self.format} needs {', '.join(missing)}: "
                 "pip install -e '.[export]', or choose job.format=pt2"
             )
-        used = LoadedRun(config)
-        model = used.model.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        metadata = describe(used)
-        inside = json.dumps(metadata)
+        loaded = LoadedRun(config)
+        model = loaded.model.to(device="cpu", memory_format=torch.contiguous_format)
+        metadata = describe(loaded)
+        embedded = json.dumps(metadata)
         with own_directory(config, output) as run, torch.no_grad():
-            size = used.data.image_size
+            size = loaded.data.image_size
             program = torch.export.export(
                 model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: Dim("batch", min=1)},)
             )
             for name in formats:
                 path = run.folder / f"model.{name}"
-                write_atomically(path, _WRITE[name](program, inside))
+                write_atomically(path, _WRITE[name](program, embedded))
                 difference = check(model, _READ[name](path))
                 metadata[f"largest_difference_{name}"] = difference
                 log.info(
@@ -73,44 +73,44 @@ class ExportJob(Job):
             log.info("written to %s", run.folder)
 
 
-def describe(used: LoadedRun) -> dict[str, Any]:
-    """Return what a user of the files must know, as JSON can hold it."""
-    data, size = used.data, used.data.image_size
+def describe(loaded: LoadedRun) -> dict[str, Any]:
+    """Return classes, input, output and preprocessing, for model.json and for inside the files."""
+    data, size = loaded.data, loaded.data.image_size
     return {
-        "classes": list(used.classes),
+        "classes": list(loaded.classes),
         "input": {"name": "images", "shape": ["batch", 3, size, size], "type": "float32"},
-        "output": {"name": "logits", "shape": ["batch", len(used.classes)], "type": "float32"},
+        "output": {"name": "logits", "shape": ["batch", len(loaded.classes)], "type": "float32"},
         "preprocessing": {
             "channels": "RGB",
             "fit": data.fit,
-            "stored_size": used.metadata.stored_size,
-            "crop_size": data.crop_size or used.metadata.stored_size,
+            "stored_size": loaded.metadata.stored_size,
+            "crop_size": data.crop_size or loaded.metadata.stored_size,
             "image_size": size,
             "mean": data.mean,
             "std": data.std,
             "steps": [
-                "fit the image to a square of stored_size pixels, bilinear: `crop` keeps proportions and takes the "
-                "centre, `stretch` does not",
+                "resize the image to a square of stored_size pixels, bilinear: `crop` keeps proportions and takes "
+                "the centre, `stretch` does not",
                 "take the central square of crop_size pixels and resize it to image_size, bilinear",
                 "(pixel / 255 - mean) / std, for each channel",
             ],
         },
-        "run": str(used.source.folder),
-        "weights_sha256": weights_hash(used.model.state_dict()),
+        "run": str(loaded.source.folder),
+        "weights_sha256": weights_hash(loaded.model.state_dict()),
         "torch": torch.__version__,
     }
 
 
 def check(model: ZFNet, exported: Callable[[Tensor], Tensor]) -> float:
-    """Return the largest difference of logits on random images, in batches of several sizes.
+    """Return the largest difference of logits between the two on random images, in batches of several sizes.
 
-    Raises UserError if it is more than TOLERANCE of the largest logit.
+    Raises UserError where it is more than TOLERANCE of the largest logit.
     """
     generator, largest = torch.Generator().manual_seed(0), 0.0
-    for count in _BATCHES:
+    for count in _BATCH_SIZES:
         images = torch.randn(count, 3, model.image_size, model.image_size, generator=generator)
-        expected, found = model(images), exported(images)
-        difference = (found - expected).abs().max().item()
+        expected, logits = model(images), exported(images)
+        difference = (logits - expected).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
             raise UserError(f"the exported network's logits differ from the network's by {difference:.3g}")
         largest = max(largest, difference)
@@ -119,7 +119,7 @@ def check(model: ZFNet, exported: Callable[[Tensor], Tensor]) -> float:
 
 def _onnx(program: ExportedProgram, metadata: str) -> bytes:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the exporter's own insides
+        warnings.simplefilter("ignore")  # about the exporter's internals
         exported = torch.onnx.export(
             program,
             (),

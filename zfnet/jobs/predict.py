@@ -1,4 +1,4 @@
-"""job=predict: what a run's network sees in image files."""
+"""job=predict: a run's network on image files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -21,18 +21,34 @@ from zfnet.config.ranges import limits
 from zfnet.config.schema import Config, Job
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
-from zfnet.data.named import NamedImage, find_images
-from zfnet.plots.figures import save_figure
-from zfnet.plots.predictions import Prediction, draw_predictions, prediction_table, shorten
+from zfnet.data.files import NamedImage, find_images
+from zfnet.plots.figures import LIGHT_BLUE, PALE_BLUE, PALEST, SOFT, new_figure, save_figure, styled
 from zfnet.runs.session import own_directory
+from zfnet.runs.tables import format_table, shorten
 from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import PREPROCESSING, LoadedRun
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 log = logging.getLogger("zfnet")
 
-_USED = ("batch_size", *PREPROCESSING)  # what it takes from `data`
+_DATA_KEYS = ("batch_size", *PREPROCESSING)  # the keys of `data` that count here
 SHOWN = 48  # images in the figure
-PICTURE = 160  # pixels a side, at least
+PICTURE_SIZE = 160  # pixels a side of an image in the figure, at least
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image: its name and (class, probability), most probable first; or the error for which it was not read.
+
+    picture: uint8 [h, w, 3], of the images that the figure shows
+    """
+
+    name: str
+    best: Sequence[tuple[str, float]] = ()
+    picture: np.ndarray | None = None
+    error: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -43,113 +59,148 @@ class PredictJob(Job):
     top: int = limits(low=1)
 
     def main(self, config: Config, output: Path) -> None:
-        """Classify the images that `images=[…]` names; an unreadable one is reported, and the rest are done.
+        """Classify the images that `images=[…]` names: a table, predictions.json and a figure.
 
-        Raises UserError where none can be read.
+        An unreadable image is reported and the others are done; raises UserError where none can be read.
         """
         if not config.images:
             raise UserError("job=predict needs images, as in 'images=[cat.jpg,photos/,https://…]'")
         for word in config.overrides:
             word = word.lstrip("+~")
             key = word.split("=", 1)[0]
-            if key == "data" or (key.startswith("data.") and key.removeprefix("data.") not in _USED):
-                raise UserError(f"{word}: job=predict looks at images=[…] and at no data set; leave it out")
-        images, problems = find_images(config.images)
+            if key == "data" or (key.startswith("data.") and key.removeprefix("data.") not in _DATA_KEYS):
+                raise UserError(f"{word}: job=predict reads images=[…] and no data set; leave it out")
+        images, errors = find_images(config.images)
         if not images:
-            raise _none_readable(problems)
-        used = LoadedRun(config)
-        if config.job.top > len(used.classes) and any(
-            word.startswith("job.top=") for word in config.overrides
-        ):
-            raise UserError(f"job.top={config.job.top}: the run knows {len(used.classes)} classes")
+            raise _none_readable(errors)
+        loaded = LoadedRun(config)
+        if self.top > len(loaded.classes) and any(w.startswith("job.top=") for w in config.overrides):
+            raise UserError(f"job.top={self.top}: the run has {len(loaded.classes)} classes")
         with own_directory(config, output) as run:
-            predictions: list[Prediction] = []
-            for prediction, problem in predict(used, images, config.job.top, config.data.batch_size):
-                if problem is None:
+            predictions = []
+            for prediction in predict(loaded, images, self.top, config.data.batch_size):
+                if prediction.error is None:
                     predictions.append(prediction)
                 else:
-                    problems[prediction.name] = problem
+                    errors[prediction.name] = prediction.error
             run.write_json(
                 "predictions.json",
                 {
-                    "run": str(used.source.folder),
-                    "weights_sha256": weights_hash(used.model.state_dict()),
+                    "run": str(loaded.source.folder),
+                    "weights_sha256": weights_hash(loaded.model.state_dict()),
                     "images": [
                         {
                             "image": p.name,
-                            "predictions": [{"class": name, "probability": share} for name, share in p.best],
+                            "predictions": [{"class": c, "probability": value} for c, value in p.best],
                         }
                         for p in predictions
                     ],
-                    "unreadable": [{"image": name, "error": problem} for name, problem in problems.items()],
+                    "unreadable": [{"image": name, "error": error} for name, error in errors.items()],
                 },
             )
-            for name, problem in problems.items():
-                log.warning("not read: %s: %s", shorten(name, 200), problem)
+            for name, error in errors.items():
+                log.warning("not read: %s: %s", shorten(name, 200), error)
             if not predictions:
-                raise _none_readable(problems)
+                raise _none_readable(errors)
             for line in prediction_table(predictions, shutil.get_terminal_size().columns):
                 log.info(line)
             save_figure(draw_predictions(predictions[:SHOWN]), run.figures / "predictions.png")
             if len(predictions) > SHOWN:
                 log.info("the figure shows the first %d images", SHOWN)
-            log.info(
-                "%d of %d images; written to %s", len(predictions), len(predictions) + len(problems), output
-            )
+            count = len(predictions) + len(errors)
+            log.info("%d of %d images; written to %s", len(predictions), count, output)
 
 
 @torch.no_grad()
 def predict(
-    used: LoadedRun, images: Sequence[NamedImage], top: int, batch_size: int
-) -> Iterator[tuple[Prediction, str | None]]:
-    """Yield for each image its prediction, or what is wrong with it, in order."""
+    loaded: LoadedRun, images: Sequence[NamedImage], top: int, batch_size: int
+) -> Iterator[Prediction]:
+    """Yield each image's prediction, with its `top` classes or its error, in order."""
 
-    def load(image: NamedImage, with_picture: bool) -> tuple[np.ndarray, np.ndarray | None] | str:
+    def read(image: NamedImage, with_picture: bool) -> tuple[np.ndarray, np.ndarray | None] | str:
         try:
-            pixels = image.read()
+            picture = image.read()
         except UnreadableImage as error:
             return str(error)
-        size, fit = used.metadata.stored_size, used.data.fit
-        picture = fit_square(pixels, max(size, PICTURE), fit) if with_picture else None
-        return fit_square(pixels, size, fit), picture
+        size, fit = loaded.metadata.stored_size, loaded.data.fit
+        shown = fit_square(picture, max(size, PICTURE_SIZE), fit) if with_picture else None
+        return fit_square(picture, size, fit), shown
 
-    done = 0
+    count = 0
     with (
         ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1)) as pool,
         tqdm(total=len(images), desc="predicting", unit=" images", disable=None, leave=False) as bar,
     ):
         for start in range(0, len(images), batch_size):
-            part = images[start : start + batch_size]
-            loaded = list(pool.map(load, part, [done < SHOWN] * len(part)))
-            good = [entry[0] for entry in loaded if not isinstance(entry, str)]
-            shares = iter(_shares(used, np.stack(good)) if good else ())
-            for image, entry in zip(part, loaded, strict=True):
-                if isinstance(entry, str):
-                    yield Prediction(image.name, []), entry
-                else:
-                    yield Prediction(image.name, _best(next(shares), used.classes, top), entry[1]), None
-            done += len(good)
-            bar.update(len(part))
+            chunk = images[start : start + batch_size]
+            files = list(pool.map(read, chunk, [count < SHOWN] * len(chunk)))
+            pixels = [file[0] for file in files if not isinstance(file, str)]
+            rows = iter(_probabilities(loaded, np.stack(pixels)) if pixels else ())
+            for image, file in zip(chunk, files, strict=True):
+                if isinstance(file, str):
+                    yield Prediction(image.name, error=file)
+                    continue
+                values, labels = next(rows).topk(min(top, len(loaded.classes)))
+                classes = [loaded.classes[label] for label in labels.tolist()]
+                yield Prediction(image.name, list(zip(classes, values.tolist(), strict=True)), file[1])
+            count += len(pixels)
+            bar.update(len(chunk))
 
 
-def _shares(used: LoadedRun, pixels: np.ndarray) -> Tensor:
-    """Return probabilities [N, classes], on the CPU, for stored pixels [N, h, w, 3]."""
-    runtime = used.runtime
-    batch = preprocess(torch.from_numpy(pixels).to(runtime.device), used.data, runtime.channels_last)
+def _probabilities(loaded: LoadedRun, pixels: np.ndarray) -> Tensor:
+    """Return probabilities [N, classes], on the CPU, for stored pixels, uint8 [N, h, w, 3]."""
+    runtime = loaded.runtime
+    batch = preprocess(torch.from_numpy(pixels).to(runtime.device), loaded.data, runtime.channels_last)
     with runtime.autocast():
-        logits = used.model(batch)
+        logits = loaded.model(batch)
     return logits.float().softmax(1).cpu()
 
 
-def _best(shares: Tensor, classes: Sequence[str], top: int) -> list[tuple[str, float]]:
-    found = shares.topk(min(top, len(classes)))
-    return [
-        (classes[label], share)
-        for label, share in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+def _none_readable(errors: dict[str, str]) -> UserError:
+    name, error = next(iter(errors.items()))
+    others = f", and {len(errors) - 1} more" if len(errors) > 1 else ""
+    return UserError(f"images: none can be read: {name}: {error}{others}")
+
+
+def prediction_table(predictions: Sequence[Prediction], width: int = 80) -> list[str]:
+    """Return lines of at most `width` characters: one per image or, where that is too wide, one per class."""
+    count = max(len(p.best) for p in predictions)
+    rows = [[p.name, *(cell for c, value in p.best for cell in (c, f"{value:.1%}"))] for p in predictions]
+    lines = format_table(rows, "<" + count * "<>", width, shrink=[0])
+    if max(map(len, lines)) <= width:
+        return lines
+    rows = [
+        [p.name if n == 0 else "", c, f"{value:.1%}"]
+        for p in predictions
+        for n, (c, value) in enumerate(p.best)
     ]
+    return format_table(rows, "<<>", width, shrink=[0, 1])
 
 
-def _none_readable(problems: dict[str, str]) -> UserError:
-    name, problem = next(iter(problems.items()))
-    others = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return UserError(f"images: none can be read: {name}: {problem}{others}")
+@styled
+def draw_predictions(predictions: Sequence[Prediction], columns: int = 6) -> Figure:
+    """Draw each picture with bars for its most probable classes below it."""
+    shown = [p for p in predictions if p.picture is not None]
+    columns = min(columns, len(shown))
+    rows, bars = -(-len(shown) // columns), min(3, max(len(p.best) for p in shown))
+    figure = new_figure(figsize=(2.1 * columns, (2.35 + 0.24 * bars) * rows + 0.4))
+    figure.suptitle("Predictions")
+    grid = figure.add_gridspec(2 * rows, columns, height_ratios=[2.0, 0.24 * bars] * rows)
+    for number, prediction in enumerate(shown):
+        row, column = divmod(number, columns)
+        picture, chart = (figure.add_subplot(grid[2 * row + k, column]) for k in (0, 1))
+        assert prediction.picture is not None
+        picture.imshow(prediction.picture)
+        picture.set_title(shorten(prediction.name, 26), fontsize=8, color=SOFT, parse_math=False)
+        picture.axis("off")
+        best = prediction.best[:bars]
+        colours = [LIGHT_BLUE, *[PALE_BLUE] * (len(best) - 1)]
+        chart.barh(range(len(best)), [value for _, value in best], height=0.82, color=colours)
+        for place, (name, value) in enumerate(best):
+            text = name if len(name) <= 18 else f"{name[:17]}…"
+            weight = "normal" if place else "bold"
+            chart.text(0.02, place, text, va="center", fontsize=8, weight=weight, parse_math=False)
+            chart.text(0.98, place, f"{value:.1%}", va="center", ha="right", fontsize=8, weight=weight)
+        chart.set(xlim=(0, 1), ylim=(bars - 0.5, -0.5), facecolor=PALEST, xticks=[], yticks=[])
+        chart.spines[:].set_visible(False)
+    return figure

@@ -13,8 +13,8 @@ from typing import Any
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
-from zfnet.plots.predictions import shorten
 from zfnet.runs.directory import RunDirectory, list_runs
+from zfnet.runs.tables import shorten
 
 
 @dataclass(frozen=True)

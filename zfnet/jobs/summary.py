@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -10,9 +9,13 @@ from typing import ClassVar
 import torchinfo
 
 from zfnet.config.schema import Config, Job
-from zfnet.model.zfnet import ZFNet
+from zfnet.data import load_splits
+from zfnet.runs.tables import format_table
+from zfnet.training.state import initial_model
 
+# of data that a table of layers need not download
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": 10}
+BATCH = 2  # images, as in the blog's table
 
 
 @dataclass(kw_only=True)
@@ -20,32 +23,27 @@ class SummaryJob(Job):
     reads_run: ClassVar[str] = "optional"
 
     def main(self, config: Config, output: Path) -> None:
-        """Print output shapes, parameters and multiply-adds of each layer, for two images as in the blog."""
-        classes = NUM_CLASSES.get(config.data.name)
+        """Print each layer's output shape, parameters and multiply-adds for BATCH images, and the sums."""
+        size, classes = config.data.image_size, NUM_CLASSES.get(config.data.name)
         if classes is None:
-            from zfnet.data import load_splits
-
             classes = len(load_splits(config.data).train.classes)
-        size = config.data.image_size
-        model = ZFNet(classes, size, config.model).eval()
-        table = torchinfo.summary(
-            model,
-            (2, 3, size, size),
+        network = torchinfo.summary(
+            initial_model(config, classes)[0].eval(),
+            (BATCH, 3, size, size),
             verbose=0,
             device="cpu",
             depth=1,
-            col_names=("output_size", "num_params", "mult_adds"),
-            col_width=18,
-            row_settings=("var_names",),
+            col_names=("output_size", "num_params", "mult_adds"),  # what torchinfo counts
         )
-        print(_narrow(re.sub(r"Units\.(.)\w+", r"\1", str(table))))
-
-
-def _narrow(table: str) -> str:
-    """Take the empty part out of the first column, so that the table fits 80 columns."""
-    blank = slice(28, 41)
-    lines = (
-        line[: blank.start] + line[blank.stop :] if set(line[blank]) <= {" ", "="} else line
-        for line in table.splitlines()
-    )
-    return "\n".join(line.rstrip()[:80] for line in lines)
+        rows: list[tuple[str, ...]] = [("layer", "type", "output shape", "parameters", "multiply-adds")]
+        for layer in network.summary_list[1:]:  # the first is the whole network
+            shape = " × ".join(str(n) for n in layer.output_size)
+            counts = (f"{n:,}" if n else "" for n in (layer.num_params, layer.macs))
+            rows.append((layer.var_name, layer.class_name, shape, *counts))
+        rows.append(("total", "", "", f"{network.total_params:,}", f"{network.total_mult_adds:,}"))
+        print("\n".join(format_table(rows, "<<<>>", 80, shrink=(0, 1))))
+        print(
+            f"\n{network.trainable_params:,} of {network.total_params:,} parameters are trainable; weights "
+            f"{network.total_param_bytes / 1e6:.1f} MB,\nactivations of a forward and backward pass of {BATCH} images "
+            f"{network.total_output_bytes / 1e6:.1f} MB"
+        )

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, Job
+from zfnet.config.schema import Config, Job, model_name
 from zfnet.data import Batches, Splits, load_splits
-from zfnet.plots.figures import draw_curves, save_figure
-from zfnet.plots.results import draw_results, results_of, say_per_class, say_result
+from zfnet.plots.figures import save_figure
+from zfnet.plots.results import draw_curves, draw_results, log_per_class, log_result, results_of
 from zfnet.runs.directory import RunDirectory, objective
 from zfnet.runs.hydra_record import write_hydra_record
 from zfnet.runs.provenance import describe_environment
@@ -224,11 +224,6 @@ def _write_environment(config: Config, run: RunDirectory, state: TrainingState, 
     log.info("%s parameters; %s", f"{sum(p.numel() for p in state.model.parameters()):,}", how)
 
 
-def model_name(model: Any) -> str:
-    """Return a network's name for people."""
-    return str(model["_target_"].rpartition(".")[2] if isinstance(model, dict) else model.name)
-
-
 def _check_against(splits: Splits, config: Config) -> None:
     """Compare the config with the images themselves; raise UserError."""
     data = config.data
@@ -315,10 +310,10 @@ def _report(
 def _print_results(config: Config, run: RunDirectory, results: dict[str, Any]) -> None:
     for name in ("validation", "test"):
         if results[name]:
-            say_result(name, results[name])
+            log_result(name, results[name])
     measured = results["test"] or results["validation"]
     if measured:
-        say_per_class(measured)
+        log_per_class(measured)
     if config.trainer.test_each_epoch:
         log.info("the test set was measured after each epoch: do not choose an epoch or a setting by it")
     log.info("written to %s", run.folder)

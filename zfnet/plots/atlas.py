@@ -1,11 +1,11 @@
-"""The atlas: all feature maps of a network in one static page, with what excites each of them.
+"""The atlas: all feature maps of a network in one static page, with the images that excite each of them.
 
-`atlas/index.html` holds every number and opens without a server or a network; pictures lie beside it and load
-as they come into sight:
+`atlas/index.html` holds every number and opens without a server or a network; pictures are files beside it and load
+when they are shown:
 
-    sheets/<layer>_<kind>.webp    a thumbnail of every map of a layer: what the page shows first
+    sheets/<layer>_<kind>.webp    a thumbnail of every map of a layer: the first view
     maps/<layer>/<number>.webp    one map's projections (upper row) and patches (lower row)
-    images/<number>.webp          an image, as stored
+    images/<number>.webp          an image, as the network sees it, in stored pixels
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from zfnet.config.schema import DataConfig
 from zfnet.data import ImageSet
-from zfnet.explain.crops import frame_size, look
+from zfnet.explain.crops import frame_size, view_units
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field
 from zfnet.explain.top_activations import LayerRecord, TopActivations
@@ -36,53 +36,53 @@ _PAGE = Path(__file__).parent / "atlas_page"
 KINDS = ("projections", "patches")
 _MAPS = 32  # projected at once
 _THUMBNAIL, _CELL = 96, 32  # a thumbnail shows 3×3 cells
-_CLASSES = 5  # of a map's classes, how many are told
+_CLASSES = 5  # of a map, how many are shown
 _LOSSLESS = 32  # frames up to this side are too small for a lossy format
 
 
 @dataclass(frozen=True)
 class Atlas:
-    """What the page is made from. `split` names the part of the data that `images` are."""
+    """What the page is made from; `images` are those of the split named `split`."""
 
     title: str
     split: str
     deconvnet: Deconvnet
     images: ImageSet
     data: DataConfig
-    found: TopActivations
+    search: TopActivations
 
 
-def write_atlas(atlas: Atlas, folder: Path, after_part: Callable[[], None] = lambda: None) -> Path:
-    """Write the atlas and return the page. Pictures that are there already are kept: a stopped job goes on.
+def write_atlas(atlas: Atlas, folder: Path, after_file: Callable[[], None] = lambda: None) -> Path:
+    """Write the atlas and return the page. Existing pictures are kept: a stopped job continues.
 
-    after_part: called now and then; may raise to stop.
+    after_file: called after each group of files; may raise to stop.
     """
-    layers = list(atlas.found.layers)
+    layers = list(atlas.search.layers)
     for layer in layers:
-        _write_maps(atlas, folder / "maps" / layer, layer, after_part)
+        _write_maps(atlas, folder / "maps" / layer, layer, after_file)
     for layer in tqdm(layers, "thumbnails", unit="layer", disable=None, leave=False):
         for kind in KINDS:
             path = folder / "sheets" / f"{layer}_{kind}.webp"
             if not path.exists():
                 _save(path, _sheet(atlas, folder / "maps" / layer, layer, kind), lossless=False)
-            after_part()
-    _write_images(atlas, folder / "images", after_part)
-    metadata = json.dumps(_facts(atlas), separators=(",", ":")).replace("<", "\\u003c")
+            after_file()
+    _write_images(atlas, folder / "images", after_file)
+    metadata = json.dumps(_page_data(atlas), separators=(",", ":")).replace("<", "\\u003c")
     page = (_PAGE / "page.html").read_text(encoding="utf-8")
     for mark, text in (
         ("title", html.escape(atlas.title)),
         ("style", (_PAGE / "page.css").read_text(encoding="utf-8")),
         ("script", (_PAGE / "page.js").read_text(encoding="utf-8")),
-        ("metadata", metadata),  # last: nothing in the data is taken for a mark
+        ("metadata", metadata),  # last: no text in the data is taken for a mark
     ):
         page = page.replace(f"<!-- {mark} -->", text)
     write_atomically(folder / "index.html", page)
     return folder / "index.html"
 
 
-def _write_maps(atlas: Atlas, folder: Path, layer: str, after_part: Callable[[], None]) -> None:
+def _write_maps(atlas: Atlas, folder: Path, layer: str, after_file: Callable[[], None]) -> None:
     """Write each map's picture: row 0 projections, row 1 patches, one column for each of the `top` images."""
-    record = atlas.found.layers[layer]
+    record = atlas.search.layers[layer]
     filled, places = record.filled.cpu(), record.places().cpu()
     count, top = filled.shape
     side = frame_size(atlas.deconvnet.model, layer)
@@ -94,7 +94,7 @@ def _write_maps(atlas: Atlas, folder: Path, layer: str, after_part: Callable[[],
                 row, rank = filled[chosen].nonzero().unbind(1)
                 place = places[chosen[row], rank]
                 units = torch.stack((place[:, 0], chosen[row], place[:, 1], place[:, 2]), 1)
-                views = look(atlas.deconvnet, atlas.images, atlas.data, layer, units)
+                views = view_units(atlas.deconvnet, atlas.images, atlas.data, layer, units)
                 tiles = torch.full((len(wanted), 2, top, side, side, 3), GREY, dtype=torch.uint8)
                 tiles[row, 0, rank] = on_grey(views.projections)
                 tiles[row, 1, rank] = torch.where(
@@ -103,7 +103,7 @@ def _write_maps(atlas: Atlas, folder: Path, layer: str, after_part: Callable[[],
                 for n, both in zip(wanted, tiles, strict=True):
                     _save(_map_path(folder, n), mosaic(both.flatten(0, 1), top), lossless=side <= _LOSSLESS)
             bar.update(len(numbers))
-            after_part()
+            after_file()
 
 
 def _map_path(folder: Path, number: int) -> Path:
@@ -112,7 +112,7 @@ def _map_path(folder: Path, number: int) -> Path:
 
 def _sheet(atlas: Atlas, folder: Path, layer: str, kind: str) -> np.ndarray:
     """Return the thumbnails of a layer's maps, in rows of `_columns`, each of the map's first nine pictures."""
-    record = atlas.found.layers[layer]
+    record = atlas.search.layers[layer]
     side, count = frame_size(atlas.deconvnet.model, layer), len(record.values)
     top = min(9, record.values.shape[1])
     thumbnails = torch.full((count, _THUMBNAIL, _THUMBNAIL, 3), GREY, dtype=torch.uint8)
@@ -135,9 +135,9 @@ def _columns(count: int) -> int:
     return max(1, round(count**0.5))
 
 
-def _write_images(atlas: Atlas, folder: Path, after_part: Callable[[], None]) -> None:
+def _write_images(atlas: Atlas, folder: Path, after_file: Callable[[], None]) -> None:
     """Write every image that some map is shown with, once: what of it the network sees, in stored pixels."""
-    shown = torch.cat([r.index[r.filled].cpu() for r in atlas.found.layers.values()]).unique()
+    shown = torch.cat([r.index[r.filled].cpu() for r in atlas.search.layers.values()]).unique()
     for group in tqdm(shown.split(256), "atlas: images", unit="×256", disable=None, leave=False):
         pixels = atlas.images.pixels(group)
         size = atlas.data.crop_size or pixels.shape[1]
@@ -147,7 +147,7 @@ def _write_images(atlas: Atlas, folder: Path, after_part: Callable[[], None]) ->
         ):
             if not (path := folder / f"{number}.webp").exists():
                 _save(path, image.numpy(), lossless=size <= _LOSSLESS)
-        after_part()
+        after_file()
 
 
 def _save(path: Path, pixels: np.ndarray, lossless: bool) -> None:
@@ -157,22 +157,22 @@ def _save(path: Path, pixels: np.ndarray, lossless: bool) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _facts(atlas: Atlas) -> dict[str, Any]:
+def _page_data(atlas: Atlas) -> dict[str, Any]:
     """Return every number on the page."""
     return {
         "title": atlas.title,
         "split": atlas.split,
-        "images": atlas.found.images,
+        "images": atlas.search.images,
         "rule": atlas.deconvnet.rule,
-        "top": atlas.found.top,
+        "top": atlas.search.top,
         "classes": list(atlas.images.classes),
         "imageSize": atlas.data.image_size,
-        "layers": [_layer_facts(atlas, layer, record) for layer, record in atlas.found.layers.items()],
+        "layers": [_layer_data(atlas, layer, record) for layer, record in atlas.search.layers.items()],
     }
 
 
-def _layer_facts(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]:
-    model, habits = atlas.deconvnet.model, atlas.found.statistics(layer)
+def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]:
+    model, stats = atlas.deconvnet.model, atlas.search.statistics(layer)
     filled, places, values = record.filled.cpu(), record.places().cpu(), record.values.cpu()
     row, rank = filled.nonzero().unbind(1)
     place = places[row, rank]
@@ -183,7 +183,7 @@ def _layer_facts(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any
         row.tolist(), values[row, rank].tolist(), place.tolist(), labels.tolist(), boxes.tolist(), strict=True
     ):
         tops[n].append([_short(value), where[0], label, *where[1:], *map(_short, box)])
-    best = habits.class_means.topk(min(_CLASSES, habits.class_means.shape[1]), dim=1)
+    best = stats.class_means.topk(min(_CLASSES, stats.class_means.shape[1]), dim=1)
     return {
         "name": layer,
         "frame": frame_size(model, layer),
@@ -199,10 +199,10 @@ def _layer_facts(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any
                 "top": top,
             }
             for mean, images, positions, selective, numbers, means, top in zip(
-                habits.mean.tolist(),
-                habits.image_share.tolist(),
-                habits.position_share.tolist(),
-                habits.selectivity.tolist(),
+                stats.mean.tolist(),
+                stats.image_share.tolist(),
+                stats.position_share.tolist(),
+                stats.selectivity.tolist(),
                 best.indices.tolist(),
                 best.values.tolist(),
                 tops,

@@ -1,10 +1,14 @@
-"""Tensors as pictures: images back from what the network sees, projections on grey, and mosaics of both."""
+"""Tensors as pictures: images back from the network's input, projections on grey, and mosaics of both."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
@@ -20,9 +24,9 @@ def to_pixels(images: Tensor, data: DataConfig) -> Tensor:
 
 
 def on_grey(projections: Tensor) -> Tensor:
-    """Show projections [N, 3, h, w] as uint8 [N, h, w, 3]: grey is no signal, each is stretched for itself.
+    """Show projections [N, 3, h, w] as uint8 [N, h, w, 3]: grey is no signal, each is scaled for itself.
 
-    The largest thousandth of the values is cut off, lest a few bright pixels leave all others grey.
+    The largest thousandth of the values is clipped: a few bright pixels would leave all others grey.
     """
     flat = projections.detach().float().abs().flatten(1)
     count = max(1, flat.shape[1] // 1000)
@@ -50,6 +54,27 @@ def enlarge(tiles: Tensor, side: int) -> Tensor:
     """Repeat the pixels of tiles [N, h, w, 3] a whole number of times until they are at least `side` wide."""
     times = max(1, -(-side // tiles.shape[2]))
     return tiles.repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+
+def show(axis: Axes, pixels: np.ndarray | Tensor, **settings: Any) -> AxesImage:
+    """Draw an image, or a map of numbers, without ticks, grid and frame; `settings` are those of `imshow`."""
+    image = axis.imshow(np.asarray(pixels), **settings)
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return image
+
+
+def show_mosaic(
+    axis: Axes, tiles: Tensor, columns: Sequence[str], rows: Sequence[str] = (), gap: int = 2, side: int = 0
+) -> None:
+    """Draw tiles, uint8 [N, h, w, 3], row by row, with a name below each column and perhaps beside each row."""
+    sheet = mosaic(tiles, len(columns), gap, side)
+    show(axis, sheet)
+    wide, high = (sheet.shape[1] + gap) / len(columns), (sheet.shape[0] + gap) / max(1, len(rows))
+    axis.set_xticks([(k + 0.5) * wide - gap / 2 for k in range(len(columns))], columns)
+    axis.set_yticks([(k + 0.5) * high - gap / 2 for k in range(len(rows))], rows)
 
 
 def outline_box(axis: Axes, box: Tensor, colour: str) -> None:

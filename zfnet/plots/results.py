@@ -1,46 +1,48 @@
-"""What an evaluation says, as figures, as numbers for results.json, and as lines for people."""
+"""The results of a training or an evaluation: figures, numbers for results.json, and lines of the log."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from zfnet.data import ImageSet
-from zfnet.plots.figures import draw_confusion, draw_per_class, draw_samples, save_figure
+from zfnet.plots.figures import (
+    GREEN,
+    INK,
+    LIGHT_BLUE,
+    RED,
+    SOFT,
+    SPLIT_COLOURS,
+    new_figure,
+    plain,
+    save_figure,
+    styled,
+)
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.metrics import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger("zfnet")
 
 
-def results_of(found: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
+def results_of(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
     """Return one split's entry of results.json."""
     return {
-        **found.summary(),
-        "images": len(found.labels),
-        "per_class": dict(zip(classes, found.per_class(), strict=True)),
-        "confusion": found.confusion().tolist(),
+        **evaluation.summary(),
+        "images": len(evaluation.labels),
+        "per_class": dict(zip(classes, evaluation.per_class(), strict=True)),
+        "confusion": evaluation.confusion().tolist(),
     }
 
 
-def draw_results(
-    run: RunDirectory,
-    found: Evaluation,
-    part: ImageSet,
-) -> None:
-    """Write confusion.png, per_class.png and samples.png; `found` is about the images of `part`."""
-    figures = {
-        "confusion": draw_confusion(found, part.classes),
-        "per_class": draw_per_class(found, part.classes),
-        "samples": draw_samples(part, found),
-    }
-    for name, figure in figures.items():
-        save_figure(figure, run.figures / f"{name}.png")
-
-
-def say_result(name: str, result: dict[str, Any]) -> None:
-    """One line for a split's entry of results.json."""
+def log_result(name: str, result: Mapping[str, Any]) -> None:
+    """Log one line for a split's entry of results.json."""
     log.info(
         "%-10s accuracy %.2f %%, top-5 %.2f %%, loss %.4f (%d images)",
         name,
@@ -51,8 +53,136 @@ def say_result(name: str, result: dict[str, Any]) -> None:
     )
 
 
-def say_per_class(result: dict[str, Any]) -> None:
-    """A line for each class."""
+def log_per_class(result: Mapping[str, Any]) -> None:
+    """Log one line for each class."""
     width = max(len(c) for c in result["per_class"])
     for name, accuracy in result["per_class"].items():
         log.info("  %-*s %s", width, name, "no images" if accuracy is None else f"{accuracy:7.2%}")
+
+
+def draw_results(
+    run: RunDirectory,
+    evaluation: Evaluation,
+    images: ImageSet,
+) -> None:
+    """Write confusion.png, per_class.png and samples.png of the evaluation of `images`."""
+    figures = {
+        "confusion": draw_confusion(evaluation, images.classes),
+        "per_class": draw_per_class(evaluation, images.classes),
+        "samples": draw_samples(images, evaluation),
+    }
+    for name, figure in figures.items():
+        save_figure(figure, run.figures / f"{name}.png")
+
+
+@styled
+def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw loss, accuracy and learning rate against the epoch."""
+    figure = new_figure(figsize=(12, 3.6))
+    axes = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+    for axis, metric in zip(axes, ("loss", "accuracy"), strict=False):
+        for name, colour in SPLIT_COLOURS.items():
+            values = [row.get(f"{name}_{metric}") for row in history]
+            if any(v is not None for v in values):
+                axis.plot(epochs, values, ".-", color=colour, label=name)
+        axis.legend()
+    axes[0].set(title="Loss", ylabel="cross-entropy (nats)")
+    axes[1].set(title="Accuracy", ylabel="correctly classified images")
+    axes[1].yaxis.set_major_formatter("{x:.0%}")
+    axes[2].plot(epochs, [row["lr"] for row in history], ".-", color=SOFT)
+    axes[2].set(title="Learning rate", ylabel="at the epoch's last step")
+    axes[2].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+@styled
+def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
+    """Draw how the images of each true class (row) are divided among the predicted classes (column)."""
+    counts, count, classes = evaluation.confusion().numpy(), len(classes), plain(classes)
+    rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(3 + 0.55 * count, 24)
+    figure = new_figure(figsize=(side + 0.6, side))
+    axis = figure.subplots()
+    heat = axis.imshow(rates, cmap="Blues", vmin=0, vmax=1)
+    axis.grid(False)
+    bar = figure.colorbar(heat, ax=axis, shrink=0.7, label="of the true class's images")
+    bar.ax.yaxis.set_major_formatter("{x:.0%}")
+    title = f"Confusion matrix in %: {evaluation.accuracy:.2%} of {counts.sum():,} images are correct"
+    axis.set(xlabel="predicted class", ylabel="true class", title=title)
+    ticks = list(range(count) if count <= 40 else range(0, count, 5))
+    axis.set_xticks(
+        ticks,
+        [classes[t] for t in ticks],
+        rotation=90 if count > 12 else 45,
+        ha="right" if count <= 12 else "center",
+    )
+    axis.set_yticks(ticks, [classes[t] for t in ticks])
+    for row, column in np.argwhere(rates >= 0.005) if count <= 20 else ():
+        rate = rates[row, column]
+        colour = "white" if rate > 0.5 else INK
+        axis.text(column, row, f"{100 * rate:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    return figure
+
+
+@styled
+def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
+    """Draw each class's accuracy as a bar, and the accuracy over all images as a dashed line."""
+    values, few = [v or 0.0 for v in evaluation.per_class()], len(classes) <= 40
+    figure = new_figure(figsize=(7, min(1.4 + 0.3 * len(classes), 24)))
+    axis = figure.subplots()
+    bars = axis.barh(range(len(classes)), values, color=LIGHT_BLUE)
+    if few:
+        frame = {"fc": "white", "ec": "none", "pad": 1}  # the dashed line ends at the numbers
+        axis.bar_label(bars, [f"{v:.1%}" for v in values], padding=4, fontsize=8, bbox=frame)
+    axis.axvline(evaluation.accuracy, color=SOFT, linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(classes)), plain(classes), fontsize=8 if few else 5)
+    axis.invert_yaxis()
+    title = f"Accuracy by class (dashed: all images, {evaluation.accuracy:.2%})"
+    axis.set(xlim=(0, 1.1), title=title, xlabel="correctly classified images")
+    axis.set_xticks(np.linspace(0, 1, 6))
+    axis.xaxis.set_major_formatter("{x:.0%}")
+    axis.grid(axis="y", visible=False)
+    return figure
+
+
+@styled
+def draw_samples(images: ImageSet, evaluation: Evaluation, columns: int = 8, rows: int = 8) -> Figure:
+    """Draw images with their predicted (true) class, green where these agree, as the blog does.
+
+    `evaluation` is that of `images`; the images drawn are evenly spread over the set.
+    """
+    count = min(rows * columns, len(images))
+    index = torch.linspace(0, len(images) - 1, count).round().long()
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    side, gap, head = 1.0, 0.3, 0.3  # of an image; above it, for its classes; above all, for the title
+    high = (side + gap) * rows + head
+    figure = new_figure(figsize=(1.35 * 1.08 * columns, 1.35 * high), layout="none")
+    axis = figure.add_axes((0, 0, 1, 1))
+    predictions, labels = evaluation.predictions[index].tolist(), evaluation.labels[index].tolist()
+    for number, (image, prediction, label) in enumerate(
+        zip(images.pixels(index).numpy(), predictions, labels, strict=True)
+    ):
+        row, column = divmod(number, columns)
+        left, top = 1.08 * column * side, row * (side + gap)
+        axis.imshow(image, extent=(left, left + side, top + side, top), interpolation="nearest")
+        words = f"{images.classes[prediction]}\n({images.classes[label]})"
+        colour = GREEN if prediction == label else RED
+        axis.text(
+            left + side / 2,
+            top - 0.02,
+            words,
+            fontsize=8,
+            ha="center",
+            va="bottom",
+            color=colour,
+            parse_math=False,
+        )
+    axis.set(xlim=(0, 1.08 * columns - 0.08), ylim=(rows * (side + gap) - gap, -gap - head))
+    axis.set_title("Predicted class (true class)", y=1 - 0.2 / high)
+    axis.axis("off")
+    return figure

@@ -58,6 +58,6 @@ class StopRequest:
             self._deferred = False
 
     def check(self, any_process: Callable[[bool], bool] = bool) -> None:
-        """Raise Stopped if a signal was noted; `any_process` tells of a flag whether one of the processes has it set."""
+        """Raise Stopped if a signal was noted; `any_process` returns whether a flag is set in any process."""
         if any_process(self.number is not None):
             raise Stopped(self.number or signal.SIGTERM)

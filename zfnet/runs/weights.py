@@ -23,6 +23,7 @@ from zfnet.config.schema import (
     ModelConfig,
     check,
     read_data,
+    refuse_interpolation,
     upgrade_data,
 )
 from zfnet.model.build import build_model

@@ -1,7 +1,7 @@
 """Callbacks: what happens during training beside the step itself.
 
-The program uses them for the moving average of the weights, filter renormalisation, the progress bar, metrics, checkpoints,
-snapshots, pruning and stops; `callbacks:` in a config adds early stopping and your own.
+The program uses them for the moving average of the weights, filter renormalisation, the progress bar, metrics,
+checkpoints, snapshots, pruning and stops; `callbacks:` in a config adds early stopping and your own.
 """
 
 from __future__ import annotations

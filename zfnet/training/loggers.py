@@ -86,7 +86,7 @@ class CSVLogger(Logger):
 
 
 class TensorBoardLogger(Logger):
-    """Writes event files to `tensorboard/` in the run directory: scalars, graph, images and hyperparameters, in one run."""
+    """Writes event files to `tensorboard/` in the run directory: scalars, graph, images and hyperparameters."""
 
     def start(self, run: LoggedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import

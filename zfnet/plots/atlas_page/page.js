@@ -115,7 +115,7 @@ function showImage(map, place) {
 function showMap(map) {
   state.map = map;
   $("name").textContent = `${map.layer.name} · map ${map.number}`;
-  $("habits").textContent = map.dead
+  $("statistics").textContent = map.dead
     ? `Never active on ${metadata.images.toLocaleString("en")} ${metadata.split} images.`
     : `Active in ${percent(map.images)} of images and at ${percent(map.positions)} of positions; `
       + `mean activation ${map.mean}; class selectivity ${map.selectivity.toFixed(3)} (${favourite(map)}); `
@@ -150,7 +150,8 @@ function follow() {
 // ---- start
 
 $("about").textContent = `${metadata.title}: the ${metadata.top} strongest activations of each map over `
-  + `${metadata.images.toLocaleString("en")} ${metadata.split} images, rule ${metadata.rule}`;
+  + `${metadata.images.toLocaleString("en")} ${metadata.split} images, rule ${metadata.rule}. `
+  + "Below each map: the class that excites it most, and its selectivity (0 … 1).";
 for (const name of ["", ...metadata.layers.map((layer) => layer.name)]) {
   $("layers").append(make("button", { type: "button", value: name, textContent: name || "all", onclick: () => chooseLayer(name) }));
 }

@@ -1,0 +1,65 @@
+"""The analyses as commands: one line for bad input, and the run that is read stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from zfnet.runs.directory import RunDirectory
+
+QUICK = ("trainer.threads=1",)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["job=occlusion"], "job=occlusion needs run=<dir>"),
+        (["job=occlusion", "job.layer=conv9"], "job.layer=conv9: no such layer; did you mean 'conv5'?"),
+        (["job=occlusion", "job.layer=fc7"], "job.layer=fc7: no such layer; known: conv1"),
+        (["job=occlusion", "job.patch=64"], "job.patch=64: the occluder must be smaller than the image"),
+        (["job=occlusion", "job.patch=8", "job.stride=9"], "job.stride=9: must be at most job.patch=8"),
+        (["job=occlusion", "job.split=tset"], "job.split=tset: must be one of auto, train, validation, test"),
+        (["job=occlusion", "job.fill=300"], "job.fill=300.0: must be at most 255"),
+        (["job=occlusion", "images=[nope.jpg]"], "nope.jpg: there is no such file"),
+        (["job=invariance", "job.layers=[conv1,fc9]"], "job.layers=fc9: no such layer; did you mean 'fc"),
+        (["job=evolution"], "job=evolution needs run=<dir>"),
+        (["job=evolution", "job.layers=[conv6]"], "job.layers=conv6: no such layer; did you mean 'conv5'?"),
+        (["job=evolution", "job.split=test"], "train with 'trainer.snapshots=[1,2,5,10]'"),
+        (["job=filters", "job.other=nowhere"], "run=nowhere: there is no run"),
+        (["job=correspondence", "job.points=no.csv"], "job.points=no.csv cannot be read"),
+        (["job=correspondence", "job.count=1"], "job.count=1: must be at least 2"),
+        (
+            ["job=deconvnet", "job.layers=[conv6]"],
+            "job.layers=conv6: no such convolution layer; did you mean",
+        ),
+        (["job=deconvnet", "job.layers=[fc7]"], "job.layers=fc7: no such convolution layer"),
+        (["job=deconvnet", "job.layers=[]"], "job.layers=[]: names no layer"),
+        (["job=deconvnet", "job.top=0"], "job.top=0: must be at least 1"),
+        (["job=deconvnet", "job.rule=relu"], "job.rule=relu: must be one of deconvnet, guided, gradient"),
+        (["job=deconvnet", "job.split=all"], "job.split=all: must be one of auto, train, validation, test"),
+        (["job=deconvnet", "job.tops=3"], "job.tops: no such key"),
+        (
+            ["job=deconvnet", "data.image_size=96"],
+            "data.image_size=96: the run's network takes images of 64 px",
+        ),
+        (["job=invariance", "job.steps=1"], "job.steps=1: must be at least 2"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    run_py, tiny_run: RunDirectory, tmp_path: Path, words: list[str], expected: str
+) -> None:
+    given = words if len(words) == 1 else [*words, f"run={tiny_run.folder}"]
+    answer = run_py(*given, "hydra.run.dir=out", *QUICK)
+    assert answer.code == 1
+    assert answer.err.count("\n") == 1, answer.err
+    assert expected in answer.err
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_the_run_that_is_read_is_not_written_to(run_py, tiny_run: RunDirectory) -> None:
+    before = sorted(p.name for p in tiny_run.folder.iterdir())
+    answer = run_py("job=occlusion", f"run={tiny_run.folder}", f"hydra.run.dir={tiny_run.folder}", *QUICK)
+    assert answer.code == 1
+    assert "is not empty and holds a run: choose another directory" in answer.err
+    assert sorted(p.name for p in tiny_run.folder.iterdir()) == before

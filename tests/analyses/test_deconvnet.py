@@ -1,0 +1,227 @@
+"""The controls: each changes what it says, and similarity is Spearman's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.explain.networks import network, pictures
+from tests.explain.trained import read_csv
+from zfnet import load_run
+from zfnet.analyses.deconvnet import (
+    CONTROLS,
+    Controls,
+    dead_window_sensitivity,
+    draw_controls,
+    draw_projections,
+    project_controls,
+    rank_correlation,
+    shuffle_weights,
+)
+from zfnet.data import load_splits, preprocess
+from zfnet.explain import Deconvnet, receptive_box
+from zfnet.explain.top_activations import TopActivations
+from zfnet.plots import atlas
+from zfnet.runs.signals import Stopped
+
+
+def test_rank_correlation_by_hand() -> None:
+    a = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4], [1, 2, 2, 3], [5, 5, 5, 5]])
+    b = torch.tensor([[1.0, 8, 27, 64], [4, 3, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4]])
+    found = rank_correlation(a, b)
+    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / √(4.5 · 5)
+    assert found[:3].tolist() == pytest.approx([1, -1, (4.5 / 5) ** 0.5])
+    assert found[3].isnan()
+
+
+def test_controls_of_a_random_network() -> None:
+    model = network("pad")
+    images = pictures(model, 3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    units = torch.tensor([[0, 1, 1, 1], [1, 2, 1, 1], [2, 3, 0, 1]])
+    deconvnet = Deconvnet(model)
+    controls = project_controls(deconvnet, images, "conv4", units)
+    assert controls.others.keys() == CONTROLS.keys()
+    assert project_controls(deconvnet, images, "conv1", units).others.keys() == CONTROLS.keys() - {
+        "other_switches"  # there is no pooling below conv1
+    }
+    own = deconvnet.project(images, "conv4", units, seeds=torch.ones(3))
+    assert torch.equal(controls.own, own)
+    for other in controls.others.values():
+        assert other.abs().sum() > 0
+        assert not torch.allclose(other, own)
+    again = project_controls(deconvnet, images, "conv4", units)
+    assert all(torch.equal(again.others[k], v) for k, v in controls.others.items())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_dead_windows_matter_above_a_pooling_and_not_below() -> None:
+    model = network("pad")
+    images = pictures(model, 2)
+    strongest = {}
+    for layer in ("conv1", "conv5"):
+        maps = model.activations(images, [layer])[layer]
+        strongest[layer] = (maps >= maps.amax()).nonzero()
+    below = dead_window_sensitivity(Deconvnet(model), images, "conv1", strongest["conv1"])
+    assert below == {choice: {"relative_change": 0, "cosine": pytest.approx(1)} for choice in ("mask", "all")}
+    units = strongest["conv5"]
+    above = dead_window_sensitivity(Deconvnet(model), images, "conv5", units)
+    ours, other = (
+        Deconvnet(model, dead_windows=choice).project(images, "conv5", units) for choice in ("first", "mask")
+    )
+    assert above["mask"]["relative_change"] == pytest.approx(((ours - other).norm() / ours.norm()).item())
+    assert min(row["relative_change"] for row in above.values()) > 0.01
+    silent = dead_window_sensitivity(Deconvnet(model), images, "conv5", units[:0])
+    assert silent["mask"] == {"relative_change": None, "cosine": None}
+
+
+def test_similarity_of_equal_and_of_constant_projections() -> None:
+    own = torch.randn(4, 3, 5, 5)
+    found = Controls(own, {"same": own.clone(), "negated": -own, "empty": torch.zeros_like(own)}).similarity()
+    assert found["same"]["rank_correlation"] == pytest.approx(1)
+    assert found["negated"]["rank_correlation"] == pytest.approx(-1)
+    assert found["negated"]["rank_correlation_abs"] == pytest.approx(1)
+    assert found["empty"]["units"] == 0
+    assert found["empty"]["rank_correlation"] is None
+
+
+def test_shuffled_weights_are_the_same_numbers() -> None:
+    model = network("pad")
+    twin = shuffle_weights(model, "conv3")
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a.flatten().sort().values, b.flatten().sort().values)
+    assert not torch.equal(model.conv3.weight, twin.conv3.weight)
+    assert torch.equal(model.conv4.weight, twin.conv4.weight)
+
+
+def test_projections_left_patches_right_and_every_map_named() -> None:
+    left = [torch.full((4, 7, 7, 3), 10 * n, dtype=torch.uint8) for n in (1, 2, 3)]
+    right = [torch.full((4, 7, 7, 3), 100 + 10 * n, dtype=torch.uint8) for n in (1, 2, 3)]
+    figure = draw_projections("conv9", [5, 17, 200], left, right)
+    assert figure.get_suptitle() == "conv9"
+    for axis, expected in zip(figure.axes, (left, right), strict=True):
+        sheet = np.asarray(axis.images[0].get_array())
+        assert [text.get_text() for text in axis.texts] == ["map 5", "map 17", "map 200"]
+        for text, tiles in zip(axis.texts, expected, strict=True):
+            x, y = text.get_position()
+            below = sheet[int(y) + 20, int(x) - 20]
+            assert (below == tiles[0, 0, 0].numpy()).all()
+        shades = set(np.unique(sheet)) - {255}
+        assert shades == {int(tiles[0, 0, 0, 0]) for tiles in expected}
+
+
+def test_controls_that_do_not_apply_have_no_bar() -> None:
+    row = {"units": 3, "rank_correlation": 0.5, "rank_correlation_std": 0.1}
+    none = {"units": 0, "rank_correlation": None, "rank_correlation_std": None}
+    figure = draw_controls(
+        {
+            "conv1": {"random_weights": row, "other_unit": none},
+            "conv2": {"random_weights": row, "other_unit": row, "other_switches": row},
+        }
+    )
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == [0.5] * 4
+
+
+# ---- the command
+
+SMALL = (
+    "job=deconvnet",
+    "job.split=train",
+    "job.max_images=60",
+    "data.batch_size=4",
+    "job.top=3",
+    "job.maps=5",
+    "job.layers=[conv1,conv4]",
+    "trainer.device=cpu",
+)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Return what a job says: all but logs, times and the search's state."""
+    skipped = {"deconvnet.log", "status.json", ".lock", "search.safetensors"}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name not in skipped and ".hydra" not in p.parts and p.name != "config.yaml"
+    }
+
+
+def test_all_it_writes_and_going_on_after_a_stop(run_py, tiny_run, tmp_path: Path, monkeypatch) -> None:
+    before = files(tiny_run.folder)
+    answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=whole")
+    assert (answer.code, answer.err) == (0, "")
+    assert "60 train images" in answer.out
+    assert files(tiny_run.folder) == before
+    whole = tmp_path / "whole"
+    for name in ("controls", "deconvnet_conv1", "deconvnet_conv4"):
+        assert (whole / f"figures/{name}.png").stat().st_size > 10_000
+    assert (whole / "atlas/index.html").is_file()
+
+    # every number of the table holds, recomputed one by one
+    run = load_run(tiny_run.folder)
+    images = load_splits(run.config.data).train.take(torch.linspace(0, 179, 60).round().long())
+    inputs = preprocess(images.pixels(range(len(images))), run.config.data)
+    for layer in ("conv1", "conv4"):
+        activations = run.model.activations(inputs, [layer])[layer].detach()
+        table = [r for r in read_csv(whole / "top_activations.csv") if r["layer"] == layer]
+        assert len(table) > 80
+        for row in table:
+            n, c, y, x = (int(row[k]) for k in ("image", "map", "y", "x"))
+            assert activations[n, c, y, x].item() == pytest.approx(float(row["activation"]), rel=1e-4)
+            assert row["class"] == run.classes[images.labels[n]]
+            box = tuple(int(row[k]) for k in ("top", "left", "bottom", "right"))
+            assert box == receptive_box(run.model, layer, y, x)
+        best = activations.amax((2, 3)).sort(0, descending=True).values[:3]
+        for row in table:
+            expected = best[int(row["rank"]) - 1, int(row["map"])].item()
+            assert float(row["activation"]) == pytest.approx(expected, rel=1e-4)
+        drawn = load_file(whole / f"projections/{layer}.safetensors")
+        assert len(drawn["units"][:, 1].unique()) == 5
+        ours = Deconvnet(run.model).project(inputs, layer, drawn["units"])
+        assert drawn["projections"].abs().sum().item() == pytest.approx(ours.abs().sum().item(), rel=1e-4)
+    maps = read_csv(whole / "maps.csv")
+    assert [r["layer"] for r in maps] == ["conv1"] * 32 + ["conv4"] * 96
+    assert json.loads((whole / "controls.json").read_text())["conv4"].keys() == {
+        "random_weights",
+        "other_switches",
+        "other_unit",
+    }
+
+    # stopped in the middle of the search, then of the atlas, it goes on and ends with the same bytes
+    with monkeypatch.context() as patch:
+        add = TopActivations.add
+
+        def stop_at_once(self, *batch) -> None:
+            if self.images:
+                raise Stopped(15)
+            add(self, *batch)
+
+        patch.setattr(TopActivations, "add", stop_at_once)
+        patch.setattr("zfnet.analyses.deconvnet._SAVE_SECONDS", 0.0)
+        assert run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part").code == 143
+    with monkeypatch.context() as patch:
+        patch.setattr(atlas, "_sheet", lambda *_: (_ for _ in ()).throw(Stopped(15)))
+        answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part")
+        assert answer.code == 143
+        assert "going on after 4 images" in answer.out
+    assert json.loads((tmp_path / "part/status.json").read_text())["state"] == "stopped"
+    assert run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part").code == 0
+    assert files(tmp_path / "part") == files(whole)
+    answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part")
+    assert "nothing to do" in answer.out
+    answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part", "job.top=2")
+    assert answer.err == (
+        "error: part holds a job with other settings: choose another directory (hydra.run.dir=…)\n"
+    )
+
+
+def test_the_runs_own_directory_is_refused(run_py, tiny_run) -> None:
+    answer = run_py(*SMALL, f"run={tiny_run.folder}", f"hydra.run.dir={tiny_run.folder}")
+    assert answer.code == 1
+    assert "choose another directory" in answer.err

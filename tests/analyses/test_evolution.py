@@ -1,0 +1,86 @@
+"""Projections and comparisons of maps across snapshots, against plain computations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from zfnet.training.snapshots import list_snapshots
+
+from tests.explain.trained import Trained, read_csv
+from zfnet.analyses.evolution import correlation, project_strongest, sample_maps, view_epoch
+from zfnet.data import Batches
+from zfnet.explain import Deconvnet
+from zfnet.runs.weights import load_model
+
+
+def test_correlation_is_that_of_columns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(30, 4, generator=generator) for _ in range(2))
+    b[:, 1], b[:, 2], a[:, 3] = 2 * a[:, 1] + 1, -a[:, 2], 5
+    expected = np.corrcoef(a[:, 0].numpy(), b[:, 0].numpy())[0, 1]
+    found = correlation(a, b)
+    torch.testing.assert_close(found[:3], torch.tensor([expected, 1, -1], dtype=torch.float64))
+    assert found[3].isnan()
+
+
+def test_view_epoch_finds_and_projects_the_strongest_activation_of_all(trained: Trained) -> None:
+    images, data = trained.images.take(torch.arange(60)), trained.run.read_config().data
+    seen = view_epoch(
+        trained.model,
+        images,
+        lambda s: Batches(s, data, torch.device("cpu")),
+        trained.inputs[:10],
+        ["conv2", "conv5"],
+        batch_size=4,
+    )
+    for layer in ("conv2", "conv5"):  # of conv5 a unit sees more than the image, of conv2 less
+        with torch.no_grad():
+            maps = trained.model.activations(trained.inputs[:60], [layer])[layer]
+        torch.testing.assert_close(seen.responses[layer], maps[:10].amax((2, 3)), rtol=1e-4, atol=1e-5)
+        number = int(maps.amax((0, 2, 3)).argmax())
+        image, y, x = np.unravel_index(int(maps[:, number].argmax()), maps[:, number].shape)
+        found = project_strongest(
+            trained.model, layer, seen.strongest[layer], torch.tensor([number]), lambda i: trained.inputs[i]
+        )
+        deconvnet = Deconvnet(trained.model)
+        project = deconvnet.project_fields if layer == "conv2" else deconvnet.project
+        expected = project(trained.inputs[image : image + 1], layer, [(0, number, int(y), int(x))])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_sample_maps_samples_maps_that_are_alive() -> None:
+    alive = torch.tensor([True, False, True, True, False, True])
+    assert sample_maps(alive, 10, seed=0).tolist() == [0, 2, 3, 5]
+    drawn = {tuple(sample_maps(alive, 2, seed).tolist()) for seed in range(20)}
+    assert len(drawn) > 2
+    assert all(alive[list(pair)].all() and pair[0] < pair[1] for pair in drawn)
+
+
+def test_evolution_names_each_maps_strongest_image_at_each_epoch(run_py, trained: Trained) -> None:
+    answer = run_py(
+        "job=evolution", f"run={trained.run.folder}", "job.split=test", "job.layers=[conv1,conv5]", "job.maps=3",
+        "job.probe_images=20", "hydra.run.dir=out", "trainer.threads=1",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    rows = read_csv(Path("out/strongest.csv"))
+    assert len(rows) == 3 * (12 + 48)
+    early, _ = load_model(list_snapshots(trained.run.snapshots)[3])
+    with torch.no_grad():
+        peaks = early.activations(trained.inputs, ["conv5"])["conv5"].amax((2, 3))
+    for row in rows:
+        if row["layer"] == "conv5" and row["epoch"] == "3":
+            number = int(row["map"])
+            assert float(row["activation"]) == pytest.approx(float(peaks[:, number].max()), rel=1e-4)
+            assert float(peaks[int(row["image"]), number]) == pytest.approx(
+                float(row["activation"]), rel=1e-4
+            )
+    steps = read_csv(Path("out/stability.csv"))
+    assert [(r["previous"], r["epoch"]) for r in steps] == [("1", "3")] * 2 + [("3", "6")] * 2
+    last = [r for r in steps if r["epoch"] == "6"]
+    assert all(r["correlation_with_previous"] == r["correlation_of_previous_with_last"] for r in last)
+    assert Image.open("out/figures/evolution.png").width > 500
+    assert Path("out/figures/stability.png").exists()

@@ -1,0 +1,96 @@
+"""Measures of filters against closed forms and a numerical integral."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.explain.networks import network
+from tests.explain.trained import Trained, read_csv
+from zfnet.analyses.filters import aliasing_energy, in_pixel_units, measure_filters, radial_spectrum
+from zfnet.data import Batch
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.weights import load_model
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_aliasing_energy_is_the_integral_beyond_nyquist(stride: int) -> None:
+    weight = torch.randn(3, 3, 7, 7, dtype=torch.float64)
+    grid = 24 * 32  # whole periods for every stride; on the band's edge a sample counts half
+    frequency = torch.fft.fftfreq(grid, dtype=torch.float64).abs()
+    edge = 0.5 / stride
+    inside = (frequency < edge - 1e-9).double() + 0.5 * ((frequency - edge).abs() <= 1e-9).double()
+    if stride == 1:
+        inside = torch.ones_like(inside)
+    power = torch.fft.fft2(weight, s=(grid, grid)).abs().square().sum(1)
+    expected = 1 - (power * inside[:, None] * inside).sum((1, 2)) / power.sum((1, 2))
+    torch.testing.assert_close(aliasing_energy(weight, stride), expected, rtol=0, atol=1e-5)
+
+
+def test_aliasing_energy_of_filters_that_one_knows() -> None:
+    impulse, board, zeros = (torch.zeros(1, 1, 8, 8, dtype=torch.float64) for _ in range(3))
+    impulse[0, 0, 3, 5] = 2
+    board[0, 0] = (-1.0) ** (torch.arange(8)[:, None] + torch.arange(8))
+    smooth = torch.ones(1, 1, 32, 32, dtype=torch.float64)
+    assert float(aliasing_energy(impulse, 4)) == pytest.approx(1 - 1 / 16)
+    assert float(aliasing_energy(impulse, 1)) == pytest.approx(0, abs=1e-12)
+    assert float(aliasing_energy(board, 2)) > 0.99
+    assert float(aliasing_energy(smooth, 2)) < 0.06
+    assert float(aliasing_energy(zeros, 2)) == 0
+
+
+def test_the_spectrum_of_a_wave_is_at_its_frequency() -> None:
+    wave = torch.cos(2 * torch.pi * 0.25 * torch.arange(16.0, dtype=torch.float64)).expand(1, 3, 16, 16)
+    impulse = torch.zeros_like(wave)
+    impulse[..., 7, 7] = 3
+    density, ends = radial_spectrum(torch.cat([wave, torch.ones_like(wave), impulse, torch.zeros_like(wave)]))
+    torch.testing.assert_close(density[2], torch.ones(16, dtype=torch.float64))
+    assert (density[3] == 0).all()
+    assert float(ends[-1]) == pytest.approx(0.5**0.5)
+    assert ends[density[0].argmax() - 1] < 0.25 + 1e-9 <= ends[density[0].argmax()] + 1e-9
+    assert density[1].argmax() == 0
+
+
+def test_dead_and_flat_filters_are_found() -> None:
+    model = network("no_pool")
+    with torch.no_grad():
+        model.conv1.bias[:] = 0.1
+        model.conv1.weight[1] = 0
+        model.conv1.bias[1] = -1.0  # never active
+        model.conv1.weight[3] *= 1e-3  # next to nothing, but its bias makes it active
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    nothing = torch.zeros(2, dtype=torch.int64)
+    batches = [Batch(part, nothing, nothing, 0, 2) for part in images.split(2)]
+    found = measure_filters(model, batches)
+    assert found.dead.tolist() == [False, True, False, False, False]
+    assert found.flat.tolist() == [False, True, False, True, False]
+    with torch.no_grad():
+        peaks = model.activations(images, ["conv1"])["conv1"].amax((0, 2, 3))
+        torch.testing.assert_close(found.peak, peaks, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(found.rms[0], model.conv1.weight[0].square().mean().sqrt())
+    torch.testing.assert_close(in_pixel_units(found.rms, [0.5, 0.5, 0.5]), found.rms / 127.5)
+
+
+def test_filters_of_two_runs_stand_side_by_side(run_py, tiny_run: RunDirectory, trained: Trained) -> None:
+    answer = run_py(
+        "job=filters",
+        f"run={tiny_run.folder}",
+        f"job.other={trained.run.folder}",
+        "hydra.run.dir=out",
+        "trainer.threads=1",
+    )
+    assert answer.code == 0, answer.err
+    metadata = list(json.loads(Path("out/filters.json").read_text())["runs"].values())
+    assert [f["filters"] for f in metadata] == [32, 12]
+    rows = read_csv(Path("out/filters.csv"))
+    assert len(rows) == 44
+    assert max(float(r["rms"]) for r in rows[32:]) == pytest.approx(metadata[1]["rms"]["max"])
+    weight = load_model(trained.run.weights)[0].conv1.weight.detach()
+    assert metadata[1]["rms"]["max"] == pytest.approx(
+        float(weight.square().mean((1, 2, 3)).max().sqrt()), rel=1e-5
+    )
+    assert Image.open("out/figures/filters.png").width > 1000

@@ -1,0 +1,142 @@
+"""Occlusion against a plain loop, a closed form, and the known places of the objects."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from tests.explain.networks import network, pictures
+from tests.explain.trained import Trained, read_csv
+from zfnet.analyses.occlusion import centres_in_boxes, inside_and_outside, occlude, square_starts
+from zfnet.config.errors import UserError
+from zfnet.runs.directory import RunDirectory
+
+FILL = torch.tensor([0.3, -0.2, 0.1])
+
+
+def test_batches_equal_a_plain_loop() -> None:
+    model = network("no_pool")
+    images, labels = pictures(model), torch.tensor([1, 3])
+    found = occlude(model, images, labels, patch=12, stride=9, fill=FILL, batch_size=7)
+    starts = found.starts.tolist()
+    assert starts == [-3, 6, 15, 24]
+    for n, image in enumerate(images):
+        maps = model.activations(image[None], ["conv5"])["conv5"][0]
+        channel = int(maps.sum((1, 2)).argmax())
+        assert channel == found.channel[n]
+        assert maps[channel].max() == maps[channel, found.peak[n, 0], found.peak[n, 1]]
+        for y, top in enumerate(starts):
+            for x, left in enumerate(starts):
+                hidden = image.clone()
+                hidden[:, max(0, top) : top + 12, max(0, left) : left + 12] = FILL[:, None, None]
+                answer = model.activations(hidden[None], ["conv5", "fc8"])
+                chances = answer["fc8"][0].softmax(0)
+                torch.testing.assert_close(found.probability[n, y, x], chances[labels[n]])
+                torch.testing.assert_close(found.confidence[n, y, x], chances.max())
+                assert found.predicted[n, y, x] == chances.argmax()
+                torch.testing.assert_close(found.activation[n, y, x], answer["conv5"][0, channel].sum())
+
+
+class Linear2(nn.Module):
+    """A linear network of two classes: the logit of class 1 is ⟨w, x⟩, that of class 0 is 0; its one map is w·x."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.layers = ["conv5", "fc8"]
+
+    def activations(self, images: torch.Tensor, layers: list[str]) -> dict[str, torch.Tensor]:
+        products = (images * self.weight).sum(1, keepdim=True)
+        score = products.sum((1, 2, 3))
+        found = {"conv5": products, "fc8": torch.stack([torch.zeros_like(score), score], 1)}
+        return {layer: found[layer] for layer in layers}
+
+
+def test_of_a_linear_network_the_drop_is_the_hidden_products() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight, image = (torch.randn(3, 12, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    found = occlude(
+        Linear2(0.1 * weight), image[None], torch.tensor([1]), patch=4, stride=4, fill=FILL, batch_size=5
+    )
+    change = 0.1 * weight * (image - FILL[:, None, None].double())
+    expected = change.unfold(1, 4, 4).unfold(2, 4, 4).sum((0, 3, 4))
+    torch.testing.assert_close(found.whole_activation[0] - found.activation[0], expected)
+    torch.testing.assert_close(found.whole_probability.logit() - found.probability[0].logit(), expected)
+
+
+def test_labels_agree_with_probabilities() -> None:
+    model = network("no_pool")
+    images, labels = pictures(model, 3), torch.tensor([0, 1, 2])
+    found = occlude(model, images, labels, patch=9, stride=4, fill=FILL, batch_size=64)
+    named = found.predicted == labels[:, None, None]
+    assert torch.equal(found.confidence[named], found.probability[named])
+    assert (found.confidence[~named] > found.probability[~named]).all()
+    assert (found.confidence >= 1 / 4).all()
+
+
+@given(st.integers(2, 70), st.data())
+def test_places_cover_every_pixel_evenly(size: int, data: st.DataObject) -> None:
+    patch = data.draw(st.integers(1, size - 1))
+    stride = data.draw(st.integers(1, patch))
+    starts = square_starts(size, patch, stride).tolist()
+    assert len(starts) == math.ceil(size / stride)
+    covered = {p for s in starts for p in range(s, s + patch)}
+    assert set(range(size)) <= covered
+    before, after = -starts[0], starts[-1] + patch - size
+    assert 0 <= after - before <= 1
+
+
+@pytest.mark.parametrize(
+    ("patch", "stride", "message"),
+    [
+        (16, 4, "job.patch=16: the occluder must be smaller than the image, which is 16 px"),
+        (4, 5, "job.stride=5"),
+    ],
+)
+def test_a_square_that_hides_all_or_leaves_gaps_is_refused(patch: int, stride: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        square_starts(16, patch, stride)
+
+
+def test_what_matters_to_a_trained_network_is_the_object(trained: Trained) -> None:
+    """The probability falls inside the object's box, more than it does inside the boxes of other images."""
+    images, labels, boxes = trained.correctly_classified(24)
+    found = occlude(trained.model, images, labels, patch=16, stride=8, fill=torch.zeros(3), batch_size=256)
+
+    def gap(boxes: torch.Tensor) -> float:
+        inside = centres_in_boxes(found.starts, found.patch, boxes)
+        within, outside = inside_and_outside(found.probability, inside)
+        return float((outside - within).mean())
+
+    chance = [gap(boxes.roll(k, 0)) for k in range(1, len(boxes))]
+    assert gap(boxes) > max(chance)
+    lowest = found.probability.flatten(1).argmin(1)
+    inside = centres_in_boxes(found.starts, found.patch, boxes).flatten(1)
+    assert inside[torch.arange(len(boxes)), lowest].float().mean() > 1.5 * inside.float().mean()
+
+
+def test_occlusion_of_image_files(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:
+    picture = tmp_path / "a, b.png"  # a name that a careless table would tear apart
+    Image.new("RGB", (50, 80), "red").save(picture)
+    answer = run_py(
+        "job=occlusion", f"run={tiny_run.folder}", f"images=['{picture}']", "job.patch=30", "job.stride=30",
+        "hydra.run.dir=out", "trainer.threads=1",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    metadata = json.loads(Path("out/occlusion.json").read_text())
+    rows = read_csv(Path("out/maps.csv"))
+    assert len(rows) == 9
+    assert metadata["images"][0]["class_is_the_truth"] is False
+    assert metadata["images"][0]["lowest_probability"] == min(float(r["probability"]) for r in rows)
+    assert "a, b.png" in rows[0]["image"]
+    assert "boxes" not in metadata
+    assert Image.open("out/figures/occlusion.png").width > 1000
+    assert RunDirectory("out").state == "done"

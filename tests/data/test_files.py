@@ -1,0 +1,194 @@
+"""The images that `images=[…]` names, and downloads from hostile servers: bounded in size, time and redirects."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from zfnet.data import files
+from zfnet.data.decode import UnreadableImage
+from zfnet.data.files import fetch, find_images
+
+
+def names(items: list[str]) -> list[str]:
+    return [image.name for image in find_images(items)[0]]
+
+
+def test_find_images_expands_files_folders_patterns_and_addresses(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.png", "a.png", "photos/z.jpg", "photos/deep/y.PNG", "odd[1].png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(name)
+    Path("photos/notes.txt").write_text("no image")
+    Path("photos/.hidden.png").write_bytes(Path("a.png").read_bytes())
+    assert names(["b.png", "a.png"]) == ["b.png", "a.png"]
+    assert names(["photos"]) == names(["photos/"]) == ["photos/deep/y.PNG", "photos/z.jpg"]
+    assert names(["?.png"]) == ["a.png", "b.png"]
+    assert names(["**/*.jpg"]) == ["photos/z.jpg"]
+    assert names(["odd[1].png"]) == ["odd[1].png"]  # a name before it is a pattern
+    assert names(["a.png", "*.png"]) == ["a.png", "b.png", "odd[1].png"]  # each once
+    assert names(["https://example.org/x?y=*"]) == ["https://example.org/x?y=*"]
+
+
+def test_find_images_reports_what_names_no_image(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    os.mkfifo("pipe")
+    images, errors = find_images(["empty", "none.png", "*.jpg", "pipe"])
+    assert images == []
+    assert errors == {
+        "empty": "holds no image files",
+        "none.png": "there is no such file",
+        "*.jpg": "matches no file",
+        "pipe": "is not a regular file",
+    }
+
+
+class Hostile(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        action = self.path.strip("/").split("/")[0]
+        getattr(self, f"_{action}", self._missing)()
+
+    def _good(self) -> None:
+        self._respond(200, body=b"pixels")
+
+    def _picture(self) -> None:
+        content = io.BytesIO()
+        Image.new("RGB", (5, 4), "red").save(content, "PNG")
+        self._respond(200, body=content.getvalue())
+
+    def _missing(self) -> None:
+        self._respond(404, body=b"no")
+
+    def _hop(self) -> None:
+        left = int(self.path.rsplit("/", 1)[1])
+        self._respond(302, Location=f"/hop/{left - 1}" if left else "/good")
+
+    def _loop(self) -> None:
+        self._respond(301, Location="/loop")
+
+    def _escape(self) -> None:
+        self._respond(302, Location="file:///etc/passwd")
+
+    def _announced(self) -> None:
+        self._respond(200, **{"Content-Length": str(10**12)})
+
+    def _endless(self) -> None:
+        self._respond(200)
+        while not self.server.over.wait(0):  # type: ignore[attr-defined]
+            self.wfile.write(b"x" * 65536)
+
+    def _drip(self) -> None:
+        self._respond(200)
+        while not self.server.over.wait(0.02):  # type: ignore[attr-defined]
+            self.wfile.write(b"x")
+
+    def _headers(self) -> None:
+        self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
+        while not self.server.over.wait(0.02):  # type: ignore[attr-defined]
+            self.wfile.write(b"x")
+
+    def _noise(self) -> None:
+        self.wfile.write(bytes(range(128, 256)) + b"\x1b[31mGIF89a\x00" * 50 + b"\r\n\r\n")
+
+    def _fat(self) -> None:
+        """A redirect whose own body never ends: it must not be read."""
+        self._respond(302, Location="/good")
+        while not self.server.over.wait(0):  # type: ignore[attr-defined]
+            self.wfile.write(b"x" * 65536)
+
+    def _respond(self, code: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the client hung up, which is what is tested
+            super().handle()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(files, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(files, "MAX_SECONDS", 0.5)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as http_server:
+        http_server.daemon_threads = True
+        http_server.over = threading.Event()  # type: ignore[attr-defined]
+        thread = threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{http_server.server_address[1]}"
+        http_server.over.set()  # type: ignore[attr-defined]
+        http_server.shutdown()
+
+
+def test_fetch_returns_content_and_follows_redirects(server: str) -> None:
+    assert fetch(f"{server}/good") == b"pixels"
+    assert fetch(f"{server}/hop/4") == b"pixels"
+    assert fetch(f"{server}/fat") == b"pixels"
+
+
+def test_find_images_takes_addresses(server: str) -> None:
+    images, errors = find_images([f"{server}/picture", f"{server}/good"])
+    assert errors == {}
+    assert images[0].read().size == (5, 4)
+    with pytest.raises(UnreadableImage, match="not an image of a known format"):
+        images[1].read()
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("missing", "the server returned 404"),
+        ("hop/5", "more than 5 redirects"),
+        ("loop", "more than 5 redirects"),
+        ("escape", "file: is not fetched"),
+        ("announced", "more than 1 MB"),
+        ("endless", "more than 1 MB"),
+        ("drip", "took more than 0.5 s"),
+        ("headers", "took more than 0.5 s"),
+    ],
+)
+def test_fetch_stays_within_its_limits(server: str, path: str, expected: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(UnreadableImage, match=expected):
+        fetch(f"{server}/{path}")
+    assert time.monotonic() - started < 5
+
+
+def test_fetch_does_not_repeat_a_servers_noise(server: str) -> None:
+    with pytest.raises(UnreadableImage, match="cannot be fetched") as caught:
+        fetch(f"{server}/noise")
+    assert str(caught.value).isascii()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 120
+
+
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://127.0.0.1/a.png", "data://x", "HtTpX://a"])
+def test_fetch_refuses_other_schemes(address: str) -> None:
+    with pytest.raises(UnreadableImage, match="only http and https"):
+        fetch(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://", "http://127.0.0.1:1/a.png", "http://127.0.0.1:x/", "http://a b/", "http://[::/"]
+)
+def test_fetch_reports_impossible_addresses(address: str, monkeypatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(UnreadableImage, match="cannot be fetched"):
+        fetch(address)

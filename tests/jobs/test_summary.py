@@ -1,0 +1,16 @@
+"""The table of layers."""
+
+from __future__ import annotations
+
+
+def test_summary_lists_layers_with_shapes_parameters_and_multiply_adds(run_py) -> None:
+    answer = run_py("job=summary", "model=zfnet")
+    assert answer.code == 0, answer.err
+    lines = answer.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = {line.split()[0]: line.split()[1:] for line in lines if line}
+    # 7·7·3·96 + 96 parameters; as many multiply-adds at each of 110·110 places, for 2 images
+    assert cells["conv1"] == ["Conv2d", *["2", "×", "96", "×", "110", "×", "110"], "14,208", "343,833,600"]
+    assert cells["pool5"] == ["MaxPool2d", *["2", "×", "256", "×", "6", "×", "6"]]
+    assert cells["fc8"] == ["Linear", "2", "×", "10", "40,970", "81,940"]
+    assert cells["total"][0] == "58,301,578"

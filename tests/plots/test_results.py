@@ -1,0 +1,86 @@
+"""Figures: drawn for one class or a hundred, not blank, and equal for equal input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import random_images
+from zfnet.data.images import image_set
+from zfnet.plots.figures import save_figure
+from zfnet.plots.results import draw_confusion, draw_curves, draw_per_class, draw_samples
+from zfnet.training.metrics import Evaluation, EvaluationSums
+
+
+def found(count: int, classes: int) -> Evaluation:
+    sums, generator = EvaluationSums(), torch.Generator().manual_seed(0)
+    sums.add(torch.randn(count, classes, generator=generator), torch.arange(count) % classes)
+    return sums.result()
+
+
+def history(epochs: int, **columns: float) -> list[dict]:
+    plain = {
+        "lr": 0.1,
+        "train_loss": 1.0,
+        "train_accuracy": 0.5,
+        "validation_loss": None,
+        "validation_accuracy": None,
+    }
+    return [{"epoch": e + 1, **plain, **columns} for e in range(epochs)]
+
+
+def test_the_figures_of_a_run(tiny_run) -> None:
+    assert {p.name for p in tiny_run.figures.iterdir()} == {
+        "curves.png",
+        "confusion.png",
+        "per_class.png",
+        "samples.png",
+    }
+    for path in tiny_run.figures.iterdir():
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert min(pixels.shape[:2]) > 200
+        assert pixels.std() > 10
+        assert (pixels != 255).any(2).mean() > 0.01
+        assert (pixels[[0, -1]] > 250).mean() > 0.9  # nothing runs off the edge
+
+
+@pytest.mark.parametrize("classes", [1, 2, 100])
+def test_any_number_of_classes(classes: int) -> None:
+    names = [f"class {k}" for k in range(classes)]
+    evaluation = found(max(2 * classes, 5), classes)
+    confusion = draw_confusion(evaluation, names).axes[0]
+    image = np.asarray(confusion.images[0].get_array())
+    assert image.shape == (classes, classes)
+    assert image.sum(1) == pytest.approx(np.ones(classes))
+    assert len(draw_per_class(evaluation, names).axes[0].patches) == classes
+
+
+def test_curves_show_what_there_is() -> None:
+    axes = draw_curves(history(1)).axes
+    assert [line.get_label() for line in axes[0].lines] == ["train"]
+    axes = draw_curves(history(3, validation_loss=2.0, validation_accuracy=0.4, test_loss=3.0)).axes
+    assert [line.get_label() for line in axes[0].lines] == ["train", "validation", "test"]
+    assert [line.get_label() for line in axes[1].lines] == ["train", "validation"]
+    assert axes[2].lines[0].get_ydata().tolist() == [0.1] * 3
+
+
+def test_samples_name_guess_and_truth() -> None:
+    images = image_set(random_images(5, 8).numpy(), torch.arange(5) % 3, "abc")
+    evaluation = found(5, 3)
+    (axis,) = draw_samples(images, evaluation).axes
+    expected = [
+        f"{'abc'[g]}\n({'abc'[t]})" for g, t in zip(evaluation.predictions, evaluation.labels, strict=True)
+    ]
+    assert [text.get_text() for text in axis.texts] == expected
+    for shown, image in zip(axis.images, images.images, strict=True):
+        assert np.array_equal(shown.get_array(), image)
+
+
+def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
+    for name in ("a/x.png", "b/x.png"):
+        save_figure(draw_curves(history(2)), tmp_path / name)
+    assert (tmp_path / "a/x.png").read_bytes() == (tmp_path / "b/x.png").read_bytes()
