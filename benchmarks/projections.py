@@ -71,7 +71,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def time_projections(model: nn.Module, images: Tensor, maps: int | None, rounds: int) -> list[dict[str, Any]]:
+def time_projections(model: Any, images: Tensor, maps: int | None, rounds: int) -> list[dict[str, Any]]:
     """Time both on the same units, in turns; return one row per layer, with median seconds per projection.
 
     images: [N, 3, S, S], normalised, on the model's device; maps: per layer, or None for all
@@ -112,7 +112,7 @@ def time_projections(model: nn.Module, images: Tensor, maps: int | None, rounds:
 
 
 def strongest_units(
-    model: nn.Module, images: Tensor, layer: str, maps: int | None
+    model: Any, images: Tensor, layer: str, maps: int | None
 ) -> list[tuple[int, int, int, int]]:
     """Return units (image, channel, y, x): each map's strongest place in each image, where it is active.
 

@@ -86,8 +86,8 @@ def measure(state: TrainingState, evaluations: Mapping[str, Batches], stop: Stop
         for name, batches in evaluations.items():
             result = evaluate(state.eval_model, batches, state.runtime, f"{name} {state.epoch + 1}", stop)
             row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
-    row = state.world.broadcast(row)  # all processes must decide alike
-    return row
+    measured: dict[str, float] = state.world.broadcast(row)  # all processes must decide alike
+    return measured
 
 
 @torch.no_grad()
