@@ -5,70 +5,93 @@ Hydra imports this file at every start, so it imports nothing heavy itself.
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from zfnet.sweeps.launch import SweepJobs
 
 
-class _Sweeper(BasicSweeper):
+class _Sweeper(Sweeper):
     """What both share: overrides from the command line and from `params`, and jobs that may fail."""
 
+    jobs: SweepJobs
+
+    def __init__(self, params: Mapping[str, str] | None = None) -> None:
+        self.params = params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from zfnet.sweeps.launch import SweepJobs
+
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+        self.jobs = SweepJobs(hydra_context, launcher, config)
+
     def _overrides(self, arguments: list[str]) -> list[Override]:
-        assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        """Parse `params` and the command line, which wins; name the jobs' directories by the swept keys."""
+        parser = OverridesParser.create(config_loader=self.jobs.context.config_loader)
         typed: list[Override] = parser.parse_overrides(arguments)
         keys = {override.get_key_element() for override in typed}
-        listed: list[Override] = parser.parse_overrides(self._parse_config())
-        merged = [o for o in listed if o.get_key_element() not in keys] + typed  # what was typed wins
-        self._name_by_swept_keys(merged)
-        return merged
-
-    def _name_by_swept_keys(self, overrides: list[Override]) -> None:
-        """Leave what all jobs share out of their directories' names."""
-        assert self.config is not None
+        params: list[Override] = parser.parse_overrides([f"{k}={v}" for k, v in self.params.items()])
+        overrides = [o for o in params if o.get_key_element() not in keys] + typed
         swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
-        if swept:
-            shared = [o.key_or_group for o in overrides if o.key_or_group not in swept]
-            excluded = self.config.hydra.job.config.override_dirname.exclude_keys
-            names = ",".join(f"'{key}'" for key in dict.fromkeys([*excluded, *shared]))
-            self.config.hydra.overrides.hydra.append(
-                f"hydra.job.config.override_dirname.exclude_keys=[{names}]"
-            )
-
-    def _jobs(self) -> Any:
-        from zfnet.sweeps.launching import Jobs
-
-        assert self.hydra_context is not None
-        assert self.launcher is not None
-        assert self.config is not None
-        return Jobs(self.hydra_context, self.launcher, self.config)
+        if swept:  # what all jobs share is left out of their directories' names
+            self.jobs.leave_out_of_names([o.key_or_group for o in overrides if o.key_or_group not in swept])
+        return overrides
 
 
 class GridSweeper(_Sweeper):
     """Every combination of the values given."""
 
+    def __init__(self, max_batch_size: int | None = None, params: Mapping[str, str] | None = None) -> None:
+        super().__init__(params)
+        self.max_batch_size = max_batch_size
+
     def sweep(self, arguments: list[str]) -> None:
-        jobs, first = self._jobs(), 0
-        batches = self.split_arguments(self._overrides(arguments), self.max_batch_size)
-        for batch in batches:
-            jobs.launch(batch, first)
-            first += len(batch)
-        jobs.finish()
+        from zfnet.config.errors import UserError
+
+        if self.max_batch_size is not None and self.max_batch_size < 1:
+            raise UserError(
+                f"hydra.sweeper.max_batch_size={self.max_batch_size}: must be at least 1, or null"
+            )
+        words: dict[str, list[str]] = {}
+        for override in self._overrides(arguments):
+            key = override.get_key_element()
+            if not override.is_sweep_override():
+                values = [override.get_value_element_as_str()]
+            elif override.is_discrete_sweep():
+                values = list(override.sweep_string_iterator())
+            else:
+                raise UserError(
+                    f"{override.input_line}: a grid needs single values, as in {key}=1,2; "
+                    "hydra/sweeper=optuna searches intervals"
+                )
+            words[key] = [f"{key}={value}" for value in values]
+        grid = [list(combination) for combination in itertools.product(*words.values())]
+        size = self.max_batch_size or len(grid)
+        for first in range(0, len(grid), size):
+            self.jobs.launch(grid[first : first + size], first)
+        self.jobs.finish()
 
 
 class OptunaSweeper(_Sweeper):
     """Optuna's choice of values, trial by trial."""
 
-    def __init__(self, params: dict[str, str] | None = None, **settings: Any) -> None:
-        super().__init__(max_batch_size=None, params=params)
+    def __init__(self, params: Mapping[str, str] | None = None, **settings: Any) -> None:
+        super().__init__(params)
         self.settings = settings
 
     def sweep(self, arguments: list[str]) -> None:
-        from zfnet.sweeps.search import run_search
-        from zfnet.sweeps.study import SearchSettings
+        from zfnet.sweeps.optuna_search import SearchSettings, run_search
 
-        jobs, overrides = self._jobs(), self._overrides(arguments)
-        run_search(SearchSettings(**self.settings), overrides, jobs)
-        jobs.finish()
+        run_search(SearchSettings.read(self.settings), self._overrides(arguments), self.jobs)
+        self.jobs.finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.report.test_sweep import write_job
+from tests.sweeps.test_summary import write_job
 
 
 def test_a_summary_is_made_again_from_the_runs(run_py, tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.helpers import MINUTE
-from tests.sweeps.test_launching import SMALL
-from zfnet.sweeps import sharing
+from tests.sweeps.test_launch import SMALL
+from zfnet.sweeps import launch
 
 
 @pytest.fixture
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "_slot", None)
+    monkeypatch.setattr(launch, "_slot", None)
     monkeypatch.setenv(
         "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "")
     )  # put back afterwards
@@ -32,15 +32,15 @@ def test_processes_take_gpus_in_turn_and_a_dead_one_makes_room(tmp_path: Path, m
     given, locks = [], []
     for _ in range(4):
         os.environ["CUDA_VISIBLE_DEVICES"] = "4, 7,GPU-8a"
-        monkeypatch.setattr(sharing, "_slot", None)  # a process that has none yet
-        sharing.share_machine(4, tmp_path)
-        locks.append(sharing._slot)
+        monkeypatch.setattr(launch, "_slot", None)  # a process that has none yet
+        launch.take_one_gpu(4, tmp_path)
+        locks.append(launch._slot)
         given.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert given == ["4", "7", "GPU-8a", "4"]
-    sharing.share_machine(4, tmp_path)  # the next job of the same process
+    launch.take_one_gpu(4, tmp_path)  # the next job of the same process
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
     locks[1].release()
-    lock, number = sharing.take_slot(tmp_path / ".slots")
+    lock, number = launch.take_slot(tmp_path / ".slots")
     assert number == 1
     for each in [lock, *locks]:
         each.release()
@@ -52,7 +52,7 @@ def test_who_runs_alone_or_has_no_choice_keeps_what_it_has(
     tmp_path: Path, parallel: int, devices: str
 ) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    sharing.share_machine(parallel, tmp_path)
+    launch.take_one_gpu(parallel, tmp_path)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == devices
     assert not (tmp_path / ".slots").exists()
 
@@ -87,6 +87,7 @@ def test_submitit_runs_jobs_in_processes_of_their_own_and_requeues_one(tmp_path:
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *words],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},  # for the processes of the jobs
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

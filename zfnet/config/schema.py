@@ -214,7 +214,7 @@ class Config(Checked):
     loss, optimizer, scheduler: a `_target_` and its arguments
     logger, callbacks: each entry a `_target_` and its arguments
     imports: packages that a `_target_` of this command may come from, beside PyTorch, torchvision and this one
-    overrides: the words of the command at work; not recorded
+    overrides, composed: the words of the command at work, and what Hydra composed from them; not recorded
     """
 
     job: Any
@@ -232,10 +232,15 @@ class Config(Checked):
     images: Optional[list[str]] = None
     imports: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
+    composed: Any = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is recorded, as plain dicts, lists and numbers."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key != "overrides"}
+        return {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if key not in ("overrides", "composed")
+        }
 
     def identity(self) -> str:
         """Return a hash of everything that the result depends on (not where data lies or what is logged)."""

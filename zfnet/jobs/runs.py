@@ -1,4 +1,4 @@
-"""job=runs: what lies below outputs/, newest first."""
+"""job=runs: list the runs below outputs/, newest first."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def _accuracy(run: RunDirectory) -> float | None:
     except UserError:
         return None
     for split in ("test", "validation", "train", "all"):
-        part = results.get(split) if isinstance(results, dict) else None
-        value = part.get("accuracy") if isinstance(part, dict) else None
+        metrics = results.get(split) if isinstance(results, dict) else None
+        value = metrics.get("accuracy") if isinstance(metrics, dict) else None
         if isinstance(value, (int, float)) and math.isfinite(value):
             return float(value)
     return None

@@ -55,7 +55,7 @@ class TrainJob(Job):
         if run.claim(config):
             print(f"{output} holds this run already")
         else:
-            write_hydra_record(output)
+            write_hydra_record(output, config.composed)
         return train(config, run, trial_report())
 
 

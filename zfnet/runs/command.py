@@ -95,7 +95,7 @@ def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
         found = find_run(str(run))
         own = {key: OmegaConf.to_container(raw, resolve=True)[key] for key in _OWN}  # type: ignore[index,call-overload]
         config = overlay(found, words, {**own, "run": str(found.folder)}, imports)
-    config.overrides = list(words)
+    config.overrides, config.composed = list(words), raw
     return config
 
 

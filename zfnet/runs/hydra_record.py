@@ -8,54 +8,43 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose as hydra_compose
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from zfnet.config.schema import Config
-from zfnet.config.trust import CONF
+from zfnet.runs.command import CONF
 from zfnet.runs.directory import write_atomically
 
 NAME_LIMIT = 120  # bytes; file systems stop at 255, and a path holds several names
 
 
-def write_hydra_record(folder: Path, config: Config | None = None) -> None:
+def write_hydra_record(folder: Path, config: DictConfig | Config) -> None:
     """Write what Hydra itself would: config.yaml, hydra.yaml and overrides.yaml in `.hydra/`.
 
-    Hydra would write them before anybody could find that the directory belongs to another run. With a
-    `config` that config is written: where a recorded run was the base, Hydra's composition is not what ran.
+    Hydra would write them before anything could find that the directory belongs to another run. `config` is what
+    Hydra composed, with its `${…}`; or the checked config, where a recorded run was the base.
     """
     if not HydraConfig.initialized():
         return
-    composed: Any = HydraConfig.instance().cfg  # Hydra's own part; the job's is composed once more
-    words = list(composed.hydra.overrides.task)
-    if config is None:
-        job = OmegaConf.to_container(
-            hydra_compose(composed.hydra.job.config_name, overrides=words), resolve=False
-        )
-    else:
-        job = config.to_dict()
+    hydra = HydraConfig.get()
+    job: Any = (
+        config.to_dict() if isinstance(config, Config) else OmegaConf.to_container(config, resolve=False)
+    )
     (folder / ".hydra").mkdir(exist_ok=True)
-    for name, part in (
-        ("config", {**_hydra_settings(), **job}),  # type: ignore[dict-item]
-        ("hydra", {"hydra": composed.hydra}),
-        ("overrides", words),
+    for name, content in (
+        ("config", {**_hydra_settings(), **job}),
+        ("hydra", {"hydra": hydra}),
+        ("overrides", hydra.overrides.task),
     ):
-        write_atomically(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(part)))
+        write_atomically(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
 
 
 def _hydra_settings() -> dict[str, Any]:
-    """Return what `conf/config.yaml` says to Hydra, so that `--config-path <run>/.hydra` runs like any other."""
+    """Return what `conf/config.yaml` sets of Hydra's own, so that `--config-path <run>/.hydra` runs like any other."""
     plain = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
-    # choices that are files of `conf/` cannot be found from there; Hydra's own can
-    kept = [
-        d
-        for d in plain["defaults"]
-        if isinstance(d, dict)
-        and (key := next(iter(d))).startswith("override ")
-        and not (CONF / key.split()[1] / f"{d[key]}.yaml").is_file()
-    ]
-    return {"defaults": [*kept, "_self_"], "hydra": plain["hydra"]}
+    # only Hydra's own choices can be found from there: those of `conf/` cannot
+    logging = [d for d in plain["defaults"] if isinstance(d, dict) and "_logging" in next(iter(d))]
+    return {"defaults": [*logging, "_self_"], "hydra": plain["hydra"]}
 
 
 def short_dirname(overrides: str) -> str:
@@ -66,8 +55,8 @@ def short_dirname(overrides: str) -> str:
     name = re.sub(r"[^\w.,=+@^~\[\]-]", "_", overrides) or "default"
     if name == overrides and len(name.encode()) <= NAME_LIMIT:
         return name
-    mark = hashlib.sha256(overrides.encode()).hexdigest()[:8]
-    return f"{name.encode()[: NAME_LIMIT - 9].decode(errors='ignore')}-{mark}"
+    digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]
+    return f"{name.encode()[: NAME_LIMIT - 9].decode(errors='ignore')}-{digest}"
 
 
 def register_resolvers() -> None:

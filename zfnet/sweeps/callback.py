@@ -1,31 +1,28 @@
-"""What Hydra calls around the jobs of a sweep: tables after each, figures and the table at the end.
+"""Hydra's callback around the jobs of a sweep: tables after each job, figures and the table at the end.
 
-Jobs may run in other processes or on other machines; there this object is a copy, and everything it needs it
-reads from the sweep's directory.
+Jobs may run in other processes or on other machines; there this object is a copy, and it reads everything it
+needs from the sweep's directory.
 """
 
 from __future__ import annotations
 
-import logging
 import textwrap
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from zfnet.plots.sweep import read_sweep
-from zfnet.plots.sweep_tables import to_text, write_tables
 from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, write_atomically
 from zfnet.runs.hydra_record import register_resolvers
-from zfnet.sweeps.sharing import share_machine
-
-log = logging.getLogger("zfnet")
+from zfnet.sweeps.launch import take_one_gpu, value_or_error
+from zfnet.sweeps.summary import summarize
 
 # in the process of a parallel launcher this module is imported before a job's directory is named
 register_resolvers()
@@ -35,62 +32,46 @@ class SweepReport(Callback):
     """Keeps a sweep's summary up to date."""
 
     def __init__(self) -> None:
-        self._not_before = 0.0  # summaries of long sweeps are not rewritten after every short job
+        self._next_summary = 0.0  # summaries of long sweeps are not rewritten after every short job
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Give a parallel job its share of the machine, and say which job begins."""
+        """Give a parallel job its GPU, and print which job begins."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
-        share_machine(config.hydra.launcher.get("n_jobs", 1), Path(str(config.hydra.sweep.dir)))
-        # what all jobs share need not be said
+        take_one_gpu(config.hydra.launcher.get("n_jobs", 1), Path(str(config.hydra.sweep.dir)))
         shared = config.hydra.job.config.override_dirname.exclude_keys
-        own = [w for w in config.hydra.overrides.task if w.partition("=")[0].lstrip("+~") not in shared]
+        words = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        own = [str(word.input_line) for word in words if word.key_or_group not in shared]
         head = f"job {config.hydra.job.num}: "
         print("\n" + textwrap.fill(head + " ".join(own), 80, subsequent_indent=" " * len(head)), flush=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Note a failure that came before the run began, and bring the tables up to date."""
+        """Record a failure that came before the run began, and bring the tables up to date."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         folder = Path(config.hydra.runtime.output_dir)
-        if job_return.status == JobStatus.FAILED:
-            error = job_return._return_value
-            print(f"failed: {explain(error)}", flush=True)
-            _note_failure(RunDirectory(folder), error)
+        result = value_or_error(job_return)
+        if isinstance(result, Exception):
+            print(f"failed: {explain(result)}", flush=True)
+            _record_failure(RunDirectory(folder), result)
         elif folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()  # Hydra made it, and the job had nothing to write
-        if time.monotonic() >= self._not_before:
-            began = time.monotonic()
+        began = time.monotonic()
+        if began >= self._next_summary:
             summarize(Path(str(config.hydra.sweep.dir)))
-            self._not_before = time.monotonic() + 10 * (time.monotonic() - began)
+            self._next_summary = time.monotonic() + 10 * (time.monotonic() - began)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Write tables and figures, and show the table."""
+        """Write tables and figures, and print the table."""
         text = summarize(Path(str(config.hydra.sweep.dir)), figures=True)
         if text:
             print("\n" + text, flush=True)
 
 
-def summarize(folder: Path, figures: bool = False) -> str:
-    """Write a sweep's summary into its directory and return the terminal's table; nothing if it holds no training."""
-    sweep = read_sweep(folder)
-    if not sweep.jobs:
-        return ""
-    write_tables(sweep)
-    if figures:
-        # imported here: Hydra builds the callback for every command, and few of them draw
-        from zfnet.plots.figures import save_figure
-        from zfnet.plots.sweep_figures import draw_sweep
-
-        for name, figure in draw_sweep(sweep).items():
-            save_figure(figure, folder / "figures" / f"{name}.png")
-    return to_text(sweep) + f"\nwritten to {folder}"
-
-
-def _note_failure(run: RunDirectory, error: Exception) -> None:
-    """Leave an account of a job whose config was refused; a directory that holds a run is not touched."""
-    kept = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
-    if kept - {".lock", "status.json", "train.log"}:
+def _record_failure(run: RunDirectory, error: Exception) -> None:
+    """Write status and log of a job whose config was refused; a directory that holds a run is not touched."""
+    names = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
+    if names - {".lock", "status.json", "train.log"}:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     run.set_status("failed", explain(error))

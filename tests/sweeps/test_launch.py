@@ -217,6 +217,19 @@ def test_what_cannot_be_composed_is_one_line_and_leaves_nothing(run_py, tmp_path
     assert not (tmp_path / "s").exists()
 
 
+def test_subdir_may_ask_hydra_for_the_number_of_the_job(run_py, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.jobs.train.train", lambda *_: 0.5)
+    assert run_py("-m", *SMALL, "seed=0,1", "hydra.sweep.subdir='job-${hydra:job.num}'").code == 0
+    assert {p.parent.name for p in tmp_path.glob("s/*/config.yaml")} == {"job-0", "job-1"}
+
+
+def test_a_grid_refuses_an_interval(run_py, tmp_path) -> None:
+    answer = run_py("-m", *SMALL, "optimizer.lr=interval(1e-4,1e-2)")
+    assert answer.code == 1
+    assert answer.err.startswith("error: optimizer.lr=interval(1e-4,1e-2): a grid needs single values")
+    assert not (tmp_path / "s").exists()
+
+
 def test_batches_go_on_after_a_failure(run_py, tmp_path, monkeypatch) -> None:
     def fails(config, *_):
         if config.seed == 0:

@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
-from tests.sweeps.test_launching import SMALL, rows
-from zfnet.sweeps.study import SearchSettings, open_study
+from tests.sweeps.test_launch import SMALL, rows
+from zfnet.config.errors import UserError
+from zfnet.runs.command import CONF
 from zfnet.training import loop
 
 optuna = pytest.importorskip("optuna")
+from zfnet.sweeps.optuna_search import construct  # noqa: E402
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *SMALL)
 SPACE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "data.batch_size=choice(20,30)")
@@ -57,10 +60,10 @@ def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:
 
 
 def trials_in(sweep: Path, storage: str | None = None) -> list[optuna.trial.FrozenTrial]:
-    settings = SearchSettings(
-        n_trials=1, direction="maximize", study_name="zfnet", sampler="tpe", pruner="none", storage=storage
-    )
-    return open_study(settings, sweep).get_trials()
+    backend = optuna.storages.journal.JournalFileBackend(str(sweep / "study.journal"))
+    return optuna.load_study(
+        study_name="zfnet", storage=storage or optuna.storages.JournalStorage(backend)
+    ).get_trials()
 
 
 @pytest.mark.slow
@@ -123,10 +126,10 @@ def test_hopeless_trials_are_pruned_and_can_still_be_trained_to_the_end(
         trial += what == "validation 1"
         return dataclasses.replace(evaluate(model, batches, runtime, what, stop), accuracy=0.9 - trial / 10)
 
-    words = [*SEARCH, *SPACE, "trainer.epochs=3", "hydra.sweeper.n_trials=3", "hydra.sweeper.pruner=median"]
+    words = [*SEARCH, *SPACE, "trainer.epochs=3", "hydra.sweeper.n_trials=3", "hydra/sweeper/pruner=median"]
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", ever_worse)
-        answer = run_py(*words, "+hydra.sweeper.pruner_settings.n_startup_trials=1")
+        answer = run_py(*words, "hydra.sweeper.pruner.n_startup_trials=1")
     assert answer.code == 0
     trials = trials_in(tmp_path / "s")
     assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "PRUNED"]
@@ -141,12 +144,15 @@ def test_hopeless_trials_are_pruned_and_can_still_be_trained_to_the_end(
     assert "going on from epoch 2" in (tmp_path / "s" / name / "train.log").read_text()
 
 
-def test_values_that_come_again_are_not_run_again(run_py, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("together", [1, 4])
+def test_ask_runs_no_values_twice(run_py, tmp_path, monkeypatch, together: int) -> None:
     began = []
     monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: began.append(config.seed) or 0.5)
-    assert run_py(*SEARCH, "seed=choice(0,1)", "hydra.sweeper.n_trials=6").code == 0
+    words = ["seed=choice(0,1)", "hydra.sweeper.n_trials=6", f"hydra.sweeper.n_jobs={together}"]
+    assert run_py(*SEARCH, *words).code == 0
     assert sorted(began) == [0, 1]
-    assert [trial.value for trial in trials_in(tmp_path / "s")] == [0.5] * 6
+    counted = [trial.value for trial in trials_in(tmp_path / "s") if not trial.user_attrs.get("void")]
+    assert counted == [0.5] * 6
 
 
 def test_a_failing_trial_is_told_and_the_search_goes_on(run_py, tmp_path, monkeypatch) -> None:
@@ -156,7 +162,7 @@ def test_a_failing_trial_is_told_and_the_search_goes_on(run_py, tmp_path, monkey
         return config.optimizer["lr"]
 
     monkeypatch.setattr("zfnet.jobs.train.train", half)
-    answer = run_py(*SEARCH, *SPACE, "hydra.sweeper.n_trials=5", "hydra.sweeper.sampler=random")
+    answer = run_py(*SEARCH, *SPACE, "hydra.sweeper.n_trials=5", "hydra/sweeper/sampler=random")
     trials = trials_in(tmp_path / "s")
     assert answer.code == 1
     for trial in trials:
@@ -171,7 +177,7 @@ def test_a_failing_trial_is_told_and_the_search_goes_on(run_py, tmp_path, monkey
 
 def test_a_trial_is_a_function_of_the_seed_and_of_those_before_it(run_py, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: -config.optimizer["lr"])
-    words = [*SEARCH, *SPACE, "+hydra.sweeper.sampler_settings.n_startup_trials=2"]
+    words = [*SEARCH, *SPACE, "hydra.sweeper.sampler.n_startup_trials=2"]
     run_py(*words, "hydra.sweeper.n_trials=4")
     for count in (1, 4):  # the same in two sittings
         run_py(*words, f"hydra.sweeper.n_trials={count}", "hydra.sweep.dir=t")
@@ -193,11 +199,14 @@ def test_a_trial_is_a_function_of_the_seed_and_of_those_before_it(run_py, tmp_pa
             "hydra.sweeper.n_trials=0: must be a whole number, at least 1",
         ),
         (
-            [*SPACE, "hydra.sweeper.sampler=tbe"],
-            "hydra.sweeper.sampler=tbe: no such sampler; did you mean 'tpe'?",
+            [*SPACE, "hydra/sweeper/sampler=tbe"],
+            "hydra/sweeper/sampler=tbe: no such choice; did you mean 'tpe'?",
         ),
-        ([*SPACE, "hydra.sweeper.pruner=medium"], "did you mean 'median'?"),
-        ([*SPACE, "+hydra.sweeper.sampler_settings.sed=1"], "did you mean 'seed'?"),
+        ([*SPACE, "hydra/sweeper/pruner=medium"], "did you mean 'median'?"),
+        ([*SPACE, "hydra.sweeper.pruner=median"], "choose one by hydra/sweeper/pruner=median"),
+        ([*SPACE, "+hydra.sweeper.sampler_settings.seed=1"], "no such key; did you mean 'sampler'?"),
+        ([*SPACE, "+hydra.sweeper.sampler.sed=1"], "did you mean 'seed'?"),
+        ([*SPACE, "hydra.sweeper.sampler._target_=os.system"], "must be a sampler of Optuna"),
         ([*SPACE, "hydra.sweeper.direction=up"], "must be maximize or minimize"),
         ([*SPACE, "hydra.sweeper.storage=postgresql://me:secret@127.0.0.1:1/none"], "hydra.sweeper.storage="),
         ([*SPACE, "hydra.sweeper.storage=nonsense"], "hydra.sweeper.storage=nonsense"),
@@ -210,6 +219,45 @@ def test_what_is_wrong_with_a_search_is_one_line(run_py, tmp_path, words, expect
     assert answer.err.startswith("error: ")
     assert answer.err.count("\n") == 1
     assert "secret" not in answer.err
+
+
+@pytest.mark.parametrize("slot", ["sampler", "pruner"])
+def test_construct_makes_every_choice_of_conf(slot: str) -> None:
+    paths = sorted((CONF / "hydra/sweeper" / slot).glob("*.yaml"))
+    made = [construct(slot, yaml.safe_load(path.read_text()), seed=0) for path in paths]
+    assert len({type(each) for each in made}) == len(paths) >= 4
+
+
+@pytest.mark.parametrize(
+    ("slot", "target"),
+    [
+        ("sampler", "os.system"),
+        ("sampler", "subprocess.Popen"),
+        ("sampler", "optuna.samplers.CmaEsSampler"),
+        ("sampler", "optuna.samplers.BruteForceSampler"),
+        ("sampler", "optuna.samplers.BaseSampler"),
+        ("sampler", "optuna.samplers._tpe.sampler.TPESampler"),
+        ("sampler", "optuna.samplers.TPESampler.__init__.__globals__"),
+        ("sampler", "optuna.pruners.MedianPruner"),
+        ("pruner", "optuna.samplers.RandomSampler"),
+        ("pruner", "optuna.load_study"),
+        ("pruner", None),
+        ("pruner", ["optuna.pruners.NopPruner"]),
+    ],
+)
+def test_construct_refuses_all_but_optunas_classes(slot: str, target: object) -> None:
+    witness = {"command": "touch hit", "args": ["touch", "hit"]}
+    with pytest.raises(UserError, match=rf"hydra\.sweeper\.{slot}\._target_="):
+        construct(slot, {"_target_": target, **witness})
+    outer = {"_target_": "optuna.pruners.PatientPruner", "patience": 1}
+    with pytest.raises(UserError, match=r"hydra\.sweeper\.pruner\."):
+        construct("pruner", {**outer, "wrapped_pruner": {"_target_": str(target), **witness}})
+
+
+def test_construct_nests_pruners() -> None:
+    inner = {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 2}
+    outer = {"_target_": "optuna.pruners.PatientPruner", "wrapped_pruner": inner, "patience": 1}
+    assert type(construct("pruner", outer)) is optuna.pruners.PatientPruner
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.test_sweep import write_job
-from zfnet.plots.sweep import read_sweep
-from zfnet.plots.sweep_figures import draw_sweep
+from tests.sweeps.test_summary import write_job
+from zfnet.sweeps.figures import draw_sweep
+from zfnet.sweeps.summary import read_sweep
 
 
 def texts(axis) -> set[str]:
@@ -58,6 +58,21 @@ def test_more_keys_make_parallel_coordinates_whatever_their_values(tmp_path: Pat
     assert len(best) == 1
     assert best[0].get_ydata()[-1] == 1.0  # it ends at the top of the last axis
     figure.canvas.draw()
+
+
+def test_curves_hold_every_epoch_and_an_accuracy_of_zero(tmp_path: Path) -> None:
+    write_job(tmp_path, "seed=0", accuracy=0.0)
+    [line] = draw_sweep(read_sweep(tmp_path))["curves"].axes[1].lines
+    assert line.get_xydata().tolist() == [[1, 0], [2, 0]]
+
+
+def test_keys_with_one_value_among_the_finished_jobs_have_no_axis(tmp_path: Path) -> None:
+    for n in range(3):
+        write_job(tmp_path, f"optimizer.lr=0.{n + 1}", "trainer.clip_norm=1", accuracy=n / 10)
+    write_job(tmp_path, "optimizer.lr=0.5", "trainer.clip_norm=2", state="pruned")
+    axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
+    assert axis.get_xlabel() == "optimizer.lr"
+    assert len(axis.get_xticks()) == 3
 
 
 def test_a_sweep_without_results_has_no_objective_to_draw(tmp_path: Path) -> None:

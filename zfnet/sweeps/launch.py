@@ -1,0 +1,206 @@
+"""Launch the jobs of a sweep: finished jobs are skipped, a failed job does not stop the others, nothing is overwritten.
+
+Parallel jobs on one machine take one GPU each. (CPU threads need no care: joblib's workers start with the cores
+divided among them.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from hydra.core.utils import JobReturn, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from zfnet.config.errors import UserError
+from zfnet.runs.command import read_command
+from zfnet.runs.console import explain
+from zfnet.runs.directory import RunDirectory, objective, write_atomically
+
+
+class SweepFailed(UserError):
+    """Some jobs of a sweep failed; the message names them, a line each. The others are finished."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended. `value`: its objective, None where it has none; `error`: why it failed."""
+
+    name: str
+    state: str
+    value: float | None = None
+    error: Exception | None = None
+
+
+class SweepJobs:
+    """Launches jobs by their overrides, with whatever launcher the config names, and keeps their outcomes by name."""
+
+    def __init__(self, context: HydraContext, launcher: Launcher, config: DictConfig) -> None:
+        self.context, self.launcher, self.config = context, launcher, config
+        self.folder = Path(str(config.hydra.sweep.dir))
+        self.outcomes: dict[str, Outcome] = {}
+        self.for_all_jobs: list[str] = []  # overrides
+        # `${hydra:…}` needs a job at work; within Hydra's own part `${hydra.…}` is the same
+        unresolved = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+        self.subdir = str(unresolved["subdir"]).replace("${hydra:", "${hydra.")  # type: ignore[index,call-overload]
+        setup_globals()
+
+    def leave_out_of_names(self, keys: Sequence[str]) -> None:
+        """Leave these keys out of the names of the jobs' directories."""
+        excluded = self.config.hydra.job.config.override_dirname.exclude_keys
+        names = ",".join(f"'{key}'" for key in dict.fromkeys([*excluded, *keys]))
+        self.for_all_jobs = [f"hydra.job.config.override_dirname.exclude_keys=[{names}]"]
+
+    def compose(self, overrides: Sequence[str], number: int = 0) -> DictConfig:
+        """Return the config of one job; raise HydraException if a key or a choice does not exist."""
+        config = self.context.config_loader.load_sweep_config(self.config, [*self.for_all_jobs, *overrides])
+        with open_dict(config):
+            config.hydra.job.num = number
+            config.hydra.job.id = str(number)
+            config.hydra.sweep.subdir = self.subdir
+        return config
+
+    def launch(self, batch: Sequence[Sequence[str]], first: int) -> list[Outcome]:
+        """Run one job for each list of overrides; the n-th has the number `first` + n.
+
+        Raises HydraException if one cannot be composed, before any has started. A failed job is an Outcome.
+        """
+        configs = [self.compose(overrides, first + n) for n, overrides in enumerate(batch)]
+        self._write_record()
+        outcomes: dict[int, Outcome] = {}
+        # launchers number their jobs one after another: none may be left out if names depend on numbers
+        numbered = re.search(r"job\.(num|id)\b", self.subdir)
+        unfinished = []
+        for n, config in enumerate(configs):
+            if numbered or not (finished := self._finished(config)):
+                unfinished.append(n)
+            else:
+                print(f"finished already: {finished.name}")
+                outcomes[n] = finished
+        if unfinished:
+            returns = self._launch(
+                [[*self.for_all_jobs, *batch[n]] for n in unfinished], first + unfinished[0]
+            )
+            for n, returned in zip(unfinished, returns, strict=True):
+                outcomes[n] = self._outcome(configs[n], returned)
+        self.outcomes |= {outcome.name: outcome for outcome in outcomes.values()}
+        return [outcomes[n] for n in range(len(batch))]
+
+    def finish(self) -> None:
+        """Raise SweepFailed if any job failed."""
+        failed = [f"  {o.name}: {explain(o.error)}" for o in self.outcomes.values() if o.error is not None]
+        if failed:
+            self._report()
+            raise SweepFailed("\n".join([f"{len(failed)} of {len(self.outcomes)} jobs failed", *failed]))
+
+    def _report(self) -> None:
+        """Call the callbacks that report the sweep, which Hydra leaves out when a sweeper raises."""
+        self.context.callbacks.on_multirun_end(config=self.config, config_name=None)
+
+    def _write_record(self) -> None:
+        """Write the sweep's own config to multirun.yaml, or to multirun-2.yaml … if another sweep's is there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text, number, path = OmegaConf.to_yaml(self.config), 1, self.folder / "multirun.yaml"
+        while path.exists():
+            if path.read_text(encoding="utf-8") == text:
+                return
+            number += 1
+            path = self.folder / f"multirun-{number}.yaml"
+        write_atomically(path, text)
+
+    def _folder_and_name(self, config: DictConfig) -> tuple[Path, str]:
+        folder = self.folder / str(config.hydra.sweep.subdir)
+        return folder, folder.relative_to(self.folder).as_posix()
+
+    def _finished(self, config: DictConfig) -> Outcome | None:
+        """Return the outcome of a training that is done and has this config; None for all other jobs."""
+        folder, name = self._folder_and_name(config)
+        run = RunDirectory(folder)
+        if run.state != "done" or config.job.name != "train":
+            return None
+        try:
+            task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            if run.read_config().identity() != read_command(task, config.hydra.overrides.task).identity():
+                return None
+            return Outcome(name, "done", objective(run.read_json("results.json")))
+        except (UserError, KeyError, TypeError):
+            return None  # the job itself will report what is wrong
+
+    def _launch(self, batch: list[list[str]], first: int) -> Sequence[JobReturn | Exception]:
+        try:
+            return self.launcher.launch(batch, initial_job_idx=first)
+        except KeyboardInterrupt:
+            self._report()
+            raise
+        except Exception as error:  # the process of a job died, and the launcher has no result of any job
+            return [error] * len(batch)
+
+    def _outcome(self, config: DictConfig, returned: JobReturn | Exception) -> Outcome:
+        folder, name = self._folder_and_name(config)
+        state = RunDirectory(folder).state
+        if isinstance(returned, Exception):
+            lost = None if state in ("done", "pruned") else returned
+            return self._finished(config) or Outcome(name, state, error=lost)
+        result = value_or_error(returned)
+        if isinstance(result, Exception):
+            return Outcome(name, "failed", error=result)
+        return Outcome(name, state, result)
+
+
+def value_or_error(returned: JobReturn) -> float | Exception | None:
+    """Return what a job returned, or the error that it raised."""
+    with contextlib.redirect_stderr(io.StringIO()):  # the property raises a job's error, and prints as well
+        try:
+            return returned.return_value
+        except Exception as error:
+            return error
+
+
+_slot: FileLock | None = None  # held as long as this process lives
+
+
+def take_one_gpu(parallel: int, folder: Path) -> None:
+    """Show this process one of the GPUs, if it is one of `parallel` that run side by side; -1 means one a core.
+
+    Must come before the process first uses CUDA, which looks at CUDA_VISIBLE_DEVICES once. The processes agree
+    by locks in `folder`, which the system lets go of when a process ends. A process keeps its GPU for all its jobs.
+    """
+    global _slot
+    if parallel in (0, 1) or _slot is not None:
+        return
+    devices = visible_devices()
+    if len(devices) < 2:
+        return
+    _slot, number = take_slot(folder / ".slots")
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+
+
+def visible_devices() -> list[str]:
+    """Return the GPUs of this process, as CUDA_VISIBLE_DEVICES writes them. Does not start CUDA."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def take_slot(folder: Path) -> tuple[FileLock, int]:
+    """Return the first number that no living process holds, and the lock that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while True:
+        lock = FileLock(folder / str(number))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            number += 1
+        else:
+            return lock, number

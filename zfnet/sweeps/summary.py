@@ -1,0 +1,298 @@
+"""A sweep's summary: its runs, the keys in which they differ, mean ± std over seeds, and the tables of these.
+
+Everything is read from the run directories, so it does not matter which launcher, process or machine made them.
+Validation chooses: settings are ranked by validation accuracy. The test set is looked at for one setting only, the
+one that validation has chosen.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zfnet.config.errors import UserError
+from zfnet.config.schema import flatten, result_keys
+from zfnet.runs.directory import RunDirectory, write_atomically
+
+ABSENT = "–"  # in place of a value that a job does not have, such as the momentum of an Adam
+STATES = ("done", "running", "stopped", "pruned", "failed", "none")
+MOST_ROWS = 40  # of a terminal
+
+
+def summarize(folder: Path, figures: bool = False) -> str:
+    """Write a sweep's summary into its directory and return the terminal's table; nothing if it holds no training."""
+    sweep = read_sweep(folder)
+    if not sweep.jobs:
+        return ""
+    write_atomically(folder / "summary.csv", to_csv(sweep))
+    write_atomically(folder / "summary.md", to_markdown(sweep))
+    if figures:
+        # imported here: Hydra builds its callback for every command, and few of them draw
+        from zfnet.plots.figures import save_figure
+        from zfnet.sweeps.figures import draw_sweep
+
+        for name, figure in draw_sweep(sweep).items():
+            save_figure(figure, folder / "figures" / f"{name}.png")
+    return to_text(sweep) + f"\nwritten to {folder}"
+
+
+# -- reading
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """One run of a sweep. `settings`: what its result depends on, as flat dotted keys, without the seed."""
+
+    name: str
+    state: str
+    error: str | None
+    settings: dict[str, Any]
+    seed: int | None
+    results: dict[str, Any]
+    history: list[dict[str, float | None]]
+
+    def accuracy(self, split: str = "validation") -> float | None:
+        """Return the accuracy on `validation` or `test`; None for a run that is not finished, or has no such images."""
+        metrics = self.results.get(split)
+        return metrics.get("accuracy") if self.state == "done" and isinstance(metrics, dict) else None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Jobs that differ in nothing but the seed. `values`: the swept keys and what they are here."""
+
+    values: dict[str, Any]
+    jobs: list[SweepJob]
+
+    def scores(self, split: str = "validation") -> list[float]:
+        """Return the accuracies of the finished jobs."""
+        return [a for job in self.jobs if (a := job.accuracy(split)) is not None]
+
+    def mean_and_std(self, split: str = "validation") -> tuple[float | None, float | None]:
+        """Return mean and sample standard deviation over the seeds; None where there are too few."""
+        scores = self.scores(split)
+        mean = statistics.fmean(scores) if scores else None
+        return mean, statistics.stdev(scores) if len(scores) > 1 else None
+
+    def score_text(self, split: str = "validation") -> str:
+        """Return `71.23 ± 0.45 %`, without the deviation where there is one seed."""
+        mean, std = self.mean_and_std(split)
+        if mean is None:
+            return ABSENT
+        return f"{100 * mean:.2f} %" if std is None else f"{100 * mean:.2f} ± {100 * std:.2f} %"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A whole sweep. `settings` is sorted by validation accuracy, best first; those without one come last."""
+
+    folder: Path
+    jobs: list[SweepJob]
+    keys: list[str]
+    settings: list[Setting]
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Read every training run below a sweep directory. A run that cannot be read counts as one without results."""
+    folders = {path.parent for depth in (1, 2, 3) for path in folder.glob("*/" * depth + "status.json")}
+    jobs = [job for path in sorted(folders) if (job := _read_job(folder, path)) is not None]
+    keys = swept_keys([job.settings for job in jobs if job.settings])
+    groups: dict[str, list[SweepJob]] = {}
+    for job in jobs:
+        if job.settings:
+            groups.setdefault(json.dumps(job.settings, sort_keys=True), []).append(job)
+    settings = [
+        Setting(
+            {key: members[0].settings.get(key, ABSENT) for key in keys},
+            sorted(members, key=lambda job: -1 if job.seed is None else job.seed),
+        )
+        for members in groups.values()
+    ]
+    return Sweep(folder, jobs, keys, sorted(settings, key=lambda s: -statistics.fmean(s.scores() or [-1])))
+
+
+def _read_job(sweep: Path, folder: Path) -> SweepJob | None:
+    run = RunDirectory(folder)
+    plain = run.plain_config()
+    if plain and run.job != "train":
+        return None
+    history: list[dict[str, float | None]] = []
+    results: Any = {}
+    try:
+        history = run.read_history()
+        results = run.read_json("results.json")
+    except (UserError, ValueError):
+        pass  # not there yet
+    settings = flatten(result_keys(plain))
+    seed = settings.pop("seed", None)
+    results = results if isinstance(results, dict) else {}
+    return SweepJob(
+        folder.relative_to(sweep).as_posix(), *run.state_and_error(), settings, seed, results, history
+    )
+
+
+def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys in which these flat configs differ, without those that only follow another.
+
+    A key follows another if it always has the same value (`scheduler.max_lr: ${optimizer.lr}`), or if the choice
+    of its group's file decides it: whoever sweeps `model=small,zfnet` has not swept the number of maps in conv1.
+    """
+    columns: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for setting in settings for key in setting):
+        column = [repr(setting.get(key, ABSENT)) for setting in settings]
+        if len(set(column)) > 1:
+            columns[key] = column
+    kept: list[str] = []
+    seen: list[list[str]] = []
+    for key, column in columns.items():
+        group = key.partition(".")[0]
+        choices = [columns[name] for name in (f"{group}.name", f"{group}._target_") if name in kept]
+        decided = any(len(set(zip(choice, column, strict=True))) == len(set(choice)) for choice in choices)
+        if column not in seen and not decided:
+            kept.append(key)
+        seen.append(column)
+    return kept
+
+
+def plain_name(key: str) -> str:
+    """Return a dotted key as people type it: the `name` or `_target_` of a group is called like the group."""
+    return key.removesuffix(".name").removesuffix("._target_")
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Return for each dotted key its last parts, as few as tell it from the others: `lr`, `conv1.kernel_size`."""
+    plain = {key: plain_name(key) for key in keys}
+    short = {}
+    for key, text in plain.items():
+        parts = text.split(".")
+        for count in range(1, len(parts) + 1):
+            short[key] = ".".join(parts[-count:])
+            alike = [o for o in plain.values() if o == short[key] or o.endswith("." + short[key])]
+            if len(alike) == 1:
+                break
+    return short
+
+
+def format_value(value: Any) -> str:
+    """Return a setting's value as people write it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str) and value.startswith("torch.optim."):
+        return value.rpartition(".")[2]
+    return str(value)
+
+
+# -- tables: a row a job in summary.csv, a row a setting in summary.md and on the terminal
+
+
+def to_csv(sweep: Sweep) -> str:
+    """Return a row a job: directory, state, the swept keys, seed, metrics on validation, error. Best setting first."""
+    rows = [(setting.values, job) for setting in sweep.settings for job in setting.jobs]
+    rows += [({}, job) for job in sweep.jobs if not job.settings]
+    lengths = ("best_epoch", "epochs", "seconds")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        [
+            "directory",
+            "state",
+            *sweep.keys,
+            "seed",
+            "validation_accuracy",
+            "validation_loss",
+            *lengths,
+            "error",
+        ]
+    )
+    for values, job in rows:
+        loss = (job.results.get("validation") or {}).get("loss")
+        writer.writerow(
+            [
+                job.name,
+                job.state,
+                *(values.get(key, "") for key in sweep.keys),
+                job.seed,
+                job.accuracy(),
+                loss,
+            ]
+            + [job.results.get(key) for key in lengths]
+            + [job.error]
+        )
+    return text.getvalue()
+
+
+def to_markdown(sweep: Sweep) -> str:
+    """Return the table over settings, the test accuracy of the best one, and the failed jobs."""
+    header, *rows = _cells(sweep)
+    lines = [f"# {count_line(sweep)}", ""]
+    for row in [header, ["---"] * len(header), *rows]:
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    lines += ["", *_test_line(sweep), ""]
+    lines += [f"- failed: `{job.name}`: {job.error}" for job in sweep.jobs if job.state == "failed"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def to_text(sweep: Sweep, width: int | None = None) -> str:
+    """Return the table for a terminal of `width` columns (None: this one), best first.
+
+    Columns of swept keys that do not fit are left out, and counted, and so are rows beyond the best MOST_ROWS;
+    summary.csv has them all.
+    """
+    width = width or shutil.get_terminal_size().columns
+    rows = _cells(sweep)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shown = list(range(len(widths)))
+    after_keys = len(widths) - len(sweep.keys)
+    while sum(widths[i] + 2 for i in shown) - 2 > width and len(shown) > after_keys + 1:
+        del shown[-after_keys - 1]
+    lines = [count_line(sweep)]
+    lines += [
+        "  ".join(row[i].ljust(widths[i]) for i in shown).rstrip()[:width] for row in rows[: MOST_ROWS + 1]
+    ]
+    if len(rows) - 1 > MOST_ROWS:
+        lines.append(f"… and {len(rows) - 1 - MOST_ROWS} more, in summary.csv")
+    if len(shown) < len(widths):
+        lines.append(f"not shown, but in summary.csv: {_count(len(widths) - len(shown), 'swept key')}")
+    return "\n".join([*lines, *_test_line(sweep)])
+
+
+def count_line(sweep: Sweep) -> str:
+    """Return `2 settings, 4 jobs: 3 done, 1 failed`."""
+    states = Counter(job.state for job in sweep.jobs)
+    counts = ", ".join(f"{states[s]} {s}" for s in STATES if states[s])
+    return f"{_count(len(sweep.settings), 'setting')}, {_count(len(sweep.jobs), 'job')}: {counts}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + "s" * (number != 1)
+
+
+def _cells(sweep: Sweep) -> list[list[str]]:
+    """Return the header and a row a setting; the state has a column where a job is not done."""
+    names = short_names(sweep.keys)
+    not_done = any(job.state != "done" for setting in sweep.settings for job in setting.jobs)
+    rows = [[*names.values(), "validation accuracy", "n"] + ["state"] * not_done]
+    for setting in sweep.settings:
+        states = Counter(job.state for job in setting.jobs)
+        state = ", ".join(f"{states[s]} {s}" if len(setting.jobs) > 1 else s for s in STATES if states[s])
+        values = [format_value(setting.values[key]) for key in sweep.keys]
+        rows.append([*values, setting.score_text(), str(len(setting.scores()))] + [state] * not_done)
+    return rows
+
+
+def _test_line(sweep: Sweep) -> list[str]:
+    best = sweep.settings[0] if sweep.settings else None
+    if best is None or not best.scores() or not best.scores("test"):
+        return []
+    seeds = len(best.scores("test"))
+    return [f"Test accuracy of the best setting by validation: {best.score_text('test')} (n = {seeds})"]
