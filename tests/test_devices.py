@@ -144,7 +144,7 @@ def test_explanations(waits: list[str]) -> None:
     occluded = occlude(
         model, inputs, labels, layer="conv5", patch=30, stride=30, fill=torch.zeros(3), batch_size=5
     )
-    assert type(occluded.activation) is torch.Tensor
+    assert type(occluded.occluded.activation) is torch.Tensor
     amounts = make_amounts(size, 0.1, 1.5, 90, 3)
     curves = measure(model, inputs, labels, amounts, ["conv1", "fc7"], 4)
     assert all(type(c.probability) is torch.Tensor for c in curves.values())

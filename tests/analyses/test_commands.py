@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import used
+from zfnet.config.schema import Config
+from zfnet.explain.selection import Look, choose_images, predict, to_rows
+from zfnet.plots.figures import new_figure, save_figure, styled
 from zfnet.runs.directory import RunDirectory
+from zfnet.runs.session import own_directory
+from zfnet.training.loaded import LoadedRun
 
 QUICK = ("trainer.threads=1",)
 
@@ -29,11 +37,8 @@ QUICK = ("trainer.threads=1",)
         (["job=filters", "job.other=nowhere"], "run=nowhere: there is no run"),
         (["job=correspondence", "job.points=no.csv"], "job.points=no.csv cannot be read"),
         (["job=correspondence", "job.count=1"], "job.count=1: must be at least 2"),
-        (
-            ["job=deconvnet", "job.layers=[conv6]"],
-            "job.layers=conv6: no such convolution layer; did you mean",
-        ),
-        (["job=deconvnet", "job.layers=[fc7]"], "job.layers=fc7: no such convolution layer"),
+        (["job=deconvnet", "job.layers=[conv6]"], "job.layers=conv6: no such layer; did you mean"),
+        (["job=deconvnet", "job.layers=[fc7]"], "job.layers=fc7: no such layer; known: conv1"),
         (["job=deconvnet", "job.layers=[]"], "job.layers=[]: names no layer"),
         (["job=deconvnet", "job.top=0"], "job.top=0: must be at least 1"),
         (["job=deconvnet", "job.rule=relu"], "job.rule=relu: must be one of deconvnet, guided, gradient"),
@@ -63,3 +68,33 @@ def test_the_run_that_is_read_is_not_written_to(run_py, tiny_run: RunDirectory) 
     assert answer.code == 1
     assert "is not empty and holds a run: choose another directory" in answer.err
     assert sorted(p.name for p in tiny_run.folder.iterdir()) == before
+
+
+@dataclass(kw_only=True)
+class Confidence(Look):
+    """An analysis as a user would write one (see zfnet/explain/selection.py)."""
+
+    count: int
+
+    def main(self, config: Config, output: Path) -> None:
+        loaded = LoadedRun(config)
+        chosen = choose_images(loaded, config, self.count)
+        with own_directory(config, output) as run:
+            rows = to_rows(image=chosen.names, confidence=predict(loaded, chosen.inputs).amax(1).tolist())
+            run.write_csv("confidence.csv", rows)
+            save_figure(self.draw([row["confidence"] for row in rows]), run.figures / "confidence.png")
+
+    @styled
+    def draw(self, values: list[float]):
+        figure = new_figure(figsize=(4, 3))
+        figure.subplots().bar(range(len(values)), values)
+        return figure
+
+
+def test_an_analysis_of_ones_own_is_one_class(tiny_run: RunDirectory, tmp_path: Path) -> None:
+    config = used(tiny_run).config
+    config = dataclasses.replace(config, job=Confidence(name="confidence", split="test", count=3))
+    config.job.main(config, tmp_path / "out")
+    assert len((tmp_path / "out/confidence.csv").read_text().splitlines()) == 4
+    assert (tmp_path / "out/figures/confidence.png").exists()
+    assert RunDirectory(tmp_path / "out").state == "done"

@@ -39,10 +39,12 @@ def test_batches_equal_a_plain_loop() -> None:
                 hidden[:, max(0, top) : top + 12, max(0, left) : left + 12] = FILL[:, None, None]
                 answer = model.activations(hidden[None], ["conv5", "fc8"])
                 chances = answer["fc8"][0].softmax(0)
-                torch.testing.assert_close(found.probability[n, y, x], chances[labels[n]])
-                torch.testing.assert_close(found.confidence[n, y, x], chances.max())
-                assert found.predicted[n, y, x] == chances.argmax()
-                torch.testing.assert_close(found.activation[n, y, x], answer["conv5"][0, channel].sum())
+                torch.testing.assert_close(found.occluded.probability[n, y, x], chances[labels[n]])
+                torch.testing.assert_close(found.occluded.confidence[n, y, x], chances.max())
+                assert found.occluded.predicted[n, y, x] == chances.argmax()
+                torch.testing.assert_close(
+                    found.occluded.activation[n, y, x], answer["conv5"][0, channel].sum()
+                )
 
 
 class Linear2(nn.Module):
@@ -68,18 +70,20 @@ def test_of_a_linear_network_the_drop_is_the_hidden_products() -> None:
     )
     change = 0.1 * weight * (image - FILL[:, None, None].double())
     expected = change.unfold(1, 4, 4).unfold(2, 4, 4).sum((0, 3, 4))
-    torch.testing.assert_close(found.whole_activation[0] - found.activation[0], expected)
-    torch.testing.assert_close(found.whole_probability.logit() - found.probability[0].logit(), expected)
+    torch.testing.assert_close(found.whole.activation[0] - found.occluded.activation[0], expected)
+    torch.testing.assert_close(
+        found.whole.probability.logit() - found.occluded.probability[0].logit(), expected
+    )
 
 
 def test_labels_agree_with_probabilities() -> None:
     model = network("no_pool")
     images, labels = pictures(model, 3), torch.tensor([0, 1, 2])
     found = occlude(model, images, labels, patch=9, stride=4, fill=FILL, batch_size=64)
-    named = found.predicted == labels[:, None, None]
-    assert torch.equal(found.confidence[named], found.probability[named])
-    assert (found.confidence[~named] > found.probability[~named]).all()
-    assert (found.confidence >= 1 / 4).all()
+    named = found.occluded.predicted == labels[:, None, None]
+    assert torch.equal(found.occluded.confidence[named], found.occluded.probability[named])
+    assert (found.occluded.confidence[~named] > found.occluded.probability[~named]).all()
+    assert (found.occluded.confidence >= 1 / 4).all()
 
 
 @given(st.integers(2, 70), st.data())
@@ -113,12 +117,12 @@ def test_what_matters_to_a_trained_network_is_the_object(trained: Trained) -> No
 
     def gap(boxes: torch.Tensor) -> float:
         inside = centres_in_boxes(found.starts, found.patch, boxes)
-        within, outside = inside_and_outside(found.probability, inside)
+        within, outside = inside_and_outside(found.occluded.probability, inside)
         return float((outside - within).mean())
 
     chance = [gap(boxes.roll(k, 0)) for k in range(1, len(boxes))]
     assert gap(boxes) > max(chance)
-    lowest = found.probability.flatten(1).argmin(1)
+    lowest = found.occluded.probability.flatten(1).argmin(1)
     inside = centres_in_boxes(found.starts, found.patch, boxes).flatten(1)
     assert inside[torch.arange(len(boxes)), lowest].float().mean() > 1.5 * inside.float().mean()
 

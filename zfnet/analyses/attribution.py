@@ -27,7 +27,7 @@ from zfnet.config.errors import UserError
 from zfnet.config.ranges import limits
 from zfnet.config.schema import Config
 from zfnet.explain.deconvnet import RULES, Deconvnet
-from zfnet.explain.selection import Chosen, Look, check_layer, choose_images, in_boxes, output_layer
+from zfnet.explain.selection import Chosen, Look, check_layer, choose_images, in_boxes, output_layer, to_rows
 from zfnet.model.zfnet import ZFNet
 from zfnet.plots.figures import SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
@@ -151,41 +151,31 @@ def pixels_in_boxes(boxes: Tensor, side: int) -> Tensor:
 
 def _rows(result: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
     """One row for each image and method; the box's columns are empty where it is not known."""
-    rows = []
+    count, boxes, rows = len(chosen), chosen.boxes, []
     for method, maps in result.maps.items():
-        shares: Sequence[Any] = [""] * len(chosen)
-        areas = shares
-        if chosen.boxes is not None:
-            shares = share_in_boxes(maps, chosen.boxes).tolist()
-            areas = pixels_in_boxes(chosen.boxes, maps.shape[-1]).float().mean((1, 2)).tolist()
-        rows += [
-            {
-                "image": name,
-                "method": method,
-                "sum": float(maps[n].sum()),
-                "largest": float(maps[n].abs().max()),
-                "output": float(result.output[n]),
-                "output_of_mean_colour": float(result.baseline_output[n]),
-                "share_in_box": shares[n],
-                "box_area": areas[n],
-            }
-            for n, name in enumerate(chosen.names)
-        ]
+        areas = None if boxes is None else pixels_in_boxes(boxes, maps.shape[-1]).float().mean((1, 2))
+        rows += to_rows(
+            image=chosen.names,
+            method=[method] * count,
+            sum=maps.sum((1, 2, 3)).tolist(),
+            largest=maps.abs().amax((1, 2, 3)).tolist(),
+            output=result.output.tolist(),
+            output_of_mean_colour=result.baseline_output.tolist(),
+            share_in_box=[""] * count if boxes is None else share_in_boxes(maps, boxes).tolist(),
+            box_area=[""] * count if areas is None else areas.tolist(),
+        )
     return rows
 
 
 def _log_summary(result: Attributions, chosen: Chosen) -> None:
     gap = result.maps[INTEGRATED].sum((1, 2, 3)) - (result.output - result.baseline_output)
-    log.info(
-        "integrated gradients differ from the change of the output by at most %.2g; more job.steps, less",
-        gap.abs().max(),
-    )
+    log.info(f"integrated gradients differ from the change of the output by at most {gap.abs().max():.2g}")
     if chosen.boxes is None:
         return
     area = pixels_in_boxes(chosen.boxes, chosen.inputs.shape[-1]).float().mean()
-    log.info("share inside the objects' boxes, which cover %.0f %% of the images:", 100 * area)
+    log.info(f"share inside the objects' boxes, which cover {100 * area:.0f} % of the images:")
     for method, maps in result.maps.items():
-        log.info("  %-20s %5.1f %%", method, 100 * share_in_boxes(maps, chosen.boxes).nanmean())
+        log.info(f"  {method:<20} {100 * share_in_boxes(maps, chosen.boxes).nanmean():5.1f} %")
 
 
 # ---- figure

@@ -25,21 +25,21 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation, randint
 from zfnet.config.ranges import limits, one_of
 from zfnet.config.schema import Config
 from zfnet.data import ImageSet, preprocess
-from zfnet.explain.crops import project_frames, view_units
+from zfnet.explain.crops import project_frames, view_maps
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.receptive_field import receptive_boxes, window_steps
-from zfnet.explain.selection import Look, chosen_split, conv_layers
+from zfnet.explain.selection import Look, check_layer, chosen_split, conv_layers, to_rows
 from zfnet.explain.switches import DEAD_WINDOWS
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.zfnet import ZFNet
 from zfnet.plots.atlas import Atlas, write_atlas
 from zfnet.plots.figures import BLUE, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
-from zfnet.plots.pictures import GREY, mosaic, on_grey, show, to_pixels
+from zfnet.plots.pictures import mosaic, show
 from zfnet.runs.directory import RunDirectory, write_tensors
 from zfnet.runs.hydra_record import write_hydra_record
 from zfnet.runs.session import hold, recorded_state
@@ -104,10 +104,8 @@ class Subject:
 
 def _load(config: Config) -> Subject:
     loaded, job = LoadedRun(config), config.job
-    known = conv_layers(loaded.model)
     for layer in job.layers or ():
-        if layer not in known:
-            raise UserError(f"job.layers={layer}: no such convolution layer{did_you_mean(layer, known)}")
+        check_layer(loaded.model, "job.layers", layer, only_conv=True)
     if job.layers == []:
         raise UserError("job.layers=[]: names no layer; null is all of them")
     splits = loaded.splits()
@@ -116,7 +114,7 @@ def _load(config: Config) -> Subject:
     if job.max_images is not None and job.max_images < len(images):
         images = images.take(torch.linspace(0, len(images) - 1, job.max_images).round().long())
     origin = {"weights": weights_hash(loaded.model.state_dict()), "data": splits.fingerprint}
-    layers = [layer for layer in known if job.layers is None or layer in job.layers]
+    layers = [layer for layer in conv_layers(loaded.model) if job.layers is None or layer in job.layers]
     return Subject(loaded, images, split.name, layers, origin)
 
 
@@ -208,31 +206,39 @@ def write_tables(run: RunDirectory, search: TopActivations, model: ZFNet, images
     """Write top_activations.csv, one row for each activation, and maps.csv, one for each map."""
     tops: list[dict[str, Any]] = []
     maps: list[dict[str, Any]] = []
+
+    def short(values: Tensor) -> list[str]:
+        return [f"{value:.6g}" for value in values.tolist()]
+
     for layer, record in search.layers.items():
         channel, rank = record.filled.nonzero().cpu().unbind(1)
         places = record.places().cpu()[channel, rank]
-        columns = {
-            "map": channel.tolist(),
-            "rank": (rank + 1).tolist(),
-            "activation": [f"{v:.6g}" for v in record.values.cpu()[channel, rank].tolist()],
-            "image": places[:, 0].tolist(),
-            "class": [images.classes[c] for c in images.labels[places[:, 0]].tolist()],
-            **dict(zip("yx", places[:, 1:].T.tolist(), strict=True)),
-        }
         boxes = receptive_boxes(model, layer, places[:, 1:])
-        columns |= dict(zip(("top", "left", "bottom", "right"), boxes.T.tolist(), strict=True))
-        tops += [{"layer": layer, **{k: v[n] for k, v in columns.items()}} for n in range(len(places))]
+        tops += to_rows(
+            layer=[layer] * len(places),
+            map=channel.tolist(),
+            rank=(rank + 1).tolist(),
+            activation=short(record.values.cpu()[channel, rank]),
+            image=places[:, 0].tolist(),
+            **{"class": [images.classes[c] for c in images.labels[places[:, 0]].tolist()]},
+            **dict(zip(("y", "x"), places[:, 1:].T.tolist(), strict=True)),
+            **dict(zip(("top", "left", "bottom", "right"), boxes.T.tolist(), strict=True)),
+        )
         stats = search.statistics(layer)
-        numbers = {
-            "mean_activation": stats.mean.tolist(),
-            "image_share": stats.image_share.tolist(),
-            "position_share": stats.position_share.tolist(),
-            "selectivity": stats.selectivity.tolist(),
-        }
-        for c, (best, dead) in enumerate(zip(stats.best_class.tolist(), stats.dead.tolist(), strict=True)):
-            row = {key: f"{values[c]:.6g}" for key, values in numbers.items()}
-            best_class = "" if dead else images.classes[best]
-            maps.append({"layer": layer, "map": c, **row, "class": best_class, "dead": int(dead)})
+        best = [
+            "" if dead else images.classes[c]
+            for c, dead in zip(stats.best_class.tolist(), stats.dead.tolist(), strict=True)
+        ]
+        maps += to_rows(
+            layer=[layer] * len(best),
+            map=range(len(best)),
+            mean_activation=short(stats.mean),
+            image_share=short(stats.image_share),
+            position_share=short(stats.position_share),
+            selectivity=short(stats.selectivity),
+            **{"class": best},
+            dead=stats.dead.int().tolist(),
+        )
     if tops:
         run.write_csv("top_activations.csv", tops)
     run.write_csv("maps.csv", maps)
@@ -372,7 +378,7 @@ def _draw_layer(
     run: RunDirectory,
 ) -> Tensor:
     """Draw a layer's figure and write the values that it shows; return some of its units, for the controls."""
-    record, data = search.layers[layer], subject.loaded.data
+    record = search.layers[layer]
     alive = record.filled[:, 0].cpu().nonzero().flatten()
     if len(alive) == 0:
         log.info("%s: no map is ever active, so there is nothing to draw", layer)
@@ -380,28 +386,19 @@ def _draw_layer(
     place = conv_layers(deconvnet.model).index(layer)
     order = permutation(make_key(config.seed, CONTROL, 2, 1 + place), len(alive))
     chosen = alive[order[: config.job.maps]].sort().values
-    filled, places = record.filled.cpu()[chosen], record.places().cpu()[chosen]
-    number, rank = filled.nonzero().unbind(1)
-    at = places[number, rank]
-    units = torch.stack((at[:, 0], chosen[number], at[:, 1], at[:, 2]), 1)
-    views = view_units(deconvnet, subject.images, data, layer, units)
-    side = views.patches.shape[-1]
-    projections = torch.full((len(chosen), config.job.top, side, side, 3), GREY, dtype=torch.uint8)
-    patches = projections.clone()
-    projections[number, rank] = on_grey(views.projections)
-    pixels = torch.where(views.inside.permute(0, 2, 3, 1), to_pixels(views.patches, data), GREY)
-    patches[number, rank] = pixels
+    views = view_maps(deconvnet, subject.images, subject.loaded.data, layer, record, chosen)
     title = (
         f"{layer}: the strongest activations of {len(chosen)} of {len(record.values)} maps "
         f"over {search.images:,} {subject.split} images"
     )
+    projections, patches = views.tiles.unbind(1)
     figure = draw_projections(title, chosen.tolist(), list(projections), list(patches))
     save_figure(figure, run.figures / f"deconvnet_{layer}.png")
     folder = run.folder / "projections"
     folder.mkdir(exist_ok=True)
-    shown = {"units": units, "projections": views.projections, "patches": pixels}
+    shown = {"units": views.units, "projections": views.projections, "patches": views.patches}
     write_tensors(folder / f"{layer}.safetensors", shown, {})
-    return units[rank == 0][:_CONTROL_UNITS]
+    return views.units[views.rank == 0][:_CONTROL_UNITS]
 
 
 @styled

@@ -24,7 +24,7 @@ from zfnet.config.schema import Config
 from zfnet.data import Batches, ImageSet
 from zfnet.explain.crops import project_frames
 from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.selection import Look, check_layer, chosen_split, conv_layers, sample, to_inputs
+from zfnet.explain.selection import Look, check_layer, chosen_split, conv_layers, sample, to_inputs, to_rows
 from zfnet.explain.top_activations import LayerRecord, TopActivations, collect
 from zfnet.model.zfnet import ZFNet
 from zfnet.plots.figures import PALETTE, new_figure, save_figure, styled
@@ -99,11 +99,9 @@ class EvolutionJob(Look):
             run.write_csv("stability.csv", stability)
             for row in stability[-len(layers) :]:
                 log.info(
-                    "%s: correlation with epoch %d: %.2f; strongest image changed in %.0f %% of maps",
-                    row["layer"],
-                    row["previous"],
-                    row["correlation_with_previous"],
-                    100 * row["strongest_image_changed"],
+                    f"{row['layer']}: correlation with epoch {row['previous']}: "
+                    f"{row['correlation_with_previous']:.2f}; "
+                    f"strongest image changed in {row['strongest_image_changed']:.0%} of maps"
                 )
             log.info("written to %s", run.folder)
 
@@ -172,23 +170,21 @@ def _strongest(
     views: Mapping[int, EpochView], classes: Sequence[str], labels: Tensor
 ) -> list[dict[str, Any]]:
     """One row for each epoch, layer and map: its strongest activation, and where that is."""
-    return [
-        {
-            "epoch": epoch,
-            "layer": layer,
-            "map": number,
-            "activation": value,
-            "image": image,
-            "class": classes[int(labels[image])],
-            "y": y,
-            "x": x,
-        }
-        for epoch, view in views.items()
-        for layer, record in view.strongest.items()
-        for number, (value, (image, y, x)) in enumerate(
-            zip(record.values[:, 0].tolist(), record.places()[:, 0].tolist(), strict=True)
-        )
-    ]
+    rows = []
+    for epoch, view in views.items():
+        for layer, record in view.strongest.items():
+            (image, y, x), count = record.places()[:, 0].T.tolist(), len(record.values)
+            rows += to_rows(
+                epoch=[epoch] * count,
+                layer=[layer] * count,
+                map=range(count),
+                activation=record.values[:, 0].tolist(),
+                image=image,
+                **{"class": [classes[int(labels[i])] for i in image]},
+                y=y,
+                x=x,
+            )
+    return rows
 
 
 def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[dict[str, Any]]:
@@ -207,9 +203,7 @@ def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[di
                     "layer": layer,
                     "correlation_with_previous": float(similar.nanmean()),
                     "correlation_of_previous_with_last": float(with_last.nanmean()),
-                    "strongest_image_changed": float(
-                        torch.where(alive, changed.double(), torch.nan).nanmean()
-                    ),
+                    "strongest_image_changed": float(changed[alive].double().mean()),
                     "maps": int(similar.isfinite().sum()),
                 }
             )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from zfnet.config.ranges import limits
 from zfnet.config.schema import Config, model_name
 from zfnet.data import Batch
-from zfnet.explain.selection import Look, chosen_split, conv_layers
+from zfnet.explain.selection import Look, chosen_split, conv_layers, to_rows
 from zfnet.model.zfnet import ZFNet
 from zfnet.plots.figures import INK, PALETTE, RED, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import enlarge, mosaic, show
@@ -70,7 +70,7 @@ class FiltersJob(Look):
                     **_summarise(measured[name], loaded.data.std, self.limit),
                 }
             save_figure(draw_filters(measured, self.limit), run.figures / "filters.png")
-            run.write_csv("filters.csv", _rows(measured))
+            run.write_csv("filters.csv", [row for name in measured for row in _rows(name, measured[name])])
             run.write_json("filters.json", {"limit": self.limit, "flat_below": FLAT, "runs": summaries})
             for name, row in summaries.items():
                 _log_summary(name, row, self.limit)
@@ -189,42 +189,30 @@ def _summarise(filters: Filters, std: Sequence[float], limit: float) -> dict[str
     }
 
 
-def _rows(measured: Mapping[str, Filters]) -> list[dict[str, Any]]:
-    """One row for each run and filter."""
-    return [
-        {
-            "run": name,
-            "filter": n,
-            "rms": float(filters.rms[n]),
-            "dead": bool(filters.dead[n]),
-            "flat": bool(filters.flat[n]),
-            "largest_activation": float(filters.peak[n]),
-            "aliasing_energy": float(filters.aliasing[n]),
-            **{
-                f"density_to_{end:.3f}": density
-                for end, density in zip(
-                    filters.frequencies.tolist(), filters.spectrum[n].tolist(), strict=True
-                )
-            },
-        }
-        for name, filters in measured.items()
-        for n in range(len(filters.rms))
-    ]
+def _rows(name: str, filters: Filters) -> list[dict[str, Any]]:
+    """One row for each filter."""
+    ends = (f"density_to_{end:.3f}" for end in filters.frequencies.tolist())
+    return to_rows(
+        run=[name] * len(filters.rms),
+        filter=range(len(filters.rms)),
+        rms=filters.rms.tolist(),
+        dead=filters.dead.tolist(),
+        flat=filters.flat.tolist(),
+        largest_activation=filters.peak.tolist(),
+        aliasing_energy=filters.aliasing.tolist(),
+        **dict(zip(ends, filters.spectrum.T.tolist(), strict=True)),
+    )
 
 
 def _log_summary(name: str, row: Mapping[str, Any], limit: float) -> None:
-    size = row["kernel_size"]
-    log.info("%s: %d filters %d×%d, stride %d", name, row["filters"], size, size, row["stride"])
+    size, rms = row["kernel_size"], row["rms"]
+    log.info(f"{name}: {row['filters']} filters {size}×{size}, stride {row['stride']}")
     log.info(
-        "  RMS: median %.3g, largest %.3g, %d beyond %g (for inputs of 0 … 255: %d)",
-        row["rms"]["median"],
-        row["rms"]["max"],
-        row["beyond_limit"],
-        limit,
-        row["beyond_limit_for_inputs_of_0_to_255"],
+        f"  RMS: median {rms['median']:.3g}, largest {rms['max']:.3g}, {row['beyond_limit']} beyond {limit:g} "
+        f"(for inputs of 0 … 255: {row['beyond_limit_for_inputs_of_0_to_255']})"
     )
-    log.info("  %d dead on %d images, %d flat", row["dead"], row["images"], row["flat"])
-    log.info("  energy that aliases: %.1f %% (median)", 100 * row["aliasing_energy"]["median"])
+    log.info(f"  {row['dead']} dead on {row['images']} images, {row['flat']} flat")
+    log.info(f"  energy that aliases: {100 * row['aliasing_energy']['median']:.1f} % (median)")
 
 
 # ---- figure

@@ -24,7 +24,16 @@ from tqdm import tqdm
 
 from zfnet.config.ranges import limits
 from zfnet.config.schema import Config
-from zfnet.explain.selection import Look, check_layer, choose_images, chosen_split, output_layer, sample, take
+from zfnet.explain.selection import (
+    Look,
+    check_layer,
+    choose_images,
+    chosen_split,
+    output_layer,
+    sample,
+    take,
+    to_rows,
+)
 from zfnet.model.zfnet import ZFNet
 from zfnet.plots.figures import INK, PALETTE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
@@ -239,20 +248,17 @@ def _rows(
     """One row for each image, transform and amount."""
     rows = []
     for transform, curve in curves.items():
-        columns = {f"distance_{layer}": d.tolist() for layer, d in curve.distances.items()}
-        columns |= {f"canonical_{layer}": (d / units[layer]).tolist() for layer, d in curve.distances.items()}
-        columns["probability"] = curve.probability.tolist()
-        rows += [
-            {
-                "used_for": used_for,
-                "image": name,
-                "transform": transform,
-                "amount": amount,
-                **{key: values[n][k] for key, values in columns.items()},
-            }
-            for n, name in enumerate(names)
-            for k, amount in enumerate(curve.amounts.tolist())
-        ]
+        each, count = len(curve.amounts), len(names) * len(curve.amounts)
+        distances = {layer: d.flatten() for layer, d in curve.distances.items()}
+        rows += to_rows(
+            used_for=[used_for] * count,
+            image=[name for name in names for _ in range(each)],
+            transform=[transform] * count,
+            amount=curve.amounts.tolist() * len(names),
+            **{f"distance_{layer}": d.tolist() for layer, d in distances.items()},
+            **{f"canonical_{layer}": (d / units[layer]).tolist() for layer, d in distances.items()},
+            probability=curve.probability.flatten().tolist(),
+        )
     return rows
 
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from zfnet.explain.selection import (
     mean_colour,
     output_layer,
     to_inputs,
+    to_rows,
 )
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.zfnet import ZFNet
@@ -106,31 +107,35 @@ class OcclusionJob(Look):
 # ---- measurement
 
 
+class Outputs(NamedTuple):
+    """The network's outputs for images, whole ones [N] or occluded at P × P places [N, P, P].
+
+    activation: sum over the map that is strongest on the whole image (panel b); probability: of the true class
+    (panel d); predicted: int64, the most probable class (panel e); confidence: its probability
+    """
+
+    activation: Tensor
+    probability: Tensor
+    predicted: Tensor
+    confidence: Tensor
+
+
 @dataclass(frozen=True)
 class Occlusion:
-    """The network's outputs for N images at P × P places of the square; all on the CPU.
+    """The outputs for N images without and with a square at P × P places; all on the CPU.
 
     starts: int64 [P], the first row (and column) of the square at each place; it may lie outside the image
     patch: side of the square in pixels
     channel: int64 [N], the map with the largest sum of activations on the whole image
     peak: int64 [N, 2], where (y, x) that map is strongest on the whole image
-    activation: [N, P, P], the sum over that map (panel b); whole_activation: [N], without a square
-    probability: [N, P, P], of the true class (panel d); whole_probability: [N]
-    predicted: int64 [N, P, P], the most probable class (panel e); whole_predicted: [N]
-    confidence: [N, P, P], its probability
     """
 
     starts: Tensor
     patch: int
     channel: Tensor
     peak: Tensor
-    activation: Tensor
-    whole_activation: Tensor
-    probability: Tensor
-    whole_probability: Tensor
-    predicted: Tensor
-    whole_predicted: Tensor
-    confidence: Tensor
+    whole: Outputs
+    occluded: Outputs
 
 
 def square_starts(size: int, patch: int, stride: int) -> Tensor:
@@ -170,63 +175,46 @@ def occlude(
     count, size, device = len(images), images.shape[-1], images.device
     starts = square_starts(size, patch, stride).to(device)
     side = len(starts)
-    channel, peak, whole = _whole_images(model, images, labels, layer, batch_size)
+    channels, peaks, whole = [], [], []
+    for chunk, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        maps = model.activations(chunk, [layer])[layer]
+        strongest = maps.sum((2, 3)).argmax(1)
+        peak = maps[torch.arange(len(chunk), device=device), strongest].flatten(1).argmax(1)
+        channels.append(strongest)
+        peaks.append(torch.stack([peak // maps.shape[3], peak % maps.shape[3]], 1))
+        whole.append(_outputs(model, chunk, layer, strongest, truth))
+    channel = torch.cat(channels)
     along = torch.arange(size, device=device)
     hidden = (along >= starts[:, None]) & (along < starts[:, None] + patch)  # [P, S]
     colour = fill.to(images).view(1, 3, 1, 1)
-    outputs = []
+    occluded = []
     total = count * side * side
     bar = tqdm(total=total, desc="occlusion", unit="image", disable=None, leave=False, dynamic_ncols=True)
     with bar:
         for number in torch.arange(total, device=device).split(batch_size):
             image, row, column = number // side**2, number // side % side, number % side
             square = (hidden[row][:, :, None] & hidden[column][:, None, :])[:, None]
-            occluded = torch.where(square, colour, images[image])
-            outputs.append(_outputs(model, occluded, layer, channel[image], labels[image]))
+            inputs = torch.where(square, colour, images[image])
+            occluded.append(_outputs(model, inputs, layer, channel[image], labels[image]))
             bar.update(len(number))
-    maps = [torch.cat(chunks).cpu().view(count, side, side) for chunks in zip(*outputs, strict=True)]
     return Occlusion(
         starts.cpu(),
         patch,
         channel.cpu(),
-        peak.cpu(),
-        activation=maps[0],
-        whole_activation=whole[0].cpu(),
-        probability=maps[1],
-        whole_probability=whole[1].cpu(),
-        predicted=maps[2],
-        whole_predicted=whole[2].cpu(),
-        confidence=maps[3],
+        torch.cat(peaks).cpu(),
+        Outputs(*(torch.cat(chunks).cpu() for chunks in zip(*whole, strict=True))),
+        Outputs(*(torch.cat(chunks).cpu().view(count, side, side) for chunks in zip(*occluded, strict=True))),
     )
 
 
-def _whole_images(
-    model: ZFNet, images: Tensor, labels: Tensor, layer: str, batch_size: int
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Return the strongest map of each unoccluded image, its peak (y, x), and the network's outputs."""
-    channels, peaks, outputs = [], [], []
-    for chunk, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        maps = model.activations(chunk, [layer])[layer]
-        channel = maps.sum((2, 3)).argmax(1)
-        strongest = maps[torch.arange(len(chunk), device=maps.device), channel].flatten(1).argmax(1)
-        channels.append(channel)
-        peaks.append(torch.stack([strongest // maps.shape[3], strongest % maps.shape[3]], 1))
-        outputs.append(_outputs(model, chunk, layer, channel, truth))
-    return (
-        torch.cat(channels),
-        torch.cat(peaks),
-        tuple(torch.cat(chunks) for chunks in zip(*outputs, strict=True)),
-    )
-
-
-def _outputs(model: ZFNet, images: Tensor, layer: str, channel: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Return (sum over the map, probability of the label, most probable class, its probability), each [B]."""
+def _outputs(model: ZFNet, images: Tensor, layer: str, channel: Tensor, labels: Tensor) -> Outputs:
     logits = output_layer(model)
     outputs = model.activations(images, [layer, logits])
     rows = torch.arange(len(images), device=images.device)
     probabilities = outputs[logits].softmax(1)
     confidence, predicted = probabilities.max(1)
-    return outputs[layer][rows, channel].sum((1, 2)), probabilities[rows, labels], predicted, confidence
+    activation = outputs[layer][rows, channel].sum((1, 2))
+    return Outputs(activation, probabilities[rows, labels], predicted, confidence)
 
 
 def centres_in_boxes(starts: Tensor, patch: int, boxes: Tensor) -> Tensor:
@@ -244,28 +232,22 @@ def inside_and_outside(maps: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rows(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each image and place: the numbers that the figure's maps show."""
-    starts = result.starts.tolist()
-    names = ("activation", "probability", "predicted", "confidence")
-    rows = []
-    for number, name in enumerate(chosen.names):
-        maps = {key: getattr(result, key)[number].tolist() for key in names}
-        rows += [
-            {
-                "image": name,
-                "top": top,
-                "left": left,
-                **{key: values[y][x] for key, values in maps.items()},
-                "predicted": classes[maps["predicted"][y][x]],
-            }
-            for y, top in enumerate(starts)
-            for x, left in enumerate(starts)
-        ]
-    return rows
+    starts, maps = result.starts.tolist(), result.occluded
+    side = len(starts)
+    return to_rows(
+        image=[name for name in chosen.names for _ in range(side**2)],
+        top=[top for top in starts for _ in starts] * len(chosen),
+        left=starts * side * len(chosen),
+        activation=maps.activation.flatten().tolist(),
+        probability=maps.probability.flatten().tolist(),
+        predicted=[classes[c] for c in maps.predicted.flatten().tolist()],
+        confidence=maps.confidence.flatten().tolist(),
+    )
 
 
 def _summarise(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> dict[str, Any]:
     """Summarise each image and, where the objects' boxes are known, whether the objects matter."""
-    images, lowest = [], result.probability.flatten(1).argmin(1)
+    images, lowest = [], result.occluded.probability.flatten(1).argmin(1)
     side, labels = len(result.starts), chosen.labels.tolist()
     for number, name in enumerate(chosen.names):
         y, x = divmod(int(lowest[number]), side)
@@ -275,18 +257,18 @@ def _summarise(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> dic
                 "class": classes[labels[number]],
                 "class_is_the_truth": chosen.known,
                 "map": int(result.channel[number]),
-                "activation": float(result.whole_activation[number]),
-                "probability": float(result.whole_probability[number]),
-                "predicted": classes[int(result.whole_predicted[number])],
-                "lowest_probability": float(result.probability[number, y, x]),
+                "activation": float(result.whole.activation[number]),
+                "probability": float(result.whole.probability[number]),
+                "predicted": classes[int(result.whole.predicted[number])],
+                "lowest_probability": float(result.occluded.probability[number, y, x]),
                 "lowest_at": [int(result.starts[y]), int(result.starts[x])],
-                "predicted_at_lowest": classes[int(result.predicted[number, y, x])],
+                "predicted_at_lowest": classes[int(result.occluded.predicted[number, y, x])],
             }
         )
     summary: dict[str, Any] = {"patch": result.patch, "starts": result.starts.tolist(), "images": images}
     if chosen.boxes is not None:
         inside = centres_in_boxes(result.starts, result.patch, chosen.boxes)
-        within, outside = inside_and_outside(result.probability, inside)
+        within, outside = inside_and_outside(result.occluded.probability, inside)
         at_lowest = inside.flatten(1)[torch.arange(len(chosen)), lowest]
         summary["boxes"] = {
             "share_of_places_in_the_box": float(inside.float().mean()),
@@ -300,17 +282,13 @@ def _summarise(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> dic
 def _log_summary(summary: dict[str, Any]) -> None:
     for row in summary["images"]:
         log.info(
-            "%s: P %.1f %%, at the lowest %.1f %%, where the prediction is %s",
-            row["image"],
-            100 * row["probability"],
-            100 * row["lowest_probability"],
-            row["predicted_at_lowest"],
+            f"{row['image']}: P {row['probability']:.1%}, at the lowest {row['lowest_probability']:.1%}, "
+            f"where the prediction is {row['predicted_at_lowest']}"
         )
-    if "boxes" in summary:
+    if boxes := summary.get("boxes"):
         log.info(
-            "lowest in the object's box: %.0f %% of images (the box: %.0f %% of places)",
-            100 * summary["boxes"]["share_of_images_lowest_in_the_box"],
-            100 * summary["boxes"]["share_of_places_in_the_box"],
+            f"lowest in the object's box: {boxes['share_of_images_lowest_in_the_box']:.0%} of images "
+            f"(the box: {boxes['share_of_places_in_the_box']:.0%} of places)"
         )
 
 
@@ -386,21 +364,25 @@ def draw_occlusion(
     extent = _extent(result, size)
     for row, (image, activation, projected, probability, predicted) in enumerate(axes):
         show(image, pictures[row])
-        worst = np.unravel_index(int(result.probability[row].argmin()), result.probability[row].shape)
+        worst = np.unravel_index(
+            int(result.occluded.probability[row].argmin()), result.occluded.probability[row].shape
+        )
         top, left = (float(result.starts[k]) - 0.5 for k in worst)
         square = Rectangle((left, top), result.patch, result.patch, fc=tuple(fill), ec="white", lw=0.8)
         image.add_patch(square)
         image.set_ylabel(plain(names)[row])
-        heat = show(activation, result.activation[row], cmap="magma", extent=extent, vmin=0)
-        whole = float(result.whole_activation[row])
+        heat = show(activation, result.occluded.activation[row], cmap="magma", extent=extent, vmin=0)
+        whole = float(result.whole.activation[row])
         activation.set_xlabel(f"map {int(result.channel[row])}; whole image: {whole:.3g}")
         figure.colorbar(heat, ax=activation, shrink=0.8)
         _draw_projections(projected, projections[row])
-        heat = show(probability, result.probability[row], cmap="viridis", extent=extent, vmin=0, vmax=1)
-        probability.set_xlabel(f"whole image: {float(result.whole_probability[row]):.1%}")
+        heat = show(
+            probability, result.occluded.probability[row], cmap="viridis", extent=extent, vmin=0, vmax=1
+        )
+        probability.set_xlabel(f"whole image: {float(result.whole.probability[row]):.1%}")
         bar = figure.colorbar(heat, ax=probability, shrink=0.8)
         bar.ax.yaxis.set_major_formatter("{x:.0%}")
-        _draw_classes(predicted, result.predicted[row].numpy(), classes, extent)
+        _draw_classes(predicted, result.occluded.predicted[row].numpy(), classes, extent)
         for panel in (image, activation, probability, predicted):
             panel.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
             if boxes is not None and panel is not image:

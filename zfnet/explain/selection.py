@@ -16,9 +16,9 @@ An analysis of your own is one class and one YAML file (`job: {_target_: my_lab.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -165,6 +165,11 @@ def mean_colour(loaded: LoadedRun, grey: float | None) -> Tensor:
     if grey is None:
         return torch.zeros(3)
     return (grey / 255 - torch.tensor(loaded.data.mean)) / torch.tensor(loaded.data.std)
+
+
+def to_rows(**columns: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return the rows of a table from its columns, which are of equal length."""
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 def _correct_first(loaded: LoadedRun, images: ImageSet, count: int) -> Tensor:

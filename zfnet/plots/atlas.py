@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from zfnet.config.schema import DataConfig
 from zfnet.data import ImageSet
-from zfnet.explain.crops import frame_size, view_units
+from zfnet.explain.crops import frame_size, view_maps
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field
+from zfnet.explain.selection import to_rows
 from zfnet.explain.top_activations import LayerRecord, TopActivations
-from zfnet.plots.pictures import GREY, mosaic, on_grey, to_pixels
+from zfnet.plots.pictures import GREY, mosaic
 from zfnet.runs.directory import write_atomically
 
 _PAGE = Path(__file__).parent / "atlas_page"
@@ -83,25 +84,16 @@ def write_atlas(atlas: Atlas, folder: Path, after_file: Callable[[], None] = lam
 def _write_maps(atlas: Atlas, folder: Path, layer: str, after_file: Callable[[], None]) -> None:
     """Write each map's picture: row 0 projections, row 1 patches, one column for each of the `top` images."""
     record = atlas.search.layers[layer]
-    filled, places = record.filled.cpu(), record.places().cpu()
-    count, top = filled.shape
-    side = frame_size(atlas.deconvnet.model, layer)
-    with tqdm(total=count, desc=f"atlas: {layer}", unit="map", disable=None, leave=False) as bar:
-        for numbers in torch.arange(count).split(_MAPS):
-            wanted = [n for n in numbers.tolist() if filled[n, 0] and not _map_path(folder, n).exists()]
+    active = record.filled[:, 0].cpu()
+    small = frame_size(atlas.deconvnet.model, layer) <= _LOSSLESS
+    with tqdm(total=len(active), desc=f"atlas: {layer}", unit="map", disable=None, leave=False) as bar:
+        for numbers in torch.arange(len(active)).split(_MAPS):
+            wanted = [n for n in numbers.tolist() if active[n] and not _map_path(folder, n).exists()]
             if wanted:
-                chosen = torch.tensor(wanted)
-                row, rank = filled[chosen].nonzero().unbind(1)
-                place = places[chosen[row], rank]
-                units = torch.stack((place[:, 0], chosen[row], place[:, 1], place[:, 2]), 1)
-                views = view_units(atlas.deconvnet, atlas.images, atlas.data, layer, units)
-                tiles = torch.full((len(wanted), 2, top, side, side, 3), GREY, dtype=torch.uint8)
-                tiles[row, 0, rank] = on_grey(views.projections)
-                tiles[row, 1, rank] = torch.where(
-                    views.inside.permute(0, 2, 3, 1), to_pixels(views.patches, atlas.data), GREY
-                )
-                for n, both in zip(wanted, tiles, strict=True):
-                    _save(_map_path(folder, n), mosaic(both.flatten(0, 1), top), lossless=side <= _LOSSLESS)
+                maps = torch.tensor(wanted)
+                views = view_maps(atlas.deconvnet, atlas.images, atlas.data, layer, record, maps)
+                for n, tiles in zip(wanted, views.tiles, strict=True):
+                    _save(_map_path(folder, n), mosaic(tiles.flatten(0, 1), tiles.shape[1]), lossless=small)
             bar.update(len(numbers))
             after_file()
 
@@ -184,31 +176,20 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
     ):
         tops[n].append([_short(value), where[0], label, *where[1:], *map(_short, box)])
     best = stats.class_means.topk(min(_CLASSES, stats.class_means.shape[1]), dim=1)
+    means = [[_short(value) for value in row] for row in best.values.tolist()]
     return {
         "name": layer,
         "frame": frame_size(model, layer),
         "field": receptive_field(model, layer).size,
         "columns": _columns(len(values)),
-        "maps": [
-            {
-                "mean": _short(mean),
-                "images": _short(images),
-                "positions": _short(positions),
-                "selectivity": _short(selective),
-                "classes": [[c, _short(m)] for c, m in zip(numbers, means, strict=True)],
-                "top": top,
-            }
-            for mean, images, positions, selective, numbers, means, top in zip(
-                stats.mean.tolist(),
-                stats.image_share.tolist(),
-                stats.position_share.tolist(),
-                stats.selectivity.tolist(),
-                best.indices.tolist(),
-                best.values.tolist(),
-                tops,
-                strict=True,
-            )
-        ],
+        "maps": to_rows(
+            mean=map(_short, stats.mean.tolist()),
+            images=map(_short, stats.image_share.tolist()),
+            positions=map(_short, stats.position_share.tolist()),
+            selectivity=map(_short, stats.selectivity.tolist()),
+            classes=[list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), means, strict=True)],
+            top=tops,
+        ),
     }
 
 
