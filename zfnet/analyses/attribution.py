@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from pydantic import Field
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError
-from zfnet.config.ranges import limits
 from zfnet.config.schema import Config
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.selection import Chosen, Look, check_layer, choose_images, in_boxes, output_layer, to_rows
@@ -48,9 +48,9 @@ class AttributionJob(Look):
 
     reads_images: ClassVar[bool] = True
 
-    count: int = limits(low=1)
+    count: Annotated[int, Field(ge=1)]
     layer: str
-    steps: int = limits(low=2, high=10_000)
+    steps: Annotated[int, Field(ge=2, le=10_000)]
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/attribution.png, the maps themselves (maps.safetensors) and attribution.csv."""

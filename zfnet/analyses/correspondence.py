@@ -16,15 +16,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Annotated, Optional
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from pydantic import Field
 from torch import Tensor
 
 from zfnet.config.errors import UserError
-from zfnet.config.ranges import limits
 from zfnet.config.schema import Config, DataConfig
 from zfnet.data.decode import UnreadableImage, fit_square, read_image
 from zfnet.explain.selection import (
@@ -57,11 +57,11 @@ class CorrespondenceJob(Look):
     """See conf/job/correspondence.yaml."""
 
     points: Optional[str]
-    count: int = limits(low=2)
+    count: Annotated[int, Field(ge=2)]
     layers: Optional[list[str]]
-    patch: Optional[int] = limits(low=1)
-    fill: Optional[float] = limits(low=0, high=255)
-    permutations: int = limits(low=1, high=1_000_000)
+    patch: Optional[Annotated[int, Field(ge=1)]]
+    fill: Optional[Annotated[float, Field(ge=0, le=255)]]
+    permutations: Annotated[int, Field(ge=1, le=1_000_000)]
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/correspondence.png, and correspondence.csv and .json, a table like the paper's."""

@@ -17,17 +17,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation, randint
-from zfnet.config.ranges import limits, one_of
 from zfnet.config.schema import Config
 from zfnet.data import ImageSet, preprocess
 from zfnet.explain.crops import project_frames, view_maps
@@ -65,12 +65,12 @@ class DeconvnetJob(Look):
     """See conf/job/deconvnet.yaml."""
 
     layers: Optional[list[str]]
-    top: int = limits(low=1, high=100)
-    maps: int = limits(low=1, high=100)
-    max_images: Optional[int] = limits(low=1)
-    rule: str = one_of("deconvnet", "guided", "gradient")
-    dead_windows: str = one_of("first", "mask", "all")
-    lrn: str = one_of("identity", "gradient")
+    top: Annotated[int, Field(ge=1, le=100)]
+    maps: Annotated[int, Field(ge=1, le=100)]
+    max_images: Optional[Annotated[int, Field(ge=1)]]
+    rule: Literal["deconvnet", "guided", "gradient"]
+    dead_windows: Literal["first", "mask", "all"]
+    lrn: Literal["identity", "gradient"]
     controls: bool
     atlas: bool
 

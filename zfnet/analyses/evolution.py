@@ -12,14 +12,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 import torch
 from matplotlib.figure import Figure
+from pydantic import Field
 from torch import Tensor
 
 from zfnet.config.errors import UserError
-from zfnet.config.ranges import limits
 from zfnet.config.schema import Config
 from zfnet.data import Batches, ImageSet
 from zfnet.explain.crops import project_frames
@@ -43,10 +43,10 @@ _CONTRAST = 0.6  # exponent of the values drawn: the paper enhances the contrast
 class EvolutionJob(Look):
     """See conf/job/evolution.yaml."""
 
-    max_images: Optional[int] = limits(low=1)
+    max_images: Optional[Annotated[int, Field(ge=1)]]
     layers: Optional[list[str]]
-    maps: int = limits(low=1, high=50)
-    probe_images: int = limits(low=3)
+    maps: Annotated[int, Field(ge=1, le=50)]
+    probe_images: Annotated[int, Field(ge=3)]
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/evolution.png and stability.png, strongest.csv (every map, every epoch) and stability.csv."""

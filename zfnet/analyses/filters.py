@@ -13,16 +13,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from pydantic import Field
 from torch import Tensor, nn
 
-from zfnet.config.ranges import limits
 from zfnet.config.schema import Config, model_name
 from zfnet.data import Batch
 from zfnet.explain.selection import Look, chosen_split, conv_layers, to_rows
@@ -45,7 +45,7 @@ class FiltersJob(Look):
     """See conf/job/filters.yaml."""
 
     other: Optional[str]
-    limit: float = limits(above=0)
+    limit: Annotated[float, Field(gt=0)]
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/filters.png, filters.csv (every filter) and filters.json (each run as a whole)."""

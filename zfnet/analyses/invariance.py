@@ -12,17 +12,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Annotated, Any, ClassVar, Optional
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from zfnet.config.ranges import limits
 from zfnet.config.schema import Config
 from zfnet.explain.selection import (
     Look,
@@ -57,13 +57,13 @@ class InvarianceJob(Look):
 
     reads_images: ClassVar[bool] = True
 
-    count: int = limits(low=1)
-    mean_images: int = limits(low=2)
+    count: Annotated[int, Field(ge=1)]
+    mean_images: Annotated[int, Field(ge=2)]
     layers: Optional[list[str]]
-    translation: float = limits(above=0, below=1)
-    scale: float = limits(above=1, high=10)
-    rotation: float = limits(above=0, below=360)
-    steps: int = limits(low=2, high=1000)
+    translation: Annotated[float, Field(gt=0, bege=1)]
+    scale: Annotated[float, Field(gt=1, le=10)]
+    rotation: Annotated[float, Field(gt=0, bege=360)]
+    steps: Annotated[int, Field(ge=2, le=1000)]
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/invariance.png, every point of its curves (curves.csv), and invariance.json."""

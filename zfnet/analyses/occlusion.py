@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Optional
+from typing import Annotated, Any, ClassVar, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError
-from zfnet.config.ranges import limits
 from zfnet.config.schema import Config
 from zfnet.data import ImageSet
 from zfnet.explain.deconvnet import Deconvnet
@@ -58,11 +58,11 @@ class OcclusionJob(Look):
 
     reads_images: ClassVar[bool] = True
 
-    count: int = limits(low=1)
+    count: Annotated[int, Field(ge=1)]
     layer: str
-    patch: Optional[int] = limits(low=1)
-    stride: Optional[int] = limits(low=1)
-    fill: Optional[float] = limits(low=0, high=255)
+    patch: Optional[Annotated[int, Field(ge=1)]]
+    stride: Optional[Annotated[int, Field(ge=1)]]
+    fill: Optional[Annotated[float, Field(ge=0, le=255)]]
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/occlusion.png, every number of its maps (maps.csv), and a summary (occlusion.json)."""

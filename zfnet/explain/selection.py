@@ -18,13 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from zfnet.config.errors import UserError, did_you_mean
-from zfnet.config.ranges import one_of
 from zfnet.config.schema import Config, DataConfig, Job
 from zfnet.data import ImageSet, Splits, preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
@@ -48,7 +47,7 @@ class Look(Job):
 
     reads_run: ClassVar[str] = "needed"
 
-    split: str = one_of("auto", "train", "validation", "test")
+    split: Literal["auto", "train", "validation", "test"]
 
 
 @dataclass(frozen=True)

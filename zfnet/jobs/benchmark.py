@@ -15,15 +15,15 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError
-from zfnet.config.ranges import limits, one_of
 from zfnet.config.schema import Config, Job
 from zfnet.data import Batch, ImageSet, load_splits
 from zfnet.model.layers import set_dropout_step
@@ -47,10 +47,10 @@ Result = dict[str, Any]  # what benchmark.json holds
 class BenchmarkJob(Job):
     """`rounds` turns of `steps` timed steps each, after `warmup` untimed ones."""
 
-    subject: str = one_of("step", "choices")
-    rounds: int = limits(low=1)
-    steps: int = limits(low=1)
-    warmup: int = limits(low=0)
+    subject: Literal["step", "choices"]
+    rounds: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1)]
+    warmup: Annotated[int, Field(ge=0)]
 
     def main(self, config: Config, output: Path) -> None:
         """Time the steps, print a table, and write benchmark.json and a figure."""

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torchvision.transforms.functional import hflip, ten_crop
 
-from zfnet.config.ranges import limits, one_of
 from zfnet.config.schema import Config, DataConfig, Job
 from zfnet.plots.results import draw_results, log_per_class, log_result, results_of
 from zfnet.runs.provenance import describe_environment
@@ -27,9 +27,9 @@ log = logging.getLogger("zfnet")
 class EvaluateJob(Job):
     reads_run: ClassVar[str] = "needed"
 
-    split: str = one_of("test", "validation", "train", "all")
-    tta: str = one_of("none", "flip", "tencrop")
-    crop_ratio: float = limits(above=0, high=1)
+    split: Literal["test", "validation", "train", "all"]
+    tta: Literal["none", "flip", "tencrop"]
+    crop_ratio: Annotated[float, Field(gt=0, le=1)]
 
     def main(self, config: Config, output: Path) -> None:
         """Evaluate one split; write results.json and figures. Raises UserError where the class names do not match."""

@@ -10,14 +10,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from zfnet.config.errors import UserError
-from zfnet.config.ranges import one_of
 from zfnet.config.schema import Config, Job
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import write_atomically
@@ -37,7 +36,7 @@ _BATCH_SIZES = (1, 2, 5)  # the network is traced with 2
 class ExportJob(Job):
     reads_run: ClassVar[str] = "needed"
 
-    format: str = one_of("onnx", "pt2", "all")
+    format: Literal["onnx", "pt2", "all"]
 
     def main(self, config: Config, output: Path) -> None:
         """Write model.onnx, model.pt2 and model.json; raises UserError where a file's logits differ."""

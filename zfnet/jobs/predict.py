@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError
-from zfnet.config.ranges import limits
 from zfnet.config.schema import Config, Job
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
@@ -56,7 +56,7 @@ class PredictJob(Job):
     reads_run: ClassVar[str] = "needed"
     reads_images: ClassVar[bool] = True
 
-    top: int = limits(low=1)
+    top: Annotated[int, Field(ge=1)]
 
     def main(self, config: Config, output: Path) -> None:
         """Classify the images that `images=[…]` names: a table, predictions.json and a figure.
