@@ -1,6 +1,15 @@
-"""ZFNet: train, sweep, reproduce and explain (Zeiler & Fergus 2013)."""
+"""ZFNet: train, sweep, reproduce and explain (Zeiler & Fergus 2013).
 
+In Python, without a command line:
+
+    from zfnet import compose, fit
+    run = fit(compose(["experiment=quickstart", "optimizer.lr=3e-3"]), "outputs/notebook/first")
+    run.model, run.results
+"""
+
+from zfnet.jobs.train import fit
 from zfnet.model.zfnet import ZFNet
+from zfnet.runs.command import compose
 from zfnet.runs.weights import load_run
 
-__all__ = ["ZFNet", "load_run"]
+__all__ = ["ZFNet", "compose", "fit", "load_run"]

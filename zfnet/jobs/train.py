@@ -20,15 +20,16 @@ from zfnet.runs.hydra_record import write_hydra_record
 from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import hold, recorded_state
 from zfnet.runs.signals import Pruned, StopRequest
-from zfnet.runs.weights import ModelMetadata, save_model, weights_hash
+from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
 from zfnet.sweeps.pruning import trial_report
 from zfnet.training import callbacks as cb
-from zfnet.training.build import build_callbacks, build_loggers
+from zfnet.training.build import build_callbacks, build_loggers, check_recipe
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, read_newest
 from zfnet.training.compiling import settle_auto
 from zfnet.training.device import resolve_runtime
 from zfnet.training.loggers import LoggedRun, Logger
-from zfnet.training.loop import evaluate, fit
+from zfnet.training.loop import evaluate
+from zfnet.training.loop import fit as run_loop
 from zfnet.training.processes import World, processes, run_worker, torchrun_world
 from zfnet.training.state import TrainingState, training_batches
 
@@ -57,6 +58,18 @@ class TrainJob(Job):
         else:
             write_hydra_record(output, config.composed)
         return train(config, run, trial_report())
+
+
+def fit(config: Config, folder: str | Path) -> TrainedRun:
+    """Train in Python what `compose` gave, in the directory `folder`, and return the finished run.
+
+    The same call goes on with a run that was stopped, and returns one that is finished. Raises UserError.
+    """
+    check_recipe(config)
+    run = RunDirectory(folder)
+    run.claim(config)
+    train(config, run)
+    return load_run(run.folder, config.imports)
 
 
 def train(config: Config, run: RunDirectory, report: Report | None = None) -> float | None:
@@ -138,7 +151,7 @@ def _train(
     if not world.is_main:
         if saved is not None:
             state.restore(saved)
-        fit(state, train, each_epoch, stop)
+        run_loop(state, train, each_epoch, stop)
         return {}
     for problem in problems:
         log.warning("%s; using an earlier one", problem)
@@ -162,7 +175,7 @@ def _train(
     try:
         for logger in loggers:
             logger.start(started)
-        fit(state, train, each_epoch, stop)
+        run_loop(state, train, each_epoch, stop)
         # the best on validation; without validation, the last
         if state.best is not None and state.best["epoch"] != state.epoch:
             best, lost = _best(run, state)

@@ -97,6 +97,17 @@ class TrainedRun:
     def classes(self) -> tuple[str, ...]:
         return self.metadata.classes
 
+    @property
+    def results(self) -> dict[str, Any]:
+        """What results.json holds."""
+        results: dict[str, Any] = self.run.read_json("results.json")
+        return results
+
+    def __repr__(self) -> str:
+        return (
+            f"TrainedRun({str(self.run.folder)!r}, {type(self.model).__name__}, {len(self.classes)} classes)"
+        )
+
 
 def load_run(folder: str | Path, imports: Sequence[str] = ()) -> TrainedRun:
     """Load a run directory (or `last`): its network with the weights to use, its classes and its config.
