@@ -191,9 +191,13 @@ def draw_attribution(
     pictures: uint8 [N, S, S, 3]; boxes: [N, 4] in input pixels, dashed.
     """
     methods = list(result.maps)
-    figure = new_figure(figsize=(2.1 * (1 + len(methods)), 1.2 + 2.1 * len(names)))
+    count, columns = len(names), 1 + len(methods)
+    figure = new_figure(figsize=(2.1 * columns, 1.3 + 2.1 * count))
     figure.suptitle("Pixels that speak for the class: five methods, each picture on its own scale")
-    axes = figure.subplots(len(names), 1 + len(methods), squeeze=False)
+    grid = figure.add_gridspec(
+        count + 1, columns, height_ratios=[1] * count + [0.06]
+    )  # colour bars at the bottom
+    axes = np.array([[figure.add_subplot(grid[r, c]) for c in range(columns)] for r in range(count)])
     projections = {name: on_grey(maps) for name, maps in result.maps.items() if name in RULES}
     for row, panels in enumerate(axes):
         show(panels[0], pictures[row])
@@ -217,14 +221,12 @@ def draw_attribution(
         panel.set_title(f"{method}\n{titles.get(method, 'grey: no signal')}")
     scales = {"gray": (-1, RULES), "RdBu_r": (-1, (INTEGRATED,)), "inferno": (0, (GRAD_CAM,))}
     for colours, (low, drawn) in scales.items():
-        columns = [1 + methods.index(method) for method in drawn]
+        first, last = (1 + methods.index(drawn[k]) for k in (0, -1))
         figure.colorbar(
             ScalarMappable(Normalize(low, 1), colours),
-            ax=axes[:, columns].ravel().tolist(),
-            location="bottom",
-            label="of the largest" if colours == "inferno" else "of the largest size",
-            aspect=16 * len(columns),
+            cax=figure.add_subplot(grid[-1, first : last + 1]),
+            orientation="horizontal",
+            label="of the largest" if low == 0 else "of the largest size",
             ticks=range(low, 2),
-            pad=0.02,
         )
     return figure

@@ -98,17 +98,9 @@ class CorrespondenceJob(Look):
                 table[layer][RANDOM] = baseline  # last, as in the paper
             examples = {part: to_pixels(hidden[:_EXAMPLES], loaded.data) for part, hidden in masked.items()}
             save_figure(draw_correspondence(table, examples), run.figures / "correspondence.png")
-            rows = {
-                layer: {p: dataclasses.asdict(a) for p, a in parts.items()} for layer, parts in table.items()
-            }
-            run.write_csv(
-                "correspondence.csv",
-                [
-                    {"layer": layer, "part": part, **row}
-                    for layer, parts in rows.items()
-                    for part, row in parts.items()
-                ],
-            )
+            rows = {k: {p: dataclasses.asdict(a) for p, a in parts.items()} for k, parts in table.items()}
+            flat = [{"layer": k, "part": p, **row} for k, parts in rows.items() for p, row in parts.items()]
+            run.write_csv("correspondence.csv", flat)
             accuracy = None
             if self.points is None:
                 correct = predict(loaded, marked.inputs).argmax(1) == marked.groups

@@ -351,7 +351,7 @@ def draw_occlusion(
     figure.suptitle(
         f"Occlusion by a square of {result.patch} px; maps are drawn at the square's centre{dashed}"
     )
-    axes = figure.subplots(rows, 5, squeeze=False, width_ratios=(1.1, 1.25, 2, 1.25, 1.4))
+    axes = figure.subplots(rows, 7, squeeze=False, width_ratios=(1, 1, 0.05, 2, 1, 0.05, 1))
     titles = (
         "(a) Image and square where\nthe probability is lowest",
         f"(b) Activation of the strongest\nmap of {layer}, summed",
@@ -359,10 +359,10 @@ def draw_occlusion(
         "(d) Probability\nof the class",
         "(e) Most probable\nclass",
     )
-    for panel, title in zip(axes[0], titles, strict=True):
-        panel.set_title(title, y=1.03)
+    for panel, title in zip(axes[0, [0, 1, 3, 4, 6]], titles, strict=True):
+        panel.set_title(title)
     extent = _extent(result, size)
-    for row, (image, activation, projected, probability, predicted) in enumerate(axes):
+    for row, (image, activation, bar_b, projected, probability, bar_d, predicted) in enumerate(axes):
         show(image, pictures[row])
         worst = np.unravel_index(
             int(result.occluded.probability[row].argmin()), result.occluded.probability[row].shape
@@ -374,14 +374,14 @@ def draw_occlusion(
         heat = show(activation, result.occluded.activation[row], cmap="magma", extent=extent, vmin=0)
         whole = float(result.whole.activation[row])
         activation.set_xlabel(f"map {int(result.channel[row])}; whole image: {whole:.3g}")
-        figure.colorbar(heat, ax=activation, shrink=0.8)
+        figure.colorbar(heat, cax=bar_b)
         _draw_projections(projected, projections[row])
         heat = show(
             probability, result.occluded.probability[row], cmap="viridis", extent=extent, vmin=0, vmax=1
         )
         probability.set_xlabel(f"whole image: {float(result.whole.probability[row]):.1%}")
-        bar = figure.colorbar(heat, ax=probability, shrink=0.8)
-        bar.ax.yaxis.set_major_formatter("{x:.0%}")
+        figure.colorbar(heat, cax=bar_d)
+        bar_d.yaxis.set_major_formatter("{x:.0%}")
         _draw_classes(predicted, result.occluded.predicted[row].numpy(), classes, extent)
         for panel in (image, activation, probability, predicted):
             panel.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))

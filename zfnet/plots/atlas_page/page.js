@@ -49,7 +49,7 @@ function card(map, kind) {
     thumbnail.style.backgroundPosition =
       `${columns > 1 ? (100 * column) / (columns - 1) : 0}% ${rows > 1 ? (100 * row) / (rows - 1) : 0}%`;
   }
-  const about = map.dead ? "never active" : `${favourite(map)} ${map.selectivity.toFixed(2)}`;
+  const about = map.dead ? "never active" : `${map.selectivity.toFixed(2)} ${favourite(map)}`;
   const element = make("button",
     { type: "button", className: map.dead ? "card dead" : "card", onclick: () => { location.hash = address(map); } },
     thumbnail, make("b", { textContent: `${layer.name} · ${number}` }), make("small", { textContent: about }));
@@ -151,7 +151,7 @@ function follow() {
 
 $("about").textContent = `${metadata.title}: the ${metadata.top} strongest activations of each map over `
   + `${metadata.images.toLocaleString("en")} ${metadata.split} images, rule ${metadata.rule}. `
-  + "Below each map: the class that excites it most, and its selectivity (0 … 1).";
+  + "Below each map: its class selectivity, from 0 to 1, and the class that excites it most.";
 for (const name of ["", ...metadata.layers.map((layer) => layer.name)]) {
   $("layers").append(make("button", { type: "button", value: name, textContent: name || "all", onclick: () => chooseLayer(name) }));
 }
