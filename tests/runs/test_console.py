@@ -59,7 +59,7 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["+data.fit=größe"], "data.fit=größe: must be one of crop or stretch"),
         (["hydra.run.dir=file"], "file: a file stands where a directory is needed"),
         (["hydra.run.dir=file/run"], "file/run: a file stands where a directory is needed"),
-        (["-cp", "record", "job=summary"], "this config has no choices of jobs: write job.name=…"),
+        (["-cp", "record", "job=summary"], "node `job` is not a container"),
         (["-cp", "broken"], "broken/config.yaml, line 3, column 2: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -1,4 +1,4 @@
-"""What people read: the terminal, train.log, and errors as one line."""
+"""The terminal and the log files: messages above progress bars, and errors as one line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from typing import NoReturn
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError, did_you_mean, yaml_problem
+from zfnet.config.schema import flatten
 from zfnet.config.trust import CONF, check_config_folders
 from zfnet.runs.command import compose_raw
 from zfnet.runs.signals import Stopped
@@ -157,8 +161,8 @@ def explain(error: Exception) -> str:
         return (
             f"{error.filename}: a file stands where a directory is needed: choose another (hydra.run.dir=…)"
         )
-    if "Config group override must be a string" in str(error):
-        return _no_group_file()
+    if isinstance(error, ValueError) and (problem := next(filter(None, map(_misfit, _parsed())), None)):
+        return problem  # Hydra's answer to model=null
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror} ({type(error).__name__}; HYDRA_FULL_ERROR=1 shows where)"
     return f"{type(error).__name__}: {_one_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
@@ -170,63 +174,63 @@ def _one_line(error: BaseException) -> str:
 
 
 def _explain_hydra(error: Exception) -> str:
-    text = str(error)
-    if match := re.search(
-        r"Could not (?:override|append to config\. An item is already at|delete from config\.) '([^']+)'",
-        text,
-    ):
-        return _unknown_key(match[1].split("@")[0].lstrip("+~"), text)
-    if match := re.search(r"In '[^']*': Could not find '([^']+)/([^'/]*)'", text):
-        if (extra := _EXTRA_OF_LAUNCHER.get(match[2])) and match[1] == "hydra/launcher":
-            return f"{match[1]}={match[2]} needs packages of its own: pip install -e '.[{extra}]'"
-        choices = re.findall(r"^\t(\S+)$", text, re.M)
-        return f"{match[1]}={match[2]}: no such choice{did_you_mean(match[2], choices)}"
-    if "node `job` is not a container" in text:  # a record given as --config-path
-        return "this config has no choices of jobs: write job.name=… instead of job=…"
-    if match := re.search(
-        r"LexerNoViableAltException: (.*)|mismatched input|no viable alternative|extraneous input|missing EQUAL",
-        text,
-    ):
-        where = match[1] or _one_line(error)
-        return f"the command line cannot be parsed ({where}): write key=value, and quote lists for the shell"
-    cause = f" ({_one_line(error.__cause__)})" if error.__cause__ is not None else ""
-    return _one_line(error) + cause
+    """Name the first word of the command line that does not fit; if there is none, return Hydra's own first line."""
+    for word in _override_words():
+        try:
+            (override,) = OverridesParser.create().parse_overrides([word])
+        except HydraException:
+            return (
+                f"the command line cannot be parsed ({word}): write key=value, and quote lists for the shell"
+            )
+        if (problem := _misfit(override)) is not None:
+            return problem
+    if isinstance(error.__cause__, yaml.YAMLError):
+        return yaml_problem(error.__cause__)
+    return " ".join([_one_line(error), *([f"({_one_line(error.__cause__)})"] if error.__cause__ else [])])
 
 
-def _unknown_key(key: str, text: str) -> str:
-    """Name a key that the config has not, with the nearest one that it has."""
-    known: list[str] = []
-    with contextlib.suppress(Exception):
-        known = _keys(compose_raw([w for w in sys.argv[1:] if _chooses_a_group(w)]))
+def _parsed() -> list[Override]:
+    with contextlib.suppress(HydraException):
+        return list(OverridesParser.create().parse_overrides(_override_words()))
+    return []
+
+
+def _override_words() -> list[str]:
+    """Return the words of the command line that are overrides: neither options nor their values."""
+    takes_value = ("-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "-p", "--package")
+    words = sys.argv[1:]
+    return [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if not word.startswith("-") and before not in takes_value
+    ]
+
+
+def _misfit(override: Override) -> str | None:
+    """Return what is wrong with an override: an unknown choice of a group, or an unknown key."""
+    key = override.key_or_group
+    values = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
+    values = values if isinstance(values, list) else [values]
+    if key == "hydra/launcher" and values[0] in _EXTRA_OF_LAUNCHER:
+        return f"{key}={values[0]} needs packages of its own: pip install -e '.[{_EXTRA_OF_LAUNCHER[values[0]]}]'"
+    if (folder := CONF / key).is_dir():
+        choices = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+        for value in values:
+            if str(value) not in choices and not key.startswith("hydra"):
+                shown = "null" if value is None else value
+                return f"{key}={shown}: no such choice{did_you_mean(str(value), choices)}"
+        return None
+    if override.is_add() or override.is_force_add() or key.startswith("hydra"):
+        return None
+    groups = [w for w in _override_words() if (CONF / w.partition("=")[0]).is_dir()]
+    try:
+        composed = flatten(OmegaConf.to_container(compose_raw(groups), resolve=False))  # type: ignore[arg-type]
+    except Exception:  # one of the groups is what is wrong
+        return None
+    known = {".".join(name.split(".")[: n + 1]) for name in composed for n in range(name.count(".") + 1)}
     if key in known:
-        return _one_line(Exception(text))
-    suggestion = did_you_mean(key, known) if known else ""
-    if suggestion.startswith("; known"):
-        parent = key.rpartition(".")[0]
-        siblings = [k for k in known if k.rpartition(".")[0] == parent]
-        suggestion = f"; known: {', '.join(siblings)}" if siblings else ""
-    return f"{key}: no such key{suggestion}"
-
-
-def _no_group_file() -> str:
-    """Name the group that was given something else than one of its files, as in model=null."""
-    for name, _, value in (word.partition("=") for word in sys.argv[1:]):
-        if (CONF / name).is_dir() and not (CONF / name / f"{value}.yaml").is_file():
-            choices = [path.stem for path in (CONF / name).glob("*.yaml")]
-            return f"{name}={value}: no such choice{did_you_mean(value, choices)}"
-    return "a group was given something else than a name"
-
-
-def _chooses_a_group(word: str) -> bool:
-    name, _, value = word.partition("=")
-    return "." not in name and (CONF / name / f"{value}.yaml").is_file()
-
-
-def _keys(node, prefix: str = "") -> list[str]:
-    keys = []
-    for key in node:
-        keys.append(prefix + str(key))
-        value = node._get_node(key)
-        if hasattr(value, "keys"):
-            keys += _keys(value, f"{prefix}{key}.")
-    return keys
+        return None
+    parent = key.rpartition(".")[0]
+    nearby = {k for k in known if k.rpartition(".")[0] == parent} if parent in known else known
+    suggestion = did_you_mean(key, known | {p.name for p in CONF.iterdir() if p.is_dir()})
+    return f"{key}: no such key{suggestion if 'did you mean' in suggestion else did_you_mean('', nearby)}"
