@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.sweeps.test_summary import write_job
 
 
-def test_a_summary_is_made_again_from_the_runs(run_py, tmp_path: Path) -> None:
+def test_compare_writes_the_summary_again(run_py, tmp_path: Path) -> None:
     for n, lr in enumerate((0.01, 0.1)):
         write_job(tmp_path, f"optimizer.lr={lr}", accuracy=n / 10)
     answer = run_py("job=compare", f"job.sweep={tmp_path}")
@@ -17,7 +17,7 @@ def test_a_summary_is_made_again_from_the_runs(run_py, tmp_path: Path) -> None:
     assert (tmp_path / "figures/objective.png").is_file()
 
 
-def test_where_no_training_is_it_says_so(run_py, tmp_path: Path) -> None:
+def test_compare_refuses_a_folder_without_training(run_py, tmp_path: Path) -> None:
     for words in (["job.sweep=nowhere"], ["job.sweep=."], []):
         answer = run_py("job=compare", *words)
         assert answer.code == 1

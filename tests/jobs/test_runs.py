@@ -20,7 +20,7 @@ def claimed(folder: Path, state: str, changed: float) -> RunDirectory:
     return run
 
 
-def test_states_and_order(run_py, tiny_run, tmp_path: Path) -> None:
+def test_runs_lists_states_newest_first(run_py, tiny_run, tmp_path: Path) -> None:
     root = tmp_path / "outputs/train"
     claimed(root / "stopped", "stopped", 1e9)
     claimed(root / "killed", "running", 1.1e9)
@@ -40,7 +40,7 @@ def test_states_and_order(run_py, tiny_run, tmp_path: Path) -> None:
     assert RunDirectory(root / "killed").state == "running"  # only looked at
 
 
-def test_damaged_directories_are_lines_like_others(run_py, tmp_path: Path) -> None:
+def test_runs_lists_damaged_directories(run_py, tmp_path: Path) -> None:
     for name, files in {
         "a": {"config.yaml": b"{", "status.json": b"["},
         "b": {"config.yaml": b"\x00\xff", "results.json": b"[]"},
@@ -59,14 +59,14 @@ def test_damaged_directories_are_lines_like_others(run_py, tmp_path: Path) -> No
     assert "\x1b" not in answer.out
 
 
-def test_nothing_there(run_py, tmp_path: Path) -> None:
+def test_runs_without_any_run(run_py, tmp_path: Path) -> None:
     (tmp_path / "outputs").mkdir()
     assert run_py("job=runs").out == "no runs below outputs\n"
     answer = run_py("job=runs", "job.root=nowhere")
     assert (answer.code, answer.err) == (1, "error: job.root=nowhere: there is no such folder\n")
 
 
-def test_size_and_accuracy_are_those_on_disk(tiny_run, tmp_path: Path) -> None:
+def test_describe_reads_size_and_accuracy_from_disk(tiny_run, tmp_path: Path) -> None:
     row = describe(tiny_run)
     assert row.size == sum(p.lstat().st_size for p in tiny_run.folder.rglob("*") if p.is_file())
     assert row.job == "train"
@@ -76,7 +76,7 @@ def test_size_and_accuracy_are_those_on_disk(tiny_run, tmp_path: Path) -> None:
     assert describe(RunDirectory(tmp_path / "run")).accuracy == results["validation"]["accuracy"]
 
 
-def test_a_line_of_80_holds_a_usual_directory_and_shortens_a_long_one() -> None:
+def test_run_table_fits_80_columns() -> None:
     usual, long = "outputs/reproduce/2026-01-31_12-00-00-000000", "outputs/sweeps/" + "x" * 200
     rows = [
         Row("running", 0.0, "reproduce", 1.0, 5 * 2**30, usual),

@@ -15,14 +15,14 @@ from zfnet.runs.hydra_record import NAME_LIMIT, short_dirname
 
 
 @given(st.text(max_size=400))
-def test_a_name_is_short_and_safe(text: str) -> None:
+def test_short_dirname_is_short_and_safe(text: str) -> None:
     name = short_dirname(text)
     assert 0 < len(name.encode()) <= NAME_LIMIT
     assert not set(name) & set('/\\:*?"<>|\n\0 ')
     assert short_dirname(text) == name
 
 
-def test_names_stay_readable_and_apart() -> None:
+def test_short_dirname_is_readable_and_unique() -> None:
     assert short_dirname("optimizer.lr=0.01,seed=3") == "optimizer.lr=0.01,seed=3"
     assert short_dirname("").startswith("default")
     names = {short_dirname("x" * 300 + str(k)) for k in range(50)} | {
@@ -32,7 +32,7 @@ def test_names_stay_readable_and_apart() -> None:
     assert len(names) == 52
 
 
-def test_the_record_is_hydras(run_py, tmp_path: Path) -> None:
+def test_write_hydra_record_is_what_hydra_writes(run_py, tmp_path: Path) -> None:
     with no_figures():
         assert run_py(*MINUTE, "hydra.run.dir=r", "seed=4").code == 0
     folder = tmp_path / "r/.hydra"

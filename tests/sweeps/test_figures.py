@@ -15,7 +15,7 @@ def texts(axis) -> set[str]:
     return {text.get_text() for text in axis.texts}
 
 
-def test_two_keys_make_a_heat_map_with_means_in_its_cells(tmp_path: Path) -> None:
+def test_draw_two_keys_is_a_heat_map_with_means(tmp_path: Path) -> None:
     for seed in (0, 1):
         for lr in (0.01, 0.1):
             for size in (5, 7):
@@ -31,7 +31,7 @@ def test_two_keys_make_a_heat_map_with_means_in_its_cells(tmp_path: Path) -> Non
     figures["curves"].canvas.draw()
 
 
-def test_one_key_makes_points_with_error_bars(tmp_path: Path) -> None:
+def test_draw_one_key_has_error_bars_on_a_log_axis(tmp_path: Path) -> None:
     for n, lr in enumerate((0.001, 0.01, 0.1)):
         write_job(tmp_path, f"optimizer.lr={lr}", accuracy=n / 10)
     axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
@@ -39,7 +39,7 @@ def test_one_key_makes_points_with_error_bars(tmp_path: Path) -> None:
     assert [round(x) for x in axis.get_xticks()] == [-3, -2, -1]  # by their logarithm
 
 
-def test_a_search_over_two_intervals_makes_points_in_a_plane(tmp_path: Path) -> None:
+def test_draw_two_keys_of_a_search_is_points_in_a_plane(tmp_path: Path) -> None:
     for n in range(1, 8):
         write_job(tmp_path, f"optimizer.lr={n / 100}", f"optimizer.weight_decay={n / 1000}", accuracy=n / 10)
     axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
@@ -48,7 +48,7 @@ def test_a_search_over_two_intervals_makes_points_in_a_plane(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("last", ["scheduler=constant", "trainer.clip_norm=null"])
-def test_more_keys_make_parallel_coordinates_whatever_their_values(tmp_path: Path, last: str) -> None:
+def test_draw_parallel_takes_any_values(tmp_path: Path, last: str) -> None:
     for n, extra in enumerate([last, "trainer.clip_norm=2", "trainer.clip_norm=3"]):
         words = f"optimizer.lr=0.{n + 1}", f"optimizer.betas=[0.9,0.99{n}]", extra
         write_job(tmp_path, *words, accuracy=n / 10)
@@ -60,13 +60,13 @@ def test_more_keys_make_parallel_coordinates_whatever_their_values(tmp_path: Pat
     figure.canvas.draw()
 
 
-def test_curves_hold_every_epoch_and_an_accuracy_of_zero(tmp_path: Path) -> None:
+def test_draw_sweep_curves_holds_every_epoch_and_an_accuracy_of_zero(tmp_path: Path) -> None:
     write_job(tmp_path, "seed=0", accuracy=0.0)
     [line] = draw_sweep(read_sweep(tmp_path))["curves"].axes[1].lines
     assert line.get_xydata().tolist() == [[1, 0], [2, 0]]
 
 
-def test_keys_with_one_value_among_the_finished_jobs_have_no_axis(tmp_path: Path) -> None:
+def test_draw_sweep_leaves_out_keys_with_one_value(tmp_path: Path) -> None:
     for n in range(3):
         write_job(tmp_path, f"optimizer.lr=0.{n + 1}", "trainer.clip_norm=1", accuracy=n / 10)
     write_job(tmp_path, "optimizer.lr=0.5", "trainer.clip_norm=2", state="pruned")
@@ -75,6 +75,6 @@ def test_keys_with_one_value_among_the_finished_jobs_have_no_axis(tmp_path: Path
     assert len(axis.get_xticks()) == 3
 
 
-def test_a_sweep_without_results_has_no_objective_to_draw(tmp_path: Path) -> None:
+def test_draw_sweep_without_results_is_curves_only(tmp_path: Path) -> None:
     write_job(tmp_path, "seed=0", state="running")
     assert set(draw_sweep(read_sweep(tmp_path))) == {"curves"}

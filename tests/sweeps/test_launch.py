@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.helpers import TINY, compose
+from tests.helpers import MINUTE, TINY, compose
 from zfnet.config.errors import UserError
+from zfnet.sweeps import launch
 from zfnet.training.device import resolve_runtime
 
 SMALL = (
@@ -45,9 +49,7 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
         return {row["directory"]: row for row in csv.DictReader(file)}
 
 
-def test_failures_are_named_the_rest_is_finished_and_rerunning_skips_it(
-    run_py, tmp_path, undrawn, monkeypatch
-) -> None:
+def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, undrawn, monkeypatch) -> None:
     words = ("-m", *SMALL, "optimizer.lr=1e-3,-1", "seed=0,1")
     answer = run_py(*words)
     assert answer.code == 1
@@ -59,20 +61,20 @@ def test_failures_are_named_the_rest_is_finished_and_rerunning_skips_it(
         f"  optimizer.lr=-1,seed=1: {refused}",
     ]
     sweep = tmp_path / "s"
-    found = rows(sweep)
-    assert {name: row["state"] for name, row in found.items()} == {
+    table = rows(sweep)
+    assert {name: row["state"] for name, row in table.items()} == {
         "optimizer.lr=0.001,seed=0": "done",
         "optimizer.lr=0.001,seed=1": "done",
         "optimizer.lr=-1,seed=0": "failed",
         "optimizer.lr=-1,seed=1": "failed",
     }
-    assert found["optimizer.lr=-1,seed=0"]["error"] == refused
+    assert table["optimizer.lr=-1,seed=0"]["error"] == refused
     assert "Traceback" in (sweep / "optimizer.lr=-1,seed=0/train.log").read_text()
     assert "1 setting, 4 jobs: 2 done, 2 failed" in answer.out
     assert (sweep / "figures/curves.png").is_file()
     results = json.loads((sweep / "optimizer.lr=0.001,seed=1/results.json").read_text())
     assert (
-        float(found["optimizer.lr=0.001,seed=1"]["validation_accuracy"]) == results["validation"]["accuracy"]
+        float(table["optimizer.lr=0.001,seed=1"]["validation_accuracy"]) == results["validation"]["accuracy"]
     )
 
     # the same again: finished jobs are not even opened, and Hydra's own record stays what it was
@@ -84,14 +86,14 @@ def test_failures_are_named_the_rest_is_finished_and_rerunning_skips_it(
     again = run_py(*words)
     assert again.code == 1
     assert again.out.count("finished already: ") == 2
-    assert rows(sweep) == found
+    assert rows(sweep) == table
     assert before == {
         **everything_in(sweep / "optimizer.lr=0.001,seed=0"),
         "m": (sweep / "multirun.yaml").read_bytes(),
     }
 
 
-def test_another_configs_directory_is_refused_and_left_alone(run_py, tmp_path, undrawn) -> None:
+def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path, undrawn) -> None:
     assert run_py("-m", *SMALL, "seed=0,1").code == 0
     before = everything_in(tmp_path / "s/seed=0")
     record = (tmp_path / "s/multirun.yaml").read_bytes()
@@ -106,9 +108,7 @@ def test_another_configs_directory_is_refused_and_left_alone(run_py, tmp_path, u
     assert rows(tmp_path / "s")["seed=2"]["state"] == "done"
 
 
-def test_a_job_that_breaks_is_logged_and_goes_on_when_the_sweep_is_run_again(
-    run_py, tmp_path, undrawn, monkeypatch
-) -> None:
+def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, undrawn, monkeypatch) -> None:
     words = ("-m", *SMALL, "trainer=exact", "trainer.epochs=2", "seed=0,1")
     assert run_py(*words[1:-1], "seed=0", "hydra.run.dir=whole").code == 0
     with monkeypatch.context() as patch:
@@ -138,9 +138,7 @@ def test_a_job_that_breaks_is_logged_and_goes_on_when_the_sweep_is_run_again(
     assert digests[0] == digests[1]
 
 
-def test_the_last_job_of_a_mixed_sweep_is_bit_identical_to_the_same_job_alone(
-    run_py, tmp_path, undrawn
-) -> None:
+def test_launch_job_of_a_mixed_sweep_equals_the_job_alone(run_py, tmp_path, undrawn) -> None:
     words = [word for word in SMALL if not word.startswith("trainer.threads")]
     alone = subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *words, "trainer=exact", "hydra.run.dir=alone"],
@@ -156,7 +154,7 @@ def test_the_last_job_of_a_mixed_sweep_is_bit_identical_to_the_same_job_alone(
         assert mine[key] == its[key]
 
 
-def test_threads_and_compiler_are_as_new_for_every_job(monkeypatch) -> None:
+def test_choose_resets_threads_and_compiler_for_every_job(monkeypatch) -> None:
     resets = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
     own = torch.get_num_threads()
@@ -179,17 +177,17 @@ def test_threads_and_compiler_are_as_new_for_every_job(monkeypatch) -> None:
         "trainer.epochs=2,3",  # which SMALL has set already
     ],
 )
-def test_directory_names_are_safe_whatever_the_values(run_py, tmp_path, monkeypatch, word) -> None:
+def test_launch_names_directories_safely(run_py, tmp_path, monkeypatch, word) -> None:
     monkeypatch.setattr("zfnet.jobs.train.train", lambda *_: 0.5)
     assert run_py("-m", *SMALL, word).code == 0
-    found = [path.parent for path in tmp_path.rglob("config.yaml") if path.parent.name != ".hydra"]
-    assert len(found) == 2
-    for folder in found:
+    folders = [path.parent for path in tmp_path.rglob("config.yaml") if path.parent.name != ".hydra"]
+    assert len(folders) == 2
+    for folder in folders:
         assert folder.parent == tmp_path / "s"
         assert re.fullmatch(r"[\w.,=+@^~\[\]-]{2,120}", folder.name)
 
 
-def test_a_sweep_of_one_job_and_of_whole_experiments(run_py, tmp_path, monkeypatch) -> None:
+def test_grid_of_one_job_and_of_experiments(run_py, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.train.train", lambda *_: 0.5)
     assert run_py("-m", *SMALL).code == 0
     assert len(list((tmp_path / "s").glob("*/config.yaml"))) == 1
@@ -201,7 +199,7 @@ def test_a_sweep_of_one_job_and_of_whole_experiments(run_py, tmp_path, monkeypat
     }
 
 
-def test_a_sweep_of_a_job_that_writes_nothing_leaves_nothing(run_py, tmp_path) -> None:
+def test_callback_removes_the_directory_of_a_job_that_writes_nothing(run_py, tmp_path) -> None:
     answer = run_py("-m", "job=summary", "model=small,alexnet_stem", "hydra.sweep.dir=s")
     assert answer.code == 0
     assert answer.out.count("conv1") >= 2
@@ -209,7 +207,7 @@ def test_a_sweep_of_a_job_that_writes_nothing_leaves_nothing(run_py, tmp_path) -
 
 
 @pytest.mark.parametrize("word", ["optimizer.lrr=1,2", "optimizer=sgd,sdg", "seed=0,1 optimizer.lr"])
-def test_what_cannot_be_composed_is_one_line_and_leaves_nothing(run_py, tmp_path, word) -> None:
+def test_grid_that_cannot_be_composed_is_one_line_and_writes_nothing(run_py, tmp_path, word) -> None:
     answer = run_py("-m", *SMALL, *word.split())
     assert answer.code == 1
     assert answer.err.startswith("error: ")
@@ -217,20 +215,20 @@ def test_what_cannot_be_composed_is_one_line_and_leaves_nothing(run_py, tmp_path
     assert not (tmp_path / "s").exists()
 
 
-def test_subdir_may_ask_hydra_for_the_number_of_the_job(run_py, tmp_path, monkeypatch) -> None:
+def test_launch_resolves_a_subdir_with_the_number_of_the_job(run_py, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.train.train", lambda *_: 0.5)
     assert run_py("-m", *SMALL, "seed=0,1", "hydra.sweep.subdir='job-${hydra:job.num}'").code == 0
     assert {p.parent.name for p in tmp_path.glob("s/*/config.yaml")} == {"job-0", "job-1"}
 
 
-def test_a_grid_refuses_an_interval(run_py, tmp_path) -> None:
+def test_grid_refuses_an_interval(run_py, tmp_path) -> None:
     answer = run_py("-m", *SMALL, "optimizer.lr=interval(1e-4,1e-2)")
     assert answer.code == 1
     assert answer.err.startswith("error: optimizer.lr=interval(1e-4,1e-2): a grid needs single values")
     assert not (tmp_path / "s").exists()
 
 
-def test_batches_go_on_after_a_failure(run_py, tmp_path, monkeypatch) -> None:
+def test_grid_goes_on_after_a_batch_with_a_failed_job(run_py, tmp_path, monkeypatch) -> None:
     def fails(config, *_):
         if config.seed == 0:
             raise UserError("no luck")
@@ -240,3 +238,93 @@ def test_batches_go_on_after_a_failure(run_py, tmp_path, monkeypatch) -> None:
     answer = run_py("-m", *SMALL, "seed=0,1,2", "hydra.sweeper.max_batch_size=1")
     assert answer.err == "error: 1 of 3 jobs failed\n  seed=0: no luck\n"
     assert (tmp_path / "s/seed=2/config.yaml").exists()
+
+
+# -- side by side: each process its own GPU, and the same numbers as one after the other
+
+
+@pytest.fixture
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_slot", None)
+    monkeypatch.setenv(
+        "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    )  # put back afterwards
+
+
+@pytest.mark.usefixtures("_own_environment")
+def test_take_one_gpu_in_turn_and_that_of_a_dead_process(tmp_path: Path, monkeypatch) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "4, 7,GPU-8a"
+    given, locks = [], []
+    for _ in range(4):
+        os.environ["CUDA_VISIBLE_DEVICES"] = "4, 7,GPU-8a"
+        monkeypatch.setattr(launch, "_slot", None)  # a process that has none yet
+        launch.take_one_gpu(4, tmp_path)
+        locks.append(launch._slot)
+        given.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert given == ["4", "7", "GPU-8a", "4"]
+    launch.take_one_gpu(4, tmp_path)  # the next job of the same process
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+    locks[1].release()
+    lock, number = launch.take_slot(tmp_path / ".slots")
+    assert number == 1
+    for each in [lock, *locks]:
+        each.release()
+
+
+@pytest.mark.usefixtures("_own_environment")
+@pytest.mark.parametrize(("parallel", "devices"), [(1, "0,1"), (4, "3"), (4, "")])
+def test_take_one_gpu_keeps_what_a_single_process_has(tmp_path: Path, parallel: int, devices: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    launch.take_one_gpu(parallel, tmp_path)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == devices
+    assert not (tmp_path / ".slots").exists()
+
+
+@pytest.mark.slow
+def test_launch_with_joblib_gives_the_same_numbers(run_py, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    from joblib.externals import loky
+
+    words = ("-m", *SMALL, "trainer=exact", "optimizer.lr=1e-3,-1")
+    answer = run_py(*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=side")
+    loky.get_reusable_executor().shutdown()
+    assert answer.code == 1
+    assert "optimizer.lr=-1: must be greater than 0" in answer.err
+    assert run_py(*words).code == 1
+    results = [
+        json.loads((tmp_path / sweep / "optimizer.lr=0.001/results.json").read_text())
+        for sweep in ("side", "s")
+    ]
+    assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+    tables = [(tmp_path / sweep / "summary.csv").read_text().splitlines() for sweep in ("side", "s")]
+    assert [line.split(",")[:2] for line in tables[0]] == [line.split(",")[:2] for line in tables[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_launch_with_submitit_requeues_a_job(tmp_path: Path) -> None:
+    """Its local executor stands for SLURM; SIGUSR2 is how it hears that its time is up."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["-m", *MINUTE, "hydra/launcher=submitit_local"]
+    words += ["trainer.epochs=25", "trainer.checkpoint_minutes=1e-5", "seed=3", "hydra.sweep.dir=s"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},  # for the processes of the jobs
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (checkpoints := list(tmp_path.glob("s/*/checkpoints/step-*"))) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    folder = checkpoints[0].parents[1]
+    status = folder / "status.json"
+    os.kill(json.loads(status.read_text())["pid"], signal.SIGUSR2)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert json.loads(status.read_text())["state"] == "done"
+    log = (folder / "train.log").read_text()
+    assert log.count("epoch 25/25") == 1
+    assert "going on from epoch" in log

@@ -67,7 +67,7 @@ def trials_in(sweep: Path, storage: str | None = None) -> list[optuna.trial.Froz
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_it_resumes_the_lost_trial_and_goes_on(run_py, tmp_path) -> None:
+def test_run_search_again_resumes_the_trial_of_a_killed_process(run_py, tmp_path) -> None:
     words = [
         *SEARCH,
         *SPACE,
@@ -103,7 +103,7 @@ def test_killed_and_run_again_it_resumes_the_lost_trial_and_goes_on(run_py, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_study_and_no_trial_is_run_twice(run_py, tmp_path) -> None:
+def test_run_search_in_two_processes_runs_no_trial_twice(run_py, tmp_path) -> None:
     words = [*SEARCH, "optimizer.lr=interval(1e-4,1e-3)", "hydra.sweeper.n_trials=6"]
     other, sweep = start(tmp_path, *words), tmp_path / "s"
     wait_for(lambda: list(sweep.glob("*/status.json")))
@@ -112,13 +112,13 @@ def test_two_processes_share_a_study_and_no_trial_is_run_twice(run_py, tmp_path)
     counted = [trial for trial in trials_in(sweep) if not trial.user_attrs.get("void")]
     assert [trial.state.name for trial in counted] == ["COMPLETE"] * 6
     assert len({trial.user_attrs["worker"]["lock"] for trial in counted}) == 2
-    found = {float(row["optimizer.lr"]): float(row["validation_accuracy"]) for row in rows(sweep).values()}
-    assert found == {trial.params["optimizer.lr"]: trial.value for trial in counted}
+    accuracies = {
+        float(row["optimizer.lr"]): float(row["validation_accuracy"]) for row in rows(sweep).values()
+    }
+    assert accuracies == {trial.params["optimizer.lr"]: trial.value for trial in counted}
 
 
-def test_hopeless_trials_are_pruned_and_can_still_be_trained_to_the_end(
-    run_py, tmp_path, monkeypatch
-) -> None:
+def test_trial_pruning_ends_trials_that_job_resume_can_finish(run_py, tmp_path, monkeypatch) -> None:
     trial, evaluate = -1, loop.evaluate
 
     def ever_worse(model, batches, runtime, what, stop):
@@ -155,7 +155,7 @@ def test_ask_runs_no_values_twice(run_py, tmp_path, monkeypatch, together: int) 
     assert counted == [0.5] * 6
 
 
-def test_a_failing_trial_is_told_and_the_search_goes_on(run_py, tmp_path, monkeypatch) -> None:
+def test_run_search_goes_on_after_a_failed_trial(run_py, tmp_path, monkeypatch) -> None:
     def half(config, *_):
         if config.optimizer["lr"] > 0.001:
             raise ZeroDivisionError("too fast")
@@ -175,17 +175,17 @@ def test_a_failing_trial_is_told_and_the_search_goes_on(run_py, tmp_path, monkey
     assert answer.err.count("ZeroDivisionError: too fast") == sum(t.state.name == "FAIL" for t in trials)
 
 
-def test_a_trial_is_a_function_of_the_seed_and_of_those_before_it(run_py, tmp_path, monkeypatch) -> None:
+def test_ask_is_a_function_of_the_seed_and_of_earlier_trials(run_py, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: -config.optimizer["lr"])
     words = [*SEARCH, *SPACE, "hydra.sweeper.sampler.n_startup_trials=2"]
     run_py(*words, "hydra.sweeper.n_trials=4")
     for count in (1, 4):  # the same in two sittings
         run_py(*words, f"hydra.sweeper.n_trials={count}", "hydra.sweep.dir=t")
     run_py(*words, "hydra.sweeper.n_trials=1", "hydra.sweeper.seed=1", "hydra.sweep.dir=u")
-    found = {name: [trial.params for trial in trials_in(tmp_path / name)] for name in "stu"}
-    assert found["s"] == found["t"]
-    assert found["s"][0] != found["u"][0]
-    assert len({str(params) for params in found["s"]}) == 4
+    params = {name: [trial.params for trial in trials_in(tmp_path / name)] for name in "stu"}
+    assert params["s"] == params["t"]
+    assert params["s"][0] != params["u"][0]
+    assert len({str(each) for each in params["s"]}) == 4
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_trial_is_a_function_of_the_seed_and_of_those_before_it(run_py, tmp_pa
         ([*SPACE, "hydra.sweeper.storage=nonsense"], "hydra.sweeper.storage=nonsense"),
     ],
 )
-def test_what_is_wrong_with_a_search_is_one_line(run_py, tmp_path, words, expected) -> None:
+def test_run_search_names_what_is_wrong_in_one_line(run_py, tmp_path, words, expected) -> None:
     answer = run_py(*SEARCH, *words)
     assert answer.code == 1
     assert expected in answer.err
@@ -263,11 +263,11 @@ def test_construct_nests_pruners() -> None:
 @pytest.fixture
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A PostgreSQL server of our own behind a socket in a temporary folder; yields the address of its database."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
         pytest.skip("PostgreSQL is not installed")
     pytest.importorskip("psycopg2")
-    tools, folder = found[-1].parent, Path("/tmp") / f"zfnet-pg-{os.getpid()}"
+    tools, folder = programs[-1].parent, Path("/tmp") / f"zfnet-pg-{os.getpid()}"
     folder.mkdir(mode=0o700)
     server = None
     try:
@@ -294,7 +294,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-def test_a_study_in_postgresql_is_shared_by_sweeps_in_different_directories(
+def test_run_search_in_postgresql_is_shared_by_sweep_directories(
     run_py, tmp_path, monkeypatch, postgres
 ) -> None:
     monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: config.optimizer["lr"])

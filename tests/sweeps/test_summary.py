@@ -1,4 +1,4 @@
-"""What a sweep directory says, read from runs that were written by hand."""
+"""The summary of a sweep directory, read from runs that were written by hand."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _plain_config(words: Sequence[str]) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True)
 
 
-def test_seeds_are_grouped_and_the_best_on_validation_comes_first(tmp_path: Path) -> None:
+def test_read_sweep_groups_seeds_and_ranks_by_validation(tmp_path: Path) -> None:
     low, high = (0.2, 0.3, 0.7), (0.5, 0.6, 0.7)
     for seed in range(3):
         write_job(tmp_path, "optimizer.lr=0.01", f"seed={seed}", accuracy=low[seed], test=0.9)
@@ -81,7 +81,7 @@ def test_seeds_are_grouped_and_the_best_on_validation_comes_first(tmp_path: Path
     assert sweep.settings[1].mean_and_std()[1] == pytest.approx(statistics.stdev(low))
 
 
-def test_only_finished_jobs_count_and_the_others_are_still_named(tmp_path: Path) -> None:
+def test_read_sweep_scores_finished_jobs_only(tmp_path: Path) -> None:
     write_job(tmp_path, "seed=0", accuracy=0.4)
     write_job(tmp_path, "seed=1", accuracy=0.9, state="pruned")
     write_job(tmp_path, "seed=2", state="failed")
@@ -97,7 +97,7 @@ def test_only_finished_jobs_count_and_the_others_are_still_named(tmp_path: Path)
     }
 
 
-def test_damaged_files_and_runs_of_other_jobs_do_no_harm(tmp_path: Path) -> None:
+def test_read_sweep_takes_damaged_files_and_other_jobs(tmp_path: Path) -> None:
     write_job(tmp_path, "seed=0", accuracy=0.4)
     for name, damage in (
         ("a", "config.yaml"),
@@ -141,14 +141,14 @@ def flat(*words: str) -> dict[str, Any]:
         ([[], []], []),
     ],
 )
-def test_swept_keys_are_those_in_which_the_configs_differ(jobs, expected) -> None:
-    found = swept_keys([flat(*words) for words in jobs])
-    assert found[: len(expected)] == expected
+def test_swept_keys(jobs, expected) -> None:
+    keys = swept_keys([flat(*words) for words in jobs])
+    assert keys[: len(expected)] == expected
     if "model.conv3" not in expected:  # a layer that is left out takes all its keys along
-        assert found == expected
+        assert keys == expected
 
 
-def test_short_names_are_short_and_unambiguous() -> None:
+def test_short_names() -> None:
     keys = [
         "model.conv1.kernel_size",
         "model.conv2.kernel_size",
@@ -165,7 +165,7 @@ def test_short_names_are_short_and_unambiguous() -> None:
     }
 
 
-def test_a_setting_without_a_key_says_so(tmp_path: Path) -> None:
+def test_read_sweep_marks_a_key_that_a_setting_does_not_have(tmp_path: Path) -> None:
     write_job(tmp_path, "optimizer=sgd", "optimizer.momentum=0.5", accuracy=0.1)
     write_job(tmp_path, "optimizer=sgd", "optimizer.momentum=0.8", accuracy=0.2)
     write_job(tmp_path, "optimizer=adagrad", accuracy=0.3)
@@ -173,7 +173,7 @@ def test_a_setting_without_a_key_says_so(tmp_path: Path) -> None:
     assert sweep.settings[0].values["optimizer.momentum"] == ABSENT
 
 
-def test_the_terminal_fits_80_columns_and_shows_mean_std_and_n(tmp_path: Path) -> None:
+def test_to_text_fits_80_columns_with_mean_std_and_n(tmp_path: Path) -> None:
     for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
         write_job(tmp_path, "optimizer.lr=0.01", f"seed={seed}", accuracy=accuracy)
     write_job(tmp_path, "optimizer.lr=0.1", "seed=0", state="failed")
@@ -186,7 +186,7 @@ def test_the_terminal_fits_80_columns_and_shows_mean_std_and_n(tmp_path: Path) -
     assert lines[3].split() == ["0.1", "–", "0", "failed"]
 
 
-def test_columns_and_rows_that_do_not_fit_are_counted(tmp_path: Path, monkeypatch) -> None:
+def test_to_text_counts_columns_and_rows_that_do_not_fit(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.sweeps.summary.MOST_ROWS", 2)
     keys = ("optimizer.lr", "model.dropout", "trainer.clip_norm", "loss.label_smoothing", "optimizer.eps")
     for n in range(1, 6):
@@ -198,7 +198,7 @@ def test_columns_and_rows_that_do_not_fit_are_counted(tmp_path: Path, monkeypatc
     assert "5.00 %" in text  # the best; the objective itself is never left out
 
 
-def test_csv_and_markdown_hold_every_job_and_its_error_whole(tmp_path: Path) -> None:
+def test_to_csv_and_to_markdown_hold_every_job_and_its_error(tmp_path: Path) -> None:
     write_job(tmp_path, "seed=0", accuracy=0.25, test=0.75)
     run = write_job(tmp_path, "seed=1", state="failed")
     error = 'a "quoted", broken\nmessage'
@@ -215,7 +215,7 @@ def test_csv_and_markdown_hold_every_job_and_its_error_whole(tmp_path: Path) -> 
     assert (tmp_path / "summary.md").read_text() == to_markdown(sweep)
 
 
-def test_the_test_set_is_reported_for_the_setting_that_validation_chose(tmp_path: Path) -> None:
+def test_to_text_reports_test_for_the_setting_that_validation_chose(tmp_path: Path) -> None:
     write_job(tmp_path, "optimizer.lr=0.1", accuracy=0.5, test=0.11)
     write_job(tmp_path, "optimizer.lr=0.2", accuracy=0.4, test=0.99)
     text = to_text(read_sweep(tmp_path), 80)

@@ -1,1 +1,1 @@
-"""Many runs at once: what a sweep directory says as a whole, and Optuna's search over settings."""
+"""Many runs at once: a grid or Optuna's search, and the summary of a sweep directory."""
