@@ -27,7 +27,7 @@ from tqdm import tqdm
 from zfnet.config.errors import UserError
 from zfnet.data import load_splits, preprocess
 from zfnet.explain import Deconvnet
-from zfnet.model.sizes import CONV_LAYERS
+from zfnet.model.zfnet import CONV_LAYERS
 from zfnet.runs.command import compose
 from zfnet.runs.directory import write_atomically
 from zfnet.runs.hydra_record import register_resolvers

@@ -1,12 +1,14 @@
-"""Tiny float64 networks of every variant, images, and units, for the tests of explanations."""
+"""Small float64 networks: ZFNet's variants, torchvision's and a user's own; images and units for them."""
 
 from __future__ import annotations
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from zfnet.config.schema import Conv, Linear, ModelConfig
-from zfnet.model.zfnet import ZFNet
+from zfnet.model import Chain, ZFNet
+from zfnet.model.layers import Dropout
 
 
 def config(**changes) -> ModelConfig:
@@ -34,45 +36,115 @@ VARIANTS: dict[str, tuple[ModelConfig, int]] = {
 }
 
 
-def network(variant: str = "pad", seed: int = 0) -> ZFNet:
-    """Return a random network in evaluation mode, with biases and, for `batch`, statistics of its own."""
-    settings, size = VARIANTS[variant]
+class Mixed(nn.Module):
+    """Everything that a chain may hold and ZFNet does not, in nested modules, with one ReLU for all layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, 6, (5, 3), stride=(2, 1), padding=(1, 2), bias=False),
+            nn.BatchNorm2d(6),
+            self.relu,
+            nn.Sequential(nn.MaxPool2d((2, 3), (2, 2), ceil_mode=True), nn.LocalResponseNorm(3, 0.1)),
+        )
+        self.body = nn.ModuleDict(
+            {
+                "dilated": nn.Conv2d(6, 8, 3, dilation=2, groups=2, padding="same"),
+                "norm": nn.BatchNorm2d(8, affine=False),
+                "rest": nn.Identity(),
+                "drop": nn.Dropout2d(0.5, inplace=True),
+                "pool": nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+                "even": nn.Conv2d(8, 6, (1, 4), padding="same", padding_mode="zeros"),
+            }
+        )
+        self.mean = nn.AdaptiveAvgPool2d((3, 2))
+        self.last = nn.Conv2d(6, 7, 2)
+        self.head = nn.Sequential(
+            nn.Linear(14, 9), nn.BatchNorm1d(9), nn.ReLU(), Dropout(0.5), nn.Linear(9, 4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for name, module in self.body.items():
+            x = module(x)
+            if name == "norm":
+                x = self.relu(x)
+        x = self.last(self.mean(x))
+        return self.head(x.view(len(x), -1))
+
+
+# name: (what builds it, side of the images in pixels, features of torchvision's classifiers)
+OTHERS = {
+    "alexnet": (torchvision.models.alexnet, 64, 9216),
+    "vgg11": (torchvision.models.vgg11, 32, 25088),
+    "mixed": (Mixed, 33, None),
+}
+NETWORKS = (*VARIANTS, *OTHERS)
+
+
+def network(name: str = "pad", seed: int = 0) -> ZFNet:
+    """Return a random ZFNet in evaluation mode, with biases and, for `batch`, statistics of its own."""
+    settings, size = VARIANTS[name]
     torch.manual_seed(seed)
-    model = ZFNet(4, size, settings).double().eval()
+    return _randomize(ZFNet(4, size, settings))
+
+
+def chain(name: str, seed: int = 0) -> Chain:
+    """Return the chain of any of the networks; torchvision's have classifiers of a few features, to save time."""
+    if name in VARIANTS:
+        return network(name, seed).chain
+    build, size, features = OTHERS[name]
+    torch.manual_seed(seed)
+    with torch.device("meta" if features else "cpu"):
+        model = build()
+        if features:
+            linear = [n for n, module in enumerate(model.classifier) if isinstance(module, nn.Linear)]
+            for n, width in zip(linear, (9, 8, 4), strict=True):
+                model.classifier[n], features = nn.Linear(features, width), width
+    return Chain(_randomize(model.to_empty(device="cpu") if features else model), size)
+
+
+def _randomize(model):
+    model.double().eval()
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight)
-            nn.init.normal_(module.bias, -0.05, 0.1)
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1, 0.5)
-            nn.init.normal_(module.bias, 0, 0.2)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, -0.05, 0.1)
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            if module.affine:
+                nn.init.normal_(module.weight, 1, 0.5)
+                nn.init.normal_(module.bias, 0, 0.2)
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     return model
 
 
-def pictures(model: ZFNet, count: int = 2, seed: int = 1) -> Tensor:
+def pictures(model: ZFNet | Chain, count: int = 2, seed: int = 1) -> Tensor:
+    channels = model.channels if isinstance(model, Chain) else 3
     return torch.randn(
-        count, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(seed)
+        count, channels, model.image_size, model.image_size, generator=torch.Generator().manual_seed(seed)
     ).double()
 
 
-def some_units(model: ZFNet, images: Tensor, layer: str) -> list[tuple[int, ...]]:
+def some_units(model: ZFNet | Chain, images: Tensor, layer: str) -> list[tuple[int, ...]]:
     """Return units at corners, borders and the middle, in every image and in no special order."""
     shape = model.activations(images, [layer])[layer].shape
     if len(shape) == 2:
         return [(n, f) for f in range(0, shape[1], 2) for n in range(len(images))]
-    last = shape[2] - 1
-    places = [(last // 2, last // 2), (0, 0), (last, last), (0, last), (last // 2, last)]
+    bottom, right = shape[2] - 1, shape[3] - 1
+    places = [(bottom // 2, right // 2), (0, 0), (bottom, right), (0, right), (bottom // 2, right)]
     return [(n, (3 * k + n) % shape[1], y, x) for k, (y, x) in enumerate(places) for n in range(len(images))]
 
 
-def alive(model: ZFNet, images: Tensor, layer: str) -> list[tuple[int, int, int, int]]:
-    """Return the strongest unit of each map over all images."""
-    found = model.activations(images, [layer])[layer]
+def alive(model: ZFNet | Chain, images: Tensor, layer: str) -> list[tuple[int, ...]]:
+    """Return the strongest unit of each map over all images: (image, channel, y, x) or (image, feature)."""
+    activations = model.activations(images, [layer])[layer]
     units = []
-    for channel in range(found.shape[1]):
-        n, y, x = torch.unravel_index(found[:, channel].argmax(), found[:, channel].shape)
-        if found[n, channel, y, x] > 0:
-            units.append((int(n), channel, int(y), int(x)))
+    for channel in range(activations.shape[1]):
+        values = activations[:, channel]
+        n, *place = (int(i) for i in torch.unravel_index(values.argmax(), values.shape))
+        if values.max() > 0:
+            units.append((n, channel, *place))
     return units

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zfnet.model.zfnet import ZFNet
+from zfnet.model import Chain
 
 
 class _Relu(torch.autograd.Function):
@@ -25,55 +25,50 @@ class _Relu(torch.autograd.Function):
         return (grad * (x > 0) if ctx.guided else grad), None
 
 
-def by_autograd(model: ZFNet, images: Tensor, layer: str, unit: tuple[int, ...], rule: str) -> Tensor:
-    """Return the projection [3, H, W] of one unit by autograd through ReLUs with changed backward passes.
+def by_autograd(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], rule: str) -> Tensor:
+    """Return the projection [C, H, W] of one unit by autograd through ReLUs with changed backward passes.
 
     LRN's gradient is autograd's, so it is the `gradient` choice.
     """
     x = start = images[unit[0] : unit[0] + 1].clone().requires_grad_()
-    for name in model.steps:
-        module = getattr(model, name)
-        x = x.flatten(1) if isinstance(module, nn.Linear) else x
-        if isinstance(module, nn.ReLU) and rule != "gradient":
-            x = _Relu.apply(x, rule == "guided")
+    for step in chain.up_to(layer):
+        if isinstance(step.module, nn.ReLU):
+            x = F.relu(x) if rule == "gradient" else _Relu.apply(x, rule == "guided")
         else:
-            x = module(x)
-        if model.output_of.get(name) == layer:
-            break
+            x = step.module(x)
     value = x[(0, *unit[1 : x.ndim])]
     return torch.autograd.grad(value, start, value.detach())[0][0]
 
 
-def by_mirror(model: ZFNet, images: Tensor, layer: str, unit: tuple[int, ...]) -> Tensor:
-    """Return the paper's projection [3, H, W] by a mirror network written out by hand.
+def by_mirror(
+    chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], dead_windows: str = "first"
+) -> Tensor:
+    """Return the paper's projection [C, H, W] by a mirror network written out by hand, on whole maps.
 
-    Unpooling adds with `scatter_add_`; filtering is `conv_transpose2d` with the output padding that gives the
-    size of the map below; LRN is left out of the way back; batch normalisation scales.
+    Unpooling adds what `unfold` finds; filtering is `conv_transpose2d` cropped or padded to the map below; the mean
+    is its own gradient; LRN is left out of the way back; batch normalisation scales.
     """
     x, ways_back = images[unit[0] : unit[0] + 1], []
-    for name in model.steps:
-        module, before = getattr(model, name), x
+    for step in chain.up_to(layer):
+        module, before = step.module, x
+        x = module(x.clone())
         if isinstance(module, nn.Linear):
-            x = module(x.flatten(1))
-            ways_back.append(lambda r, m=module, b=before: (r @ m.weight).view(b.shape))
+            ways_back.append(lambda r, m=module: r @ m.weight)
+        elif isinstance(module, nn.Flatten):
+            ways_back.append(lambda r, b=before: r.view(b.shape))
         elif isinstance(module, nn.MaxPool2d):
-            x, where = F.max_pool2d(x, 3, 2, module.padding, ceil_mode=module.ceil_mode, return_indices=True)
-            ways_back.append(
-                lambda r, b=before, w=where: (
-                    torch.zeros_like(b).flatten(2).scatter_add_(2, w.flatten(2), r.flatten(2)).view(b.shape)
-                )
-            )
-        else:
-            x = module(x)
-            if isinstance(module, nn.Conv2d):
-                ways_back.append(lambda r, m=module, b=before: _filter_back(r, m, b.shape[2:]))
-            elif isinstance(module, nn.BatchNorm2d):
-                scale = module.weight / (module.running_var + module.eps).sqrt()
-                ways_back.append(lambda r, s=scale: r * s[:, None, None])
-            elif isinstance(module, nn.ReLU):
-                ways_back.append(lambda r: r.clamp(min=0))
-        if model.output_of.get(name) == layer:
-            break
+            ways_back.append(lambda r, m=module, b=before: _maxima_back(r, m, b, dead_windows))
+        elif isinstance(module, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
+            ways_back.append(lambda r, m=module, b=before: torch.autograd.functional.vjp(m, b, r)[1])
+        elif isinstance(module, nn.Conv2d):
+            ways_back.append(lambda r, m=module, b=before: _filter_back(r, m, b))
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            scale = 1 / (module.running_var + module.eps).sqrt()
+            scale = scale if module.weight is None else scale * module.weight
+            scale = scale.view(1, -1, *[1] * (x.ndim - 2))
+            ways_back.append(lambda r, s=scale: r * s)
+        elif isinstance(module, nn.ReLU):
+            ways_back.append(lambda r: r.clamp(min=0))
     signal, place = torch.zeros_like(x), (0, *unit[1 : x.ndim])
     signal[place] = x[place]
     for way_back in reversed(ways_back):
@@ -81,10 +76,42 @@ def by_mirror(model: ZFNet, images: Tensor, layer: str, unit: tuple[int, ...]) -
     return signal[0]
 
 
-def _filter_back(signal: Tensor, module: nn.Conv2d, size: torch.Size) -> Tensor:
-    kernel, stride, padding = module.kernel_size[0], module.stride[0], int(module.padding[0])
-    missing = size[0] - ((signal.shape[2] - 1) * stride - 2 * padding + kernel)
-    return F.conv_transpose2d(signal, module.weight, None, stride, padding, output_padding=missing)
+def _filter_back(signal: Tensor, conv: nn.Conv2d, below: Tensor) -> Tensor:
+    full = F.conv_transpose2d(
+        signal, conv.weight, None, conv.stride, groups=conv.groups, dilation=conv.dilation
+    )
+    left, _, top, _ = conv._reversed_padding_repeated_twice
+    height, width = below.shape[2:]
+    full = F.pad(full, (0, max(0, left + width - full.shape[3]), 0, max(0, top + height - full.shape[2])))
+    return full[:, :, top : top + height, left : left + width]
+
+
+def _maxima_back(signal: Tensor, pool: nn.MaxPool2d, below: Tensor, dead_windows: str) -> Tensor:
+    def pair(value) -> tuple[int, int]:
+        return value if isinstance(value, tuple) else (value, value)
+
+    kernel, stride, padding = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)
+    spacing = pair(pool.dilation)
+    covered = [
+        (n - 1) * s + (k - 1) * d + 1
+        for n, s, k, d in zip(signal.shape[2:], stride, kernel, spacing, strict=True)
+    ]
+    beyond = [c - n - p for c, n, p in zip(covered, below.shape[2:], padding, strict=True)]
+    # negative where the last cells are under no window
+    padded = F.pad(below, (padding[1], beyond[1], padding[0], beyond[0]), value=float("-inf"))
+    cells = F.unfold(padded, kernel, spacing, stride=stride).view(below.shape[1], -1, signal[0, 0].numel())
+    highest = cells.max(1, keepdim=True).values
+    if dead_windows == "all":
+        chosen = cells == highest
+    else:
+        chosen = F.one_hot(cells.argmax(1), cells.shape[1]).transpose(1, 2).bool()
+        if dead_windows == "mask":
+            chosen &= highest > 0
+    spread = (chosen * signal.reshape(below.shape[1], 1, -1)).reshape(1, -1, cells.shape[2])
+    back = F.fold(spread, covered, kernel, spacing, stride=stride)
+    height, width = below.shape[2:]
+    back = F.pad(back, (0, max(0, -beyond[1]), 0, max(0, -beyond[0])))
+    return back[:, :, padding[0] : padding[0] + height, padding[1] : padding[1] + width]
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:

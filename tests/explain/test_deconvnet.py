@@ -1,7 +1,8 @@
-"""The deconvnet against independent oracles, with switches of another image, and its manners, in float64."""
+"""The deconvnet against independent oracles, with switches of another image, and what it refuses, in float64."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -9,60 +10,82 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.explain.networks import VARIANTS, alive, network, pictures, some_units
+from tests.explain.networks import NETWORKS, OTHERS, VARIANTS, alive, chain, network, pictures, some_units
 from tests.explain.oracles import by_autograd, by_mirror, close
 from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
 from zfnet.explain.deconvnet import RULES
-from zfnet.explain.switches import pool_with_switches, unpool
-from zfnet.model.sizes import CONV_LAYERS
+from zfnet.explain.receptive_field import window_of
+from zfnet.explain.switches import DEAD_WINDOWS, pool_with_switches, unpool
+
+
+class Scaled(nn.Conv2d):
+    """A convolution with a forward pass of its own, which nobody can know how to undo."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
 
 # -- independent implementations
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_and_rule_equals_autograd(variant: str, rule: str) -> None:
-    model = network(variant)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_project_equals_autograd(name: str, rule: str) -> None:
+    model = chain(name)
     images = pictures(model)
     deconvnet = Deconvnet(model, rule, lrn="gradient")
     for layer in model.layers:
-        units = some_units(model, images, layer)
+        units = some_units(model, images, layer)[: 2 if name in OTHERS else None]
+        units += alive(model, images, layer)[:1]
         expected = torch.stack([by_autograd(model, images, layer, unit, rule) for unit in units])
         assert expected.abs().sum() > 0
         close(deconvnet.project(images, layer, units), expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_equals_a_mirror_network(variant: str) -> None:
-    model = network(variant)
+@pytest.mark.parametrize("dead_windows", DEAD_WINDOWS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_project_equals_a_mirror_network(name: str, dead_windows: str) -> None:
+    """The mirror works on whole maps, ours on what the units see."""
+    model = chain(name)
     images = pictures(model)
-    deconvnet = Deconvnet(model)
+    deconvnet = Deconvnet(model, dead_windows=dead_windows)
     for layer in model.layers:
-        units = some_units(model, images, layer)
-        expected = torch.stack([by_mirror(model, images, layer, unit) for unit in units])
+        units = some_units(model, images, layer)[: 2 if name in OTHERS else None]
+        expected = torch.stack([by_mirror(model, images, layer, unit, dead_windows) for unit in units])
         close(deconvnet.project(images, layer, units), expected)
 
 
-@pytest.mark.parametrize("variant", ["pad", "ceil", "batch"])
-def test_equals_captum(variant: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        *((name, ("conv2", "conv5", "fc7")) for name in ("pad", "ceil", "batch")),
+        ("alexnet", ("features.3", "features.10", "classifier.4")),
+        ("vgg11", ("features.3", "features.16", "classifier.3")),
+    ],
+)
+def test_project_equals_captum(name: str, layers: tuple[str, ...]) -> None:
     attr = pytest.importorskip("captum.attr")
-    model = network(variant)
+    model = chain(name)
     images = pictures(model)
-    for layer in ("conv2", "conv5", "fc7"):
-        units = alive(model, images, layer)[:3] if layer in CONV_LAYERS else [(0, 1), (1, 2), (1, 3)]
-        ours = Deconvnet(model).project(images, layer, units)
+    module = copy.deepcopy(model.model)
+    for relu in (m for m in module.modules() if isinstance(m, nn.ReLU)):
+        relu.inplace = False  # captum's hooks cannot do with it
+    names = {m: n for n, m in model.model.named_modules()}
+    for layer in layers:
+        units = alive(model, images, layer)[:3]
         activations = model.activations(images, [layer])[layer]
-        step = next(s for s, name in model.output_of.items() if name == layer)
-        captum = attr.NeuronDeconvolution(model, getattr(model, step))
-        with warnings.catch_warnings():  # captum warns of its hooks, and at each attribution
-            warnings.simplefilter("ignore")
-            for unit, projection in zip(units, ours, strict=True):
-                theirs = captum.attribute(images[unit[0]][None], unit[1:])[0]
-                close(projection, theirs * activations[unit])
+        end = module.get_submodule(names[model.end(layer)])
+        for rule, method in (("deconvnet", attr.NeuronDeconvolution), ("guided", attr.NeuronGuidedBackprop)):
+            ours = Deconvnet(model, rule).project(images, layer, units)
+            with warnings.catch_warnings():  # captum warns of its hooks, and at each attribution
+                warnings.simplefilter("ignore")
+                for unit, projection in zip(units, ours, strict=True):
+                    theirs = method(module, end).attribute(images[unit[0]][None], unit[1:])[0]
+                    close(projection, theirs * activations[unit])
 
 
-def test_equals_finite_differences() -> None:
+def test_project_equals_finite_differences() -> None:
     """The gradient rule is the derivative of the activation, here times the activation."""
     model = network("lrn")
     images = pictures(model, 1)
@@ -78,22 +101,10 @@ def test_equals_finite_differences() -> None:
     assert (projection * direction).sum().item() == pytest.approx(slope * value(0), rel=1e-6)
 
 
-@pytest.mark.parametrize("dead_windows", ["first", "mask", "all"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_working_on_what_the_units_see_changes_nothing(variant: str, dead_windows: str) -> None:
-    model = network(variant)
-    images = pictures(model)
-    windows, whole = (Deconvnet(model, dead_windows=dead_windows) for _ in range(2))
-    whole.whole_maps = True
-    for layer in ("conv2", "conv5"):
-        units = some_units(model, images, layer)
-        close(windows.project(images, layer, units), whole.project(images, layer, units))
-
-
 # -- switches
 
 
-def test_switches_of_another_image() -> None:
+def test_project_with_switches_of_another_image() -> None:
     """The seeds stay; the places of the maxima are the other image's: a mirror with both says the same."""
     model = network("no_layers")
     images, others = pictures(model), pictures(model, seed=9)
@@ -119,7 +130,7 @@ def test_switches_of_another_image() -> None:
     close(Deconvnet(model).project(images, "conv2", units, switches_from=images), own)
 
 
-def test_max_unpool_would_be_wrong() -> None:
+def test_unpool_adds_what_max_unpool_would_lose() -> None:
     """Overlapping windows share maxima; MaxUnpool2d keeps one of the duplicates, the adjoint adds them."""
     torch.manual_seed(0)
     x = F.relu(torch.randn(4, 8, 27, 27, dtype=torch.float64)).requires_grad_()
@@ -127,7 +138,7 @@ def test_max_unpool_would_be_wrong() -> None:
     signal = torch.rand_like(pooled)
     right = torch.autograd.grad(pooled, x, signal)[0]
     pool = nn.MaxPool2d(3, 2)
-    ours = unpool(signal, pool_with_switches(x.detach(), pool)[1], pool)
+    ours = unpool(signal, pool_with_switches(x.detach(), pool)[1], window_of(pool))
     close(ours, right)
     wrong = F.max_unpool2d(signal, where, 3, 2, output_size=x.shape[2:])
     error = float((wrong - right).norm() / right.norm())
@@ -135,10 +146,10 @@ def test_max_unpool_would_be_wrong() -> None:
     assert wrong.sum() < right.sum()
 
 
-# -- manners
+# -- side effects, bad input
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_project_leaves_the_model_as_it_was() -> None:
     model = network("batch").train()
     model.requires_grad_()
     model(pictures(model)).sum().backward()
@@ -147,21 +158,24 @@ def test_the_model_is_left_as_it_was() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     grads = [p.grad.clone() for p in model.parameters()]
     images = pictures(model).requires_grad_()
-    found = Deconvnet(model, "guided", lrn="gradient").project(images, "fc8", [(0, 0), (1, 3)])
+    projections = Deconvnet(model, "guided", lrn="gradient").project(images, "fc8", [(0, 0), (1, 3)])
     assert (cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision) == switches
     assert torch.is_grad_enabled()
-    assert not found.requires_grad
+    assert not projections.requires_grad
     assert images.grad is None
     assert all(m.training for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
     torch.testing.assert_close(
-        found, Deconvnet(model.eval(), "guided").project(images, "fc8", [(0, 0), (1, 3)]), rtol=0, atol=0
+        projections,
+        Deconvnet(model.eval(), "guided").project(images, "fc8", [(0, 0), (1, 3)]),
+        rtol=0,
+        atol=0,
     )
 
 
-def test_twice_the_same_bytes_and_chunks_change_nothing(monkeypatch) -> None:
+def test_project_gives_the_same_bytes_twice_and_in_chunks(monkeypatch) -> None:
     model = network("pad").float()
     images = pictures(model, 3).float()
     units = some_units(model, images, "conv5")
@@ -172,26 +186,27 @@ def test_twice_the_same_bytes_and_chunks_change_nothing(monkeypatch) -> None:
     torch.testing.assert_close(Deconvnet(model).project(images, "conv5", units), first)
 
 
-def test_tf32_has_no_part_in_it() -> None:
+def test_project_never_uses_tf32() -> None:
     """Neither in convolutions nor in products with the fully connected layers' weights."""
-    model, found = network(), []
+    model, precisions = network(), []
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
 
     def note(*_) -> None:
-        found.append((matmul.fp32_precision, conv.fp32_precision))
+        precisions.append((matmul.fp32_precision, conv.fp32_precision))
 
+    deconvnet = Deconvnet(model)
     model.fc8.register_forward_hook(note)
     before = matmul.allow_tf32
     try:
         matmul.allow_tf32 = True
-        Deconvnet(model).project(pictures(model), "fc8", [(0, 0)])
+        deconvnet.project(pictures(model), "fc8", [(0, 0)])
         assert matmul.allow_tf32
     finally:
         matmul.allow_tf32 = before
-    assert found == [("ieee", "ieee")]
+    assert precisions == [("ieee", "ieee")]
 
 
-def test_no_units_no_projections() -> None:
+def test_project_without_units() -> None:
     model = network()
     assert Deconvnet(model).project(pictures(model), "conv5", []).shape == (0, 3, 64, 64)
 
@@ -208,7 +223,7 @@ def test_no_units_no_projections() -> None:
         ("fc7", [(0, 99)], "fc7: feature 99 is out of range"),
     ],
 )
-def test_bad_units_are_named(layer: str, units: list, message: str) -> None:
+def test_project_names_bad_units(layer: str, units: list, message: str) -> None:
     model = network()
     with pytest.raises(UserError) as error:
         Deconvnet(model).project(pictures(model), layer, units)
@@ -216,7 +231,7 @@ def test_bad_units_are_named(layer: str, units: list, message: str) -> None:
 
 
 @pytest.mark.parametrize("project", [Deconvnet.project, Deconvnet.project_fields])
-def test_seeds_and_switches_must_fit(project) -> None:
+def test_project_refuses_seeds_and_switches_that_do_not_fit(project) -> None:
     """Too many seeds would otherwise go by unseen."""
     model = network()
     deconvnet, images, units = Deconvnet(model), pictures(model), [(0, 1, 2, 3), (1, 1, 2, 3)]
@@ -226,19 +241,54 @@ def test_seeds_and_switches_must_fit(project) -> None:
         project(deconvnet, images, "conv1", units, switches_from=images[:1])
 
 
-def test_bad_choices_are_named() -> None:
+def test_deconvnet_names_bad_choices() -> None:
     with pytest.raises(UserError, match="rule=relu: must be one of deconvnet, guided, gradient"):
         Deconvnet(network(), "relu")
     with pytest.raises(UserError, match="dead_windows=none: must be one of"):
         Deconvnet(network(), dead_windows="none")
 
 
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            nn.GELU(),
+            r"2 \(GELU\): the deconvnet has no rule for it; known: Conv2d, ReLU, MaxPool2d, AvgPool2d",
+        ),
+        (nn.AdaptiveMaxPool2d(3), r"2 \(AdaptiveMaxPool2d\): the deconvnet has no rule"),
+        (Scaled(4, 4, 3), r"2 \(Scaled\): the deconvnet has no rule"),
+        (nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect"), r"2 \(Conv2d\): padding_mode=reflect: only zeros"),
+        (nn.BatchNorm2d(4, track_running_stats=False), r"2 \(BatchNorm2d\): track_running_stats=False"),
+        (nn.MaxPool2d(8, 1), r"2 \(MaxPool2d\): its windows have 64 cells; at most 63"),
+        (nn.Linear(8, 8), r"2 \(Linear\): its input has the shape \[4, 8, 8\]; flatten it first"),
+        (nn.Flatten(2), r"2 \(Flatten\): must flatten all dimensions but the first"),
+    ],
+)
+def test_project_refuses_modules_without_a_rule(module: nn.Module, message: str) -> None:
+    """By name, and only if they are on the way."""
+    last = nn.Linear(64, 2) if isinstance(module, nn.Flatten) else nn.Conv2d(4, 2, 1)
+    deconvnet = Deconvnet(nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(1), module, last), image_size=8)
+    assert deconvnet.project(torch.ones(1, 3, 8, 8), "0", [(0, 0, 0, 0)]).shape == (1, 3, 8, 8)
+    with pytest.raises(UserError, match=message):
+        deconvnet.project(torch.ones(1, 3, 8, 8), "3", [(0, 0, 0, 0)])
+
+
+def test_project_leaves_in_place_modules_and_images_as_they_are() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)).double()
+    images = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    before = images.clone()
+    deconvnet = Deconvnet(model, "guided", image_size=6)
+    deconvnet.project(images, "1", [(0, 0, 0, 0)])
+    deconvnet.chain.activations(images, ["1"])
+    assert torch.equal(images, before)
+
+
 @pytest.mark.gpu
-def test_the_gpu_says_the_same() -> None:
+def test_project_on_the_gpu_equals_the_cpu() -> None:
     for variant in VARIANTS:
         model = network(variant)
         images = pictures(model)
         units = some_units(model, images, "conv5")
         expected = Deconvnet(model).project(images, "conv5", units)
-        found = Deconvnet(model.cuda()).project(images.cuda(), "conv5", units)
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-9)
+        ours = Deconvnet(model.cuda()).project(images.cuda(), "conv5", units)
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-9, atol=1e-9)

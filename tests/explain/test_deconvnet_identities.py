@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.explain.networks import VARIANTS, alive, network, pictures, some_units
+from tests.explain.networks import NETWORKS, alive, chain, network, pictures, some_units
 from tests.explain.oracles import close
 from zfnet.explain import Deconvnet, receptive_box, receptive_field
-from zfnet.explain.deconvnet import RULES
+from zfnet.explain.deconvnet import RULES, Signal, take_windows, transposed
+from zfnet.explain.receptive_field import Window
 from zfnet.model.zfnet import ZFNet
 
 
-def test_layer_1_is_the_filter_times_the_activation() -> None:
+def test_project_conv1_is_the_filter_times_the_activation() -> None:
     model = network()
     images = pictures(model)
     activation = model.activations(images, ["conv1"])["conv1"]
@@ -27,7 +30,7 @@ def test_layer_1_is_the_filter_times_the_activation() -> None:
         close(Deconvnet(model).project(images, "conv1", [unit])[0], expected[:, 7:-7, 7:-7])
 
 
-def test_all_positive_networks_have_one_rule() -> None:
+def test_project_in_all_positive_networks_has_one_rule() -> None:
     model = network("ceil")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,7 +45,7 @@ def test_all_positive_networks_have_one_rule() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_seed_only_scales(rule: str) -> None:
+def test_project_seeds_only_scale(rule: str) -> None:
     model = network()
     images = pictures(model)
     units = alive(model, images, "conv4")
@@ -55,7 +58,7 @@ def test_the_seed_only_scales(rule: str) -> None:
     close(own, one * torch.stack([activation[u] for u in units])[:, None, None, None])
 
 
-def test_an_inactive_unit_projects_to_nothing() -> None:
+def test_project_inactive_units_to_nothing() -> None:
     model = network()
     images = pictures(model)
     activation = model.activations(images, ["conv3"])["conv3"]
@@ -64,7 +67,7 @@ def test_an_inactive_unit_projects_to_nothing() -> None:
         assert Deconvnet(model, rule).project(images, "conv3", [unit]).abs().max() == 0
 
 
-def test_negative_signals_do_not_pass_a_relu() -> None:
+def test_project_stops_negative_signals_at_a_relu() -> None:
     """With a negative first layer the rectified signal is ≥ 0 above it, so the image is ≤ 0 everywhere."""
     model = network()
     with torch.no_grad():
@@ -79,11 +82,11 @@ def test_negative_signals_do_not_pass_a_relu() -> None:
     assert Deconvnet(model, "gradient").project(images, "conv5", units).max() > 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_projection_lies_within_the_receptive_field(variant: str) -> None:
-    model = network(variant)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_project_lies_within_the_receptive_field(name: str) -> None:
+    model = chain(name)
     images = pictures(model)
-    for layer in ("conv2", "conv5"):
+    for layer in (model.conv_layers[1], model.conv_layers[-1]):
         units = some_units(model, images, layer)
         projections = Deconvnet(model).project(
             images, layer, units, seeds=torch.ones(len(units), dtype=torch.float64)
@@ -95,7 +98,7 @@ def test_a_projection_lies_within_the_receptive_field(variant: str) -> None:
             assert projection.abs().sum() == 0
 
 
-def test_moving_the_image_by_a_stride_moves_the_projection() -> None:
+def test_project_moves_with_the_image() -> None:
     model = ZFNet(4, 224, network().config).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():  # a shift is seen at the borders through the biases
@@ -113,14 +116,59 @@ def test_moving_the_image_by_a_stride_moves_the_projection() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_fields_are_projections_cut_out(rule: str) -> None:
-    model = network("ceil")
+@pytest.mark.parametrize(
+    ("name", "layer"), [("ceil", "conv3"), ("mixed", "body.dilated"), ("vgg11", "features.3")]
+)
+def test_project_fields_are_projections_cut_out(name: str, layer: str, rule: str) -> None:
+    model = chain(name)
     images = pictures(model)
-    units = some_units(model, images, "conv3")
-    deconvnet, extent = Deconvnet(model, rule), receptive_field(model, "conv3")
-    whole = F.pad(deconvnet.project(images, "conv3", units), (extent.size,) * 4)
-    fields = deconvnet.project_fields(images, "conv3", units)
-    assert fields.shape == (len(units), 3, extent.size, extent.size)
+    units = some_units(model, images, layer)
+    deconvnet, extent = Deconvnet(model, rule), receptive_field(model, layer)
+    whole = F.pad(deconvnet.project(images, layer, units), (extent.size,) * 4)
+    fields = deconvnet.project_fields(images, layer, units)
+    assert fields.shape == (len(units), model.channels, *extent.sizes)
     for unit, projection, cut in zip(units, whole, fields, strict=True):
         top, left = (place + extent.size for place in extent.corner(unit[2], unit[3]))
-        close(cut, projection[:, top : top + extent.size, left : left + extent.size])
+        close(cut, projection[:, top : top + extent.sizes[0], left : left + extent.sizes[1]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kernel=st.tuples(st.integers(1, 11), st.integers(1, 11)),
+    stride=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    square=st.booleans(),
+    spacing=st.sampled_from([(1, 1), (2, 1), (3, 3)]),
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    channels=st.sampled_from([1, 3, 6]),
+    groups=st.integers(1, 2),
+)
+def test_transposed_is_the_adjoint(kernel, stride, square, spacing, height, width, channels, groups) -> None:
+    if square:
+        kernel, stride, spacing = (kernel[0],) * 2, (stride[0],) * 2, (1, 1)
+    signal = torch.randn(2, 4, height, width, dtype=torch.float64)
+    weight = torch.randn(4, channels, *kernel, dtype=torch.float64)
+    ours = transposed(signal, weight, Window(kernel, spacing, stride, (0, 0)), groups)
+    theirs = F.conv_transpose2d(signal, weight, stride=stride, dilation=spacing, groups=groups)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    x = torch.randn_like(ours)
+    forward = F.conv2d(x, weight, stride=stride, dilation=spacing, groups=groups)
+    torch.testing.assert_close((forward * signal).sum(), (x * ours).sum(), rtol=1e-10, atol=1e-10)
+
+
+def test_take_windows_beyond_the_border_are_zero() -> None:
+    maps = torch.arange(1, 19).view(2, 1, 3, 3)
+    windows = take_windows(maps, torch.tensor([1, 0]), torch.tensor([[-1, -1], [2, 1]]), (2, 3))
+    assert windows[:, 0].tolist() == [[[0, 0, 0], [0, 10, 11]], [[8, 9, 0], [0, 0, 0]]]
+
+
+def test_signal_drops_what_lies_outside_and_is_never_larger_than_the_map() -> None:
+    ones, item = torch.ones(1, 1, 4, 4), torch.tensor([0])
+    small = Signal(ones[..., :2, :2], item, torch.tensor([[-1, 2]]))
+    small.keep_inside((3, 3))
+    assert small.values[0, 0].tolist() == [[0, 0], [1, 0]]
+    assert small.corner.tolist() == [[-1, 2]]
+    large = Signal(ones, item, torch.tensor([[-2, 0]]))
+    large.keep_inside((3, 3))
+    assert large.values[0, 0].tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
+    assert large.corner.tolist() == [[0, 0]]

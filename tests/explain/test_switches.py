@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from zfnet.explain.receptive_field import window_of
 from zfnet.explain.switches import DEAD_WINDOWS, pool_with_switches, unpool
 
 
-def test_a_worked_example() -> None:
+def test_pool_with_switches_worked_example() -> None:
     """3×3/2 windows on 5×5 cells; the 9 in the middle is the maximum of all four and gets what all four bring."""
     x = torch.tensor(
         [
@@ -28,62 +29,70 @@ def test_a_worked_example() -> None:
     assert pooled[0, 0].tolist() == [[9, 9], [9, 9.5]]
     # bit 3·dy + dx: the cell's place in each window
     assert switches[0, 0].tolist() == [[1 << 8, 1 << 6], [1 << 2, 1 << 8]]
-    back = unpool(torch.tensor([[1.0, 10], [100, 1000]])[None, None], switches, pool)
+    back = unpool(torch.tensor([[1.0, 10], [100, 1000]])[None, None], switches, window_of(pool))
     expected = torch.zeros(5, 5)
     expected[2, 2], expected[4, 4] = 111, 1000
     assert torch.equal(back[0, 0], expected)
 
 
-def test_dead_windows() -> None:
+def test_pool_with_switches_dead_windows() -> None:
     x = torch.zeros(1, 1, 3, 5)
     x[0, 0, 1, 4] = 7.0
     pool = nn.MaxPool2d(3, 2)
     one = torch.ones(1, 1, 1, 2)
-    back = {rule: unpool(one, pool_with_switches(x, pool, rule)[1], pool)[0, 0] for rule in DEAD_WINDOWS}
+    back = {
+        rule: unpool(one, pool_with_switches(x, pool, rule)[1], window_of(pool))[0, 0]
+        for rule in DEAD_WINDOWS
+    }
     assert back["mask"].nonzero().tolist() == [[1, 4]]
     assert back["first"].nonzero().tolist() == [[0, 0], [1, 4]]
     assert back["all"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 1], [1, 1, 1, 0, 0]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
-    size=st.integers(3, 12),
+    size=st.tuples(st.integers(9, 13), st.integers(9, 13)),
+    kernel=st.tuples(st.integers(2, 5), st.integers(2, 5)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.integers(0, 1),
+    spacing=st.integers(1, 2),
     ceil=st.booleans(),
     channels_last=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_first_is_autograds_choice_and_the_adjoint(size, padding, ceil, channels_last, seed) -> None:
+def test_unpool_first_is_autograds_choice_and_the_adjoint(
+    size, kernel, stride, padding, spacing, ceil, channels_last, seed
+) -> None:
     """On maps full of ties and dead windows: ⟨pooling's derivative x′, r⟩ = ⟨x′, unpooled r⟩."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(-3, 3, (2, 3, size, size), generator=generator).double().clamp(min=0)
+    x = torch.randint(-3, 3, (2, 3, *size), generator=generator).double().clamp(min=0)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
-    pool = nn.MaxPool2d(3, 2, padding, ceil_mode=ceil)
-    expected_pooled = pool(x)
-    pooled, switches = pool_with_switches(x.detach(), pool)
-    assert torch.equal(pooled, expected_pooled)
-    signal = torch.randn(pooled.shape, generator=generator, dtype=torch.float64)
-    expected = torch.autograd.grad(expected_pooled, x, signal)[0]
-    back = unpool(signal, switches, pool)
-    back = F.pad(back, (0, 3, 0, 3))[:, :, padding : padding + size, padding : padding + size]
-    torch.testing.assert_close(back, expected, rtol=1e-12, atol=1e-12)
+    for pool in (nn.MaxPool2d(kernel, stride, padding, spacing, ceil_mode=ceil), nn.MaxPool2d(3, 2, padding)):
+        expected_pooled = pool(x)
+        pooled, switches = pool_with_switches(x.detach(), pool)
+        assert torch.equal(pooled, expected_pooled)
+        signal = torch.randn(pooled.shape, generator=generator, dtype=torch.float64)
+        expected = torch.autograd.grad(expected_pooled, x, signal)[0]
+        back = F.pad(unpool(signal, switches, window_of(pool)), (0, 9, 0, 9))
+        back = back[:, :, padding : padding + size[0], padding : padding + size[1]]
+        torch.testing.assert_close(back, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("padding", [0, 1])
-def test_switches_never_point_into_the_padding(padding: int) -> None:
+def test_pool_with_switches_never_point_into_the_padding(padding: int) -> None:
     x = torch.zeros(1, 1, 6, 6)
     pool = nn.MaxPool2d(3, 2, padding, ceil_mode=True)
     for rule in DEAD_WINDOWS:
         pooled, switches = pool_with_switches(x, pool, rule)
-        back = unpool(torch.ones_like(pooled), switches, pool)
+        back = unpool(torch.ones_like(pooled), switches, window_of(pool))
         inside = back[:, :, padding : padding + 6, padding : padding + 6]
         assert back.sum() == inside.sum()
 
 
-def test_pooling_undoes_unpooling_without_overlap() -> None:
+def test_unpool_is_undone_by_pooling_without_overlap() -> None:
     x = torch.rand(1, 4, 8, 8)
     pool = nn.MaxPool2d(2, 2)
     pooled, switches = pool_with_switches(x, pool)
-    assert torch.equal(pool(unpool(pooled, switches, pool)), pooled)
+    assert torch.equal(pool(unpool(pooled, switches, window_of(pool))), pooled)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.explain.networks import network
+from tests.explain.networks import chain
 from tests.helpers import compose
 from zfnet.data import Batches
 from zfnet.data.images import image_set
@@ -27,10 +27,12 @@ def brute_force(maps: Tensor, top: int) -> list[list[tuple[float, int, int]]]:
     return answer
 
 
-def entries(found: TopActivations, layer: str) -> list[list[tuple[float, int, int]]]:
-    record = found.layers[layer]
+def entries(collection: TopActivations, layer: str) -> list[list[tuple[float, int, int]]]:
+    record = collection.layers[layer]
     return [
-        list(zip(*(part[c].tolist() for part in (record.values, record.index, record.position)), strict=True))
+        list(
+            zip(*(field[c].tolist() for field in (record.values, record.index, record.position)), strict=True)
+        )
         for c in range(len(record.values))
     ]
 
@@ -43,17 +45,19 @@ def entries(found: TopActivations, layer: str) -> list[list[tuple[float, int, in
     backwards=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_any_division_and_order_gives_brute_forces_answer(count, top, batch, backwards, seed) -> None:
+def test_top_activations_equal_brute_force_in_any_division_and_order(
+    count, top, batch, backwards, seed
+) -> None:
     """Few distinct values, so that ties between images and between positions abound."""
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randint(0, 4, (count, 3, 2, 3), generator=generator).float()
     labels = torch.randint(0, 4, (count,), generator=generator)
-    found = TopActivations(top, 4)
-    pieces = list(torch.arange(count).split(batch))
-    for piece in reversed(pieces) if backwards else pieces:
-        found.add({"conv1": maps[piece]}, piece, labels[piece])
-    assert entries(found, "conv1") == brute_force(maps, top)
-    statistics = found.statistics("conv1")
+    collection = TopActivations(top, 4)
+    chunks = list(torch.arange(count).split(batch))
+    for chunk in reversed(chunks) if backwards else chunks:
+        collection.add({"conv1": maps[chunk]}, chunk, labels[chunk])
+    assert entries(collection, "conv1") == brute_force(maps, top)
+    statistics = collection.statistics("conv1")
     torch.testing.assert_close(statistics.mean, maps.double().mean((0, 2, 3)))
     for label in range(4):
         if (labels == label).any():
@@ -63,15 +67,15 @@ def test_any_division_and_order_gives_brute_forces_answer(count, top, batch, bac
     torch.testing.assert_close(statistics.position_share, (maps > 0).float().mean((0, 2, 3)))
 
 
-def test_fewer_images_than_places_and_dead_maps() -> None:
-    found = TopActivations(3, 2)
+def test_top_activations_of_few_images_and_dead_maps() -> None:
+    collection = TopActivations(3, 2)
     maps = torch.zeros(2, 2)
     maps[1, 1] = 5.0
-    found.add({"fc6": maps}, torch.tensor([0, 1]), torch.tensor([0, 1]))
-    record = found.layers["fc6"]
+    collection.add({"fc6": maps}, torch.tensor([0, 1]), torch.tensor([0, 1]))
+    record = collection.layers["fc6"]
     assert record.values.tolist() == [[0, 0, float("-inf")], [5, 0, float("-inf")]]
     assert record.filled.tolist() == [[False] * 3, [True, False, False]]
-    assert found.statistics("fc6").dead.tolist() == [True, False]
+    assert collection.statistics("fc6").dead.tolist() == [True, False]
 
 
 def test_selectivity_by_hand() -> None:
@@ -81,35 +85,38 @@ def test_selectivity_by_hand() -> None:
     assert best.tolist()[:1] + best.tolist()[2:3] == [0, 1]
 
 
-def test_one_pass_over_a_set_and_going_on_after_an_interruption() -> None:
-    model = network("pad").float().train()
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("pad", ["conv2", "conv5", "fc7"]), ("alexnet", ["features.3", "features.10", "classifier.4"])],
+)
+def test_collect_in_one_pass_and_after_an_interruption(name: str, layers: list[str]) -> None:
+    model = chain(name)
+    model.model.float().train()
     data = compose("experiment=quickstart", "data.batch_size=4").data
     pixels = torch.randint(0, 256, (11, 64, 64, 3), dtype=torch.uint8).numpy()
     images = image_set(pixels, torch.arange(11) % 4, list("abcd"))
-    layers = ["conv2", "conv5", "fc7"]
 
-    def batches_of(part):
-        return Batches(part, data, torch.device("cpu"))
+    def batches_of(images):
+        return Batches(images, data, torch.device("cpu"))
 
     whole = collect(model, images, batches_of, layers, TopActivations(3, 4))
-    assert model.training
-    activations = model.eval().activations(
-        next(batches_of(images.take(torch.arange(4))).in_order()).images, layers
-    )
-    seen = whole.layers["conv5"]
+    assert model.model.training
+    model.model.eval()
+    activations = model.activations(next(batches_of(images.take(torch.arange(4))).in_order()).images, layers)
+    seen = whole.layers[layers[1]]
     for channel, (row, values) in enumerate(zip(seen.places(), seen.values, strict=True)):
         for (n, y, x), value in zip(row.tolist(), values.tolist(), strict=True):
             if n < 4:
-                assert activations["conv5"][n, channel, y, x].item() == pytest.approx(value, rel=1e-5)
+                assert activations[layers[1]][n, channel, y, x].item() == pytest.approx(value, rel=1e-5)
 
     class Interrupted(Exception):
         pass
 
     saved = []
 
-    def interrupt(found: TopActivations) -> None:
-        saved.append(found.state())
-        if found.images >= 8:
+    def interrupt(collection: TopActivations) -> None:
+        saved.append(collection.state())
+        if collection.images >= 8:
             raise Interrupted
 
     with pytest.raises(Interrupted):

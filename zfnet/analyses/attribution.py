@@ -22,12 +22,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.selection import Chosen, Look, check_layer, choose_images, in_boxes, output_layer, to_rows
+from zfnet.model.chain import Chain
 from zfnet.model.zfnet import ZFNet
 from zfnet.plots.figures import SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
@@ -121,18 +122,13 @@ def attribute(
         internal_batch_size=max(batch_size, len(images)),
     )
     maps[INTEGRATED] = integrated.detach().float().cpu()
-    last = _last_module(model, layer)
+    last = Chain.of(model).end(layer)
     cam = captum.LayerGradCam(model, last).attribute(images, labels, relu_attributions=True).detach()
     maps[GRAD_CAM] = F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False).cpu()
     rows = torch.arange(len(labels), device=labels.device)
     with torch.no_grad():
         output, baseline = (model(x)[rows, labels].cpu() for x in (images, torch.zeros_like(images)))
     return Attributions(maps, output, baseline)
-
-
-def _last_module(model: ZFNet, layer: str) -> nn.Module:
-    """Return the module whose output is the layer's output."""
-    return model.get_submodule(next(name for name, of in model.output_of.items() if of == layer))
 
 
 def share_in_boxes(maps: Tensor, boxes: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError
@@ -298,7 +298,7 @@ def project_controls(
         "random_weights": project_frames(shuffled, images, layer, units, seeds=ones),
         "other_unit": project_frames(deconvnet, images, layer, neighbours, seeds=ones),
     }
-    if any(step.name.startswith("pool") for step in window_steps(model, layer)):
+    if any(isinstance(step.module, nn.MaxPool2d) for step in window_steps(model, layer)):
         others["other_switches"] = project_frames(
             deconvnet, images, layer, units, seeds=ones, switches_from=images.roll(1, 0)
         )

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from zfnet.config.schema import DataConfig
 from zfnet.data import ImageSet, preprocess
-from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.deconvnet import Deconvnet, inside_map, take_windows
 from zfnet.explain.receptive_field import receptive_field
 from zfnet.explain.selection import conv_layers
 from zfnet.explain.top_activations import LayerRecord
-from zfnet.explain.windows import inside_map, take_windows
 from zfnet.model.zfnet import ZFNet
 from zfnet.plots.pictures import GREY, on_grey, to_pixels
 
@@ -70,8 +69,7 @@ def view_maps(
     units = torch.stack((places[:, 0], maps[number], places[:, 1], places[:, 2]), 1)
     corners = torch.zeros(len(units), 2, dtype=torch.int64)
     if side < size:
-        field = receptive_field(model, layer)
-        corners = units[:, 2:] * field.stride + field.offset
+        corners = receptive_field(model, layer).corners(units[:, 2:])
     projections = torch.empty(len(units), 3, side, side)
     windows = torch.empty(len(units), 3, side, side)
     for group in units[:, 0].unique().split(_IMAGES):

@@ -1,6 +1,6 @@
 """The deconvnet: one unit's activation, projected back down to the pixels (paper, section 2.1).
 
-From the unit down, each layer is undone by its adjoint: a pooling sends the signal back to the places of its
+From the unit down, each module is undone by its adjoint: a pooling sends the signal back to the places of its
 maxima (`switches.py`), a ReLU rectifies it, a convolution filters it with the transposed filters. Biases have no
 part in it. Except for the ReLU this is the gradient (Simonyan et al. 2013, section 4), so that one
 implementation has three rules, which differ in what the ReLU lets through:
@@ -10,27 +10,28 @@ implementation has three rules, which differ in what the ReLU lets through:
     guided      where both hold                           (Springenberg et al. 2014)
 
 A projection shows what in *this* image excited the unit, through this image's switches. It is no sample of
-what the unit would respond to, and says little about the class (Nie et al. 2018): see `controls.py`.
+what the unit would respond to, and says little about the class (Nie et al. 2018): compare it with controls.
+
+In this file: `Deconvnet`; the table of rules by module type; signals and their windows; the transposed convolution.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError, did_you_mean
-from zfnet.explain.receptive_field import receptive_field
-from zfnet.explain.switches import DEAD_WINDOWS, pool_with_switches, side, unpool
-from zfnet.explain.transposed import transposed
-from zfnet.explain.windows import Signal
+from zfnet.config.errors import UserError
+from zfnet.explain.receptive_field import Pair, Window, adaptive_windows, receptive_field, window_of
+from zfnet.explain.switches import DEAD_WINDOWS, MOST_CELLS, pool_with_switches, unpool
+from zfnet.model.chain import BATCH_NORMS, NEUTRAL, Chain, Step
 from zfnet.model.layers import LocalResponseNorm
-from zfnet.model.sizes import CONV_LAYERS
-from zfnet.model.zfnet import Dropout, ZFNet
 
 RULES = ("deconvnet", "guided", "gradient")
 LRN_RULES = ("identity", "gradient")
@@ -43,13 +44,11 @@ _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 @dataclass
 class _Trace:
-    """What a forward pass leaves for the way back. Each dict goes by the names of the model's steps."""
+    """What a forward pass leaves for the way back. Each list has an entry for each step."""
 
     output: Tensor
-    input_shapes: dict[str, torch.Size] = field(default_factory=dict)  # without the batch
-    switches: dict[str, Tensor] = field(default_factory=dict)
-    active: dict[str, Tensor] = field(default_factory=dict)  # of a ReLU: where its output is positive
-    inputs: dict[str, Tensor] = field(default_factory=dict)  # of an LRN, for its gradient
+    input_shapes: list[torch.Size] = field(default_factory=list)  # without the batch
+    kept: list[Any] = field(default_factory=list)  # what the step's rule keeps: switches, say
 
 
 @contextlib.contextmanager
@@ -70,18 +69,25 @@ def _exactly() -> Iterator[None]:
 class Deconvnet:
     """Projects units of a network to the pixels. Reads the model's own modules; changes nothing about it.
 
-    model: a ZFNet of any variant, on any device; its forward pass is that of evaluation mode, whatever its mode
+    model: a ZFNet, a `Chain`, or any model that is one, on any device; its forward pass is that of evaluation mode,
+        whatever its mode
     rule: `deconvnet`, `guided` or `gradient`
     dead_windows: `first`, `mask` or `all`, see `pool_with_switches`. The deconvnet sends signals through pooling
         windows without an active cell, and the choice changes conv5's projections by a quarter or more
     lrn: `identity` leaves contrast normalisation out of the way back, as the paper does; `gradient` goes
         through it. (Batch normalisation is linear: its adjoint scales by γ/σ.)
+    image_size: side of the images in pixels, for a model that is neither a ZFNet nor a `Chain`
 
-    Raises UserError for an unknown choice.
+    Raises UserError for an unknown choice, and for a network that is not a chain.
     """
 
     def __init__(
-        self, model: ZFNet, rule: str = "deconvnet", dead_windows: str = "first", lrn: str = "identity"
+        self,
+        model: nn.Module | Chain,
+        rule: str = "deconvnet",
+        dead_windows: str = "first",
+        lrn: str = "identity",
+        image_size: int | None = None,
     ) -> None:
         for key, value, known in (
             ("rule", rule, RULES),
@@ -90,8 +96,9 @@ class Deconvnet:
         ):
             if value not in known:
                 raise UserError(f"{key}={value}: must be one of {', '.join(known)}")
-        self.model, self.rule, self.dead_windows, self.lrn = model, rule, dead_windows, lrn
-        self.whole_maps = False  # work on whole maps, not on what the units see: slow, for tests
+        self.chain = Chain.of(model, image_size)
+        self.model: Any = self.chain.model
+        self.rule, self.dead_windows, self.lrn = rule, dead_windows, lrn
 
     def project(
         self,
@@ -105,16 +112,18 @@ class Deconvnet:
         """Return the projection of each unit, [len(units), 3, H, W], on the model's device.
 
         images: [N, 3, H, W], normalised as the network sees them
-        units: (image, channel, y, x) in `layer`'s output before pooling, as `model.activations` gives it;
-            for fc layers (image, feature) or (image, feature, 0, 0)
+        layer: a name in `Chain.layers`, such as `conv5` or, in torchvision's AlexNet, `features.10`
+        units: (image, channel, y, x) in `layer`'s output before pooling, as `Chain.activations` gives it;
+            for linear layers (image, feature) or (image, feature, 0, 0)
         switches_from: images [N, 3, H, W] whose pooling switches are used instead (a control)
         seeds: [len(units)], what to project instead of each unit's own activation
 
-        Raises UserError for a layer or a unit that the network has not, and for shapes that do not fit.
+        Raises UserError for a layer or a unit that the network does not have, for shapes that do not fit, and for
+        a module on the way that has no rule.
         """
         wanted = self._check(images, layer, units, switches_from, seeds)
         extent = (images.shape[2], images.shape[3])
-        out = self.model.fc8.weight.new_zeros(len(wanted), 3, *extent)
+        out = self._weight().new_zeros(len(wanted), self.chain.channels, *extent)
         for chosen, signal in self._project(images, layer, wanted, switches_from, seeds):
             out[chosen] = signal.cut(torch.zeros_like(signal.corner), extent)
         return out
@@ -128,18 +137,18 @@ class Deconvnet:
         switches_from: Tensor | None = None,
         seeds: Tensor | None = None,
     ) -> Tensor:
-        """Return projections cut to the units' receptive fields: [len(units), 3, size, size], for conv layers.
+        """Return projections cut to the units' receptive fields: [len(units), 3, *sizes], for convolutions.
 
         `receptive_field(model, layer).corner(y, x)` tells where one lies; its cells outside the image are 0.
         """
         wanted = self._check(images, layer, units, switches_from, seeds)
-        if layer not in CONV_LAYERS:
+        if layer not in self.chain.conv_layers:
             raise UserError(f"{layer}: its units see the whole image; use project")
-        field = receptive_field(self.model, layer)
-        corners = wanted[:, 2:] * field.stride + field.offset
-        out = self.model.fc8.weight.new_zeros(len(wanted), 3, field.size, field.size)
+        field = receptive_field(self.chain, layer)
+        corners = field.corners(wanted[:, 2:])
+        out = self._weight().new_zeros(len(wanted), self.chain.channels, *field.sizes)
         for chosen, signal in self._project(images, layer, wanted, switches_from, seeds):
-            out[chosen] = signal.cut(corners.to(out.device)[chosen], (field.size, field.size))
+            out[chosen] = signal.cut(corners.to(out.device)[chosen], field.sizes)
         return out
 
     # -- what is asked for
@@ -153,10 +162,10 @@ class Deconvnet:
         seeds: Tensor | None,
     ) -> Tensor:
         """Return the units as int64 [U, 4] on the CPU."""
-        if layer not in self.model.layers:
-            raise UserError(f"{layer}: no such layer{did_you_mean(layer, self.model.layers)}")
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(f"images of shape {list(images.shape)}: must be [N, 3, H, W]")
+        for step in self.chain.up_to(layer):
+            _check_support(step)
+        if images.ndim != 4 or images.shape[1] != self.chain.channels:
+            raise UserError(f"images of shape {list(images.shape)}: must be [N, {self.chain.channels}, H, W]")
         if switches_from is not None and switches_from.shape != images.shape:
             raise UserError(
                 f"switches_from of shape {list(switches_from.shape)}: must be {list(images.shape)}, as images"
@@ -164,11 +173,12 @@ class Deconvnet:
         wanted = torch.as_tensor(units, dtype=torch.int64).cpu()
         if wanted.numel() == 0:
             wanted = wanted.reshape(0, 4)
-        if wanted.ndim == 2 and wanted.shape[1] == 2 and layer not in CONV_LAYERS:
+        is_conv = layer in self.chain.conv_layers
+        if wanted.ndim == 2 and wanted.shape[1] == 2 and not is_conv:
             wanted = F.pad(wanted, (0, 2))
         if wanted.ndim != 2 or wanted.shape[1] != 4:
-            kind = "(image, channel, y, x)" if layer in CONV_LAYERS else "(image, feature)"
-            raise UserError(f"units of {layer} must be given as {kind}")
+            columns = "(image, channel, y, x)" if is_conv else "(image, feature)"
+            raise UserError(f"units of {layer} must be given as {columns}")
         if seeds is not None and seeds.shape != (len(wanted),):
             raise UserError(f"seeds of shape {list(seeds.shape)}: must be [{len(wanted)}], one for each unit")
         return wanted
@@ -182,129 +192,358 @@ class Deconvnet:
         seeds: Tensor | None,
     ) -> Iterator[tuple[Tensor, Signal]]:
         """Yield (numbers of units, their signals at the pixels), some units at a time."""
-        weight = self.model.fc8.weight
+        weight, steps = self._weight(), self.chain.up_to(layer)
         images = images.to(weight)
         _check_range(units[:, 0], len(images), "image", layer)
         needed = units[:, 0].unique()
         for group in needed.split(_IMAGES):
-            trace = self._forward(images[group.to(weight.device)], layer)
+            trace = self._forward(images[group.to(weight.device)], steps)
             if switches_from is not None:
-                other = self._forward(switches_from.to(weight)[group.to(weight.device)], layer)
-                trace.switches = other.switches
+                other = self._forward(switches_from.to(weight)[group.to(weight.device)], steps)
+                for number, step in enumerate(steps):
+                    if isinstance(step.module, nn.MaxPool2d):
+                        trace.kept[number] = other.kept[number]
             shape = trace.output.shape[1:]
             mine = torch.isin(units[:, 0], group).nonzero().flatten()
             for column, name in enumerate(("channel" if len(shape) > 1 else "feature", "y", "x"), 1):
                 limit = shape[column - 1] if column <= len(shape) else 1
                 _check_range(units[mine, column], limit, name, layer)
-            for chosen in mine.split(self._chunk(layer, trace)):
+            for chosen in mine.split(_chunk(steps, trace)):
                 unit = units[chosen].to(weight.device)
                 unit[:, 0] = torch.searchsorted(group, units[chosen, 0]).to(weight.device)
                 seed = None if seeds is None else seeds[chosen].to(weight)
-                yield chosen.to(weight.device), self._backward(trace, layer, unit, seed)
+                yield chosen.to(weight.device), self._backward(steps, trace, unit, seed)
 
-    def _chunk(self, layer: str, trace: _Trace) -> int:
-        """How many units go down together."""
-        size = 1 if layer in CONV_LAYERS and not self.whole_maps else trace.output.numel()
-        largest = 1
-        for name in reversed(self._steps(layer)):
-            module, shape = getattr(self.model, name), trace.input_shapes[name]
-            if isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
-                size = min((size - 1) * side(module.stride) + side(module.kernel_size), max(shape[1:]))
-                largest = max(largest, size * size * shape[0])
-        budget = _CHUNK_BYTES.get(trace.output.device.type, 256 << 20)
-        return max(1, budget // (largest * trace.output.element_size()))
-
-    def _steps(self, layer: str) -> list[str]:
-        """The model's steps up to the one that ends `layer`."""
-        end = next(step for step, name in self.model.output_of.items() if name == layer)
-        return self.model.steps[: self.model.steps.index(end) + 1]
+    def _weight(self) -> Tensor:
+        """Return a tensor whose dtype and device are the network's."""
+        return next(self.model.parameters())
 
     # -- up
 
     @_exactly()
-    def _forward(self, x: Tensor, layer: str) -> _Trace:
-        """Run images [n, 3, H, W] up to `layer` as in evaluation mode, and keep what the way back needs."""
+    def _forward(self, x: Tensor, steps: list[Step]) -> _Trace:
+        """Run images [n, 3, H, W] through the steps as in evaluation mode, and keep what the way back needs."""
         # channels last: as windows are cut out, and as convolutions like it best
         x = x.contiguous(memory_format=torch.channels_last)
         trace = _Trace(x)
-        for name in self._steps(layer):
-            module = getattr(self.model, name)
-            trace.input_shapes[name] = x.shape[1:]
-            if isinstance(module, nn.MaxPool2d):
-                x, trace.switches[name] = pool_with_switches(x, module, self.dead_windows)
-            elif isinstance(module, nn.BatchNorm2d):
-                x = F.batch_norm(
-                    x, module.running_mean, module.running_var, module.weight, module.bias, eps=module.eps
-                )
-            elif isinstance(module, nn.Linear):
-                x = module(x.flatten(1))
-            elif not isinstance(module, Dropout):
-                if isinstance(module, LocalResponseNorm) and self.lrn == "gradient":
-                    trace.inputs[name] = x
-                x = module(x)
-                if isinstance(module, nn.ReLU) and self.rule != "deconvnet":
-                    trace.active[name] = x > 0
+        for step in steps:
+            trace.input_shapes.append(x.shape[1:])
+            x, kept = _rule_of(step).forward(self, step.module, x)
+            trace.kept.append(kept)
         trace.output = x
         return trace
 
     # -- and down
 
     @_exactly()
-    def _backward(self, trace: _Trace, layer: str, units: Tensor, seeds: Tensor | None) -> Signal:
+    def _backward(self, steps: list[Step], trace: _Trace, units: Tensor, seeds: Tensor | None) -> Signal:
         """Return the signals of the units at the pixels; units: int64 [u, 4], counting the trace's images.
 
         On its way down a signal is a window of the feature map, just what the unit sees.
         """
         item, channel, y, x = units.unbind(1)
-        top = trace.output[:, :, None, None] if trace.output.ndim == 2 else trace.output
+        top = _as_maps(trace.output)
         values = top.new_zeros(len(units), top.shape[1], 1, 1)
         values[torch.arange(len(units), device=units.device), channel, 0, 0] = (
             top[item, channel, y, x] if seeds is None else seeds
         )
         signal = Signal(values, item, torch.stack((y, x), 1))
-        if self.whole_maps:
-            signal = Signal(
-                signal.cut(0 * signal.corner, (top.shape[2], top.shape[3])), item, 0 * signal.corner
-            )
-        for name in reversed(self._steps(layer)):
-            self._undo(name, signal, trace)
+        for step, shape, kept in reversed(list(zip(steps, trace.input_shapes, trace.kept, strict=True))):
+            _rule_of(step).backward(self, step.module, signal, kept, shape)
         return signal
 
-    def _undo(self, name: str, signal: Signal, trace: _Trace) -> None:
-        """Take the signal from the output of a step to its input."""
-        module, shape = getattr(self.model, name), trace.input_shapes[name]
-        if isinstance(module, nn.ReLU):
-            if self.rule != "gradient":
-                signal.values = signal.values.clamp(min=0)
-            if self.rule != "deconvnet":
-                signal.values = signal.values * signal.see(trace.active[name])
-        elif isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
-            if isinstance(module, nn.Conv2d):
-                signal.values = transposed(signal.values, module.weight, side(module.stride))
-            else:
-                signal.values = unpool(signal.values, signal.see(trace.switches[name]), module)
-            signal.corner = signal.corner * side(module.stride) - side(module.padding)
-            signal.keep_inside((shape[1], shape[2]))
-        elif isinstance(module, nn.BatchNorm2d):
-            assert module.running_var is not None
-            scale = module.weight / (module.running_var + module.eps).sqrt()
-            signal.values = signal.values * scale[:, None, None]
-        elif isinstance(module, LocalResponseNorm) and self.lrn == "gradient":
-            signal.values = _gradient(module, signal.see(trace.inputs[name]), signal.values)
-        elif isinstance(module, nn.Linear):
-            below = signal.values.flatten(1) @ module.weight
-            signal.values = below.reshape(-1, *shape) if len(shape) == 3 else below[:, :, None, None]
-            signal.corner = torch.zeros_like(signal.corner)
 
-
-def _gradient(module: nn.Module, x: Tensor, signal: Tensor) -> Tensor:
-    """Return the vector-Jacobian product of a module at x."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(module(x), x, signal)[0]
+def _chunk(steps: list[Step], trace: _Trace) -> int:
+    """Return how many units go down together."""
+    rows = columns = largest = 1
+    for step, shape in reversed(list(zip(steps, trace.input_shapes, strict=True))):
+        if len(shape) == 3:
+            if isinstance(step.module, (nn.Flatten, nn.AdaptiveAvgPool2d)):
+                rows, columns = shape[1:]
+            elif isinstance(step.module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+                window = window_of(step.module)
+                rows = min((rows - 1) * window.stride[0] + window.extent[0], shape[1])
+                columns = min((columns - 1) * window.stride[1] + window.extent[1], shape[2])
+        largest = max(largest, rows * columns * shape[0])
+    budget = _CHUNK_BYTES.get(trace.output.device.type, 256 << 20)
+    return max(1, budget // (largest * trace.output.element_size()))
 
 
 def _check_range(values: Tensor, limit: int, name: str, layer: str) -> None:
     wrong = values[(values < 0) | (values >= limit)]
     if len(wrong):
         raise UserError(f"{layer}: {name} {int(wrong[0])} is out of range, 0 … {limit - 1}")
+
+
+# -- signals: windows of feature maps
+
+
+@dataclass
+class Signal:
+    """The signals of some units at one level of the network: of each, the window of the map that it reaches.
+
+    values: [u, C, h, w]; item: int64 [u], each unit's image; corner: int64 [u, 2], the window's first row and
+    column in the map, which may lie outside. What lies outside the map is 0.
+    """
+
+    values: Tensor
+    item: Tensor
+    corner: Tensor
+
+    def gather(self, maps: Tensor) -> Tensor:
+        """Return what `maps` [N, C, H, W] (or [N, C]) hold at the places of the windows."""
+        return take_windows(
+            _as_maps(maps), self.item, self.corner, (self.values.shape[2], self.values.shape[3])
+        )
+
+    def move_down(self, values: Tensor, window: Window, shape: torch.Size) -> None:
+        """Set the values to those under the windows of a convolution or pooling, whose input has this shape."""
+        self.values = values
+        self.corner = window.corners(self.corner)
+        self.keep_inside((shape[1], shape[2]))
+
+    def keep_inside(self, extent: Pair) -> None:
+        """Drop what lies outside a map of `extent`, and cut windows that are larger than it."""
+        height, width = self.values.shape[2:]
+        if height > extent[0] or width > extent[1]:
+            self.values = self.cut(torch.zeros_like(self.corner), extent)
+            self.corner = torch.zeros_like(self.corner)
+        else:
+            inside = inside_map(self.corner, (height, width), extent)
+            if not bool(inside.all()):
+                self.values = self.values * inside
+
+    def cut(self, corner: Tensor, size: Pair) -> Tensor:
+        """Return the signals within other windows, at `corner` [u, 2] and of `size`."""
+        each = torch.arange(len(self.values), device=self.values.device)
+        return take_windows(self.values, each, corner - self.corner, size)
+
+
+def _as_maps(x: Tensor) -> Tensor:
+    """Return features [N, C] as maps of one cell."""
+    return x[:, :, None, None] if x.ndim == 2 else x
+
+
+def take_windows(maps: Tensor, item: Tensor, corner: Tensor, size: Pair) -> Tensor:
+    """Cut one window out of one item for each row of `item`; what lies outside a map is 0 (or False).
+
+    maps: [N, C, H, W]; item: int64 [U]; corner: int64 [U, 2], first row and column, perhaps outside the map;
+    size: (h, w). Returns [U, C, h, w].
+    """
+    rows = corner[:, :1] + torch.arange(size[0], device=maps.device)
+    columns = corner[:, 1:] + torch.arange(size[1], device=maps.device)
+    windows = maps.permute(0, 2, 3, 1)[
+        item[:, None, None],
+        rows.clamp(0, maps.shape[2] - 1)[:, :, None],
+        columns.clamp(0, maps.shape[3] - 1)[:, None, :],
+    ].permute(0, 3, 1, 2)
+    inside = inside_map(corner, size, maps.shape[2:])
+    if bool(inside.all()):
+        return windows
+    return windows * inside.to(windows.dtype)
+
+
+def inside_map(corner: Tensor, size: Pair, extent: torch.Size | Pair) -> Tensor:
+    """Return bool [U, 1, h, w]: which cells of the windows at `corner` [U, 2] lie within a map of `extent`."""
+    lines = [corner[:, axis, None] + torch.arange(size[axis], device=corner.device) for axis in (0, 1)]
+    rows, columns = ((line >= 0) & (line < end) for line, end in zip(lines, extent, strict=True))
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+# -- the rules: how each type of module is passed, up and down
+
+
+class _Rule(NamedTuple):
+    """forward(deconvnet, module, x) returns the module's output and what the way back needs of it (None: nothing);
+    backward(deconvnet, module, signal, kept, shape) takes a signal to the module's input, of `shape` [C, H, W] or [C].
+    """
+
+    forward: Callable[[Deconvnet, Any, Tensor], tuple[Tensor, Any]]
+    backward: Callable[[Deconvnet, Any, Signal, Any, torch.Size], None]
+
+
+def _run(net: Deconvnet, module: nn.Module, x: Tensor) -> tuple[Tensor, None]:
+    return module(x), None
+
+
+def _convolution_back(net: Deconvnet, conv: nn.Conv2d, signal: Signal, kept: None, shape: torch.Size) -> None:
+    window = window_of(conv)
+    signal.move_down(transposed(signal.values, conv.weight, window, conv.groups), window, shape)
+
+
+def _relu(net: Deconvnet, relu: nn.ReLU, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    x = F.relu(x)  # not relu(x), which may work in place
+    return x, None if net.rule == "deconvnet" else x > 0
+
+
+def _relu_back(
+    net: Deconvnet, relu: nn.ReLU, signal: Signal, active: Tensor | None, shape: torch.Size
+) -> None:
+    if net.rule != "gradient":
+        signal.values = signal.values.clamp(min=0)
+    if active is not None:
+        signal.values = signal.values * signal.gather(active)
+
+
+def _max_pool(net: Deconvnet, pool: nn.MaxPool2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    return pool_with_switches(x, pool, net.dead_windows)
+
+
+def _max_pool_back(
+    net: Deconvnet, pool: nn.MaxPool2d, signal: Signal, switches: Tensor, shape: torch.Size
+) -> None:
+    window = window_of(pool)
+    signal.move_down(unpool(signal.values, signal.gather(switches), window), window, shape)
+
+
+def _average_pool(net: Deconvnet, pool: nn.AvgPool2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    # what each window multiplies its sum by: at the borders it depends on `ceil_mode` and `count_include_pad`
+    ones, window = x.new_ones(1, 1, *x.shape[2:]), window_of(pool)
+    sums = F.avg_pool2d(
+        ones, window.kernel, window.stride, window.padding, pool.ceil_mode, divisor_override=1
+    )
+    return pool(x), (pool(ones) / sums).expand(len(x), 1, -1, -1)
+
+
+def _average_pool_back(
+    net: Deconvnet, pool: nn.AvgPool2d, signal: Signal, factor: Tensor, shape: torch.Size
+) -> None:
+    window = window_of(pool)
+    signal.move_down(unpool(signal.values * signal.gather(factor), None, window), window, shape)
+
+
+def _adaptive_pool(net: Deconvnet, pool: nn.AdaptiveAvgPool2d, x: Tensor) -> tuple[Tensor, torch.Size]:
+    x = pool(x)
+    return x, x.shape[2:]
+
+
+def _adaptive_pool_back(
+    net: Deconvnet, pool: nn.AdaptiveAvgPool2d, signal: Signal, size: torch.Size, shape: torch.Size
+) -> None:
+    covered = [adaptive_windows(n, m).to(signal.values) for n, m in zip(size, shape[1:], strict=True)]
+    rows, columns = (c / c.sum(1, keepdim=True) for c in covered)
+    whole = signal.cut(torch.zeros_like(signal.corner), (size[0], size[1]))
+    signal.values = torch.einsum("ucij,ih,jw->uchw", whole, rows, columns)
+    signal.corner = torch.zeros_like(signal.corner)
+
+
+def _batch_norm(net: Deconvnet, norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, None]:
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps), None
+
+
+def _batch_norm_back(
+    net: Deconvnet, norm: nn.BatchNorm2d, signal: Signal, kept: None, shape: torch.Size
+) -> None:
+    assert norm.running_var is not None
+    scale = (norm.weight if norm.affine else 1) / (norm.running_var + norm.eps).sqrt()
+    signal.values = signal.values * scale[:, None, None]
+
+
+def _contrast(net: Deconvnet, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    return norm(x), x if net.lrn == "gradient" else None
+
+
+def _contrast_back(
+    net: Deconvnet, norm: nn.Module, signal: Signal, x: Tensor | None, shape: torch.Size
+) -> None:
+    if x is not None:
+        with torch.enable_grad():
+            here = signal.gather(x).detach().requires_grad_()
+            signal.values = torch.autograd.grad(norm(here), here, signal.values)[0]
+
+
+def _linear_back(net: Deconvnet, linear: nn.Linear, signal: Signal, kept: None, shape: torch.Size) -> None:
+    signal.values = (signal.values.flatten(1) @ linear.weight)[:, :, None, None]
+
+
+def _flatten(net: Deconvnet, flatten: nn.Flatten, x: Tensor) -> tuple[Tensor, None]:
+    return x.flatten(1), None
+
+
+def _flatten_back(net: Deconvnet, flatten: nn.Flatten, signal: Signal, kept: None, shape: torch.Size) -> None:
+    if len(shape) == 3:
+        signal.values = signal.values.reshape(-1, *shape)
+        signal.corner = torch.zeros_like(signal.corner)
+
+
+def _pass(net: Deconvnet, module: nn.Module, x: Tensor) -> tuple[Tensor, None]:
+    return x, None
+
+
+def _pass_back(net: Deconvnet, module: nn.Module, signal: Signal, kept: None, shape: torch.Size) -> None:
+    pass
+
+
+_RULES: dict[tuple[Any, ...], _Rule] = {
+    (nn.Conv2d,): _Rule(_run, _convolution_back),
+    (nn.ReLU,): _Rule(_relu, _relu_back),
+    (nn.MaxPool2d,): _Rule(_max_pool, _max_pool_back),
+    (nn.AvgPool2d,): _Rule(_average_pool, _average_pool_back),
+    (nn.AdaptiveAvgPool2d,): _Rule(_adaptive_pool, _adaptive_pool_back),
+    BATCH_NORMS: _Rule(_batch_norm, _batch_norm_back),
+    (LocalResponseNorm, nn.LocalResponseNorm): _Rule(_contrast, _contrast_back),
+    (nn.Linear,): _Rule(_run, _linear_back),
+    (nn.Flatten,): _Rule(_flatten, _flatten_back),
+    NEUTRAL: _Rule(_pass, _pass_back),
+}
+
+
+def _rule_of(step: Step) -> _Rule:
+    """Return the rule for a step's module; raise UserError where there is none."""
+    for types, rule in _RULES.items():
+        # a subclass with a forward pass of its own may do anything
+        if any(isinstance(step.module, t) and type(step.module).forward is t.forward for t in types):
+            return rule
+    known = dict.fromkeys(t.__name__ for types in _RULES for t in types)
+    raise UserError(f"{step}: the deconvnet has no rule for it; known: {', '.join(known)}")
+
+
+def _check_support(step: Step) -> None:
+    """Raise UserError, naming the module, if there is no rule for it or for its settings."""
+    _rule_of(step)
+    module, problem = step.module, ""
+    if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+        try:
+            cells = math.prod(window_of(module).kernel)
+            if isinstance(module, nn.MaxPool2d) and cells > MOST_CELLS:
+                problem = f"its windows have {cells} cells; at most {MOST_CELLS} are supported"
+        except ValueError as error:
+            problem = str(error)
+    elif isinstance(module, BATCH_NORMS) and module.running_var is None:
+        problem = "track_running_stats=False: its output depends on the batch"
+    elif isinstance(module, nn.Linear) and len(step.input_shape) != 1:
+        problem = f"its input has the shape {list(step.input_shape)}; flatten it first"
+    elif isinstance(module, nn.Flatten) and len(step.output_shape) != 1:
+        problem = "must flatten all dimensions but the first"
+    if problem:
+        raise UserError(f"{step}: {problem}")
+
+
+# -- the adjoint of a convolution
+
+
+_FEW_CHANNELS = 4
+
+
+def transposed(signal: Tensor, weight: Tensor, window: Window, groups: int = 1) -> Tensor:
+    """Return what `F.conv_transpose2d` does without padding, with the stride and the spacing of `window`.
+
+    signal: [N, C, h, w]; weight: [C, I / groups, k, l]. Returns [N, I, (h−1)·stride + extent, …]. Down to few
+    channels, such as an image's three, that function is slow on a CPU. There each of the stride² phases of the
+    output becomes channels of an ordinary convolution with every stride-th row and column of the filters.
+    """
+    stride, kernel = window.stride[0], window.kernel
+    plain = groups == 1 and window.spacing == (1, 1) and window.stride == (stride, stride)
+    if weight.shape[1] > _FEW_CHANNELS or signal.device.type != "cpu" or not plain:
+        signal = signal.contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(
+            signal, weight, stride=window.stride, groups=groups, dilation=window.spacing
+        )
+    # taps of the filter for one phase
+    rows, columns = (-(-k // stride) for k in kernel)
+    filters = F.pad(weight, (0, columns * stride - kernel[1], 0, rows * stride - kernel[0]))
+    phases = filters.view(*weight.shape[:2], rows, stride, columns, stride).permute(1, 3, 5, 0, 2, 4)
+    phases = phases.flip(4, 5).reshape(-1, len(weight), rows, columns)
+    out = F.pixel_shuffle(F.conv2d(signal, phases, padding=(rows - 1, columns - 1)), stride)
+    height, width = ((n - 1) * stride + k for n, k in zip(signal.shape[2:], kernel, strict=True))
+    return out[:, :, :height, :width]

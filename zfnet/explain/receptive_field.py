@@ -1,4 +1,4 @@
-"""Which pixels a unit sees: exact integer arithmetic for every variant.
+"""Which pixels a unit sees: exact integer arithmetic for every chain.
 
 For the paper's network at 224 px the fields are 7, 27, 75, 107 and 139 px wide (conv1 … conv5).
 """
@@ -6,96 +6,191 @@ For the paper's network at 224 px the fields are 7, 27, 75, 107 and 139 px wide 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError, did_you_mean
-from zfnet.explain.switches import side
-from zfnet.model.sizes import CONV_LAYERS
-from zfnet.model.zfnet import ZFNet
+from zfnet.model.chain import ACTIVATIONS, BATCH_NORMS, NEUTRAL, Chain, Step
+from zfnet.model.layers import LocalResponseNorm
 
+Pair = tuple[int, int]  # rows, columns
 
-@dataclass(frozen=True)
-class Step:
-    """A module that looks through windows: how wide they are, how far apart, and where the first one starts."""
-
-    name: str
-    kernel: int
-    stride: int
-    padding: int
+_WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_POINTWISE = (*ACTIVATIONS, *BATCH_NORMS, *NEUTRAL, LocalResponseNorm, nn.LocalResponseNorm)
 
 
 @dataclass(frozen=True)
 class ReceptiveField:
     """The pixels that a unit at (y, x) of a layer may see: rows y·stride + offset … + size − 1; columns alike.
 
-    Near a border some of them lie outside the image.
+    sizes, strides, offsets: (rows, columns), in pixels. Near a border some of the pixels lie outside the image.
     """
 
-    size: int
-    stride: int
-    offset: int
+    sizes: Pair
+    strides: Pair
+    offsets: Pair
 
-    def corner(self, y: int, x: int) -> tuple[int, int]:
+    @property
+    def size(self) -> int:
+        """The longer side."""
+        return max(self.sizes)
+
+    def corner(self, y: int, x: int) -> Pair:
         """Return the first row and the first column, which may be negative."""
-        return y * self.stride + self.offset, x * self.stride + self.offset
+        return y * self.strides[0] + self.offsets[0], x * self.strides[1] + self.offsets[1]
+
+    def corners(self, places: Tensor) -> Tensor:
+        """Return `corner` of many units: int64 [U, 2] for places (y, x) [U, 2]."""
+        return affine(places, self.strides, self.offsets)
 
 
-def window_steps(model: ZFNet, layer: str) -> list[Step]:
-    """Return the convolutions and poolings from the image up to `layer`'s output, in forward order."""
-    if layer not in model.layers or layer not in CONV_LAYERS:
-        known = [name for name in model.layers if name in CONV_LAYERS]
-        raise UserError(f"{layer}: no such convolution layer{did_you_mean(layer, known)}")
-    steps = []
-    for name in model.steps:
-        module = getattr(model, name)
-        if isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
-            steps.append(Step(name, side(module.kernel_size), side(module.stride), side(module.padding)))
-        if name == layer:
-            return steps
-    raise AssertionError(layer)
+class Window(NamedTuple):
+    """How a convolution or a pooling looks at its input; each pair is (rows, columns).
+
+    kernel: cells that it reads; spacing: between these, which is the dilation; stride: between windows; padding:
+    before the first row and the first column
+    """
+
+    kernel: Pair
+    spacing: Pair
+    stride: Pair
+    padding: Pair
+
+    @property
+    def extent(self) -> Pair:
+        """From the first cell to the last."""
+        rows, columns = ((k - 1) * d + 1 for k, d in zip(self.kernel, self.spacing, strict=True))
+        return rows, columns
+
+    def corners(self, places: Tensor) -> Tensor:
+        """Return the first row and column of the windows numbered (y, x): int64 [U, 2] for [U, 2]."""
+        return affine(places, self.stride, (-self.padding[0], -self.padding[1]))
 
 
-def receptive_field(model: ZFNet, layer: str) -> ReceptiveField:
-    """Return the receptive field of a convolution layer's units; raise UserError for another layer."""
-    size, stride, offset = 1, 1, 0
-    for step in reversed(window_steps(model, layer)):
-        size = (size - 1) * step.stride + step.kernel
-        offset = offset * step.stride - step.padding
-        stride *= step.stride
-    return ReceptiveField(size, stride, offset)
+def affine(places: Tensor, scale: Pair, shift: Pair) -> Tensor:
+    """Return (y·scale + shift, x·scale + shift), int64 [U, 2], for places (y, x) [U, 2]."""
+    # numbers, not tensors, so that nothing is copied to the device
+    return torch.stack([places[:, axis] * scale[axis] + shift[axis] for axis in (0, 1)], 1)
 
 
-def receptive_box(model: ZFNet, layer: str, y: int, x: int) -> tuple[int, int, int, int]:
+def window_of(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> Window:
+    """Return a module's window; raise ValueError for a padding that is not of zeros (of −inf for maxima)."""
+    kernel, stride = _pair(module.kernel_size), _pair(module.stride)
+    spacing = _pair(getattr(module, "dilation", 1))
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        raise ValueError(f"padding_mode={module.padding_mode}: only zeros are supported")
+    if module.padding == "same":
+        rows, columns = ((k - 1) * d // 2 for k, d in zip(kernel, spacing, strict=True))
+        return Window(kernel, spacing, stride, (rows, columns))
+    return Window(kernel, spacing, stride, _pair(0 if module.padding == "valid" else module.padding))
+
+
+def _pair(value: Any) -> Pair:
+    """PyTorch keeps kernel sizes, strides and paddings as a number or as a pair."""
+    rows, columns = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(rows), int(columns)
+
+
+def window_steps(model: nn.Module | Chain, layer: str) -> list[Step]:
+    """Return the convolutions and poolings from the image up to `layer`'s output, in forward order.
+
+    Raises UserError for a layer that is not a convolution and for a module whose windows are not known.
+    """
+    chain = Chain.of(model)
+    if layer not in chain.conv_layers:
+        raise UserError(f"{layer}: no such convolution layer{did_you_mean(layer, chain.conv_layers)}")
+    steps = [step for step in chain.up_to(layer) if not isinstance(step.module, _POINTWISE)]
+    for step in steps:
+        if not isinstance(step.module, (*_WINDOWED, nn.AdaptiveAvgPool2d)):
+            raise UserError(f"{step}: which pixels it sees is not known, so {layer} has no receptive field")
+    return steps
+
+
+def receptive_field(model: nn.Module | Chain, layer: str) -> ReceptiveField:
+    """Return the receptive field of a convolution layer's units.
+
+    Raises UserError for another layer, and behind an adaptive pooling whose windows differ in size.
+    """
+    fields = []
+    for axis in (0, 1):
+        size, stride, offset = 1, 1, 0
+        for step in reversed(window_steps(model, layer)):
+            extent, every, padding = _along(step, axis)
+            size = (size - 1) * every + extent
+            offset = offset * every - padding
+            stride *= every
+        fields.append((size, stride, offset))
+    rows, columns = fields
+    return ReceptiveField(*zip(rows, columns, strict=True))
+
+
+def _along(step: Step, axis: int) -> tuple[int, int, int]:
+    """Return a step's (extent, stride, padding) along rows or columns."""
+    if isinstance(step.module, _WINDOWED):
+        window = _window(step)
+        return window.extent[axis], window.stride[axis], window.padding[axis]
+    cells, windows = step.input_shape[1 + axis], step.output_shape[1 + axis]
+    if cells % windows:
+        raise UserError(
+            f"{step}: its {windows} windows over {cells} cells differ in size, and so do the receptive fields behind it"
+        )
+    return cells // windows, cells // windows, 0
+
+
+def _window(step: Step) -> Window:
+    assert isinstance(step.module, _WINDOWED)
+    try:
+        return window_of(step.module)
+    except ValueError as error:
+        raise UserError(f"{step}: {error}") from error
+
+
+def receptive_box(model: nn.Module | Chain, layer: str, y: int, x: int) -> tuple[int, int, int, int]:
     """Return (top, left, bottom, right), ends exclusive, of the pixels that unit (y, x) of `layer` really sees.
 
     The box is clipped at the image and at the borders of every layer between: a window that hangs over the
-    edge of a feature map sees nothing there.
+    edge of a feature map sees nothing there. It is the smallest box: dilation may leave cells in it unseen.
     """
     top, left, bottom, right = receptive_boxes(model, layer, torch.tensor([[y, x]]))[0].tolist()
     return top, left, bottom, right
 
 
-def receptive_boxes(model: ZFNet, layer: str, places: Tensor) -> Tensor:
+def receptive_boxes(model: nn.Module | Chain, layer: str, places: Tensor) -> Tensor:
     """Return `receptive_box` of many units: int64 [U, 4] for places (y, x) [U, 2]; raise UserError."""
     steps = window_steps(model, layer)
-    sizes = [model.image_size]  # the side of each step's input, then of the last output
-    for step in steps:
-        sizes.append(_output_size(model, step, sizes[-1]))
-    outside = ((places < 0) | (places >= sizes[-1])).any(1)
+    height, width = steps[-1].output_shape[1:]
+    y, x = places.unbind(1)
+    outside = (y < 0) | (y >= height) | (x < 0) | (x >= width)
     if bool(outside.any()):
-        y, x = places[outside][0].tolist()
-        raise UserError(f"({y}, {x}): lies outside {layer}'s {sizes[-1]}×{sizes[-1]} maps")
-    first, last = places, places  # inclusive on the way down
-    for step, size in zip(reversed(steps), reversed(sizes[:-1]), strict=True):
-        first = (first * step.stride - step.padding).clamp(min=0)
-        last = (last * step.stride - step.padding + step.kernel - 1).clamp(max=size - 1)
-    return torch.cat((first, last + 1), 1)
+        raise UserError(f"{tuple(places[outside][0].tolist())}: lies outside {layer}'s {height}×{width} maps")
+    ends = []
+    for axis, size in enumerate((height, width)):
+        reached = torch.eye(size)  # [units, cells]: which cells each row (or column) of units sees
+        for step in reversed(steps):
+            reached = (reached @ _cells_read(step, axis).float()).clamp(max=1)
+        cells = torch.arange(1, reached.shape[1] + 1)
+        # a unit that sees padding only has an empty box
+        last = (reached * cells).amax(1).long()
+        first = (reached * cells.flip(0)).argmax(1).minimum(last)
+        ends.append(torch.stack((first, last), 1).to(places.device)[places[:, axis]])
+    return torch.stack(ends, 2).flatten(1)
 
 
-def _output_size(model: ZFNet, step: Step, size: int) -> int:
-    module = getattr(model, step.name)
-    if isinstance(module, nn.MaxPool2d):  # asked of the module itself, since ceil_mode has rules of its own
-        return module(torch.empty(1, 1, size, size, device="meta")).shape[-1]
-    return (size + 2 * step.padding - step.kernel) // step.stride + 1
+def _cells_read(step: Step, axis: int) -> Tensor:
+    """Return bool [windows, cells]: which cells of its input each of a step's windows reads along an axis."""
+    windows, cells = step.output_shape[1 + axis], step.input_shape[1 + axis]
+    if not isinstance(step.module, _WINDOWED):
+        return adaptive_windows(windows, cells)
+    window = _window(step)
+    first = torch.arange(windows)[:, None] * window.stride[axis] - window.padding[axis]
+    place = torch.arange(cells) - first
+    return (place >= 0) & (place < window.extent[axis]) & (place % window.spacing[axis] == 0)
+
+
+def adaptive_windows(windows: int, cells: int) -> Tensor:
+    """Return bool [windows, cells]: which cells each window of an adaptive pooling covers along an axis."""
+    window, cell = torch.arange(windows)[:, None], torch.arange(cells)
+    # as PyTorch does it: ⌊i·cells/windows⌋ … ⌈(i + 1)·cells/windows⌉ − 1
+    return (cell >= window * cells // windows) & (cell < -(-(window + 1) * cells // windows))

@@ -29,8 +29,7 @@ from zfnet.data import ImageSet, Splits, preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images
 from zfnet.data.images import stratified
-from zfnet.model.sizes import CONV_LAYERS
-from zfnet.model.zfnet import ZFNet
+from zfnet.model.zfnet import CONV_LAYERS, ZFNet
 from zfnet.runs.tables import shorten
 from zfnet.training.loaded import LoadedRun
 

@@ -1,4 +1,4 @@
-"""The images that excite each feature map most, and each map's habits, in one pass over a data set.
+"""The images that excite each feature map most, and each map's activation statistics, in one pass over a data set.
 
 The paper's Fig. 2 shows the nine strongest activations of a map over a whole set. Of each image only the
 strongest position counts, so that nine activations are nine images (the paper does not say whether one may
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.data import Batches, ImageSet
-from zfnet.model.zfnet import ZFNet
+from zfnet.model.chain import Chain
 
 _NONE = torch.iinfo(torch.int64).max  # the index of a place that no image has taken yet: sorts last
 
 
 @dataclass
 class LayerRecord:
-    """What is known of one layer's C maps. For fc layers a map is a feature, with one position.
+    """Top activations and sums of one layer's C maps. For linear layers a map is a feature, with one position.
 
     values: [C, top], descending, −inf where there were fewer images; index: int64 [C, top], which image;
     position: int64 [C, top], y·width + x
@@ -52,10 +52,11 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class MapStatistics:
-    """Habits of the C maps of a layer over N images.
+    """Activation statistics of the C maps of a layer over N images.
 
     mean: [C], mean activation; class_means: [C, classes]; image_share, position_share: [C], the share of
-    images and of positions where the map is active; selectivity: [C], see `selectivity`; dead: bool [C]
+    images and of positions where the map is active, 0 … 1; selectivity: [C], see `selectivity`; best_class: int64
+    [C], the class with the highest mean; dead: bool [C], never active
     """
 
     mean: Tensor
@@ -80,7 +81,7 @@ class TopActivations:
         """Add one batch: activations [B, C, H, W] or [B, C] by layer, which images these are [B], labels [B].
 
         Equal activations go by the lower image index, then by the position first in reading order, so the
-        division into batches and their order have no say.
+        result does not depend on the division into batches nor on their order.
         """
         device = next(iter(activations.values())).device
         index, labels = index.to(device), labels.to(device)
@@ -115,7 +116,7 @@ class TopActivations:
         return record
 
     def _merge(self, record: LayerRecord, value: Tensor, index: Tensor, position: Tensor) -> None:
-        """Keep the best of what is recorded and of what comes, [C, B] each."""
+        """Keep the best of the recorded entries and of new ones, [C, B] each."""
         values = torch.cat((record.values, value), 1)
         indices = torch.cat((record.index, index), 1)
         positions = torch.cat((record.position, position), 1)
@@ -127,7 +128,7 @@ class TopActivations:
         record.position = positions.gather(1, best)
 
     def statistics(self, layer: str) -> MapStatistics:
-        """Return the habits of a layer's maps over all images added so far (at least one)."""
+        """Return the statistics of a layer's maps over all images added so far (at least one)."""
         record = self.layers[layer]
         counts = self.class_counts.to(record.sums)
         class_means = (record.sums / counts.clamp(min=1)[:, None]).T
@@ -160,16 +161,16 @@ class TopActivations:
     def from_state(
         cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], device: torch.device
     ) -> TopActivations:
-        """Return the collection that `state` described; its tensors go to `device`."""
+        """Return the collection that `state` described, with its tensors on `device`."""
         self = cls(metadata["top"], metadata["num_classes"])
         self.images, self.class_counts = metadata["images"], tensors["class_counts"]
         for layer, size in metadata["sizes"].items():
-            parts = {
+            fields = {
                 key.removeprefix(f"{layer}."): value.to(device)
                 for key, value in tensors.items()
                 if key.startswith(f"{layer}.")
             }
-            self.layers[layer] = LayerRecord(**parts, size=(size[0], size[1]))
+            self.layers[layer] = LayerRecord(**fields, size=(size[0], size[1]))
         return self
 
 
@@ -189,26 +190,28 @@ def selectivity(class_means: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def collect(
-    model: ZFNet,
+    model: nn.Module | Chain,
     images: ImageSet,
     batches_of: Callable[[ImageSet], Batches],
     layers: Sequence[str],
-    found: TopActivations,
-    after_batch: Callable[[TopActivations], None] = lambda found: None,
+    collection: TopActivations,
+    after_batch: Callable[[TopActivations], None] = lambda collection: None,
 ) -> TopActivations:
-    """Run `images` through the network once and add them to `found`, from image number `found.images` on.
+    """Run `images` through the network once and add them to `collection`, from image `collection.images` on.
 
+    model: a ZFNet or a `Chain`
     batches_of: makes batches of a set, such as `lambda s: Batches(s, data, device)`
     after_batch: called with the collection after each batch: the place to save it
 
     The forward pass is fp32 (bf16 has so few digits that many activations would tie). Raises UserError for
-    layers that the network has not.
+    layers that the network does not have.
     """
-    start, mode = found.images, model.training
+    chain = Chain.of(model)
+    start, modes = collection.images, {module: module.training for module in chain.model.modules()}
     if start > len(images):
         raise UserError(f"the saved search has seen {start} images, the set holds {len(images)}")
     rest = batches_of(images.take(torch.arange(start, len(images))))
-    model.eval()
+    chain.model.eval()
     try:
         for batch in tqdm(
             rest.in_order(),
@@ -219,8 +222,9 @@ def collect(
             leave=False,
             dynamic_ncols=True,
         ):
-            found.add(model.activations(batch.images, layers), batch.index + start, batch.labels)
-            after_batch(found)
+            collection.add(chain.activations(batch.images, layers), batch.index + start, batch.labels)
+            after_batch(collection)
     finally:
-        model.train(mode)
-    return found
+        for module, mode in modes.items():
+            module.training = mode
+    return collection

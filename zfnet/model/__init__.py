@@ -1,5 +1,6 @@
-"""The network."""
+"""The network, and any network as a chain of layers."""
 
+from zfnet.model.chain import Chain
 from zfnet.model.zfnet import ZFNet
 
-__all__ = ["ZFNet"]
+__all__ = ["Chain", "ZFNet"]

@@ -1,12 +1,19 @@
-"""Contrast normalisation across feature maps, deterministic and fast on every device."""
+"""Layers that PyTorch has otherwise, and what training does to the layers of any network.
+
+Contrast normalisation, deterministic and fast on every device; dropout without hidden state; the limit on the
+filters' RMS.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zfnet.config.randomness import DROPOUT, make_key, uniform
 
 
 class LocalResponseNorm(nn.Module):
@@ -20,19 +27,18 @@ class LocalResponseNorm(nn.Module):
     def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> None:
         super().__init__()
         if size % 2 == 0:
-            raise ValueError(
-                f"size={size}: must be odd"
-            )  # then the band is symmetric, which backward relies on
+            # an odd band is symmetric, and backward relies on that
+            raise ValueError(f"size={size}: must be odd")
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [N, C, H, W]."""
         offsets = torch.arange(x.shape[1], device=x.device)
         # bf16 would lose α x² beside k, so mixed precision stops here
-        kind = torch.promote_types(x.dtype, torch.float32)
-        band = ((offsets[:, None] - offsets).abs() <= self.size // 2).to(kind)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        band = ((offsets[:, None] - offsets).abs() <= self.size // 2).to(dtype)
         with _full_precision(x.device.type):
-            out: Tensor = _Normalise.apply(x.to(kind), band[:, :, None, None], self.alpha, self.beta, self.k)
+            out: Tensor = _Normalise.apply(x.to(dtype), band[:, :, None, None], self.alpha, self.beta, self.k)
         return out
 
     def extra_repr(self) -> str:
@@ -62,13 +68,94 @@ class _Normalise(torch.autograd.Function):
         return grad * power - x * spread, None, None, None, None
 
 
+class Dropout(nn.Module):
+    """Dropout whose mask is a function of a key and of each image's place in the global batch.
+
+    p: probability of dropping an entry; whole_channels: drop whole maps, as `nn.Dropout2d` does
+
+    Until `set_key` is called it is ordinary dropout. With a key, a step's mask is the same after a resume,
+    on any device, and however the batch is divided into chunks or among processes. A module that the network
+    uses several times in one pass drops other entries each time.
+    """
+
+    key: Tensor
+    first: Tensor
+    calls: Tensor
+
+    def __init__(self, p: float, whole_channels: bool = False) -> None:
+        super().__init__()
+        self.p, self.whole_channels, self.keyed = p, whole_channels, False
+        # tensors, so that changing them does not recompile; not persistent, since they are functions of the step
+        for name in ("key", "first", "calls"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def set_key(self, key: int, first: int) -> None:
+        """Use this key from now on; `first` is the place of image 0 in the global batch."""
+        self.key.fill_(key)
+        self.first.fill_(first)
+        self.calls.zero_()
+        self.keyed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop entries of x [N, …] in training mode; scale the others by 1 / (1 − p)."""
+        if not self.training or self.p == 0:
+            return x
+        if not self.keyed:
+            return torch.feature_dropout(x, self.p, True) if self.whole_channels else F.dropout(x, self.p)
+        shape = (x.shape[1], *[1] * (x.ndim - 2)) if self.whole_channels else tuple(x.shape[1:])
+        entries = math.prod(shape)
+        rows = torch.arange(x.shape[0], device=x.device) + self.first
+        index = rows[:, None] * entries + torch.arange(entries, device=x.device)
+        # the first call's key is the key itself
+        key = (self.key + self.calls * 0x9E3779B1) & 0xFFFFFFFF
+        self.calls.add_(1)
+        keep = (uniform(key, index) >= self.p).to(x.dtype).mul_(1 / (1 - self.p) if self.p < 1 else 0)
+        return x * keep.view(-1, *shape)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}" + (", whole_channels=True" if self.whole_channels else "")
+
+
+# in evaluation mode all of these pass their input on; the alpha forms have no keyed counterpart
+DROPOUTS = (
+    Dropout,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
+
 def replace_dropout(model: nn.Module) -> int:
-    return 0
+    """Put a keyed `Dropout` in the place of each of PyTorch's in a model, in place; return how many.
+
+    `nn.Dropout1d`, `2d` and `3d` keep dropping whole channels. Alpha dropout stays as it is, and so does what a
+    network drops by calling `F.dropout`: their masks come from PyTorch's generator.
+    """
+    device = next((p.device for p in model.parameters()), None)
+    keyed: dict[nn.Module, Dropout] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
+            if module not in keyed:
+                keyed[module] = Dropout(module.p, not isinstance(module, nn.Dropout)).to(device)
+                keyed[module].train(module.training)
+            model.set_submodule(name, keyed[module])
+    return len(keyed)
 
 
 def set_dropout_step(model: nn.Module, seed: int, step: int, first: int = 0) -> None:
-    model.set_step(seed, step, first)  # type: ignore[operator]
+    """Fix every keyed `Dropout`'s mask of one step; `first` is the next image's place in the global batch."""
+    for number, module in enumerate(m for m in model.modules() if isinstance(m, Dropout)):
+        module.set_key(make_key(seed, DROPOUT, step, number), first)
 
 
+@torch.no_grad()
 def renormalize_filters(model: nn.Module, limit: float) -> None:
-    model.renormalize()  # type: ignore[operator]
+    """Scale each filter of an `nn.Conv2d` whose RMS exceeds `limit` back to it (paper, section 3)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            rms = module.weight.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+            # torch.where, so that filters within the limit keep their bits
+            module.weight.copy_(torch.where(rms > limit, module.weight * (limit / rms), module.weight))

@@ -6,18 +6,21 @@ weights' names, in configs and in figures.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError, did_you_mean
-from zfnet.config.randomness import DROPOUT, make_key, uniform
+from zfnet.config.errors import UserError
 from zfnet.config.schema import ModelConfig
-from zfnet.model.layers import LocalResponseNorm
-from zfnet.model.sizes import CONV_LAYERS, FC_LAYERS, POOL_SIZE, POOL_STRIDE, feature_sizes, pool_of
+from zfnet.model.chain import Chain
+from zfnet.model.layers import Dropout, LocalResponseNorm
+
+CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
+FC_LAYERS = ("fc6", "fc7")
+POOL_SIZE, POOL_STRIDE = 3, 2  # paper, Fig. 3: 3×3 max pooling with stride 2
 
 # where the blog's nn.Sequential keeps each layer
 _BLOG_NAMES = {
@@ -30,43 +33,6 @@ _BLOG_NAMES = {
     "classifier.3": "fc7",
     "classifier.6": "fc8",
 }
-
-
-class Dropout(nn.Module):
-    """Dropout whose mask is a function of a key and of each image's place in the global batch.
-
-    Until `set_key` is called it is ordinary dropout. With a key, a step's mask is the same after a resume,
-    on any device, and however the batch is divided among parts or processes.
-    """
-
-    key: Tensor
-    first: Tensor
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p, self.keyed = p, False
-        # tensors, so that changing them does not recompile; not persistent, since they are functions of the step
-        self.register_buffer("key", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.register_buffer("first", torch.zeros((), dtype=torch.int64), persistent=False)
-
-    def set_key(self, key: int, first: int) -> None:
-        """Use this key from now on; `first` is the place of image 0 in the global batch."""
-        self.key.fill_(key)
-        self.first.fill_(first)
-        self.keyed = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop entries of x [N, features] in training mode; scale the others by 1 / (1 − p)."""
-        if not self.training or self.p == 0:
-            return x
-        if not self.keyed:
-            return F.dropout(x, self.p)
-        rows = torch.arange(x.shape[0], device=x.device) + self.first
-        index = rows[:, None] * x.shape[1] + torch.arange(x.shape[1], device=x.device)
-        return x * (uniform(self.key, index) >= self.p).to(x.dtype).mul_(1 / (1 - self.p))
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
 
 class ZFNet(nn.Module):
@@ -86,7 +52,6 @@ class ZFNet(nn.Module):
         super().__init__()
         self.config = config = config or ModelConfig()
         self.num_classes, self.image_size = num_classes, image_size
-        self.output_of: dict[str, str] = {}  # the module that ends a layer → the layer's name
         sizes = feature_sizes(config, image_size)
         channels = 3
         for layer in sizes:
@@ -96,11 +61,10 @@ class ZFNet(nn.Module):
             if (settings := getattr(config, layer)) is not None:
                 number = layer[-1]
                 self.add_module(layer, nn.Linear(features, settings.features))
-                self._add_relu(layer)
+                self.add_module(f"relu{number}", nn.ReLU())
                 self.add_module(f"dropout{number}", Dropout(config.dropout))
                 features = settings.features
         self.fc8 = nn.Linear(features, num_classes)
-        self.output_of["fc8"] = "fc8"
         # the order of registration is the order of the forward pass
         self.steps = [name for name, _ in self.named_children()]
         self._initialise()
@@ -114,30 +78,23 @@ class ZFNet(nn.Module):
         )
         if self.config.norm == "batch":
             self.add_module(f"norm{number}", nn.BatchNorm2d(settings.channels))
-        self._add_relu(layer)
+        self.add_module(f"relu{number}", nn.ReLU())
         if (pool := pool_of(self.config, layer)) is not None:
             self.add_module(
                 f"pool{number}", nn.MaxPool2d(POOL_SIZE, POOL_STRIDE, pool.padding, ceil_mode=pool.ceil)
             )
-        if self.config.norm == "lrn" and layer in (
-            "conv1",
-            "conv2",
-        ):  # the paper's Fig. 3: pool, then normalise
+        # the paper's Fig. 3: pool, then normalise
+        if self.config.norm == "lrn" and layer in ("conv1", "conv2"):
             self.add_module(f"norm{number}", LocalResponseNorm())
         return settings.channels
-
-    def _add_relu(self, layer: str) -> None:
-        self.add_module(f"relu{layer[-1]}", nn.ReLU())
-        self.output_of[f"relu{layer[-1]}"] = layer
 
     def _initialise(self) -> None:
         if self.config.init == "default":
             return
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                if (
-                    self.config.init == "normal"
-                ):  # paper, section 3: "1e-2", which must be a standard deviation
+                if self.config.init == "normal":
+                    # paper, section 3: "1e-2", which must be a standard deviation
                     nn.init.normal_(module.weight, std=0.01)
                 else:
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -146,51 +103,29 @@ class ZFNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [N, num_classes] for images [N, 3, image_size, image_size]."""
-        return self._run(images, {})
+        x = images
+        for name in self.steps:
+            module = self._modules[name]
+            assert module is not None
+            x = module(x.flatten(1) if isinstance(module, nn.Linear) else x)
+        return x
+
+    @functools.cached_property
+    def chain(self) -> Chain:
+        """The network as what explanations work on: a list of steps."""
+        return Chain(self, self.image_size)
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that hold weights, in order: conv1 … fc8, less those that the config leaves out."""
+        return self.chain.layers
 
     def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return each named layer's output: after the ReLU and before pooling, the logits for fc8.
 
         Shapes: conv layers [N, channels, y, x], fc layers [N, features]. Raises UserError for an unknown layer.
         """
-        for layer in layers:
-            if layer not in self.layers:
-                raise UserError(f"{layer}: no such layer{did_you_mean(layer, self.layers)}")
-        found: dict[str, Tensor] = dict.fromkeys(layers, images)
-        self._run(images, found)
-        return found
-
-    @property
-    def layers(self) -> list[str]:
-        """The layers that hold weights, in order: conv1 … fc8, less those that the config leaves out."""
-        return list(self.output_of.values())
-
-    def _run(self, x: Tensor, found: dict[str, Tensor]) -> Tensor:
-        for name in self.steps:
-            module = self._modules[name]
-            assert module is not None
-            x = module(x.flatten(1) if isinstance(module, nn.Linear) else x)
-            if self.output_of.get(name) in found:
-                found[self.output_of[name]] = x
-        return x
-
-    def set_step(self, seed: int, step: int, first: int = 0) -> None:
-        """Fix this step's dropout masks; `first` is the place of the next image in the global batch."""
-        for number, module in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
-            module.set_key(make_key(seed, DROPOUT, step, number), first)
-
-    @torch.no_grad()
-    def renormalize(self) -> None:
-        """Scale each convolution filter whose RMS exceeds `rms_limit` back to it (paper, section 3)."""
-        limit = self.config.rms_limit
-        if limit is None:
-            return
-        for layer in CONV_LAYERS:
-            if (convolution := getattr(self, layer, None)) is not None:
-                weight = convolution.weight
-                rms = weight.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-                # torch.where, so that filters within the limit keep their bits
-                weight.copy_(torch.where(rms > limit, weight * (limit / rms), weight))
+        return self.chain.activations(images, layers)
 
     @staticmethod
     def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,9 +152,69 @@ class ZFNet(nn.Module):
             raise UserError(f"the weights lack {name}")
         for name, value in renamed.items():
             if name not in own:
-                raise UserError(f"the weights hold {name}, which this network has not")
+                raise UserError(f"the weights hold {name}, which this network does not have")
             if own[name].shape != value.shape:
                 raise UserError(
                     f"the weights' {name} is {list(value.shape)}, this network's is {list(own[name].shape)}"
                 )
         self.load_state_dict(renamed)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How one pooling layer places its 3×3/2 windows."""
+
+    padding: int
+    ceil: bool
+
+    def size(self, n: int) -> int:
+        """Return the output side for an input side of `n` pixels."""
+        span = n + 2 * self.padding - POOL_SIZE
+        out = (-(-span // POOL_STRIDE) if self.ceil else span // POOL_STRIDE) + 1
+        # PyTorch drops a window that would start in the padding beyond the last pixel
+        if self.ceil and (out - 1) * POOL_STRIDE >= n + self.padding:
+            out -= 1
+        return out
+
+
+def pool_of(model: ModelConfig, layer: str) -> Pool | None:
+    """Return the pooling after `layer`, or None.
+
+    `pad` is the blog's: one pixel of padding, except after conv5. `ceil` is cuda-convnet's, and so most
+    probably the paper's: windows start at pixel 0 and the last one may hang over the edge.
+    """
+    conv = getattr(model, layer)
+    if not conv.pool:
+        return None
+    if model.pooling == "ceil":
+        return Pool(padding=0, ceil=True)
+    return Pool(padding=0 if layer == "conv5" else 1, ceil=False)
+
+
+def feature_sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, int]]:
+    """Return, for each convolution, the side of its output and the side after its pooling (if any).
+
+    Raises UserError where a layer would be left without pixels.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    n = image_size
+    for layer in CONV_LAYERS:
+        conv = getattr(model, layer)
+        if conv is None:
+            continue
+        out = (n + 2 * conv.padding - conv.kernel_size) // conv.stride + 1
+        if n + 2 * conv.padding < conv.kernel_size or out < 1:
+            raise UserError(
+                f"{layer} receives {n}×{n} pixels, too few for its {conv.kernel_size}×{conv.kernel_size} kernel "
+                f"(padding {conv.padding}): raise data.image_size={image_size} or lower the kernel sizes and strides"
+            )
+        pool = pool_of(model, layer)
+        pooled = pool.size(out) if pool else out
+        if pooled < 1:
+            raise UserError(
+                f"the pooling after {layer} receives {out}×{out} pixels, too few for its 3×3 window: "
+                f"raise data.image_size={image_size} or lower the kernel sizes and strides"
+            )
+        sizes[layer] = (out, pooled)
+        n = pooled
+    return sizes

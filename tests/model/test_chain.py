@@ -1,0 +1,154 @@
+"""Any network as a chain: names, ends of layers, activations; and what is no chain."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from tests.explain.networks import NETWORKS, chain, pictures
+from tests.helpers import tiny_model_config
+from zfnet.config.errors import UserError
+from zfnet.model import Chain, ZFNet
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_activations_are_those_of_the_forward_pass(name: str) -> None:
+    """Against hooks on the modules that end the layers, to the bit; in-place modules leave what is kept alone."""
+    model = chain(name)
+    images = pictures(model)
+    seen: dict[str, list[Tensor]] = {}
+    for layer in model.layers:
+        model.end(layer).register_forward_hook(
+            lambda module, inputs, output, layer=layer: seen.setdefault(layer, []).append(output.clone())
+        )
+    logits = model.model(images)
+    expected = dict(seen)
+    outputs = model.activations(images, model.layers)
+    assert list(outputs) == model.layers
+    assert torch.equal(outputs[model.layers[-1]], logits)
+    assert logits.shape == (2, model.num_classes)
+    for layer in model.layers:
+        assert any(torch.equal(outputs[layer], output) for output in expected[layer])
+    for layer in reversed(model.layers):
+        assert torch.equal(model.activations(images, [layer])[layer], outputs[layer])
+    assert model.activations(images, []) == {}
+
+
+def test_layers_of_zfnet() -> None:
+    model = ZFNet(3, 64, tiny_model_config(norm="batch"))
+    assert model.layers == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
+    assert model.chain.conv_layers == model.layers[:5]
+    names = {layer: model.chain.up_to(layer)[-1].name for layer in model.layers}
+    assert names == {layer: f"relu{layer[-1]}" for layer in model.layers[:-1]} | {"fc8": "fc8"}
+    assert (model.chain.channels, model.chain.num_classes, model.chain.image_size) == (3, 3, 64)
+    assert Chain.of(model) is Chain.of(model.chain) is model.chain
+
+
+def test_layers_of_torchvision_and_of_a_users_network() -> None:
+    alexnet, mixed = chain("alexnet"), chain("mixed")
+    assert alexnet.conv_layers == ["features.0", "features.3", "features.6", "features.8", "features.10"]
+    assert alexnet.layers[5:] == ["classifier.1", "classifier.4", "classifier.6"]
+    assert alexnet.up_to("features.10")[-1].name == "features.11"
+    assert mixed.layers == ["stem.0", "body.dilated", "body.even", "last", "head.0", "head.4"]
+    assert [mixed.up_to(layer)[-1].name for layer in mixed.layers] == [
+        "relu", "relu", "body.even", "last", "head.2", "head.4"
+    ]  # fmt: skip
+    assert [step.name for step in mixed.steps][-7:-4] == ["last", "the flatten after last", "head.0"]
+    assert mixed.channels == 1
+
+
+def test_chain_leaves_the_model_as_it_was() -> None:
+    model = copy.deepcopy(chain("mixed").model).train()
+    model.stem[1].eval()
+    state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    Chain(model, 33)
+    assert torch.equal(torch.rand(1), expected)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_chain_of_a_copy_is_the_copys() -> None:
+    model = ZFNet(3, 64, tiny_model_config())
+    assert model.chain.model is model
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.conv1.weight.zero_()
+    assert twin.chain.model is twin
+    assert twin.chain.steps[0].module is twin.conv1
+
+
+def test_chain_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        assert Chain(ZFNet(3, 64, tiny_model_config()), 64).layers[0] == "conv1"
+
+
+class Functions(nn.Module):
+    """A convolution, something in between, and a linear layer."""
+
+    def __init__(self, between, at_the_end=lambda x: x) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 2, 3), nn.Linear(2 * 36, 4)
+        self.between, self.at_the_end = between, at_the_end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.at_the_end(self.fc(self.between(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    "flatten",
+    [lambda x: torch.flatten(x, 1), lambda x: x.view(x.size(0), -1), lambda x: F.dropout(x, 0.5, False).flatten(1)],
+)  # fmt: skip
+def test_chain_takes_a_flatten_between_modules(flatten) -> None:
+    chain = Chain(Functions(flatten), 8)
+    assert [step.name for step in chain.steps] == ["conv", "the flatten after conv", "fc"]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Functions(lambda x: F.relu(x).flatten(1)), r"the input of fc \(Linear\) is not the output of conv"),
+        (Functions(lambda x: x.relu_().flatten(1)), r"the input of fc \(Linear\) is not the output of conv"),
+        (Functions(lambda x: x.flatten(1).flip(1)), r"the input of fc \(Linear\) is not the output of conv"),
+        (Functions(lambda x: x.flatten(1), lambda x: x.softmax(1)), "the network's output is not the output of fc"),
+        (Functions(lambda x: x.flatten(1), lambda x: (x, x)), "Functions: returns a tuple"),
+        (Functions(lambda x: x), r"cannot take 3×8×8 images: after conv \(Conv2d\): mat1 and mat2"),
+        (nn.Sequential(nn.Conv2d(3, 2, 3), nn.MaxPool2d(2, return_indices=True)), r"1 \(MaxPool2d\): returns a tuple"),
+        (Twice(), r"conv \(Conv2d\): is used twice"),
+        (nn.Sequential(nn.ReLU()), "Sequential: the network has no convolution or linear layer"),
+    ],
+)  # fmt: skip
+def test_chain_refuses_what_is_none(model: nn.Module, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Chain(model, 8)
+
+
+def test_chain_refuses_branches() -> None:
+    with pytest.raises(
+        UserError, match=r"the input of layer1.0.relu \(ReLU\) is not the output of layer1.0.bn2"
+    ):
+        Chain(torchvision.models.resnet18(), 32)
+
+
+def test_up_to_names_the_layers() -> None:
+    with pytest.raises(UserError, match=r"features.1: no such layer; did you mean 'features\.10'"):
+        chain("alexnet").up_to("features.1")
+    with pytest.raises(UserError, match="Mixed: its image size is not known"):
+        Chain.of(chain("mixed").model)

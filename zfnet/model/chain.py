@@ -1,0 +1,203 @@
+"""A network as a chain: its modules in the order in which an image passes them, however they are nested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zfnet.config.errors import UserError, did_you_mean
+from zfnet.model.layers import DROPOUTS
+
+WEIGHTED = (nn.Conv2d, nn.Linear)  # these are the layers; all other modules belong to the layer before them
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+# where a layer's output is taken: behind the first of these, if nothing but the next two kinds comes between
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
+NEUTRAL = (nn.Identity, *DROPOUTS)  # in evaluation mode these change nothing
+
+
+@dataclass(frozen=True)
+class Step:
+    """One module of a chain. The shapes are those of one image's input and output, without the batch."""
+
+    name: str
+    module: nn.Module
+    input_shape: torch.Size
+    output_shape: torch.Size
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # an in-place module would change a tensor that somebody keeps
+        return self.module(x.clone() if getattr(self.module, "inplace", False) else x)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({type(self.module).__name__})"
+
+
+class Chain:
+    """The steps of a feed-forward network, found in one forward pass in evaluation mode.
+
+    model: any module that passes its images from one leaf module to the next, with nothing but `torch.flatten`
+        (or a `view` that does the same) between them: ZFNet, torchvision's AlexNet and VGG, your own
+    image_size: side of the square images in pixels
+
+    steps: in forward order; a flatten between two modules is a step of its own
+    layers: the names of the convolutions and linear layers, such as `conv1` or `features.0`
+    conv_layers: those that are convolutions
+    channels: of the images; num_classes: outputs of the network
+
+    Raises UserError, naming the module, where the network is not a chain or cannot take the images.
+    """
+
+    def __init__(self, model: nn.Module, image_size: int) -> None:
+        self.model, self.image_size = model, image_size
+        self.steps = _trace(model, image_size)
+        self._ends = {
+            s.name: _end(self.steps, n) for n, s in enumerate(self.steps) if isinstance(s.module, WEIGHTED)
+        }
+        self.layers = list(self._ends)
+        self.conv_layers = [s.name for s in self.steps if isinstance(s.module, nn.Conv2d)]
+        self.channels = self.steps[0].input_shape[0]
+        self.num_classes = self.steps[-1].output_shape[0]
+
+    @staticmethod
+    def of(model: nn.Module | Chain, image_size: int | None = None) -> Chain:
+        """Return the chain of a model: a chain itself, a ZFNet's, or a new one for images of `image_size`."""
+        if isinstance(model, Chain):
+            return model
+        if isinstance(chain := getattr(model, "chain", None), Chain):
+            return chain
+        if image_size is None:
+            raise UserError(
+                f"{type(model).__name__}: its image size is not known; pass Chain(model, image_size)"
+            )
+        return Chain(model, image_size)
+
+    def up_to(self, layer: str) -> list[Step]:
+        """Return the steps from the image to the output of `layer`; raise UserError for an unknown layer.
+
+        The output is taken behind the layer's batch norm and activation function, and before its pooling.
+        """
+        if layer not in self._ends:
+            raise UserError(f"{layer}: no such layer{did_you_mean(layer, self.layers)}")
+        return self.steps[: self._ends[layer] + 1]
+
+    def end(self, layer: str) -> nn.Module:
+        """Return the module whose output is the layer's, such as its ReLU; raise UserError for an unknown layer."""
+        return self.up_to(layer)[-1].module
+
+    def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return each named layer's output: after the ReLU and before pooling, the logits for the last layer.
+
+        Shapes: convolutions [N, channels, y, x], linear layers [N, features]. The model's mode counts: in training
+        mode dropout drops. Raises UserError for an unknown layer.
+        """
+        lengths = {len(self.up_to(layer)): layer for layer in layers}
+        outputs, x = dict.fromkeys(layers, images), images
+        for number, step in enumerate(self.steps[: max(lengths, default=0)], 1):
+            x = step(x)
+            if number in lengths:
+                outputs[lengths[number]] = x
+        return outputs
+
+
+def _end(steps: list[Step], start: int) -> int:
+    """Return the number of the step whose output is that of the layer at `start`."""
+    end = start
+    for number in range(start + 1, len(steps)):
+        module = steps[number].module
+        if isinstance(module, ACTIVATIONS):
+            return number
+        if isinstance(module, BATCH_NORMS):
+            end = number
+        elif not isinstance(module, NEUTRAL):
+            break
+    return end
+
+
+@torch.no_grad()
+def _trace(model: nn.Module, image_size: int) -> list[Step]:
+    """Run two random images through the model, note each leaf module's input and output, and compare them."""
+    names: dict[nn.Module, str] = {}
+    for leaf, module in _leaves(model, ""):
+        names.setdefault(module, leaf)
+    weighted = [module for module in names if isinstance(module, WEIGHTED)]
+    if not weighted:
+        raise UserError(f"{type(model).__name__}: the network has no convolution or linear layer")
+    channels = next((m.in_channels for m in weighted if isinstance(m, nn.Conv2d)), 3)
+    images = torch.randn(
+        (2, channels, image_size, image_size), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    ).to(weighted[0].weight)
+    steps: list[Step] = []
+    last = images  # the output of the last step
+
+    def connect(x: Tensor, name: str) -> None:
+        """Check that x is the last output, and add a step if it is its flattened form."""
+        former = steps[-1].name if steps else "the image"
+        if _same(x, last):
+            return
+        if x.ndim != 2 or not _same(x, last.flatten(1)):
+            raise UserError(
+                f"{name} is not the output of {former}: a network can be explained if it is a chain of modules, "
+                "without branches and with no function but torch.flatten between them"
+            )
+        steps.append(Step(f"the flatten after {former}", nn.Flatten(), last.shape[1:], x.shape[1:]))
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        name = f"{names[module]} ({type(module).__name__})"
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            raise UserError(f"{name}: takes {len(inputs)} inputs; a chain passes on one tensor")
+        connect(inputs[0], f"the input of {name}")
+
+    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        nonlocal last
+        step = Step(names[module], module, inputs[0].shape[1:], getattr(output, "shape", torch.Size())[1:])
+        if not isinstance(output, Tensor):
+            raise UserError(f"{step}: returns a {type(output).__name__}; a chain passes on one tensor")
+        if isinstance(module, WEIGHTED) and any(s.module is module for s in steps):
+            raise UserError(f"{step}: is used twice; a chain uses each layer once")
+        steps.append(step)
+        last = output.clone()  # something like `out += identity` would change the output itself
+
+    hooks = [m.register_forward_pre_hook(before) for m in names] + [
+        m.register_forward_hook(after) for m in names
+    ]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        output = model(images)
+    except RuntimeError as error:
+        place = f"after {steps[-1]}" if steps else "at the first module"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the network cannot take {channels}×{image_size}×{image_size} images: {place}: {reason}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"{type(model).__name__}: returns a {type(output).__name__}; a chain returns one tensor"
+        )
+    connect(output, "the network's output")
+    return steps
+
+
+def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    # a parametrized convolution (weight norm, say) has children and is a leaf all the same; an empty Sequential is none
+    if isinstance(module, WEIGHTED) or not (isinstance(module, nn.Sequential) or any(module.children())):
+        yield name, module
+        return
+    for child, inner in module.named_children():
+        yield from _leaves(inner, f"{name}.{child}".lstrip("."))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    # on the meta device there are no values to compare
+    return a.shape == b.shape and (
+        a is b or a.is_meta or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    )
