@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
 from zfnet.training.build import check_recipe
+from zfnet.training.callbacks import EMA, Callback, FilterRenormalization
+from zfnet.training.device import resolve_runtime
 from zfnet.training.loaded import LoadedRun
+from zfnet.training.state import TrainingState
 
 # The built-in images at a size that trains in a second or two; on the CPU, wherever the tests run.
 TINY = (
@@ -99,6 +102,17 @@ def train_minute(folder: Path, *words: str) -> RunDirectory:
     return run
 
 
+def training_state(config: Config, steps: int = STEPS, callbacks: Sequence[Callback] = ()) -> TrainingState:
+    """Return the state of a training of ten classes, with the callbacks that are part of its arithmetic."""
+    arithmetic: list[Callback] = []
+    if config.model.rms_limit is not None:
+        arithmetic.append(FilterRenormalization(config.model.rms_limit))
+    if config.trainer.ema is not None:
+        arithmetic.append(EMA(config.trainer.ema))
+    runtime = resolve_runtime(config.trainer)
+    return TrainingState(config, runtime, 10, steps, callbacks=[*arithmetic, *callbacks])
+
+
 class Killed(BaseException):
     """Stands for SIGKILL within this process: nothing that handles errors may handle it."""
 
@@ -146,16 +160,20 @@ def learned(run: RunDirectory) -> tuple[bytes, list[dict[str, Any]]]:
     return run.weights.read_bytes(), history
 
 
+REQUIRED = {"folder": ["data.root=nowhere"], "dataset": ["+data.train._target_=nowhere"]}
+
+
 def data_config(name: str = "shapes", **changes: Any) -> DataConfig:
     """Return the default data settings of a data set with changes, at 64 px and 4 images a batch."""
-    words = [f"data={name}", *(["data.root=nowhere"] if name == "folder" else [])]
+    words = [f"data={name}", *REQUIRED.get(name, [])]
     values = dataclasses.asdict(compose(*words).data)
     sizes = {"image_size": 64, "batch_size": 4, "validation": 0.1, "store_size": None}
     return DATA[name](**(values | sizes | changes))
 
 
-def augment_config(crop_padding: int = 0, flip: float = 0.0, cutout: int = 0) -> AugmentConfig:
-    return AugmentConfig(name="test", crop_padding=crop_padding, flip=flip, cutout=cutout)
+def augment_config(**changes: Any) -> AugmentConfig:
+    """Return settings of augmentation that change nothing, with changes."""
+    return AugmentConfig(name="test", **changes)
 
 
 def tiny_model_config(**changes: Any) -> ModelConfig:

@@ -16,6 +16,7 @@ from tests.helpers import (
     learned,
     random_images,
     train_minute,
+    training_state,
     used,
 )
 from tests.pretended import MixedDevices, OnGpu, pretended_gpu
@@ -32,9 +33,8 @@ from zfnet.explain.selection import choose_images
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.plots.pictures import on_grey, to_pixels
 from zfnet.runs.directory import RunDirectory
-from zfnet.training.device import resolve_runtime
 from zfnet.training.loop import evaluate, train_step
-from zfnet.training.state import TrainingState
+from zfnet.training.state import training_batches
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real one is there")
 ON_GPU = ("trainer.device=cuda", "trainer.precision=fp32")
@@ -78,16 +78,9 @@ def test_the_pretence_refuses_what_cuda_refuses(waits: list[str]) -> None:
 )
 def test_a_step_mixes_nothing_and_waits_for_nothing(waits: list[str], words: tuple[str, ...]) -> None:
     config = compose(*MINUTE, *ON_GPU, *words)
-    images, runtime = load_splits(config.data).train, resolve_runtime(config.trainer)
-    batches = Batches(
-        images,
-        config.data,
-        runtime.device,
-        seed=1,
-        augment=config.augment,
-        channels_last=runtime.channels_last,
-    )
-    state = TrainingState(config, runtime, 10, len(batches))
+    state = training_state(config)
+    batches = training_batches(config, state.runtime, load_splits(config.data).train)
+    state.train()
     steps = batches.epoch(0)
     train_step(state, next(steps))
     waits.clear()

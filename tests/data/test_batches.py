@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
 
-from tests.helpers import augment_config, data_config, random_images
+from tests.helpers import augment_config, data_config, die_at, learned, random_images, train_minute
+from tests.own import Squash
+from zfnet.config.errors import UserError
 from zfnet.data.batches import (
     Batches,
-    _cut_by_copying,
-    _cut_by_gathering,
+    _crop_on_cpu,
+    _crop_on_gpu,
     _normalise,
     _resize,
     augment,
@@ -148,7 +156,7 @@ def test_the_two_ways_to_cut_are_one(count: int, stored: int, size: int, seed: i
     top, left = torch.randint(0, stored - size + 1, (2, count), generator=chance)
     flipped = torch.rand(count, generator=chance) < 0.5
     pixels = random_images(count, stored)
-    copied, gathered = (cut(pixels, top, left, flipped, size) for cut in (_cut_by_copying, _cut_by_gathering))
+    copied, gathered = (cut(pixels, top, left, flipped, size) for cut in (_crop_on_cpu, _crop_on_gpu))
     assert torch.equal(copied, gathered)
 
 
@@ -235,3 +243,96 @@ def test_crop_size_cuts_the_centre() -> None:
 def test_memory_format(channels_last: bool) -> None:
     out = preprocess(random_images(2, 8), data_config(image_size=8), channels_last)
     assert out.is_contiguous(memory_format=torch.channels_last) is channels_last
+
+
+# -- operations of torchvision's, and somebody's own
+
+JITTER = ("ColorJitter", {"brightness": 0.5, "hue": 0.2}), ("RandomRotation", {"degrees": 30})
+
+
+def transforms() -> list[nn.Module]:
+    return [getattr(v2, name)(**settings) for name, settings in JITTER]
+
+
+def with_transforms(count: int, batch_size: int, operations: list[Any], seed: int = 0) -> Batches:
+    images = image_set(random_images(count, 16).numpy(), torch.arange(count) % 3, "abc")
+    data = data_config(batch_size=batch_size, image_size=16)
+    return Batches(images, data, CPU, seed=seed, augment=augment_config(flip=0.5), transforms=operations)
+
+
+def by_image(batches_: Batches, epoch: int = 0) -> torch.Tensor:
+    """Return an epoch's images in the set's order."""
+    made = list(batches_.epoch(epoch))
+    return torch.cat([b.images for b in made])[torch.cat([b.index for b in made]).argsort()]
+
+
+def test_transforms_are_a_function_of_seed_epoch_and_image() -> None:
+    whole = by_image(with_transforms(12, 12, transforms()))
+    for batch_size in (1, 5):
+        assert torch.equal(whole, by_image(with_transforms(12, batch_size, transforms())))
+    for other in (
+        by_image(with_transforms(12, 12, transforms(), seed=1)),
+        by_image(with_transforms(12, 12, transforms()), epoch=1),
+        by_image(with_transforms(12, 12, [])),
+    ):
+        assert (whole != other).flatten(1).any(1).sum() > 9
+
+
+def test_transforms_of_batch_k_need_none_before_and_touch_no_generator() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    parts = with_transforms(12, 5, transforms())
+    whole = list(parts.epoch(1))
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(2)
+    for a, b in zip(whole[1:], parts.epoch(1, 1), strict=True):
+        assert torch.equal(a.images, b.images)
+
+
+def test_transforms_do_not_touch_evaluation() -> None:
+    parts = with_transforms(6, 4, transforms())
+    plain = preprocess(parts.set.pixels(range(6)), parts.data)
+    assert torch.equal(torch.cat([b.images for b in parts.in_order()]), plain)
+
+
+def test_transforms_may_give_floats_and_another_size() -> None:
+    operations = [v2.CenterCrop(8), v2.ToDtype(torch.float32, scale=True)]
+    parts, cropped = with_transforms(6, 4, operations), with_transforms(6, 4, [v2.CenterCrop(8)])
+    assert torch.equal(by_image(parts), by_image(cropped))
+    assert by_image(parts).shape == (6, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        (Squash(4), "augment.transforms: give [3, 4, 16] of torch.uint8; must give uint8 [3, s, s]"),
+        (Squash(), "augment.transforms: give images of different sizes; end with one that makes them equal"),
+        (v2.Grayscale(), "augment.transforms: give [1, 16, 16] of torch.uint8"),
+        (v2.ToDtype(torch.int32), "augment.transforms: give [3, 16, 16] of torch.int32"),
+    ],
+)
+def test_transforms_that_give_other_shapes_are_refused(operation: nn.Module, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        by_image(with_transforms(12, 12, [operation]))
+
+
+TRANSFORMS = (
+    "augment.transforms=["
+    + ",".join(
+        f"{{_target_:torchvision.transforms.v2.{name},{','.join(f'{k}:{v}' for k, v in settings.items())}}}"
+        for name, settings in JITTER
+    )
+    + "]"
+)
+
+
+def test_transforms_resume_exactly_and_accumulate_alike(tmp_path: Path) -> None:
+    words = ("augment=crop_flip", TRANSFORMS)
+    whole = train_minute(tmp_path / "whole", *words)
+    die_at(tmp_path / "run", 11, *words)
+    assert learned(train_minute(tmp_path / "run", *words)) == learned(whole)
+    parts = train_minute(tmp_path / "parts", *words, "trainer.accumulate=3").read_history()
+    for row, other in zip(parts, whole.read_history(), strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+    plain = train_minute(tmp_path / "plain", words[0]).read_history()
+    assert plain[0]["train_loss"] != pytest.approx(parts[0]["train_loss"], rel=1e-4)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
-from tests.helpers import data_config
+from tests.helpers import data_config, random_images
 from zfnet.config.errors import UserError
 from zfnet.data.sources import load_splits
 
@@ -41,3 +45,98 @@ def test_a_crop_larger_than_the_images_is_named() -> None:
         UserError, match=r"data\.crop_size=40: images are stored at 32×32; raise data.store_size"
     ):
         load_splits(data_config(train_images=50, test_images=10, store_size=32, crop_size=40))
+
+
+# -- somebody's own torch.utils.data.Dataset
+
+
+def own(form: str = "pil", count: int = 12, target: str = "Items", **changes: Any) -> dict[str, Any]:
+    return {"_target_": f"tests.own.{target}", "count": count, "form": form, **changes}
+
+
+def test_load_datasets_takes_images_arrays_and_tensors() -> None:
+    expected = random_images(12, 64)
+    marks = set()
+    for form in ("pil", "array", "bytes", "floats"):
+        splits = load_splits(data_config("dataset", train=own(form), validation=0), ["tests"])
+        assert torch.equal(splits.train.pixels(range(12)), expected), form
+        assert splits.train.labels.tolist() == [k % 3 for k in range(12)]
+        assert splits.train.classes == ("0", "1", "2")
+        assert splits.test is None
+        marks.add(splits.fingerprint)
+    assert len(marks) == 1
+
+
+def test_load_datasets_fingerprint_sees_pixels_labels_and_parts() -> None:
+    def mark(**changes: Any) -> str:
+        return load_splits(data_config("dataset", **{"train": own(), **changes}), ["tests"]).fingerprint
+
+    marks = [
+        mark(),
+        mark(train=own(seed=1)),
+        mark(train=own(classes=2)),
+        mark(test=own()),
+        mark(store_size=32),
+    ]
+    assert len(set(marks)) == 5
+    assert mark() == marks[0]
+
+
+def test_load_datasets_takes_val_and_test_and_names_of_classes() -> None:
+    data = data_config("dataset", train=own(count=20), val=own(count=5), test=own(count=7))
+    splits = load_splits(data, ["tests"])
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [20, 5, 7]
+    held_out = load_splits(data_config("dataset", train=own(target="Named"), validation=3), ["tests"])
+    assert [len(s) for s in (held_out.train, held_out.validation)] == [9, 3]
+    assert held_out.train.classes == ("cat", "dog", "eel")
+    named = load_splits(data_config("dataset", train=own(), classes=["a", "b", "c", "d"]), ["tests"])
+    assert named.train.classes == ("a", "b", "c", "d")
+
+
+def test_load_datasets_fits_images_that_are_not_squares() -> None:
+    splits = load_splits(data_config("dataset", train=own("wide"), store_size=16), ["tests"])
+    assert splits.train.images.shape == (12, 16, 16, 3)
+    assert load_splits(data_config("dataset", train=own("wide")), ["tests"]).train.images.shape[1] == 64
+
+
+def test_load_datasets_seeds_what_an_item_draws_and_leaves_the_generators_alone() -> None:
+    data = data_config("dataset", train=own("random"))
+    np.random.seed(1)
+    before = np.random.get_state()[1].tolist(), torch.random.get_rng_state()
+    first = load_splits(data, ["tests"])
+    assert np.random.get_state()[1].tolist() == before[0]
+    assert torch.equal(torch.random.get_rng_state(), before[1])
+    np.random.seed(2)
+    assert load_splits(data, ["tests"]).fingerprint == first.fingerprint
+    assert len({image.tobytes() for image in first.train.images}) == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": own("words")}, "data.train: item 0 is not an image and a label (ValueError: pixels are"),
+        (
+            {"train": own("int32")},
+            "data.train: item 0 is not an image and a label (ValueError: pixels are int32",
+        ),
+        ({"train": own(target="Negative")}, "data.train: item 0 has the label -1; labels count from 0"),
+        ({"train": own(count=0)}, "data.train: the data set is empty"),
+        ({"train": own(), "classes": ["a", "b"]}, "data.classes=['a', 'b']: there is a label 2"),
+        (
+            {"train": own(), "test": own(classes=5), "classes": ["a", "b", "c"]},
+            "there is a label 4, which has no",
+        ),
+        ({"train": own(sort=1)}, "data.train.sort: Items has no such setting"),
+        ({"train": {"_target_": "tests.own.Items"}}, "data.train.count is missing: Items needs it"),
+        ({"train": {"_target_": "tests.own.Counter"}}, "must name a subclass of torch.utils.data"),
+        ({"train": {"_target_": "os.system"}}, "the package os is not one that this command imports"),
+    ],
+)
+def test_load_datasets_names_what_it_cannot_use(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        load_splits(data_config("dataset", **changes), ["tests"])
+
+
+def test_load_datasets_imports_nothing_that_the_command_does_not_trust() -> None:
+    with pytest.raises(UserError, match=r"the package tests is not one .* add imports=\[tests\]"):
+        load_splits(data_config("dataset", train=own()))

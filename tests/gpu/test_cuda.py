@@ -22,22 +22,23 @@ from tests.helpers import (
     random_images,
     tiny_model_config,
     train_minute,
+    training_state,
     used,
 )
-from zfnet.config.instantiate import build_optimizer
 from zfnet.config.randomness import make_key, random_bits, uniform
 from zfnet.data import load_splits
 from zfnet.data.batches import Batches, augment, preprocess
 from zfnet.data.images import image_set
 from zfnet.explain import Deconvnet
-from zfnet.model.layers import LocalResponseNorm
+from zfnet.model.layers import LocalResponseNorm, set_dropout_step
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
-from zfnet.training.checkpoint import load_optimizer, optimizer_checkpoint
+from zfnet.training.build import build_optimizer
+from zfnet.training.checkpoint import load_optimizer
 from zfnet.training.device import resolve_runtime
-from zfnet.training.processes import World, join
-from zfnet.training.state import TrainingState
+from zfnet.training.processes import World, init_process_group
+from zfnet.training.state import training_batches
 
 pytestmark = pytest.mark.gpu
 CUDA = ("trainer.device=cuda", "trainer.checkpoint_minutes=1e-9")
@@ -61,7 +62,7 @@ def test_random_numbers_are_the_cpus() -> None:
 
 def test_augmentation_is_the_cpus() -> None:
     pixels, index = random_images(64, 32), torch.arange(64)
-    how, data = augment_config(4, 0.5, 8), data_config()
+    how, data = augment_config(crop_padding=4, flip=0.5, cutout=8), data_config()
     on_gpu = augment(pixels.cuda(), index.cuda(), how, data, 0, 0)
     assert torch.equal(on_gpu.cpu(), augment(pixels, index, how, data, 0, 0))
 
@@ -79,9 +80,9 @@ def test_batches_from_memory_and_from_the_host_are_equal(memory: float) -> None:
     images = image_set(random_images(50, 16).numpy(), torch.arange(50) % 3, "abc")
     device = torch.device("cuda")
     data = data_config(image_size=16, batch_size=8, device_memory=memory)
-    parts = Batches(images, data, device, augment=augment_config(2, 0.5))
+    parts = Batches(images, data, device, augment=augment_config(crop_padding=2, flip=0.5))
     assert (parts.resident is not None) is (memory > 0)
-    reference = Batches(images, data, torch.device("cpu"), augment=augment_config(2, 0.5))
+    reference = Batches(images, data, torch.device("cpu"), augment=augment_config(crop_padding=2, flip=0.5))
     for a, b in zip(parts.epoch(2, 3), reference.epoch(2, 3), strict=True):
         torch.testing.assert_close(a.images.cpu(), b.images)
         assert torch.equal(a.labels.cpu(), b.labels)
@@ -92,10 +93,10 @@ def test_the_network_is_the_cpus() -> None:
     torch.manual_seed(0)
     model = ZFNet(10, 64, tiny_model_config(norm="lrn", dropout=0.5)).train()
     images = torch.randn(8, 3, 64, 64)
-    model.set_step(0, 5)
+    set_dropout_step(model, 0, 5)
     expected = model(images)
     model = model.cuda()
-    model.set_step(0, 5)
+    set_dropout_step(model, 0, 5)
     torch.testing.assert_close(model(images.cuda()).cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -155,12 +156,13 @@ def test_every_optimizer_resumes(resumed, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_of_the_cpus_goes_on_here(name: str) -> None:
-    settings = compose(f"optimizer={name}").optimizer
+    config = compose(f"optimizer={name}")
     values, gradient = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(1, 2, 12).view(3, 4)
 
     def make(device: str):
-        parameter = torch.nn.Parameter(values.to(device))
-        return parameter, build_optimizer(settings, [parameter], fused=True)
+        layer = torch.nn.Linear(4, 3, bias=False, device=device)
+        layer.weight.data.copy_(values)
+        return layer.weight, build_optimizer(config, layer, fused=True)
 
     def step(parameter, optimizer) -> None:
         parameter.grad = gradient.to(parameter.device)
@@ -170,7 +172,7 @@ def test_an_optimizer_of_the_cpus_goes_on_here(name: str) -> None:
     step(here, optimizer)
     there, on_gpu = make("cuda")
     there.data.copy_(here.data)
-    load_optimizer(on_gpu, optimizer_checkpoint(copy.deepcopy(optimizer)))
+    load_optimizer(on_gpu, copy.deepcopy(optimizer.state_dict()))
     step(here, optimizer)
     step(there, on_gpu)
     torch.testing.assert_close(there.detach().cpu(), here.detach())
@@ -210,9 +212,9 @@ def test_the_fast_way_evaluates_as_the_cpu_does(tiny_run: RunDirectory) -> None:
 )
 def test_no_step_waits_for_the_device(words: tuple[str, ...]) -> None:
     config = compose(*MINUTE, "trainer=cuda", *FAST, "trainer.compile=false", "model.dropout=0.5", *words)
-    images, runtime = load_splits(config.data).train, resolve_runtime(config.trainer)
-    batches = Batches(images, config.data, runtime.device, augment=config.augment)
-    state = TrainingState(config, runtime, 10, len(batches))
+    state = training_state(config)
+    batches = training_batches(config, state.runtime, load_splits(config.data).train)
+    state.train()
     for batch in batches.epoch(0):  # memory is taken, kernels are chosen
         loop.train_step(state, batch)
     torch.cuda.set_sync_debug_mode("error")
@@ -255,7 +257,7 @@ def test_normalisation_is_the_same_twice() -> None:
 @pytest.mark.parametrize("gradients", ["fp32", "bf16"])
 def test_processes_meet_through_nccl(tmp_path: Path, gradients: str) -> None:
     """With one process, since there may be one GPU: the group, its two backends, and the wrapped network."""
-    join(World(), f"file://{tmp_path}/meet")
+    init_process_group(World(), f"file://{tmp_path}/meet")
     try:
         here, there = torch.ones(2), torch.ones(2, device="cuda")
         dist.all_reduce(here)

@@ -15,10 +15,12 @@ from PIL import Image
 
 import zfnet.runs.provenance
 import zfnet.training.loop
-from tests.helpers import TINY, train_tiny
+from tests.helpers import TINY, compose, train_tiny
+from zfnet.jobs.train import train
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory
 
+CPU = ("trainer.device=cpu", "logger=none")
 SHORT = ("trainer=exact", "trainer.epochs=1", "data.train_images=60", "data.test_images=20")
 
 
@@ -49,7 +51,7 @@ def test_identical_whatever_todays_defaults_are(run_py, exact_run, tmp_path: Pat
     shutil.copytree(CONF, tmp_path / "conf")
     for name, old, new in (
         ("optimizer/adamw.yaml", "lr: ", "lr: 0.5  # "),
-        ("trainer/auto.yaml", "label_smoothing: 0.0", "label_smoothing: 0.9"),
+        ("loss/cross_entropy.yaml", "label_smoothing: 0.0", "label_smoothing: 0.9"),
         ("config.yaml", "seed: 0", "seed: 7"),
     ):
         path = tmp_path / "conf" / name
@@ -118,7 +120,9 @@ def test_changed_data_is_named(run_py, tmp_path: Path) -> None:
             pixels = base + rng.integers(0, 128, (64, 64, 3))
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{n}.png")
     words = ("data=folder", f"data.root={tmp_path / 'photos'}", "data.image_size=64", "data.batch_size=8")
-    one = train_tiny(tmp_path / "one", *SHORT[:2], *words)
+    config, one = compose("experiment=quickstart", *CPU, *SHORT[:2], *words), RunDirectory(tmp_path / "one")
+    one.claim(config)
+    train(config, one)
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photos/dark/0.png")
     answer = run_py("job=reproduce", f"run={one.folder}", "hydra.run.dir=again")
     assert answer.code == 1

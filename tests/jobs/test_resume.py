@@ -16,7 +16,7 @@ from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
-from zfnet.training.checkpoint import step_files
+from zfnet.training.checkpoint import BEST, step_files
 
 
 def test_the_same_command_goes_on_in_the_same_directory(whole, tmp_path: Path, run_py) -> None:
@@ -127,7 +127,7 @@ def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, judge,
     judge(0.9, 0.2, 0.3)
     die_at(tmp_path / "r", 2 * STEPS + 3, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
-    path = run.checkpoints / checkpoint.BEST
+    path = run.checkpoints / BEST
     path.unlink()
     if harm == "damaged":
         path.write_bytes(b"\x00" * 99)
@@ -154,7 +154,7 @@ def test_a_later_epoch_that_is_better_makes_the_loss_good(
     expected = learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
     die_at(tmp_path / "r", STEPS + 3, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
-    (run.checkpoints / checkpoint.BEST).unlink()
+    (run.checkpoints / BEST).unlink()
     assert learned(train_minute(run.folder, "trainer.epochs=3")) == expected
     assert run.read_json("results.json")["best_epoch"] == best
 

@@ -11,7 +11,9 @@ import torch
 
 from tests.helpers import MINUTE, compose, learned, no_figures, train_minute
 from zfnet.config.errors import UserError
+from zfnet.jobs.train import train
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
+from zfnet.runs.weights import load_model
 from zfnet.training import loop
 
 
@@ -29,8 +31,6 @@ def test_the_best_weights_are_the_ones_kept(tmp_path: Path, monkeypatch) -> None
 
     monkeypatch.setattr(loop, "evaluate", judged)
     run = train_minute(tmp_path / "run", "trainer.epochs=3", "optimizer.lr=0.01")
-    from zfnet.runs.weights import load_model
-
     assert torch.equal(load_model(run.weights)[0].conv1.weight, seen[0])
     assert not torch.equal(seen[0], seen[2])
     assert run.read_json("results.json")["best_epoch"] == 1
@@ -95,13 +95,11 @@ def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
 def test_logging_and_boards_change_no_weights(tmp_path: Path) -> None:
     """What a run writes about itself is no part of what it computes."""
     plain = learned(train_minute(tmp_path / "a"))
-    words = ("trainer.log_every=1", "trainer.tensorboard=true", "trainer.checkpoint_minutes=1e-9")
+    words = ("trainer.log_every=1", "logger=[tensorboard,csv]", "trainer.checkpoint_minutes=1e-9")
     assert learned(train_minute(tmp_path / "b", *words)) == plain
 
 
 def test_the_objective_of_a_sweep_is_validations(tmp_path: Path) -> None:
-    from zfnet.jobs.train import train
-
     config, run = compose(*MINUTE), RunDirectory(tmp_path / "run")
     run.claim(config)
     with no_figures():

@@ -16,9 +16,8 @@ from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.signals import Stopped
 from zfnet.runs.weights import load_model
-from zfnet.training.callbacks import list_snapshots
+from zfnet.training.callbacks import Metrics, list_snapshots
 from zfnet.training.checkpoint import read_checkpoint, step_files
-from zfnet.training.loggers import Recorder
 
 
 def test_the_last_snapshot_is_the_network_as_training_left_it(trained: Trained) -> None:
@@ -50,7 +49,7 @@ def test_a_run_that_goes_on_keeps_its_snapshots_and_writes_the_rest(
         raise Stopped(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "epoch", stopped)
+        patch.setattr(Metrics, "on_epoch_end", stopped)
         with pytest.raises(Stopped):
             train_tiny(tmp_path / "run", *words)
     run = RunDirectory(tmp_path / "run")
@@ -72,6 +71,13 @@ def test_snapshots_are_no_part_of_a_runs_identity() -> None:
     assert read_config(older).trainer.snapshots == []
 
 
-def test_epoch_zero_is_refused() -> None:
-    with pytest.raises(UserError, match=r"trainer.snapshots=\[0, 1\]: epochs are counted from 1"):
-        compose(*TINY, "trainer.snapshots=[0,1]")
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [
+        ("[0,1]", r"trainer\.snapshots\.0=0: must be at least 1"),
+        ("[1,3]", r"trainer\.snapshots=\[1, 3\]: epochs are counted from 1 to trainer\.epochs=2"),
+    ],
+)
+def test_snapshots_of_epochs_that_there_are_not_are_refused(epochs: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        compose(*TINY, f"trainer.snapshots={epochs}")

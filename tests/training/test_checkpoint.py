@@ -6,29 +6,35 @@ import errno
 import json
 import os
 import pickle
+import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save
 
 from tests.helpers import checked
 from zfnet.config.errors import UserError
-from zfnet.config.instantiate import build_optimizer
 from zfnet.runs import directory as run_module
+from zfnet.training.build import build_optimizer
 from zfnet.training.checkpoint import (
+    BEST,
     KEPT,
     Checkpoint,
     CheckpointWriter,
     load_optimizer,
-    optimizer_checkpoint,
+    pack,
     read_checkpoint,
     read_newest,
     step_files,
     step_name,
     under_prefix,
+    unpack,
     with_prefix,
 )
 
@@ -57,7 +63,7 @@ def test_round_trip(writer: CheckpointWriter) -> None:
 
 
 def test_the_newest_are_kept_and_the_best_too(writer: CheckpointWriter) -> None:
-    writer.write("best.safetensors", some(1), prune=False)
+    writer.write(BEST, some(1), prune=False)
     for step in (1, 2, 9, 10, 100_000):
         writer.write(step_name(step), some(step))
     writer.wait()
@@ -142,7 +148,7 @@ def test_leftovers_of_a_kill_do_not_count(writer: CheckpointWriter) -> None:
     writer.wait()
     (writer.folder / f".{step_name(4)}.123.partial").write_bytes(b"half")
     (writer.folder / "step-4.safetensors").write_bytes(b"")
-    (writer.folder / "best.safetensors").write_bytes(b"")
+    (writer.folder / BEST).write_bytes(b"")
     newest, problems = read_newest(writer.folder)
     assert newest is not None
     assert newest.metadata["step"] == 3
@@ -186,14 +192,14 @@ def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypa
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "adagrad", "nadam"])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_an_optimizer_goes_on_to_the_bit(name: str, channels_last: bool, tmp_path: Path) -> None:
-    settings = checked(f"optimizer={name}").optimizer
+    config = checked(f"optimizer={name}")
 
     def make():
         torch.manual_seed(0)
         layer = torch.nn.Conv2d(3, 5, 3)
         if channels_last:
             layer = layer.to(memory_format=torch.channels_last)
-        return layer, build_optimizer(settings, layer.parameters(), fused=True)
+        return layer, build_optimizer(config, layer, fused=True)
 
     def step(layer, optimizer, k: int) -> None:
         generator = torch.Generator().manual_seed(k)
@@ -208,13 +214,15 @@ def test_an_optimizer_goes_on_to_the_bit(name: str, channels_last: bool, tmp_pat
     for k in range(3):
         step(layer, optimizer, k)
     writer = CheckpointWriter(tmp_path)
-    writer.write("x.safetensors", optimizer_checkpoint(optimizer))
+    tensors: dict[str, torch.Tensor] = {}
+    packed = pack(optimizer.state_dict(), "optimizer", tensors)
+    writer.write("x.safetensors", Checkpoint(tensors, {"optimizer": packed}))
     writer.close()
     saved = read_checkpoint(tmp_path / "x.safetensors")
     state = {k: v.clone() for k, v in layer.state_dict().items()}
     layer, optimizer = make()
     layer.load_state_dict(state)
-    load_optimizer(optimizer, saved)
+    load_optimizer(optimizer, unpack(saved.metadata["optimizer"], saved.tensors))
     for k in range(3, 6):
         step(layer, optimizer, k)
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), whole.parameters(), strict=True))
@@ -223,7 +231,7 @@ def test_an_optimizer_goes_on_to_the_bit(name: str, channels_last: bool, tmp_pat
 def test_kernels_are_the_devices_and_not_the_checkpoints() -> None:
     """A run of a CPU may go on where `fused` does not exist."""
     here, there = (torch.optim.Adagrad([torch.nn.Parameter(torch.ones(3))], fused=f) for f in (True, None))
-    load_optimizer(there, optimizer_checkpoint(here))
+    load_optimizer(there, here.state_dict())
     assert there.param_groups[0]["fused"] is None
 
 
@@ -231,3 +239,60 @@ def test_prefixes() -> None:
     one = {"a.b": torch.ones(1), "c": torch.zeros(1)}
     both = with_prefix("model", one) | with_prefix("model2", {"a.b": torch.ones(2)})
     assert under_prefix("model", both).keys() == one.keys()
+
+
+# -- nested values
+
+plain_values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+made_tensors = st.builds(
+    lambda values, dtype: torch.tensor(values).to(dtype),
+    st.lists(st.integers(-100, 100), max_size=4),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.float64]),
+)
+nested_values = st.recursive(
+    plain_values | made_tensors,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.integers(0, 9) | st.sampled_from(["1", "a", "a.b", "tensor", "dict"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    else:
+        assert a == b
+
+
+@given(nested_values)
+def test_pack_and_unpack_give_the_same_nested_value(value: Any) -> None:
+    tensors = {"x": torch.zeros(1)}  # a name that is taken
+    packed = json.loads(json.dumps(pack(value, "x", tensors)))
+    assert tensors["x"].tolist() == [0]
+    assert_same(unpack(packed, tensors), value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"a": [{1, 2}]}, "x.a.0: a checkpoint cannot hold a set"),
+        ([Path("p")], "x.0: a checkpoint cannot hold a PosixPath"),
+        ({"f": print}, "x.f: a checkpoint cannot hold a builtin_function_or_method"),
+        ({("a", 1): 2}, "x: a checkpoint cannot hold a key that is a tuple"),
+    ],
+)
+def test_pack_refuses_other_types_by_name(value: Any, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        pack(value, "x", {})

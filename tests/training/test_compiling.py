@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import MINUTE, compose, learned, train_minute
+from tests.helpers import MINUTE, compose, learned, train_minute, training_state
 from zfnet.data import Batches, load_splits
 from zfnet.jobs import reproduce, train
+from zfnet.model.layers import set_dropout_step
 from zfnet.training import compiling
 from zfnet.training import state as state_module
 from zfnet.training.compiling import Trial, compile_if_it_pays
-from zfnet.training.device import resolve_runtime
 from zfnet.training.state import TrainingState
 
 AUTO = "trainer.compile=auto"
@@ -41,9 +41,9 @@ def tried(monkeypatch) -> list[Trial]:
 
 def state_and_batches(*words: str) -> tuple[TrainingState, Batches]:
     config = compose(*MINUTE, AUTO, *words)
-    runtime, images = resolve_runtime(config.trainer), load_splits(config.data).train
-    batches = Batches(images, config.data, runtime.device, augment=config.augment)
-    return TrainingState(config, runtime, 10, len(batches)), batches
+    images = load_splits(config.data).train
+    batches = Batches(images, config.data, torch.device("cpu"), augment=config.augment)
+    return training_state(config, len(batches)), batches
 
 
 def test_break_even() -> None:
@@ -62,10 +62,10 @@ def test_break_even() -> None:
 )
 def test_a_trial_leaves_no_trace(tried, words: tuple[str, ...]) -> None:
     state, batches = state_and_batches(*words)
-    before = state.checkpoint(0.0)
+    before = state.checkpoint()
     tensors = {name: tensor.clone() for name, tensor in before.tensors.items()}
     compile_if_it_pays(state, batches)
-    after = state.checkpoint(0.0)
+    after = state.checkpoint()
     assert len(tried) == 1
     assert after.tensors.keys() == tensors.keys()
     assert all(torch.equal(after.tensors[name], tensors[name]) for name in tensors)
@@ -79,7 +79,8 @@ def test_a_trial_leaves_no_trace(tried, words: tuple[str, ...]) -> None:
 def test_the_network_is_one_graph(norm: str) -> None:
     """Where the compiler breaks off, it loses what it gains."""
     state, batches = state_and_batches(f"model.norm={norm}", "model.dropout=0.5")
-    state.model.train().set_step(0, 0)
+    state.model.train()
+    set_dropout_step(state.model, 0, 0)
     images = next(batches.in_order()).images
     compiled = torch.compile(state.model, backend="eager", fullgraph=True)
     logits = compiled(images)
@@ -114,10 +115,10 @@ def test_a_compiler_that_fails_is_left_alone(tried, monkeypatch) -> None:
 
     monkeypatch.setattr(state_module.torch, "compile", compile_nothing)
     state, batches = state_and_batches()
-    before = {name: tensor.clone() for name, tensor in state.checkpoint(0.0).tensors.items()}
+    before = {name: tensor.clone() for name, tensor in state.checkpoint().tensors.items()}
     assert "off, it fails here (Failed to find C compiler)" in compile_if_it_pays(state, batches)
     assert state.forward is state.model
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state.checkpoint(0.0).tensors.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.checkpoint().tensors.items())
 
 
 @pytest.mark.parametrize("faster", [True, False])

@@ -88,7 +88,12 @@ def test_memory_format() -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("cuda:99", "CUDA devices to PyTorch"), ("cuda:x", "is not a device name"), ("mps", "no Apple GPU")],
+    [
+        ("cuda:99", "CUDA devices to PyTorch"),
+        ("cuda:x", "trainer.device=cuda:x: must be one of auto, cpu, cuda, cuda:N, mps"),
+        (f"cuda:{10**30}", "is not a device name"),
+        ("mps", "no Apple GPU"),
+    ],
 )
 def test_a_device_that_is_not_there(name: str, expected: str) -> None:
     if name == "mps" and torch.backends.mps.is_available():

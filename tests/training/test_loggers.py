@@ -1,11 +1,24 @@
-"""What a run says at the end of an epoch."""
+"""Loggers: what they are told, TensorBoard's files read back by its own reader, and the line of an epoch."""
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from tests.helpers import MINUTE, STEPS, compose, die_at, train_minute, training_state
+from zfnet.plots.figures import save_figure
+from zfnet.plots.results import draw_curves
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
-from zfnet.training.loggers import Recorder, epoch_line
+from zfnet.training.callbacks import Metrics
+from zfnet.training.loggers import LoggedRun, Logger, TensorBoardLogger, epoch_line
 
 ROW = {
     "epoch": 9,
@@ -20,32 +33,83 @@ ROW = {
 }
 
 
-class Board:
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, dict]] = []
+class Notes(Logger):
+    """Notes every call, in memory: a logger of somebody's own."""
 
-    def scalars(self, step: int, values) -> None:
-        self.seen.append((step, dict(values)))
+    calls: list[tuple] = []  # noqa: RUF012 (shared: a run makes its own objects)
+
+    def start(self, run: LoggedRun) -> None:
+        self.calls.append(("start", run.step, run.config["seed"], tuple(run.samples.shape)))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.calls.append(("log", step, dict(values)))
+
+    def figure(self, name: str, path: Path, step: int) -> None:
+        self.calls.append(("figure", name))
+
+    def finish(self, results: Mapping[str, float]) -> None:
+        self.calls.append(("finish", dict(results)))
+
+    def close(self) -> None:
+        self.calls.append(("close",))
 
 
-def test_history_and_board(tmp_path: Path) -> None:
-    run, board = RunDirectory(tmp_path), Board()
-    recorder = Recorder(run, board)
-    recorder.step(7, 1.5, 0.25, 0.1)
-    recorder.epoch(ROW, [ROW], 10)
-    assert board.seen[0] == (7, {"step/train_loss": 1.5, "step/train_accuracy": 0.25, "step/lr": 0.1})
-    step, values = board.seen[1]
+@pytest.fixture
+def notes() -> Notes:
+    Notes.calls.clear()
+    return Notes()
+
+
+OWN = ("imports=[tests]", f"+logger.mine._target_={__name__}.Notes")
+
+
+def test_logger_of_ones_own_is_told_everything(tmp_path: Path, notes: Notes) -> None:
+    run = train_minute(tmp_path / "run", *OWN, "trainer.log_every=8")
+    history, results = run.read_history(), run.read_json("results.json")
+    assert notes.calls[0] == ("start", 0, 0, (16, 64, 64, 3))
+    assert [c[1] for c in notes.calls if c[0] == "log"] == [8, 1, 16, 2]  # steps 8 and 16, epochs 1 and 2
+    steps = notes.calls[1][2]
+    assert steps["step/train_loss"] == history[0]["train_loss"]
+    assert notes.calls[2][2]["epoch/validation_loss"] == history[0]["validation_loss"]
+    accuracies = {f"result/{k}_accuracy": results[k]["accuracy"] for k in ("validation", "test")}
+    assert notes.calls[-2:] == [("finish", accuracies), ("close",)]
+
+
+def test_logger_is_told_where_a_resumed_run_goes_on_and_closed_when_it_dies(
+    tmp_path: Path, notes: Notes
+) -> None:
+    die_at(tmp_path / "run", 5, *OWN)
+    assert notes.calls[-1] == ("close",)
+    notes.calls.clear()
+    train_minute(tmp_path / "run", *OWN)
+    assert notes.calls[0][:2] == ("start", 5)
+
+
+def test_metrics_go_to_history_and_loggers(tmp_path: Path, notes: Notes) -> None:
+    run = RunDirectory(tmp_path)
+    metrics, state = Metrics(run, [notes]), training_state(compose(*MINUTE, "trainer.log_every=7"))
+    state.metrics.add(torch.tensor(3.0), torch.tensor(1), 2, 0)
+    for state.step in range(1, 8):
+        metrics.on_step_end(state)
+    values = {"step/train_loss": 1.5, "step/train_accuracy": 0.5, "step/lr": state.schedule.lr(6)}
+    assert notes.calls == [("log", 7, values)]
+    state.history = [ROW]
+    metrics.on_epoch_end(state, {**ROW, "validation_loss": None})
+    _, step, values = notes.calls[1]
     assert step == 9
     assert values["epoch/validation_accuracy"] == 0.25
-    assert "epoch/epoch" not in values
+    assert not {"epoch/epoch", "epoch/step", "epoch/validation_loss"} & values.keys()
     assert run.read_history() == [ROW]
     assert (tmp_path / "history.csv").read_text().splitlines()[0] == ",".join(HISTORY_COLUMNS)
 
 
-def test_without_a_board(tmp_path: Path) -> None:
-    recorder = Recorder(RunDirectory(tmp_path), None)
-    recorder.step(7, 1.5, 0.25, 0.1)
-    recorder.epoch({**ROW, "validation_loss": None, "validation_accuracy": None}, [], 10)
+def test_metrics_without_loggers_or_in_another_process(tmp_path: Path) -> None:
+    state = training_state(compose(*MINUTE))
+    state.history = [{**ROW, "validation_loss": None, "validation_accuracy": None}]
+    (tmp_path / "a").mkdir()
+    Metrics(RunDirectory(tmp_path / "a"), []).on_epoch_end(state, state.history[0])
+    Metrics(None, []).on_epoch_end(state, state.history[0])  # of a process that writes no files
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")] == ["a/history.csv"]
 
 
 def test_test_columns_follow_the_usual_ones_and_gaps_are_empty(tmp_path: Path) -> None:
@@ -58,7 +122,7 @@ def test_test_columns_follow_the_usual_ones_and_gaps_are_empty(tmp_path: Path) -
     assert run.read_history()[0]["validation_loss"] is None
 
 
-def test_a_line_fits_80_columns() -> None:
+def test_epoch_line_fits_80_columns() -> None:
     assert epoch_line(ROW, 10) == (
         "epoch  9/10  train 1.2346 50.00%  validation 2.5000 25.00%  lr 0.00012  12346/s"
     )
@@ -66,3 +130,122 @@ def test_a_line_fits_80_columns() -> None:
         len(epoch_line({**ROW, "epoch": 100, "train_accuracy": 1.0, "validation_accuracy": 1.0}, 100)) <= 84
     )
     assert "validation" not in epoch_line({**ROW, "validation_loss": None}, 10)
+
+
+# -- CSV
+
+
+def test_csv_logger_drops_the_rows_that_a_resumed_run_repeats(tmp_path: Path) -> None:
+    words = ("logger=csv", "trainer.log_every=1")
+    die_at(tmp_path / "run", 5, *words)
+    with open(tmp_path / "run/steps.csv", "a") as file:
+        file.write("6,9.9,0.9,0.1\n")  # of a step that the checkpoint does not hold
+    train_minute(tmp_path / "run", *words)
+    train_minute(tmp_path / "whole", *words)
+    text = (tmp_path / "run/steps.csv").read_text()
+    assert text == (tmp_path / "whole/steps.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 2 * STEPS + 1))
+    assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "lr"]
+
+
+# -- TensorBoard
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    folder = tmp_path_factory.mktemp("board") / "run"
+    return train_minute(folder, "logger=tensorboard", "trainer.log_every=3")
+
+
+@pytest.fixture(scope="module")
+def events(run: RunDirectory) -> EventAccumulator:
+    return read_events(run.tensorboard)
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_tensorboard_files_lie_in_one_directory(run: RunDirectory) -> None:
+    """`SummaryWriter.add_hparams` would open a second run in a folder below."""
+    entries = list(run.tensorboard.iterdir())
+    assert entries
+    assert all(p.is_file() and p.name.startswith("events.out.tfevents") for p in entries)
+
+
+def test_tensorboard_scalars_are_historys(run: RunDirectory, events: EventAccumulator) -> None:
+    history = run.read_history()
+    for name in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr"):
+        scalars = events.Scalars(f"epoch/{name}")
+        assert [e.step for e in scalars] == [1, 2]
+        assert [e.value for e in scalars] == pytest.approx([row[name] for row in history], rel=1e-6)
+    steps = [e.step for e in events.Scalars("step/train_loss")]
+    assert steps == list(range(3, 2 * STEPS + 1, 3))
+    results = run.read_json("results.json")
+    for name in ("validation", "test"):
+        assert events.Scalars(f"result/{name}_accuracy")[0].value == pytest.approx(results[name]["accuracy"])
+
+
+def test_tensorboard_graph_images_and_hyperparameters(events: EventAccumulator) -> None:
+    tags = events.Tags()
+    assert tags["graph"]
+    assert "conv1" in str(events.Graph())
+    assert any(tag.startswith("train/samples") for tag in tags["images"])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"optimizer.lr" in content
+    assert b"model.conv1.channels" in content
+
+
+def logged_run(folder: Path, step: int, model: nn.Module | None = None) -> LoggedRun:
+    model = model or nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    return LoggedRun(folder, {"seed": 0}, step, model, 8, torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
+
+
+def test_tensorboard_figure_is_the_file(tmp_path: Path) -> None:
+    save_figure(
+        draw_curves([{"epoch": 1, "lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5}]), tmp_path / "x.png"
+    )
+    board = TensorBoardLogger()
+    board.start(logged_run(tmp_path, 0))
+    board.figure("x", tmp_path / "x.png", 3)
+    board.close()
+    (shown,) = read_events(tmp_path / "tensorboard").Images("x")
+    drawn = Image.open(tmp_path / "x.png").convert("RGB")
+    assert (shown.step, shown.width, shown.height) == (3, *drawn.size)
+    assert Image.open(io.BytesIO(shown.encoded_image_string)).tobytes() == drawn.tobytes()
+
+
+def test_tensorboard_graph_leaves_the_mode_and_a_failure_is_a_warning(tmp_path: Path, caplog) -> None:
+    class Own(nn.Sequential):
+        def forward(self, images):
+            raise RuntimeError("not today\nand more")
+
+    model = Own(nn.Linear(1, 1)).train()
+    board = TensorBoardLogger()
+    with caplog.at_level("WARNING", logger="zfnet"):
+        board.start(logged_run(tmp_path, 0, model))
+    board.close()
+    assert model.training
+    assert "TensorBoard: the graph could not be drawn (not today)" in caplog.text
+
+
+def test_no_logger_writes_nothing(tmp_path: Path) -> None:
+    run = train_minute(tmp_path / "run")
+    assert not run.tensorboard.exists()
+    assert not (run.folder / "steps.csv").exists()
+
+
+def test_tensorboard_of_a_resumed_run_voids_what_came_after(tmp_path: Path) -> None:
+    for start, values in ((0, [1.0, 2.0, 3.0]), (2, [7.0])):
+        board = TensorBoardLogger()
+        board.start(logged_run(tmp_path, start))
+        for k, value in enumerate(values):
+            board.log(start + k, {"loss": value})
+        board.close()
+    events = read_events(tmp_path / "tensorboard")
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 1.0), (1, 2.0), (2, 7.0)]
+    assert events.Tags()["scalars"] == ["loss"]

@@ -11,14 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import MINUTE, STEPS, compose, random_images, train_minute
+from tests.helpers import MINUTE, STEPS, compose, random_images, train_minute, training_state
 from zfnet.config.errors import UserError
 from zfnet.data import Batch, Batches
 from zfnet.data.images import image_set
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
 from zfnet.training import loop
-from zfnet.training.device import resolve_runtime
-from zfnet.training.loop import evaluate, finish_epoch, train_step
+from zfnet.training.callbacks import BestWeights
+from zfnet.training.checkpoint import BEST
+from zfnet.training.loop import evaluate, train_step
+from zfnet.training.schedule import Schedule
 from zfnet.training.state import TrainingState
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -37,7 +39,7 @@ SCHEDULERS = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
 
 def make_state(*words: str) -> TrainingState:
     config = compose(*MINUTE, "optimizer=sgd", "scheduler=constant", "data.batch_size=12", *words)
-    return TrainingState(config, resolve_runtime(config.trainer), 10, STEPS)
+    return training_state(config)
 
 
 def batch(count: int = 12, seed: int = 0) -> Batch:
@@ -80,7 +82,7 @@ def test_every_optimizer_lowers_the_loss(name: str) -> None:
     losses = []
     for _ in range(30):
         train_step(state, batch())
-        losses.append(loop.state.read_metrics()[0])
+        losses.append(state.read_metrics()[0])
         state.metrics.reset()
     assert losses[-1] < losses[0] - 0.15
 
@@ -166,7 +168,7 @@ def test_the_moving_average_is_its_closed_form() -> None:
     expected = seen[0]  # the first average is the first weights
     for values in seen[1:]:
         expected = 0.7 * expected + 0.3 * values
-    found = torch.cat([p.detach().flatten() for p in state.evaluated.parameters()])
+    found = torch.cat([p.detach().flatten() for p in state.eval_model.parameters()])
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, seen[-1])
 
@@ -223,46 +225,43 @@ def test_not_a_number_in_the_data_is_found_at_its_step(tmp_path: Path, monkeypat
 # -- choosing and measuring
 
 
-def finish(state: TrainingState, accuracy: float | None, writer, recorder, test: float = 0.0) -> None:
+def end_epoch(state: TrainingState, accuracy: float | None, writer: Silent, test: float) -> None:
     state.step += STEPS
     state.epoch_seconds = 1.0
     measured = {"test_accuracy": test, "test_loss": 1.0}
     if accuracy is not None:
         measured |= {"validation_accuracy": accuracy, "validation_loss": 1.0}
-    finish_epoch(state, measured, 10, writer, recorder)
+    BestWeights(writer).on_epoch_end(state, state.end_epoch(measured, 10))
 
 
 class Silent:
+    """A checkpoint writer that notes names."""
+
     def __init__(self) -> None:
         self.written: list[str] = []
 
     def write(self, name: str, *_: object, **__: object) -> None:
         self.written.append(name)
 
-    def epoch(self, *_: object) -> None:
-        pass
-
 
 def test_validation_chooses_and_test_does_not() -> None:
     state, silent = make_state(), Silent()
     state.optimizer.step()  # PyTorch warns where a schedule moves before its optimizer has
     for accuracy, test in ((0.3, 0.1), (0.5, 0.2), (0.5, 0.9), (0.4, 1.0)):
-        finish(state, accuracy, silent, silent, test)
+        end_epoch(state, accuracy, silent, test)
     assert state.best is not None
     assert state.best["epoch"] == 2  # the first of equals, whatever the test set says
-    assert silent.written == [checkpoint.BEST] * 2
+    assert silent.written == [BEST] * 2
     state = make_state()
     state.optimizer.step()
-    finish(state, None, silent, silent, 0.9)
+    end_epoch(state, None, silent, 0.9)
     assert state.best is None
 
 
 @pytest.mark.parametrize(("monitor", "column"), [("validation_loss", 5), ("train_loss", 3)])
 def test_what_a_plateau_watches(monitor: str, column: int, tmp_path: Path, monkeypatch) -> None:
     watched: list[float] = []
-    from zfnet.training.schedule import Schedule
-
-    monkeypatch.setattr(Schedule, "after_epoch", lambda self, value: watched.append(value))
+    monkeypatch.setattr(Schedule, "epoch", lambda self, value: watched.append(value))
     run = train_minute(tmp_path / "run", "scheduler=plateau", f"trainer.monitor={monitor}")
     name = HISTORY_COLUMNS[column]
     assert name == monitor

@@ -240,4 +240,4 @@ def test_a_checkpoint_is_tensors_and_plain_numbers(tmp_path: Path) -> None:
     assert json.loads(json.dumps(saved.metadata)) == saved.metadata
     assert saved.metadata["step"] == 3
     kinds = {name.split(".")[0] for name in saved.tensors}
-    assert kinds == {"model", "optimizer", "metrics", "average", "average_count"}
+    assert kinds == {"model", "optimizer", "metrics", "callbacks"}

@@ -10,8 +10,8 @@ import torch
 
 from tests.helpers import checked
 from zfnet.config.errors import UserError
-from zfnet.config.instantiate import build_optimizer
-from zfnet.training.schedule import Schedule
+from zfnet.training.build import build_optimizer, build_scheduler
+from zfnet.training.schedule import Schedule, steps_by_batch
 
 EPOCHS, STEPS = 10, 7
 ALL = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
@@ -19,21 +19,24 @@ ALL = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
 
 def schedule(*words: str, epochs: int = EPOCHS) -> Schedule:
     config = checked("optimizer=sgd", "optimizer.lr=0.5", *words)
-    optimizer = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
-    return Schedule(config.scheduler, optimizer, epochs, STEPS)
+    optimizer = build_optimizer(config, torch.nn.Linear(1, 1))
+    length = epochs * STEPS if steps_by_batch(config.scheduler) else epochs
+    scheduler = build_scheduler(config.scheduler, optimizer, length)
+    return Schedule(config.scheduler, scheduler, optimizer, length, STEPS)
 
 
 def advance(one: Schedule, steps: range, losses: list[float]) -> list[float]:
     """Return the rate that the optimizer saw at each step."""
     seen = []
     for step in steps:
-        with one.warmed_up(step):
-            seen.append(one.optimizer.param_groups[0]["lr"])
-            one.optimizer.step()
-        assert one.rate(step) == pytest.approx(seen[-1], rel=1e-12)
-        one.after_step()
+        expected = one.lr(step)
+        one.set_lr(step)
+        seen.append(one.optimizer.param_groups[0]["lr"])
+        one.optimizer.step()
+        assert expected == pytest.approx(seen[-1], rel=1e-12)
+        one.step()
         if (step + 1) % STEPS == 0:
-            one.after_epoch(losses[step // STEPS])
+            one.epoch(losses[step // STEPS])
     return seen
 
 
@@ -99,8 +102,8 @@ def test_a_schedule_goes_on_from_plain_numbers(name: str, stop: int) -> None:
     whole = advance(schedule(*words), range(70), losses)
     first, second = schedule(*words), schedule(*words)
     advance(first, range(stop), losses)
-    saved = json.loads(json.dumps([first.state(), first.optimizer.state_dict()["param_groups"]]))
-    second.load_state(saved[0])
+    saved = json.loads(json.dumps([first.state_dict(), first.optimizer.state_dict()["param_groups"]]))
+    second.load_state_dict(saved[0])
     second.optimizer.load_state_dict({"state": {}, "param_groups": saved[1]})
     assert advance(second, range(stop, 70), losses) == whole[stop:]
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from tests.helpers import MINUTE, compose
-from zfnet.training.device import resolve_runtime
-from zfnet.training.state import TrainingState
+from tests.helpers import MINUTE, compose, training_state
+from zfnet.training.state import TrainingState, initial_model
 
 
 def state(*words: str) -> TrainingState:
-    config = compose(*MINUTE, *words)
-    return TrainingState(config, resolve_runtime(config.trainer), 10, 8)
+    return training_state(compose(*MINUTE, *words))
 
 
 def test_the_seed_gives_the_weights_and_leaves_the_global_generator_alone() -> None:
@@ -29,9 +27,9 @@ def test_the_seed_gives_the_weights_and_leaves_the_global_generator_alone() -> N
 
 def test_what_is_evaluated() -> None:
     plain, averaged = state(), state("trainer.ema=0.9")
-    assert plain.evaluated is plain.model
-    assert averaged.evaluated is not averaged.model
-    assert torch.equal(averaged.evaluated.conv1.weight, averaged.model.conv1.weight)
+    assert plain.eval_model is plain.model
+    assert averaged.eval_model is not averaged.model
+    assert torch.equal(averaged.eval_model.conv1.weight, averaged.model.conv1.weight)
 
 
 def test_restore_is_the_inverse_of_checkpoint() -> None:
@@ -39,14 +37,16 @@ def test_restore_is_the_inverse_of_checkpoint() -> None:
     a, b = state(*words), state(*words, "seed=5")
     a.epoch, a.step, a.best, a.history = 3, 29, {"epoch": 2, "validation_accuracy": 0.5}, [{"epoch": 1}]
     a.metrics.sums += 7
-    a.average.n_averaged.fill_(29)
-    saved = a.checkpoint(epoch_seconds=1.5)
+    a.callbacks[0].average.n_averaged.fill_(29)
+    a.epoch_seconds, a.should_stop = 1.5, True
+    saved = a.checkpoint()
     b.restore(saved)
-    again = b.checkpoint(epoch_seconds=1.5)
+    again = b.checkpoint()
     assert saved.tensors.keys() == again.tensors.keys()
     assert all(torch.equal(saved.tensors[k], again.tensors[k]) for k in saved.tensors)
     aside = ("seconds", "identity")
     timeless = [{k: v for k, v in c.metadata.items() if k not in aside} for c in (saved, again)]
     assert timeless[0] == timeless[1]
+    assert b.should_stop
     assert b.step_in_epoch == 29 - 3 * 8
     assert b.elapsed() >= a.seconds

@@ -20,11 +20,8 @@ class ResumeJob(Job):
 
     def main(self, config: Config, output: Path) -> float | None:
         """Go on with `run=<dir>` from that run's own config."""
-        free = (
-            "job",
-            "run",
-            "trainer.devices",
-        )  # how many processes share the work does not change the result
+        # what is trusted, and how many processes share the work, does not change the result
+        free = ("job", "run", "imports", "trainer.devices")
         others = [o for o in config.overrides if o.split("=")[0].lstrip("+~") not in free]
         if others:
             raise UserError(

@@ -213,6 +213,7 @@ def _callbacks(
         made.append(cb.FilterRenormalization(limit))
     if trainer.ema is not None:
         made.append(cb.EMA(trainer.ema))
+    made.append(cb.BestWeights(writer))
     if world.is_main and trainer.snapshots:
         made.append(cb.Snapshots(run.snapshots, trainer.snapshots, metadata))
     made.append(cb.Metrics(run if world.is_main else None, loggers))
@@ -249,6 +250,9 @@ def _check_against(splits: Splits, config: Config) -> None:
         raise UserError(
             f"data.subset={data.subset}: there are {len(splits.train)} training images; null takes all of them"
         )
+    weights, classes = config.loss.get("weight"), len(splits.train.classes)
+    if isinstance(weights, list) and len(weights) != classes:
+        raise UserError(f"loss.weight={weights}: must have {classes} numbers, one for each class")
     side = data.crop_size or splits.train.images.shape[1]
     if config.augment.cutout > side:
         raise UserError(

@@ -155,7 +155,7 @@ def set_dropout_step(model: nn.Module, seed: int, step: int, first: int = 0) -> 
 def renormalize_filters(model: nn.Module, limit: float) -> None:
     """Scale each filter of an `nn.Conv2d` whose RMS exceeds `limit` back to it (paper, section 3)."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and module.weight.requires_grad:  # frozen ones stay
             rms = module.weight.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
             # torch.where, so that filters within the limit keep their bits
             module.weight.copy_(torch.where(rms > limit, module.weight * (limit / rms), module.weight))

@@ -210,11 +210,19 @@ def check_recipe(config: Config) -> None:
         )
     check_interval(config.scheduler, config.trainer.epochs)
     loss = build_loss(config)
-    value = loss(torch.zeros(2, 2, requires_grad=True), torch.tensor([0, 1]))
-    if value.ndim or not value.requires_grad:
+    weights = config.loss.get(
+        "weight"
+    )  # of the classes, whose number is not known before the images are read
+    logits = torch.zeros(2, len(weights) if isinstance(weights, list) else 2, requires_grad=True)
+    name = f"loss ({type(loss.loss).__name__})"
+    try:
+        value = loss(logits, torch.tensor([0, logits.shape[1] - 1]))
+    except Exception as error:  # whatever somebody's class raises
         raise UserError(
-            f"loss ({type(loss.loss).__name__}): must give one number with a gradient, not {list(value.shape)}"
-        )
+            f"{name}: fails on logits [2, 2] and labels [2]: {str(error).splitlines()[0]}"
+        ) from error
+    if value.ndim or not value.requires_grad:
+        raise UserError(f"{name}: must give one number with a gradient, not {list(value.shape)}")
     list(parameter_groups(config, model, 1.0))
     build_transforms(config)
     build_callbacks(config)
@@ -230,9 +238,12 @@ def _check_step(config: Config) -> None:
         "optimizer", plain, Optimizer, config.imports, construct=lambda cls, k: cls(network.parameters(), **k)
     )
     network(torch.zeros(1, 3, 3, 3)).sum().backward()
+    getattr(optimizer, "train", bool)()  # some optimizers step in this mode only
     try:
         optimizer.step()
-    except (TypeError, RuntimeError) as error:  # LBFGS wants a closure, SparseAdam sparse gradients
+    except (
+        Exception
+    ) as error:  # LBFGS wants a closure, SparseAdam sparse gradients; others raise what they like
         raise UserError(
             f"optimizer._target_={plain['_target_']}: cannot take a plain step ({str(error).splitlines()[0]})"
         ) from error

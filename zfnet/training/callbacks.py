@@ -214,8 +214,24 @@ class Profiler(Callback):
             self.profile.step()
 
 
+class BestWeights(Callback):
+    """Saves the weights of the best epoch so far.
+
+    It comes before callbacks that may end the training after an epoch: a checkpoint that calls an epoch the best is
+    never without its weights.
+    """
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        self.writer = writer
+
+    def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
+        if state.best is not None and state.best["epoch"] == row["epoch"]:
+            best = Checkpoint(dict(state.eval_model.state_dict()), state.best)
+            self.writer.write(BEST, best, prune=False)
+
+
 class Checkpoints(Callback):
-    """Saves the state every few minutes, at the end, and when the training is stopped; and the best weights so far."""
+    """Saves the state every few minutes, at the end, and when the training is stopped."""
 
     def __init__(self, writer: CheckpointWriter, minutes: float) -> None:
         self.writer, self.minutes = writer, minutes
@@ -226,11 +242,6 @@ class Checkpoints(Callback):
         if now - self.last > 60 * self.minutes:
             self.save(state)
             self.last = now
-
-    def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
-        if state.best is not None and state.best["epoch"] == row["epoch"]:
-            best = Checkpoint(dict(state.eval_model.state_dict()), state.best)
-            self.writer.write(BEST, best, prune=False)
 
     def on_fit_end(self, state: TrainingState) -> None:
         self.save(state)

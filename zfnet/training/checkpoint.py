@@ -140,9 +140,14 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     Raises UserError for anything but tensors, numbers, text, None, and lists, tuples and dicts of them.
     """
     if isinstance(value, Tensor):
+        while name in tensors:  # keys may hold dots, and 1 and "1" are two keys
+            name += "'"
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, (str, int, float)) and key is not None:
+                raise UserError(f"{name}: a checkpoint cannot hold a key that is a {type(key).__name__}")
         return {"dict": [[k, pack(v, f"{name}.{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         items = [pack(v, f"{name}.{n}", tensors) for n, v in enumerate(value)]

@@ -1,0 +1,188 @@
+"""What somebody's own package may hold: classes for every slot. Commands that use them say imports=[tests]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from tests.helpers import random_images
+from zfnet.training.callbacks import Callback
+
+
+class NestedState(Optimizer):
+    """Descent along the last two gradients, in a state of lists and dicts."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["last"] = [torch.zeros_like(p), torch.zeros_like(p)]
+                    state["sums"] = {"squares": torch.zeros_like(p), "count": 0, "names": ("a", None)}
+                sums = state["sums"]
+                state["last"] = [p.grad.clone(), state["last"][0]]
+                sums["squares"] += p.grad**2
+                sums["count"] += 1
+                scale = (sums["squares"] / sums["count"]).sqrt() + 1e-3
+                p -= group["lr"] * (state["last"][0] + 0.5 * state["last"][1]) / scale
+
+
+class TwoModes(Optimizer):
+    """Descent that is evaluated at the mean of its steps, as schedule-free optimizers are; starts in neither mode."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr, "mode": "eval"})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            if group["mode"] != "train":
+                raise Exception("this optimizer is not in training mode")
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                p -= group["lr"] * p.grad
+                state["count"] = state.get("count", 0) + 1
+                other = state.setdefault("other", torch.zeros_like(p))
+                other += (p - other) / state["count"]
+
+    def train(self) -> None:
+        self._become("train")
+
+    def eval(self) -> None:
+        self._become("eval")
+
+    @torch.no_grad()
+    def _become(self, mode: str) -> None:
+        for group in self.param_groups:
+            if group["mode"] != mode:
+                group["mode"] = mode
+                for p in (p for p in group["params"] if "other" in self.state[p]):
+                    kept = p.clone()
+                    p.copy_(self.state[p]["other"])
+                    self.state[p]["other"].copy_(kept)
+
+
+class MeanCrossEntropy(nn.Module):
+    """The mean over the batch, without an argument `reduction`."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+
+class NoGradient(nn.Module):
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits.argmax(1) != labels).float().mean()
+
+
+class OneForEach(nn.Module):
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none")
+
+
+class Learned(MeanCrossEntropy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+
+class Network(nn.Module):
+    """A network of somebody's own."""
+
+    def __init__(self, num_classes: int, width: int = 4) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, width, 7, stride=8)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images).relu().mean((2, 3)))
+
+
+class Counter(Callback):
+    """Counts steps, and keeps numbers, lists and tensors about them."""
+
+    def __init__(self) -> None:
+        self.steps, self.epochs, self.total = 0, [], torch.zeros(())
+
+    def on_step_end(self, state: Any) -> None:
+        self.steps += 1
+        self.total += next(state.model.parameters()).detach().sum()
+
+    def on_epoch_end(self, state: Any, row: Mapping[str, Any]) -> None:
+        self.epochs.append((row["epoch"], self.steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "epochs": list(self.epochs), "total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.epochs, self.total = state["steps"], state["epochs"], state["total"]
+
+
+class Witness(Callback):
+    """Notes the hooks in the order in which they are called, with the count of steps."""
+
+    calls: ClassVar[list[tuple[str, int]]] = []
+
+    def __init__(self) -> None:
+        for hook in (name for name in dir(Callback) if name.startswith("on_")):
+            setattr(
+                self, hook, lambda state, *_, hook=hook: self.calls.append((hook, getattr(state, "step", 0)))
+            )
+
+
+class Items(Dataset):
+    """`count` images of noise, in one of the forms that an item may have."""
+
+    def __init__(
+        self, count: int, form: str = "pil", side: int = 64, classes: int = 3, seed: int = 0
+    ) -> None:
+        self.images, self.form, self.number = random_images(count, side, seed), form, classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, k: int) -> tuple[Any, Any]:
+        pixels: Any = self.images[k]
+        made = {
+            "pil": lambda: Image.fromarray(pixels.numpy()),
+            "array": lambda: pixels.numpy(),
+            "bytes": lambda: pixels.permute(2, 0, 1),
+            "floats": lambda: pixels.permute(2, 0, 1) / 255,
+            "wide": lambda: pixels[: len(pixels) // 2].numpy(),
+            "random": lambda: np.random.randint(0, 256, pixels.shape, dtype=np.uint8),
+            "int32": lambda: pixels.numpy().astype(np.int32),
+            "words": lambda: "no image",
+        }[self.form]()
+        return made, torch.tensor(k % self.number) if k % 2 else k % self.number
+
+
+class Negative(Items):
+    def __getitem__(self, k: int) -> tuple[Any, Any]:
+        return super().__getitem__(k)[0], -1
+
+
+class Named(Items):
+    classes = ("cat", "dog", "eel")
+
+
+class Squash(nn.Module):
+    """An operation whose results have another shape: `keep` of the rows, or as many as the image says."""
+
+    def __init__(self, keep: int = 0) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, image: Tensor) -> Tensor:
+        side = self.keep or 8 + int(image.sum()) % 8
+        return image[:, :side, : side if not self.keep else None]

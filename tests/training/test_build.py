@@ -1,0 +1,283 @@
+"""From a config to what trains: losses, parameter groups, weights to start from and frozen layers."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from tests.helpers import MINUTE, STEPS, checked, compose, die_at, learned, train_minute
+from tests.helpers import training_state as make_state
+from zfnet.config.errors import UserError
+from zfnet.data import load_splits
+from zfnet.jobs.train import train
+from zfnet.runs.directory import RunDirectory
+from zfnet.training.build import build_optimizer
+from zfnet.training.loop import train_step
+from zfnet.training.state import initial_model, training_batches
+
+OWN = "imports=[tests]"
+OWN_LOSS = (OWN, "~loss.label_smoothing")
+
+
+def first_steps(*words: str, steps: int = 3):
+    """Return a state after some steps of MINUTE."""
+    config = compose(*MINUTE, *words)
+    state = make_state(config)
+    state.train()
+    batches = training_batches(config, state.runtime, load_splits(config.data, config.imports).train)
+    for _, batch in zip(range(steps), batches.epoch(0), strict=False):
+        train_step(state, batch)
+    return state
+
+
+# -- loss
+
+
+@pytest.mark.parametrize("more", [(), ("trainer.accumulate=3",)])
+def test_loss_without_reduction_is_taken_as_the_mean(tmp_path: Path, more: tuple[str, ...]) -> None:
+    own = train_minute(tmp_path / "own", *OWN_LOSS, "loss._target_=tests.own.MeanCrossEntropy", *more)
+    usual = train_minute(tmp_path / "usual", *more)
+    for row, other in zip(own.read_history(), usual.read_history(), strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
+        assert row["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-6)
+
+
+def test_class_weights() -> None:
+    weights = [0.5, 2.0, *[1.0] * 7, 0.0]
+    state, twin = make_state(checked(*MINUTE, f"+loss.weight={weights}")), make_state(compose(*MINUTE)).model
+    batches = training_batches(state.config, state.runtime, load_splits(state.config.data).train)
+    batch = next(batches.epoch(0))
+    state.train()
+    train_step(state, batch)
+    losses = F.cross_entropy(twin.train()(batch.images), batch.labels, torch.tensor(weights), reduction="sum")
+    assert state.metrics.read()[0] == pytest.approx(losses.item() / len(batch.labels), rel=1e-5)
+
+
+def test_class_weights_of_another_number_of_classes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"loss\.weight=\[1, 2\]: must have 10 numbers, one for each class"):
+        train_minute(tmp_path / "run", "+loss.weight=[1,2]")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NoGradient", "loss (NoGradient): must give one number with a gradient, not []"),
+        ("OneForEach", "loss (OneForEach): must give one number with a gradient, not [2]"),
+        ("Learned", "loss (Learned): has parameters of its own"),
+        ("Squash", "loss (Squash): fails on logits [2, 2] and labels [2]: "),
+        (
+            "Counter",
+            "loss._target_=tests.own.Counter: must name a subclass of torch.nn.modules.module.Module",
+        ),
+    ],
+)
+def test_loss_that_cannot_be_trained_is_refused(name: str, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        checked(*MINUTE, *OWN_LOSS, f"loss._target_=tests.own.{name}")
+
+
+# -- parameter groups
+
+GROUPS = (
+    '+optimizer.param_groups=[{ndim:1,weight_decay:0},{match:"^fc8",lr_scale:10},{match:conv,ndim:4,lr:0.5}]'
+)
+
+
+def test_parameter_groups_take_match_ndim_and_lr_scale() -> None:
+    config = checked(*MINUTE, "optimizer=sgd", GROUPS)
+    model = make_state(config).model
+    groups = build_optimizer(config, model).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    chosen = [[names[id(p)] for p in group["params"]] for group in groups]
+    assert chosen == [
+        [f"{layer}.bias" for layer in ("conv1", "conv2", "conv5", "fc6", "fc8")],
+        ["fc8.weight"],
+        ["conv1.weight", "conv2.weight", "conv5.weight"],
+        ["fc6.weight"],
+    ]
+    assert [group["weight_decay"] for group in groups] == [0, 5e-4, 5e-4, 5e-4]
+    assert [group["lr"] for group in groups] == pytest.approx([0.01, 0.1, 0.5, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (
+            "[{match:conv9,lr_scale:2}]",
+            "param_groups.0={'match': 'conv9', 'lr_scale': 2}: no parameter fits it",
+        ),
+        ("[{match:fc},{match:fc8}]", "param_groups.1={'match': 'fc8'}: no parameter fits it"),
+        ("[{weight_decay:0}]", "param_groups.0={'weight_decay': 0}: names no parameters; set match or ndim"),
+        ("['{match:\"(\"}']", "param_groups=['{match:\"(\"}']: must be a list such as"),
+        ("[{match:'('}]", "param_groups.0.match=(: "),
+        ("3", "param_groups=3: must be a list such as"),
+    ],
+)
+def test_parameter_groups_that_fit_nothing_are_refused(rules: str, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        checked(*MINUTE, "optimizer=sgd", f"+optimizer.param_groups={rules}")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_parameter_groups_resume_exactly(tmp_path: Path, optimizer: str) -> None:
+    words = (f"optimizer={optimizer}", GROUPS, "scheduler=cosine", "scheduler.warmup_epochs=0.5")
+    expected = learned(train_minute(tmp_path / "whole", *words))
+    for step in (3, 11):
+        die_at(tmp_path / "run", step, *words)
+    assert learned(train_minute(tmp_path / "run", *words)) == expected
+
+
+# -- somebody's own optimizer
+
+
+@pytest.mark.parametrize("name", ["NestedState", "TwoModes"])
+@pytest.mark.parametrize(
+    "more", [(), ("optimizer.lr=0.05", "trainer.channels_last=false", "model.norm=batch")]
+)
+def test_optimizer_of_ones_own_resumes_exactly(tmp_path: Path, name: str, more: tuple[str, ...]) -> None:
+    """With lists and dicts of tensors in its state, or with modes: after a kill in mid-epoch, and at an epoch's end."""
+    rest = [f"~optimizer.{key}" for key in ("momentum", "weight_decay", "nesterov")]
+    words = (OWN, "optimizer=sgd", *rest, f"optimizer._target_=tests.own.{name}", *more)
+    expected = learned(train_minute(tmp_path / "whole", *words))
+    for step in (3, STEPS, 11):
+        die_at(tmp_path / "run", step, *words)
+    assert learned(train_minute(tmp_path / "run", *words)) == expected
+
+
+def test_optimizer_with_modes_is_measured_and_kept_in_evaluation_mode(tmp_path: Path) -> None:
+    rest = [f"~optimizer.{key}" for key in ("momentum", "weight_decay", "nesterov")]
+    words = (OWN, "optimizer=sgd", *rest, "optimizer._target_=tests.own.TwoModes", "trainer.epochs=1")
+    run = train_minute(tmp_path / "run", *words)
+    state = first_steps(*words, steps=STEPS)
+    trained = {name: p.clone() for name, p in state.model.named_parameters()}
+    state.optimizer.eval()
+    kept = load_file(run.weights)
+    for name, p in state.model.named_parameters():
+        assert torch.equal(kept[name], p)
+        assert not torch.equal(kept[name], trained[name])
+
+
+# -- weights to start from
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory):
+    return train_minute(tmp_path_factory.mktemp("started") / "run", "trainer.epochs=1")
+
+
+def test_init_from_takes_a_runs_weights(started) -> None:
+    for source in (started.folder, started.weights):
+        model, fresh = initial_model(compose(*MINUTE, f"trainer.init_from={source}"), 10)
+        assert fresh == []
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in load_file(started.weights).items())
+
+
+def test_init_from_another_number_of_classes_makes_a_new_head_and_says_so(started, tmp_path: Path) -> None:
+    config = compose(*MINUTE, f"trainer.init_from={started.folder}")
+    model, fresh = initial_model(config, 3)
+    assert fresh == ["fc8.weight", "fc8.bias"]
+    own, _ = initial_model(compose(*MINUTE), 3)
+    assert torch.equal(model.fc8.weight, own.fc8.weight)
+    assert torch.equal(model.conv1.weight, load_file(started.weights)["conv1.weight"])
+
+
+def test_init_from_resumes_exactly_and_records_the_weights(started, tmp_path: Path) -> None:
+    words = (f"trainer.init_from={started.folder}",)
+    expected = train_minute(tmp_path / "whole", *words)
+    die_at(tmp_path / "run", 5, *words)
+    run = train_minute(tmp_path / "run", *words)
+    assert learned(run) == learned(expected)
+    recorded = run.read_json("environment.json")["initial_weights_sha256"]
+    assert recorded == started.read_json("results.json")["weights_sha256"]
+
+
+def test_init_from_refuses_what_does_not_fit(started, tmp_path: Path) -> None:
+    weights = load_file(started.weights)
+    cases = {
+        "shape": ({**weights, "conv1.weight": torch.zeros(4, 3, 5, 5)}, "its conv1.weight is [4, 3, 5, 5]"),
+        "lacks": ({k: v for k, v in weights.items() if k != "conv2.bias"}, "lacks conv2.bias"),
+        "more": ({**weights, "conv7.bias": torch.zeros(1)}, "holds conv7.bias, and the network has no such"),
+        "head": ({**weights, "fc8.weight": torch.zeros(10, 3)}, "its fc8.weight is [10, 3]"),
+    }
+    for name, (state, expected) in cases.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+        with pytest.raises(UserError, match=re.escape(expected)):
+            initial_model(compose(*MINUTE, f"trainer.init_from={tmp_path / name}.safetensors"), 10)
+    with pytest.raises(UserError, match="there is no such file of weights"):
+        initial_model(compose(*MINUTE, f"trainer.init_from={tmp_path}"), 10)
+
+
+def test_init_from_opens_no_pickle(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class Trap:
+        def __reduce__(self):
+            return Path.write_text, (Path("witness"), "opened")
+
+    (tmp_path / "x.pth").write_bytes(pickle.dumps(Trap()))
+    torch.save({"a": Trap()}, tmp_path / "y.safetensors")
+    for name in ("x.pth", "y.safetensors"):
+        with pytest.raises(UserError, match="is not a safetensors file, or is damaged"):
+            initial_model(compose(*MINUTE, f"trainer.init_from={tmp_path / name}"), 10)
+    assert not (tmp_path / "witness").exists()
+
+
+# -- frozen layers
+
+
+def test_freeze_keeps_bits_and_running_statistics(tmp_path: Path) -> None:
+    words = (
+        "model.norm=batch",
+        "model.rms_limit=0.01",
+        "trainer.freeze=[conv1,norm1,fc6]",
+        "optimizer.lr=0.1",
+    )
+    state = first_steps(*words)
+    before = initial_model(state.config, 10)[0].state_dict()
+    for name, value in state.model.state_dict().items():
+        same = torch.equal(value, before[name])
+        assert same == name.startswith(("conv1.", "norm1.", "fc6.")), name
+    assert not state.model.norm1.training
+    assert state.model.norm2.training
+
+
+def test_freeze_resumes_exactly(tmp_path: Path) -> None:
+    words = ("model.norm=batch", "trainer.freeze=[conv1,norm1]", "trainer.ema=0.9", "trainer.clip_norm=1")
+    expected = learned(train_minute(tmp_path / "whole", *words))
+    die_at(tmp_path / "run", 11, *words)
+    assert learned(train_minute(tmp_path / "run", *words)) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("[conv11]", "trainer.freeze: the network has no layer conv11; did you mean 'conv1'?"),
+        ("[pool1]", "trainer.freeze: the network has no layer pool1"),
+        ("[conv1,conv2,conv5,fc6,fc8]", "leaves no parameters to train"),
+    ],
+)
+def test_freeze_of_nothing_or_all_is_refused(names: str, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        checked(*MINUTE, f"trainer.freeze={names}")
+
+
+def test_init_from_and_freeze_are_fine_tuning(started, tmp_path: Path) -> None:
+    """On another data set, of three classes: the head is new, the rest is another run's and stays."""
+    words = [w for w in MINUTE if not w.endswith(("_images=80", "_images=20", "_images=200", "_images=50"))]
+    words += [OWN, "data=dataset", "+data.train._target_=tests.own.Items", "+data.train.count=30"]
+    words += ["data.validation=6", f"trainer.init_from={started.folder}", "trainer.freeze=[conv1,conv2]"]
+    config, run = compose(*words), RunDirectory(tmp_path / "run")
+    run.claim(config)
+    train(config, run)
+    log = (run.folder / "train.log").read_text()
+    assert "trainer.init_from: fc8.weight is new, since the number of classes differs" in log
+    kept, old = load_file(run.weights), load_file(started.weights)
+    assert torch.equal(kept["conv2.weight"], old["conv2.weight"])
+    assert not torch.equal(kept["conv5.weight"], old["conv5.weight"])
+    assert kept["fc8.bias"].shape == (3,)
