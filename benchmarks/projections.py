@@ -33,8 +33,8 @@ from zfnet.runs.directory import write_atomically
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.provenance import describe_environment
 from zfnet.runs.tables import format_table
+from zfnet.training.build import initial_model
 from zfnet.training.device import resolve_runtime, timed
-from zfnet.training.state import initial_model
 
 # of the largest pixel: more than the rounding of equal computations, less than what another switch does
 TOLERANCE = 1e-5

@@ -40,9 +40,8 @@ from zfnet.jobs.benchmark import (
 )
 from zfnet.runs.command import compose
 from zfnet.runs.hydra_record import register_resolvers
-from zfnet.training.build import build_optimizer
+from zfnet.training.build import build_optimizer, initial_model
 from zfnet.training.device import Runtime, keep_memory, resolve_runtime, synchronize
-from zfnet.training.state import initial_model
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from zfnet.runs import command
 from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
-from zfnet.training.build import check_recipe
+from zfnet.training.build import build_state, check_recipe
 from zfnet.training.callbacks import EMA, Callback, FilterRenormalization
 from zfnet.training.device import resolve_runtime
 from zfnet.training.loaded import LoadedRun
@@ -110,7 +110,7 @@ def training_state(config: Config, steps: int = STEPS, callbacks: Sequence[Callb
     if config.trainer.ema is not None:
         arithmetic.append(EMA(config.trainer.ema))
     runtime = resolve_runtime(config.trainer)
-    return TrainingState(config, runtime, 10, steps, callbacks=[*arithmetic, *callbacks])
+    return build_state(config, runtime, 10, steps, callbacks=[*arithmetic, *callbacks])
 
 
 class Killed(BaseException):

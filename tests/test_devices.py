@@ -33,8 +33,8 @@ from zfnet.explain.selection import choose_images
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.plots.pictures import on_grey, to_pixels
 from zfnet.runs.directory import RunDirectory
+from zfnet.training.build import training_batches
 from zfnet.training.loop import evaluate, train_step
-from zfnet.training.state import training_batches
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real one is there")
 ON_GPU = ("trainer.device=cuda", "trainer.precision=fp32")

@@ -34,11 +34,10 @@ from zfnet.model.layers import LocalResponseNorm, set_dropout_step
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
-from zfnet.training.build import build_optimizer
+from zfnet.training.build import build_optimizer, training_batches
 from zfnet.training.checkpoint import load_optimizer
 from zfnet.training.device import resolve_runtime
 from zfnet.training.processes import World, init_process_group
-from zfnet.training.state import training_batches
 
 pytestmark = pytest.mark.gpu
 CUDA = ("trainer.device=cuda", "trainer.checkpoint_minutes=1e-9")

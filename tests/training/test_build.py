@@ -17,9 +17,8 @@ from zfnet.config.errors import UserError
 from zfnet.data import load_splits
 from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
-from zfnet.training.build import build_optimizer
+from zfnet.training.build import build_optimizer, initial_model, training_batches
 from zfnet.training.loop import train_step
-from zfnet.training.state import initial_model, training_batches
 
 OWN = "imports=[tests]"
 OWN_LOSS = (OWN, "~loss.label_smoothing")

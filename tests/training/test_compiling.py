@@ -84,7 +84,7 @@ def test_the_network_is_one_graph(norm: str) -> None:
     images = next(batches.in_order()).images
     compiled = torch.compile(state.model, backend="eager", fullgraph=True)
     logits = compiled(images)
-    state.model.set_step(0, 0)
+    set_dropout_step(state.model, 0, 0)
     assert torch.equal(logits, state.model(images))
 
 

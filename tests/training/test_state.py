@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from tests.helpers import MINUTE, compose, training_state
-from zfnet.training.state import TrainingState, initial_model
+from zfnet.training.build import initial_model
+from zfnet.training.state import TrainingState
 
 
 def state(*words: str) -> TrainingState:

@@ -31,9 +31,9 @@ from zfnet.plots.figures import BLUE, INK, LIGHT_BLUE, ORANGE, PALE, PURPLE, new
 from zfnet.runs.directory import write_atomically
 from zfnet.runs.provenance import describe_environment
 from zfnet.runs.tables import format_table
+from zfnet.training.build import build_state, training_batches
 from zfnet.training.device import Runtime, keep_memory, resolve_runtime, set_switches, synchronize, timed
 from zfnet.training.loop import train_step
-from zfnet.training.state import TrainingState, training_batches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,7 @@ class TrainingSteps:
                 f"data.batch_size={self.batch_size}: there are only {len(images)} training images"
             )
         self.batches = training_batches(config, runtime, images)
-        self.state = TrainingState(config, runtime, len(images.classes), len(self.batches))
+        self.state = build_state(config, runtime, len(images.classes), len(self.batches))
         self.data_wait, self.taken = 0.0, 0
 
     def turn(self, steps: int, warmup: int) -> float:

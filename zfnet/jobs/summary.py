@@ -11,7 +11,7 @@ import torchinfo
 from zfnet.config.schema import Config, Job
 from zfnet.data import load_splits
 from zfnet.runs.tables import format_table
-from zfnet.training.state import initial_model
+from zfnet.training.build import initial_model
 
 # of data that a table of layers need not download
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": 10}

@@ -23,7 +23,7 @@ from zfnet.runs.signals import Pruned, StopRequest
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
 from zfnet.sweeps.pruning import trial_report
 from zfnet.training import callbacks as cb
-from zfnet.training.build import build_callbacks, build_loggers, check_recipe
+from zfnet.training.build import build_callbacks, build_loggers, build_state, check_recipe, training_batches
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, read_newest
 from zfnet.training.compiling import settle_auto
 from zfnet.training.device import resolve_runtime
@@ -31,7 +31,7 @@ from zfnet.training.loggers import LoggedRun, Logger
 from zfnet.training.loop import evaluate
 from zfnet.training.loop import fit as run_loop
 from zfnet.training.processes import World, processes, run_worker, torchrun_world
-from zfnet.training.state import TrainingState, training_batches
+from zfnet.training.state import TrainingState
 
 log = logging.getLogger("zfnet")
 
@@ -141,7 +141,7 @@ def _train(
     loggers = build_loggers(config) if world.is_main else []
     writer = CheckpointWriter(run.checkpoints if world.is_main else None)
     callbacks = _callbacks(config, run, world, loggers, writer, stop, metadata, report)
-    state = TrainingState(config, runtime, len(splits.train.classes), len(train), world, callbacks)
+    state = build_state(config, runtime, len(splits.train.classes), len(train), world, callbacks)
     saved, problems = read_newest(run.checkpoints)
     if saved is not None and saved.metadata.get("identity", config.identity()) != config.identity():
         raise UserError(

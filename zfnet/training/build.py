@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import instantiate, resolve
 from zfnet.config.schema import Config, ModelConfig
-from zfnet.model.build import build_model, freeze, has_batch_norm
+from zfnet.data import Batches, ImageSet
+from zfnet.model.build import build_model, freeze, has_batch_norm, load_initial_weights
 from zfnet.model.zfnet import ZFNet
-from zfnet.training.callbacks import Callback
+from zfnet.training.device import Runtime
 from zfnet.training.loggers import Logger
-from zfnet.training.schedule import OWN_KEYS, check_interval, steps_by_batch
+from zfnet.training.processes import SINGLE, World
+from zfnet.training.schedule import OWN_KEYS, Schedule, check_interval, steps_by_batch
+from zfnet.training.state import Callback, TrainingState
 
 GROUP_KEYS = ("match", "ndim", "lr_scale")  # of a parameter group, beside the optimizer's own
 
@@ -248,3 +252,59 @@ def _check_step(config: Config) -> None:
             f"optimizer._target_={plain['_target_']}: cannot take a plain step ({str(error).splitlines()[0]})"
         ) from error
     build_scheduler(config.scheduler, optimizer, 100, config.imports)
+
+
+# -- a training
+
+
+def build_state(
+    config: Config,
+    runtime: Runtime,
+    num_classes: int,
+    steps_per_epoch: int,
+    world: World = SINGLE,
+    callbacks: Sequence[Callback] = (),
+) -> TrainingState:
+    """Return a training at its first step."""
+    model, new_weights = initial_model(config, num_classes)
+    freeze(model, config.trainer.freeze)
+    model = model.to(runtime.device).to(memory_format=runtime.memory_format)
+    if world.size > 1 and has_batch_norm(model):  # of the whole batch, as in one process
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = build_optimizer(config, model, fused=runtime.device.type in ("cpu", "cuda"))
+    epochs = config.trainer.epochs
+    length = epochs * steps_per_epoch if steps_by_batch(config.scheduler) else epochs
+    scheduler = build_scheduler(config.scheduler, optimizer, length, config.imports)
+    schedule = Schedule(config.scheduler, scheduler, optimizer, length, steps_per_epoch)
+    criterion = build_loss(config).to(runtime.device)
+    return TrainingState(
+        config, runtime, model, criterion, optimizer, schedule, steps_per_epoch, world, callbacks, new_weights
+    )
+
+
+def training_batches(config: Config, runtime: Runtime, images: ImageSet, world: World = SINGLE) -> Batches:
+    """Return the batches that a run trains on: its seed, its augmentation, and this process's share of each."""
+    return Batches(
+        images,
+        config.data,
+        runtime.device,
+        seed=config.seed,
+        augment=config.augment,
+        transforms=build_transforms(config),
+        channels_last=runtime.channels_last,
+        share=(world.rank, world.size),
+    )
+
+
+def initial_model(config: Config, num_classes: int) -> tuple[nn.Module, list[str]]:
+    """Return the network with the weights that the seed gives it, or those of `trainer.init_from`.
+
+    Also returns the names of weights that `trainer.init_from` did not set. The global generator is not touched.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, num_classes, config.data.image_size, config.imports)
+    if config.trainer.init_from is None:
+        return model, []
+    path = Path(config.trainer.init_from).expanduser()
+    return model, load_initial_weights(model, path / "model.safetensors" if path.is_dir() else path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -22,50 +22,7 @@ from zfnet.runs.signals import Pruned, Stopped, StopRequest
 from zfnet.runs.weights import ModelMetadata, save_model
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, step_name
 from zfnet.training.loggers import Logger, epoch_line, log
-
-if TYPE_CHECKING:
-    from zfnet.training.state import TrainingState
-
-
-class Callback:
-    """Hooks of a training; each is given the `TrainingState`. Derive from it, and override what you need.
-
-    name: the key under which a config names it; the state that `state_dict` returns is kept under this name
-
-    A callback must be a function of the config, the step and its own state: then a resumed run equals one that never
-    stopped. What it keeps from step to step (numbers, lists, tensors) belongs into `state_dict`.
-    """
-
-    name = ""
-
-    def on_fit_start(self, state: TrainingState) -> None:
-        """Called once before the first step of this process, before a checkpoint is loaded."""
-
-    def on_epoch_start(self, state: TrainingState) -> None:
-        """Called before the first step of an epoch, and again after a resume in its middle."""
-
-    def on_optimizer_step(self, state: TrainingState) -> None:
-        """Called in each step, after the optimizer has changed the weights: part of the step's arithmetic."""
-
-    def on_step_end(self, state: TrainingState) -> None:
-        """Called after each step; `state.step` counts it already. Raise Stopped or set `state.should_stop` to end."""
-
-    def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
-        """Called after each epoch with its row of history.csv; set `state.should_stop` to end the training."""
-
-    def on_fit_end(self, state: TrainingState) -> None:
-        """Called after the last epoch."""
-
-    def on_exception(self, state: TrainingState, error: BaseException) -> None:
-        """Called when the training ends by an error, a signal or pruning, before the error goes on."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold: tensors, numbers, text, and lists, tuples and dicts of them."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
-
+from zfnet.training.state import Callback, TrainingState
 
 # -- part of the arithmetic
 

@@ -4,24 +4,60 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
-from zfnet.data import Batches, ImageSet
-from zfnet.model.build import build_model, freeze, has_batch_norm, load_initial_weights
-from zfnet.training.build import build_loss, build_optimizer, build_scheduler, build_transforms
-from zfnet.training.callbacks import Callback
 from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_prefix, unpack, with_prefix
 from zfnet.training.device import Runtime
 from zfnet.training.metrics import RunningMetrics
 from zfnet.training.processes import SINGLE, World
-from zfnet.training.schedule import Schedule, steps_by_batch
+from zfnet.training.schedule import Schedule
+
+
+class Callback:
+    """Hooks of a training; each is given the `TrainingState`. Derive from it, and override what you need.
+
+    name: the key under which a config names it; the state that `state_dict` returns is kept under this name
+
+    A callback must be a function of the config, the step and its own state: then a resumed run equals one that never
+    stopped. What it keeps from step to step (numbers, lists, tensors) belongs into `state_dict`.
+    """
+
+    name = ""
+
+    def on_fit_start(self, state: TrainingState) -> None:
+        """Called once before the first step of this process, before a checkpoint is loaded."""
+
+    def on_epoch_start(self, state: TrainingState) -> None:
+        """Called before the first step of an epoch, and again after a resume in its middle."""
+
+    def on_optimizer_step(self, state: TrainingState) -> None:
+        """Called in each step, after the optimizer has changed the weights: part of the step's arithmetic."""
+
+    def on_step_end(self, state: TrainingState) -> None:
+        """Called after each step; `state.step` counts it already. Raise Stopped or set `state.should_stop` to end."""
+
+    def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
+        """Called after each epoch with its row of history.csv; set `state.should_stop` to end the training."""
+
+    def on_fit_end(self, state: TrainingState) -> None:
+        """Called after the last epoch."""
+
+    def on_exception(self, state: TrainingState, error: BaseException) -> None:
+        """Called when the training ends by an error, a signal or pruning, before the error goes on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold: tensors, numbers, text, and lists, tuples and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
 
 
 class TrainingState:
@@ -31,32 +67,27 @@ class TrainingState:
 
     callbacks: are called in this order; those that add to the state put it into its checkpoints
     eval_model: the weights to evaluate and keep: the model's, unless a callback averages them
+    new_weights: names of weights that `trainer.init_from` did not set
     """
 
     def __init__(
         self,
         config: Config,
         runtime: Runtime,
-        num_classes: int,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: Optimizer,
+        schedule: Schedule,
         steps_per_epoch: int,
         world: World = SINGLE,
         callbacks: Sequence[Callback] = (),
+        new_weights: Sequence[str] = (),
     ) -> None:
         self.config, self.runtime, self.steps_per_epoch, self.world = config, runtime, steps_per_epoch, world
-        model, self.new_weights = initial_model(config, num_classes)
-        freeze(model, config.trainer.freeze)
-        self.model = model.to(runtime.device).to(memory_format=runtime.memory_format)
-        if world.size > 1 and has_batch_norm(self.model):  # of the whole batch, as in one process
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.model, self.criterion, self.optimizer, self.schedule = model, criterion, optimizer, schedule
         # wrapping and compiling make other modules; the state dict is always the plain one's
         self.parallel = world.wrap(self.model, runtime.device, config.trainer.gradients)
         self.use_compiled(runtime.compile)
-        self.criterion = build_loss(config).to(runtime.device)
-        self.optimizer = build_optimizer(config, self.model, fused=runtime.device.type in ("cpu", "cuda"))
-        epochs = config.trainer.epochs
-        length = epochs * steps_per_epoch if steps_by_batch(config.scheduler) else epochs
-        scheduler = build_scheduler(config.scheduler, self.optimizer, length, config.imports)
-        self.schedule = Schedule(config.scheduler, scheduler, self.optimizer, length, steps_per_epoch)
         self.metrics = RunningMetrics(runtime.device)
         self.epoch = 0  # the epoch in progress, counted from 0
         self.step = 0  # optimizer steps since the beginning
@@ -68,6 +99,7 @@ class TrainingState:
         self.epoch_seconds = 0.0  # spent training in this epoch, by all processes
         self._started = time.perf_counter()
         self.eval_model: nn.Module = self.model
+        self.new_weights = list(new_weights)
         self.callbacks = list(callbacks)
         for callback in self.callbacks:
             callback.on_fit_start(self)
@@ -181,31 +213,3 @@ class TrainingState:
         self.should_stop = metadata.get("should_stop", False)
         self.history, self.seconds = metadata["history"], metadata["seconds"]
         self.epoch_seconds = metadata["epoch_seconds"]
-
-
-def training_batches(config: Config, runtime: Runtime, images: ImageSet, world: World = SINGLE) -> Batches:
-    """Return the batches that a run trains on: its seed, its augmentation, and this process's share of each."""
-    return Batches(
-        images,
-        config.data,
-        runtime.device,
-        seed=config.seed,
-        augment=config.augment,
-        transforms=build_transforms(config),
-        channels_last=runtime.channels_last,
-        share=(world.rank, world.size),
-    )
-
-
-def initial_model(config: Config, num_classes: int) -> tuple[nn.Module, list[str]]:
-    """Return the network with the weights that the seed gives it, or those of `trainer.init_from`.
-
-    Also returns the names of weights that `trainer.init_from` did not set. The global generator is not touched.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = build_model(config.model, num_classes, config.data.image_size, config.imports)
-    if config.trainer.init_from is None:
-        return model, []
-    path = Path(config.trainer.init_from).expanduser()
-    return model, load_initial_weights(model, path / "model.safetensors" if path.is_dir() else path)

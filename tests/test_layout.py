@@ -1,0 +1,67 @@
+"""The layout that DESIGN and README promise: arrows point down, and no two files import each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# a folder may import its own row and the rows below it
+ROWS = (("jobs", "analyses"), ("sweeps", "training", "explain", "plots"), ("data", "model", "runs"), ("config",))
+
+
+def _imports(path: Path, modules: set[str]) -> set[str]:
+    """Return the modules of the package that a file names anywhere, inside functions and for types too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names & modules
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    files = {
+        p.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p
+        for p in (ROOT / "zfnet").rglob("*.py")
+        if p.name != "__init__.py"
+    }
+    return {name: _imports(path, set(files)) - {name} for name, path in files.items()}
+
+
+def test_no_two_files_import_each_other(graph: dict[str, set[str]]) -> None:
+    """Also not by way of others."""
+    remaining = dict(graph)
+    while True:
+        leaves = {name for name, imports in remaining.items() if not imports & remaining.keys()}
+        if not leaves:
+            break
+        remaining = {name: imports for name, imports in remaining.items() if name not in leaves}
+    assert not remaining, f"these files import each other: {sorted(remaining)}"
+
+
+def test_arrows_point_down(graph: dict[str, set[str]]) -> None:
+    row = {folder: number for number, folders in enumerate(ROWS) for folder in folders}
+    up = [
+        f"{name} imports {other}"
+        for name, imports in graph.items()
+        for other in imports
+        if row[other.split(".")[1]] < row[name.split(".")[1]]
+    ]
+    assert not up
+
+
+def test_the_package_has_folders_only() -> None:
+    assert [p.name for p in (ROOT / "zfnet").glob("*.py")] == ["__init__.py"]
+    assert {p.name for p in (ROOT / "zfnet").iterdir() if p.is_dir() and p.name != "__pycache__"} == {
+        folder for folders in ROWS for folder in folders
+    }
+
+
+def test_no_stem_stands_in_three_folders(graph: dict[str, set[str]]) -> None:
+    stems = [name.rpartition(".")[2] for name in graph]
+    assert [s for s in set(stems) if stems.count(s) > 2] == []
