@@ -67,12 +67,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[dict[st
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A network that names most built-in images rightly. Tests read its run and never write to it."""
+    """A network that classifies most built-in images correctly. Tests read its run and never write to it."""
     return train_some(tmp_path_factory.mktemp("trained") / "run")
 
 
 class Answer(NamedTuple):
-    """What a command said."""
+    """Exit code and output of a command."""
 
     code: int
     out: str

@@ -43,8 +43,8 @@ GPU = torch.device("cuda")
 
 @pytest.fixture
 def waits() -> Iterator[list[str]]:
-    with pretended_gpu() as found:
-        yield found
+    with pretended_gpu() as waits:
+        yield waits
 
 
 def test_the_pretence_refuses_what_cuda_refuses(waits: list[str]) -> None:
@@ -74,6 +74,14 @@ def test_the_pretence_refuses_what_cuda_refuses(waits: list[str]) -> None:
         ("optimizer=adagrad", "model.norm=batch", "loss.label_smoothing=0.1"),
         ("optimizer=nadam", "model.rms_limit=0.1", "data.mean=[0.4,0.5,0.6]", "augment=crop_flip"),
         ("optimizer=rmsprop", "scheduler.warmup_epochs=1"),
+        (
+            "optimizer=adamw",
+            "+loss.weight=[1,1,1,1,1,1,1,1,1,2]",
+            "+optimizer.param_groups=[{ndim:1,weight_decay:0}]",
+            "model.norm=batch",
+            "trainer.freeze=[conv1,norm1]",
+            "trainer.ema=0.9",
+        ),
     ],
 )
 def test_a_step_mixes_nothing_and_waits_for_nothing(waits: list[str], words: tuple[str, ...]) -> None:
@@ -120,9 +128,9 @@ def test_projections(waits: list[str], variant: str, rule: str) -> None:
     expected = {layer: Deconvnet(model, rule).project(images, layer, units[layer]) for layer in layers}
     model.to("cuda")
     for layer in layers:
-        found = Deconvnet(model, rule).project(images.to("cuda"), layer, units[layer])
-        assert found.device.type == "cuda"
-        torch.testing.assert_close(found.cpu(), expected[layer])
+        projection = Deconvnet(model, rule).project(images.to("cuda"), layer, units[layer])
+        assert projection.device.type == "cuda"
+        torch.testing.assert_close(projection.cpu(), expected[layer])
 
 
 def test_explanations(waits: list[str]) -> None:
@@ -160,8 +168,8 @@ def test_searches_over_a_set(waits: list[str]) -> None:
     def batches(part) -> Batches:
         return Batches(part, data, GPU)
 
-    found = collect(model, images, batches, ["conv2", "fc7"], TopActivations(3, 4))
-    again = TopActivations.from_state(*found.state(), GPU)
+    strongest = collect(model, images, batches, ["conv2", "fc7"], TopActivations(3, 4))
+    again = TopActivations.from_state(*strongest.state(), GPU)
     assert again.statistics("conv2").class_means.device.type == "cuda"
     probes = pictures(model, 2).float().to("cuda")
     seen = view_epoch(model, images, batches, probes, ["conv2"], 2)
@@ -177,5 +185,5 @@ def test_searches_over_a_set(waits: list[str]) -> None:
 def test_a_run_of_the_cpus_is_read_on_a_gpu(tiny_run: RunDirectory, waits: list[str]) -> None:
     run = used(tiny_run, *ON_GPU)
     assert choose_images(run, run.config, 3).labels.device.type == "cuda"
-    found = evaluate(run.model, run.batches(run.split("test")), run.runtime, "test")
-    assert found.accuracy == run.source.read_json("results.json")["test"]["accuracy"]
+    evaluation = evaluate(run.model, run.batches(run.split("test")), run.runtime, "test")
+    assert evaluation.accuracy == run.source.read_json("results.json")["test"]["accuracy"]

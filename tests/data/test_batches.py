@@ -43,10 +43,10 @@ def batches(count: int, batch_size: int = 4, size: int = 16, seed: int = 0, how=
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5), st.integers(0, 2**40))
 def test_an_epoch_shows_each_image_once(count: int, batch_size: int, epoch: int, seed: int) -> None:
     parts = batches(count, batch_size, 4, seed)
-    found = list(parts.epoch(epoch))
-    assert len(found) == len(parts) == -(-count // batch_size)
-    assert torch.cat([b.index for b in found]).sort().values.tolist() == list(range(count))
-    for b in found:
+    epoch_batches = list(parts.epoch(epoch))
+    assert len(epoch_batches) == len(parts) == -(-count // batch_size)
+    assert torch.cat([b.index for b in epoch_batches]).sort().values.tolist() == list(range(count))
+    for b in epoch_batches:
         assert torch.equal(b.labels, b.index % 3)
 
 
@@ -76,9 +76,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image() -> None:
     how = augment_config(crop_padding=3, flip=0.5, cutout=4)
 
     def by_image(batch_size: int, seed: int = 0, epoch: int = 0) -> torch.Tensor:
-        found = list(batches(24, batch_size, seed=seed, how=how).epoch(epoch))
-        order = torch.cat([b.index for b in found]).argsort()
-        return torch.cat([b.images for b in found])[order]
+        made = list(batches(24, batch_size, seed=seed, how=how).epoch(epoch))
+        order = torch.cat([b.index for b in made]).argsort()
+        return torch.cat([b.images for b in made])[order]
 
     whole = by_image(24)
     assert torch.equal(whole, by_image(5))
@@ -97,10 +97,10 @@ def test_a_set_moves_to_a_device_in_pieces(monkeypatch, piece: int) -> None:
 
 def test_in_order_is_neither_shuffled_nor_augmented() -> None:
     parts = batches(10, how=augment_config(crop_padding=3, flip=1.0, cutout=4))
-    found = list(parts.in_order())
-    assert torch.cat([b.index for b in found]).tolist() == list(range(10))
+    made = list(parts.in_order())
+    assert torch.cat([b.index for b in made]).tolist() == list(range(10))
     plain = preprocess(parts.set.pixels(range(10)), parts.data)
-    assert torch.equal(torch.cat([b.images for b in found]), plain)
+    assert torch.equal(torch.cat([b.images for b in made]), plain)
 
 
 def numbered(count: int = 1, size: int = 6) -> torch.Tensor:
@@ -197,9 +197,11 @@ def test_resizing_cifar_equals_pillow_to_the_bit(wanted: int) -> None:
     pixels = random_images(4, 32)
     out = preprocess(pixels, data_config(image_size=wanted, **BYTES))
     assert out.shape == (4, 3, wanted, wanted)
-    for image, found in zip(pixels, out, strict=True):
+    for image, resized in zip(pixels, out, strict=True):
         expected = Image.fromarray(image.numpy()).resize((wanted, wanted), Image.Resampling.BILINEAR)
-        assert np.array_equal(found.permute(1, 2, 0).round().numpy(), np.asarray(expected, dtype=np.float32))
+        assert np.array_equal(
+            resized.permute(1, 2, 0).round().numpy(), np.asarray(expected, dtype=np.float32)
+        )
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(32, 33), (64, 20), (48, 48), (64, 224), (256, 224), (40, 1)])
@@ -209,8 +211,8 @@ def test_resizing_is_exact_to_a_grey_level(stored: int, wanted: int) -> None:
     exact = torch.nn.functional.interpolate(
         pixels.permute(0, 3, 1, 2).double(), size=(wanted, wanted), mode="bilinear", antialias=True
     )
-    found = preprocess(pixels, data_config(image_size=wanted, **BYTES)).double()
-    assert (found - exact).abs().max() <= 1.001
+    resized = preprocess(pixels, data_config(image_size=wanted, **BYTES)).double()
+    assert (resized - exact).abs().max() <= 1.001
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(32, 224), (64, 20), (48, 48)])

@@ -18,6 +18,7 @@ from tests.helpers import (
     augment_config,
     compose,
     data_config,
+    die_at,
     learned,
     random_images,
     tiny_model_config,
@@ -108,26 +109,12 @@ def test_normalisation_under_autocast_is_in_single_precision() -> None:
     assert torch.isfinite(x.grad).all()
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.fixture
-def resumed(monkeypatch) -> Callable[..., RunDirectory]:
+def resumed() -> Callable[..., RunDirectory]:
     """Return a function that trains in a folder, dies before the twelfth step, and goes on to the end."""
 
     def call(folder: Path, *words: str) -> RunDirectory:
-        real = loop.train_step
-
-        def dying(state, batch) -> None:
-            if state.step == 11:
-                raise Killed
-            real(state, batch)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "train_step", dying)
-            with pytest.raises(Killed):
-                train_minute(folder, *words)
+        die_at(folder, 11, *words)
         return train_minute(folder, *words)
 
     return call
@@ -139,6 +126,12 @@ def resumed(monkeypatch) -> Callable[..., RunDirectory]:
         ("augment=crop_flip", "model.dropout=0.5", "model.norm=lrn", "trainer.ema=0.9"),
         ("augment=crop_flip_cutout", "model.norm=batch", "model.rms_limit=0.1", "data.device_memory=0"),
         ("trainer.accumulate=3", "trainer.clip_norm=1", "loss.label_smoothing=0.1", "model.pooling=ceil"),
+        (
+            "augment.transforms=[{_target_:torchvision.transforms.v2.ColorJitter,brightness:0.5}]",
+            "+optimizer.param_groups=[{ndim:1,weight_decay:0}]",
+            "model.norm=batch",
+            "trainer.freeze=[conv1,norm1]",
+        ),
     ],
 )
 def test_exact_is_exact_and_resumes(resumed, tmp_path: Path, words: tuple[str, ...]) -> None:
@@ -194,12 +187,12 @@ def test_the_compiled_way_trains(tmp_path: Path) -> None:
 
 
 def test_the_fast_way_evaluates_as_the_cpu_does(tiny_run: RunDirectory) -> None:
-    found = []
+    evaluations = []
     for words in (("trainer.device=cpu", "trainer.precision=fp32"), ("trainer=cuda",)):
         run = used(tiny_run, *words)
-        found.append(loop.evaluate(run.model, run.batches(run.split("test")), run.runtime, "test"))
-    assert found[1].loss == pytest.approx(found[0].loss, rel=0.02)  # bf16 has 8 bits
-    assert (found[1].predictions == found[0].predictions).double().mean() >= 0.9
+        evaluations.append(loop.evaluate(run.model, run.batches(run.split("test")), run.runtime, "test"))
+    assert evaluations[1].loss == pytest.approx(evaluations[0].loss, rel=0.02)  # bf16 has 8 bits
+    assert (evaluations[1].predictions == evaluations[0].predictions).double().mean() >= 0.9
 
 
 @pytest.mark.parametrize(
@@ -243,14 +236,14 @@ def test_projections_are_the_same_twice_and_close_to_the_cpus(trainer: str) -> N
 def test_normalisation_is_the_same_twice() -> None:
     resolve_runtime(compose("trainer=exact", "trainer.device=cuda").trainer)
     x = torch.randn(8, 96, 27, 27, device="cuda")
-    found = []
+    results = []
     for _ in range(2):
         leaf = x.clone().requires_grad_()
         y = LocalResponseNorm()(leaf)
         y.backward(torch.ones_like(y))
-        found.append((y.detach(), leaf.grad))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
+        results.append((y.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("gradients", ["fp32", "bf16"])

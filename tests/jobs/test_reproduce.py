@@ -64,13 +64,13 @@ def test_identical_whatever_todays_defaults_are(run_py, exact_run, tmp_path: Pat
     assert "identical: every metric of 1 epochs" in answer.out
     assert contents(exact_run.folder) == before
     (folder,) = tmp_path.glob("outputs/reproduce/*")
-    found = json.loads((folder / "reproduction.json").read_text())
-    assert found["identical"] is True
-    assert found["variation"] == []
-    assert found["first_difference"] is None
+    comparison = json.loads((folder / "reproduction.json").read_text())
+    assert comparison["identical"] is True
+    assert comparison["variation"] == []
+    assert comparison["first_difference"] is None
     now = RunDirectory(folder)
     assert now.state == "done"
-    assert now.read_json("results.json")["weights_sha256"] == found["weights_sha256"]["recorded"]
+    assert now.read_json("results.json")["weights_sha256"] == comparison["weights_sha256"]["recorded"]
     assert now.read_config().optimizer == exact_run.read_config().optimizer
 
 
@@ -105,9 +105,9 @@ def test_changed_code_is_named(run_py, exact_run, tmp_path: Path, monkeypatch) -
         r"around it differ code.source_sha256 \(again/reproduction.json\)$",
         answer.err,
     )
-    found = RunDirectory("again").read_json("reproduction.json")
-    assert found["identical"] is False
-    assert [d["what"] for d in found["surroundings"]] == ["code.source_sha256"]
+    comparison = RunDirectory("again").read_json("reproduction.json")
+    assert comparison["identical"] is False
+    assert [d["what"] for d in comparison["surroundings"]] == ["code.source_sha256"]
     assert RunDirectory("again").state == "done"
 
 
@@ -135,11 +135,11 @@ def test_overrides_make_a_variation_and_no_failure(run_py, exact_run) -> None:
     )
     assert answer.code == 0, answer.err
     assert "a variation of" in answer.out
-    found = RunDirectory("v").read_json("reproduction.json")
-    changed = {d["what"]: d["now"] for d in found["variation"]}
+    comparison = RunDirectory("v").read_json("reproduction.json")
+    changed = {d["what"]: d["now"] for d in comparison["variation"]}
     assert changed["optimizer.lr"] == 0.3
     assert changed["optimizer._target_"] == "torch.optim.SGD"
-    assert found["first_difference"]["epoch"] == 1
+    assert comparison["first_difference"]["epoch"] == 1
 
 
 def test_what_cannot_matter_is_no_variation_and_a_stopped_one_goes_on(run_py, exact_run, monkeypatch) -> None:

@@ -112,10 +112,10 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def prefer(*accuracies: float) -> None:
         def judged(model, batches, runtime, what, stop=None):
-            found = real(model, batches, runtime, what, stop)
+            evaluation = real(model, batches, runtime, what, stop)
             if what.startswith("validation "):
-                object.__setattr__(found, "accuracy", accuracies[int(what.split()[1]) - 1])
-            return found
+                object.__setattr__(evaluation, "accuracy", accuracies[int(what.split()[1]) - 1])
+            return evaluation
 
         monkeypatch.setattr(loop, "evaluate", judged)
 

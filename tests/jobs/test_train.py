@@ -23,11 +23,11 @@ def test_the_best_weights_are_the_ones_kept(tmp_path: Path, monkeypatch) -> None
     real = loop.evaluate
 
     def judged(model, batches, runtime, what, stop=None):
-        found = real(model, batches, runtime, what, stop)
+        evaluation = real(model, batches, runtime, what, stop)
         if what.startswith("validation "):
             seen.append(model.conv1.weight.detach().clone())
-            object.__setattr__(found, "accuracy", [0.9, 0.2, 0.3][len(seen) - 1])
-        return found
+            object.__setattr__(evaluation, "accuracy", [0.9, 0.2, 0.3][len(seen) - 1])
+        return evaluation
 
     monkeypatch.setattr(loop, "evaluate", judged)
     run = train_minute(tmp_path / "run", "trainer.epochs=3", "optimizer.lr=0.01")

@@ -1,29 +1,48 @@
-"""Snapshots of the weights: at the asked epochs, loadable, and no part of what a run is."""
+"""Callbacks: snapshots, early stopping, and those of somebody's own, exact under kill and resume."""
 
 from __future__ import annotations
 
+import re
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.explain.trained import Trained
-from tests.helpers import TINY, compose, train_tiny
+from tests.helpers import (
+    EVERY_STEP,
+    MINUTE,
+    STEPS,
+    TINY,
+    Killed,
+    checked,
+    compose,
+    die_at,
+    learned,
+    train_minute,
+    train_tiny,
+)
+from tests.own import Counter, Witness
 from zfnet.config.errors import UserError
 from zfnet.config.schema import read_config
 from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.signals import Stopped
 from zfnet.runs.weights import load_model
-from zfnet.training.callbacks import Metrics, list_snapshots
-from zfnet.training.checkpoint import read_checkpoint, step_files
+from zfnet.training import loop
+from zfnet.training.callbacks import EarlyStopping, Metrics, list_snapshots
+from zfnet.training.checkpoint import BEST, read_checkpoint, read_newest, step_files, unpack
 
 
 def test_the_last_snapshot_is_the_network_as_training_left_it(trained: Trained) -> None:
-    found = list_snapshots(trained.run.snapshots)
-    assert list(found) == [1, 3, 6]
-    models = {epoch: load_model(path) for epoch, path in found.items()}
+    snapshots = list_snapshots(trained.run.snapshots)
+    assert list(snapshots) == [1, 3, 6]
+    models = {epoch: load_model(path) for epoch, path in snapshots.items()}
     last = read_checkpoint(step_files(trained.run.checkpoints)[-1]).tensors
     for name, value in models[6][0].state_dict().items():
         assert torch.equal(value, last[f"model.{name}"])
@@ -56,11 +75,11 @@ def test_a_run_that_goes_on_keeps_its_snapshots_and_writes_the_rest(
     assert list(list_snapshots(run.snapshots)) == [1]
     before = list_snapshots(run.snapshots)[1].stat().st_mtime_ns
     train(compose(*TINY, *words), run)
-    found = list_snapshots(run.snapshots)
-    assert list(found) == [1, 2]
-    assert found[1].stat().st_mtime_ns == before
+    snapshots = list_snapshots(run.snapshots)
+    assert list(snapshots) == [1, 2]
+    assert snapshots[1].stat().st_mtime_ns == before
     last = read_checkpoint(step_files(run.checkpoints)[-1]).tensors
-    assert torch.equal(load_model(found[2])[0].fc8.bias, last["model.fc8.bias"])
+    assert torch.equal(load_model(snapshots[2])[0].fc8.bias, last["model.fc8.bias"])
 
 
 def test_snapshots_are_no_part_of_a_runs_identity() -> None:
@@ -81,3 +100,163 @@ def test_snapshots_are_no_part_of_a_runs_identity() -> None:
 def test_snapshots_of_epochs_that_there_are_not_are_refused(epochs: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         compose(*TINY, f"trainer.snapshots={epochs}")
+
+
+# -- callbacks of a config
+
+EARLY = ("callbacks=early_stopping", "callbacks.early_stopping.patience=2", "trainer.epochs=8")
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that gives the validations of each epoch these losses."""
+    real = loop.evaluate
+
+    def prefer(*losses: float) -> None:
+        def judged(model, batches, runtime, name, stop=None):
+            result = real(model, batches, runtime, name, stop)
+            if name.startswith("validation "):
+                object.__setattr__(result, "loss", losses[int(name.split()[1]) - 1])
+            return result
+
+        monkeypatch.setattr(loop, "evaluate", judged)
+
+    return prefer
+
+
+def test_early_stopping_ends_after_its_patience_and_says_so(tmp_path: Path, judge) -> None:
+    judge(1.0, 0.9, 0.95, 0.8, 0.85, 0.81, 0.1, 0.1)
+    run = train_minute(tmp_path / "run", *EARLY)
+    assert [row["epoch"] for row in run.read_history()] == [1, 2, 3, 4, 5, 6]
+    assert run.state == "done"
+    assert run.read_json("results.json")["epochs"] == 6
+    log = (run.folder / "train.log").read_text()
+    assert "early stopping after epoch 6: validation_loss has not improved on 0.8000 for 2 epochs" in log
+
+
+def test_early_stopping_takes_min_delta_and_metrics_that_rise() -> None:
+    rising = EarlyStopping("validation_accuracy", patience=1, min_delta=0.1)
+    state = SimpleNamespace(should_stop=False)
+    for value, stops in ((0.2, False), (0.31, False), (0.4, True)):
+        rising.on_epoch_end(state, {"epoch": 1, "validation_accuracy": value})
+        assert state.should_stop is stops
+
+
+@pytest.mark.parametrize("steps", [[9], [2 * STEPS + 3, 3 * STEPS], [4 * STEPS - 1]], ids=str)
+def test_early_stopping_is_exact_after_a_kill(tmp_path: Path, judge, steps: list[int]) -> None:
+    judge(1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1)
+    expected = learned(train_minute(tmp_path / "whole", *EARLY))
+    assert len(expected[1]) == 4
+    for step in steps:
+        die_at(tmp_path / "run", step, *EARLY)
+    assert learned(train_minute(tmp_path / "run", *EARLY)) == expected
+
+
+@pytest.mark.parametrize("where", ["loop.measure", "callbacks.EarlyStopping.on_epoch_end", "report"])
+def test_early_stopping_is_exact_when_killed_after_the_last_step(
+    tmp_path: Path, judge, monkeypatch, where: str
+) -> None:
+    judge(1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1)
+    expected = learned(train_minute(tmp_path / "whole", *EARLY))
+    name = "zfnet.jobs.train._report" if where == "report" else f"zfnet.training.{where}"
+    module, _, attribute = name.rpartition(".")
+    owner = EarlyStopping if "EarlyStopping" in module else sys.modules[module]
+    real = getattr(owner, attribute)
+
+    def killed(*words: Any) -> Any:
+        state = next(w for w in words if hasattr(w, "steps_per_epoch"))
+        if state.step == 4 * STEPS:
+            raise Killed
+        return real(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, attribute, killed)
+        with pytest.raises(Killed):
+            train_minute(tmp_path / "run", EVERY_STEP, *EARLY)
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("no step is left"))
+    assert learned(train_minute(tmp_path / "run", *EARLY)) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("patience=0", "callbacks.early_stopping (EarlyStopping): patience must be at least 1 ("),
+        ("patience=many", "callbacks.early_stopping.patience=many: must be a number"),
+        ("patient=3", "callbacks.early_stopping.patient: EarlyStopping has no such setting; did you mean"),
+    ],
+)
+def test_early_stopping_names_a_setting_that_means_nothing(word: str, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        checked(*MINUTE, EARLY[0], f"++callbacks.early_stopping.{word}")
+
+
+def test_early_stopping_names_what_is_not_measured(tmp_path: Path) -> None:
+    expected = (
+        r"callbacks\.early_stopping\.monitor=test_loss: is not measured; known: epoch, step, lr, train_loss"
+    )
+    with pytest.raises(UserError, match=expected):
+        train_minute(tmp_path / "run", EARLY[0], "callbacks.early_stopping.monitor=test_loss")
+
+
+OWN = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Counter")
+
+
+def test_callback_of_ones_own_is_restored_exactly(tmp_path: Path) -> None:
+    def kept(folder: Path) -> dict[str, Any]:
+        saved, _ = read_newest(folder / "checkpoints")
+        assert saved is not None
+        assert saved.metadata["step"] == 2 * STEPS
+        states: dict[str, Any] = unpack(saved.metadata["callbacks"], saved.tensors)
+        return states["mine"]
+
+    whole = train_minute(tmp_path / "whole", *OWN)
+    for step in (3, STEPS, 13):
+        die_at(tmp_path / "run", step, *OWN)
+    run = train_minute(tmp_path / "run", *OWN)
+    assert learned(run) == learned(whole)
+    expected, restored = kept(whole.folder), kept(run.folder)
+    assert restored["steps"] == expected["steps"] == 2 * STEPS
+    assert restored["epochs"] == expected["epochs"] == [(1, STEPS), (2, 2 * STEPS)]
+    assert torch.equal(restored["total"], expected["total"])
+
+
+def test_callback_hooks_are_called_in_the_documented_order(tmp_path: Path) -> None:
+    words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Witness")
+    Witness.calls.clear()
+    train_minute(tmp_path / "run", *words)
+    expected: list[tuple[str, int]] = [("on_fit_start", 0)]
+    for epoch in range(2):
+        expected.append(("on_epoch_start", epoch * STEPS))
+        for step in range(epoch * STEPS, (epoch + 1) * STEPS):
+            expected += [("on_optimizer_step", step), ("on_step_end", step + 1)]
+        expected.append(("on_epoch_end", (epoch + 1) * STEPS))
+    assert Witness.calls == [*expected, ("on_fit_end", 2 * STEPS)]
+    Witness.calls.clear()
+    die_at(tmp_path / "dead", 2, *words)
+    assert Witness.calls[-2:] == [("on_step_end", 2), ("on_exception", 2)]
+    Witness.calls.clear()
+    die_at(tmp_path / "dead", 3, *words)
+    assert Witness.calls[:3] == [("on_fit_start", 0), ("on_epoch_start", 2), ("on_optimizer_step", 2)]
+
+
+def test_callback_that_cannot_be_saved_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Counter, "state_dict", lambda self: {"steps": {1, 2}})
+    with pytest.raises(UserError, match=r"callbacks\.mine\.steps: a checkpoint cannot hold a set"):
+        train_minute(tmp_path / "run", *OWN)
+
+
+def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """A callback may end it before others are called; the checkpoint then names the epoch's weights as the best."""
+    expected = learned(train_minute(tmp_path / "whole", *OWN))
+
+    def stopped(*_: object) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Counter, "on_epoch_end", stopped)
+        with pytest.raises(Stopped):
+            train_minute(tmp_path / "run", *OWN)
+    assert (tmp_path / "run/checkpoints" / BEST).exists()
+    assert learned(train_minute(tmp_path / "run", *OWN)) == expected

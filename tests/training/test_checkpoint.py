@@ -56,10 +56,10 @@ def some(step: int) -> Checkpoint:
 def test_round_trip(writer: CheckpointWriter) -> None:
     writer.write(step_name(7), some(7))
     writer.wait()
-    found = read_checkpoint(writer.folder / "step-000000007.safetensors")
-    assert found.metadata == some(7).metadata
-    assert {k: v.dtype for k, v in found.tensors.items()} == {k: v.dtype for k, v in some(7).tensors.items()}
-    assert all(torch.equal(found.tensors[k], v) for k, v in some(7).tensors.items())
+    saved = read_checkpoint(writer.folder / "step-000000007.safetensors")
+    assert saved.metadata == some(7).metadata
+    assert {k: v.dtype for k, v in saved.tensors.items()} == {k: v.dtype for k, v in some(7).tensors.items()}
+    assert all(torch.equal(saved.tensors[k], v) for k, v in some(7).tensors.items())
 
 
 def test_the_newest_are_kept_and_the_best_too(writer: CheckpointWriter) -> None:
@@ -90,9 +90,9 @@ def test_training_may_change_tensors_at_once(writer: CheckpointWriter, monkeypat
     checkpoint.metadata["history"].append("later")
     gate.set()
     writer.wait()
-    found = read_checkpoint(writer.folder / step_name(1))
-    assert found.tensors["a"].tolist() == [1, 1, 1]
-    assert found.metadata["history"] == some(1).metadata["history"]
+    saved = read_checkpoint(writer.folder / step_name(1))
+    assert saved.tensors["a"].tolist() == [1, 1, 1]
+    assert saved.metadata["history"] == some(1).metadata["history"]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 100, -1])

@@ -134,7 +134,7 @@ def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(
     if not faster:
         assert learned(run) == learned(whole)
 
-    # what was found is not tried again: neither by a resume (the checkpoint knows it) nor by a reproduction
+    # the outcome of a trial is kept: neither by a resume (the checkpoint knows it) nor by a reproduction
     monkeypatch.setattr(Trial, "pays", property(lambda _: not faster))
     settled = []
     real = train.settle_auto

@@ -102,12 +102,12 @@ def test_golden_losses(tmp_path: Path) -> None:
     """
     words = (*ABLE, "augment=crop_flip", "model.dropout=0.1", "trainer.epochs=6")
     history = train_minute(tmp_path / "run", *words).read_history()
-    found = {k: [row[k] for row in history] for k in ("step", "lr", "train_loss", "validation_loss")}
+    figures = {k: [row[k] for row in history] for k in ("step", "lr", "train_loss", "validation_loss")}
     if not GOLDEN.exists():
-        GOLDEN.write_text(json.dumps(found, indent=2) + "\n")
+        GOLDEN.write_text(json.dumps(figures, indent=2) + "\n")
         pytest.fail(f"{GOLDEN} was missing and has been written: look at it, then commit it")
     for key, expected in json.loads(GOLDEN.read_text()).items():
-        assert found[key] == pytest.approx(expected, rel=1e-3), key
+        assert figures[key] == pytest.approx(expected, rel=1e-3), key
 
 
 # -- one step
@@ -168,9 +168,9 @@ def test_the_moving_average_is_its_closed_form() -> None:
     expected = seen[0]  # the first average is the first weights
     for values in seen[1:]:
         expected = 0.7 * expected + 0.3 * values
-    found = torch.cat([p.detach().flatten() for p in state.eval_model.parameters()])
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, seen[-1])
+    averaged = torch.cat([p.detach().flatten() for p in state.eval_model.parameters()])
+    torch.testing.assert_close(averaged, expected)
+    assert not torch.allclose(averaged, seen[-1])
 
 
 def test_filters_stay_within_the_rms_limit() -> None:
@@ -274,11 +274,11 @@ def test_evaluation_is_exact_over_ragged_batches_and_puts_the_mode_back() -> Non
     batches = Batches(images, state.config.data, torch.device("cpu"))
     state.model.train()
     before = {k: v.clone() for k, v in state.model.state_dict().items()}
-    found = evaluate(state.model, batches, state.runtime, "x")
+    evaluation = evaluate(state.model, batches, state.runtime, "x")
     assert state.model.training
     assert all(torch.equal(before[k], v) for k, v in state.model.state_dict().items())
     model = state.model.eval()
     with torch.no_grad():
         logits = torch.cat([model(b.images) for b in batches.in_order()])
-    assert found.loss == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
-    assert found.accuracy == (logits.argmax(1) == images.labels).double().mean().item()
+    assert evaluation.loss == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
+    assert evaluation.accuracy == (logits.argmax(1) == images.labels).double().mean().item()

@@ -27,18 +27,18 @@ def test_evaluation_does_not_depend_on_batches(sizes: list[int], classes: int, s
     sums = EvaluationSums()
     for part, truth in zip(logits.split(sizes), labels.split(sizes), strict=True):
         sums.add(part, truth)
-    found = sums.result()
-    assert found.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-5)
-    assert found.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    evaluation = sums.result()
+    assert evaluation.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-5)
+    assert evaluation.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
     rank = (logits > logits.gather(1, labels[:, None])).sum(1)
-    assert found.top5 == pytest.approx((rank < 5).double().mean().item())
-    assert torch.equal(found.predictions, logits.argmax(1))
-    torch.testing.assert_close(found.confidences, logits.softmax(1).amax(1))
+    assert evaluation.top5 == pytest.approx((rank < 5).double().mean().item())
+    assert torch.equal(evaluation.predictions, logits.argmax(1))
+    torch.testing.assert_close(evaluation.confidences, logits.softmax(1).amax(1))
     confusion = torch.zeros(classes, classes, dtype=torch.long)
     for truth, guess in zip(labels.tolist(), logits.argmax(1).tolist(), strict=True):
         confusion[truth, guess] += 1
-    assert torch.equal(found.confusion(), confusion)
-    for label, value in enumerate(found.per_class()):
+    assert torch.equal(evaluation.confusion(), confusion)
+    for label, value in enumerate(evaluation.per_class()):
         members = labels == label
         if not members.any():
             assert value is None

@@ -28,6 +28,7 @@ WORDS = (
     "optimizer.lr=0.02",
     "model.dropout=0.5",
     "augment=crop_flip",
+    "augment.transforms=[{_target_:torchvision.transforms.v2.ColorJitter,brightness:0.5}]",
     "data.train_images=100",
     "data.batch_size=40",
 )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers import checked
+from tests.helpers import checked, die_at, learned, train_minute
 from zfnet.config.errors import UserError
 from zfnet.training.build import build_optimizer, build_scheduler
 from zfnet.training.schedule import Schedule, steps_by_batch
@@ -55,35 +59,35 @@ def test_constant() -> None:
 
 
 def test_step() -> None:
-    found = by_epoch(rates("scheduler=step", "scheduler.step_size=3"))
-    assert found == pytest.approx([0.5 * 0.5 ** (e // 3) for e in range(10)])
+    seen = by_epoch(rates("scheduler=step", "scheduler.step_size=3"))
+    assert seen == pytest.approx([0.5 * 0.5 ** (e // 3) for e in range(10)])
 
 
 def test_multistep() -> None:
-    found = by_epoch(rates("scheduler=multistep", "scheduler.milestones=[2,7]", "scheduler.gamma=0.1"))
-    assert found == pytest.approx([0.5] * 2 + [0.05] * 5 + [0.005] * 3)
+    seen = by_epoch(rates("scheduler=multistep", "scheduler.milestones=[2,7]", "scheduler.gamma=0.1"))
+    assert seen == pytest.approx([0.5] * 2 + [0.05] * 5 + [0.005] * 3)
 
 
 def test_cosine() -> None:
-    found = rates("scheduler=cosine", "scheduler.eta_min=0.01")
+    seen = rates("scheduler=cosine", "scheduler.eta_min=0.01")
     expected = [0.01 + 0.49 * (1 + math.cos(math.pi * s / 70)) / 2 for s in range(70)]
-    assert found == pytest.approx(expected, rel=1e-9)
+    assert seen == pytest.approx(expected, rel=1e-9)
 
 
 def test_onecycle() -> None:
-    found = rates("scheduler=onecycle", "scheduler.pct_start=0.3")
-    assert max(found) == pytest.approx(0.5)
-    assert found.index(max(found)) == 20  # 0.3 · 70 − 1
-    assert found[0] == pytest.approx(0.5 / 25)
-    assert found[-1] == pytest.approx(0.5 / 25 / 1e4)
+    seen = rates("scheduler=onecycle", "scheduler.pct_start=0.3")
+    assert max(seen) == pytest.approx(0.5)
+    assert seen.index(max(seen)) == 20  # 0.3 · 70 − 1
+    assert seen[0] == pytest.approx(0.5 / 25)
+    assert seen[-1] == pytest.approx(0.5 / 25 / 1e4)
 
 
 def test_plateau_watches_what_it_is_given() -> None:
     losses = [1.0, 0.9, 0.95, 0.96, 0.97, 0.5, 0.6, 0.6, 0.6, 0.6]
     words = ("scheduler=plateau", "scheduler.factor=0.1", "scheduler.patience=1")
-    found = by_epoch(rates(*words, losses=losses))
+    seen = by_epoch(rates(*words, losses=losses))
     # epochs 3 and 4 bring nothing: one is forgiven, the second lowers the rate from epoch 5 (index 4) on
-    assert found == pytest.approx([0.5] * 4 + [0.05] * 4 + [0.005] * 2)
+    assert seen == pytest.approx([0.5] * 4 + [0.05] * 4 + [0.005] * 2)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -125,3 +129,82 @@ def test_cycling_momentum() -> None:
     one = schedule(*words)
     advance(one, range(20), [1.0] * 10)
     assert one.optimizer.param_groups[0]["momentum"] == pytest.approx(0.85, abs=0.01)
+
+
+# -- schedules that chain others
+
+LR = torch.optim.lr_scheduler
+LINEAR = {"_target_": "torch.optim.lr_scheduler.LinearLR", "start_factor": 0.1, "total_iters": 20}
+COSINE = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 50}
+DECAY = {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.97}
+CHAINS: dict[str, tuple[dict[str, Any], Callable[[torch.optim.Optimizer], Any]]] = {
+    "SequentialLR": (
+        {"schedulers": [LINEAR, COSINE], "milestones": [20]},
+        lambda o: LR.SequentialLR(
+            o, [LR.LinearLR(o, 0.1, total_iters=20), LR.CosineAnnealingLR(o, 50)], [20]
+        ),
+    ),
+    "ChainedScheduler": (
+        {"schedulers": [LINEAR, DECAY]},
+        lambda o: LR.ChainedScheduler([LR.LinearLR(o, 0.1, total_iters=20), LR.ExponentialLR(o, 0.97)], o),
+    ),
+}
+
+
+def chained(name: str) -> Schedule:
+    settings = {"_target_": f"torch.optim.lr_scheduler.{name}", "interval": "step", **CHAINS[name][0]}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = build_scheduler(settings, optimizer, EPOCHS * STEPS)
+    return Schedule(settings, scheduler, optimizer, EPOCHS * STEPS, STEPS)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chained_schedule_is_pytorchs(name: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler, expected = CHAINS[name][1](optimizer), []
+    for _ in range(EPOCHS * STEPS):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert len(set(expected)) > 60
+    assert advance(chained(name), range(70), [1.0] * 10) == expected
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("stop", [1, 19, 20, 21, 69])
+def test_chained_schedule_goes_on_from_plain_numbers(name: str, stop: int) -> None:
+    whole = advance(chained(name), range(70), [1.0] * 10)
+    first, second = chained(name), chained(name)
+    advance(first, range(stop), [1.0] * 10)
+    saved = json.loads(json.dumps([first.state_dict(), first.optimizer.state_dict()["param_groups"]]))
+    second.load_state_dict(saved[0])
+    second.optimizer.load_state_dict({"state": {}, "param_groups": saved[1]})
+    assert advance(second, range(stop, 70), [1.0] * 10) == whole[stop:]
+
+
+def test_chained_schedule_by_target_resumes_exactly(tmp_path: Path) -> None:
+    chain = "[{_target_:torch.optim.lr_scheduler.LinearLR,start_factor:0.1,total_iters:4},"
+    chain += "{_target_:torch.optim.lr_scheduler.CosineAnnealingLR,T_max:auto}]"
+    words = (
+        "scheduler=constant",
+        "~scheduler.factor",
+        "scheduler.interval=step",
+        "+scheduler.milestones=[4]",
+    )
+    words += ("scheduler._target_=torch.optim.lr_scheduler.SequentialLR", f"+scheduler.schedulers={chain}")
+    whole = train_minute(tmp_path / "whole", *words)
+    assert len({row["lr"] for row in whole.read_history()}) == 2
+    for step in (3, 4, 11):
+        die_at(tmp_path / "run", step, *words)
+    assert learned(train_minute(tmp_path / "run", *words)) == learned(whole)
+
+
+def test_chained_schedule_names_the_inner_key_that_is_wrong() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    settings = {"_target_": "torch.optim.lr_scheduler.ChainedScheduler"}
+    for inner, expected in (
+        ({**DECAY, "gama": 1}, "scheduler.schedulers.1.gama: ExponentialLR has no such setting"),
+        ({"_target_": "os.system"}, "scheduler.schedulers.1._target_=os.system: the package os is not one"),
+    ):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            build_scheduler({**settings, "schedulers": [LINEAR, inner]}, optimizer, 70)

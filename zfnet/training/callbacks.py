@@ -272,7 +272,7 @@ class EarlyStopping(Callback):
 
     def __init__(self, monitor: str = "validation_loss", patience: int = 5, min_delta: float = 0.0) -> None:
         if patience < 1:
-            raise UserError(f"patience={patience}: must be at least 1")
+            raise ValueError("patience must be at least 1")
         self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
         self.best: float | None = None
         self.waited = 0
