@@ -247,7 +247,7 @@ def apply_transforms(
     pixels: uint8 [B, h, w, 3]; index: int64 [B], on the CPU. A transform takes uint8 [3, h, w] and returns the same, or
     floats from 0 to 1; the last one's images are squares of one size s. Returns uint8 [B, s, s, 3].
 
-    One image at a time, so that the numbers do not depend on how images are batched. Raises UserError for other results.
+    One image at a time, so that the numbers do not depend on the batch. Raises UserError for other results.
     """
     out = []
     with seeded_generators(pixels.device) as set_seed:
@@ -264,7 +264,7 @@ def apply_transforms(
                 or image.shape[1] != image.shape[2]
             ):
                 raise UserError(
-                    f"augment.transforms: give {list(image.shape)} of {image.dtype}; must give uint8 [3, s, s]"
+                    f"augment.transforms: give {list(image.shape)} of {image.dtype}, not uint8 [3, s, s]"
                 )
             out.append(image)
     if len({image.shape for image in out}) > 1:

@@ -141,8 +141,10 @@ def _train(
     loggers = build_loggers(config) if world.is_main else []
     writer = CheckpointWriter(run.checkpoints if world.is_main else None)
     callbacks = _callbacks(config, run, world, loggers, writer, stop, metadata, report)
-    state = build_state(config, runtime, len(splits.train.classes), len(train), world, callbacks)
     saved, problems = read_newest(run.checkpoints)
+    state = build_state(
+        config, runtime, len(splits.train.classes), len(train), world, callbacks, resumed=saved is not None
+    )
     if saved is not None and saved.metadata.get("identity", config.identity()) != config.identity():
         raise UserError(
             f"{run.folder / 'config.yaml'} is not the config that the checkpoint was made with: put the old one back, "
@@ -162,7 +164,7 @@ def _train(
         compiled = saved.metadata.get("compiled", compiled)
     if (words := settle_auto(state, train, compiled)) is not None:
         log.info(words)
-    _write_environment(config, run, state, splits)
+    _write_environment(config, run, state, splits, resumed=saved is not None)
     if saved is not None:
         state.restore(saved)
         log.info("going on from epoch %d, step %d", state.epoch + 1, state.step)
@@ -227,12 +229,19 @@ def _callbacks(
     return [*made, cb.Checkpoints(writer, trainer.checkpoint_minutes), cb.StopOnSignal(stop)]
 
 
-def _write_environment(config: Config, run: RunDirectory, state: TrainingState, splits: Splits) -> None:
+def _write_environment(
+    config: Config, run: RunDirectory, state: TrainingState, splits: Splits, resumed: bool
+) -> None:
     runtime = replace(state.runtime, compile=state.compiled)
     environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name)
     environment |= {"plan": runtime.describe(), "compiled": runtime.compile, "imports": config.imports}
     if config.trainer.init_from is not None:
-        environment["initial_weights_sha256"] = weights_hash(state.model.state_dict())
+        if resumed:  # the network does not hold them any more
+            environment["initial_weights_sha256"] = run.read_json("environment.json")[
+                "initial_weights_sha256"
+            ]
+        else:
+            environment["initial_weights_sha256"] = weights_hash(state.model.state_dict())
     run.write_json("environment.json", environment)
     how = runtime.describe() + (f", {state.world.size} processes" if state.world.size > 1 else "")
     log.info("%s parameters; %s", f"{sum(p.numel() for p in state.model.parameters()):,}", how)

@@ -25,6 +25,7 @@ from zfnet.training.processes import SINGLE, World
 from zfnet.training.schedule import OWN_KEYS, Schedule, check_interval, steps_by_batch
 from zfnet.training.state import Callback, TrainingState
 
+_BUILT_IN_CALLBACKS = ("ema", "filter_renormalization")  # whose state stands under these names in checkpoints
 GROUP_KEYS = ("match", "ndim", "lr_scale")  # of a parameter group, beside the optimizer's own
 
 
@@ -81,6 +82,8 @@ def build_callbacks(config: Config) -> list[Callback]:
     """Return the callbacks that `config.callbacks` names, in its order."""
     made = []
     for name, settings in config.callbacks.items():
+        if name in _BUILT_IN_CALLBACKS:
+            raise UserError(f"callbacks.{name}: the program's own callback has this name; choose another")
         callback = instantiate(f"callbacks.{name}", settings, Callback, config.imports)
         callback.name = name
         made.append(callback)
@@ -264,9 +267,14 @@ def build_state(
     steps_per_epoch: int,
     world: World = SINGLE,
     callbacks: Sequence[Callback] = (),
+    *,
+    resumed: bool = False,
 ) -> TrainingState:
-    """Return a training at its first step."""
-    model, new_weights = initial_model(config, num_classes)
+    """Return a training at its first step.
+
+    resumed: a checkpoint is going to be loaded, so that the weights of `trainer.init_from` are not read again
+    """
+    model, new_weights = initial_model(config, num_classes, with_weights=not resumed)
     freeze(model, config.trainer.freeze)
     model = model.to(runtime.device).to(memory_format=runtime.memory_format)
     if world.size > 1 and has_batch_norm(model):  # of the whole batch, as in one process
@@ -296,7 +304,7 @@ def training_batches(config: Config, runtime: Runtime, images: ImageSet, world: 
     )
 
 
-def initial_model(config: Config, num_classes: int) -> tuple[nn.Module, list[str]]:
+def initial_model(config: Config, num_classes: int, with_weights: bool = True) -> tuple[nn.Module, list[str]]:
     """Return the network with the weights that the seed gives it, or those of `trainer.init_from`.
 
     Also returns the names of weights that `trainer.init_from` did not set. The global generator is not touched.
@@ -304,7 +312,7 @@ def initial_model(config: Config, num_classes: int) -> tuple[nn.Module, list[str
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_model(config.model, num_classes, config.data.image_size, config.imports)
-    if config.trainer.init_from is None:
+    if config.trainer.init_from is None or not with_weights:
         return model, []
     path = Path(config.trainer.init_from).expanduser()
     return model, load_initial_weights(model, path / "model.safetensors" if path.is_dir() else path)
