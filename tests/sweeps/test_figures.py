@@ -1,4 +1,4 @@
-"""The figures of a sweep: the kind that suits the number of swept keys, and the numbers in it."""
+"""The figures of a sweep: the one that suits the number of swept keys, and the numbers in it."""
 
 from __future__ import annotations
 

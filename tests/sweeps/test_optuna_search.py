@@ -111,7 +111,7 @@ def test_run_search_in_two_processes_runs_no_trial_twice(run_py, tmp_path) -> No
     assert other.wait(timeout=120) == 0
     counted = [trial for trial in trials_in(sweep) if not trial.user_attrs.get("void")]
     assert [trial.state.name for trial in counted] == ["COMPLETE"] * 6
-    assert len({trial.user_attrs["worker"]["lock"] for trial in counted}) == 2
+    assert len({trial.user_attrs["worker"] for trial in counted}) == 2
     accuracies = {
         float(row["optimizer.lr"]): float(row["validation_accuracy"]) for row in rows(sweep).values()
     }
@@ -196,18 +196,24 @@ def test_ask_is_a_function_of_the_seed_and_of_earlier_trials(run_py, tmp_path, m
         (["optimizer.lrr=interval(1,2)"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
         (
             [*SPACE, "hydra.sweeper.n_trials=0"],
-            "hydra.sweeper.n_trials=0: must be a whole number, at least 1",
+            "hydra.sweeper.n_trials=0: must be at least 1",
         ),
         (
             [*SPACE, "hydra/sweeper/sampler=tbe"],
             "hydra/sweeper/sampler=tbe: no such choice; did you mean 'tpe'?",
         ),
         ([*SPACE, "hydra/sweeper/pruner=medium"], "did you mean 'median'?"),
-        ([*SPACE, "hydra.sweeper.pruner=median"], "choose one by hydra/sweeper/pruner=median"),
+        (
+            [*SPACE, "hydra.sweeper.pruner=median"],
+            "hydra.sweeper.pruner=median: choose a file by hydra/sweeper/pruner=…",
+        ),
         ([*SPACE, "+hydra.sweeper.sampler_settings.seed=1"], "no such key; did you mean 'sampler'?"),
         ([*SPACE, "+hydra.sweeper.sampler.sed=1"], "did you mean 'seed'?"),
         ([*SPACE, "hydra.sweeper.sampler._target_=os.system"], "must be a sampler of Optuna"),
-        ([*SPACE, "hydra.sweeper.direction=up"], "must be maximize or minimize"),
+        (
+            [*SPACE, "hydra.sweeper.direction=up"],
+            "hydra.sweeper.direction=up: must be one of maximize or minimize",
+        ),
         ([*SPACE, "hydra.sweeper.storage=postgresql://me:secret@127.0.0.1:1/none"], "hydra.sweeper.storage="),
         ([*SPACE, "hydra.sweeper.storage=nonsense"], "hydra.sweeper.storage=nonsense"),
     ],

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tests.helpers import TINY, compose
 from zfnet.config.schema import flatten
-from zfnet.runs.command import compose as compose_words
+from zfnet.runs.command import compose_raw
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.summary import (
@@ -26,7 +26,6 @@ from zfnet.sweeps.summary import (
     short_names,
     summarize,
     swept_keys,
-    to_csv,
     to_markdown,
     to_text,
 )
@@ -52,7 +51,7 @@ def write_job(
 @functools.cache
 def _base() -> DictConfig:
     register_resolvers()
-    return compose_words(TINY)
+    return compose_raw(TINY)
 
 
 def _plain_config(words: Sequence[str]) -> dict[str, Any]:
@@ -193,25 +192,25 @@ def test_to_text_counts_columns_and_rows_that_do_not_fit(tmp_path: Path, monkeyp
         write_job(tmp_path, *(f"{key}={n / 1000 + k / 100}" for k, key in enumerate(keys)), accuracy=n / 100)
     text = to_text(read_sweep(tmp_path), 60)
     assert "… and 3 more, in summary.csv" in text
-    assert "not shown, but in summary.csv: 1 swept key" in text
+    assert "not shown, but in summary.csv: 2 swept keys" in text
     assert max(map(len, text.splitlines()[:-1])) <= 60
     assert "5.00 %" in text  # the best; the objective itself is never left out
 
 
-def test_to_csv_and_to_markdown_hold_every_job_and_its_error(tmp_path: Path) -> None:
+def test_summarize_writes_every_job_and_its_error(tmp_path: Path) -> None:
     write_job(tmp_path, "seed=0", accuracy=0.25, test=0.75)
     run = write_job(tmp_path, "seed=1", state="failed")
     error = 'a "quoted", broken\nmessage'
     run.set_status("failed", error)
     sweep = read_sweep(tmp_path)
     summarize(tmp_path)
-    rows = list(csv.DictReader(io.StringIO(to_csv(sweep))))
+    text = (tmp_path / "summary.csv").read_text()
+    rows = list(csv.DictReader(io.StringIO(text)))
     assert [row["state"] for row in rows] == ["done", "failed"]
     assert rows[0]["validation_accuracy"] == "0.25"
     assert rows[1]["error"] == error
-    assert "0.75" not in to_csv(sweep)  # what the test set says has no place beside settings to choose from
+    assert "0.75" not in text  # no setting may be chosen by the test set
     assert "- failed: `seed=1`" in to_markdown(sweep)
-    assert (tmp_path / "summary.csv").read_text() == to_csv(sweep)
     assert (tmp_path / "summary.md").read_text() == to_markdown(sweep)
 
 

@@ -21,7 +21,7 @@ from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import hold, recorded_state
 from zfnet.runs.signals import Pruned, StopRequest
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
-from zfnet.sweeps.pruning import trial_report
+from zfnet.sweeps.callback import trial_report
 from zfnet.training import callbacks as cb
 from zfnet.training.build import build_callbacks, build_loggers, build_state, check_recipe, training_batches
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, read_newest

@@ -1,4 +1,4 @@
-"""Hydra's callback around the jobs of a sweep: tables after each job, figures and the table at the end.
+"""A job's side of a sweep: Hydra's callback around each job, and a trial's report to its study.
 
 Jobs may run in other processes or on other machines; there this object is a copy, and it reads everything it
 needs from the sweep's directory.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import textwrap
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
@@ -27,9 +29,11 @@ from zfnet.sweeps.summary import summarize
 # in the process of a parallel launcher this module is imported before a job's directory is named
 register_resolvers()
 
+TRIAL = "ZFNET_TRIAL"  # in `hydra.job.env_set`: the number of the trial that a job belongs to
+
 
 class SweepReport(Callback):
-    """Keeps a sweep's summary up to date."""
+    """Writes a sweep's tables after each job, and tables and figures at its end."""
 
     def __init__(self) -> None:
         self._next_summary = 0.0  # summaries of long sweeps are not rewritten after every short job
@@ -76,3 +80,16 @@ def _record_failure(run: RunDirectory, error: Exception) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     run.set_status("failed", explain(error))
     write_atomically(run.folder / "train.log", "".join(traceback.format_exception(error)))
+
+
+def trial_report() -> Callable[[float, int], bool] | None:
+    """Return what reports (validation accuracy, epoch) to this job's trial and returns whether to prune the run.
+
+    None unless the job is a trial of a search that prunes. A job learns this from Hydra's own config, so it may run in
+    any process and on any machine.
+    """
+    if not HydraConfig.initialized() or TRIAL not in HydraConfig.get().job.env_set:
+        return None
+    from zfnet.sweeps.optuna_search import report_to_trial  # optuna is an extra
+
+    return report_to_trial(HydraConfig.get())

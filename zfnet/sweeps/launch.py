@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -76,24 +77,26 @@ class SweepJobs:
         """
         configs = [self.compose(overrides, first + n) for n, overrides in enumerate(batch)]
         self._write_record()
-        outcomes: dict[int, Outcome] = {}
         # launchers number their jobs one after another: none may be left out if names depend on numbers
         numbered = re.search(r"job\.(num|id)\b", self.subdir)
-        unfinished = []
-        for n, config in enumerate(configs):
-            if numbered or not (finished := self._finished(config)):
-                unfinished.append(n)
-            else:
-                print(f"finished already: {finished.name}")
-                outcomes[n] = finished
+        finished = {n: o for n, c in enumerate(configs) if not numbered and (o := self._finished(c))}
+        for outcome in finished.values():
+            print(f"finished already: {outcome.name}")
+        unfinished = [n for n in range(len(batch)) if n not in finished]
+        returns: Sequence[JobReturn | Exception] = []
         if unfinished:
-            returns = self._launch(
-                [[*self.for_all_jobs, *batch[n]] for n in unfinished], first + unfinished[0]
-            )
-            for n, returned in zip(unfinished, returns, strict=True):
-                outcomes[n] = self._outcome(configs[n], returned)
-        self.outcomes |= {outcome.name: outcome for outcome in outcomes.values()}
-        return [outcomes[n] for n in range(len(batch))]
+            jobs = [[*self.for_all_jobs, *batch[n]] for n in unfinished]
+            try:
+                returns = self.launcher.launch(jobs, initial_job_idx=first + unfinished[0])
+            except KeyboardInterrupt:
+                self._report()
+                raise
+            except Exception as error:  # the process of a job died, and the launcher has no result of any job
+                returns = [error] * len(jobs)
+        ended = {n: self._outcome(configs[n], r) for n, r in zip(unfinished, returns, strict=True)}
+        outcomes = [(finished | ended)[n] for n in range(len(batch))]
+        self.outcomes |= {outcome.name: outcome for outcome in outcomes}
+        return outcomes
 
     def finish(self) -> None:
         """Raise SweepFailed if any job failed."""
@@ -109,22 +112,17 @@ class SweepJobs:
     def _write_record(self) -> None:
         """Write the sweep's own config to multirun.yaml, or to multirun-2.yaml … if another sweep's is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        text, number, path = OmegaConf.to_yaml(self.config), 1, self.folder / "multirun.yaml"
-        while path.exists():
-            if path.read_text(encoding="utf-8") == text:
-                return
-            number += 1
-            path = self.folder / f"multirun-{number}.yaml"
-        write_atomically(path, text)
-
-    def _folder_and_name(self, config: DictConfig) -> tuple[Path, str]:
-        folder = self.folder / str(config.hydra.sweep.subdir)
-        return folder, folder.relative_to(self.folder).as_posix()
+        text, path = OmegaConf.to_yaml(self.config), self.folder / "multirun.yaml"
+        numbers = itertools.count(2)
+        while path.exists() and path.read_text(encoding="utf-8") != text:
+            path = self.folder / f"multirun-{next(numbers)}.yaml"
+        if not path.exists():
+            write_atomically(path, text)
 
     def _finished(self, config: DictConfig) -> Outcome | None:
         """Return the outcome of a training that is done and has this config; None for all other jobs."""
-        folder, name = self._folder_and_name(config)
-        run = RunDirectory(folder)
+        name = str(config.hydra.sweep.subdir)
+        run = RunDirectory(self.folder / name)
         if run.state != "done" or config.job.name != "train":
             return None
         try:
@@ -135,21 +133,12 @@ class SweepJobs:
         except (UserError, KeyError, TypeError):
             return None  # the job itself will report what is wrong
 
-    def _launch(self, batch: list[list[str]], first: int) -> Sequence[JobReturn | Exception]:
-        try:
-            return self.launcher.launch(batch, initial_job_idx=first)
-        except KeyboardInterrupt:
-            self._report()
-            raise
-        except Exception as error:  # the process of a job died, and the launcher has no result of any job
-            return [error] * len(batch)
-
     def _outcome(self, config: DictConfig, returned: JobReturn | Exception) -> Outcome:
-        folder, name = self._folder_and_name(config)
-        state = RunDirectory(folder).state
+        name = str(config.hydra.sweep.subdir)
+        state = RunDirectory(self.folder / name).state
         if isinstance(returned, Exception):
-            lost = None if state in ("done", "pruned") else returned
-            return self._finished(config) or Outcome(name, state, error=lost)
+            error = None if state in ("done", "pruned") else returned
+            return self._finished(config) or Outcome(name, state, error=error)
         result = value_or_error(returned)
         if isinstance(result, Exception):
             return Outcome(name, "failed", error=result)
@@ -165,7 +154,7 @@ def value_or_error(returned: JobReturn) -> float | Exception | None:
             return error
 
 
-_slot: FileLock | None = None  # held as long as this process lives
+_gpu: FileLock | None = None  # held as long as this process lives
 
 
 def take_one_gpu(parallel: int, folder: Path) -> None:
@@ -174,33 +163,19 @@ def take_one_gpu(parallel: int, folder: Path) -> None:
     Must come before the process first uses CUDA, which looks at CUDA_VISIBLE_DEVICES once. The processes agree
     by locks in `folder`, which the system lets go of when a process ends. A process keeps its GPU for all its jobs.
     """
-    global _slot
-    if parallel in (0, 1) or _slot is not None:
+    global _gpu
+    if parallel in (0, 1) or _gpu is not None:
         return
-    devices = visible_devices()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    all_gpus = ",".join(map(str, range(torch.cuda.device_count()))) if named is None else named
+    devices = [name.strip() for name in all_gpus.split(",") if name.strip()]
     if len(devices) < 2:
         return
-    _slot, number = take_slot(folder / ".slots")
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-
-
-def visible_devices() -> list[str]:
-    """Return the GPUs of this process, as CUDA_VISIBLE_DEVICES writes them. Does not start CUDA."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip()]
-    return [str(index) for index in range(torch.cuda.device_count())]
-
-
-def take_slot(folder: Path) -> tuple[FileLock, int]:
-    """Return the first number that no living process holds, and the lock that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number = 0
-    while True:
-        lock = FileLock(folder / str(number))
-        try:
+    (folder / ".gpus").mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():  # the first number that no living process holds
+        lock = FileLock(folder / ".gpus" / str(number))
+        with contextlib.suppress(Timeout):
             lock.acquire(timeout=0)
-        except Timeout:
-            number += 1
-        else:
-            return lock, number
+            _gpu = lock
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+            return

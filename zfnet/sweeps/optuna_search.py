@@ -1,136 +1,110 @@
-"""Optuna's search over a space of overrides: ask for a trial, launch it as a job, tell what it reached.
+"""Optuna's search over a space of overrides: ask for a trial, launch it as a job, tell the study its result.
 
-A study lives in its storage alone, so processes come and go: a search that was killed continues when it is run
-again, and several processes may share one study.
+A study lives in its storage alone: a search that was killed continues when it is run again, and several processes may
+share one study.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import os
+import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Optional
 
 import optuna
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from omegaconf import DictConfig, OmegaConf
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from pydantic import BeforeValidator, ValidationInfo
 
-from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError
+from zfnet.config.instantiate import instantiate
 from zfnet.config.randomness import make_key
-from zfnet.config.schema import NOT_IDENTITY
+from zfnet.config.schema import NOT_IDENTITY, Checked, NotNegative, Positive, check
+from zfnet.sweeps.callback import TRIAL
 from zfnet.sweeps.launch import Outcome, SweepJobs
-from zfnet.sweeps.pruning import TRIAL
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 # -- settings, and what they construct
 
-# what a config may name: Optuna's own classes, so nothing is looked up or imported by a name from a config
-CLASSES = {
-    slot: {
-        f"{module.__name__}.{name}": cls
-        for name, cls in vars(module).items()
-        if isinstance(cls, type) and issubclass(cls, base) and not inspect.isabstract(cls)
-    }
-    for slot, module, base in (
-        ("sampler", optuna.samplers, optuna.samplers.BaseSampler),
-        ("pruner", optuna.pruners, optuna.pruners.BasePruner),
-    )
-}
-_ENDS_STUDY = "runs every combination and needs Optuna's own loop: use hydra/sweeper=grid"
-REFUSED = {
-    "optuna.samplers.CmaEsSampler": "unpickles what it finds in the storage, which can run code",
-    "optuna.samplers.BruteForceSampler": _ENDS_STUDY,
-    "optuna.samplers.GridSampler": _ENDS_STUDY,
-}
+
+def _settings_of_class(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"choose a file by hydra/sweeper/{info.field_name}=…")
+    return value
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """What conf/hydra/sweeper/optuna.yaml holds, checked."""
+Target = Annotated[dict[str, Any], BeforeValidator(_settings_of_class)]  # a `_target_` and its arguments
 
-    n_trials: int
-    n_jobs: int
-    direction: str
+
+@dataclass(kw_only=True)
+class SearchSettings(Checked):
+    """What conf/hydra/sweeper/optuna.yaml holds."""
+
+    n_trials: Positive
+    n_jobs: Positive
+    direction: Literal["maximize", "minimize"]
     study_name: str
-    storage: str | None
-    seed: int
-    sampler: Mapping[str, Any]
-    pruner: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, settings: Mapping[str, Any]) -> SearchSettings:
-        """Return the checked settings; raise UserError naming the key that is wrong."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in settings:
-            if key not in known:
-                raise UserError(f"hydra.sweeper.{key}: no such key{did_you_mean(str(key), known)}")
-        for key, least in (("n_trials", 1), ("n_jobs", 1), ("seed", 0)):
-            value = settings[key]
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"hydra.sweeper.{key}={value}: must be a whole number, at least {least}")
-        if settings["direction"] not in ("maximize", "minimize"):
-            raise UserError(f"hydra.sweeper.direction={settings['direction']}: must be maximize or minimize")
-        for slot in CLASSES:
-            if not isinstance(settings[slot], Mapping):
-                raise UserError(
-                    f"hydra.sweeper.{slot}={settings[slot]}: choose one by hydra/sweeper/{slot}={settings[slot]}"
-                )
-        return cls(**settings)
-
-    @property
-    def prunes(self) -> bool:
-        return self.pruner.get("_target_") != "optuna.pruners.NopPruner"
-
-    def make_pruner(self) -> optuna.pruners.BasePruner:
-        return construct("pruner", self.pruner)
-
-    def make_sampler(self, trial: int) -> optuna.samplers.BaseSampler:
-        """Return the sampler for one trial. Its random numbers depend on the seed and the trial's number only.
-
-        QMC's points make one sequence, so there the seed alone counts.
-        """
-        one_sequence = self.sampler.get("_target_") == "optuna.samplers.QMCSampler"
-        seed = self.seed if one_sequence else make_key(self.seed, trial)
-        return construct("sampler", self.sampler, seed=seed)
+    storage: Optional[str]
+    seed: NotNegative
+    sampler: Target
+    pruner: Target
 
 
-def construct(slot: str, settings: Mapping[str, Any], **defaults: Any) -> Any:
+def read_settings(sweeper: DictConfig) -> SearchSettings:
+    """Return the checked settings in Hydra's config; raise UserError naming the key that is wrong."""
+    plain: Any = OmegaConf.to_container(sweeper, resolve=True)
+    own = {key: value for key, value in plain.items() if key != "params" and not key.startswith("_")}
+    return check(SearchSettings, own, "hydra.sweeper")
+
+
+_BASES = {"sampler": optuna.samplers.BaseSampler, "pruner": optuna.pruners.BasePruner}
+_NEEDS_OWN_LOOP = "runs every combination and needs Optuna's own loop: use hydra/sweeper=grid"
+REFUSED = {
+    "optuna.samplers.CmaEsSampler": "unpickles what it reads from the storage, which can run code",
+    "optuna.samplers.BruteForceSampler": _NEEDS_OWN_LOOP,
+    "optuna.samplers.GridSampler": _NEEDS_OWN_LOOP,
+}
+
+
+def construct(slot: str, settings: Mapping[str, Any], **offered: Any) -> Any:
     """Construct the sampler or pruner that `settings` names by `_target_`, and those in it.
 
-    `defaults` are for the keys that the class has. Raises UserError for anything but Optuna's samplers and pruners.
+    `offered` are arguments for the classes that take them. Raises UserError for any but Optuna's samplers and pruners.
     """
     target = str(settings.get("_target_"))
     if target in REFUSED:
         raise UserError(f"hydra.sweeper.{slot}._target_={target}: {REFUSED[target]}")
-    if target not in CLASSES[slot]:
-        hint = did_you_mean(target, set(CLASSES[slot]) - set(REFUSED))
-        raise UserError(f"hydra.sweeper.{slot}._target_={target}: must be a {slot} of Optuna{hint}")
-    cls = CLASSES[slot][target]
-    known = list(inspect.signature(cls).parameters)
-    arguments = {key: value for key, value in defaults.items() if key in known}
-    for key, value in settings.items():
-        if key == "_target_":
-            continue
-        if key not in known:
-            raise UserError(
-                f"hydra.sweeper.{slot}.{key}: {cls.__name__} has no such setting{did_you_mean(key, known)}"
-            )
-        nested = isinstance(value, Mapping) and "_target_" in value
-        arguments[key] = construct(slot, value, **defaults) if nested else value
-    try:
-        return cls(**arguments)
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"hydra.sweeper.{slot} ({cls.__name__}): {str(error).splitlines()[0]}") from error
+    if not re.fullmatch(rf"optuna\.{slot}s\.\w+", target):
+        raise UserError(f"hydra.sweeper.{slot}._target_={target}: must be a {slot} of Optuna")
+    arguments = {
+        key: construct(slot, value, **offered)
+        if isinstance(value, Mapping) and "_target_" in value
+        else value
+        for key, value in settings.items()
+    }
+    return instantiate(f"hydra.sweeper.{slot}", arguments, _BASES[slot], ["optuna"], offered=offered)
+
+
+def make_sampler(settings: SearchSettings, trial: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler for one trial. Its random numbers depend on the seed and the trial's number only.
+
+    QMC's points make one sequence, so there the seed alone counts.
+    """
+    one_sequence = settings.sampler.get("_target_") == "optuna.samplers.QMCSampler"
+    seed = settings.seed if one_sequence else make_key(settings.seed, trial)
+    return construct("sampler", settings.sampler, seed=seed)
 
 
 # -- Hydra's override grammar as a search space: `interval(…)`, `choice(…)`, `range(…)`, `a,b` and `tag(log,…)`
@@ -169,36 +143,28 @@ def _distribution(override: Override) -> BaseDistribution:
         raise UserError(f"{override.input_line}: is no space to search ({reason})") from error
 
 
-def _words(params: Mapping[str, Any]) -> list[str]:
-    """Return values as overrides: choices are texts already, and numbers are written in full."""
-    return [f"{key}={value}" for key, value in params.items()]
-
-
 # -- the study in its storage
 
 
 def _open_storage(settings: SearchSettings, sweep: Path) -> BaseStorage:
-    if settings.storage is not None:
-        return RDBStorage(settings.storage)
     sweep.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(sweep / "study.journal")))
+    return get_storage(settings.storage or JournalStorage(JournalFileBackend(str(sweep / "study.journal"))))
 
 
 def open_study(settings: SearchSettings, sweep: Path) -> Study:
     """Open the study that the settings name, or create it. Raises UserError if the storage cannot be used."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    pruner = settings.make_pruner()
+    pruner = construct("pruner", settings.pruner)
     try:
         study = optuna.create_study(
             study_name=settings.study_name,
             storage=_open_storage(settings, sweep),
-            direction=optuna.study.StudyDirection[settings.direction.upper()],
+            direction=settings.direction,
             pruner=pruner,
             load_if_exists=True,
         )
     except Exception as error:  # any of a database driver's, an address parser's, a file system's
-        place = settings.storage or str(sweep / "study.journal")
-        shown = place.partition("@")[2] or place  # without a password
+        address = settings.storage or str(sweep / "study.journal")
+        shown = address.partition("@")[2] or address  # without a password
         raise UserError(f"hydra.sweeper.storage={shown}: {str(error).strip().splitlines()[0]}") from error
     if study.direction.name.lower() != settings.direction:
         raise UserError(
@@ -208,56 +174,55 @@ def open_study(settings: SearchSettings, sweep: Path) -> Study:
     return study
 
 
-def open_trial(settings: SearchSettings, sweep: Path, number: int) -> Trial:
-    """Return a trial of an existing study, to report to; it cannot sample."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = _open_storage(settings, sweep)
+def report_to_trial(hydra: Any) -> Callable[[float, int], bool] | None:
+    """Return what reports (validation accuracy, epoch) to a job's trial and returns whether to prune the run.
+
+    hydra: Hydra's own config of the job. None if the search does not prune.
+    """
+    settings = read_settings(hydra.sweeper)
+    if settings.pruner.get("_target_") == "optuna.pruners.NopPruner":
+        return None
+    storage = _open_storage(settings, Path(str(hydra.sweep.dir)))
     study = optuna.load_study(
         study_name=settings.study_name,
         storage=storage,
-        sampler=optuna.samplers.RandomSampler(),
-        pruner=settings.make_pruner(),
+        sampler=optuna.samplers.RandomSampler(),  # nothing is sampled here
+        pruner=construct("pruner", settings.pruner),
     )
-    study_id = storage.get_study_id_from_name(settings.study_name)
-    return Trial(study, storage.get_trial_id_from_study_id_trial_number(study_id, number))
+    study_id, number = storage.get_study_id_from_name(settings.study_name), int(hydra.job.env_set[TRIAL])
+    trial = Trial(study, storage.get_trial_id_from_study_id_trial_number(study_id, number))
+
+    def report(value: float, epoch: int) -> bool:
+        trial.report(value, epoch)
+        return trial.should_prune()
+
+    return report
 
 
 class Worker:
-    """One process of a study. Other processes see by the lock that it holds whether it is alive."""
+    """One process of a study. Other processes see by the lock that it holds that it is alive."""
 
     ASKING = timedelta(minutes=1)  # a trial older than this without a worker: its process died while asking
 
     def __init__(self, sweep: Path) -> None:
         folder = (sweep / ".workers").absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        self.host = socket.gethostname()
-        self.path = folder / f"{self.host}-{os.getpid()}-{time.time_ns()}"
-        self._lock = FileLock(self.path)
-        self.one_at_a_time = FileLock(folder / "asking")  # held while a process of this sweep directory asks
-
-    def __enter__(self) -> Worker:
-        self._lock.acquire(timeout=0)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-        self.path.unlink(missing_ok=True)
-
-    def sign(self, trial: Trial) -> None:
-        """Record in a trial which process runs it."""
-        trial.set_user_attr("worker", {"host": self.host, "lock": str(self.path)})
+        self.host = f"{socket.gethostname()}-"
+        self.path = folder / f"{self.host}{os.getpid()}-{time.time_ns()}"
+        self.alive = FileLock(self.path)
+        self.asking = FileLock(folder / "asking")  # one process of a sweep directory asks at a time
 
     def is_stale(self, trial: FrozenTrial) -> bool:
         """Return whether a running trial has lost its process."""
-        owner = trial.user_attrs.get("worker")
-        if owner is None:
+        name = trial.user_attrs.get("worker")
+        if name is None:
             started = trial.datetime_start
             return started is not None and datetime.now() - started > self.ASKING
-        path = Path(owner["lock"])
+        path = Path(name)
         if path == self.path:
             return False
         if not path.exists():  # its process has ended; or it is on a machine whose disk this one does not see
-            return bool(owner["host"] == self.host)
+            return path.name.startswith(self.host)
         try:
             with FileLock(path, timeout=0):
                 return True
@@ -268,22 +233,21 @@ class Worker:
 # -- the search
 
 
-def run_search(settings: SearchSettings, overrides: Sequence[Override], jobs: SweepJobs) -> None:
+def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
     """Launch trials until the study has `n_trials`; raise UserError if it cannot be opened or is another search."""
+    settings = read_settings(jobs.config.hydra.sweeper)
     space = search_space(overrides)
-    fixed = [o for o in overrides if not o.is_sweep_override()]
-    words = [f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in fixed]
+    fixed = {
+        o.get_key_element(): o.get_value_element_as_str() for o in overrides if not o.is_sweep_override()
+    }
     # what cannot be composed or constructed is an error before there is a study
     first = {k: d.choices[0] if isinstance(d, CategoricalDistribution) else d.low for k, d in space.items()}  # type: ignore[attr-defined]
-    jobs.compose([*words, *_words(first)])
-    settings.make_sampler(0)
+    jobs.compose(_as_overrides(fixed | first))
+    make_sampler(settings, 0)
     study = open_study(settings, jobs.folder)
-    no_result_depends_on = {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys}
-    _check_same_search(
-        study,
-        sorted(w for o, w in zip(fixed, words, strict=True) if o.key_or_group not in no_result_depends_on),
-    )
-    with Worker(jobs.folder) as worker:
+    _check_same_search(study, fixed)
+    worker = Worker(jobs.folder)
+    with worker.alive:
         while True:
             batch: list[Trial] = []
             while len(batch) < settings.n_jobs:
@@ -294,15 +258,27 @@ def run_search(settings: SearchSettings, overrides: Sequence[Override], jobs: Sw
             if not batch:
                 return
             outcomes = jobs.launch(
-                [[*words, *_words(t.params), f"+hydra.job.env_set.{TRIAL}='{t.number}'"] for t in batch],
+                [
+                    _as_overrides(
+                        {**fixed, **trial.params, f"+hydra.job.env_set.{TRIAL}": f"'{trial.number}'"}
+                    )
+                    for trial in batch
+                ],
                 first=batch[0].number,
             )
             for trial, outcome in zip(batch, outcomes, strict=True):
                 tell(study, trial, outcome)
 
 
-def _check_same_search(study: Study, words: list[str]) -> None:
+def _as_overrides(params: Mapping[str, Any]) -> list[str]:
+    """Return values as overrides: choices are texts already, and numbers are written in full."""
+    return [f"{key}={value}" for key, value in params.items()]
+
+
+def _check_same_search(study: Study, fixed: Mapping[str, str]) -> None:
     """Raise UserError if the study's trials have other fixed settings; all processes must agree on them."""
+    not_identity = {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys}
+    words = sorted(_as_overrides({k: v for k, v in fixed.items() if k.lstrip("+~") not in not_identity}))
     known = study.user_attrs.get("fixed")
     if known is None:
         study.set_user_attr("fixed", words)
@@ -315,11 +291,7 @@ def _check_same_search(study: Study, words: list[str]) -> None:
 
 
 def ask(
-    study: Study,
-    settings: SearchSettings,
-    space: Mapping[str, BaseDistribution],
-    worker: Worker,
-    wait: bool = True,
+    study: Study, settings: SearchSettings, space: Mapping[str, BaseDistribution], worker: Worker, wait: bool
 ) -> Trial | None:
     """Return the next trial of the study; None when it has as many as it should.
 
@@ -329,13 +301,13 @@ def ask(
     """
     pause = 0.5  # seconds
     while True:
-        with worker.one_at_a_time:
+        with worker.asking:
             _requeue_stale_trials(study, worker)
             trials = study.get_trials(deepcopy=False)
             waiting = any(t.state == TrialState.WAITING for t in trials)
             if _count(trials) >= settings.n_trials and not waiting:
                 return None
-            study.sampler = settings.make_sampler(len(trials))
+            study.sampler = make_sampler(settings, len(trials))
             try:
                 trial = study.ask(dict(space))
             except ValueError as error:
@@ -343,14 +315,12 @@ def ask(
                     f"the study {settings.study_name} has another search space ({str(error).splitlines()[0]}): "
                     "choose another hydra.sweep.dir or hydra.sweeper.study_name"
                 ) from error
-            worker.sign(trial)
+            trial.set_user_attr("worker", str(worker.path))
         earlier = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
-        if _count(earlier) >= settings.n_trials:  # another process without our lock took the last one
+        if _count(earlier) >= settings.n_trials:  # a process of another sweep directory took the last one
             _void(study, trial)
             return None
-        duplicates = {
-            t.state: t for t in earlier if t.params == trial.params and not t.user_attrs.get("void")
-        }
+        duplicates = {t.state: t for t in earlier if t.params == trial.params and "void" not in t.user_attrs}
         if TrialState.COMPLETE in duplicates:
             study.tell(trial, duplicates[TrialState.COMPLETE].value)
         elif TrialState.PRUNED in duplicates:
@@ -383,7 +353,7 @@ def tell(study: Study, trial: Trial, outcome: Outcome) -> None:
 def _count(trials: Sequence[FrozenTrial]) -> int:
     """Return how many trials count towards n_trials: not those that were asked for again or given back."""
     again = {t.user_attrs.get("retry_of") for t in trials}
-    return sum(t.number not in again and not t.user_attrs.get("void") for t in trials)
+    return sum(t.number not in again and "void" not in t.user_attrs for t in trials)
 
 
 def _void(study: Study, trial: Trial) -> None:

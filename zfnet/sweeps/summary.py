@@ -7,8 +7,7 @@ one that validation has chosen.
 
 from __future__ import annotations
 
-import csv
-import io
+import contextlib
 import json
 import shutil
 import statistics
@@ -21,6 +20,7 @@ from typing import Any
 from zfnet.config.errors import UserError
 from zfnet.config.schema import flatten, result_keys
 from zfnet.runs.directory import RunDirectory, write_atomically
+from zfnet.runs.tables import format_table
 
 ABSENT = "–"  # in place of a value that a job does not have, such as the momentum of an Adam
 STATES = ("done", "running", "stopped", "pruned", "failed", "none")
@@ -32,7 +32,7 @@ def summarize(folder: Path, figures: bool = False) -> str:
     sweep = read_sweep(folder)
     if not sweep.jobs:
         return ""
-    write_atomically(folder / "summary.csv", to_csv(sweep))
+    RunDirectory(folder).write_csv("summary.csv", job_rows(sweep))
     write_atomically(folder / "summary.md", to_markdown(sweep))
     if figures:
         # imported here: Hydra builds its callback for every command, and few of them draw
@@ -59,10 +59,10 @@ class SweepJob:
     results: dict[str, Any]
     history: list[dict[str, float | None]]
 
-    def accuracy(self, split: str = "validation") -> float | None:
-        """Return the accuracy on `validation` or `test`; None for a run that is not finished, or has no such images."""
+    def metric(self, split: str = "validation", name: str = "accuracy") -> float | None:
+        """Return a result on `validation` or `test`; None for a run that is not finished, or has no such images."""
         metrics = self.results.get(split)
-        return metrics.get("accuracy") if self.state == "done" and isinstance(metrics, dict) else None
+        return metrics.get(name) if self.state == "done" and isinstance(metrics, dict) else None
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Setting:
 
     def scores(self, split: str = "validation") -> list[float]:
         """Return the accuracies of the finished jobs."""
-        return [a for job in self.jobs if (a := job.accuracy(split)) is not None]
+        return [a for job in self.jobs if (a := job.metric(split)) is not None]
 
     def mean_and_std(self, split: str = "validation") -> tuple[float | None, float | None]:
         """Return mean and sample standard deviation over the seeds; None where there are too few."""
@@ -94,7 +94,6 @@ class Setting:
 class Sweep:
     """A whole sweep. `settings` is sorted by validation accuracy, best first; those without one come last."""
 
-    folder: Path
     jobs: list[SweepJob]
     keys: list[str]
     settings: list[Setting]
@@ -106,17 +105,14 @@ def read_sweep(folder: Path) -> Sweep:
     jobs = [job for path in sorted(folders) if (job := _read_job(folder, path)) is not None]
     keys = swept_keys([job.settings for job in jobs if job.settings])
     groups: dict[str, list[SweepJob]] = {}
-    for job in jobs:
+    for job in sorted(jobs, key=lambda job: -1 if job.seed is None else job.seed):
         if job.settings:
             groups.setdefault(json.dumps(job.settings, sort_keys=True), []).append(job)
     settings = [
-        Setting(
-            {key: members[0].settings.get(key, ABSENT) for key in keys},
-            sorted(members, key=lambda job: -1 if job.seed is None else job.seed),
-        )
+        Setting({key: members[0].settings.get(key, ABSENT) for key in keys}, members)
         for members in groups.values()
     ]
-    return Sweep(folder, jobs, keys, sorted(settings, key=lambda s: -statistics.fmean(s.scores() or [-1])))
+    return Sweep(jobs, keys, sorted(settings, key=lambda s: -statistics.fmean(s.scores() or [-1])))
 
 
 def _read_job(sweep: Path, folder: Path) -> SweepJob | None:
@@ -126,17 +122,14 @@ def _read_job(sweep: Path, folder: Path) -> SweepJob | None:
         return None
     history: list[dict[str, float | None]] = []
     results: Any = {}
-    try:
+    with contextlib.suppress(UserError, ValueError):  # not there yet
         history = run.read_history()
         results = run.read_json("results.json")
-    except (UserError, ValueError):
-        pass  # not there yet
     settings = flatten(result_keys(plain))
     seed = settings.pop("seed", None)
+    name = folder.relative_to(sweep).as_posix()
     results = results if isinstance(results, dict) else {}
-    return SweepJob(
-        folder.relative_to(sweep).as_posix(), *run.state_and_error(), settings, seed, results, history
-    )
+    return SweepJob(name, *run.state_and_error(), settings, seed, results, history)
 
 
 def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -145,38 +138,36 @@ def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     A key follows another if it always has the same value (`scheduler.max_lr: ${optimizer.lr}`), or if the choice
     of its group's file decides it: whoever sweeps `model=small,zfnet` has not swept the number of maps in conv1.
     """
-    columns: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for setting in settings for key in setting):
-        column = [repr(setting.get(key, ABSENT)) for setting in settings]
-        if len(set(column)) > 1:
-            columns[key] = column
-    kept: list[str] = []
+    columns = {
+        key: [repr(setting.get(key, ABSENT)) for setting in settings]
+        for key in dict.fromkeys(key for setting in settings for key in setting)
+    }
+    kept: dict[str, list[str]] = {}
     seen: list[list[str]] = []
     for key, column in columns.items():
         group = key.partition(".")[0]
-        choices = [columns[name] for name in (f"{group}.name", f"{group}._target_") if name in kept]
+        choices = [kept[name] for name in (f"{group}.name", f"{group}._target_") if name in kept]
         decided = any(len(set(zip(choice, column, strict=True))) == len(set(choice)) for choice in choices)
-        if column not in seen and not decided:
-            kept.append(key)
+        if len(set(column)) > 1 and column not in seen and not decided:
+            kept[key] = column
         seen.append(column)
-    return kept
+    return list(kept)
 
 
-def plain_name(key: str) -> str:
+def group_name(key: str) -> str:
     """Return a dotted key as people type it: the `name` or `_target_` of a group is called like the group."""
     return key.removesuffix(".name").removesuffix("._target_")
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return for each dotted key its last parts, as few as tell it from the others: `lr`, `conv1.kernel_size`."""
-    plain = {key: plain_name(key) for key in keys}
+    """Return for each dotted key its last words, as few as tell it from the others: `lr`, `conv1.kernel_size`."""
+    plain = {key: group_name(key) for key in keys}
     short = {}
     for key, text in plain.items():
-        parts = text.split(".")
-        for count in range(1, len(parts) + 1):
-            short[key] = ".".join(parts[-count:])
-            alike = [o for o in plain.values() if o == short[key] or o.endswith("." + short[key])]
-            if len(alike) == 1:
+        words = text.split(".")
+        for count in range(1, len(words) + 1):
+            short[key] = ".".join(words[-count:])
+            if sum(f".{other}".endswith(f".{short[key]}") for other in plain.values()) == 1:
                 break
     return short
 
@@ -195,49 +186,39 @@ def format_value(value: Any) -> str:
 # -- tables: a row a job in summary.csv, a row a setting in summary.md and on the terminal
 
 
-def to_csv(sweep: Sweep) -> str:
-    """Return a row a job: directory, state, the swept keys, seed, metrics on validation, error. Best setting first."""
-    rows = [(setting.values, job) for setting in sweep.settings for job in setting.jobs]
-    rows += [({}, job) for job in sweep.jobs if not job.settings]
-    lengths = ("best_epoch", "epochs", "seconds")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "directory",
-            "state",
-            *sweep.keys,
-            "seed",
-            "validation_accuracy",
-            "validation_loss",
-            *lengths,
-            "error",
-        ]
-    )
-    for values, job in rows:
-        loss = (job.results.get("validation") or {}).get("loss")
-        writer.writerow(
-            [
-                job.name,
-                job.state,
-                *(values.get(key, "") for key in sweep.keys),
-                job.seed,
-                job.accuracy(),
-                loss,
-            ]
-            + [job.results.get(key) for key in lengths]
-            + [job.error]
-        )
-    return text.getvalue()
+def job_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """Return a row a job, best setting first; without test results, which no setting may be chosen by."""
+    jobs = [(setting.values, job) for setting in sweep.settings for job in setting.jobs]
+    jobs += [({}, job) for job in sweep.jobs if not job.settings]
+    return [
+        {"directory": job.name, "state": job.state}
+        | {key: values.get(key) for key in sweep.keys}
+        | {"seed": job.seed, "validation_accuracy": job.metric(), "validation_loss": job.metric(name="loss")}
+        | {key: job.results.get(key) for key in ("best_epoch", "epochs", "seconds")}
+        | {"error": job.error}
+        for values, job in jobs
+    ]
+
+
+def setting_rows(sweep: Sweep, keys: Sequence[str]) -> list[list[str]]:
+    """Return the header and a row a setting; the state has a column where a job is not done."""
+    names = short_names(sweep.keys)
+    states = [Counter(job.state for job in setting.jobs) for setting in sweep.settings]
+    not_done = any(set(count) != {"done"} for count in states)
+    rows = [[*(names[key] for key in keys), "validation accuracy", "n"] + ["state"] * not_done]
+    for setting, count in zip(sweep.settings, states, strict=True):
+        state = _count_states(count) if len(setting.jobs) > 1 else setting.jobs[0].state
+        values = [format_value(setting.values[key]) for key in keys]
+        rows.append([*values, setting.score_text(), str(len(setting.scores()))] + [state] * not_done)
+    return rows
 
 
 def to_markdown(sweep: Sweep) -> str:
     """Return the table over settings, the test accuracy of the best one, and the failed jobs."""
-    header, *rows = _cells(sweep)
-    lines = [f"# {count_line(sweep)}", ""]
-    for row in [header, ["---"] * len(header), *rows]:
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-    lines += ["", *_test_line(sweep), ""]
+    header, *rows = setting_rows(sweep, sweep.keys)
+    table = [header, ["---"] * len(header), *rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    lines = [f"# {count_line(sweep)}", "", *lines, "", *_test_line(sweep), ""]
     lines += [f"- failed: `{job.name}`: {job.error}" for job in sweep.jobs if job.state == "failed"]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -249,50 +230,36 @@ def to_text(sweep: Sweep, width: int | None = None) -> str:
     summary.csv has them all.
     """
     width = width or shutil.get_terminal_size().columns
-    rows = _cells(sweep)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    shown = list(range(len(widths)))
-    after_keys = len(widths) - len(sweep.keys)
-    while sum(widths[i] + 2 for i in shown) - 2 > width and len(shown) > after_keys + 1:
-        del shown[-after_keys - 1]
-    lines = [count_line(sweep)]
-    lines += [
-        "  ".join(row[i].ljust(widths[i]) for i in shown).rstrip()[:width] for row in rows[: MOST_ROWS + 1]
-    ]
-    if len(rows) - 1 > MOST_ROWS:
-        lines.append(f"… and {len(rows) - 1 - MOST_ROWS} more, in summary.csv")
-    if len(shown) < len(widths):
-        lines.append(f"not shown, but in summary.csv: {_count(len(widths) - len(shown), 'swept key')}")
+    keys = list(sweep.keys)
+    while True:
+        rows = setting_rows(sweep, keys)[: MOST_ROWS + 1]
+        align = "<" * len(rows[0])
+        if len(keys) < 2 or max(map(len, format_table(rows, align))) <= width:
+            break
+        del keys[-1]
+    lines = [count_line(sweep), *format_table(rows, align, width, range(len(keys)))]
+    if (more := len(sweep.settings) - MOST_ROWS) > 0:
+        lines.append(f"… and {more} more, in summary.csv")
+    if hidden := len(sweep.keys) - len(keys):
+        lines.append(f"not shown, but in summary.csv: {_count(hidden, 'swept key')}")
     return "\n".join([*lines, *_test_line(sweep)])
 
 
 def count_line(sweep: Sweep) -> str:
     """Return `2 settings, 4 jobs: 3 done, 1 failed`."""
-    states = Counter(job.state for job in sweep.jobs)
-    counts = ", ".join(f"{states[s]} {s}" for s in STATES if states[s])
-    return f"{_count(len(sweep.settings), 'setting')}, {_count(len(sweep.jobs), 'job')}: {counts}"
+    states = _count_states(Counter(job.state for job in sweep.jobs))
+    return f"{_count(len(sweep.settings), 'setting')}, {_count(len(sweep.jobs), 'job')}: {states}"
+
+
+def _count_states(states: Counter[str]) -> str:
+    return ", ".join(f"{states[s]} {s}" for s in STATES if states[s])
 
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" + "s" * (number != 1)
 
 
-def _cells(sweep: Sweep) -> list[list[str]]:
-    """Return the header and a row a setting; the state has a column where a job is not done."""
-    names = short_names(sweep.keys)
-    not_done = any(job.state != "done" for setting in sweep.settings for job in setting.jobs)
-    rows = [[*names.values(), "validation accuracy", "n"] + ["state"] * not_done]
-    for setting in sweep.settings:
-        states = Counter(job.state for job in setting.jobs)
-        state = ", ".join(f"{states[s]} {s}" if len(setting.jobs) > 1 else s for s in STATES if states[s])
-        values = [format_value(setting.values[key]) for key in sweep.keys]
-        rows.append([*values, setting.score_text(), str(len(setting.scores()))] + [state] * not_done)
-    return rows
-
-
 def _test_line(sweep: Sweep) -> list[str]:
-    best = sweep.settings[0] if sweep.settings else None
-    if best is None or not best.scores() or not best.scores("test"):
-        return []
-    seeds = len(best.scores("test"))
-    return [f"Test accuracy of the best setting by validation: {best.score_text('test')} (n = {seeds})"]
+    scores = sweep.settings[0].scores("test") if sweep.settings and sweep.settings[0].scores() else []
+    text = sweep.settings[0].score_text("test") if scores else ""
+    return [f"Test accuracy of the best setting by validation: {text} (n = {len(scores)})"] if scores else []
