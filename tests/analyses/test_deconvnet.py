@@ -27,7 +27,7 @@ from zfnet.data import load_splits, preprocess
 from zfnet.explain import Deconvnet, receptive_box
 from zfnet.explain.top_activations import TopActivations
 from zfnet.plots import atlas
-from zfnet.runs.signals import Stopped
+from zfnet.runs.session import Stopped
 
 
 def test_rank_correlation_by_hand() -> None:

@@ -1,9 +1,11 @@
-"""What jobs share: their own directory, and the run they read."""
+"""A job at work: its directory, its recorded state, and signals: the first is a request, the second an order."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,7 @@ from PIL import Image
 from tests.helpers import TINY, compose, used
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
-from zfnet.runs.session import own_directory
-from zfnet.runs.signals import Stopped
+from zfnet.runs.session import Stopped, StopRequest, own_directory
 
 
 def test_the_state_tells_how_the_job_ended(tmp_path: Path) -> None:
@@ -80,3 +81,48 @@ def test_a_sweeps_directory_is_named_as_it_is(run_py, tiny_run, tmp_path: Path) 
     answer = run_py("job=summary", "run=optimizer.lr=0.01,seed=1")
     assert answer.code == 0, answer.err
     assert "334,794" in answer.out
+
+
+NUMBERS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "code"), NUMBERS)
+def test_a_deferred_signal_is_a_request(number: int, code: int, capsys) -> None:
+    with StopRequest() as stop:
+        with stop.deferred():
+            stop.check()
+            os.kill(os.getpid(), number)
+            assert stop.number == number
+            with pytest.raises(Stopped) as caught:
+                stop.check()
+        assert caught.value.exit_code == code
+        assert isinstance(caught.value, KeyboardInterrupt)  # which ends a sweep, too
+    assert "stopping after this step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), NUMBERS)
+def test_a_signal_stops_at_once_outside_the_loop(number: int, code: int) -> None:
+    with StopRequest(), pytest.raises(Stopped) as caught:
+        os.kill(os.getpid(), number)
+    assert caught.value.exit_code == code
+
+
+def test_signal_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number, _ in NUMBERS]
+    with StopRequest():
+        assert [signal.getsignal(number) for number, _ in NUMBERS] != before
+    assert [signal.getsignal(number) for number, _ in NUMBERS] == before
+
+
+def test_in_another_thread_there_are_no_handlers_to_set() -> None:
+    numbers: list[object] = []
+
+    def work() -> None:
+        with StopRequest() as stop, stop.deferred():
+            stop.check()
+            numbers.append(stop.number)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert numbers == [None]

@@ -32,7 +32,7 @@ from zfnet.config.errors import UserError
 from zfnet.config.schema import read_config
 from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
-from zfnet.runs.signals import Stopped
+from zfnet.runs.session import Stopped
 from zfnet.runs.weights import load_model
 from zfnet.training import loop
 from zfnet.training.callbacks import EarlyStopping, Metrics, list_snapshots

@@ -67,7 +67,7 @@ def test_bf16_on_the_cpu_only_where_it_pays(
     monkeypatch, vendor: str, flags: set[str], precision: str
 ) -> None:
     metadata = {"vendor_id": vendor, "flags": " ".join(flags)}
-    monkeypatch.setattr(device_module, "cpu_facts", lambda: metadata)
+    monkeypatch.setattr(device_module, "cpu_info", lambda: metadata)
     assert runtime("trainer=cpu").precision == precision
     assert runtime("trainer=cpu", "trainer.precision=fp32").precision == "fp32"
 

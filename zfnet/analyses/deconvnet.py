@@ -42,8 +42,7 @@ from zfnet.plots.figures import BLUE, ORANGE, PURPLE, SOFT, new_figure, save_fig
 from zfnet.plots.pictures import mosaic, show
 from zfnet.runs.directory import RunDirectory, write_tensors
 from zfnet.runs.hydra_record import write_hydra_record
-from zfnet.runs.session import hold, recorded_state
-from zfnet.runs.signals import StopRequest
+from zfnet.runs.session import StopRequest, hold, recorded_state
 from zfnet.runs.weights import weights_hash
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
 from zfnet.training.loaded import LoadedRun

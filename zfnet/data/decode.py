@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +19,11 @@ FORMATS = tuple(sorted(set(Image.OPEN) - _REFUSED))
 SUFFIXES = frozenset(s for s, f in Image.registered_extensions().items() if f in FORMATS)
 
 
+def is_image(name: str) -> bool:
+    """Return whether a file of this name counts as an image; hidden files do not."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+
+
 class UnreadableImage(Exception):
     """The file is not an image that can be decoded; the message says why."""
 
@@ -26,35 +34,33 @@ def read_image(file: str | Path | BinaryIO) -> Image.Image:
     EXIF rotation is applied, transparency becomes white, 16-bit and floating-point grey are scaled to 8 bits, and an
     animation gives its first frame.
     """
-    _check_regular(file)
+    with _opened(file) as image:
+        image.seek(0)
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Return (width, height) from the file's header; raise UnreadableImage."""
+    with _opened(file) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """Open a file with one of FORMATS; raise UnreadableImage for any error, within this block too."""
+    if isinstance(file, (str, Path)) and Path(file).exists() and not Path(file).is_file():
+        raise UnreadableImage("not a regular file")  # reading a pipe or a device might never end
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
-                image.seek(0)
-                return _to_rgb(ImageOps.exif_transpose(image))
+                yield image
     except (
         UnidentifiedImageError
     ) as error:  # its message repeats the file's name, or names an object in memory
         raise UnreadableImage("not an image of a known format") from error
     except Exception as error:  # Pillow's decoders raise errors of many classes on damaged files
         raise UnreadableImage(str(error) or type(error).__name__) from error
-
-
-def image_size(file: Path) -> tuple[int, int]:
-    """Return (width, height) from the file's header; raise UnreadableImage."""
-    _check_regular(file)
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            return image.size
-    except Exception as error:
-        raise UnreadableImage(str(error) or type(error).__name__) from error
-
-
-def _check_regular(file: str | Path | BinaryIO) -> None:
-    """Raise UnreadableImage for a pipe or a device: reading it might never end."""
-    if isinstance(file, (str, Path)) and Path(file).exists() and not Path(file).is_file():
-        raise UnreadableImage("not a regular file")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -74,12 +80,7 @@ def _eight_bits(grey: np.ndarray, mode: str) -> np.ndarray:
     """Scale to 0 … 255: integers from 0 … 65535; floats from the smallest of 0 … 1, 255 and 65535 that holds them."""
     grey = np.nan_to_num(grey)
     peak = float(grey.max(initial=0.0))
-    if mode == "F" and peak <= 1:
-        full = 1.0
-    elif peak <= 255 and mode == "F":
-        full = 255.0
-    else:
-        full = 65535.0
+    full = next((f for f in (1.0, 255.0) if mode == "F" and peak <= f), 65535.0)
     return (grey.clip(0, full) * (255.0 / full)).round().astype(np.uint8)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from zfnet.data.decode import SUFFIXES, UnreadableImage, read_image
+from zfnet.data.decode import UnreadableImage, is_image, read_image
 
 MAX_BYTES = 50 * 2**20
 MAX_SECONDS = 30.0  # for the whole download, redirects included
@@ -49,10 +49,22 @@ def find_images(items: Sequence[str]) -> tuple[list[NamedImage], dict[str, str]]
     names: list[str] = []
     errors: dict[str, str] = {}
     for item in items:
-        try:
-            names += _expand(item)
-        except UnreadableImage as error:
-            errors[item] = str(error)
+        path = Path(item).expanduser()
+        if _is_address(item):
+            names.append(item)
+        elif path.is_dir():
+            files = [os.path.join(folder, name) for folder, _, all_ in os.walk(path) for name in all_]
+            names += (images := sorted(file for file in files if is_image(os.path.basename(file))))
+            if not images:
+                errors[item] = "holds no image files"
+        elif path.is_file():
+            names.append(str(path))
+        elif path.exists():  # a device or a pipe, which might never end
+            errors[item] = "is not a regular file"
+        elif matches := [m for m in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(m)]:
+            names += matches
+        else:
+            errors[item] = "matches no file" if glob.has_magic(str(path)) else "there is no such file"
     return [NamedImage(name) for name in dict.fromkeys(names)], errors
 
 
@@ -60,63 +72,39 @@ def _is_address(item: str) -> bool:
     return re.match(r"[A-Za-z][\w+.-]*://", item) is not None
 
 
-def _expand(item: str) -> list[str]:
-    path = Path(item).expanduser()
-    if _is_address(item):
-        return [item]
-    if path.is_dir():
-        files = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(path)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        )
-        if not files:
-            raise UnreadableImage("holds no image files")
-        return files
-    if path.is_file():
-        return [str(path)]
-    if path.exists():  # a device or a pipe, which might never end
-        raise UnreadableImage("is not a regular file")
-    if not glob.has_magic(str(path)):
-        raise UnreadableImage("there is no such file")
-    files = [match for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
-    if not files:
-        raise UnreadableImage("matches no file")
-    return files
-
-
 def fetch(address: str) -> bytes:
     """Return the content of an http or https address; raise UnreadableImage where it exceeds the limits or fails."""
     results: list[bytes | Exception] = []
+
+    def download() -> None:
+        try:
+            results.append(_download(address, time.monotonic() + MAX_SECONDS))
+        except urllib.error.HTTPError as error:
+            text = f"the server returned {error.code} {_printable(error.reason)}"
+            results.append(UnreadableImage(text.strip()))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", None) or error
+            text = _printable(reason) or type(reason).__name__
+            results.append(UnreadableImage(f"cannot be fetched ({text})"))
+        except Exception as error:  # UnreadableImage, or a fault of this program: raised below
+            results.append(error)
+
     # in a thread, since neither a name lookup nor headers that trickle in can be given a deadline
-    thread = threading.Thread(target=lambda: results.append(_download(address)), daemon=True)
+    thread = threading.Thread(target=download, daemon=True)
     thread.start()
     thread.join(MAX_SECONDS)
-    result = results[0] if results else _too_slow()
+    result = results[0] if results else UnreadableImage(f"took more than {MAX_SECONDS:g} s")
     if isinstance(result, Exception):
         raise result
     return result
 
 
-def _download(address: str) -> bytes | Exception:
-    try:
-        return _follow(address, time.monotonic() + MAX_SECONDS)
-    except urllib.error.HTTPError as error:
-        return UnreadableImage(f"the server returned {error.code} {_printable(error.reason)}".strip())
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        return UnreadableImage(f"cannot be fetched ({_printable(reason) or type(reason).__name__})")
-    except Exception as error:  # UnreadableImage, or a fault of this program: raised by the caller
-        return error
-
-
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: object) -> None:
-        """A redirect raises HTTPError, so that `_follow` checks its target; its own body is never read."""
+        """A redirect raises HTTPError, so that `_download` checks its target; its own body is never read."""
 
 
-def _follow(address: str, deadline: float) -> bytes:
+def _download(address: str, deadline: float) -> bytes:
     opener = urllib.request.build_opener(_NoRedirects)
     for _ in range(MAX_REDIRECTS + 1):
         scheme = urllib.parse.urlsplit(address).scheme.lower()
@@ -141,14 +129,10 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
         content += chunk
         announced = max(announced, len(content))
         if time.monotonic() > deadline:  # ends this thread; the caller has gone on
-            raise _too_slow()
+            raise UnreadableImage(f"took more than {MAX_SECONDS:g} s")
     if announced > MAX_BYTES:
         raise UnreadableImage(f"more than {MAX_BYTES / 2**20:g} MB")
     return bytes(content)
-
-
-def _too_slow() -> UnreadableImage:
-    return UnreadableImage(f"took more than {MAX_SECONDS:g} s")
 
 
 def _printable(text: object) -> str:

@@ -48,8 +48,9 @@ class ImageSet:
 
 
 def release(images: np.ndarray) -> None:
-    """Let go of the pages of a memory-mapped file that have been touched, so that reading through a file larger than
-    the memory does not fill it. They stay in the system's cache as long as it has room; nothing written is lost.
+    """Release the pages of a memory-mapped file: reading through one larger than the memory then does not fill it.
+
+    They stay in the system's cache as long as it has room; nothing written is lost.
     """
     if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         images.base.madvise(mmap.MADV_DONTNEED)
@@ -64,7 +65,7 @@ def image_set(
 
 @dataclass(frozen=True)
 class Splits:
-    """The three parts of a data set. Validation chooses, test reports; either may be None."""
+    """The splits of a data set. Validation chooses, test reports; either may be None."""
 
     train: ImageSet
     validation: ImageSet | None
@@ -75,19 +76,18 @@ class Splits:
 def stratified(labels: Tensor, count: int, seed: int, purpose: int = SPLIT) -> tuple[Tensor, Tensor]:
     """Choose `count` of the labels, each class in proportion, and return (chosen, others), sorted.
 
-    Shares that are not whole are rounded by largest remainder, ties by class number.
+    Counts that are not whole are rounded by largest remainder, ties by class number.
     """
     total = len(labels)
     classes, sizes = labels.unique(return_counts=True)
     exact = sizes.double() * count / total
-    shares = exact.floor().long()
-    remainders = (shares - exact).argsort(stable=True)
-    shares[remainders[: count - int(shares.sum())]] += 1
+    counts = exact.floor().long()
+    counts[(counts - exact).argsort(stable=True)[: count - int(counts.sum())]] += 1
     bits = random_bits(make_key(seed, purpose), torch.arange(total))
     chosen = torch.zeros(total, dtype=torch.bool)
-    for label, share in zip(classes, shares, strict=True):
+    for label, number in zip(classes, counts, strict=True):
         members = (labels == label).nonzero().flatten()
-        chosen[members[bits[members].argsort(stable=True)[:share]]] = True
+        chosen[members[bits[members].argsort(stable=True)[:number]]] = True
     return chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
 
 

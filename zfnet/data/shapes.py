@@ -1,12 +1,13 @@
-"""Built-in images: ten kinds of shape on noisy gradients, drawn from formulas.
+"""Built-in images: ten shapes on noisy gradients, drawn from formulas.
 
 Every image is a function of (split, index): no file, no download, no generator state. The box around each
-shape is known, so an explanation can be asked whether it looks at the object.
+shape is known, so a test can measure whether an explanation looks at the object.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,8 +15,6 @@ from torch import Tensor
 
 from zfnet.config.randomness import SHAPES, make_key, uniform
 from zfnet.data.images import ImageSet, image_set
-
-CLASSES = ("disc", "ring", "square", "frame", "triangle", "cross", "star", "crescent", "hexagon", "bars")
 
 
 def draw_shapes(count: int, size: int, part: int) -> ImageSet:
@@ -28,9 +27,8 @@ def draw_shapes(count: int, size: int, part: int) -> ImageSet:
     labels = torch.arange(count) % len(CLASSES)
     for start in range(0, count, 500):
         index = torch.arange(start, min(start + 500, count))
-        drawn, found = _draw(index, labels[index], size, part)
-        images[start : start + len(index)] = drawn.numpy()
-        boxes[index] = found
+        pixels, boxes[index] = _draw(index, labels[index], size, part)
+        images[start : start + len(index)] = pixels.numpy()
     return image_set(images, labels, CLASSES, boxes)
 
 
@@ -40,17 +38,14 @@ def _draw(index: Tensor, labels: Tensor, size: int, part: int) -> tuple[Tensor, 
         return (low + (high - low) * uniform(make_key(SHAPES, part, number), index))[:, None, None]
 
     radius = between(0, 0.17, 0.33)
-    centre_x, centre_y = (
-        between(1, 0.0, 1.0) * (1 - 2 * radius) + radius,
-        between(2, 0.0, 1.0) * (1 - 2 * radius) + radius,
-    )
+    centre_x, centre_y = (between(n, 0.0, 1.0) * (1 - 2 * radius) + radius for n in (1, 2))
     turn = between(3, -0.3, 0.3)
     axis = (torch.arange(size) + 0.5) / size
     dx, dy = axis[None, None, :] - centre_x, axis[None, :, None] - centre_y
     x, y = (dx * turn.cos() + dy * turn.sin()) / radius, (dy * turn.cos() - dx * turn.sin()) / radius
 
     distance = torch.empty(len(index), size, size)
-    for label, inside in enumerate(_FORMULAS):
+    for label, inside in enumerate(_FORMULAS.values()):
         chosen = labels == label
         distance[chosen] = inside(x[chosen], y[chosen])
     # one pixel of soft edge: `distance` is in units of the radius
@@ -81,20 +76,6 @@ def _boxes(mask: Tensor) -> Tensor:
     )
 
 
-# Signed distances (negative inside) in a frame where the shape fits the unit circle; only their sign and
-# their slope near zero matter.
-def _disc(x: Tensor, y: Tensor) -> Tensor:
-    return torch.hypot(x, y) - 1
-
-
-def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.78).abs() - 0.22
-
-
-def _box(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(x.abs(), y.abs())
-
-
 def _polygon(x: Tensor, y: Tensor, sides: int) -> Tensor:
     """A regular polygon: the largest distance beyond any of its edges."""
     angles = [math.pi / 2 + math.pi / sides + 2 * math.pi * k / sides for k in range(sides)]
@@ -114,23 +95,22 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
     return torch.hypot(x, y) - (1 - 0.6 * swing)
 
 
-def _crescent(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(_disc(x, y), 0.85 - torch.hypot(x - 0.5, y))
+def _box(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs(), y.abs())
 
 
-def _bars(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum((y.abs() - 0.5).abs() - 0.22, x.abs() - 0.68)
-
-
-_FORMULAS = (
-    _disc,
-    _ring,
-    lambda x, y: _box(x, y) - 0.7,
-    lambda x, y: (_box(x, y) - 0.55).abs() - 0.16,
-    lambda x, y: _polygon(x, y, 3),
-    _cross,
-    _star,
-    _crescent,
-    lambda x, y: _polygon(x, y, 6),
-    _bars,
-)
+# Signed distances (negative inside) in a frame where the shape fits the unit circle; only their sign and
+# their slope near zero matter.
+_FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "disc": lambda x, y: torch.hypot(x, y) - 1,
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.78).abs() - 0.22,
+    "square": lambda x, y: _box(x, y) - 0.7,
+    "frame": lambda x, y: (_box(x, y) - 0.55).abs() - 0.16,
+    "triangle": lambda x, y: _polygon(x, y, 3),
+    "cross": _cross,
+    "star": _star,
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, 0.85 - torch.hypot(x - 0.5, y)),
+    "hexagon": lambda x, y: _polygon(x, y, 6),
+    "bars": lambda x, y: torch.maximum((y.abs() - 0.5).abs() - 0.22, x.abs() - 0.68),
+}
+CLASSES = tuple(_FORMULAS)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -28,15 +27,15 @@ from zfnet.config.schema import Config, Job
 from zfnet.data import Batch, ImageSet, load_splits
 from zfnet.model.layers import set_dropout_step
 from zfnet.plots.figures import BLUE, INK, LIGHT_BLUE, ORANGE, PALE, PURPLE, new_figure, save_figure, styled
-from zfnet.runs.directory import write_atomically
+from zfnet.runs.directory import RunDirectory
 from zfnet.runs.provenance import describe_environment
+from zfnet.runs.session import own_directory
 from zfnet.runs.tables import format_table
 from zfnet.training.build import build_state, training_batches
 from zfnet.training.device import Runtime, keep_memory, resolve_runtime, set_switches, synchronize, timed
 from zfnet.training.loop import train_step
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PHASES = {"data": ORANGE, "forward": BLUE, "backward": LIGHT_BLUE, "optimizer": PURPLE}
@@ -57,9 +56,10 @@ class BenchmarkJob(Job):
         runtime, images = resolve_runtime(config.trainer), load_splits(config.data).train
         steps = TrainingSteps("as chosen", config, runtime, images)
         others = alternatives(config, runtime, images) if self.subject == "choices" else ()
-        result = measure(steps, others, self.rounds, self.steps, self.warmup)
-        print_result(result)
-        write_result(result, config, runtime, output)
+        with own_directory(config, output):
+            result = measure(steps, others, self.rounds, self.steps, self.warmup)
+            print_result(result)
+            write_result(result, config, runtime, output)
 
 
 class Contender(Protocol):
@@ -91,59 +91,53 @@ class TrainingSteps:
         self.data_wait, self.taken = 0.0, 0
 
     def turn(self, steps: int, warmup: int) -> float:
-        self._set_process_switches()
         return time_steps(self._loop(), steps, warmup, self.runtime.device)
 
-    def _set_process_switches(self) -> None:
-        set_switches(self.runtime.deterministic, self.runtime.precision)
-        keep_memory(self.runtime.device.type == "cpu")
-
     def _loop(self) -> Generator[None, None, None]:
-        self.state.model.train()
         for batch in self._full_batches():
             train_step(self.state, batch)
             if self.state.step % self.config.trainer.log_every == 0:
                 self.state.read_metrics()
-            self.taken += 1
             yield
 
     def _full_batches(self) -> Iterator[Batch]:
         """Epoch after epoch; short last batches are left out, so that all steps are equal."""
+        set_switches(self.runtime.deterministic, self.runtime.precision)
+        keep_memory(self.runtime.device.type == "cpu")
+        self.state.model.train()
         for epoch in itertools.count():
             batches = self.batches.epoch(epoch)
             for _ in range(len(self.batches.set) // self.batch_size):
                 start = time.perf_counter()
                 batch = next(batches)
                 self.data_wait += time.perf_counter() - start
+                self.taken += 1
                 yield batch
 
     def phase_seconds(self, steps: int) -> dict[str, float]:
         """Return the seconds of each phase of a step, the device waited for after each phase."""
-        self._set_process_switches()
-        state, device, batches = self.state, self.runtime.device, self._full_batches()
-        seconds = dict.fromkeys(PHASES, 0.0)
+        state, batches, seconds = self.state, self._full_batches(), dict.fromkeys(PHASES, 0.0)
+
+        @contextlib.contextmanager
+        def clock(phase: str) -> Iterator[None]:
+            synchronize(self.runtime.device)
+            start = time.perf_counter()
+            yield
+            synchronize(self.runtime.device)
+            seconds[phase] += (time.perf_counter() - start) / steps
+
         for _ in range(steps):
-            with _clock(seconds, "data", device):
+            with clock("data"):
                 batch = next(batches)
-            with _clock(seconds, "forward", device), self.runtime.autocast():
+            with clock("forward"), self.runtime.autocast():
                 set_dropout_step(state.model, self.config.seed, state.step)
                 loss = state.criterion(state.forward(batch.images), batch.labels) / batch.total
-            with _clock(seconds, "backward", device):
+            with clock("backward"):
                 loss.backward()
-            with _clock(seconds, "optimizer", device):
+            with clock("optimizer"):
                 state.optimizer.step()
                 state.optimizer.zero_grad(set_to_none=True)
-        return {phase: total / steps for phase, total in seconds.items()}
-
-
-@contextlib.contextmanager
-def _clock(seconds: dict[str, float], phase: str, device: torch.device) -> Iterator[None]:
-    """Add the time of this block, its work on the device included, to seconds[phase]."""
-    synchronize(device)
-    start = time.perf_counter()
-    yield
-    synchronize(device)
-    seconds[phase] += time.perf_counter() - start
+        return seconds
 
 
 def alternatives(config: Config, runtime: Runtime, images: ImageSet) -> Iterator[TrainingSteps]:
@@ -161,7 +155,11 @@ def alternatives(config: Config, runtime: Runtime, images: ImageSet) -> Iterator
 
 
 def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps: int, warmup: int) -> Result:
-    """Time `ours` and `others` in turns, then the phases of one of our steps."""
+    """Time `ours` and `others` in turns, then the phases of one of our steps.
+
+    They take turns, so that a machine that speeds up or slows down does so for all of them; `first_is_faster_by` is
+    the median of the rounds' ratios.
+    """
     runtime = ours.runtime
     print(f"{runtime.describe()}, batches of {ours.batch_size}, data included\n")
     first_steps = [ours.turn(1, 0)]
@@ -169,10 +167,21 @@ def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps
     ours.data_wait, ours.taken = 0.0, 0
     contenders: list[Contender] = [ours, *others]
     first_steps += [other.turn(1, 0) for other in contenders[1:]]  # compilers and autotuners work here
-    rows = take_turns(contenders, rounds, steps, warmup)
-    for row, seconds in zip(rows, first_steps, strict=True):
-        row["first_step_seconds"] = seconds
-    speed, wait = rows[0]["median"], ours.data_wait / ours.taken
+    speeds: list[list[float]] = [[] for _ in contenders]
+    for _ in tqdm(range(rounds), unit="round", disable=None, leave=False, dynamic_ncols=True):
+        for contender, row in zip(contenders, speeds, strict=True):
+            row.append(steps * contender.batch_size / contender.turn(steps, warmup))
+    rows = [
+        {
+            "name": contender.name,
+            "images_per_second": row,
+            "median": statistics.median(row),
+            "first_is_faster_by": statistics.median(a / b for a, b in zip(speeds[0], row, strict=True)),
+            "first_step_seconds": seconds,
+        }
+        for contender, row, seconds in zip(contenders, speeds, first_steps, strict=True)
+    ]
+    speed, wait = statistics.median(speeds[0]), ours.data_wait / ours.taken
     images = next(ours.batches.epoch(0)).images[:2]  # two, for batch normalisation
     flops, peak = flops_per_image(ours.state.model, images), matmul_peak(runtime)
     return {
@@ -188,27 +197,6 @@ def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps
         "share_of_matmul_peak": speed * flops / peak,
         "peak_memory_gib": memory,
     }
-
-
-def take_turns(contenders: Sequence[Contender], rounds: int, steps: int, warmup: int) -> list[dict[str, Any]]:
-    """Return one row per contender: its images per second in each round, their median, and the first's lead over it.
-
-    They take turns, so that a machine that speeds up or slows down does so for all of them; `first_is_faster_by` is
-    the median of the rounds' ratios.
-    """
-    speeds: list[list[float]] = [[] for _ in contenders]
-    for _ in tqdm(range(rounds), unit="round", disable=None, leave=False, dynamic_ncols=True):
-        for contender, row in zip(contenders, speeds, strict=True):
-            row.append(steps * contender.batch_size / contender.turn(steps, warmup))
-    return [
-        {
-            "name": contender.name,
-            "images_per_second": row,
-            "median": statistics.median(row),
-            "first_is_faster_by": statistics.median(a / b for a, b in zip(speeds[0], row, strict=True)),
-        }
-        for contender, row in zip(contenders, speeds, strict=True)
-    ]
 
 
 def time_steps(loop: Generator[None, None, None], steps: int, warmup: int, device: torch.device) -> float:
@@ -269,51 +257,35 @@ def print_result(result: Result) -> None:
 
 def write_result(result: Result, config: Config, runtime: Runtime, output: Path) -> None:
     """Write benchmark.json and figures/benchmark.png."""
-    output.mkdir(parents=True, exist_ok=True)
+    run = RunDirectory(output)
+    save_figure(draw_benchmark(result), run.figures / "benchmark.png")
     environment = describe_environment(runtime.device, "", config.trainer.name)
-    content = {**result, "config": config.to_dict(), "environment": environment}
-    write_atomically(output / "benchmark.json", json.dumps(content, indent=2) + "\n")
-    save_figure(draw_benchmark(result), output / "figures" / "benchmark.png")
+    run.write_json("benchmark.json", {**result, "config": config.to_dict(), "environment": environment})
     print(f"written to {output}")
 
 
 @styled
 def draw_benchmark(result: Result) -> Figure:
     """Draw bars of median images per second, with a dot for each turn; below them, the phases of one step."""
-    rows = result["contenders"] if len(result["contenders"]) > 1 else []
-    figure = new_figure(figsize=(8, 1.7 + 0.5 * len(rows)))
-    if rows:
-        upper, lower = figure.subplots(2, 1, height_ratios=[len(rows) + 0.5, 1])
-        _draw_contenders(upper, rows)
-    else:
-        lower = figure.subplots()
-    _draw_phases(lower, result)
-    figure.legend(ncols=len(PHASES), loc="outside lower center")
-    return figure
-
-
-def _draw_contenders(axis: Axes, rows: Sequence[Result]) -> None:
+    rows, phases = result["contenders"], result["breakdown_seconds"]
+    figure = new_figure(figsize=(8, 2.2 + 0.5 * len(rows)))
+    upper, lower = figure.subplots(2, 1, height_ratios=[len(rows) + 0.5, 1])
     for y, row in enumerate(rows):
         speeds = row["images_per_second"]
-        axis.barh(y, row["median"], color=PALE if y else LIGHT_BLUE, height=0.6)
-        axis.plot(speeds, [y] * len(speeds), ".", color=INK, alpha=0.6)
-        ratio = "" if y == 0 else f"  ({rows[0]['name']}: {row['first_is_faster_by']:.2f}× as fast)"
-        axis.text(max(speeds), y, f" {row['median']:.1f}{ratio}", va="center")
-    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axis.invert_yaxis()
-    axis.set(title="Training, data included (dots: turns)", xlabel="images per second")
-    axis.grid(axis="y", visible=False)
-    axis.set_xlim(0, 1.45 * max(max(row["images_per_second"]) for row in rows))
-
-
-def _draw_phases(axis: Axes, result: Result) -> None:
-    phases, left = result["breakdown_seconds"], 0.0
-    total, name = sum(phases.values()), result["contenders"][0]["name"]
+        upper.barh(y, row["median"], color=PALE if y else LIGHT_BLUE, height=0.6)
+        upper.plot(speeds, [y] * len(speeds), ".", color=INK, alpha=0.6)
+        ratio = f"  ({rows[0]['name']}: {row['first_is_faster_by']:.2f}× as fast)" if y else ""
+        upper.text(max(speeds), y, f" {row['median']:.1f}{ratio}", va="center")
+    upper.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    upper.set(title="Training, data included (dots: turns)", xlabel="images per second")
+    upper.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.45 * max(max(r["images_per_second"]) for r in rows)))
+    upper.grid(axis="y", visible=False)
+    total, left = sum(phases.values()), 0.0
     for phase, seconds in phases.items():
         share = seconds / total
-        axis.barh(0, share, left=left, color=PHASES[phase], label=f"{phase} {share:.1%}")
+        lower.barh(0, share, left=left, color=PHASES[phase], label=f"{phase} {share:.1%}")
         left += share
-    title = f"One step ({name}): {1000 * total:.1f} ms for {result['batch_size']} images"
-    axis.set(title=title, xlim=(0, 1), xlabel="share of the step", yticks=[])
-    axis.grid(False)
-    axis.xaxis.set_major_formatter("{x:.0%}")
+    title = f"One step ({rows[0]['name']}): {1000 * total:.1f} ms for {result['batch_size']} images"
+    lower.set(title=title, xlim=(0, 1), xlabel="fraction of the step", yticks=[])
+    figure.legend(ncols=len(PHASES), loc="outside lower center")
+    return figure

@@ -15,8 +15,8 @@ class CompareJob(Job):
     sweep: str  # the directory of a sweep
 
     def main(self, config: Config, output: Path) -> None:
-        """Write summary.csv, summary.md and the figures, and print the table; raise UserError where no training is."""
-        folder = Path(config.job.sweep)
+        """Write summary.csv, summary.md and the figures, and print the table; raise UserError without a training."""
+        folder = Path(self.sweep)
         text = summarize(folder, figures=True) if folder.is_dir() else ""
         if not text:
             raise UserError(f"job.sweep={folder}: there is no training run in it")

@@ -35,28 +35,23 @@ class EvaluateJob(Job):
         """Evaluate one split; write results.json and figures. Raises UserError where the class names do not match."""
         loaded = LoadedRun(config)
         splits = loaded.splits()
-        images = loaded.split(self.split, splits)
-        data = loaded.data
+        images, data = loaded.split(self.split, splits), loaded.data
         model: nn.Module = loaded.model
         if self.tta != "none":
             model = MeanOfViews(model, self.tta, data.image_size).eval()
         if self.tta == "tencrop":
             data = data_for_tencrop(data, images.images.shape[1], self.crop_ratio)
         with own_directory(config, output) as run:
-            log.info("%s on %s, %s images", loaded.source.folder, data.name, f"{len(images):,}")
-            log.info(loaded.runtime.describe())
-            environment = describe_environment(loaded.runtime.device, splits.fingerprint, config.trainer.name)
-            run.write_json("environment.json", {**environment, "plan": loaded.runtime.describe()})
-            evaluation = evaluate(model, loaded.batches(images, data), loaded.runtime, self.split)
+            runtime, source = loaded.runtime, str(loaded.source.folder)
+            log.info("%s on %s, %s images", source, data.name, f"{len(images):,}")
+            log.info(runtime.describe())
+            environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name)
+            run.write_json("environment.json", {**environment, "plan": runtime.describe()})
+            evaluation = evaluate(model, loaded.batches(images, data), runtime, self.split)
             result = results_of(evaluation, images.classes)
+            shown = {"name": data.name, "root": data.root}
             run.write_json(
-                "results.json",
-                {
-                    self.split: result,
-                    "run": str(loaded.source.folder),
-                    "data": {"name": data.name, "root": data.root},
-                    "tta": self.tta,
-                },
+                "results.json", {self.split: result, "run": source, "data": shown, "tta": self.tta}
             )
             log_result(self.split, result)
             log_per_class(result)

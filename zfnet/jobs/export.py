@@ -27,8 +27,7 @@ from zfnet.training.loaded import LoadedRun
 log = logging.getLogger("zfnet")
 
 FORMATS = ("onnx", "pt2")
-# of the largest logit: other kernels sum in another order
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the largest logit: other kernels sum in another order
 _BATCH_SIZES = (1, 2, 5)  # the network is traced with 2
 
 
@@ -49,24 +48,18 @@ class ExportJob(Job):
             )
         loaded = LoadedRun(config)
         model = loaded.model.to(device="cpu", memory_format=torch.contiguous_format)
-        metadata = describe(loaded)
+        metadata, size = describe(loaded), loaded.data.image_size
         embedded = json.dumps(metadata)
         with own_directory(config, output) as run, torch.no_grad():
-            size = loaded.data.image_size
             program = torch.export.export(
                 model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: Dim("batch", min=1)},)
             )
             for name in formats:
                 path = run.folder / f"model.{name}"
                 write_atomically(path, _WRITE[name](program, embedded))
-                difference = check(model, _READ[name](path))
-                metadata[f"largest_difference_{name}"] = difference
-                log.info(
-                    "%s: %.1f MB, within %.1e of the network's logits",
-                    path.name,
-                    path.stat().st_size / 1e6,
-                    difference,
-                )
+                difference = metadata[f"largest_difference_{name}"] = check(model, _READ[name](path))
+                megabytes = path.stat().st_size / 1e6
+                log.info("%s: %.1f MB, within %.1e of the network's logits", path.name, megabytes, difference)
             run.write_json("model.json", metadata)
             log.info("model.json: classes and preprocessing")
             log.info("written to %s", run.folder)

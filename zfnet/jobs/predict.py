@@ -65,8 +65,7 @@ class PredictJob(Job):
         """
         if not config.images:
             raise UserError("job=predict needs images, as in 'images=[cat.jpg,photos/,https://…]'")
-        for word in config.overrides:
-            word = word.lstrip("+~")
+        for word in (w.lstrip("+~") for w in config.overrides):
             key = word.split("=", 1)[0]
             if key == "data" or (key.startswith("data.") and key.removeprefix("data.") not in _DATA_KEYS):
                 raise UserError(f"{word}: job=predict reads images=[…] and no data set; leave it out")
@@ -77,27 +76,19 @@ class PredictJob(Job):
         if self.top > len(loaded.classes) and any(w.startswith("job.top=") for w in config.overrides):
             raise UserError(f"job.top={self.top}: the run has {len(loaded.classes)} classes")
         with own_directory(config, output) as run:
-            predictions = []
-            for prediction in predict(loaded, images, self.top, config.data.batch_size):
-                if prediction.error is None:
-                    predictions.append(prediction)
-                else:
-                    errors[prediction.name] = prediction.error
-            run.write_json(
-                "predictions.json",
-                {
-                    "run": str(loaded.source.folder),
-                    "weights_sha256": weights_hash(loaded.model.state_dict()),
-                    "images": [
-                        {
-                            "image": p.name,
-                            "predictions": [{"class": c, "probability": value} for c, value in p.best],
-                        }
-                        for p in predictions
-                    ],
-                    "unreadable": [{"image": name, "error": error} for name, error in errors.items()],
-                },
-            )
+            results = list(predict(loaded, images, self.top, config.data.batch_size))
+            predictions = [p for p in results if p.error is None]
+            errors |= {p.name: p.error for p in results if p.error is not None}
+            content = {
+                "run": str(loaded.source.folder),
+                "weights_sha256": weights_hash(loaded.model.state_dict()),
+                "images": [
+                    {"image": p.name, "predictions": [{"class": c, "probability": v} for c, v in p.best]}
+                    for p in predictions
+                ],
+                "unreadable": [{"image": name, "error": error} for name, error in errors.items()],
+            }
+            run.write_json("predictions.json", content)
             for name, error in errors.items():
                 log.warning("not read: %s: %s", shorten(name, 200), error)
             if not predictions:
@@ -117,16 +108,23 @@ def predict(
 ) -> Iterator[Prediction]:
     """Yield each image's prediction, with its `top` classes or its error, in order."""
 
+    size, fit, runtime = loaded.metadata.stored_size, loaded.data.fit, loaded.runtime
+    top, count = min(top, len(loaded.classes)), 0
+
     def read(image: NamedImage, with_picture: bool) -> tuple[np.ndarray, np.ndarray | None] | str:
         try:
             picture = image.read()
         except UnreadableImage as error:
             return str(error)
-        size, fit = loaded.metadata.stored_size, loaded.data.fit
         shown = fit_square(picture, max(size, PICTURE_SIZE), fit) if with_picture else None
         return fit_square(picture, size, fit), shown
 
-    count = 0
+    def classify(stored: list[np.ndarray]) -> Tensor:
+        pixels = torch.from_numpy(np.stack(stored)).to(runtime.device)
+        with runtime.autocast():
+            logits = loaded.model(preprocess(pixels, loaded.data, runtime.channels_last))
+        return logits.float().softmax(1).cpu()
+
     with (
         ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1)) as pool,
         tqdm(total=len(images), desc="predicting", unit=" images", disable=None, leave=False) as bar,
@@ -134,26 +132,17 @@ def predict(
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size]
             files = list(pool.map(read, chunk, [count < SHOWN] * len(chunk)))
-            pixels = [file[0] for file in files if not isinstance(file, str)]
-            rows = iter(_probabilities(loaded, np.stack(pixels)) if pixels else ())
+            stored = [file[0] for file in files if not isinstance(file, str)]
+            probabilities = iter(classify(stored) if stored else ())
             for image, file in zip(chunk, files, strict=True):
                 if isinstance(file, str):
                     yield Prediction(image.name, error=file)
                     continue
-                values, labels = next(rows).topk(min(top, len(loaded.classes)))
+                values, labels = next(probabilities).topk(top)
                 classes = [loaded.classes[label] for label in labels.tolist()]
                 yield Prediction(image.name, list(zip(classes, values.tolist(), strict=True)), file[1])
-            count += len(pixels)
+            count += len(stored)
             bar.update(len(chunk))
-
-
-def _probabilities(loaded: LoadedRun, pixels: np.ndarray) -> Tensor:
-    """Return probabilities [N, classes], on the CPU, for stored pixels, uint8 [N, h, w, 3]."""
-    runtime = loaded.runtime
-    batch = preprocess(torch.from_numpy(pixels).to(runtime.device), loaded.data, runtime.channels_last)
-    with runtime.autocast():
-        logits = loaded.model(batch)
-    return logits.float().softmax(1).cpu()
 
 
 def _none_readable(errors: dict[str, str]) -> UserError:
@@ -169,11 +158,7 @@ def prediction_table(predictions: Sequence[Prediction], width: int = 80) -> list
     lines = format_table(rows, "<" + count * "<>", width, shrink=[0])
     if max(map(len, lines)) <= width:
         return lines
-    rows = [
-        [p.name if n == 0 else "", c, f"{value:.1%}"]
-        for p in predictions
-        for n, (c, value) in enumerate(p.best)
-    ]
+    rows = [["" if n else p.name, c, f"{v:.1%}"] for p in predictions for n, (c, v) in enumerate(p.best)]
     return format_table(rows, "<<>", width, shrink=[0, 1])
 
 
@@ -193,12 +178,10 @@ def draw_predictions(predictions: Sequence[Prediction], columns: int = 6) -> Fig
         picture.imshow(prediction.picture)
         picture.set_title(shorten(prediction.name, 26), fontsize=8, color=SOFT, parse_math=False)
         picture.axis("off")
-        best = prediction.best[:bars]
-        colours = [LIGHT_BLUE, *[PALE_BLUE] * (len(best) - 1)]
-        chart.barh(range(len(best)), [value for _, value in best], height=0.82, color=colours)
-        for place, (name, value) in enumerate(best):
+        for place, (name, value) in enumerate(prediction.best[:bars]):
             text = name if len(name) <= 18 else f"{name[:17]}…"
-            weight = "normal" if place else "bold"
+            weight, colour = ("normal", PALE_BLUE) if place else ("bold", LIGHT_BLUE)
+            chart.barh(place, value, height=0.82, color=colour)
             chart.text(0.02, place, text, va="center", fontsize=8, weight=weight, parse_math=False)
             chart.text(0.98, place, f"{value:.1%}", va="center", ha="right", fontsize=8, weight=weight)
         chart.set(xlim=(0, 1), ylim=(bars - 0.5, -0.5), facecolor=PALEST, xticks=[], yticks=[])

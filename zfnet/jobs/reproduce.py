@@ -1,4 +1,4 @@
-"""job=reproduce: run a training again from its record, and say whether it came out the same."""
+"""job=reproduce: run a training again from its record, and compare."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from zfnet.runs.session import hold, recorded_state
 
 log = logging.getLogger("zfnet")
 
-_MOST_THREADS = 1024  # a record that says more is damaged
+_MOST_THREADS = 1024  # a record with more is damaged
 
 
 @dataclass(kw_only=True)
@@ -52,40 +52,37 @@ def reproduce(config: Config, run: RunDirectory) -> None:
             return
         with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
             with _threads_of(original):
-                train_and_test(config, run, stop, compiled=_compiled(original))
-            found = compare_runs(original, run)
-            run.write_json("reproduction.json", found)
-            _say(found)
-    if not found["identical"] and not found["variation"]:
-        around = ", ".join(d["what"] for d in found["surroundings"])
+                compiled = original.environment.get("compiled")  # what trainer.compile=auto became there
+                train_and_test(config, run, stop, compiled=None if compiled is None else bool(compiled))
+            comparison = compare_runs(original, run)
+            run.write_json("reproduction.json", comparison)
+            _log(comparison)
+    if not comparison["identical"] and not comparison["variation"]:
+        around = ", ".join(d["what"] for d in comparison["surroundings"])
         raise UserError(
-            f"not identical to {original.folder}: {_first(found)}; "
+            f"not identical to {original.folder}: {_first(comparison)}; "
             f"{f'around it differ {around}' if around else 'nothing that is recorded differs around it'} "
             f"({run.folder / 'reproduction.json'})"
         )
 
 
 def _finished(config: Config) -> RunDirectory:
+    """Return the run to repeat; raise UserError, before the training and not after it, where it cannot be compared."""
     original = find_run(str(config.run))
     if original.job not in ("train", "reproduce"):
         raise UserError(
             f"run={original.folder} was made by job={original.job}: only a training can be run again"
         )
+    nothing = "so there is nothing to compare with"
     if original.state != "done":
         raise UserError(
-            f"run={original.folder} is not finished (state: {original.state}), so there is nothing to compare with: "
-            f"go on with it by job=resume"
+            f"run={original.folder} is not finished (state: {original.state}), {nothing}: go on with it by job=resume"
         )
-    # what it is to be compared with, looked at before the training and not after it
     results, history = original.read_json("results.json"), original.read_history()
     if not isinstance(results, dict) or "weights_sha256" not in results:
-        raise UserError(
-            f"{original.folder / 'results.json'} holds no results, so there is nothing to compare with"
-        )
+        raise UserError(f"{original.folder / 'results.json'} holds no results, {nothing}")
     if not history or any("train_loss" not in row for row in history):
-        raise UserError(
-            f"{original.folder / 'history.csv'} holds no epochs, so there is nothing to compare with"
-        )
+        raise UserError(f"{original.folder / 'history.csv'} holds no epochs, {nothing}")
     return original
 
 
@@ -95,11 +92,8 @@ def _threads_of(original: RunDirectory) -> Iterator[None]:
 
     (A launcher may have given it fewer than PyTorch chooses. `trainer.threads`, where it is set, wins.)
     """
-    before = torch.get_num_threads()
-    try:
-        threads = original.read_json("environment.json")["cpu"]["threads"]
-    except (UserError, KeyError, TypeError):
-        threads = before
+    before, cpu = torch.get_num_threads(), original.environment.get("cpu")
+    threads = cpu.get("threads") if isinstance(cpu, dict) else None
     if isinstance(threads, int) and 1 <= threads <= _MOST_THREADS:
         torch.set_num_threads(threads)
     try:
@@ -108,42 +102,34 @@ def _threads_of(original: RunDirectory) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _compiled(original: RunDirectory) -> bool | None:
-    """Return what trainer.compile=auto became there; None where that is not recorded."""
-    try:
-        return bool(original.read_json("environment.json")["compiled"])
-    except (UserError, KeyError, TypeError):
-        return None
-
-
-def _first(found: dict[str, Any]) -> str:
-    first = found["first_difference"]
+def _first(comparison: dict[str, Any]) -> str:
+    first = comparison["first_difference"]
     if first is None:
-        return "all figures agree, but the weights do not"
-    where = f"epoch {first['epoch']}, " if first["epoch"] is not None else "at the end, "
-    return f"{where}{first['metric']} was {first['recorded']}, is {first['now']}"
+        return "all metrics agree, but the weights do not"
+    where = "at the end" if first["epoch"] is None else f"epoch {first['epoch']}"
+    return f"{where}, {first['metric']} was {first['recorded']}, is {first['now']}"
 
 
-def _say(found: dict[str, Any]) -> None:
-    variation = found["variation"]
+def _log(comparison: dict[str, Any]) -> None:
+    variation = comparison["variation"]
     if variation:
-        log.info("a variation of %s:", found["run"])
-        _list(variation)
-    if found["identical"]:
-        log.info("identical: every metric of %d epochs, the results and the weights", found["epochs"])
-        log.info("sha256 of the weights: %s…", found["weights_sha256"]["now"][:48])
+        log.info("a variation of %s:", comparison["run"])
+        _log_differences(variation)
+    if comparison["identical"]:
+        log.info("identical: every metric of %d epochs, the results and the weights", comparison["epochs"])
+        log.info("sha256 of the weights: %s…", comparison["weights_sha256"]["now"][:48])
     else:
-        log.info("%s: %s", "differs" if variation else "NOT identical", _first(found))
-        if found["largest_differences"]:
+        log.info("%s: %s", "differs" if variation else "NOT identical", _first(comparison))
+        if comparison["largest_differences"]:
             log.info("largest differences:")
-            for metric, d in found["largest_differences"].items():
-                log.info("  %-20s %-12g → %-12g (epoch %d)", metric, d["recorded"], d["now"], d["epoch"])
-    if found["surroundings"]:
+        for metric, d in comparison["largest_differences"].items():
+            log.info("  %-20s %-12g → %-12g (epoch %d)", metric, d["recorded"], d["now"], d["epoch"])
+    if comparison["surroundings"]:
         log.info("what differs around it:")
-        _list(found["surroundings"])
+        _log_differences(comparison["surroundings"])
 
 
-def _list(differences: list[dict[str, Any]]) -> None:
+def _log_differences(differences: list[dict[str, Any]]) -> None:
     for d in differences:
-        was, now = (str(d[k]) if len(str(d[k])) <= 24 else f"{str(d[k])[:23]}…" for k in ("recorded", "now"))
+        was, now = (f"{d[k]!s:.23}" + "…" * (len(str(d[k])) > 23) for k in ("recorded", "now"))
         log.info("  %-24s %s → %s", d["what"], was, now)

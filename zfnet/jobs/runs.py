@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
 from zfnet.runs.directory import RunDirectory, list_runs
-from zfnet.runs.tables import shorten
+from zfnet.runs.tables import format_table, shorten
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RunsJob(Job):
 
     def main(self, config: Config, output: Path) -> None:
         """Print the table; a damaged run is a line like any other. Raises UserError where there is no such folder."""
-        root = Path(config.job.root).expanduser()
+        root = Path(self.root).expanduser()
         if not root.is_dir():
             raise UserError(f"job.root={root}: there is no such folder")
         rows = sorted((describe(run) for run in list_runs(root)), key=lambda row: row.changed, reverse=True)
@@ -57,15 +58,13 @@ def describe(run: RunDirectory) -> Row:
 
 
 def _accuracy(run: RunDirectory) -> float | None:
-    try:
+    with contextlib.suppress(UserError):
         results: Any = run.read_json("results.json")
-    except UserError:
-        return None
-    for split in ("test", "validation", "train", "all"):
-        metrics = results.get(split) if isinstance(results, dict) else None
-        value = metrics.get("accuracy") if isinstance(metrics, dict) else None
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
+        for split in ("test", "validation", "train", "all"):
+            metrics = results.get(split) if isinstance(results, dict) else None
+            value = metrics.get("accuracy") if isinstance(metrics, dict) else None
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                return float(value)
     return None
 
 
@@ -75,39 +74,29 @@ def _on_disk(folder: Path) -> tuple[float, int]:
     for place, _, names in os.walk(folder):
         for name in names:
             try:
-                metadata = os.lstat(os.path.join(place, name))
+                stat = os.lstat(os.path.join(place, name))
             except OSError:  # gone meanwhile
                 continue
-            size += metadata.st_size
-            if name != ".lock":  # touched by whoever looks whether it is held
-                changed = max(changed, metadata.st_mtime)
+            size += stat.st_size
+            if name != ".lock":  # its time changes with each look at who holds it
+                changed = max(changed, stat.st_mtime)
     return changed, size
 
 
 def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
     """Return a header and a line a run; directories are shortened where `width` says so."""
     cells = [("state", "age", "job", "acc.", "size", "directory")]
-    cells += [
-        (
+    for row in rows:
+        accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%}"
+        texts = (
             shorten(row.state, 8),
             _age(now - row.changed),
             shorten(row.job, 14),
-            "" if row.accuracy is None else f"{row.accuracy:.2%}",
+            accuracy,
             _size(row.size),
-            row.folder,
         )
-        for row in rows
-    ]
-    widths = [max(len(line[k]) for line in cells) for k in range(5)]
-    # outputs/train/<time> fits a line of 80
-    left = 10**6 if width is None else max(12, width - sum(widths) - 6)
-    lines = []
-    for state, age, job, accuracy, size, folder in cells:
-        lines.append(
-            f"{state:<{widths[0]}} {age:>{widths[1]}} {job:<{widths[2]}} {accuracy:>{widths[3]}} "
-            f"{size:>{widths[4]}}  {shorten(folder, left)}"
-        )
-    return lines
+        cells.append((*texts, row.folder))
+    return format_table(cells, "<><>><", width, shrink=[5], gap=1)
 
 
 def _age(seconds: float) -> str:
@@ -118,9 +107,7 @@ def _age(seconds: float) -> str:
 
 
 def _size(count: int) -> str:
-    value = count / 1024
-    for unit in ("K", "M"):
-        if value < 1000:
-            return f"{value:.0f}{unit}"
-        value /= 1024
-    return f"{value:.1f}G"
+    for unit, bytes_each in (("K", 2**10), ("M", 2**20)):
+        if count < 1000 * bytes_each:
+            return f"{count / bytes_each:.0f}{unit}"
+    return f"{count / 2**30:.1f}G"

@@ -18,8 +18,7 @@ from zfnet.plots.results import draw_curves, draw_results, log_per_class, log_re
 from zfnet.runs.directory import RunDirectory, objective
 from zfnet.runs.hydra_record import write_hydra_record
 from zfnet.runs.provenance import describe_environment
-from zfnet.runs.session import hold, recorded_state
-from zfnet.runs.signals import Pruned, StopRequest
+from zfnet.runs.session import Pruned, StopRequest, hold, recorded_state
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
 from zfnet.sweeps.callback import trial_report
 from zfnet.training import callbacks as cb

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,25 +26,13 @@ from zfnet.config.errors import UserError, yaml_problem
 from zfnet.config.schema import Config, read_config, upgrade
 
 HISTORY_COLUMNS = (
-    "epoch",
-    "step",
-    "lr",
-    "train_loss",
-    "train_accuracy",
-    "validation_loss",
-    "validation_accuracy",
-    "seconds",
-    "images_per_second",
+    *("epoch", "step", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
+    *("seconds", "images_per_second"),
 )
 OUTPUTS = Path("outputs")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast
 # what a directory may hold before its run: a lock, and the account of an attempt whose config was refused
 _NO_RUN = (".lock", "status.json", "train.log")
-
-
-def _belongs_to_a_run(name: str) -> bool:
-    # a .partial file is what a process left that was killed while it claimed the directory
-    return name not in _NO_RUN and not (name.startswith(".") and name.endswith(".partial"))
 
 
 def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
@@ -64,7 +53,12 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) 
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    sync_folder(path.parent)
+    with contextlib.suppress(OSError):  # make the new name durable, where the system can
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -81,16 +75,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             raise OSError(str(error).removeprefix("Error while serializing: ")) from error
 
     write_atomically(path, write)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -132,10 +116,12 @@ class RunDirectory:
 
     def claim_new(self, config: Config) -> None:
         """Make this, which must be absent or empty, the directory of `config`'s run; raise UserError otherwise."""
-        if self.folder.exists() and any(_belongs_to_a_run(p.name) for p in self.folder.iterdir()):
-            found = "holds a run" if self._holds_a_record() else "holds no run"
+        names = [p.name for p in self.folder.iterdir()] if self.folder.exists() else []
+        # a .partial file is what a process left that was killed while it claimed the directory
+        if any(name not in _NO_RUN and not re.fullmatch(r"\..*\.partial", name) for name in names):
+            content = "holds a run" if self._holds_a_record() else "holds no run"
             raise UserError(
-                f"{self.folder} is not empty and {found}: choose another directory (hydra.run.dir=…)"
+                f"{self.folder} is not empty and {content}: choose another directory (hydra.run.dir=…)"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -177,16 +163,23 @@ class RunDirectory:
         """Return config.yaml as plain values, as this version would have written them; raise UserError."""
         path = self.folder / "config.yaml"
         try:
-            plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+            plain = yaml.load(path.read_bytes(), _LOADER)
+            if not isinstance(plain, dict):
+                raise UserError(f"{path} is not a config")
+            return upgrade(plain)
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: there is no run (no config.yaml)") from None
         except yaml.YAMLError as error:
             raise UserError(f"{path} cannot be read: {yaml_problem(error)}") from error
-        except (OSError, UnicodeDecodeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-        if not isinstance(plain, dict):
-            raise UserError(f"{path} is not a config")
-        return upgrade(plain)
+
+    def plain_config(self) -> dict[str, Any]:
+        """Return what `recorded` does; empty where it cannot be read."""
+        try:
+            return self.recorded()
+        except UserError:
+            return {}
 
     def read_config(self, imports: Sequence[str] = ()) -> Config:
         """Return the run's own config; raise UserError if there is none or it is damaged.
@@ -214,13 +207,29 @@ class RunDirectory:
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
-    def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a table with a header; `rows` are not empty and have equal keys."""
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What environment.json holds; empty where it is lost, which must not stop a comparison."""
+        try:
+            environment = self.read_json("environment.json")
+        except UserError:
+            return {}
+        return environment if isinstance(environment, dict) else {}
+
+    def write_csv(
+        self, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+    ) -> None:
+        """Write a table with a header, which is `columns` or the keys of the first row."""
         text = io.StringIO(newline="")
-        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        table = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
         write_atomically(self.folder / name, text.getvalue())
+
+    def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write history.csv; columns beyond the usual ones follow them."""
+        columns = dict.fromkeys([*HISTORY_COLUMNS, *(key for row in rows for key in row)])
+        self.write_csv("history.csv", rows, list(columns))
 
     def set_status(self, state: str, error: str | None = None) -> None:
         """Record running, done, stopped, pruned (stopped by a search) or failed."""
@@ -246,24 +255,6 @@ class RunDirectory:
             return str(self.plain_config()["job"]["name"])
         except (KeyError, TypeError):
             return None
-
-    def plain_config(self) -> dict[str, Any]:
-        """Return config.yaml as it stands, unchecked and quickly; empty where it cannot be read."""
-        try:
-            plain = yaml.load((self.folder / "config.yaml").read_bytes(), _LOADER)
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
-            return {}
-        return plain if isinstance(plain, dict) else {}
-
-    def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write history.csv; columns beyond the usual ones follow them."""
-        columns = [
-            *HISTORY_COLUMNS,
-            *(key for key in (rows[0] if rows else {}) if key not in HISTORY_COLUMNS),
-        ]
-        lines = [",".join(columns)]
-        lines += [",".join("" if row.get(c) is None else str(row[c]) for c in columns) for row in rows]
-        write_atomically(self.folder / "history.csv", "\n".join(lines) + "\n")
 
     def read_history(self) -> list[dict[str, float | None]]:
         """Return the rows of history.csv as numbers; an empty cell is None."""
@@ -299,5 +290,5 @@ def find_run(text: str) -> RunDirectory:
 
 def list_runs(root: Path) -> list[RunDirectory]:
     """Return every run below `root` (outputs/<job>/<time>, outputs/sweeps/<time>/<overrides>), by name."""
-    found = [path.parent for depth in range(1, 5) for path in root.glob("*/" * depth + "config.yaml")]
-    return [RunDirectory(folder) for folder in sorted(found) if folder.name != ".hydra"]
+    folders = [path.parent for depth in range(1, 5) for path in root.glob("*/" * depth + "config.yaml")]
+    return [RunDirectory(folder) for folder in sorted(folders) if folder.name != ".hydra"]

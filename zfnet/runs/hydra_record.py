@@ -27,9 +27,7 @@ def write_hydra_record(folder: Path, config: DictConfig | Config) -> None:
     if not HydraConfig.initialized():
         return
     hydra = HydraConfig.get()
-    job: Any = (
-        config.to_dict() if isinstance(config, Config) else OmegaConf.to_container(config, resolve=False)
-    )
+    job: Any = OmegaConf.to_container(config) if OmegaConf.is_config(config) else config.to_dict()
     (folder / ".hydra").mkdir(exist_ok=True)
     for name, content in (
         ("config", {**_hydra_settings(), **job}),

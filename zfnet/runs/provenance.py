@@ -28,7 +28,7 @@ def describe_environment(device: torch.device, data_fingerprint: str, mode: str)
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {
-            "name": cpu_facts().get("model name") or platform.processor(),
+            "name": cpu_info().get("model name") or platform.processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -40,70 +40,64 @@ def describe_environment(device: torch.device, data_fingerprint: str, mode: str)
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _code() -> dict[str, Any]:
-    """The git commit and what differs from it; and a hash of the source, which needs no git."""
+    """Return the git commit, what differs from it, and a hash of the source, which needs no git."""
     digest = hashlib.sha256()
     for path in sorted(ROOT.glob("zfnet/**/*.py")):
         digest.update(path.relative_to(ROOT).as_posix().encode())
         digest.update(path.read_bytes())
     diff = _git("diff", "HEAD", "--", "zfnet", "conf", "run.py")
+    untracked = _git("ls-files", "--others", "--exclude-standard", "--", "zfnet", "conf")
     return {
         "source_sha256": digest.hexdigest(),
         "commit": _git("rev-parse", "HEAD"),
-        "diff": diff[:DIFF_LIMIT] if diff else diff,
-        "untracked": (
-            _git("ls-files", "--others", "--exclude-standard", "--", "zfnet", "conf") or ""
-        ).split(),
+        "diff": diff and diff[:DIFF_LIMIT],
+        "untracked": untracked.split() if untracked else [],
     }
 
 
 def _git(*words: str) -> str | None:
-    """What git answers about this project; None where there is no git or no repository."""
+    """Return what git prints about this project; None where there is no git or no repository."""
     if not (ROOT / ".git").exists():
         return None
     try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20, check=True
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def cpu_facts() -> dict[str, str]:
-    """Return what Linux tells of the first processor, by its names in /proc/cpuinfo; nothing elsewhere."""
-    metadata: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            metadata.setdefault(name.strip(), value.strip())
-    return metadata
+def cpu_info() -> dict[str, str]:
+    """Return what Linux says of the first processor, by its names in /proc/cpuinfo; empty elsewhere."""
+    values: dict[str, str] = {}
+    for line in _read("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        values.setdefault(name.strip(), value.strip())
+    return values
 
 
 def _device(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"type": device.type}
-    metadata = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     return {
         "type": "cuda",
-        "name": metadata.name,
-        "memory_gib": round(metadata.total_memory / 2**30, 1),
-        "capability": f"{metadata.major}.{metadata.minor}",
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "driver": _nvidia_driver(),
+        "driver": _read("/proc/driver/nvidia/version").partition("\n")[0] or None,
     }
 
 
-def _nvidia_driver() -> str | None:
+def _read(path: str) -> str:
     try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-        return text.splitlines()[0]
-    except (OSError, IndexError):
-        return None
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

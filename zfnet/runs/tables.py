@@ -14,23 +14,27 @@ def shorten(text: str, width: int) -> str:
 
 
 def format_table(
-    rows: Sequence[Sequence[str]], align: str, width: int | None = None, shrink: Sequence[int] = ()
+    rows: Sequence[Sequence[str]],
+    align: str,
+    width: int | None = None,
+    shrink: Sequence[int] = (),
+    gap: int = 2,
 ) -> list[str]:
-    """Return one line per row, columns two spaces apart.
+    """Return one line per row.
 
     align: `<` or `>` for each column
     width: of the terminal; where the lines would be longer, the columns `shrink` are shortened, the widest first
+    gap: spaces between columns
     """
     widths = [max(len(row[k]) for row in rows) for k in range(len(align))]
-    excess = 0 if width is None else sum(widths) + 2 * (len(widths) - 1) - width
-    for _ in range(excess):
-        widest = max(shrink, key=widths.__getitem__, default=None)
-        if widest is None or widths[widest] <= SHORTEST:
+    while shrink and width is not None and sum(widths) + gap * (len(widths) - 1) > width:
+        widest = max(shrink, key=widths.__getitem__)
+        if widths[widest] <= SHORTEST:
             break
         widths[widest] -= 1
     return [
-        "  ".join(
-            f"{shorten(cell, w):{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)
-        ).rstrip()
+        (" " * gap)
+        .join(f"{shorten(cell, w):{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True))
+        .rstrip()
         for row in rows
     ]

@@ -100,8 +100,7 @@ class TrainedRun:
     @property
     def results(self) -> dict[str, Any]:
         """What results.json holds."""
-        results: dict[str, Any] = self.run.read_json("results.json")
-        return results
+        return dict(self.run.read_json("results.json"))
 
     def __repr__(self) -> str:
         return (

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from zfnet.config.errors import UserError
 from zfnet.model.layers import renormalize_filters
 from zfnet.runs.directory import RunDirectory
-from zfnet.runs.signals import Pruned, Stopped, StopRequest
+from zfnet.runs.session import Pruned, Stopped, StopRequest
 from zfnet.runs.weights import ModelMetadata, save_model
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, step_name
 from zfnet.training.loggers import Logger, epoch_line, log

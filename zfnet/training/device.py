@@ -14,7 +14,7 @@ import torch
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import TrainerConfig
-from zfnet.runs.provenance import cpu_facts
+from zfnet.runs.provenance import cpu_info
 from zfnet.training.processes import SINGLE, World
 
 THREADS = torch.get_num_threads()  # PyTorch's own choice, before any run changes it
@@ -107,7 +107,7 @@ def _fast_bf16() -> bool:
     It does with matrix units (AMX), and on AMD's Zen 4 and later, whose dot products of bf16 have twice the rate of
     fp32 (measured: 1.9 times as fast at 224 px). With other instructions for bf16, or none, it is slower.
     """
-    metadata = cpu_facts()
+    metadata = cpu_info()
     flags = metadata.get("flags", "").split()
     return "amx_bf16" in flags or (metadata.get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in flags)
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from zfnet.data import Batch, Batches
 from zfnet.model.layers import set_dropout_step
-from zfnet.runs.signals import StopRequest
+from zfnet.runs.session import StopRequest
 from zfnet.training.device import Runtime
 from zfnet.training.metrics import Evaluation, EvaluationSums
 from zfnet.training.state import TrainingState
