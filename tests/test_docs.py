@@ -1,0 +1,260 @@
+"""README and docs/: every command composes, the cheap ones run at a tiny size, Python runs, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from matplotlib.figure import Figure
+
+import zfnet
+from tests.conftest import ROOT
+from tests.helpers import MINUTE, tiny_model_config, write_images
+from zfnet.config.schema import Config
+from zfnet.runs.command import allow_keys_of_record, compose, compose_raw, read_command
+from zfnet.training.build import check_recipe
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TESTED_ELSEWHERE = "extend.md"  # the tests of examples/extend follow it
+SET_UP = [
+    "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python run.py experiment=quickstart",
+    ".venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest",
+]
+
+# every layer of the network, a few maps wide: the pages name layers
+SMALL = [word for word in MINUTE if not word.endswith("=null")]
+SMALL += [
+    "model.conv3.channels=4",
+    "model.conv4.channels=4",
+    "model.fc7.features=16",
+    "trainer.snapshots=[1,2]",
+]
+EXTRA = {  # words that make a job cheap, or possible with 80 images
+    "benchmark": [*SMALL, "job.rounds=1", "job.steps=1", "job.warmup=0"],
+    "correspondence": ["job.split=train"],
+    "deconvnet": ["job.maps=4"],
+    "invariance": ["job.steps=5", "job.mean_images=10"],
+    "occlusion": ["job.stride=12"],
+    "train": SMALL,
+}
+RUN = "outputs/train/first"
+PLACEHOLDERS = {
+    "job.sweep=<dir>": "job.sweep=outputs/sweeps/lr",
+    "<dir>": RUN,
+    "outputs/train/…": RUN,
+    ",https://…": "",
+    ',"https://example.org/a.jpg"': "",
+}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+
+
+def commands(page: Path) -> list[str]:
+    """Return what stands in bash blocks, and `python …` and `pip …` within the text."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    inline = re.findall(r"`((?:python|pip|tensorboard) [^`]+)`", prose)
+    return [" ".join(line.partition(" #")[0].split()) for line in lines + inline if line.strip()]
+
+
+def all_commands() -> list[str]:
+    found = [c for page in PAGES if page.name != TESTED_ELSEWHERE for c in commands(page)]
+    single = [part.removeprefix(".venv/bin/") for command in found for part in command.split(" && ")]
+    once = {re.sub(r" run=\S+", " run=…", command): command for command in reversed(single)}
+    return list(once.values())[::-1]
+
+
+def words_of(command: str) -> list[str]:
+    for placeholder, value in PLACEHOLDERS.items():
+        command = command.replace(placeholder, value)
+    return shlex.split(command.replace("$PWD", str(Path.cwd())))
+
+
+def settings(words: list[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
+
+
+def first_and_last_job(words: list[str]) -> Iterator[list[str]]:
+    """Yield the words of two jobs of a sweep, or the words themselves."""
+    swept = [o for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
+    kept = [word for word in words if word not in [o.input_line for o in swept]]
+    for end in (0, -1) if swept else (0,):
+        chosen = []
+        for o in swept:
+            interval = not o.is_discrete_sweep()
+            values = [o.value().start, o.value().end] if interval else list(o.sweep_string_iterator())
+            chosen.append(f"{o.key_or_group}={values[end]}")
+        yield kept + chosen
+
+
+def checked(words: list[str]) -> Config:
+    """Return the config of these words on the command line; raise UserError for what cannot work."""
+    words = allow_keys_of_record(words)
+    own = [w for w in words if not w.lstrip("+").startswith("hydra")]
+    config = read_command(compose_raw(words), own)
+    if config.job.trains:
+        check_recipe(config)
+    return config
+
+
+def with_small(words: list[str], extra: list[str]) -> list[str]:
+    return words + [e for e in extra if e.split("=")[0] not in settings(words)]
+
+
+def is_cheap(words: list[str]) -> bool:
+    given = settings(words)
+    if "-m" in words or given.get("job.subject") == "choices":  # many runs, or a compiler
+        return False
+    return (
+        "job" in given
+        or given.get("experiment") == "quickstart"
+        or "--help" in words
+        or "--config-name" in words
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the pages assume it: a finished run, a sweep, and some images."""
+    folder = tmp_path_factory.mktemp("pages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [str(ROOT / "run.py"), *SMALL, f"hydra.run.dir={RUN}"])
+        runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+    shutil.copytree(folder / RUN, folder / "outputs/sweeps/lr/seed=0")
+    classes = zfnet.load_run(folder / RUN).classes[:2]
+    for split, count in (("train", 2), ("test", 1)):
+        write_images(folder / "photos" / split, dict.fromkeys(classes, count), size=70)
+    for name in ("scans", "dogs"):
+        write_images(folder, {name: 4}, size=64)
+    shutil.copy(folder / "scans/000.png", folder / "cat.jpg")
+    points = [
+        f"{n:03d}.png,{part},{x},30" for n in range(4) for part, x in (("left eye", 20), ("right eye", 40))
+    ]
+    (folder / "dogs/points.csv").write_text("\n".join(["image,part,x,y", *points]) + "\n")
+    torch.save(small_zfnet(10, 224).state_dict(), folder / "zfnet.pth")
+    return folder
+
+
+@pytest.fixture
+def workspace(run_py, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path) -> Callable:
+    """Return `run_py`, in a copy of that folder."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # other tests look at the figures
+    return run_py
+
+
+def small_zfnet(num_classes: int, image_size: int) -> zfnet.ZFNet:
+    return zfnet.model.zfnet.ZFNet(num_classes, 64, tiny_model_config())
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_command(workspace: Callable, command: str) -> None:
+    head, *words = words_of(command)
+    if "run.py" in words:
+        assert head in ("python", "torchrun")
+        check_run_py(workspace, words[words.index("run.py") + 1 :])
+    elif head == "pip":
+        known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+        assert words[:2] == ["install", "-e"]
+        assert set(re.findall(r"\w+", words[2])) <= set(known)
+    elif words[:2] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
+    elif words and words[0].startswith("benchmarks/"):
+        source = (ROOT / words[0]).read_text()
+        assert all(f'"{word}"' in source for word in words if word.startswith("--"))
+        if settings(words):
+            checked(["job=benchmark", *(w for w in words if "=" in w)])
+    else:
+        assert command in ("python3 -m venv .venv", "tensorboard --logdir outputs")
+
+
+def check_run_py(run_py: Callable, words: list[str]) -> None:
+    if not any(word.startswith("--") for word in words):
+        for job in first_and_last_job([word for word in words if word != "-m"]):
+            checked(job)
+    if is_cheap(words):
+        extra = EXTRA.get(settings(words).get("job", "train"), []) if "--config-name" not in words else []
+        answer = run_py(*with_small(words, extra))
+        assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name)
+def test_python(workspace: Callable, monkeypatch: pytest.MonkeyPatch, page: Path) -> None:
+    if page.name == TESTED_ELSEWHERE:
+        pytest.skip("see the tests of examples/extend")
+    monkeypatch.setattr(zfnet, "ZFNet", small_zfnet)
+    monkeypatch.setattr(zfnet, "compose", lambda words: compose(with_small(words, SMALL)))
+    exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    if page.name == TESTED_ELSEWHERE:  # it also names files that a reader is to write
+        return
+    paths = re.findall(r"`((?:tests|zfnet|conf|docs|benchmarks|examples)/[\w./]+)`", text)
+    assert [path for path in paths if not (ROOT / path).exists() and path != "conf/local.yaml"] == []
+
+
+def test_readme_is_short_and_begins_with_the_set_up() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+    assert commands(README)[:2] == SET_UP
+
+
+def test_readme_names_every_choice_of_every_group_and_every_job() -> None:
+    text = README.read_text(encoding="utf-8")
+    rows = re.search(r"\| group \| choices \|\n.*?\n\n", text, re.S)
+    assert rows is not None
+    named: dict[str, set[str]] = {}
+    group = ""
+    for line in rows[0].strip().splitlines()[2:]:
+        cells = line.split("|")
+        group = group if "…" in cells[1] else cells[1].strip(" `")
+        named.setdefault(group, set()).update(re.findall(r"`(\w+)`", cells[2]))
+    for group, choices in named.items():
+        assert {p.stem for p in (ROOT / "conf" / group).glob("*.yaml")} - {"base"} <= choices, group
+    groups = {p.name for p in (ROOT / "conf").iterdir() if p.is_dir()} - {"job", "hydra"}
+    assert groups <= named.keys()
+    for path in (ROOT / "conf/job").glob("*.yaml"):
+        assert path.stem == "train" or f"job={path.stem} " in text.replace("`", " "), path.stem
+
+
+@pytest.mark.parametrize("experiment", ["quickstart", "cifar10_small"])
+def test_readme_commands_train_with_the_experiments_for_a_cpu(experiment: str) -> None:
+    rows = re.findall(
+        r"^\| ([^|]+) \| `python run.py ?([^`]*)` \|$", README.read_text(encoding="utf-8"), re.M
+    )
+    assert len(rows) > 20
+    for wish, words in rows:
+        given = shlex.split(words)
+        if (
+            "job" in settings(given)
+            or "experiment" in settings(given)
+            or "--help" in given
+            or "224 px" in wish
+        ):
+            continue
+        for job in first_and_last_job([w for w in given if w != "-m"]):
+            checked([f"experiment={experiment}", *job])
+
+
+def test_reading_path_has_the_length_that_readme_states() -> None:
+    stated = re.findall(r"\[`[^`]+`\]\(([^)]+\.py)\)\s+\((\d+)", README.read_text(encoding="utf-8"))
+    assert len(stated) == 5
+    for path, lines in stated:
+        count = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+        assert int(lines) == pytest.approx(count, rel=0.15), path
