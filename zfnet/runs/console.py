@@ -115,7 +115,7 @@ def _overrides() -> list[Override]:
 def _misfit(override: Override) -> str | None:
     """Return what is wrong with an override: an unknown choice of a group, or an unknown key."""
     key = override.key_or_group
-    values = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
+    values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value()
     values = values if isinstance(values, list) else [values]
     if key == "hydra/launcher" and (extra := _EXTRA_OF.get(str(values[0]))):
         return f"{key}={values[0]} needs packages of its own: pip install -e '.[{extra}]'"
