@@ -163,7 +163,9 @@ def test_or_left_out_and_counted(config, photos: Path, capsys) -> None:
         assert len(rows) == 8
         assert np.array_equal(train.images[rows], np.stack([pixels_of(p) for p in good]))
         for part in (train, test):
-            assert [files[r].parent.name for r in part.rows.tolist()] == [part.classes[k] for k in part.labels]
+            assert [files[r].parent.name for r in part.rows.tolist()] == [
+                part.classes[k] for k in part.labels
+            ]
     for path in good:
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of its 10 images can be read"):

@@ -20,11 +20,11 @@ from zfnet.config.schema import flatten
 from zfnet.runs.command import compose_raw
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import register_resolvers
+from zfnet.sweeps.callback import summarize
 from zfnet.sweeps.summary import (
     ABSENT,
     read_sweep,
     short_names,
-    summarize,
     swept_keys,
     to_markdown,
     to_text,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
-from zfnet.sweeps.summary import summarize
+from zfnet.sweeps.callback import summarize
 
 
 @dataclass(kw_only=True)

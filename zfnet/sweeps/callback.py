@@ -24,7 +24,7 @@ from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, write_atomically
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.launch import take_one_gpu, value_or_error
-from zfnet.sweeps.summary import summarize
+from zfnet.sweeps.summary import job_rows, read_sweep, to_markdown, to_text
 
 # in the process of a parallel launcher this module is imported before a job's directory is named
 register_resolvers()
@@ -93,3 +93,20 @@ def trial_report() -> Callable[[float, int], bool] | None:
     from zfnet.sweeps.optuna_search import report_to_trial  # optuna is an extra
 
     return report_to_trial(HydraConfig.get())
+
+
+def summarize(folder: Path, figures: bool = False) -> str:
+    """Write a sweep's summary into its directory and return the terminal's table; nothing if it holds no training."""
+    sweep = read_sweep(folder)
+    if not sweep.jobs:
+        return ""
+    RunDirectory(folder).write_csv("summary.csv", job_rows(sweep))
+    write_atomically(folder / "summary.md", to_markdown(sweep))
+    if figures:
+        # imported here: Hydra builds its callback for every command, and few of them draw
+        from zfnet.plots.figures import save_figure
+        from zfnet.sweeps.figures import draw_sweep
+
+        for name, figure in draw_sweep(sweep).items():
+            save_figure(figure, folder / "figures" / f"{name}.png")
+    return to_text(sweep) + f"\nwritten to {folder}"

@@ -19,29 +19,12 @@ from typing import Any
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import flatten, result_keys
-from zfnet.runs.directory import RunDirectory, write_atomically
+from zfnet.runs.directory import RunDirectory
 from zfnet.runs.tables import format_table
 
 ABSENT = "–"  # in place of a value that a job does not have, such as the momentum of an Adam
 STATES = ("done", "running", "stopped", "pruned", "failed", "none")
 MOST_ROWS = 40  # of a terminal
-
-
-def summarize(folder: Path, figures: bool = False) -> str:
-    """Write a sweep's summary into its directory and return the terminal's table; nothing if it holds no training."""
-    sweep = read_sweep(folder)
-    if not sweep.jobs:
-        return ""
-    RunDirectory(folder).write_csv("summary.csv", job_rows(sweep))
-    write_atomically(folder / "summary.md", to_markdown(sweep))
-    if figures:
-        # imported here: Hydra builds its callback for every command, and few of them draw
-        from zfnet.plots.figures import save_figure
-        from zfnet.sweeps.figures import draw_sweep
-
-        for name, figure in draw_sweep(sweep).items():
-            save_figure(figure, folder / "figures" / f"{name}.png")
-    return to_text(sweep) + f"\nwritten to {folder}"
 
 
 # -- reading
