@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib
+import io
 import logging
+import os
+import time
+import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from zfnet.config.errors import UserError
 from zfnet.config.schema import flatten
+from zfnet.runs.directory import write_atomically
 
 log = logging.getLogger("zfnet")
 
@@ -135,6 +143,160 @@ class TensorBoardLogger(Logger):
             log.warning("TensorBoard: the graph could not be drawn (%s)", str(error).splitlines()[0])
         finally:
             run.model.train(training)
+
+
+class WandbLogger(Logger):
+    """Writes to Weights & Biases; offline in `wandb/` of the run directory, unless `mode` is online.
+
+    A resumed run goes on under the same id. Metrics keep their own axes: `step/…` by step, the others by epoch.
+    """
+
+    def __init__(self, project: str = "zfnet", entity: str | None = None, mode: str = "offline") -> None:
+        if mode not in ("offline", "online"):
+            raise UserError(f"mode={mode}: must be one of offline, online")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self.wandb = _import("wandb")
+        self.project, self.entity, self.mode = project, entity, mode
+
+    def start(self, run: LoggedRun) -> None:
+        quiet = {"console": "off", "silent": True, "disable_git": True, "save_code": False}
+        # what the computer is stands in environment.json
+        quiet |= dict.fromkeys(("x_disable_stats", "x_disable_meta", "x_disable_machine_info"), True)
+        self.run = self.wandb.init(
+            project=self.project,
+            entity=self.entity,
+            mode=self.mode,
+            dir=str(run.folder),
+            name=run.folder.name,
+            id=_kept_id(run.folder / "wandb" / "run_id", lambda: uuid.uuid4().hex[:12]),
+            resume="allow" if self.mode == "online" else None,
+            config=dict(run.config),
+            settings=self.wandb.Settings(**quiet),
+        )
+        for axis in ("step", "epoch"):
+            self.run.define_metric(f"{axis}/*", step_metric=axis)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log({**values, next(iter(values)).split("/")[0]: step})
+
+    def figure(self, name: str, path: Path, step: int) -> None:
+        self.run.log({f"figures/{name}": self.wandb.Image(str(path))})
+
+    def finish(self, results: Mapping[str, float]) -> None:
+        self.run.summary.update(dict(results))
+
+    def close(self) -> None:
+        if hasattr(self, "run"):
+            self.run.finish()
+
+
+class MLflowLogger(Logger):
+    """Writes to MLflow: to the database `mlflow/mlflow.db` of the run directory, or to the server `tracking_uri`.
+
+    A resumed run goes on as the same run of MLflow.
+    """
+
+    def __init__(self, experiment: str = "zfnet", tracking_uri: str | None = None) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        self.mlflow = _import("mlflow")
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        self.experiment, self.uri, self.status = experiment, tracking_uri, "KILLED"
+
+    def start(self, run: LoggedRun) -> None:
+        folder = run.folder.absolute() / "mlflow"
+        folder.mkdir(exist_ok=True)
+        client = self.mlflow.MlflowClient(self.uri or f"sqlite:///{folder / 'mlflow.db'}")
+
+        def create() -> str:
+            known = client.get_experiment_by_name(self.experiment)
+            artifacts = None if self.uri else (folder / "artifacts").as_uri()
+            number = known.experiment_id if known else client.create_experiment(self.experiment, artifacts)
+            made = str(client.create_run(number, run_name=run.folder.name).info.run_id)
+            param = self.mlflow.entities.Param
+            settings = [param(key, str(value)[:500]) for key, value in flatten(run.config).items()]
+            for first in range(0, len(settings), 100):  # a server takes no more at once
+                client.log_batch(made, params=settings[first : first + 100])
+            return made
+
+        self.id, self.client = _kept_id(folder / "run_id", create), client
+        client.update_run(self.id, status="RUNNING")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [self.mlflow.entities.Metric(k, v, now, step) for k, v in values.items()]
+        self.client.log_batch(self.id, metrics=metrics)
+
+    def figure(self, name: str, path: Path, step: int) -> None:
+        self.client.log_artifact(self.id, str(path), "figures")
+
+    def finish(self, results: Mapping[str, float]) -> None:
+        self.log(0, results)
+        self.status = "FINISHED"
+
+    def close(self) -> None:
+        if hasattr(self, "client"):
+            self.client.set_terminated(self.id, self.status)
+
+
+class TrackioLogger(Logger):
+    """Writes to Trackio's database on this computer, which `trackio show` displays, or to a Space of Hugging Face.
+
+    The database is the user's own, of all runs (the environment variable TRACKIO_DIR names its folder). A resumed run
+    goes on under the same name.
+    """
+
+    def __init__(self, project: str = "zfnet", space_id: str | None = None) -> None:
+        if space_id is None:
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # or it would ask whose login this computer holds
+        self.trackio = _import("trackio")
+        self.project, self.space_id = project, space_id
+
+    def start(self, run: LoggedRun) -> None:
+        path = run.folder / "trackio" / "run_name"
+        name = _kept_id(path, lambda: f"{run.folder.name}-{uuid.uuid4().hex[:8]}")
+        quiet: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.run = self.trackio.init(
+                project=self.project,
+                name=name,
+                resume="allow",
+                space_id=self.space_id,
+                config=flatten(run.config),
+                **quiet,
+            )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        if any(key.startswith("step/") for key in values):
+            self.run.log(dict(values), step)
+        else:  # Trackio counts one axis only; this puts an epoch behind its steps
+            self.run.log({**values, "epoch": step})
+
+    def figure(self, name: str, path: Path, step: int) -> None:
+        self.run.log({f"figures/{name}": self.trackio.Image(str(path))}, step)
+
+    def finish(self, results: Mapping[str, float]) -> None:
+        self.run.log(dict(results))
+
+    def close(self) -> None:
+        if hasattr(self, "run"):
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.trackio.finish()
+
+
+def _import(package: str) -> Any:
+    """Import an optional package; raise UserError that names the extra of pyproject.toml that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise UserError(f"this needs {error.name}: pip install -e '.[{package}]'") from error
+
+
+def _kept_id(path: Path, create: Callable[[], str]) -> str:
+    """Return what the file holds or, where there is none, what `create` returns, and keep it there."""
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, create())
+    return path.read_text(encoding="utf-8")
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:

@@ -1,0 +1,210 @@
+"""Each example of examples/extend: trained, killed, resumed, reproduced, evaluated; each command of docs/extend.md."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zfnet
+from tests.conftest import ROOT
+from tests.helpers import EVERY_STEP, MINUTE, Killed, dying_at, learned, no_figures
+from zfnet import load_run
+from zfnet.config.errors import UserError
+from zfnet.explain import Deconvnet
+from zfnet.runs import command
+from zfnet.runs.directory import RunDirectory
+
+CONF = ROOT / "examples/extend/conf"
+EXAMPLES = ("--config-dir", CONF, "imports=[examples,lion_pytorch]")
+# MINUTE without what belongs to its own network and its own images
+_OWN_MODEL = tuple(word for word in MINUTE if not word.startswith("model."))
+_OWN_DATA = tuple(word for word in MINUTE if "_images=" not in word)
+SLOTS = {
+    "optimizer=lion": MINUTE,
+    "model=tiny_resnet": (*_OWN_MODEL, "model.width=4"),
+    "data=gratings": (*_OWN_DATA, "data.train.count=72", "data.val.count=8", "data.test.count=20"),
+    "loss=focal": MINUTE,
+    "augment=speckle": MINUTE,
+    "scheduler=linear_cosine": (*MINUTE, "trainer.epochs=3"),
+    "logger=json_lines": MINUTE,
+    "callbacks=lookahead": MINUTE,
+}
+
+
+def train_and_kill(run_py, choice: str, step: int = 5) -> Path:
+    """Train with an example in the folder `r`, killed before this step and resumed."""
+    words = (*EXAMPLES, *SLOTS[choice], choice, EVERY_STEP, "hydra.run.dir=r")
+    with no_figures():
+        with dying_at(step), pytest.raises(Killed):
+            run_py(*words)
+        answer = run_py(*EXAMPLES, "job=resume", "run=r")
+    assert answer.code == 0, answer.err
+    assert f"going on from epoch 1, step {step}" in answer.out
+    return Path("r").absolute()
+
+
+@pytest.mark.parametrize("choice", SLOTS)
+def test_killed_resumed_reproduced_and_evaluated(run_py, choice: str) -> None:
+    folder = train_and_kill(run_py, choice)
+    with no_figures():
+        answer = run_py(*EXAMPLES, "job=reproduce", "run=r", "hydra.run.dir=again")
+        assert answer.code == 0, answer.err
+        assert "identical: every metric of" in answer.out
+        assert learned(RunDirectory("again")) == learned(RunDirectory(folder))
+        answer = run_py(*EXAMPLES, "job=evaluate", "run=r", "hydra.run.dir=measured")
+    assert answer.code == 0, answer.err
+    before, after = (json.loads(Path(f, "results.json").read_text())["test"] for f in ("r", "measured"))
+    assert after["accuracy"] == before["accuracy"]
+
+
+def test_each_example_makes_another_run_than_without_it(run_py, whole) -> None:
+    """A slot that had no effect would pass every other test."""
+    weights = {}
+    for choice in (
+        "optimizer=lion",
+        "loss=focal",
+        "augment=speckle",
+        "callbacks=lookahead",
+        "logger=json_lines",
+    ):
+        with no_figures():
+            assert (
+                run_py(*EXAMPLES, *SLOTS[choice], choice, f"hydra.run.dir={choice.replace('=', '_')}").code
+                == 0
+            )
+        weights[choice] = RunDirectory(choice.replace("=", "_")).weights.read_bytes()
+    assert weights.pop("logger=json_lines") == whole[0]  # a logger changes nothing
+    assert len({*weights.values(), whole[0]}) == 5
+
+
+def test_the_schedule_rises_and_falls(run_py) -> None:
+    with no_figures():
+        run_py(*EXAMPLES, *SLOTS["scheduler=linear_cosine"], "scheduler=linear_cosine", "hydra.run.dir=r")
+    rates = [row["lr"] for row in RunDirectory("r").read_history()]
+    assert rates[:2] == pytest.approx([1e-4, 5.5e-4])
+    assert rates[2] == pytest.approx(1e-3)  # the top; a cosine begins there
+
+
+def test_evaluating_needs_no_optimizer(run_py) -> None:
+    train_and_kill(run_py, "optimizer=lion")
+    assert run_py("job=evaluate", "run=r").code == 0
+    answer = run_py("job=resume", "run=r")
+    assert answer.code == 1
+    assert answer.err == (
+        "error: optimizer._target_=lion_pytorch.Lion: the package lion_pytorch is not one that this command imports; "
+        "if you trust it, add imports=[lion_pytorch]\n"
+    )
+
+
+def test_a_network_of_ones_own(run_py) -> None:
+    """It needs its package to be used, its dropout follows the seed, and the deconvnet refuses it by name."""
+    folder = train_and_kill(run_py, "model=tiny_resnet")
+    answer = run_py("job=evaluate", "run=r")
+    assert answer.code == 1
+    assert answer.err == (
+        "error: model._target_=examples.extend.tiny_resnet.TinyResNet: the package examples is not one that this "
+        "command imports; if you trust it, add imports=[examples]\n"
+    )
+    with pytest.raises(UserError, match=r"blocks\.0\.conv2 .* is not the output of blocks\.0\.norm1"):
+        Deconvnet(load_run(folder, ["examples"]).model, image_size=64)
+
+
+def test_the_loggers_lines(run_py) -> None:
+    train_and_kill(run_py, "logger=json_lines")
+    lines = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "epoch/validation_loss" in line] == [1, 2]
+    assert set(lines[-1]) == {"result/validation_accuracy", "result/test_accuracy"}
+
+
+@pytest.mark.parametrize("choice", ["model=tiny_resnet", "loss=focal"])
+def test_the_job_explains_any_network(run_py, choice: str) -> None:
+    with no_figures():
+        assert run_py(*EXAMPLES, *SLOTS[choice], choice, "hydra.run.dir=r").code == 0
+    answer = run_py(*EXAMPLES, "job=saliency", "run=r", "job.count=2", "hydra.run.dir=maps")
+    assert answer.code == 0, answer.err
+    rows = list(csv.DictReader(Path("maps/saliency.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == 2
+    assert all(
+        float(row["largest"]) > 0 and abs(float(row["agreement_with_other_class"])) <= 1 for row in rows
+    )
+    assert Path("maps/figures/saliency.png").stat().st_size > 5_000
+    assert json.loads(Path("maps/status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_each_file_opens_with_what_it_is_and_its_command(path: Path) -> None:
+    head = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n").split("\n\n")[0]
+    for line in ("# Source: ", "#   python run.py --config-dir examples/extend/conf ", "# Expected: "):
+        assert line in head
+
+
+PAGE = (ROOT / "docs/extend.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+    for line in block.splitlines()
+    if "run.py" in line
+]
+QUICK = ("debug=batch", "trainer=exact", "trainer.device=cpu")
+FEW = ("data.train_images=80", "data.test_images=20")
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line.split()[-1])
+def test_each_command_of_the_page(run_py, tiny_run, line: str) -> None:
+    words = shlex.split(
+        line.replace("run=last", f"run={tiny_run.folder}").replace("examples/extend/conf", str(CONF))
+    )
+    assert words[:2] == ["python", "run.py"]
+    trains = not any(word.startswith("job=") for word in words)
+    few = (*QUICK, *(() if "data=gratings" in words else FEW)) if trains else ()
+    with no_figures():
+        answer = run_py(*words[2:], *few, "hydra.run.dir=r")
+    assert answer.code == 0, answer.err
+    assert RunDirectory("r").state == "done"
+
+
+def test_the_page_has_a_command_for_each_slot() -> None:
+    assert len(COMMANDS) == 9
+    for path in CONF.rglob("*.yaml"):
+        assert f"{path.parent.name}={path.stem}" in PAGE
+
+
+def test_the_python_of_the_page(tmp_path: Path, monkeypatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zfnet, "compose", lambda words: command.compose([*words, *QUICK, *FEW]))
+    names: dict[str, Any] = {}
+    with no_figures():
+        exec(code, names)
+    assert names["config"].loss == {"_target_": "examples.extend.focal_loss.FocalLoss", "gamma": 2.0}
+    assert names["run"].results["epochs"] == 1
+
+
+@pytest.mark.slow
+def test_a_project_of_ones_own(tmp_path: Path) -> None:
+    """The steps of the page: a file beside run.py, one in conf/, and conf/local.yaml; then one word."""
+    for folder in ("conf", "zfnet", "hydra_plugins"):
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "local.yaml")
+        )
+    shutil.copy(ROOT / "run.py", tmp_path)
+    shutil.copy(ROOT / "examples/extend/tiny_resnet.py", tmp_path)
+    text = (CONF / "model/tiny_resnet.yaml").read_text(encoding="utf-8").replace("examples.extend.", "")
+    (tmp_path / "conf/model/tiny_resnet.yaml").write_text(text, encoding="utf-8")
+    (local,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+    (tmp_path / "conf/local.yaml").write_text(textwrap.dedent(local), encoding="utf-8")
+    words = ["experiment=quickstart", "model=tiny_resnet", "model.width=4", *QUICK, *FEW, "hydra.run.dir=r"]
+    for more in (words, ["job=evaluate", "run=r", "hydra.run.dir=measured"]):
+        done = subprocess.run([sys.executable, "run.py", *more], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert RunDirectory(tmp_path / "measured").state == "done"
