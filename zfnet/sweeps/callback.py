@@ -23,13 +23,11 @@ from omegaconf import DictConfig
 from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, write_atomically
 from zfnet.runs.hydra_record import register_resolvers
-from zfnet.sweeps.launch import take_one_gpu, value_or_error
+from zfnet.sweeps.launch import TRIAL, take_one_gpu, value_or_error
 from zfnet.sweeps.summary import job_rows, read_sweep, to_markdown, to_text
 
 # in the process of a parallel launcher this module is imported before a job's directory is named
 register_resolvers()
-
-TRIAL = "ZFNET_TRIAL"  # in `hydra.job.env_set`: the number of the trial that a job belongs to
 
 
 class SweepReport(Callback):

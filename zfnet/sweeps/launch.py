@@ -27,6 +27,8 @@ from zfnet.runs.command import read_command
 from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, objective, write_atomically
 
+TRIAL = "ZFNET_TRIAL"  # in `hydra.job.env_set`: the number of the trial that a job belongs to
+
 
 class SweepFailed(UserError):
     """Some jobs of a sweep failed; the message names them, a line each. The others are finished."""

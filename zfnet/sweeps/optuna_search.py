@@ -31,8 +31,7 @@ from zfnet.config.errors import UserError
 from zfnet.config.instantiate import instantiate
 from zfnet.config.randomness import make_key
 from zfnet.config.schema import NOT_IDENTITY, Checked, NotNegative, Positive, check
-from zfnet.sweeps.callback import TRIAL
-from zfnet.sweeps.launch import Outcome, SweepJobs
+from zfnet.sweeps.launch import TRIAL, Outcome, SweepJobs
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
