@@ -26,15 +26,15 @@ def test_a_history_equals_itself_whatever_the_times(history: list[Row]) -> None:
 
 @given(HISTORIES, HISTORIES)
 def test_the_first_difference_is_the_first(old: list[Row], new: list[Row]) -> None:
-    found = first_difference(old, new)
-    if found is None:
+    difference = first_difference(old, new)
+    if difference is None:
         assert [(r["train_loss"], r["validation_loss"]) for r in old] == [
             (r["train_loss"], r["validation_loss"]) for r in new
         ]
         return
-    before = found["epoch"] - 1
+    before = difference["epoch"] - 1
     assert first_difference(old[:before], new[:before]) is None
-    assert found["recorded"] != found["now"]
+    assert difference["recorded"] != difference["now"]
 
 
 def test_the_last_bit_counts() -> None:
@@ -56,6 +56,6 @@ def test_a_missing_epoch_and_a_missing_column_are_differences() -> None:
 def test_the_largest_difference_of_each_metric_is_found() -> None:
     old = [{"train_loss": 1.0, "lr": 0.1}, {"train_loss": 1.0, "lr": 0.1}, {"train_loss": 1.0, "lr": 0.1}]
     new = [{"train_loss": 1.5, "lr": 0.1}, {"train_loss": 3.0, "lr": 0.1}, {"train_loss": 0.5, "lr": 0.1}]
-    found = largest_differences(old, new)
-    assert list(found) == ["train_loss"]
-    assert found["train_loss"] == {"epoch": 2, "recorded": 1.0, "now": 3.0, "difference": 2.0}
+    differences = largest_differences(old, new)
+    assert list(differences) == ["train_loss"]
+    assert differences["train_loss"] == {"epoch": 2, "recorded": 1.0, "now": 3.0, "difference": 2.0}

@@ -1,4 +1,4 @@
-"""Run directories: found, claimed, refused."""
+"""Run directories: listed, claimed, refused."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def test_runs_are_found_at_every_depth_of_outputs(tmp_path: Path) -> None:
     for name in ("outputs/train/a", "outputs/sweeps/t/lr=1,seed=0", "outputs/train/a/.hydra"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.yaml").write_text("")
-    found = [run.folder.relative_to(tmp_path).as_posix() for run in list_runs(tmp_path / "outputs")]
-    assert found == ["outputs/sweeps/t/lr=1,seed=0", "outputs/train/a"]
+    folders = [run.folder.relative_to(tmp_path).as_posix() for run in list_runs(tmp_path / "outputs")]
+    assert folders == ["outputs/sweeps/t/lr=1,seed=0", "outputs/train/a"]
 
 
 def test_run_last_looks_at_training_runs_that_are_done(tiny_run, tmp_path: Path, monkeypatch) -> None:

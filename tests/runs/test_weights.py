@@ -33,8 +33,8 @@ def saved(tmp_path: Path):
 
 def test_round_trip(saved) -> None:
     model, metadata, path, digest = saved
-    again, found = load_model(path)
-    assert found == metadata
+    again, loaded_metadata = load_model(path)
+    assert loaded_metadata == metadata
     assert not again.training
     images = torch.randn(2, 3, 70, 70)
     assert torch.equal(again(images), model.eval()(images))
@@ -133,9 +133,9 @@ def test_load_run_reproduces_the_reported_figures(tiny_run) -> None:
     )
     results = tiny_run.read_json("results.json")
     for name, part in (("validation", splits.validation), ("test", splits.test)):
-        found = evaluate(loaded.model, Batches(part, loaded.config.data, runtime.device), runtime, name)
-        assert found.accuracy == pytest.approx(results[name]["accuracy"], abs=0.02)
-        assert found.loss == pytest.approx(results[name]["loss"], rel=1e-2)
+        evaluation = evaluate(loaded.model, Batches(part, loaded.config.data, runtime.device), runtime, name)
+        assert evaluation.accuracy == pytest.approx(results[name]["accuracy"], abs=0.02)
+        assert evaluation.loss == pytest.approx(results[name]["loss"], rel=1e-2)
 
 
 def test_a_run_without_weights_is_named(tiny_run, tmp_path: Path) -> None:

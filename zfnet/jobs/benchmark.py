@@ -171,7 +171,7 @@ def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps
     for _ in tqdm(range(rounds), unit="round", disable=None, leave=False, dynamic_ncols=True):
         for contender, row in zip(contenders, speeds, strict=True):
             row.append(steps * contender.batch_size / contender.turn(steps, warmup))
-    rows = [
+    rows: list[Result] = [
         {
             "name": contender.name,
             "images_per_second": row,
@@ -181,7 +181,7 @@ def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps
         }
         for contender, row, seconds in zip(contenders, speeds, first_steps, strict=True)
     ]
-    speed, wait = statistics.median(speeds[0]), ours.data_wait / ours.taken
+    speed = rows[0]["median"]
     images = next(ours.batches.epoch(0)).images[:2]  # two, for batch normalisation
     flops, peak = flops_per_image(ours.state.model, images), matmul_peak(runtime)
     return {
@@ -189,8 +189,8 @@ def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps
         "runtime": runtime.describe(),
         "steps": steps,
         "contenders": rows,
-        "breakdown_seconds": ours.phase_seconds(max(2, min(steps, 10))),
-        "waiting_share": wait * speed / ours.batch_size,
+        "waiting_share": ours.data_wait / ours.taken * speed / ours.batch_size,
+        "breakdown_seconds": ours.phase_seconds(max(2, min(steps, 10))),  # waits for data, too
         "training_gflop_per_image": flops / 1e9,
         "tflop_per_second": speed * flops / 1e12,
         "matmul_peak_tflop_per_second": peak / 1e12,

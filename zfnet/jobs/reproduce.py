@@ -58,10 +58,10 @@ def reproduce(config: Config, run: RunDirectory) -> None:
             run.write_json("reproduction.json", comparison)
             _log(comparison)
     if not comparison["identical"] and not comparison["variation"]:
-        around = ", ".join(d["what"] for d in comparison["surroundings"])
+        others = ", ".join(d["what"] for d in comparison["surroundings"])
         raise UserError(
             f"not identical to {original.folder}: {_first(comparison)}; "
-            f"{f'around it differ {around}' if around else 'nothing that is recorded differs around it'} "
+            f"{f'around it differ {others}' if others else 'nothing that is recorded differs around it'} "
             f"({run.folder / 'reproduction.json'})"
         )
 

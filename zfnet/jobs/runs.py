@@ -84,7 +84,7 @@ def _on_disk(folder: Path) -> tuple[float, int]:
 
 
 def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
-    """Return a header and a line a run; directories are shortened where `width` says so."""
+    """Return a header and a line a run; directories are shortened to fit `width`."""
     cells = [("state", "age", "job", "acc.", "size", "directory")]
     for row in rows:
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%}"

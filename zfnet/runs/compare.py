@@ -1,4 +1,4 @@
-"""Two runs side by side: where their metrics first differ, and what differs around them."""
+"""Two runs side by side: where their metrics first differ, and what else differs."""
 
 from __future__ import annotations
 

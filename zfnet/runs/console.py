@@ -73,7 +73,7 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    if isinstance(error, BrokenPipeError):  # `python run.py … | head`: nobody reads any more
+    if isinstance(error, BrokenPipeError):  # `python run.py … | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         print(f"error: {explain(error)}", file=sys.stderr)
@@ -139,7 +139,8 @@ def _misfit(override: Override) -> str | None:
     known = {".".join(name.split(".")[: n + 1]) for name in composed for n in range(name.count(".") + 1)}
     if key in known:
         return None
-    parent = key.rpartition(".")[0]
-    nearby = {k for k in known if k.rpartition(".")[0] == parent} if parent in known else known
     suggestion = did_you_mean(key, known | {p.name for p in CONF.iterdir() if p.is_dir()})
-    return f"{key}: no such key{suggestion if 'did you mean' in suggestion else did_you_mean('', nearby)}"
+    if "did you mean" not in suggestion:  # list the keys beside it
+        parent = key.rpartition(".")[0]
+        suggestion = did_you_mean("", {k for k in known if k.rpartition(".")[0] == parent} or known)
+    return f"{key}: no such key{suggestion}"

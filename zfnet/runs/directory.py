@@ -31,12 +31,12 @@ HISTORY_COLUMNS = (
 )
 OUTPUTS = Path("outputs")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast
-# what a directory may hold before its run: a lock, and the account of an attempt whose config was refused
+# what a directory may hold before its run: a lock, and the record of an attempt whose config was refused
 _NO_RUN = (".lock", "status.json", "train.log")
 
 
 def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
-    """Write `content` so that `path` is, at any moment, what it was or what it shall be.
+    """Write `content` so that `path` holds, at any moment, all of its old or all of its new content.
 
     A function is called with the path of a file to write, and raises OSError if it cannot.
     """
@@ -78,7 +78,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a directory that Hydra made and nobody wrote in, and those above it that were made for it."""
+    """Remove a directory that Hydra made and that is still empty, and those above it."""
     with contextlib.suppress(OSError):  # not empty, or not there
         folder.rmdir()
         if folder.parent.parent == OUTPUTS:
@@ -102,8 +102,8 @@ class RunDirectory:
     def claim(self, config: Config) -> bool:
         """Make this the directory of `config`'s run; return whether there is something to resume.
 
-        A directory without a run is taken; one that holds the same run is taken up again; one that holds
-        another run, or files of some other kind, is refused and left as it is.
+        A directory without a run is taken; one that holds the same run is resumed; one that holds another
+        run, or other files, is refused and left as it is.
         """
         if self._holds_a_record():
             if self.read_config().identity() != config.identity():
@@ -117,7 +117,7 @@ class RunDirectory:
     def claim_new(self, config: Config) -> None:
         """Make this, which must be absent or empty, the directory of `config`'s run; raise UserError otherwise."""
         names = [p.name for p in self.folder.iterdir()] if self.folder.exists() else []
-        # a .partial file is what a process left that was killed while it claimed the directory
+        # a .partial file is left by a process that was killed while it claimed the directory
         if any(name not in _NO_RUN and not re.fullmatch(r"\..*\.partial", name) for name in names):
             content = "holds a run" if self._holds_a_record() else "holds no run"
             raise UserError(
@@ -132,7 +132,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the directory for this process; the system lets go when the process ends, however it ends."""
+        """Hold the directory for this process; the system releases the lock however the process ends."""
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)

@@ -40,7 +40,7 @@ def write_hydra_record(folder: Path, config: DictConfig | Config) -> None:
 def _hydra_settings() -> dict[str, Any]:
     """Return what `conf/config.yaml` sets of Hydra's own, so that `--config-path <run>/.hydra` runs like any other."""
     plain = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
-    # only Hydra's own choices can be found from there: those of `conf/` cannot
+    # only Hydra's own choices exist there: those of `conf/` do not
     logging = [d for d in plain["defaults"] if isinstance(d, dict) and "_logging" in next(iter(d))]
     return {"defaults": [*logging, "_self_"], "hydra": plain["hydra"]}
 

@@ -73,7 +73,7 @@ def _git(*words: str) -> str | None:
 
 
 def cpu_info() -> dict[str, str]:
-    """Return what Linux says of the first processor, by its names in /proc/cpuinfo; empty elsewhere."""
+    """Return the fields of the first processor in /proc/cpuinfo; empty where there is no such file."""
     values: dict[str, str] = {}
     for line in _read("/proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")

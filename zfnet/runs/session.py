@@ -137,7 +137,7 @@ def recorded_state(run: RunDirectory, when_stopped: str = "stopped") -> Iterator
         raise
     except BaseException as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(UserError):  # a full disk, say, must not hide the error itself
+        with contextlib.suppress(UserError):  # such as a full disk, which must not hide the error itself
             run.set_status("failed", reason)
         log.debug("failed", exc_info=True)
         raise

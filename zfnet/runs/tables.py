@@ -8,7 +8,7 @@ SHORTEST = 12  # characters that a shortened column keeps
 
 
 def shorten(text: str, width: int) -> str:
-    """Return `text` in at most `width` printable characters; of a long one the end, which tells files apart."""
+    """Return `text` in at most `width` printable characters; of a long one the end, where file names differ."""
     text = "".join(c if c.isprintable() else "�" for c in text)
     return text if len(text) <= width else f"…{text[len(text) - width + 1 :]}"
 

@@ -46,7 +46,7 @@ class ModelMetadata:
 def load_model(path: Path, imports: Sequence[str] = ()) -> tuple[Any, ModelMetadata]:
     """Rebuild a network from model.safetensors, in evaluation mode; raise UserError if that cannot be done.
 
-    imports: packages that a network of somebody's own may come from
+    imports: packages that a network may come from, beside PyTorch, torchvision and this one
     """
     try:
         with safe_open(path, "pt") as file:
