@@ -27,7 +27,7 @@ from tqdm import tqdm
 from zfnet.config.errors import UserError
 from zfnet.data import load_splits, preprocess
 from zfnet.explain import Deconvnet
-from zfnet.model.zfnet import CONV_LAYERS
+from zfnet.model.chain import Chain
 from zfnet.runs.command import compose
 from zfnet.runs.directory import write_atomically
 from zfnet.runs.hydra_record import register_resolvers
@@ -83,15 +83,15 @@ def time_projections(model: Any, images: Tensor, maps: int | None, rounds: int) 
         from captum.attr import NeuronDeconvolution
     except ImportError as error:
         raise UserError("this comparison needs captum: pip install -e '.[explain]'") from error
-    deconvnet, rows = Deconvnet(model), []
-    layers = [layer for layer in model.layers if layer in CONV_LAYERS]
-    for layer in tqdm(layers, "projections", unit="layer", disable=None, leave=False):
-        units = strongest_units(model, images, layer, maps)
+    deconvnet, rows = Deconvnet(model, image_size=images.shape[-1]), []
+    chain = deconvnet.chain
+    for layer in tqdm(chain.conv_layers, "projections", unit="layer", disable=None, leave=False):
+        units = strongest_units(chain, images, layer, maps)
         if not units:
             raise UserError(f"{maps} maps of {layer}: none is active in the {len(images)} images; take more")
         index = torch.tensor(units, device=images.device).unbind(1)
-        seeds = model.activations(images, [layer])[layer][index]
-        captum = NeuronDeconvolution(model, getattr(model, f"relu{layer[-1]}"))
+        seeds = chain.activations(images, [layer])[layer][index]
+        captum = NeuronDeconvolution(chain.model, chain.end(layer))
         calls = {
             "zfnet": partial(deconvnet.project, images, layer, units, seeds=seeds),
             "captum": partial(project_one_by_one, captum, images, units),
@@ -101,7 +101,7 @@ def time_projections(model: Any, images: Tensor, maps: int | None, rounds: int) 
         rows.append(
             {
                 "layer": layer,
-                "maps": int(getattr(model, layer).out_channels),
+                "maps": chain.up_to(layer)[-1].output_shape[0],
                 "units": len(units),
                 **{f"{name}_seconds": statistics.median(s) / len(units) for name, s in seconds.items()},
                 "ratio": statistics.median(ratios),
@@ -112,13 +112,13 @@ def time_projections(model: Any, images: Tensor, maps: int | None, rounds: int) 
 
 
 def strongest_units(
-    model: Any, images: Tensor, layer: str, maps: int | None
+    chain: Chain, images: Tensor, layer: str, maps: int | None
 ) -> list[tuple[int, int, int, int]]:
     """Return units (image, channel, y, x): each map's strongest place in each image, where it is active.
 
     `maps` of the layer's maps, evenly spaced, or all.
     """
-    activations = model.activations(images, [layer])[layer].cpu()
+    activations = chain.activations(images, [layer])[layer].cpu()
     count, width = activations.shape[1], activations.shape[3]
     channels = torch.linspace(0, count - 1, min(maps or count, count)).round().long().unique()
     values, places = activations[:, channels].flatten(2).max(dim=2)

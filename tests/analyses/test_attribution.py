@@ -18,64 +18,66 @@ from zfnet.analyses.attribution import (
     INTEGRATED,
     METHODS,
     attribute,
-    pixels_in_boxes,
     share_in_boxes,
 )
 from zfnet.config.errors import UserError
+from zfnet.explain.selection import in_boxes
 from zfnet.runs.directory import RunDirectory
 
-pytest.importorskip("captum")
+LayerGradCam = pytest.importorskip("captum.attr").LayerGradCam
 
 
-def test_each_method_equals_a_plain_computation() -> None:
+def test_attribute_equals_a_plain_computation() -> None:
     model = network("no_pool").float()
     images, labels = pictures(model, 3).float(), torch.tensor([2, 0, 3])
-    found = attribute(model, images, labels, "conv5", steps=200, batch_size=64)
-    assert tuple(found.maps) == METHODS
-    assert found.maps["gradient"].shape == (3, 3, 32, 32)
+    result = attribute(model.chain, images, labels, "conv5", steps=200, batch_size=64)
+    assert tuple(result.maps) == METHODS
+    assert result.maps["gradient"].shape == (3, 3, 32, 32)
 
     inputs = images.clone().requires_grad_()
     outputs = model.activations(inputs, ["conv5", "fc8"])
     chosen = outputs["fc8"][torch.arange(3), labels]
     gradient, towards_maps = torch.autograd.grad(chosen.sum(), [inputs, outputs["conv5"]])
-    torch.testing.assert_close(found.maps["gradient"], gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.maps["gradient"], gradient, rtol=1e-4, atol=1e-6)
     cam = (towards_maps.mean((2, 3), keepdim=True) * outputs["conv5"]).sum(1, keepdim=True).relu()
+    captums = LayerGradCam(model, model.relu5).attribute(images, labels, relu_attributions=True)
+    torch.testing.assert_close(captums, cam, rtol=1e-4, atol=1e-6)
     expected = F.interpolate(cam, size=(32, 32), mode="bilinear").detach()
-    torch.testing.assert_close(found.maps[GRAD_CAM], expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.output, chosen.detach())
+    torch.testing.assert_close(result.maps[GRAD_CAM], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.output, chosen.detach())
     # completeness (Sundararajan et al. 2017)
-    total = found.maps[INTEGRATED].sum((1, 2, 3))
-    torch.testing.assert_close(total, found.output - found.baseline_output, rtol=0.02, atol=0.02)
+    total = result.maps[INTEGRATED].sum((1, 2, 3))
+    torch.testing.assert_close(total, result.output - result.baseline_output, rtol=0.02, atol=0.02)
 
 
-def test_shares_in_boxes() -> None:
+def test_share_in_boxes() -> None:
     maps = torch.zeros(2, 3, 8, 8)
     maps[0, 0, 1, 1], maps[0, 2, 6, 6] = -3, 1
     boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 8.0, 4.0]])
     shares = share_in_boxes(maps, boxes)
     assert float(shares[0]) == 0.75
     assert shares[1].isnan()
-    assert pixels_in_boxes(boxes, 8).float().mean((1, 2)).tolist() == [0.25, 0.5]
+    assert in_boxes(torch.arange(8) + 0.5, boxes).float().mean((1, 2)).tolist() == [0.25, 0.5]
 
 
-def test_attributions_lie_on_the_object(trained: Trained) -> None:
+def test_attribute_points_at_the_object(trained: Trained) -> None:
     images, labels, boxes = trained.correctly_classified(24)
-    found = attribute(trained.model, images, labels, "conv5", steps=16, batch_size=256)
-    area = pixels_in_boxes(boxes, 64).float().mean()
+    result = attribute(trained.model.chain, images, labels, "conv5", steps=16, batch_size=256)
+    area = in_boxes(torch.arange(64) + 0.5, boxes).float().mean()
     for method in (
         "gradient",
         "guided",
         INTEGRATED,
     ):  # Grad-CAM's maps have 3×3 cells here: too coarse to ask
-        assert share_in_boxes(found.maps[method], boxes).nanmean() > 1.2 * area, method
+        assert share_in_boxes(result.maps[method], boxes).nanmean() > 1.2 * area, method
 
 
-def test_without_captum_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attribute_without_captum_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "captum", None)
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     model = network("no_pool")
     with pytest.raises(UserError, match=r"needs captum: pip install -e '\.\[explain\]'"):
-        attribute(model, pictures(model, 1), torch.tensor([0]), "conv5", 4, 4)
+        attribute(model.chain, pictures(model, 1), torch.tensor([0]), "conv5", 4, 4)
 
 
 def test_attribution_writes_its_maps(run_py, tiny_run: RunDirectory) -> None:

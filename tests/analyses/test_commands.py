@@ -23,26 +23,47 @@ QUICK = ("trainer.threads=1",)
     ("words", "expected"),
     [
         (["job=occlusion"], "job=occlusion needs run=<dir>"),
-        (["job=occlusion", "job.layer=conv9"], "job.layer=conv9: no such layer; did you mean 'conv5'?"),
-        (["job=occlusion", "job.layer=fc7"], "job.layer=fc7: no such layer; known: conv1"),
+        (
+            ["job=occlusion", "job.layer=conv9"],
+            "job.layer=conv9: the network has no such convolution; did you mean 'conv5'?",
+        ),
+        (
+            ["job=occlusion", "job.layer=fc7"],
+            "job.layer=fc7: the network has no such convolution; known: conv1",
+        ),
         (["job=occlusion", "job.patch=64"], "job.patch=64: the occluder must be smaller than the image"),
         (["job=occlusion", "job.patch=8", "job.stride=9"], "job.stride=9: must be at most job.patch=8"),
-        (["job=occlusion", "job.split=tset"], "job.split=tset: must be one of auto, train, validation, test"),
-        (["job=occlusion", "job.fill=300"], "job.fill=300.0: must be at most 255"),
+        (
+            ["job=occlusion", "job.split=tset"],
+            "job.split=tset: must be one of auto, train, validation or test",
+        ),
+        (["job=occlusion", "job.fill=300"], "job.fill=300: must be at most 255"),
         (["job=occlusion", "images=[nope.jpg]"], "nope.jpg: there is no such file"),
-        (["job=invariance", "job.layers=[conv1,fc9]"], "job.layers=fc9: no such layer; did you mean 'fc"),
+        (
+            ["job=invariance", "job.layers=[conv1,fc9]"],
+            "job.layers=fc9: the network has no such layer; did you mean 'fc",
+        ),
         (["job=evolution"], "job=evolution needs run=<dir>"),
-        (["job=evolution", "job.layers=[conv6]"], "job.layers=conv6: no such layer; did you mean 'conv5'?"),
+        (
+            ["job=evolution", "job.layers=[conv6]"],
+            "job.layers=conv6: the network has no such convolution; did you mean 'conv5'?",
+        ),
         (["job=evolution", "job.split=test"], "train with 'trainer.snapshots=[1,2,5,10]'"),
         (["job=filters", "job.other=nowhere"], "run=nowhere: there is no run"),
         (["job=correspondence", "job.points=no.csv"], "job.points=no.csv cannot be read"),
         (["job=correspondence", "job.count=1"], "job.count=1: must be at least 2"),
-        (["job=deconvnet", "job.layers=[conv6]"], "job.layers=conv6: no such layer; did you mean"),
-        (["job=deconvnet", "job.layers=[fc7]"], "job.layers=fc7: no such layer; known: conv1"),
+        (
+            ["job=deconvnet", "job.layers=[conv6]"],
+            "job.layers=conv6: the network has no such convolution; did you mean",
+        ),
+        (
+            ["job=deconvnet", "job.layers=[fc7]"],
+            "job.layers=fc7: the network has no such convolution; known: conv1",
+        ),
         (["job=deconvnet", "job.layers=[]"], "job.layers=[]: names no layer"),
         (["job=deconvnet", "job.top=0"], "job.top=0: must be at least 1"),
-        (["job=deconvnet", "job.rule=relu"], "job.rule=relu: must be one of deconvnet, guided, gradient"),
-        (["job=deconvnet", "job.split=all"], "job.split=all: must be one of auto, train, validation, test"),
+        (["job=deconvnet", "job.rule=relu"], "job.rule=relu: must be one of deconvnet, guided or gradient"),
+        (["job=deconvnet", "job.split=all"], "job.split=all: must be one of auto, train, validation or test"),
         (["job=deconvnet", "job.tops=3"], "job.tops: no such key"),
         (
             ["job=deconvnet", "data.image_size=96"],
@@ -51,7 +72,7 @@ QUICK = ("trainer.threads=1",)
         (["job=invariance", "job.steps=1"], "job.steps=1: must be at least 2"),
     ],
 )
-def test_bad_input_gets_one_line(
+def test_analyses_refuse_bad_input_in_one_line(
     run_py, tiny_run: RunDirectory, tmp_path: Path, words: list[str], expected: str
 ) -> None:
     given = words if len(words) == 1 else [*words, f"run={tiny_run.folder}"]
@@ -62,7 +83,7 @@ def test_bad_input_gets_one_line(
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_the_run_that_is_read_is_not_written_to(run_py, tiny_run: RunDirectory) -> None:
+def test_analyses_do_not_write_to_the_run(run_py, tiny_run: RunDirectory) -> None:
     before = sorted(p.name for p in tiny_run.folder.iterdir())
     answer = run_py("job=occlusion", f"run={tiny_run.folder}", f"hydra.run.dir={tiny_run.folder}", *QUICK)
     assert answer.code == 1
@@ -91,7 +112,7 @@ class Confidence(Look):
         return figure
 
 
-def test_an_analysis_of_ones_own_is_one_class(tiny_run: RunDirectory, tmp_path: Path) -> None:
+def test_analysis_of_ones_own_is_one_class(tiny_run: RunDirectory, tmp_path: Path) -> None:
     config = used(tiny_run).config
     config = dataclasses.replace(config, job=Confidence(name="confidence", split="test", count=3))
     config.job.main(config, tmp_path / "out")

@@ -44,27 +44,27 @@ def test_disagreement_is_the_hamming_distance_of_three_valued_signs(
     rows: int, columns: int, seed: int
 ) -> None:
     signs = random_signs(rows, columns, seed)
-    found = disagreement(signs)
-    assert torch.equal(found, found.T)
+    result = disagreement(signs)
+    assert torch.equal(result, result.T)
     for i, j in itertools.product(range(rows), repeat=2):
         expected = sum(a != b for a, b in zip(signs[i].tolist(), signs[j].tolist(), strict=True)) / columns
-        assert float(found[i, j]) == pytest.approx(expected, abs=1e-6)
+        assert float(result[i, j]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_delta_is_the_mean_over_pairs_of_one_class() -> None:
+def test_compare_delta_is_the_mean_over_pairs_of_one_class() -> None:
     part, place = random_signs(5, 30, 1), random_signs(5, 30, 2)
     groups = torch.tensor([0, 1, 0, 1, 0])
     pairs = [(0, 2), (0, 4), (2, 4), (1, 3)]
     own, at_random = compare(part, place, groups, permutations=10, seed=0)
-    for found, signs in ((own, part), (at_random, place)):
+    for result, signs in ((own, part), (at_random, place)):
         shares = torch.tensor([(signs[i] != signs[j]).float().mean() for i, j in pairs])
-        assert found.pairs == 4
-        assert found.delta == pytest.approx(float(shares.mean()), abs=1e-6)
-        assert found.spread == pytest.approx(float(shares.std(correction=0)), abs=1e-6)
+        assert result.pairs == 4
+        assert result.delta == pytest.approx(float(shares.mean()), abs=1e-6)
+        assert result.spread == pytest.approx(float(shares.std(correction=0)), abs=1e-6)
     assert own.random_delta == at_random.delta
 
 
-def test_equal_changes_have_no_difference_and_a_small_p() -> None:
+def test_compare_equal_changes_have_delta_0_and_a_small_p() -> None:
     same = random_signs(1, 200, 3).expand(12, -1)
     place = random_signs(12, 200, 4)
     groups = torch.zeros(12, dtype=torch.int64)
@@ -75,23 +75,23 @@ def test_equal_changes_have_no_difference_and_a_small_p() -> None:
     assert own.p <= 2 / 501
 
 
-def test_p_is_spread_evenly_where_parts_are_random_places() -> None:
+def test_compare_p_is_uniform_where_parts_are_random_places() -> None:
     groups = torch.zeros(8, dtype=torch.int64)
-    found = [
+    result = [
         compare(random_signs(8, 60, 2 * k), random_signs(8, 60, 2 * k + 1), groups, 99, seed=k)[0].p
         for k in range(60)
     ]
-    values = torch.tensor(found)
+    values = torch.tensor(result)
     assert 0.35 < float(values.mean()) < 0.65
     assert float((values <= 0.2).float().mean()) < 0.4
 
 
-def test_classes_without_pairs_are_refused() -> None:
+def test_compare_refuses_classes_without_pairs() -> None:
     with pytest.raises(UserError, match="no two images of one class"):
         compare(random_signs(3, 5, 0), random_signs(3, 5, 1), torch.arange(3), 10, 0)
 
 
-def test_masks_hide_a_square_around_each_centre() -> None:
+def test_mask_hides_a_square_around_each_centre() -> None:
     images = torch.randn(2, 3, 12, 12)
     fill = torch.tensor([1.0, 2, 3])
     hidden = mask(images, torch.tensor([[4.5, 6.5], [0.0, 11.0]]), 4, fill)
@@ -104,22 +104,22 @@ def test_masks_hide_a_square_around_each_centre() -> None:
     assert changed[1, 0, 11]
 
 
-def test_signs_are_those_of_the_features_change_and_zero_where_nothing_changes() -> None:
-    model = network("no_pool")
+def test_sign_changes_are_those_of_the_features() -> None:
+    model = network("no_pool").chain
     images = pictures(model, 3)
     hidden = mask(images, torch.tensor([[8.0, 8], [16, 16], [24, 9]]), 6, torch.zeros(3))
-    found = sign_changes(model, images, hidden, ["conv1", "fc6"], batch_size=2)
+    result = sign_changes(model, images, hidden, ["conv1", "fc6"], batch_size=2)
     before, after = (model.activations(x, ["conv1", "fc6"]) for x in (images, hidden))
-    for layer, signs in found.items():
+    for layer, signs in result.items():
         expected = (before[layer] - after[layer]).flatten(1).sign()
         assert (signs == expected).float().mean() > 0.999
-    far = found["conv1"].view(3, 5, 32, 32)[0, :, 20:, 20:]  # beyond the reach of the mask
+    far = result["conv1"].view(3, 5, 32, 32)[0, :, 20:, 20:]  # beyond the reach of the mask
     assert (far == 0).all()
     none = sign_changes(model, images, images, ["fc6"], batch_size=2)["fc6"]
     assert (none == 0).all()
 
 
-def test_images_are_cut_to_their_boxes_and_quarters_lie_where_they_should() -> None:
+def test_cut_to_boxes_and_quarter_centres() -> None:
     image = torch.zeros(1, 3, 40, 40)
     box = torch.tensor([[10.0, 4.0, 20.0, 14.0]])
     image[0, 0, 10:20, 4:14] = 1
@@ -167,7 +167,7 @@ DATA = compose(*TINY).data
 
 
 @pytest.fixture
-def used() -> Any:
+def loaded() -> Any:
     """What is asked of a run: its preprocessing and its device."""
     runtime = SimpleNamespace(device=torch.device("cpu"), channels_last=True)
     return SimpleNamespace(metadata=SimpleNamespace(stored_size=64), data=DATA, runtime=runtime)
@@ -181,15 +181,15 @@ def _pictures(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "b.png")
 
 
-def test_points_follow_their_pixels_into_the_network(used: Any, tmp_path: Path) -> None:
+def test_read_points_follow_their_pixels_into_the_network(loaded: Any, tmp_path: Path) -> None:
     table = tmp_path / "points.csv"
     table.write_text("image,part,x,y\na.png,dot,75,25\nb.png,dot,1,62\n")
-    found = read_points(used, table)
-    y, x = found.parts["dot"][0].tolist()
+    result = read_points(loaded, table)
+    y, x = result.parts["dot"][0].tolist()
     assert (x, y) == pytest.approx((44, 20))  # 20 px are cut off on the left, the rest is 0.8 as large
-    lit = (found.inputs[0, 0] > 0).nonzero().float() + 0.5
+    lit = (result.inputs[0, 0] > 0).nonzero().float() + 0.5
     assert lit.mean(0).tolist() == pytest.approx([y, x], abs=0.6)
-    assert found.parts["dot"][1].tolist() == [62, 1]
+    assert result.parts["dot"][1].tolist() == [62, 1]
     stretched = replace(DATA, fit="stretch", crop_size=32)
     assert to_input_pixels((60, 40), (120, 80), 64, stretched) == (32, 32)
     assert to_input_pixels((30, 40), (120, 80), 64, stretched) == (32, 0)
@@ -211,11 +211,11 @@ def test_points_follow_their_pixels_into_the_network(used: Any, tmp_path: Path) 
         (["image,part,x,y", "a.png,eye,60,1", "c.png,eye,30,1"], "c.png cannot be read as an image"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_named(
-    used: Any, tmp_path: Path, lines: list[str], expected: str
+def test_read_points_names_what_is_wrong_with_a_table(
+    loaded: Any, tmp_path: Path, lines: list[str], expected: str
 ) -> None:
     (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError) as caught:
-        read_points(used, tmp_path / "points.csv")
+        read_points(loaded, tmp_path / "points.csv")
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)

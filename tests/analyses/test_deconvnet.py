@@ -15,7 +15,7 @@ from tests.explain.trained import read_csv
 from zfnet import load_run
 from zfnet.analyses.deconvnet import (
     CONTROLS,
-    Controls,
+    compare,
     dead_window_sensitivity,
     draw_controls,
     draw_projections,
@@ -33,34 +33,34 @@ from zfnet.runs.session import Stopped
 def test_rank_correlation_by_hand() -> None:
     a = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4], [1, 2, 2, 3], [5, 5, 5, 5]])
     b = torch.tensor([[1.0, 8, 27, 64], [4, 3, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4]])
-    found = rank_correlation(a, b)
+    result = rank_correlation(a, b)
     # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / √(4.5 · 5)
-    assert found[:3].tolist() == pytest.approx([1, -1, (4.5 / 5) ** 0.5])
-    assert found[3].isnan()
+    assert result[:3].tolist() == pytest.approx([1, -1, (4.5 / 5) ** 0.5])
+    assert result[3].isnan()
 
 
-def test_controls_of_a_random_network() -> None:
+def test_project_controls_of_a_random_network() -> None:
     model = network("pad")
     images = pictures(model, 3)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     units = torch.tensor([[0, 1, 1, 1], [1, 2, 1, 1], [2, 3, 0, 1]])
     deconvnet = Deconvnet(model)
     controls = project_controls(deconvnet, images, "conv4", units)
-    assert controls.others.keys() == CONTROLS.keys()
-    assert project_controls(deconvnet, images, "conv1", units).others.keys() == CONTROLS.keys() - {
+    assert controls.keys() == {"own", *CONTROLS}
+    assert project_controls(deconvnet, images, "conv1", units).keys() == {"own", *CONTROLS} - {
         "other_switches"  # there is no pooling below conv1
     }
     own = deconvnet.project(images, "conv4", units, seeds=torch.ones(3))
-    assert torch.equal(controls.own, own)
-    for other in controls.others.values():
+    assert torch.equal(controls.pop("own"), own)
+    for other in controls.values():
         assert other.abs().sum() > 0
         assert not torch.allclose(other, own)
     again = project_controls(deconvnet, images, "conv4", units)
-    assert all(torch.equal(again.others[k], v) for k, v in controls.others.items())
+    assert all(torch.equal(again[k], v) for k, v in controls.items())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_dead_windows_matter_above_a_pooling_and_not_below() -> None:
+def test_dead_window_sensitivity_above_and_below_a_pooling() -> None:
     model = network("pad")
     images = pictures(model, 2)
     strongest = {}
@@ -80,26 +80,26 @@ def test_dead_windows_matter_above_a_pooling_and_not_below() -> None:
     assert silent["mask"] == {"relative_change": None, "cosine": None}
 
 
-def test_similarity_of_equal_and_of_constant_projections() -> None:
+def test_compare_equal_and_constant_projections() -> None:
     own = torch.randn(4, 3, 5, 5)
-    found = Controls(own, {"same": own.clone(), "negated": -own, "empty": torch.zeros_like(own)}).similarity()
-    assert found["same"]["rank_correlation"] == pytest.approx(1)
-    assert found["negated"]["rank_correlation"] == pytest.approx(-1)
-    assert found["negated"]["rank_correlation_abs"] == pytest.approx(1)
-    assert found["empty"]["units"] == 0
-    assert found["empty"]["rank_correlation"] is None
+    result = compare({"own": own, "same": own.clone(), "negated": -own, "empty": torch.zeros_like(own)})
+    assert result["same"]["rank_correlation"] == pytest.approx(1)
+    assert result["negated"]["rank_correlation"] == pytest.approx(-1)
+    assert result["negated"]["rank_correlation_abs"] == pytest.approx(1)
+    assert result["empty"]["units"] == 0
+    assert result["empty"]["rank_correlation"] is None
 
 
-def test_shuffled_weights_are_the_same_numbers() -> None:
+def test_shuffle_weights_keeps_the_numbers() -> None:
     model = network("pad")
-    twin = shuffle_weights(model, "conv3")
+    twin = shuffle_weights(model.chain, "conv3").model
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a.flatten().sort().values, b.flatten().sort().values)
     assert not torch.equal(model.conv3.weight, twin.conv3.weight)
     assert torch.equal(model.conv4.weight, twin.conv4.weight)
 
 
-def test_projections_left_patches_right_and_every_map_named() -> None:
+def test_draw_projections_left_patches_right_and_every_map_named() -> None:
     left = [torch.full((4, 7, 7, 3), 10 * n, dtype=torch.uint8) for n in (1, 2, 3)]
     right = [torch.full((4, 7, 7, 3), 100 + 10 * n, dtype=torch.uint8) for n in (1, 2, 3)]
     figure = draw_projections("conv9", [5, 17, 200], left, right)
@@ -115,7 +115,7 @@ def test_projections_left_patches_right_and_every_map_named() -> None:
         assert shades == {int(tiles[0, 0, 0, 0]) for tiles in expected}
 
 
-def test_controls_that_do_not_apply_have_no_bar() -> None:
+def test_draw_controls_without_those_that_do_not_apply() -> None:
     row = {"units": 3, "rank_correlation": 0.5, "rank_correlation_std": 0.1}
     none = {"units": 0, "rank_correlation": None, "rank_correlation_std": None}
     figure = draw_controls(
@@ -152,7 +152,9 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_all_it_writes_and_going_on_after_a_stop(run_py, tiny_run, tmp_path: Path, monkeypatch) -> None:
+def test_deconvnet_job_writes_all_and_continues_after_a_stop(
+    run_py, tiny_run, tmp_path: Path, monkeypatch
+) -> None:
     before = files(tiny_run.folder)
     answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=whole")
     assert (answer.code, answer.err) == (0, "")
@@ -221,7 +223,7 @@ def test_all_it_writes_and_going_on_after_a_stop(run_py, tiny_run, tmp_path: Pat
     )
 
 
-def test_the_runs_own_directory_is_refused(run_py, tiny_run) -> None:
+def test_deconvnet_job_refuses_the_runs_own_directory(run_py, tiny_run) -> None:
     answer = run_py(*SMALL, f"run={tiny_run.folder}", f"hydra.run.dir={tiny_run.folder}")
     assert answer.code == 1
     assert "choose another directory" in answer.err

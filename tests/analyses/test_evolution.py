@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from zfnet.training.snapshots import list_snapshots
 
 from tests.explain.trained import Trained, read_csv
 from zfnet.analyses.evolution import correlation, project_strongest, sample_maps, view_epoch
 from zfnet.data import Batches
 from zfnet.explain import Deconvnet
 from zfnet.runs.weights import load_model
+from zfnet.training.callbacks import list_snapshots
 
 
 def test_correlation_is_that_of_columns() -> None:
@@ -22,15 +22,15 @@ def test_correlation_is_that_of_columns() -> None:
     a, b = (torch.randn(30, 4, generator=generator) for _ in range(2))
     b[:, 1], b[:, 2], a[:, 3] = 2 * a[:, 1] + 1, -a[:, 2], 5
     expected = np.corrcoef(a[:, 0].numpy(), b[:, 0].numpy())[0, 1]
-    found = correlation(a, b)
-    torch.testing.assert_close(found[:3], torch.tensor([expected, 1, -1], dtype=torch.float64))
-    assert found[3].isnan()
+    result = correlation(a, b)
+    torch.testing.assert_close(result[:3], torch.tensor([expected, 1, -1], dtype=torch.float64))
+    assert result[3].isnan()
 
 
 def test_view_epoch_finds_and_projects_the_strongest_activation_of_all(trained: Trained) -> None:
     images, data = trained.images.take(torch.arange(60)), trained.run.read_config().data
     seen = view_epoch(
-        trained.model,
+        trained.model.chain,
         images,
         lambda s: Batches(s, data, torch.device("cpu")),
         trained.inputs[:10],
@@ -43,13 +43,17 @@ def test_view_epoch_finds_and_projects_the_strongest_activation_of_all(trained: 
         torch.testing.assert_close(seen.responses[layer], maps[:10].amax((2, 3)), rtol=1e-4, atol=1e-5)
         number = int(maps.amax((0, 2, 3)).argmax())
         image, y, x = np.unravel_index(int(maps[:, number].argmax()), maps[:, number].shape)
-        found = project_strongest(
-            trained.model, layer, seen.strongest[layer], torch.tensor([number]), lambda i: trained.inputs[i]
+        result = project_strongest(
+            trained.model.chain,
+            layer,
+            seen.strongest[layer],
+            torch.tensor([number]),
+            lambda i: trained.inputs[i],
         )
         deconvnet = Deconvnet(trained.model)
         project = deconvnet.project_fields if layer == "conv2" else deconvnet.project
         expected = project(trained.inputs[image : image + 1], layer, [(0, number, int(y), int(x))])
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_sample_maps_samples_maps_that_are_alive() -> None:

@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from tests.explain.networks import network
 from tests.explain.trained import Trained, read_csv
-from zfnet.analyses.filters import aliasing_energy, in_pixel_units, measure_filters, radial_spectrum
+from zfnet.analyses.filters import (
+    aliasing_energy,
+    draw_filters,
+    in_pixel_units,
+    measure_filters,
+    radial_spectrum,
+)
 from zfnet.data import Batch
+from zfnet.model import Chain
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import load_model
 
@@ -43,7 +51,7 @@ def test_aliasing_energy_of_filters_that_one_knows() -> None:
     assert float(aliasing_energy(zeros, 2)) == 0
 
 
-def test_the_spectrum_of_a_wave_is_at_its_frequency() -> None:
+def test_radial_spectrum_of_a_wave_is_at_its_frequency() -> None:
     wave = torch.cos(2 * torch.pi * 0.25 * torch.arange(16.0, dtype=torch.float64)).expand(1, 3, 16, 16)
     impulse = torch.zeros_like(wave)
     impulse[..., 7, 7] = 3
@@ -55,7 +63,7 @@ def test_the_spectrum_of_a_wave_is_at_its_frequency() -> None:
     assert density[1].argmax() == 0
 
 
-def test_dead_and_flat_filters_are_found() -> None:
+def test_measure_filters_finds_dead_and_flat_ones() -> None:
     model = network("no_pool")
     with torch.no_grad():
         model.conv1.bias[:] = 0.1
@@ -65,14 +73,27 @@ def test_dead_and_flat_filters_are_found() -> None:
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     nothing = torch.zeros(2, dtype=torch.int64)
     batches = [Batch(part, nothing, nothing, 0, 2) for part in images.split(2)]
-    found = measure_filters(model, batches)
-    assert found.dead.tolist() == [False, True, False, False, False]
-    assert found.flat.tolist() == [False, True, False, True, False]
+    result = measure_filters(model.chain, batches)
+    assert result.dead.tolist() == [False, True, False, False, False]
+    assert result.flat.tolist() == [False, True, False, True, False]
     with torch.no_grad():
         peaks = model.activations(images, ["conv1"])["conv1"].amax((0, 2, 3))
-        torch.testing.assert_close(found.peak, peaks, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(found.rms[0], model.conv1.weight[0].square().mean().sqrt())
-    torch.testing.assert_close(in_pixel_units(found.rms, [0.5, 0.5, 0.5]), found.rms / 127.5)
+        torch.testing.assert_close(result.peak, peaks, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(result.rms[0], model.conv1.weight[0].square().mean().sqrt())
+    torch.testing.assert_close(in_pixel_units(result.rms, [0.5, 0.5, 0.5]), result.rms / 127.5)
+
+
+def test_measure_filters_that_are_not_square() -> None:
+    torch.manual_seed(0)
+    chain = Chain(nn.Sequential(nn.Conv2d(3, 4, (3, 5), (1, 2)), nn.ReLU()), 12)
+    nothing = torch.zeros(2, dtype=torch.int64)
+    result = measure_filters(chain, [Batch(torch.randn(2, 3, 12, 12), nothing, nothing, 0, 2)])
+    assert str(result) == "4 filters 3×5, stride 2"
+    turned = aliasing_energy(result.weight.transpose(2, 3), (2, 1))
+    torch.testing.assert_close(result.aliasing, turned)
+    assert (aliasing_energy(result.weight, 1) < result.aliasing).all()
+    assert (result.aliasing < aliasing_energy(result.weight, 2)).all()
+    draw_filters({"A": result}, 0.1)
 
 
 def test_filters_of_two_runs_stand_side_by_side(run_py, tiny_run: RunDirectory, trained: Trained) -> None:

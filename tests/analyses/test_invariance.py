@@ -24,20 +24,20 @@ from zfnet.runs.directory import RunDirectory
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_the_identity_changes_nothing_to_the_bit(transform: str) -> None:
-    model = network("no_pool")
+def test_transform_images_by_the_identity_changes_no_bit(transform: str) -> None:
+    model = network("no_pool").chain
     images, labels = pictures(model, 3), torch.tensor([0, 1, 2])
     amounts = make_amounts(32, 0.3, 1.8, 350, 5)
     moved = transform_images(images, transform, amounts[transform])
     origin = int((amounts[transform] == identity(transform)).nonzero())
     assert torch.equal(moved[:, origin], images)
-    found = measure(model, images, labels, amounts, ["conv1", "fc7"], batch_size=7)[transform]
-    for distances in found.distances.values():
+    result = measure(model, images, labels, amounts, ["conv1", "fc7"], batch_size=7)[transform]
+    for distances in result.distances.values():
         assert (distances[:, origin] == 0).all()
         assert (distances.sum(0) > 0).sum() == len(amounts[transform]) - 1
 
 
-def test_translations_by_whole_pixels_move_pixels() -> None:
+def test_transform_images_by_whole_pixels() -> None:
     images = torch.randn(2, 3, 20, 20, dtype=torch.float64)
     moved = transform_images(images, "vertical translation", torch.tensor([-4.0, 0, 3]))
     torch.testing.assert_close(moved[:, 2, :, 3:], images[:, :, :-3], rtol=0, atol=1e-4)
@@ -47,7 +47,7 @@ def test_translations_by_whole_pixels_move_pixels() -> None:
     torch.testing.assert_close(sideways[:, 0, :, :, 5:], images[..., :-5], rtol=0, atol=1e-4)
 
 
-def test_quarter_turns_are_counter_clockwise_and_scaling_enlarges() -> None:
+def test_transform_images_turns_counter_clockwise_and_enlarges() -> None:
     images = torch.randn(1, 3, 20, 20, dtype=torch.float64)
     turned = transform_images(images, "rotation", torch.tensor([0.0, 90, 180]))[0]
     torch.testing.assert_close(turned[1], images[0].rot90(1, (1, 2)), rtol=0, atol=1e-4)
@@ -57,12 +57,12 @@ def test_quarter_turns_are_counter_clockwise_and_scaling_enlarges() -> None:
     assert transform_images(wide, "scale", torch.tensor([2.0]))[0, 0, 0].sum() == pytest.approx(64)
 
 
-def test_distances_are_those_of_one_image_at_a_time() -> None:
-    model = network("no_pool")
+def test_measure_equals_one_image_at_a_time() -> None:
+    model = network("no_pool").chain
     images, labels = pictures(model, 3), torch.tensor([3, 1, 2])
     amounts = make_amounts(32, 0.25, 1.5, 90, 4)
-    found = measure(model, images, labels, amounts, ["conv2"], batch_size=1000)
-    for transform, curves in found.items():
+    result = measure(model, images, labels, amounts, ["conv2"], batch_size=1000)
+    for transform, curves in result.items():
         for n, k in itertools.product(range(3), range(len(curves.amounts))):
             moved = transform_images(images[n : n + 1], transform, curves.amounts[k : k + 1])[0]
             there, here = (model.activations(x, ["conv2", "fc8"]) for x in (moved, images[n : n + 1]))
@@ -72,8 +72,8 @@ def test_distances_are_those_of_one_image_at_a_time() -> None:
             torch.testing.assert_close(curves.probability[n, k], chance)
 
 
-def test_the_unit_of_distance_is_that_of_all_pairs() -> None:
-    model = network("no_pool")
+def test_typical_distance_is_that_of_all_pairs() -> None:
+    model = network("no_pool").chain
     images = pictures(model, 5)
     features = model.activations(images, ["conv5"])["conv5"].flatten(1).detach()
     squares = [(a - b).square().sum() for a, b in itertools.combinations(features, 2)]
@@ -81,7 +81,7 @@ def test_the_unit_of_distance_is_that_of_all_pairs() -> None:
     assert typical_distance(model, images, ["conv5"], batch_size=2)["conv5"] == pytest.approx(expected)
 
 
-def test_amounts_hold_the_identity_once_and_reach_the_limits() -> None:
+def test_make_amounts_hold_the_identity_once_and_reach_the_limits() -> None:
     amounts = make_amounts(224, 60 / 224, 1.8, 350, 25)
     assert amounts["vertical translation"].min() == -60
     assert amounts["vertical translation"].max() == 60
@@ -93,13 +93,13 @@ def test_amounts_hold_the_identity_once_and_reach_the_limits() -> None:
         assert len(values.unique()) == len(values)
 
 
-def test_a_trained_network_suffers_most_from_turns_it_never_saw(trained: Trained) -> None:
+def test_measure_of_a_trained_network_is_lowest_for_turns(trained: Trained) -> None:
     """Shapes are drawn upright (±17°) at any place: so turning costs more than shifting (paper, section 4.1)."""
     images, labels, _ = trained.correctly_classified(40)
-    found = measure(
-        trained.model, images, labels, make_amounts(64, 0.1, 1.2, 90, 3), ["conv1"], batch_size=256
+    result = measure(
+        trained.model.chain, images, labels, make_amounts(64, 0.1, 1.2, 90, 3), ["conv1"], batch_size=256
     )
-    mean = {transform: curves.probability.mean(0).min() for transform, curves in found.items()}
+    mean = {transform: curves.probability.mean(0).min() for transform, curves in result.items()}
     assert mean["rotation"] < mean["vertical translation"]
 
 

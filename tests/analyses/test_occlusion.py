@@ -11,83 +11,89 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import nn
 
 from tests.explain.networks import network, pictures
 from tests.explain.trained import Trained, read_csv
-from zfnet.analyses.occlusion import centres_in_boxes, inside_and_outside, occlude, square_starts
+from zfnet.analyses.occlusion import inside_and_outside, occlude, square_starts
 from zfnet.config.errors import UserError
+from zfnet.explain.selection import in_boxes
+from zfnet.model.chain import OUTPUT, Chain
 from zfnet.runs.directory import RunDirectory
 
 FILL = torch.tensor([0.3, -0.2, 0.1])
 
 
-def test_batches_equal_a_plain_loop() -> None:
-    model = network("no_pool")
+def test_occlude_equals_a_plain_loop() -> None:
+    model = network("no_pool").chain
     images, labels = pictures(model), torch.tensor([1, 3])
-    found = occlude(model, images, labels, patch=12, stride=9, fill=FILL, batch_size=7)
-    starts = found.starts.tolist()
+    result = occlude(model, images, labels, layer="conv5", patch=12, stride=9, fill=FILL, batch_size=7)
+    starts = result.starts.tolist()
     assert starts == [-3, 6, 15, 24]
     for n, image in enumerate(images):
         maps = model.activations(image[None], ["conv5"])["conv5"][0]
         channel = int(maps.sum((1, 2)).argmax())
-        assert channel == found.channel[n]
-        assert maps[channel].max() == maps[channel, found.peak[n, 0], found.peak[n, 1]]
+        assert channel == result.channel[n]
+        assert maps[channel].max() == maps[channel, result.peak[n, 0], result.peak[n, 1]]
         for y, top in enumerate(starts):
             for x, left in enumerate(starts):
                 hidden = image.clone()
                 hidden[:, max(0, top) : top + 12, max(0, left) : left + 12] = FILL[:, None, None]
                 answer = model.activations(hidden[None], ["conv5", "fc8"])
                 chances = answer["fc8"][0].softmax(0)
-                torch.testing.assert_close(found.occluded.probability[n, y, x], chances[labels[n]])
-                torch.testing.assert_close(found.occluded.confidence[n, y, x], chances.max())
-                assert found.occluded.predicted[n, y, x] == chances.argmax()
+                torch.testing.assert_close(result.occluded.probability[n, y, x], chances[labels[n]])
+                torch.testing.assert_close(result.occluded.confidence[n, y, x], chances.max())
+                assert result.occluded.predicted[n, y, x] == chances.argmax()
                 torch.testing.assert_close(
-                    found.occluded.activation[n, y, x], answer["conv5"][0, channel].sum()
+                    result.occluded.activation[n, y, x], answer["conv5"][0, channel].sum()
                 )
 
 
-class Linear2(nn.Module):
+class Linear2(Chain):
     """A linear network of two classes: the logit of class 1 is ⟨w, x⟩, that of class 0 is 0; its one map is w·x."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
         self.weight = weight
-        self.layers = ["conv5", "fc8"]
 
     def activations(self, images: torch.Tensor, layers: list[str]) -> dict[str, torch.Tensor]:
         products = (images * self.weight).sum(1, keepdim=True)
         score = products.sum((1, 2, 3))
-        found = {"conv5": products, "fc8": torch.stack([torch.zeros_like(score), score], 1)}
-        return {layer: found[layer] for layer in layers}
+        result = {"conv5": products, OUTPUT: torch.stack([torch.zeros_like(score), score], 1)}
+        return {layer: result[layer] for layer in layers}
 
 
-def test_of_a_linear_network_the_drop_is_the_hidden_products() -> None:
+def test_occlude_of_a_linear_network_drops_by_the_hidden_products() -> None:
     generator = torch.Generator().manual_seed(3)
     weight, image = (torch.randn(3, 12, 12, generator=generator, dtype=torch.float64) for _ in range(2))
-    found = occlude(
-        Linear2(0.1 * weight), image[None], torch.tensor([1]), patch=4, stride=4, fill=FILL, batch_size=5
+    result = occlude(
+        Linear2(0.1 * weight),
+        image[None],
+        torch.tensor([1]),
+        layer="conv5",
+        patch=4,
+        stride=4,
+        fill=FILL,
+        batch_size=5,
     )
     change = 0.1 * weight * (image - FILL[:, None, None].double())
     expected = change.unfold(1, 4, 4).unfold(2, 4, 4).sum((0, 3, 4))
-    torch.testing.assert_close(found.whole.activation[0] - found.occluded.activation[0], expected)
+    torch.testing.assert_close(result.whole.activation[0] - result.occluded.activation[0], expected)
     torch.testing.assert_close(
-        found.whole.probability.logit() - found.occluded.probability[0].logit(), expected
+        result.whole.probability.logit() - result.occluded.probability[0].logit(), expected
     )
 
 
-def test_labels_agree_with_probabilities() -> None:
-    model = network("no_pool")
+def test_occlude_labels_agree_with_probabilities() -> None:
+    model = network("no_pool").chain
     images, labels = pictures(model, 3), torch.tensor([0, 1, 2])
-    found = occlude(model, images, labels, patch=9, stride=4, fill=FILL, batch_size=64)
-    named = found.occluded.predicted == labels[:, None, None]
-    assert torch.equal(found.occluded.confidence[named], found.occluded.probability[named])
-    assert (found.occluded.confidence[~named] > found.occluded.probability[~named]).all()
-    assert (found.occluded.confidence >= 1 / 4).all()
+    result = occlude(model, images, labels, layer="conv5", patch=9, stride=4, fill=FILL, batch_size=64)
+    named = result.occluded.predicted == labels[:, None, None]
+    assert torch.equal(result.occluded.confidence[named], result.occluded.probability[named])
+    assert (result.occluded.confidence[~named] > result.occluded.probability[~named]).all()
+    assert (result.occluded.confidence >= 1 / 4).all()
 
 
 @given(st.integers(2, 70), st.data())
-def test_places_cover_every_pixel_evenly(size: int, data: st.DataObject) -> None:
+def test_square_starts_cover_every_pixel_evenly(size: int, data: st.DataObject) -> None:
     patch = data.draw(st.integers(1, size - 1))
     stride = data.draw(st.integers(1, patch))
     starts = square_starts(size, patch, stride).tolist()
@@ -105,25 +111,36 @@ def test_places_cover_every_pixel_evenly(size: int, data: st.DataObject) -> None
         (4, 5, "job.stride=5"),
     ],
 )
-def test_a_square_that_hides_all_or_leaves_gaps_is_refused(patch: int, stride: int, message: str) -> None:
+def test_square_starts_refuses_squares_that_hide_all_or_leave_gaps(
+    patch: int, stride: int, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         square_starts(16, patch, stride)
 
 
-def test_what_matters_to_a_trained_network_is_the_object(trained: Trained) -> None:
+def test_occlude_of_a_trained_network_finds_the_object(trained: Trained) -> None:
     """The probability falls inside the object's box, more than it does inside the boxes of other images."""
     images, labels, boxes = trained.correctly_classified(24)
-    found = occlude(trained.model, images, labels, patch=16, stride=8, fill=torch.zeros(3), batch_size=256)
+    result = occlude(
+        trained.model.chain,
+        images,
+        labels,
+        layer="conv5",
+        patch=16,
+        stride=8,
+        fill=torch.zeros(3),
+        batch_size=256,
+    )
 
     def gap(boxes: torch.Tensor) -> float:
-        inside = centres_in_boxes(found.starts, found.patch, boxes)
-        within, outside = inside_and_outside(found.occluded.probability, inside)
+        inside = in_boxes(result.starts + result.patch / 2, boxes)
+        within, outside = inside_and_outside(result.occluded.probability, inside)
         return float((outside - within).mean())
 
     chance = [gap(boxes.roll(k, 0)) for k in range(1, len(boxes))]
     assert gap(boxes) > max(chance)
-    lowest = found.occluded.probability.flatten(1).argmin(1)
-    inside = centres_in_boxes(found.starts, found.patch, boxes).flatten(1)
+    lowest = result.occluded.probability.flatten(1).argmin(1)
+    inside = in_boxes(result.starts + result.patch / 2, boxes).flatten(1)
     assert inside[torch.arange(len(boxes)), lowest].float().mean() > 1.5 * inside.float().mean()
 
 

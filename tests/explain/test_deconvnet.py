@@ -214,7 +214,7 @@ def test_project_without_units() -> None:
 @pytest.mark.parametrize(
     ("layer", "units", "message"),
     [
-        ("conv6", [(0, 0, 0, 0)], "conv6: no such layer"),
+        ("conv6", [(0, 0, 0, 0)], "the network has no layer conv6"),
         ("conv1", [(0, 5, 0, 0)], "conv1: channel 5 is out of range, 0 … 4"),
         ("conv1", [(2, 0, 0, 0)], "conv1: image 2 is out of range, 0 … 1"),
         ("conv1", [(0, 0, 99, 0)], "conv1: y 99 is out of range"),

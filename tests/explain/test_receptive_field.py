@@ -53,9 +53,9 @@ def test_receptive_box_holds_exactly_the_pixels_that_matter(name: str) -> None:
 
 
 def test_receptive_field_refuses_layers_without_one() -> None:
-    with pytest.raises(UserError, match="fc7: no such convolution layer"):
+    with pytest.raises(UserError, match="the network has no convolution fc7"):
         receptive_field(network(), "fc7")
-    with pytest.raises(UserError, match="conv3: no such convolution layer"):
+    with pytest.raises(UserError, match="the network has no convolution conv3"):
         receptive_field(network("no_layers"), "conv3")
     with pytest.raises(UserError, match="outside conv5's"):
         receptive_box(network(), "conv5", 50, 0)

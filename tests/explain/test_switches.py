@@ -16,13 +16,7 @@ from zfnet.explain.switches import DEAD_WINDOWS, pool_with_switches, unpool
 def test_pool_with_switches_worked_example() -> None:
     """3×3/2 windows on 5×5 cells; the 9 in the middle is the maximum of all four and gets what all four bring."""
     x = torch.tensor(
-        [
-            [1.0, 2, 3, 0, 1],
-            [0, 1, 0, 2, 0],
-            [2, 0, 9, 0, 3],
-            [1, 0, 0, 1, 0],
-            [0, 5, 1, 0, 9.5],
-        ]
+        [[1.0, 2, 3, 0, 1], [0, 1, 0, 2, 0], [2, 0, 9, 0, 3], [1, 0, 0, 1, 0], [0, 5, 1, 0, 9.5]]
     )[None, None]
     pool = nn.MaxPool2d(3, 2)
     pooled, switches = pool_with_switches(x, pool)

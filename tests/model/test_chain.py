@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from tests.explain.networks import NETWORKS, chain, pictures
 from tests.helpers import tiny_model_config
 from zfnet.config.errors import UserError
+from zfnet.explain import Deconvnet
 from zfnet.model import Chain, ZFNet
+from zfnet.model.chain import OUTPUT
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -31,6 +33,7 @@ def test_activations_are_those_of_the_forward_pass(name: str) -> None:
     outputs = model.activations(images, model.layers)
     assert list(outputs) == model.layers
     assert torch.equal(outputs[model.layers[-1]], logits)
+    assert torch.equal(model.activations(images, [model.layers[-1], OUTPUT])[OUTPUT], logits)
     assert logits.shape == (2, model.num_classes)
     for layer in model.layers:
         assert any(torch.equal(outputs[layer], output) for output in expected[layer])
@@ -60,6 +63,20 @@ def test_layers_of_torchvision_and_of_a_users_network() -> None:
     ]  # fmt: skip
     assert [step.name for step in mixed.steps][-7:-4] == ["last", "the flatten after last", "head.0"]
     assert mixed.channels == 1
+
+
+def test_output_is_what_the_network_returns_where_that_is_no_layers_output() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    chain, images = Chain(model, 8), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    outputs = chain.activations(images, ["0", OUTPUT])
+    assert outputs["0"].shape == (2, 4, 6, 6)
+    assert torch.equal(outputs[OUTPUT], model(images))
+    seeds = torch.ones(2)
+    projections = Deconvnet(chain, "gradient").project(images, OUTPUT, [(0, 1), (1, 3)], seeds=seeds)
+    images.requires_grad_()
+    logits = model(images)
+    (expected,) = torch.autograd.grad(logits[0, 1] + logits[1, 3], images)
+    torch.testing.assert_close(projections, expected)
 
 
 def test_chain_leaves_the_model_as_it_was() -> None:
@@ -132,6 +149,7 @@ class Twice(nn.Module):
         (Functions(lambda x: x), r"cannot take 3×8×8 images: after conv \(Conv2d\): mat1 and mat2"),
         (nn.Sequential(nn.Conv2d(3, 2, 3), nn.MaxPool2d(2, return_indices=True)), r"1 \(MaxPool2d\): returns a tuple"),
         (Twice(), r"conv \(Conv2d\): is used twice"),
+        (nn.ModuleDict({"a/b": nn.Conv2d(3, 2, 3)}), "a/b: rename this module"),
         (nn.Sequential(nn.ReLU()), "Sequential: the network has no convolution or linear layer"),
     ],
 )  # fmt: skip
@@ -148,7 +166,7 @@ def test_chain_refuses_branches() -> None:
 
 
 def test_up_to_names_the_layers() -> None:
-    with pytest.raises(UserError, match=r"features.1: no such layer; did you mean 'features\.10'"):
+    with pytest.raises(UserError, match=r"the network has no layer features.1; did you mean 'features\.10'"):
         chain("alexnet").up_to("features.1")
     with pytest.raises(UserError, match="Mixed: its image size is not known"):
         Chain.of(chain("mixed").model)

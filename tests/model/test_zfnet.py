@@ -11,7 +11,7 @@ from torch import nn
 from tests.helpers import compose, tiny_model_config
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Conv, Linear, ModelConfig
-from zfnet.model.zfnet import Pool, ZFNet, feature_sizes, pool_of
+from zfnet.model.zfnet import ZFNet, feature_sizes, pool_of
 
 
 class BlogZFNet(nn.Module):
@@ -142,7 +142,7 @@ def test_activations_are_the_forward_pass(norm: str) -> None:
     first = model.conv1(images) if norm != "batch" else model.norm1(model.conv1(images))
     assert torch.equal(outputs["conv1"], first.relu())
     assert torch.equal(outputs["fc8"], model.fc8(outputs["fc7"]))
-    with pytest.raises(UserError, match=r"conv6: no such layer; did you mean 'conv"):
+    with pytest.raises(UserError, match=r"the network has no layer conv6; did you mean 'conv"):
         model.activations(images, ["conv6"])
 
 
@@ -178,18 +178,6 @@ def test_zfnet_initialisations() -> None:
             assert deviation["fc7.weight"] == pytest.approx((2 / 300) ** 0.5, rel=0.05)
         biases = torch.cat([p for n, p in model.named_parameters() if n.endswith("bias")])
         assert (biases == 0).all().item() is (init != "default")
-
-
-@pytest.mark.parametrize("padding", [0, 1])
-@pytest.mark.parametrize("ceil", [False, True])
-def test_pool_size_is_pytorchs(padding: int, ceil: bool) -> None:
-    for n in range(1, 80):
-        try:
-            x = torch.empty(1, 1, n, n, device="meta")
-            theirs = nn.MaxPool2d(3, 2, padding, ceil_mode=ceil)(x).shape[-1]
-        except RuntimeError:
-            theirs = 0
-        assert Pool(padding, ceil).size(n) == theirs
 
 
 convs = st.builds(
@@ -261,9 +249,14 @@ def test_feature_sizes_of_the_paper() -> None:
 
 
 def test_pool_of_each_pooling_mode() -> None:
-    assert pool_of(ModelConfig(), "conv1") == Pool(1, False)
-    assert pool_of(ModelConfig(), "conv5") == Pool(0, False)
-    assert pool_of(ModelConfig(pooling="ceil"), "conv1") == Pool(0, True)
+    pools = [
+        pool_of(ModelConfig(), "conv1"),
+        pool_of(ModelConfig(), "conv5"),
+        pool_of(ModelConfig(pooling="ceil"), "conv1"),
+    ]
+    assert [(p.kernel_size, p.stride, p.padding, p.ceil_mode) for p in pools] == [
+        (3, 2, 1, False), (3, 2, 0, False), (3, 2, 0, True)
+    ]  # fmt: skip
     assert pool_of(ModelConfig(), "conv3") is None
 
 

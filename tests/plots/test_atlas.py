@@ -39,14 +39,14 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
         0, 256, (16, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     images = image_set(pixels.numpy(), torch.arange(16) % 4, CLASSES)
-    found = collect(
+    result = collect(
         model,
         images,
         lambda part: Batches(part, data, torch.device("cpu")),
         ["conv1", "conv5"],
         TopActivations(4, 4),
     )
-    return Atlas("tiny <net>", "test", Deconvnet(model), images, data, found)
+    return Atlas("tiny <net>", "test", Deconvnet(model), images, data, result)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def page(atlas: Atlas, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_atlas(atlas, tmp_path_factory.mktemp("atlas"))
 
 
-def test_the_pages_numbers_are_the_searchs(atlas: Atlas, page: Path) -> None:
+def test_atlas_numbers_are_the_searchs(atlas: Atlas, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     metadata = json.loads(re.search(r'id="metadata">(.*?)</script>', text, re.S)[1])
     assert [len(layer["maps"]) for layer in metadata["layers"]] == [12, 6]
@@ -73,14 +73,14 @@ def test_the_pages_numbers_are_the_searchs(atlas: Atlas, page: Path) -> None:
     assert not (page.parent / "maps/conv1/3.webp").exists()
 
 
-def test_nothing_is_fetched_from_elsewhere(page: Path) -> None:
+def test_atlas_fetches_nothing_from_elsewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"https?:|//\w|<link(?! rel=\"icon\" href=\"data:,\")|@import", text)
     assert "<b>bold" not in text
     assert text.count("</script>") == 2
 
 
-def test_patches_and_images_are_the_sets_own(atlas: Atlas, page: Path) -> None:
+def test_atlas_patches_and_images_are_the_sets_own(atlas: Atlas, page: Path) -> None:
     """The lower row of a map's picture shows what the network sees; 7 px frames are stored without loss."""
     record = atlas.search.layers["conv1"]
     n, y, x = record.places()[0, 0].tolist()
@@ -96,7 +96,7 @@ def test_patches_and_images_are_the_sets_own(atlas: Atlas, page: Path) -> None:
     assert np.array_equal(picture[7:, :7], patch)
 
 
-def test_a_stopped_atlas_goes_on(atlas: Atlas, page: Path, tmp_path: Path) -> None:
+def test_write_atlas_continues_after_a_stop(atlas: Atlas, page: Path, tmp_path: Path) -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
@@ -113,7 +113,7 @@ def test_a_stopped_atlas_goes_on(atlas: Atlas, page: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-def test_in_a_browser(page: Path, tmp_path: Path) -> None:
+def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
     with browser(tmp_path / "profile") as b:
 
         def cards() -> list[str]:

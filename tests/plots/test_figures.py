@@ -30,7 +30,7 @@ def test_styled_uses_the_style_and_leaves_the_callers_settings() -> None:
 
 
 @pytest.mark.parametrize("name", ["$x$", r"a $\nonsense$", "5 $", "$$"])
-def test_plain_names_are_no_formulas(tmp_path: Path, name: str) -> None:
+def test_plain_keeps_dollar_signs_from_being_formulas(tmp_path: Path, name: str) -> None:
     axis, _ = draw([name, "b"])
     save_figure(axis.figure, tmp_path / "x.png")  # a formula that is none would raise
     assert Image.open(tmp_path / "x.png").width > 200

@@ -15,7 +15,7 @@ def test_to_pixels_undoes_preprocess() -> None:
     assert torch.equal(to_pixels(preprocess(pixels, data), data), pixels)
 
 
-def test_no_signal_is_grey_and_each_projection_is_stretched_for_itself() -> None:
+def test_on_grey_scales_each_projection_for_itself() -> None:
     projections = torch.zeros(3, 3, 4, 4)
     projections[0, :, 0, 0] = torch.tensor([1.0, -1.0, 0.5])
     projections[1] = 1e-6 * projections[0]
@@ -26,7 +26,7 @@ def test_no_signal_is_grey_and_each_projection_is_stretched_for_itself() -> None
     assert (shown[0, 1:] == GREY).all()
 
 
-def test_a_bright_pixel_does_not_hide_the_others() -> None:
+def test_on_grey_clips_a_bright_pixel() -> None:
     projection = torch.ones(1, 3, 40, 40)
     projection[0, 0, 0, 0] = 1e6
     assert on_grey(projection).float().mean() > 250

@@ -16,7 +16,7 @@ from zfnet.plots.results import draw_confusion, draw_curves, draw_per_class, dra
 from zfnet.training.metrics import Evaluation, EvaluationSums
 
 
-def found(count: int, classes: int) -> Evaluation:
+def evaluation_of(count: int, classes: int) -> Evaluation:
     sums, generator = EvaluationSums(), torch.Generator().manual_seed(0)
     sums.add(torch.randn(count, classes, generator=generator), torch.arange(count) % classes)
     return sums.result()
@@ -33,7 +33,7 @@ def history(epochs: int, **columns: float) -> list[dict]:
     return [{"epoch": e + 1, **plain, **columns} for e in range(epochs)]
 
 
-def test_the_figures_of_a_run(tiny_run) -> None:
+def test_draw_results_of_a_run(tiny_run) -> None:
     assert {p.name for p in tiny_run.figures.iterdir()} == {
         "curves.png",
         "confusion.png",
@@ -49,9 +49,9 @@ def test_the_figures_of_a_run(tiny_run) -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 2, 100])
-def test_any_number_of_classes(classes: int) -> None:
+def test_draw_confusion_and_per_class_of_any_number_of_classes(classes: int) -> None:
     names = [f"class {k}" for k in range(classes)]
-    evaluation = found(max(2 * classes, 5), classes)
+    evaluation = evaluation_of(max(2 * classes, 5), classes)
     confusion = draw_confusion(evaluation, names).axes[0]
     image = np.asarray(confusion.images[0].get_array())
     assert image.shape == (classes, classes)
@@ -59,7 +59,7 @@ def test_any_number_of_classes(classes: int) -> None:
     assert len(draw_per_class(evaluation, names).axes[0].patches) == classes
 
 
-def test_curves_show_what_there_is() -> None:
+def test_draw_curves_shows_what_there_is() -> None:
     axes = draw_curves(history(1)).axes
     assert [line.get_label() for line in axes[0].lines] == ["train"]
     axes = draw_curves(history(3, validation_loss=2.0, validation_accuracy=0.4, test_loss=3.0)).axes
@@ -68,9 +68,9 @@ def test_curves_show_what_there_is() -> None:
     assert axes[2].lines[0].get_ydata().tolist() == [0.1] * 3
 
 
-def test_samples_name_guess_and_truth() -> None:
+def test_draw_samples_names_guess_and_truth() -> None:
     images = image_set(random_images(5, 8).numpy(), torch.arange(5) % 3, "abc")
-    evaluation = found(5, 3)
+    evaluation = evaluation_of(5, 3)
     (axis,) = draw_samples(images, evaluation).axes
     expected = [
         f"{'abc'[g]}\n({'abc'[t]})" for g, t in zip(evaluation.predictions, evaluation.labels, strict=True)
@@ -80,7 +80,7 @@ def test_samples_name_guess_and_truth() -> None:
         assert np.array_equal(shown.get_array(), image)
 
 
-def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
+def test_save_figure_writes_equal_files_for_equal_figures(tmp_path: Path) -> None:
     for name in ("a/x.png", "b/x.png"):
         save_figure(draw_curves(history(2)), tmp_path / name)
     assert (tmp_path / "a/x.png").read_bytes() == (tmp_path / "b/x.png").read_bytes()

@@ -2,8 +2,8 @@
 
 All five explain one number, the class's output before the softmax. The deconvnet (Zeiler & Fergus 2013), guided
 backpropagation (Springenberg et al. 2014) and the gradient (Simonyan et al. 2013) are this project's own
-(`explain/deconvnet.py`); integrated gradients (Sundararajan et al. 2017) and Grad-CAM (Selvaraju et al. 2017) are
-captum's.
+(`explain/deconvnet.py`), and so is Grad-CAM (Selvaraju et al. 2017); integrated gradients (Sundararajan et al. 2017)
+are captum's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Optional
 
 import numpy as np
 import torch
@@ -27,9 +27,8 @@ from torch import Tensor
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.explain.deconvnet import RULES, Deconvnet
-from zfnet.explain.selection import Chosen, Look, check_layer, choose_images, in_boxes, output_layer, to_rows
-from zfnet.model.chain import Chain
-from zfnet.model.zfnet import ZFNet
+from zfnet.explain.selection import Chosen, Look, choose_images, in_boxes, pick_layers, to_rows
+from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.figures import SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.directory import write_tensors
@@ -50,21 +49,21 @@ class AttributionJob(Look):
     reads_images: ClassVar[bool] = True
 
     count: Annotated[int, Field(ge=1)]
-    layer: str
+    layer: Optional[str]
     steps: Annotated[int, Field(ge=2, le=10_000)]
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/attribution.png, the maps themselves (maps.safetensors) and attribution.csv."""
         load_captum()  # raises before anything is read
         loaded = LoadedRun(config)
-        check_layer(loaded.model, "job.layer", self.layer, only_conv=True)
+        chain = loaded.chain
+        (layer,) = pick_layers(chain, "job.layer", self.layer, chain.conv_layers[-1:], only_conv=True)
+        Deconvnet(chain).check(OUTPUT)
         chosen = choose_images(loaded, config, self.count)
         with own_directory(config, output) as run:
-            result = attribute(
-                loaded.model, chosen.inputs, chosen.labels, self.layer, self.steps, loaded.data.batch_size
-            )
+            result = attribute(chain, chosen.inputs, chosen.labels, layer, self.steps, loaded.data.batch_size)
             pixels = to_pixels(chosen.inputs, loaded.data)
-            figure = draw_attribution(result, pixels, chosen.names, self.layer, chosen.boxes)
+            figure = draw_attribution(result, pixels, chosen.names, layer, chosen.boxes)
             save_figure(figure, run.figures / "attribution.png")
             tensors = {name.replace(" ", "_"): maps.contiguous() for name, maps in result.maps.items()}
             write_tensors(run.folder / "maps.safetensors", tensors, {})
@@ -101,7 +100,7 @@ def load_captum() -> ModuleType:
 
 
 def attribute(
-    model: ZFNet, images: Tensor, labels: Tensor, layer: str, steps: int, batch_size: int
+    chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: int, batch_size: int
 ) -> Attributions:
     """Return the five attributions of images [N, 3, S, S] to their classes `labels` [N].
 
@@ -112,9 +111,8 @@ def attribute(
     ones = torch.ones(
         len(labels)
     )  # the class's own output may be negative, and would only scale the projection
-    logits = output_layer(model)
-    maps = {rule: Deconvnet(model, rule).project(images, logits, units, seeds=ones).cpu() for rule in RULES}
-    integrated = captum.IntegratedGradients(model).attribute(
+    maps = {rule: Deconvnet(chain, rule).project(images, OUTPUT, units, seeds=ones).cpu() for rule in RULES}
+    integrated = captum.IntegratedGradients(chain.model).attribute(
         images,
         torch.zeros_like(images),
         labels,
@@ -122,12 +120,14 @@ def attribute(
         internal_batch_size=max(batch_size, len(images)),
     )
     maps[INTEGRATED] = integrated.detach().float().cpu()
-    last = Chain.of(model).end(layer)
-    cam = captum.LayerGradCam(model, last).attribute(images, labels, relu_attributions=True).detach()
-    maps[GRAD_CAM] = F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False).cpu()
     rows = torch.arange(len(labels), device=labels.device)
+    # not captum's, which hooks a module: networks may use one ReLU for all layers
+    outputs = chain.activations(images.clone().requires_grad_(), [layer, OUTPUT])
+    gradient = torch.autograd.grad(outputs[OUTPUT][rows, labels].sum(), outputs[layer])[0]
+    cam = (gradient.mean((2, 3), keepdim=True) * outputs[layer]).sum(1, keepdim=True).relu().detach()
+    maps[GRAD_CAM] = F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False).cpu()
     with torch.no_grad():
-        output, baseline = (model(x)[rows, labels].cpu() for x in (images, torch.zeros_like(images)))
+        output, baseline = (chain.model(x)[rows, labels].cpu() for x in (images, torch.zeros_like(images)))
     return Attributions(maps, output, baseline)
 
 
@@ -137,19 +137,18 @@ def share_in_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
     boxes: (top, left, bottom, right) in pixels; a pixel counts if its centre is inside.
     """
     size = maps.abs().sum(1)
-    return (size * pixels_in_boxes(boxes, maps.shape[-1])).sum((1, 2)) / size.sum((1, 2))
-
-
-def pixels_in_boxes(boxes: Tensor, side: int) -> Tensor:
-    """Return which pixels have their centre in the box: bool [N, side, side]."""
-    return in_boxes(torch.arange(side) + 0.5, boxes)
+    return (size * in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes)).sum((1, 2)) / size.sum((1, 2))
 
 
 def _rows(result: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
     """One row for each image and method; the box's columns are empty where it is not known."""
     count, boxes, rows = len(chosen), chosen.boxes, []
     for method, maps in result.maps.items():
-        areas = None if boxes is None else pixels_in_boxes(boxes, maps.shape[-1]).float().mean((1, 2))
+        areas = (
+            None
+            if boxes is None
+            else in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes).float().mean((1, 2))
+        )
         rows += to_rows(
             image=chosen.names,
             method=[method] * count,
@@ -168,7 +167,7 @@ def _log_summary(result: Attributions, chosen: Chosen) -> None:
     log.info(f"integrated gradients differ from the change of the output by at most {gap.abs().max():.2g}")
     if chosen.boxes is None:
         return
-    area = pixels_in_boxes(chosen.boxes, chosen.inputs.shape[-1]).float().mean()
+    area = in_boxes(torch.arange(chosen.inputs.shape[-1]) + 0.5, chosen.boxes).float().mean()
     log.info(f"share inside the objects' boxes, which cover {100 * area:.0f} % of the images:")
     for method, maps in result.maps.items():
         log.info(f"  {method:<20} {100 * share_in_boxes(maps, chosen.boxes).nanmean():5.1f} %")

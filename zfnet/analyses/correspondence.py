@@ -29,16 +29,15 @@ from zfnet.config.schema import Config, DataConfig
 from zfnet.data.decode import UnreadableImage, fit_square, read_image
 from zfnet.explain.selection import (
     Look,
-    check_layer,
     chosen_split,
-    conv_layers,
     mean_colour,
+    pick_layers,
     predict,
     sample,
     take,
     to_inputs,
 )
-from zfnet.model.zfnet import ZFNet
+from zfnet.model.chain import Chain
 from zfnet.plots.figures import LIGHT_BLUE, PALE, SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
@@ -66,10 +65,9 @@ class CorrespondenceJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/correspondence.png, and correspondence.csv and .json, a table like the paper's."""
         loaded = LoadedRun(config)
-        model, size, batch_size = loaded.model, loaded.data.image_size, loaded.data.batch_size
-        layers = self.layers or list(dict.fromkeys([conv_layers(model)[-1], model.layers[-2]]))
-        for layer in layers:
-            check_layer(model, "job.layers", layer)
+        chain, size, batch_size = loaded.chain, loaded.data.image_size, loaded.data.batch_size
+        last_conv_and_last_hidden = [*chain.conv_layers[-1:], *chain.layers[-2:-1]]
+        layers = pick_layers(chain, "job.layers", self.layers, last_conv_and_last_hidden)
         patch = self.patch or max(1, size // 4)
         if patch >= size:
             raise UserError(
@@ -85,17 +83,15 @@ class CorrespondenceJob(Look):
             }
             masked = {part: mask(marked.inputs, places, patch, fill) for part, places in centres.items()}
             signs = {
-                part: sign_changes(model, marked.inputs, hidden, layers, batch_size)
-                for part, hidden in masked.items()
+                k: sign_changes(chain, marked.inputs, hidden, layers, batch_size)
+                for k, hidden in masked.items()
             }
-            table: dict[str, dict[str, Agreement]] = {}
-            for layer in layers:
-                at_random, table[layer] = signs[RANDOM][layer], {}
+            table: dict[str, dict[str, Agreement]] = {layer: {} for layer in layers}
+            for layer, agreements in table.items():
                 for part in (*marked.parts, SAME):
-                    table[layer][part], baseline = compare(
-                        signs[part][layer], at_random, marked.groups, self.permutations, config.seed
-                    )
-                table[layer][RANDOM] = baseline  # last, as in the paper
+                    pair = signs[part][layer], signs[RANDOM][layer]
+                    agreements[part], baseline = compare(*pair, marked.groups, self.permutations, config.seed)
+                agreements[RANDOM] = baseline  # last, as in the paper
             examples = {part: to_pixels(hidden[:_EXAMPLES], loaded.data) for part, hidden in masked.items()}
             save_figure(draw_correspondence(table, examples), run.figures / "correspondence.png")
             rows = {k: {p: dataclasses.asdict(a) for p, a in parts.items()} for k, parts in table.items()}
@@ -107,7 +103,14 @@ class CorrespondenceJob(Look):
                 accuracy = float(correct.float().mean())
             summary = {"images": count, "patch": patch, "aligned": self.points is None, "accuracy": accuracy}
             run.write_json("correspondence.json", {**summary, "table": rows})
-            _log_table(table, count)
+            log.info("Δ over pairs of %d images, ± its standard deviation; p: against random places", count)
+            for part in table[layers[0]]:
+                cells = []
+                for layer in layers:
+                    row = table[layer][part]
+                    p = "" if row.p is None else f", p {row.p:.4f}"
+                    cells.append(f"{layer} {row.delta:.3f} ± {row.spread:.3f}{p}")
+                log.info("  %-12s %s", part, "; ".join(cells))
             log.info("written to %s", run.folder)
 
 
@@ -150,18 +153,19 @@ def cut_to_boxes(images: Tensor, boxes: Tensor, margin: float = MARGIN) -> Tenso
     object fills 1 / margin of the image and parts of equal objects are at equal places.
     """
     size = images.shape[-1]
-    side = margin * torch.maximum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+    top, left, bottom, right = boxes.T
+    side = margin * torch.maximum(bottom - top, right - left)
     matrices = torch.zeros(len(images), 2, 3)
     matrices[:, 0, 0] = matrices[:, 1, 1] = side / size
-    matrices[:, 0, 2] = (boxes[:, 1] + boxes[:, 3]) / size - 1
-    matrices[:, 1, 2] = (boxes[:, 0] + boxes[:, 2]) / size - 1
+    matrices[:, 0, 2] = (left + right) / size - 1
+    matrices[:, 1, 2] = (top + bottom) / size - 1
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False).to(images)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def quarter_centres(boxes: Tensor, size: int, margin: float = MARGIN) -> dict[str, Tensor]:
     """Return the centres (y, x) [N, 2] of the boxes' quarters in images that `cut_to_boxes` made."""
-    extent = torch.stack([boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]], 1)
+    extent = boxes[:, 2:] - boxes[:, :2]
     reach = extent / extent.amax(1, keepdim=True) * size / margin / 4
     return {
         f"{vertical} {horizontal}": size / 2 - 0.5 + reach * torch.tensor([down, right])
@@ -273,13 +277,13 @@ def mask(images: Tensor, centres: Tensor, patch: int, fill: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sign_changes(
-    model: ZFNet, images: Tensor, masked: Tensor, layers: Sequence[str], batch_size: int
+    chain: Chain, images: Tensor, masked: Tensor, layers: Sequence[str], batch_size: int
 ) -> dict[str, Tensor]:
     """Return, for each layer, the signs of ε = features(image) − features(masked): int8 [N, D]."""
     signs: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for whole, hidden in zip(images.split(batch_size), masked.split(batch_size), strict=True):
         # side by side in one batch, so that equal inputs give outputs that are equal to the bit
-        outputs = model.activations(torch.cat([whole, hidden]), layers)
+        outputs = chain.activations(torch.cat([whole, hidden]), layers)
         for layer in layers:
             before, after = outputs[layer].flatten(1).split(len(whole))
             signs[layer].append((before - after).sign().to(torch.int8))
@@ -310,23 +314,18 @@ def compare(
     if not pair.any():
         raise UserError("there are no two images of one class to compare: raise job.count")
     table = disagreement(torch.cat([part, at_random])).double()
-    generator = torch.Generator().manual_seed(seed)
-    swaps = torch.rand(permutations, count, generator=generator) < 0.5
     own = torch.arange(count)
     observed = _difference(table, pair, own[None], own[None] + count)[0]
-    permuted = torch.cat(
-        [
-            _difference(table, pair, own + count * chunk, own + count * (1 - chunk.long()))
-            for chunk in swaps.split(200)
-        ]
-    )
-    p = (1 + int((permuted >= observed - 1e-12).sum())) / (1 + permutations)
+    generator = torch.Generator().manual_seed(seed)
+    swaps = (torch.rand(permutations, count, generator=generator) < 0.5).long()
+    permuted = [_difference(table, pair, own + count * s, own + count * (1 - s)) for s in swaps.split(200)]
+    p = (1 + int((torch.cat(permuted) >= observed - 1e-12).sum())) / (1 + permutations)
     upper = pair.bool().triu()
     here, there = table[:count, :count][upper], table[count:, count:][upper]
-    baseline = (float(there.mean()), float(there.std(correction=0)))
+    mean, spread = float(there.mean()), float(there.std(correction=0))
     return (
-        Agreement(float(here.mean()), float(here.std(correction=0)), len(here), *baseline, p),
-        Agreement(*baseline, len(there), *baseline, None),
+        Agreement(float(here.mean()), float(here.std(correction=0)), len(here), mean, spread, p),
+        Agreement(mean, spread, len(there), mean, spread, None),
     )
 
 
@@ -334,20 +333,6 @@ def _difference(table: Tensor, pair: Tensor, first: Tensor, second: Tensor) -> T
     """Return Δ(second) − Δ(first) [B] for rows of the table, int64 [B, N] each."""
     means = [(table[r[:, :, None], r[:, None, :]] * pair).sum((1, 2)) / pair.sum() for r in (first, second)]
     return means[1] - means[0]
-
-
-def _log_table(table: Mapping[str, Mapping[str, Agreement]], images: int) -> None:
-    log.info("Δ over pairs of %d images, ± its standard deviation; p: against random places", images)
-    parts = list(next(iter(table.values())))
-    width = max(map(len, parts))
-    log.info("%-*s  %s", width, "", "".join(f"{layer:<28}" for layer in table))
-    for part in parts:
-        cells = []
-        for rows in table.values():
-            row = rows[part]
-            p = "" if row.p is None else f"  p {row.p:.4f}"
-            cells.append(f"{f'{row.delta:.3f} ± {row.spread:.3f}{p}':<28}")
-        log.info("%-*s  %s", width, part, "".join(cells).rstrip())
 
 
 # ---- figure

@@ -11,6 +11,7 @@ another image's, or when another unit is projected from the same place, is not e
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import time
@@ -24,19 +25,20 @@ import torch
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation, randint
-from zfnet.config.schema import Config
+from zfnet.config.schema import Config, model_name
 from zfnet.data import ImageSet, preprocess
-from zfnet.explain.crops import project_frames, view_maps
+from zfnet.explain.crops import frame_size, project_frames, view_maps
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.receptive_field import receptive_boxes, window_steps
-from zfnet.explain.selection import Look, check_layer, chosen_split, conv_layers, to_rows
+from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
 from zfnet.explain.switches import DEAD_WINDOWS
 from zfnet.explain.top_activations import TopActivations, collect
-from zfnet.model.zfnet import ZFNet
+from zfnet.model.chain import Chain
 from zfnet.plots.atlas import Atlas, write_atlas
 from zfnet.plots.figures import BLUE, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
 from zfnet.plots.pictures import mosaic, show
@@ -74,116 +76,99 @@ class DeconvnetJob(Look):
     atlas: bool
 
     def main(self, config: Config, output: Path) -> None:
-        """Look into the network of `run=…`; write all to `output`, where a stopped job continues."""
-        run, subject = RunDirectory(output), _load(config)
-        _claim(config, run)
+        """Explain the network of `run=…`; write all to `output`, where a stopped job continues."""
+        run, loaded = RunDirectory(output), LoadedRun(config)
+        chain = loaded.chain
+        named = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
+        layers = [layer for layer in chain.conv_layers if layer in named]
+        deconvnet = Deconvnet(chain, self.rule, self.dead_windows, self.lrn)
+        for layer in layers:  # raise before the search what would be raised after it
+            deconvnet.check(layer)
+            frame_size(chain, layer)
+        splits = loaded.splits()
+        split = chosen_split(loaded, splits)
+        images = split.images
+        if self.max_images is not None and self.max_images < len(images):
+            images = images.take(torch.linspace(0, len(images) - 1, self.max_images).round().long())
+        if not run.claim(config):
+            write_hydra_record(run.folder, config)
+        elif any(run.plain_config()[key] != config.to_dict()[key] for key in ("job", "run")):
+            raise UserError(
+                f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)"
+            )
         message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
         with hold(run, "deconvnet.log") as stop:
             if run.state == "done":
                 print(f"nothing to do: {run.folder} is finished")
                 return
             with recorded_state(run, message):
-                _explain(config, subject, run, stop)
+                log.info("%s: %s", loaded.source.folder, ", ".join(layers))
+                device = loaded.runtime.device
+                log.info("%s %s images on %s, rule %s", f"{len(images):,}", split.name, device, self.rule)
+                search = TopActivations(self.top, len(images.classes))
+                origin = {"weights": weights_hash(loaded.model.state_dict()), "data": splits.fingerprint}
+                search = search_or_continue(search, loaded, images, layers, run, origin, stop)
+                write_tables(run, search, chain, images)
+                title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
+                atlas = Atlas(title, split.name, deconvnet, images, loaded.data, search)
+                similarity, sensitivity = {}, {}
+                for layer in tqdm(layers, "figures", unit="layer", disable=None, leave=False):
+                    units = draw_layer(atlas, layer, self.maps, config.seed, run)
+                    if self.controls and len(units) > 1:
+                        inputs = preprocess(images.pixels(units[:, 0]).to(device), loaded.data)
+                        units[:, 0] = torch.arange(len(units))
+                        similarity[layer] = compare(
+                            project_controls(deconvnet, inputs, layer, units, config.seed)
+                        )
+                        sensitivity[layer] = dead_window_sensitivity(deconvnet, inputs, layer, units)
+                    stop.check()
+                if similarity:
+                    run.write_json("controls.json", similarity)
+                    run.write_json("dead_windows.json", sensitivity)
+                    save_figure(draw_controls(similarity), run.figures / "controls.png")
+                    log.info("rank correlation of projections with those of controls")
+                    log.info("(near 1: the pictures do not depend on the unit):")
+                    for layer, rows in similarity.items():
+                        means = {name: row["rank_correlation"] for name, row in rows.items()}
+                        cells = [
+                            f"{name} {'–' if mean is None else f'{mean:+.2f}'}"
+                            for name, mean in means.items()
+                        ]
+                        log.info("  %s  %s", layer, "  ".join(cells))
+                if self.atlas:
+                    log.info("open %s in a browser", write_atlas(atlas, run.folder / "atlas", stop.check))
             log.info("written to %s", run.folder)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The network, and the images of one split that it is shown.
-
-    origin: fingerprints of the weights and the data, which a saved search must match
-    """
-
-    loaded: LoadedRun
-    images: ImageSet
-    split: str
-    layers: list[str]
-    origin: dict[str, Any]
-
-
-def _load(config: Config) -> Subject:
-    loaded, job = LoadedRun(config), config.job
-    for layer in job.layers or ():
-        check_layer(loaded.model, "job.layers", layer, only_conv=True)
-    if job.layers == []:
-        raise UserError("job.layers=[]: names no layer; null is all of them")
-    splits = loaded.splits()
-    split = chosen_split(loaded, splits)
-    images = split.images
-    if job.max_images is not None and job.max_images < len(images):
-        images = images.take(torch.linspace(0, len(images) - 1, job.max_images).round().long())
-    origin = {"weights": weights_hash(loaded.model.state_dict()), "data": splits.fingerprint}
-    layers = [layer for layer in conv_layers(loaded.model) if job.layers is None or layer in job.layers]
-    return Subject(loaded, images, split.name, layers, origin)
-
-
-def _claim(config: Config, run: RunDirectory) -> None:
-    """Take the directory; raise UserError where it holds anything but this very job."""
-    if not run.claim(config):
-        write_hydra_record(run.folder, config)
-        return
-    recorded, now = run.plain_config(), config.to_dict()
-    if (recorded["job"], recorded["run"]) != (now["job"], now["run"]):
-        raise UserError(
-            f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)"
-        )
-
-
-def _explain(config: Config, subject: Subject, run: RunDirectory, stop: StopRequest) -> None:
-    job, loaded, images = config.job, subject.loaded, subject.images
-    deconvnet = Deconvnet(loaded.model, job.rule, job.dead_windows, job.lrn)
-    log.info("%s: %s", loaded.source.folder, ", ".join(subject.layers))
-    log.info(
-        "%s %s images on %s, rule %s", f"{len(images):,}", subject.split, loaded.runtime.device, job.rule
-    )
-    search = _search(subject, job.top, run, stop)
-    write_tables(run, search, loaded.model, images)
-    for layer in subject.layers:
-        dead = search.statistics(layer).dead
-        if bool(dead.any()):
-            log.info("%s: %d of %d maps are never active", layer, int(dead.sum()), len(dead))
-    similarity, sensitivity = {}, {}
-    for layer in tqdm(subject.layers, "figures", unit="layer", disable=None, leave=False):
-        units = _draw_layer(config, subject, deconvnet, search, layer, run)
-        if job.controls and len(units) > 1:
-            inputs = preprocess(images.pixels(units[:, 0]).to(loaded.runtime.device), loaded.data)
-            units[:, 0] = torch.arange(len(units))
-            similarity[layer] = project_controls(deconvnet, inputs, layer, units, config.seed).similarity()
-            sensitivity[layer] = dead_window_sensitivity(deconvnet, inputs, layer, units)
-        stop.check()
-    if similarity:
-        run.write_json("controls.json", similarity)
-        run.write_json("dead_windows.json", sensitivity)
-        save_figure(draw_controls(similarity), run.figures / "controls.png")
-        _log_controls(similarity)
-    if job.atlas:
-        title = f"{config.model.name} on {config.data.name}"
-        atlas = Atlas(title, subject.split, deconvnet, images, loaded.data, search)
-        log.info("open %s in a browser", write_atlas(atlas, run.folder / "atlas", stop.check))
 
 
 # ---- search
 
 
-def _search(subject: Subject, top: int, run: RunDirectory, stop: StopRequest) -> TopActivations:
-    """Search for the strongest activations; a search that was stopped in this directory continues."""
-    search, path = TopActivations(top, len(subject.images.classes)), run.folder / SEARCH
-    loaded = subject.loaded
+def search_or_continue(
+    search: TopActivations,
+    loaded: LoadedRun,
+    images: ImageSet,
+    layers: Sequence[str],
+    run: RunDirectory,
+    origin: Mapping[str, Any],
+    stop: StopRequest,
+) -> TopActivations:
+    """Search for the strongest activations; a search that was stopped in this directory continues.
+
+    origin: fingerprints of the weights and the data, which a saved search must match; raises UserError otherwise
+    """
+    path, writer, last = run.folder / SEARCH, CheckpointWriter(run.folder), time.monotonic()
     if path.exists():
         saved = read_checkpoint(path)
-        if saved.metadata["of"] != subject.origin:
+        if saved.metadata["of"] != origin:
             raise UserError(
                 f"{path} belongs to other weights or images: choose another directory (hydra.run.dir=…)"
             )
         search = TopActivations.from_state(saved.tensors, saved.metadata["search"], loaded.runtime.device)
         log.info("going on after %d images", search.images)
-    writer = CheckpointWriter(run.folder)
 
     def save() -> None:
         tensors, state = search.state()
-        writer.write(SEARCH, Checkpoint(tensors, {"search": state, "of": subject.origin}), prune=False)
-
-    last = time.monotonic()
+        writer.write(SEARCH, Checkpoint(tensors, {"search": state, "of": origin}), prune=False)
 
     def after_batch(_: TopActivations) -> None:
         nonlocal last
@@ -194,40 +179,37 @@ def _search(subject: Subject, top: int, run: RunDirectory, stop: StopRequest) ->
 
     try:
         with stop.deferred():
-            collect(loaded.model, subject.images, loaded.batches, subject.layers, search, after_batch)
+            collect(loaded.chain, images, loaded.batches, layers, search, after_batch)
         save()
     finally:
         writer.close()
     return search
 
 
-def write_tables(run: RunDirectory, search: TopActivations, model: ZFNet, images: ImageSet) -> None:
+def write_tables(run: RunDirectory, search: TopActivations, chain: Chain, images: ImageSet) -> None:
     """Write top_activations.csv, one row for each activation, and maps.csv, one for each map."""
-    tops: list[dict[str, Any]] = []
-    maps: list[dict[str, Any]] = []
+    tops, maps = [], []
 
     def short(values: Tensor) -> list[str]:
         return [f"{value:.6g}" for value in values.tolist()]
 
     for layer, record in search.layers.items():
         channel, rank = record.filled.nonzero().cpu().unbind(1)
-        places = record.places().cpu()[channel, rank]
-        boxes = receptive_boxes(model, layer, places[:, 1:])
+        image, y, x = record.places().cpu()[channel, rank].unbind(1)
+        boxes = receptive_boxes(chain, layer, torch.stack((y, x), 1))
         tops += to_rows(
-            layer=[layer] * len(places),
+            layer=[layer] * len(image),
             map=channel.tolist(),
             rank=(rank + 1).tolist(),
             activation=short(record.values.cpu()[channel, rank]),
-            image=places[:, 0].tolist(),
-            **{"class": [images.classes[c] for c in images.labels[places[:, 0]].tolist()]},
-            **dict(zip(("y", "x"), places[:, 1:].T.tolist(), strict=True)),
+            image=image.tolist(),
+            **{"class": [images.classes[c] for c in images.labels[image].tolist()]},
+            y=y.tolist(),
+            x=x.tolist(),
             **dict(zip(("top", "left", "bottom", "right"), boxes.T.tolist(), strict=True)),
         )
         stats = search.statistics(layer)
-        best = [
-            "" if dead else images.classes[c]
-            for c, dead in zip(stats.best_class.tolist(), stats.dead.tolist(), strict=True)
-        ]
+        best, dead = stats.best_class.tolist(), stats.dead.tolist()
         maps += to_rows(
             layer=[layer] * len(best),
             map=range(len(best)),
@@ -235,9 +217,11 @@ def write_tables(run: RunDirectory, search: TopActivations, model: ZFNet, images
             image_share=short(stats.image_share),
             position_share=short(stats.position_share),
             selectivity=short(stats.selectivity),
-            **{"class": best},
-            dead=stats.dead.int().tolist(),
+            **{"class": ["" if d else images.classes[c] for c, d in zip(best, dead, strict=True)]},
+            dead=map(int, dead),
         )
+        if any(dead):
+            log.info("%s: %d of %d maps are never active", layer, sum(dead), len(dead))
     if tops:
         run.write_csv("top_activations.csv", tops)
     run.write_csv("maps.csv", maps)
@@ -246,62 +230,57 @@ def write_tables(run: RunDirectory, search: TopActivations, model: ZFNet, images
 # ---- controls
 
 
-@dataclass(frozen=True)
-class Controls:
-    """Projections of U units within their receptive fields, [U, 3, s, s] each: their own, and each control's."""
-
-    own: Tensor
-    others: dict[str, Tensor]
-
-    def similarity(self) -> dict[str, dict[str, float | int | None]]:
-        """Return for each control the mean and standard deviation of the rank correlation with the units' own.
-
-        `rank_correlation` is of the signed values, `rank_correlation_abs` of their sizes. Units of which either
-        projection is constant have none; `units` counts the others.
-        """
-        rows: dict[str, dict[str, float | int | None]] = {}
-        for name, other in self.others.items():
-            row: dict[str, float | int | None] = {}
-            for key, own, control in (
-                ("rank_correlation", self.own, other),
-                ("rank_correlation_abs", self.own.abs(), other.abs()),
-            ):
-                values = rank_correlation(own, control)
-                values = values[values.isfinite()]
-                row["units"] = len(values)
-                row[key] = float(values.mean()) if len(values) else None
-                row[f"{key}_std"] = float(values.std(correction=0)) if len(values) else None
-            rows[name] = row
-        return rows
-
-
 def project_controls(
     deconvnet: Deconvnet, images: Tensor, layer: str, units: Tensor, seed: int = 0
-) -> Controls:
-    """Project units (image, channel, y, x) of [N ≥ 2, 3, H, W] images as they are and with each control that applies.
+) -> dict[str, Tensor]:
+    """Project units (image, channel, y, x) of [N ≥ 2, 3, H, W] images as they are (`own`) and with each control.
 
+    Returns projections within the units' receptive fields, [U, 3, s, s] each; `other_switches` where there are some.
     All are seeded with 1, since a control's own activation may be 0; the seed only scales a projection. With
     `rule=guided` or `gradient` an inactive unit still projects to nothing.
     """
-    model = deconvnet.model
+    chain = deconvnet.chain
     ones = torch.ones(len(units), dtype=images.dtype)
-    channels = model.activations(images[:1], [layer])[layer].shape[1]
+    channels = chain.up_to(layer)[-1].output_shape[0]
     neighbours = units.clone()
     step = 1 + randint(make_key(seed, CONTROL, 1), torch.arange(len(units)), max(1, channels - 1))
     neighbours[:, 1] = (units[:, 1] + step) % channels
     shuffled = Deconvnet(
-        shuffle_weights(model, layer, seed), deconvnet.rule, deconvnet.dead_windows, deconvnet.lrn
+        shuffle_weights(chain, layer, seed), deconvnet.rule, deconvnet.dead_windows, deconvnet.lrn
     )
     # cut to the receptive field: outside of it all of them are 0, which would only make them look alike
-    others = {
-        "random_weights": project_frames(shuffled, images, layer, units, seeds=ones),
-        "other_unit": project_frames(deconvnet, images, layer, neighbours, seeds=ones),
+    project = functools.partial(project_frames, layer=layer, seeds=ones)
+    projections = {
+        "own": project(deconvnet, images, units=units),
+        "random_weights": project(shuffled, images, units=units),
+        "other_unit": project(deconvnet, images, units=neighbours),
     }
-    if any(isinstance(step.module, nn.MaxPool2d) for step in window_steps(model, layer)):
-        others["other_switches"] = project_frames(
-            deconvnet, images, layer, units, seeds=ones, switches_from=images.roll(1, 0)
-        )
-    return Controls(project_frames(deconvnet, images, layer, units, seeds=ones), others)
+    if any(isinstance(step.module, nn.MaxPool2d) for step in window_steps(chain, layer)):
+        others = images.roll(1, 0)
+        projections["other_switches"] = project(deconvnet, images, units=units, switches_from=others)
+    return projections
+
+
+def compare(projections: Mapping[str, Tensor]) -> dict[str, dict[str, float | int | None]]:
+    """Return for each control the mean and standard deviation of the rank correlation with the units' own.
+
+    projections: those of `project_controls`
+    `rank_correlation` is of the signed values, `rank_correlation_abs` of their sizes. Units of which either
+    projection is constant have none; `units` counts the others.
+    """
+    rows: dict[str, dict[str, float | int | None]] = {name: {} for name in projections if name != "own"}
+    for name, row in rows.items():
+        own, control = projections["own"], projections[name]
+        values = {
+            "rank_correlation": rank_correlation(own, control),
+            "rank_correlation_abs": rank_correlation(own.abs(), control.abs()),
+        }
+        for key, every in values.items():
+            known = every[every.isfinite()]
+            row["units"] = len(known)
+            row[key] = float(known.mean()) if len(known) else None
+            row[f"{key}_std"] = float(known.std(correction=0)) if len(known) else None
+    return rows
 
 
 def dead_window_sensitivity(
@@ -313,28 +292,29 @@ def dead_window_sensitivity(
     cosine; None where no unit projects to anything.
     """
     own = deconvnet.project(images, layer, units).flatten(1)
-    norm = own.norm(dim=1)
+    active = own.norm(dim=1) > 0
     rows: dict[str, dict[str, float | None]] = {}
-    for choice in DEAD_WINDOWS:
-        if choice != deconvnet.dead_windows:
-            other = Deconvnet(deconvnet.model, deconvnet.rule, choice, deconvnet.lrn)
-            there = other.project(images, layer, units).flatten(1)[norm > 0]
-            here = own[norm > 0]
-            change = ((there - here).norm(dim=1) / here.norm(dim=1)).mean()
-            cosine = torch.cosine_similarity(there, here).mean()
-            rows[choice] = {
-                "relative_change": float(change) if len(here) else None,
-                "cosine": float(cosine) if len(here) else None,
-            }
+    for choice in (c for c in DEAD_WINDOWS if c != deconvnet.dead_windows):
+        other = Deconvnet(deconvnet.chain, deconvnet.rule, choice, deconvnet.lrn).project(
+            images, layer, units
+        )
+        here, there = own[active], other.flatten(1)[active]
+        change = (there - here).norm(dim=1) / here.norm(dim=1)
+        cosine = torch.cosine_similarity(there, here)
+        means = {"relative_change": change, "cosine": cosine}
+        rows[choice] = {key: float(values.mean()) if len(values) else None for key, values in means.items()}
     return rows
 
 
 @torch.no_grad()
-def shuffle_weights(model: ZFNet, layer: str, seed: int = 0) -> ZFNet:
+def shuffle_weights(chain: Chain, layer: str, seed: int = 0) -> Chain:
     """Return a copy whose weights up to `layer` are shuffled, layer by layer: the same numbers in random order."""
-    twin = copy.deepcopy(model)
-    for number, name in enumerate(twin.layers[: twin.layers.index(layer) + 1]):
-        weight: Tensor = getattr(twin, name).weight
+    twin = copy.deepcopy(chain)
+    weighted = [step.module for step in twin.up_to(layer) if step.name in twin.layers]
+    for number, module in enumerate(weighted):
+        if parametrize.is_parametrized(module, "weight"):  # by weight norm, say: its weight is computed
+            parametrize.remove_parametrizations(module, "weight")
+        weight: Any = module.weight
         order = permutation(make_key(seed, CONTROL, 0, number), weight.numel()).to(weight.device)
         weight.copy_(weight.flatten()[order].view_as(weight))
     return twin
@@ -354,49 +334,30 @@ def _ranks(row: Tensor) -> Tensor:
     return (last - (counts - 1) / 2)[group]
 
 
-def _log_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    log.info("rank correlation of projections with those of controls")
-    log.info("(near 1: the pictures do not depend on the unit):")
-    for layer, rows in similarity.items():
-        cells = [
-            f"{name} –" if row["rank_correlation"] is None else f"{name} {row['rank_correlation']:+.2f}"
-            for name, row in rows.items()
-        ]
-        log.info("  %s  %s", layer, "  ".join(cells))
-
-
 # ---- figures
 
 
-def _draw_layer(
-    config: Config,
-    subject: Subject,
-    deconvnet: Deconvnet,
-    search: TopActivations,
-    layer: str,
-    run: RunDirectory,
-) -> Tensor:
-    """Draw a layer's figure and write the values that it shows; return some of its units, for the controls."""
-    record = search.layers[layer]
+def draw_layer(atlas: Atlas, layer: str, count: int, seed: int, run: RunDirectory) -> Tensor:
+    """Draw `count` of a layer's maps and write the values that the figure shows; return units for the controls."""
+    record = atlas.search.layers[layer]
     alive = record.filled[:, 0].cpu().nonzero().flatten()
     if len(alive) == 0:
         log.info("%s: no map is ever active, so there is nothing to draw", layer)
         return torch.zeros(0, 4, dtype=torch.int64)
-    place = conv_layers(deconvnet.model).index(layer)
-    order = permutation(make_key(config.seed, CONTROL, 2, 1 + place), len(alive))
-    chosen = alive[order[: config.job.maps]].sort().values
-    views = view_maps(deconvnet, subject.images, subject.loaded.data, layer, record, chosen)
+    number = 1 + atlas.deconvnet.chain.conv_layers.index(layer)
+    maps = alive[permutation(make_key(seed, CONTROL, 2, number), len(alive))[:count]].sort().values
+    views = view_maps(atlas.deconvnet, atlas.images, atlas.data, layer, record, maps)
     title = (
-        f"{layer}: the strongest activations of {len(chosen)} of {len(record.values)} maps "
-        f"over {search.images:,} {subject.split} images"
+        f"{layer}: the strongest activations of {len(maps)} of {len(record.values)} maps "
+        f"over {atlas.search.images:,} {atlas.split} images"
     )
-    projections, patches = views.tiles.unbind(1)
-    figure = draw_projections(title, chosen.tolist(), list(projections), list(patches))
+    figure = draw_projections(title, maps.tolist(), *(list(tiles) for tiles in views.tiles.unbind(1)))
     save_figure(figure, run.figures / f"deconvnet_{layer}.png")
-    folder = run.folder / "projections"
-    folder.mkdir(exist_ok=True)
-    shown = {"units": views.units, "projections": views.projections, "patches": views.patches}
-    write_tensors(folder / f"{layer}.safetensors", shown, {})
+    path = run.folder / "projections" / f"{layer}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    write_tensors(
+        path, {"units": views.units, "projections": views.projections, "patches": views.patches}, {}
+    )
     return views.units[views.rank == 0][:_CONTROL_UNITS]
 
 

@@ -24,9 +24,9 @@ from zfnet.config.schema import Config
 from zfnet.data import Batches, ImageSet
 from zfnet.explain.crops import project_frames
 from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.selection import Look, check_layer, chosen_split, conv_layers, sample, to_inputs, to_rows
+from zfnet.explain.selection import Look, chosen_split, pick_layers, sample, to_inputs, to_rows
 from zfnet.explain.top_activations import LayerRecord, TopActivations, collect
-from zfnet.model.zfnet import ZFNet
+from zfnet.model.chain import Chain
 from zfnet.plots.figures import PALETTE, new_figure, save_figure, styled
 from zfnet.plots.pictures import on_grey, show_mosaic
 from zfnet.runs.session import own_directory
@@ -51,9 +51,10 @@ class EvolutionJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/evolution.png and stability.png, strongest.csv (every map, every epoch) and stability.csv."""
         loaded = LoadedRun(config)
-        layers = self.layers or conv_layers(loaded.model)
+        default = loaded.chain.conv_layers
+        layers = pick_layers(loaded.chain, "job.layers", self.layers, default, only_conv=True)
         for layer in layers:
-            check_layer(loaded.model, "job.layers", layer, only_conv=True)
+            Deconvnet(loaded.chain).check(layer)
         snapshots = list_snapshots(loaded.source.snapshots)
         if len(snapshots) < 2:
             raise UserError(
@@ -70,27 +71,17 @@ class EvolutionJob(Look):
             maps: dict[str, Tensor] = {}
             for epoch in reversed(snapshots):  # the last one first: its active maps are sampled
                 log.info("epoch %d of %s", epoch, ", ".join(map(str, snapshots)))
-                model, _ = load_model(snapshots[epoch])
+                model, _ = load_model(snapshots[epoch], config.imports)
                 model = model.to(loaded.runtime.device).to(memory_format=loaded.runtime.memory_format)
-                views[epoch] = view_epoch(
-                    model, images, loaded.batches, probes, layers, loaded.data.batch_size
-                )
-                strongest = views[epoch].strongest
-                if not maps:
-                    maps = {
-                        layer: sample_maps(record.filled[:, 0].cpu(), self.maps, config.seed)
-                        for layer, record in strongest.items()
-                    }
-                projections[epoch] = {
-                    layer: project_strongest(
-                        model,
-                        layer,
-                        strongest[layer],
-                        maps[layer],
-                        lambda i: to_inputs(loaded, images.pixels(i)),
+                chain = Chain.of(model, loaded.data.image_size)
+                view = view_epoch(chain, images, loaded.batches, probes, layers, loaded.data.batch_size)
+                for layer, record in view.strongest.items():
+                    if epoch == list(snapshots)[-1]:
+                        maps[layer] = sample_maps(record.filled[:, 0].cpu(), self.maps, config.seed)
+                    projections.setdefault(epoch, {})[layer] = project_strongest(
+                        chain, layer, record, maps[layer], lambda i: to_inputs(loaded, images.pixels(i))
                     )
-                    for layer in layers
-                }
+                views[epoch] = view
             views = {epoch: views[epoch] for epoch in snapshots}
             stability = _stability(views, layers)
             save_figure(draw_evolution(projections, maps, list(snapshots)), run.figures / "evolution.png")
@@ -123,7 +114,7 @@ class EpochView:
 
 @torch.no_grad()
 def view_epoch(
-    model: ZFNet,
+    chain: Chain,
     images: ImageSet,
     batches_of: Callable[[ImageSet], Batches],
     probes: Tensor,
@@ -131,16 +122,16 @@ def view_epoch(
     batch_size: int,
 ) -> EpochView:
     """Search all `images` for the strongest activations, and record the maps' responses to probes [P, 3, S, S]."""
-    search = collect(model, images, batches_of, layers, TopActivations(1, len(images.classes)))
+    search = collect(chain, images, batches_of, layers, TopActivations(1, len(images.classes)))
     responses: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for chunk in probes.split(batch_size):
-        for layer, maps in model.activations(chunk, layers).items():
+        for layer, maps in chain.activations(chunk, layers).items():
             responses[layer].append(maps.amax((2, 3)).cpu())
     return EpochView(search.layers, {layer: torch.cat(chunks) for layer, chunks in responses.items()})
 
 
 def project_strongest(
-    model: ZFNet, layer: str, strongest: LayerRecord, maps: Tensor, inputs_of: Callable[[Tensor], Tensor]
+    chain: Chain, layer: str, strongest: LayerRecord, maps: Tensor, inputs_of: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Return the projections of these maps' strongest activations, [M, 3, h, w], cut to their receptive fields.
 
@@ -149,7 +140,7 @@ def project_strongest(
     places = strongest.places().cpu()[maps, 0]
     images, item = places[:, 0].unique(return_inverse=True)
     units = torch.stack([item, maps, places[:, 1], places[:, 2]], 1)
-    return project_frames(Deconvnet(model), inputs_of(images), layer, units)
+    return project_frames(Deconvnet(chain), inputs_of(images), layer, units)
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from zfnet.config.schema import Config, model_name
 from zfnet.data import Batch
-from zfnet.explain.selection import Look, chosen_split, conv_layers, to_rows
-from zfnet.model.zfnet import ZFNet
+from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
+from zfnet.model.chain import Chain
 from zfnet.plots.figures import INK, PALETTE, RED, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import enlarge, mosaic, show
 from zfnet.runs.directory import find_run
@@ -53,27 +53,36 @@ class FiltersJob(Look):
         if self.other is not None:
             other = find_run(self.other)  # with its own data, but on this command's device
             recorded = dataclasses.replace(
-                other.read_config(), job=self, trainer=config.trainer, run=str(other.folder), images=None
+                other.read_config(config.imports),
+                job=self,
+                trainer=config.trainer,
+                run=str(other.folder),
+                images=None,
             )
             runs.append(LoadedRun(recorded))
+        chains = [loaded.chain for loaded in runs]  # raise before any image is read
         sets = [chosen_split(loaded).images for loaded in runs]
         with own_directory(config, output) as run:
             measured: dict[str, Filters] = {}
             summaries: dict[str, dict[str, Any]] = {}
-            for letter, loaded, images in zip("AB", runs, sets, strict=False):
+            for letter, loaded, chain, images in zip("AB", runs, chains, sets, strict=False):
                 name = f"{letter}: {loaded.source.folder.name}"
-                measured[name] = measure_filters(loaded.model, loaded.batches(images).in_order())
-                summaries[name] = {
+                measured[name] = measure_filters(chain, loaded.batches(images).in_order())
+                summaries[name] = row = {
                     "run": str(loaded.source.folder),
                     "model": model_name(loaded.metadata.model),
                     "images": len(images),
                     **_summarise(measured[name], loaded.data.std, self.limit),
                 }
+                rms, beyond = row["rms"], row["beyond_limit_for_inputs_of_0_to_255"]
+                log.info(f"{name}: {measured[name]}")
+                log.info(f"  RMS: median {rms['median']:.3g}, largest {rms['max']:.3g}")
+                log.info(f"  {row['beyond_limit']} beyond {self.limit:g} (for inputs of 0 … 255: {beyond})")
+                log.info(f"  {row['dead']} dead on {len(images)} images, {row['flat']} flat")
+                log.info(f"  energy that aliases: {100 * row['aliasing_energy']['median']:.1f} % (median)")
             save_figure(draw_filters(measured, self.limit), run.figures / "filters.png")
             run.write_csv("filters.csv", [row for name in measured for row in _rows(name, measured[name])])
             run.write_json("filters.json", {"limit": self.limit, "flat_below": FLAT, "runs": summaries})
-            for name, row in summaries.items():
-                _log_summary(name, row, self.limit)
             log.info("written to %s", run.folder)
 
 
@@ -84,7 +93,7 @@ class FiltersJob(Look):
 class Filters:
     """The F filters of a first layer and their measures; all on the CPU, float64 but for flags.
 
-    weight: [F, 3, k, k]; stride: of the convolution, in pixels
+    weight: [F, 3, k, l]; stride: of the convolution, the larger one, in pixels
     rms: [F], root mean square of each filter's weights
     dead: bool [F], the filter's map was 0 everywhere on every image
     flat: bool [F], the RMS is below a tenth of the layer's median: such a filter does next to nothing
@@ -103,45 +112,52 @@ class Filters:
     frequencies: Tensor
     aliasing: Tensor
 
+    def __str__(self) -> str:
+        return f"{len(self.rms)} filters {'×'.join(map(str, self.weight.shape[2:]))}, stride {self.stride}"
+
 
 @torch.no_grad()
-def measure_filters(model: ZFNet, batches: Iterable[Batch]) -> Filters:
-    """Measure the filters of the first layer; its maps are computed on all images of `batches`."""
-    layer = conv_layers(model)[0]
-    convolution = model.get_submodule(layer)
+def measure_filters(chain: Chain, batches: Iterable[Batch]) -> Filters:
+    """Measure the filters of the first convolution; its maps are computed on all images of `batches`."""
+    (layer,) = pick_layers(chain, "job=filters", None, chain.conv_layers[:1], only_conv=True)
+    convolution = chain.model.get_submodule(layer)
     assert isinstance(convolution, nn.Conv2d)
     weight = convolution.weight.detach().cpu().double()
     peak = torch.zeros(len(weight), device=convolution.weight.device)
     for batch in batches:
-        maps = model.activations(batch.images, [layer])[layer]
+        maps = chain.activations(batch.images, [layer])[layer]
         peak = torch.maximum(peak, maps.amax((0, 2, 3)).float())
     rms = weight.square().mean((1, 2, 3)).sqrt()
     spectrum, frequencies = radial_spectrum(weight)
-    stride = int(convolution.stride[0])
+    rows, columns = map(int, convolution.stride)
     return Filters(
         weight=weight,
-        stride=stride,
+        stride=max(rows, columns),
         rms=rms,
         dead=(peak <= 0).cpu(),
         flat=rms < FLAT * rms.median(),
         peak=peak.cpu().double(),
         spectrum=spectrum,
         frequencies=frequencies,
-        aliasing=aliasing_energy(weight, stride),
+        aliasing=aliasing_energy(weight, (rows, columns)),
     )
 
 
-def aliasing_energy(weight: Tensor, stride: int) -> Tensor:
+def aliasing_energy(weight: Tensor, stride: int | tuple[int, int]) -> Tensor:
     """Return the share of each filter's energy that a grid of `stride` pixels cannot carry: [F] in 0 … 1.
 
-    weight: float64 [F, C, k, k]. What lies beyond 1 / (2·stride) cycles per pixel in x or in y counts: after the
-    convolution it appears as a lower frequency that is not in the image. The integral of |W(f)|² over the band
-    is Σ w_ab w_cd K_ac K_bd with K_ij = sinc((i − j) / stride) / stride, exactly. Stride 1: 0. An impulse:
-    1 − 1/stride². A filter of zeros: 0.
+    weight: float64 [F, C, k, l]; stride: of both axes, or (rows, columns). What lies beyond 1 / (2·stride) cycles per
+    pixel in x or in y counts: after the convolution it appears as a lower frequency that is not in the image. The
+    integral of |W(f)|² over the band is Σ w_ab w_cd K_ac K_bd with K_ij = sinc((i − j) / stride) / stride, exactly.
+    Stride 1: 0. An impulse: 1 − 1/stride². A filter of zeros: 0.
     """
-    along = torch.arange(weight.shape[-1], dtype=weight.dtype)
-    kernel = torch.sinc((along[:, None] - along) / stride) / stride
-    inside = (weight * torch.einsum("ac,bd,nkcd->nkab", kernel, kernel, weight)).sum((1, 2, 3))
+    kernels = []
+    for size, step in zip(
+        weight.shape[2:], (stride, stride) if isinstance(stride, int) else stride, strict=True
+    ):
+        along = torch.arange(size, dtype=weight.dtype)
+        kernels.append(torch.sinc((along[:, None] - along) / step) / step)
+    inside = (weight * torch.einsum("ac,bd,nkcd->nkab", *kernels, weight)).sum((1, 2, 3))
     energy = weight.square().sum((1, 2, 3))
     return torch.where(energy > 0, 1 - inside / energy, 0.0).clamp(0, 1)
 
@@ -172,11 +188,11 @@ def _summarise(filters: Filters, std: Sequence[float], limit: float) -> dict[str
     def spread(values: Tensor) -> dict[str, float]:
         return {name: float(getattr(values, name)()) for name in ("min", "median", "mean", "max")}
 
-    pixels = in_pixel_units(filters.rms, std)
+    pixels, (height, width) = in_pixel_units(filters.rms, std), filters.weight.shape[2:]
     frequencies = [f"{f:.3f}" for f in filters.frequencies.tolist()]
     return {
         "filters": len(filters.rms),
-        "kernel_size": filters.weight.shape[-1],
+        "kernel_size": height if height == width else [height, width],
         "stride": filters.stride,
         "rms": spread(filters.rms),
         "rms_for_inputs_of_0_to_255": spread(pixels),
@@ -204,17 +220,6 @@ def _rows(name: str, filters: Filters) -> list[dict[str, Any]]:
     )
 
 
-def _log_summary(name: str, row: Mapping[str, Any], limit: float) -> None:
-    size, rms = row["kernel_size"], row["rms"]
-    log.info(f"{name}: {row['filters']} filters {size}×{size}, stride {row['stride']}")
-    log.info(
-        f"  RMS: median {rms['median']:.3g}, largest {rms['max']:.3g}, {row['beyond_limit']} beyond {limit:g} "
-        f"(for inputs of 0 … 255: {row['beyond_limit_for_inputs_of_0_to_255']})"
-    )
-    log.info(f"  {row['dead']} dead on {row['images']} images, {row['flat']} flat")
-    log.info(f"  energy that aliases: {100 * row['aliasing_energy']['median']:.1f} % (median)")
-
-
 # ---- figure
 
 
@@ -236,11 +241,8 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
     quartiles = torch.tensor([0.25, 0.75], dtype=torch.float64)
     for panel, colour, (name, filters) in zip(sheets, PALETTE, measured.items(), strict=False):
         _draw_sheet(panel, filters, columns)
-        size, dead, flat = filters.weight.shape[-1], int(filters.dead.sum()), int(filters.flat.sum())
-        panel.set_title(
-            f"{plain([name])[0]}: {len(filters.rms)} filters {size}×{size}, stride {filters.stride}; "
-            f"{dead} dead, {flat} flat"
-        )
+        dead, flat = int(filters.dead.sum()), int(filters.flat.sum())
+        panel.set_title(f"{plain([name])[0]}: {filters}; {dead} dead, {flat} flat")
         axes[0].hist(filters.rms.clamp(min=1e-6).numpy(), bins, color=colour, alpha=0.55, label=name)
         centres = filters.frequencies - filters.frequencies[0] / 2
         axes[1].plot(centres, filters.spectrum.mean(0), ".-", color=colour, label=name)
@@ -276,9 +278,9 @@ def _draw_sheet(panel: Axes, filters: Filters, columns: int) -> None:
     weight = filters.weight[order]
     scale = weight.abs().amax().clamp(min=1e-12)  # one for all, so that a filter that dominates is seen to
     tiles = enlarge((127.5 * (1 + weight / scale)).round().to(torch.uint8).permute(0, 2, 3, 1), _SIDE)
-    side = tiles.shape[1]
+    height, width = tiles.shape[1:3]
     show(panel, mosaic(tiles, columns, _GAP))
     panel.set_xlabel(f"brightest and darkest: ±{float(scale):.3g}")
     for place in filters.dead[order].nonzero().flatten().tolist():
-        left, top = (place % columns) * (side + _GAP) - 2, (place // columns) * (side + _GAP) - 2
-        panel.add_patch(Rectangle((left, top), side + 3, side + 3, fill=False, color=RED, lw=2))
+        left, top = (place % columns) * (width + _GAP) - 2, (place // columns) * (height + _GAP) - 2
+        panel.add_patch(Rectangle((left, top), width + 3, height + 3, fill=False, color=RED, lw=2))

@@ -24,17 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zfnet.config.schema import Config
-from zfnet.explain.selection import (
-    Look,
-    check_layer,
-    choose_images,
-    chosen_split,
-    output_layer,
-    sample,
-    take,
-    to_rows,
-)
-from zfnet.model.zfnet import ZFNet
+from zfnet.explain.selection import Look, choose_images, chosen_split, pick_layers, sample, take, to_rows
+from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.figures import INK, PALETTE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
@@ -60,26 +51,25 @@ class InvarianceJob(Look):
     count: Annotated[int, Field(ge=1)]
     mean_images: Annotated[int, Field(ge=2)]
     layers: Optional[list[str]]
-    translation: Annotated[float, Field(gt=0, lt=1)]
+    translation: Annotated[float, Field(gt=0, le=1)]
     scale: Annotated[float, Field(gt=1, le=10)]
-    rotation: Annotated[float, Field(gt=0, lt=360)]
+    rotation: Annotated[float, Field(gt=0, le=360)]
     steps: Annotated[int, Field(ge=2, le=1000)]
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/invariance.png, every point of its curves (curves.csv), and invariance.json."""
         loaded = LoadedRun(config)
-        model, data = loaded.model, loaded.data
-        layers = self.layers or [model.layers[0], model.layers[-2]]
-        for layer in layers:
-            check_layer(model, "job.layers", layer)
+        chain, data = loaded.chain, loaded.data
+        first_and_last_hidden = [chain.layers[0], *chain.layers[-2:-1]]
+        layers = pick_layers(chain, "job.layers", self.layers, first_and_last_hidden)
         amounts = make_amounts(data.image_size, self.translation, self.scale, self.rotation, self.steps)
         split = chosen_split(loaded)
         chosen = choose_images(loaded, config, self.count, split)
         many = take(loaded, split, sample(loaded, split.images, self.mean_images))
         with own_directory(config, output) as run:
-            units = typical_distance(model, many.inputs, layers, data.batch_size)
+            units = typical_distance(chain, many.inputs, layers, data.batch_size)
             own, mean = (
-                measure(model, c.inputs, c.labels, amounts, layers, data.batch_size) for c in (chosen, many)
+                measure(chain, c.inputs, c.labels, amounts, layers, data.batch_size) for c in (chosen, many)
             )
             examples = {}
             for name, steps in amounts.items():
@@ -89,21 +79,26 @@ class InvarianceJob(Look):
             save_figure(figure, run.figures / "invariance.png")
             rows = _rows(own, units, chosen.names, "own curve") + _rows(mean, units, many.names, "mean")
             run.write_csv("curves.csv", rows)
-            extremes = {name: _extremes(curves, units) for name, curves in mean.items()}
-            run.write_json(
-                "invariance.json",
-                {
-                    "images_in_the_mean": len(many),
-                    "layers": layers,
-                    "distance_between_two_images": units,
-                    "mean_at_largest": extremes,
-                },
-            )
             log.info("mean over %d images; distance 1: as far apart as two different images", len(many))
-            for name, row in extremes.items():
-                distances = ", ".join(f"{layer} up to {row[f'canonical_{layer}']:.2f}" for layer in layers)
-                at_rest = mean[name].probability[:, amounts[name] == identity(name)].mean()
-                log.info("  %-22s %s; P from %.2f to %.2f", name, distances, at_rest, row["probability"])
+            extremes: dict[str, dict[str, float]] = {}
+            for name, curve in mean.items():
+                largest = {
+                    layer: float(d.mean(0).max() / units[layer]) for layer, d in curve.distances.items()
+                }
+                lowest = float(curve.probability.mean(0).min())
+                extremes[name] = {
+                    **{f"canonical_{layer}": d for layer, d in largest.items()},
+                    "probability": lowest,
+                }
+                distances = ", ".join(f"{layer} up to {distance:.2f}" for layer, distance in largest.items())
+                at_rest = curve.probability[:, curve.amounts == identity(name)].mean()
+                log.info("  %-22s %s; P from %.2f to %.2f", name, distances, at_rest, lowest)
+            summary = {
+                "images_in_the_mean": len(many),
+                "layers": layers,
+                "distance_between_two_images": units,
+            }
+            run.write_json("invariance.json", {**summary, "mean_at_largest": extremes})
             log.info("written to %s", run.folder)
 
 
@@ -179,7 +174,7 @@ def transform_images(images: Tensor, transform: str, amounts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    model: ZFNet,
+    chain: Chain,
     images: Tensor,
     labels: Tensor,
     amounts: dict[str, Tensor],
@@ -191,7 +186,7 @@ def measure(
     Every batch holds all amounts of its images, the identity among them, so that the identity's distance is 0
     exactly, whatever the arithmetic.
     """
-    curves, logits = {}, output_layer(model)
+    curves = {}
     total = len(images) * len(amounts)
     with tqdm(
         total=total, desc="invariance", unit="curve", disable=None, leave=False, dynamic_ncols=True
@@ -203,11 +198,11 @@ def measure(
             size = max(1, batch_size // len(steps))
             for chunk, truth in zip(images.split(size), labels.split(size), strict=True):
                 moved = transform_images(chunk, transform, steps).flatten(0, 1)
-                outputs = model.activations(moved, list(dict.fromkeys([*layers, logits])))
+                outputs = chain.activations(moved, [*layers, OUTPUT])
                 for layer in layers:
                     features = outputs[layer].reshape(len(chunk), len(steps), -1)
                     distances[layer].append((features - features[:, origin : origin + 1]).norm(dim=2))
-                probabilities = outputs[logits].softmax(1).view(len(chunk), len(steps), -1)
+                probabilities = outputs[OUTPUT].softmax(1).view(len(chunk), len(steps), -1)
                 probability.append(probabilities[torch.arange(len(chunk), device=truth.device), :, truth])
                 bar.update(len(chunk))
             curves[transform] = Curves(
@@ -220,7 +215,7 @@ def measure(
 
 @torch.no_grad()
 def typical_distance(
-    model: ZFNet, images: Tensor, layers: Sequence[str], batch_size: int
+    chain: Chain, images: Tensor, layers: Sequence[str], batch_size: int
 ) -> dict[str, float]:
     """Return, for each layer, the root mean square distance between the activations of two different images.
 
@@ -230,7 +225,7 @@ def typical_distance(
     squares: dict[str, Tensor] = {}
     dtype = torch.float32 if images.device.type == "mps" else torch.float64
     for chunk in images.split(batch_size):
-        for layer, features in model.activations(chunk, layers).items():
+        for layer, features in chain.activations(chunk, layers).items():
             flat = features.flatten(1).to(dtype)
             zero = flat.new_zeros(())
             sums[layer] = sums.get(layer, zero) + flat.sum(0)
@@ -260,14 +255,6 @@ def _rows(
             probability=curve.probability.flatten().tolist(),
         )
     return rows
-
-
-def _extremes(curve: Curves, units: Mapping[str, float]) -> dict[str, float]:
-    """Return the mean curve's largest distances and its lowest probability."""
-    largest = {
-        f"canonical_{layer}": float(d.mean(0).max() / units[layer]) for layer, d in curve.distances.items()
-    }
-    return {**largest, "probability": float(curve.probability.mean(0).min())}
 
 
 # ---- figure

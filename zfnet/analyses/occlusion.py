@@ -30,17 +30,16 @@ from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.selection import (
     Chosen,
     Look,
-    check_layer,
     choose_images,
     chosen_split,
     in_boxes,
     mean_colour,
-    output_layer,
+    pick_layers,
     to_inputs,
     to_rows,
 )
 from zfnet.explain.top_activations import TopActivations, collect
-from zfnet.model.zfnet import ZFNet
+from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.figures import RED, class_colours, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.session import own_directory
@@ -59,7 +58,7 @@ class OcclusionJob(Look):
     reads_images: ClassVar[bool] = True
 
     count: Annotated[int, Field(ge=1)]
-    layer: str
+    layer: Optional[str]
     patch: Optional[Annotated[int, Field(ge=1)]]
     stride: Optional[Annotated[int, Field(ge=1)]]
     fill: Optional[Annotated[float, Field(ge=0, le=255)]]
@@ -67,40 +66,31 @@ class OcclusionJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/occlusion.png, every number of its maps (maps.csv), and a summary (occlusion.json)."""
         loaded = LoadedRun(config)
-        data, classes = loaded.data, loaded.classes
-        check_layer(loaded.model, "job.layer", self.layer, only_conv=True)
+        chain, data = loaded.chain, loaded.data
+        (layer,) = pick_layers(chain, "job.layer", self.layer, chain.conv_layers[-1:], only_conv=True)
         patch = self.patch or max(1, data.image_size // 5)
         stride = self.stride or max(1, min(patch, round(data.image_size / 24)))
         square_starts(data.image_size, patch, stride)  # raises before any data is read
+        Deconvnet(chain).check(layer)
         split = chosen_split(loaded)
         chosen = choose_images(loaded, config, self.count, split)
         fill = mean_colour(loaded, self.fill)
         with own_directory(config, output) as run:
-            result = occlude(
-                loaded.model,
-                chosen.inputs,
-                chosen.labels,
-                layer=self.layer,
-                patch=patch,
-                stride=stride,
-                fill=fill,
-                batch_size=data.batch_size,
-            )
-            figure = draw_occlusion(
-                result,
-                to_pixels(chosen.inputs, data).numpy(),
-                chosen.names,
-                classes,
-                self.layer,
-                project_strongest_map(loaded, self.layer, chosen.inputs, result, split.images),
-                chosen.boxes,
-                (to_pixels(fill.view(1, 3, 1, 1), data).flatten() / 255).tolist(),
-            )
+            settings: dict[str, Any] = {
+                "layer": layer,
+                "patch": patch,
+                "stride": stride,
+                "fill": fill,
+                "batch_size": data.batch_size,
+            }
+            result = occlude(chain, chosen.inputs, chosen.labels, **settings)
+            pictures = to_pixels(chosen.inputs, data).numpy()
+            colour = (to_pixels(fill.view(1, 3, 1, 1), data).flatten() / 255).tolist()
+            panels = project_strongest_map(loaded, layer, chosen.inputs, result, split.images)
+            figure = draw_occlusion(result, pictures, chosen, loaded.classes, layer, panels, colour)
             save_figure(figure, run.figures / "occlusion.png")
-            run.write_csv("maps.csv", _rows(result, chosen, classes))
-            summary = _summarise(result, chosen, classes)
-            run.write_json("occlusion.json", summary)
-            _log_summary(summary)
+            run.write_csv("maps.csv", _rows(result, chosen, loaded.classes))
+            run.write_json("occlusion.json", _summarise(result, chosen, loaded.classes))
             log.info("written to %s", run.folder)
 
 
@@ -157,11 +147,11 @@ def square_starts(size: int, patch: int, stride: int) -> Tensor:
 
 @torch.no_grad()
 def occlude(
-    model: ZFNet,
+    chain: Chain,
     images: Tensor,
     labels: Tensor,
     *,
-    layer: str = "conv5",
+    layer: str,
     patch: int,
     stride: int,
     fill: Tensor,
@@ -177,25 +167,25 @@ def occlude(
     side = len(starts)
     channels, peaks, whole = [], [], []
     for chunk, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        maps = model.activations(chunk, [layer])[layer]
+        maps = chain.activations(chunk, [layer])[layer]
         strongest = maps.sum((2, 3)).argmax(1)
         peak = maps[torch.arange(len(chunk), device=device), strongest].flatten(1).argmax(1)
         channels.append(strongest)
         peaks.append(torch.stack([peak // maps.shape[3], peak % maps.shape[3]], 1))
-        whole.append(_outputs(model, chunk, layer, strongest, truth))
+        whole.append(_outputs(chain, chunk, layer, strongest, truth))
     channel = torch.cat(channels)
     along = torch.arange(size, device=device)
     hidden = (along >= starts[:, None]) & (along < starts[:, None] + patch)  # [P, S]
     colour = fill.to(images).view(1, 3, 1, 1)
-    occluded = []
-    total = count * side * side
-    bar = tqdm(total=total, desc="occlusion", unit="image", disable=None, leave=False, dynamic_ncols=True)
-    with bar:
+    occluded, total = [], count * side**2
+    with tqdm(
+        total=total, desc="occlusion", unit="image", disable=None, leave=False, dynamic_ncols=True
+    ) as bar:
         for number in torch.arange(total, device=device).split(batch_size):
             image, row, column = number // side**2, number // side % side, number % side
             square = (hidden[row][:, :, None] & hidden[column][:, None, :])[:, None]
             inputs = torch.where(square, colour, images[image])
-            occluded.append(_outputs(model, inputs, layer, channel[image], labels[image]))
+            occluded.append(_outputs(chain, inputs, layer, channel[image], labels[image]))
             bar.update(len(number))
     return Occlusion(
         starts.cpu(),
@@ -207,110 +197,93 @@ def occlude(
     )
 
 
-def _outputs(model: ZFNet, images: Tensor, layer: str, channel: Tensor, labels: Tensor) -> Outputs:
-    logits = output_layer(model)
-    outputs = model.activations(images, [layer, logits])
+def _outputs(chain: Chain, images: Tensor, layer: str, channel: Tensor, labels: Tensor) -> Outputs:
+    outputs = chain.activations(images, [layer, OUTPUT])
     rows = torch.arange(len(images), device=images.device)
-    probabilities = outputs[logits].softmax(1)
+    probabilities = outputs[OUTPUT].softmax(1)
     confidence, predicted = probabilities.max(1)
     activation = outputs[layer][rows, channel].sum((1, 2))
     return Outputs(activation, probabilities[rows, labels], predicted, confidence)
 
 
-def centres_in_boxes(starts: Tensor, patch: int, boxes: Tensor) -> Tensor:
-    """Return which places have the square's centre in the box of the object: bool [N, P, P]."""
-    return in_boxes(starts + patch / 2, boxes)
-
-
 def inside_and_outside(maps: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of each map [N, P, P] over the places that `inside` marks, and over the others: two [N]."""
-    weight = inside.to(maps)
-    within = (maps * weight).sum((1, 2)) / weight.sum((1, 2))
-    outside = (maps * (1 - weight)).sum((1, 2)) / (1 - weight).sum((1, 2))
+    within, outside = (torch.where(where, maps, torch.nan).nanmean((1, 2)) for where in (inside, ~inside))
     return within, outside
 
 
 def _rows(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each image and place: the numbers that the figure's maps show."""
-    starts, maps = result.starts.tolist(), result.occluded
-    side = len(starts)
+    starts, columns = (
+        result.starts.tolist(),
+        {k: v.flatten().tolist() for k, v in result.occluded._asdict().items()},
+    )
+    columns["predicted"] = [classes[c] for c in columns["predicted"]]
     return to_rows(
-        image=[name for name in chosen.names for _ in range(side**2)],
+        image=[name for name in chosen.names for _ in range(len(starts) ** 2)],
         top=[top for top in starts for _ in starts] * len(chosen),
-        left=starts * side * len(chosen),
-        activation=maps.activation.flatten().tolist(),
-        probability=maps.probability.flatten().tolist(),
-        predicted=[classes[c] for c in maps.predicted.flatten().tolist()],
-        confidence=maps.confidence.flatten().tolist(),
+        left=starts * len(starts) * len(chosen),
+        **columns,
     )
 
 
 def _summarise(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> dict[str, Any]:
-    """Summarise each image and, where the objects' boxes are known, whether the objects matter."""
+    """Return and log what became of each image and, where the objects' boxes are known, whether the objects matter."""
     images, lowest = [], result.occluded.probability.flatten(1).argmin(1)
-    side, labels = len(result.starts), chosen.labels.tolist()
     for number, name in enumerate(chosen.names):
-        y, x = divmod(int(lowest[number]), side)
-        images.append(
-            {
-                "image": name,
-                "class": classes[labels[number]],
-                "class_is_the_truth": chosen.known,
-                "map": int(result.channel[number]),
-                "activation": float(result.whole.activation[number]),
-                "probability": float(result.whole.probability[number]),
-                "predicted": classes[int(result.whole.predicted[number])],
-                "lowest_probability": float(result.occluded.probability[number, y, x]),
-                "lowest_at": [int(result.starts[y]), int(result.starts[x])],
-                "predicted_at_lowest": classes[int(result.occluded.predicted[number, y, x])],
-            }
+        y, x = divmod(int(lowest[number]), len(result.starts))
+        row = {
+            "image": name,
+            "class": classes[int(chosen.labels[number])],
+            "class_is_the_truth": chosen.known,
+            "map": int(result.channel[number]),
+            "activation": float(result.whole.activation[number]),
+            "probability": float(result.whole.probability[number]),
+            "predicted": classes[int(result.whole.predicted[number])],
+            "lowest_probability": float(result.occluded.probability[number, y, x]),
+            "lowest_at": [int(result.starts[y]), int(result.starts[x])],
+            "predicted_at_lowest": classes[int(result.occluded.predicted[number, y, x])],
+        }
+        log.info(
+            f"{name}: P {row['probability']:.1%}, at the lowest {row['lowest_probability']:.1%}, "
+            f"where the prediction is {row['predicted_at_lowest']}"
         )
+        images.append(row)
     summary: dict[str, Any] = {"patch": result.patch, "starts": result.starts.tolist(), "images": images}
     if chosen.boxes is not None:
-        inside = centres_in_boxes(result.starts, result.patch, chosen.boxes)
+        inside = in_boxes(result.starts + result.patch / 2, chosen.boxes)  # by the square's centre
         within, outside = inside_and_outside(result.occluded.probability, inside)
-        at_lowest = inside.flatten(1)[torch.arange(len(chosen)), lowest]
+        share, at_lowest = inside.float(), inside.flatten(1)[torch.arange(len(chosen)), lowest].float()
         summary["boxes"] = {
-            "share_of_places_in_the_box": float(inside.float().mean()),
-            "share_of_images_lowest_in_the_box": float(at_lowest.float().mean()),
+            "share_of_places_in_the_box": float(share.mean()),
+            "share_of_images_lowest_in_the_box": float(at_lowest.mean()),
             "mean_probability_in_the_box": float(within.nanmean()),
             "mean_probability_outside": float(outside.nanmean()),
         }
+        log.info(
+            f"lowest in the object's box: {at_lowest.mean():.0%} of images (the box: {share.mean():.0%} of places)"
+        )
     return summary
-
-
-def _log_summary(summary: dict[str, Any]) -> None:
-    for row in summary["images"]:
-        log.info(
-            f"{row['image']}: P {row['probability']:.1%}, at the lowest {row['lowest_probability']:.1%}, "
-            f"where the prediction is {row['predicted_at_lowest']}"
-        )
-    if boxes := summary.get("boxes"):
-        log.info(
-            f"lowest in the object's box: {boxes['share_of_images_lowest_in_the_box']:.0%} of images "
-            f"(the box: {boxes['share_of_places_in_the_box']:.0%} of places)"
-        )
 
 
 # ---- figure
 
 
-@dataclass(frozen=True)
-class Projections:
-    """Panel c: projections and images, uint8 [1 + M, S, S, 3], the occluded image's first, and a title for each."""
+class Panels(NamedTuple):
+    """Panel c: images and their projections, uint8 [1 + M, S, S, 3], the occluded image's first, each with a title."""
 
-    projections: np.ndarray
     images: np.ndarray
+    projections: np.ndarray
     titles: Sequence[str]
 
 
 def project_strongest_map(
     loaded: LoadedRun, layer: str, inputs: Tensor, result: Occlusion, images: ImageSet
-) -> list[Projections]:
+) -> list[Panels]:
     """Project each image's strongest map in that image and in the images of the split that excite it most."""
     search = TopActivations(OTHERS + 1, len(loaded.classes))
-    strongest = collect(loaded.model, images, loaded.batches, [layer], search).layers[layer]
-    deconvnet, shown = Deconvnet(loaded.model), []
+    strongest = collect(loaded.chain, images, loaded.batches, [layer], search).layers[layer]
+    deconvnet, shown = Deconvnet(loaded.chain), []
     for number, channel in enumerate(result.channel.tolist()):
         places = strongest.places()[channel][strongest.filled[channel]].cpu()
         others = to_inputs(loaded, images.pixels(places[:, 0]))
@@ -319,14 +292,9 @@ def project_strongest_map(
         row = torch.cat([inputs[number : number + 1], others[new]])
         where = torch.cat([result.peak[number : number + 1], places[new, 1:]])
         units = [(k, channel, int(y), int(x)) for k, (y, x) in enumerate(where.tolist())]
-        labels = images.labels[places[new, 0]].tolist()
-        shown.append(
-            Projections(
-                on_grey(deconvnet.project(row, layer, units)).numpy(),
-                to_pixels(row, loaded.data).numpy(),
-                ["this image", *(loaded.classes[c] for c in labels)],
-            )
-        )
+        titles = ["this image", *(loaded.classes[c] for c in images.labels[places[new, 0]].tolist())]
+        projections = on_grey(deconvnet.project(row, layer, units)).numpy()
+        shown.append(Panels(to_pixels(row, loaded.data).numpy(), projections, titles))
     return shown
 
 
@@ -334,18 +302,17 @@ def project_strongest_map(
 def draw_occlusion(
     result: Occlusion,
     pictures: np.ndarray,
-    names: Sequence[str],
+    chosen: Chosen,
     classes: Sequence[str],
     layer: str,
-    projections: Sequence[Projections],
-    boxes: Tensor | None = None,
-    fill: Sequence[float] = (0.5, 0.5, 0.5),
+    projections: Sequence[Panels],
+    fill: Sequence[float],
 ) -> Figure:
     """Draw five panels for each image (paper, Fig. 7). The square is where the probability is lowest; dashed: the box.
 
-    pictures: uint8 [N, S, S, 3]; fill: the square's colour, in 0 … 1; boxes: [N, 4] in input pixels.
+    pictures: uint8 [N, S, S, 3] of the chosen images; fill: the square's colour, in 0 … 1
     """
-    rows, size = len(pictures), pictures.shape[1]
+    rows, size, boxes = len(pictures), pictures.shape[1], chosen.boxes
     figure = new_figure(figsize=(18, 1.1 + 2.9 * rows))
     dashed = "" if boxes is None else "; dashed: the object's box"
     figure.suptitle(
@@ -364,13 +331,10 @@ def draw_occlusion(
     extent = _extent(result, size)
     for row, (image, activation, bar_b, projected, probability, bar_d, predicted) in enumerate(axes):
         show(image, pictures[row])
-        worst = np.unravel_index(
-            int(result.occluded.probability[row].argmin()), result.occluded.probability[row].shape
-        )
-        top, left = (float(result.starts[k]) - 0.5 for k in worst)
-        square = Rectangle((left, top), result.patch, result.patch, fc=tuple(fill), ec="white", lw=0.8)
-        image.add_patch(square)
-        image.set_ylabel(plain(names)[row])
+        y, x = divmod(int(result.occluded.probability[row].argmin()), len(result.starts))
+        corner = (float(result.starts[x]) - 0.5, float(result.starts[y]) - 0.5)
+        image.add_patch(Rectangle(corner, result.patch, result.patch, fc=tuple(fill), ec="white", lw=0.8))
+        image.set_ylabel(plain(chosen.names)[row])
         heat = show(activation, result.occluded.activation[row], cmap="magma", extent=extent, vmin=0)
         whole = float(result.whole.activation[row])
         activation.set_xlabel(f"map {int(result.channel[row])}; whole image: {whole:.3g}")
@@ -398,7 +362,7 @@ def _extent(result: Occlusion, size: int) -> tuple[float, float, float, float]:
     return low, high, high, low
 
 
-def _draw_projections(panel: Axes, shown: Projections) -> None:
+def _draw_projections(panel: Axes, shown: Panels) -> None:
     """Draw image and projection side by side, two by two, the occluded image's first and in a red frame."""
     panel.axis("off")
     for number, title in enumerate(shown.titles):

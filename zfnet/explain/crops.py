@@ -15,9 +15,8 @@ from zfnet.config.schema import DataConfig
 from zfnet.data import ImageSet, preprocess
 from zfnet.explain.deconvnet import Deconvnet, inside_map, take_windows
 from zfnet.explain.receptive_field import receptive_field
-from zfnet.explain.selection import conv_layers
 from zfnet.explain.top_activations import LayerRecord
-from zfnet.model.zfnet import ZFNet
+from zfnet.model.chain import Chain
 from zfnet.plots.pictures import GREY, on_grey, to_pixels
 
 _IMAGES = 64  # how many are on the device at once
@@ -39,49 +38,62 @@ class Views:
     tiles: Tensor
 
 
-def frame_size(model: ZFNet, layer: str) -> int:
+def frame_size(chain: Chain, layer: str) -> int:
     """Return the side of the frame in pixels."""
-    if layer not in conv_layers(model):
-        return model.image_size
-    return min(receptive_field(model, layer).size, model.image_size)
+    if layer not in chain.conv_layers:
+        return chain.image_size
+    return min(receptive_field(chain, layer).size, chain.image_size)
 
 
 def project_frames(
-    deconvnet: Deconvnet, images: Tensor, layer: str, units: Tensor, **settings: Any
+    deconvnet: Deconvnet, inputs: Tensor, layer: str, units: Tensor, **settings: Any
 ) -> Tensor:
-    """Return the projections [U, 3, s, s] of units, cut to their frames; `settings` are those of `project`.
-
-    Outside the receptive field a projection is 0.
+    """Return the projections of units, cut to their receptive fields: [U, 3, h, w]; where these are larger than the
+    image, the whole. `settings` are those of `Deconvnet.project`.
     """
-    whole = frame_size(deconvnet.model, layer) == deconvnet.model.image_size
+    whole = frame_size(deconvnet.chain, layer) == deconvnet.chain.image_size
     project = deconvnet.project if whole else deconvnet.project_fields
-    return project(images, layer, units, **settings)
+    return project(inputs, layer, units, **settings)
+
+
+def view_units(
+    deconvnet: Deconvnet, images: ImageSet, data: DataConfig, layer: str, units: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return projections [U, 3, s, s] and patches, uint8 [U, s, s, 3], of units (image, channel, y, x) of a set.
+
+    A patch is grey outside the image. A field that is not square fills the upper left of its frame.
+    """
+    chain = deconvnet.chain
+    device, side = next(chain.model.parameters()).device, frame_size(chain, layer)
+    extent, corners = (side, side), torch.zeros(len(units), 2, dtype=torch.int64)
+    if side < chain.image_size:
+        field = receptive_field(chain, layer)
+        extent, corners = field.sizes, field.corners(units[:, 2:])
+    projections = torch.zeros(len(units), chain.channels, side, side)
+    windows, inside = torch.zeros_like(projections), torch.zeros(len(units), side, side, 1, dtype=torch.bool)
+    rows, columns = slice(extent[0]), slice(extent[1])
+    image = (chain.image_size, chain.image_size)
+    inside[:, rows, columns] = inside_map(corners, extent, image).permute(0, 2, 3, 1)
+    for group in units[:, 0].unique().split(_IMAGES):
+        members = torch.isin(units[:, 0], group).nonzero().flatten()
+        inputs = preprocess(images.pixels(group).to(device), data, channels_last=False)
+        here = units[members].clone()
+        here[:, 0] = torch.searchsorted(group, here[:, 0].contiguous())
+        projections[members, :, rows, columns] = project_frames(deconvnet, inputs, layer, here).cpu()
+        cut = take_windows(inputs.cpu(), here[:, 0], corners[members], extent)
+        windows[members, :, rows, columns] = cut
+    return projections, torch.where(inside, to_pixels(windows, data), GREY)
 
 
 def view_maps(
     deconvnet: Deconvnet, images: ImageSet, data: DataConfig, layer: str, record: LayerRecord, maps: Tensor
 ) -> Views:
     """Return the views of the `maps` [M] of a layer, at least one of them active, from the record of a search."""
-    model = deconvnet.model
-    device, side, size = next(model.parameters()).device, frame_size(model, layer), model.image_size
     number, rank = record.filled.cpu()[maps].nonzero().unbind(1)
-    places = record.places().cpu()[maps[number], rank]
-    units = torch.stack((places[:, 0], maps[number], places[:, 1], places[:, 2]), 1)
-    corners = torch.zeros(len(units), 2, dtype=torch.int64)
-    if side < size:
-        corners = receptive_field(model, layer).corners(units[:, 2:])
-    projections = torch.empty(len(units), 3, side, side)
-    windows = torch.empty(len(units), 3, side, side)
-    for group in units[:, 0].unique().split(_IMAGES):
-        members = torch.isin(units[:, 0], group).nonzero().flatten()
-        inputs = preprocess(images.pixels(group).to(device), data, channels_last=False)
-        here = units[members].clone()
-        here[:, 0] = torch.searchsorted(group, here[:, 0].contiguous())
-        projections[members] = project_frames(deconvnet, inputs, layer, here).cpu()
-        windows[members] = take_windows(inputs.cpu(), here[:, 0], corners[members], (side, side))
-    inside = inside_map(corners, (side, side), (size, size)).permute(0, 2, 3, 1)
-    patches = torch.where(inside, to_pixels(windows, data), GREY)
-    tiles = torch.full((len(maps), 2, record.values.shape[1], side, side, 3), GREY, dtype=torch.uint8)
+    image, y, x = record.places().cpu()[maps[number], rank].unbind(1)
+    units = torch.stack((image, maps[number], y, x), 1)
+    projections, patches = view_units(deconvnet, images, data, layer, units)
+    tiles = torch.full((len(maps), 2, record.values.shape[1], *patches.shape[1:]), GREY, dtype=torch.uint8)
     tiles[number, 0, rank] = on_grey(projections)
     tiles[number, 1, rank] = patches
     return Views(units, rank, projections, patches, tiles)

@@ -28,7 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError
-from zfnet.explain.receptive_field import Pair, Window, adaptive_windows, receptive_field, window_of
+from zfnet.explain.receptive_field import (
+    Pair,
+    ReceptiveField,
+    Window,
+    adaptive_windows,
+    receptive_field,
+    window_of,
+)
 from zfnet.explain.switches import DEAD_WINDOWS, MOST_CELLS, pool_with_switches, unpool
 from zfnet.model.chain import BATCH_NORMS, NEUTRAL, Chain, Step
 from zfnet.model.layers import LocalResponseNorm
@@ -121,12 +128,7 @@ class Deconvnet:
         Raises UserError for a layer or a unit that the network does not have, for shapes that do not fit, and for
         a module on the way that has no rule.
         """
-        wanted = self._check(images, layer, units, switches_from, seeds)
-        extent = (images.shape[2], images.shape[3])
-        out = self._weight().new_zeros(len(wanted), self.chain.channels, *extent)
-        for chosen, signal in self._project(images, layer, wanted, switches_from, seeds):
-            out[chosen] = signal.cut(torch.zeros_like(signal.corner), extent)
-        return out
+        return self._project(images, layer, units, None, switches_from, seeds)
 
     def project_fields(
         self,
@@ -141,17 +143,15 @@ class Deconvnet:
 
         `receptive_field(model, layer).corner(y, x)` tells where one lies; its cells outside the image are 0.
         """
-        wanted = self._check(images, layer, units, switches_from, seeds)
+        self.check(layer)
         if layer not in self.chain.conv_layers:
             raise UserError(f"{layer}: its units see the whole image; use project")
-        field = receptive_field(self.chain, layer)
-        corners = field.corners(wanted[:, 2:])
-        out = self._weight().new_zeros(len(wanted), self.chain.channels, *field.sizes)
-        for chosen, signal in self._project(images, layer, wanted, switches_from, seeds):
-            out[chosen] = signal.cut(corners.to(out.device)[chosen], field.sizes)
-        return out
+        return self._project(images, layer, units, receptive_field(self.chain, layer), switches_from, seeds)
 
-    # -- what is asked for
+    def check(self, layer: str) -> None:
+        """Raise UserError, naming the module, unless there is a rule for each one up to `layer`."""
+        for step in self.chain.up_to(layer):
+            _check_support(step)
 
     def _check(
         self,
@@ -161,9 +161,8 @@ class Deconvnet:
         switches_from: Tensor | None,
         seeds: Tensor | None,
     ) -> Tensor:
-        """Return the units as int64 [U, 4] on the CPU."""
-        for step in self.chain.up_to(layer):
-            _check_support(step)
+        """Check shapes; return the units as int64 [U, 4] on the CPU."""
+        self.check(layer)
         if images.ndim != 4 or images.shape[1] != self.chain.channels:
             raise UserError(f"images of shape {list(images.shape)}: must be [N, {self.chain.channels}, H, W]")
         if switches_from is not None and switches_from.shape != images.shape:
@@ -187,16 +186,23 @@ class Deconvnet:
         self,
         images: Tensor,
         layer: str,
-        units: Tensor,
+        wanted: Sequence[Sequence[int]] | Tensor,
+        field: ReceptiveField | None,
         switches_from: Tensor | None,
         seeds: Tensor | None,
-    ) -> Iterator[tuple[Tensor, Signal]]:
-        """Yield (numbers of units, their signals at the pixels), some units at a time."""
-        weight, steps = self._weight(), self.chain.up_to(layer)
+    ) -> Tensor:
+        """Return the projections of units, some at a time, cut to their field (None: whole images)."""
+        units = self._check(images, layer, wanted, switches_from, seeds)
+        weight, steps = (
+            next(self.model.parameters()),
+            self.chain.up_to(layer),
+        )  # `weight` tells dtype and device
+        extent = (images.shape[2], images.shape[3]) if field is None else field.sizes
+        corners = torch.zeros_like(units[:, 2:]) if field is None else field.corners(units[:, 2:])
+        out = weight.new_zeros(len(units), self.chain.channels, *extent)
         images = images.to(weight)
         _check_range(units[:, 0], len(images), "image", layer)
-        needed = units[:, 0].unique()
-        for group in needed.split(_IMAGES):
+        for group in units[:, 0].unique().split(_IMAGES):
             trace = self._forward(images[group.to(weight.device)], steps)
             if switches_from is not None:
                 other = self._forward(switches_from.to(weight)[group.to(weight.device)], steps)
@@ -212,11 +218,9 @@ class Deconvnet:
                 unit = units[chosen].to(weight.device)
                 unit[:, 0] = torch.searchsorted(group, units[chosen, 0]).to(weight.device)
                 seed = None if seeds is None else seeds[chosen].to(weight)
-                yield chosen.to(weight.device), self._backward(steps, trace, unit, seed)
-
-    def _weight(self) -> Tensor:
-        """Return a tensor whose dtype and device are the network's."""
-        return next(self.model.parameters())
+                signal = self._backward(steps, trace, unit, seed)
+                out[chosen.to(weight.device)] = signal.cut(corners[chosen].to(weight.device), extent)
+        return out
 
     # -- up
 
@@ -456,10 +460,6 @@ def _linear_back(net: Deconvnet, linear: nn.Linear, signal: Signal, kept: None, 
     signal.values = (signal.values.flatten(1) @ linear.weight)[:, :, None, None]
 
 
-def _flatten(net: Deconvnet, flatten: nn.Flatten, x: Tensor) -> tuple[Tensor, None]:
-    return x.flatten(1), None
-
-
 def _flatten_back(net: Deconvnet, flatten: nn.Flatten, signal: Signal, kept: None, shape: torch.Size) -> None:
     if len(shape) == 3:
         signal.values = signal.values.reshape(-1, *shape)
@@ -483,7 +483,7 @@ _RULES: dict[tuple[Any, ...], _Rule] = {
     BATCH_NORMS: _Rule(_batch_norm, _batch_norm_back),
     (LocalResponseNorm, nn.LocalResponseNorm): _Rule(_contrast, _contrast_back),
     (nn.Linear,): _Rule(_run, _linear_back),
-    (nn.Flatten,): _Rule(_flatten, _flatten_back),
+    (nn.Flatten,): _Rule(_run, _flatten_back),
     NEUTRAL: _Rule(_pass, _pass_back),
 }
 

@@ -100,7 +100,7 @@ def window_steps(model: nn.Module | Chain, layer: str) -> list[Step]:
     """
     chain = Chain.of(model)
     if layer not in chain.conv_layers:
-        raise UserError(f"{layer}: no such convolution layer{did_you_mean(layer, chain.conv_layers)}")
+        raise UserError(f"the network has no convolution {layer}{did_you_mean(layer, chain.conv_layers)}")
     steps = [step for step in chain.up_to(layer) if not isinstance(step.module, _POINTWISE)]
     for step in steps:
         if not isinstance(step.module, (*_WINDOWED, nn.AdaptiveAvgPool2d)):

@@ -29,7 +29,7 @@ from zfnet.data import ImageSet, Splits, preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images
 from zfnet.data.images import stratified
-from zfnet.model.zfnet import CONV_LAYERS, ZFNet
+from zfnet.model.chain import Chain
 from zfnet.runs.tables import shorten
 from zfnet.training.loaded import LoadedRun
 
@@ -76,21 +76,23 @@ class Chosen:
         return len(self.labels)
 
 
-def conv_layers(model: ZFNet) -> list[str]:
-    """Return the names of the network's convolution layers, in forward order."""
-    return [name for name in model.layers if name in CONV_LAYERS]
+def pick_layers(
+    chain: Chain, key: str, names: Sequence[str] | str | None, default: Sequence[str], only_conv: bool = False
+) -> list[str]:
+    """Return the layers that `key` names, or the default for null; raise UserError for one that is not there.
 
-
-def output_layer(model: ZFNet) -> str:
-    """Return the name of the layer whose outputs are the logits."""
-    return model.layers[-1]
-
-
-def check_layer(model: ZFNet, key: str, layer: str, only_conv: bool = False) -> None:
-    """Raise UserError unless the network has this layer (with `only_conv`: this convolution layer)."""
-    known = conv_layers(model) if only_conv else model.layers
-    if layer not in known:
-        raise UserError(f"{key}={layer}: no such layer{did_you_mean(layer, known)}")
+    only_conv: only convolutions count
+    """
+    known, what = (chain.conv_layers, "convolution") if only_conv else (chain.layers, "layer")
+    if not known:
+        raise UserError(f"{key}: the network has no {what}")
+    names = [names] if isinstance(names, str) else names
+    if names is not None and not names:
+        raise UserError(f"{key}=[]: names no layer; null is the default")
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"{key}={name}: the network has no such {what}{did_you_mean(name, known)}")
+    return list(dict.fromkeys(default if names is None else names))
 
 
 def chosen_split(loaded: LoadedRun, splits: Splits | None = None) -> Split:

@@ -175,12 +175,13 @@ class TopActivations:
 
 
 def selectivity(class_means: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (index [C], class [C]) of maps with mean activations [C, classes] ≥ 0; `present` is bool [classes].
+    """Return (index [C], class [C]) of maps with mean activations [C, classes]; `present` is bool [classes].
 
     The index is (μ − ν) / (μ + ν): μ the mean activation for the class that excites the map most, ν the mean over
     the other classes (Morcos et al. 2018, section 3.1). 0: all classes alike; 1: one class only. Dead maps: 0.
+    A mean below 0, which only a layer without ReLU can have, counts as 0.
     """
-    known = class_means[:, present]
+    known = class_means[:, present].clamp(min=0)
     highest, best = known.max(1)
     others = (known.sum(1) - highest) / max(1, known.shape[1] - 1)
     total = highest + others
@@ -199,7 +200,7 @@ def collect(
 ) -> TopActivations:
     """Run `images` through the network once and add them to `collection`, from image `collection.images` on.
 
-    model: a ZFNet or a `Chain`
+    model: a network with a chain of its own, such as a ZFNet, or a `Chain`
     batches_of: makes batches of a set, such as `lambda s: Batches(s, data, device)`
     after_batch: called with the collection after each batch: the place to save it
 

@@ -17,6 +17,9 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # where a layer's output is taken: behind the first of these, if nothing but the next two kinds comes between
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 NEUTRAL = (nn.Identity, *DROPOUTS)  # in evaluation mode these change nothing
+OUTPUT = (
+    "the output"  # stands for a layer: what the network returns, where that is not its last layer's output
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Chain:
             s.name: _end(self.steps, n) for n, s in enumerate(self.steps) if isinstance(s.module, WEIGHTED)
         }
         self.layers = list(self._ends)
+        self._ends[OUTPUT] = len(self.steps) - 1
         self.conv_layers = [s.name for s in self.steps if isinstance(s.module, nn.Conv2d)]
         self.channels = self.steps[0].input_shape[0]
         self.num_classes = self.steps[-1].output_shape[0]
@@ -76,12 +80,13 @@ class Chain:
         return Chain(model, image_size)
 
     def up_to(self, layer: str) -> list[Step]:
-        """Return the steps from the image to the output of `layer`; raise UserError for an unknown layer.
+        """Return the steps from the image to the output of `layer` (or `OUTPUT`: all of them).
 
         The output is taken behind the layer's batch norm and activation function, and before its pooling.
+        Raises UserError for an unknown layer.
         """
         if layer not in self._ends:
-            raise UserError(f"{layer}: no such layer{did_you_mean(layer, self.layers)}")
+            raise UserError(f"the network has no layer {layer}{did_you_mean(layer, self.layers)}")
         return self.steps[: self._ends[layer] + 1]
 
     def end(self, layer: str) -> nn.Module:
@@ -89,17 +94,16 @@ class Chain:
         return self.up_to(layer)[-1].module
 
     def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Return each named layer's output: after the ReLU and before pooling, the logits for the last layer.
+        """Return each named layer's output: after the ReLU and before pooling, the logits for `OUTPUT`.
 
         Shapes: convolutions [N, channels, y, x], linear layers [N, features]. The model's mode counts: in training
         mode dropout drops. Raises UserError for an unknown layer.
         """
-        lengths = {len(self.up_to(layer)): layer for layer in layers}
+        ends = {layer: len(self.up_to(layer)) for layer in layers}
         outputs, x = dict.fromkeys(layers, images), images
-        for number, step in enumerate(self.steps[: max(lengths, default=0)], 1):
+        for number, step in enumerate(self.steps[: max(ends.values(), default=0)], 1):
             x = step(x)
-            if number in lengths:
-                outputs[lengths[number]] = x
+            outputs |= {layer: x for layer, end in ends.items() if end == number}
         return outputs
 
 
@@ -122,6 +126,8 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
     """Run two random images through the model, note each leaf module's input and output, and compare them."""
     names: dict[nn.Module, str] = {}
     for leaf, module in _leaves(model, ""):
+        if "/" in leaf or "\\" in leaf:
+            raise UserError(f"{leaf}: rename this module: its name becomes part of file names")
         names.setdefault(module, leaf)
     weighted = [module for module in names if isinstance(module, WEIGHTED)]
     if not weighted:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError
@@ -20,7 +20,6 @@ from zfnet.model.layers import Dropout, LocalResponseNorm
 
 CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 FC_LAYERS = ("fc6", "fc7")
-POOL_SIZE, POOL_STRIDE = 3, 2  # paper, Fig. 3: 3×3 max pooling with stride 2
 
 # where the blog's nn.Sequential keeps each layer
 _BLOG_NAMES = {
@@ -80,9 +79,7 @@ class ZFNet(nn.Module):
             self.add_module(f"norm{number}", nn.BatchNorm2d(settings.channels))
         self.add_module(f"relu{number}", nn.ReLU())
         if (pool := pool_of(self.config, layer)) is not None:
-            self.add_module(
-                f"pool{number}", nn.MaxPool2d(POOL_SIZE, POOL_STRIDE, pool.padding, ceil_mode=pool.ceil)
-            )
+            self.add_module(f"pool{number}", pool)
         # the paper's Fig. 3: pool, then normalise
         if self.config.norm == "lrn" and layer in ("conv1", "conv2"):
             self.add_module(f"norm{number}", LocalResponseNorm())
@@ -160,35 +157,17 @@ class ZFNet(nn.Module):
         self.load_state_dict(renamed)
 
 
-@dataclass(frozen=True)
-class Pool:
-    """How one pooling layer places its 3×3/2 windows."""
-
-    padding: int
-    ceil: bool
-
-    def size(self, n: int) -> int:
-        """Return the output side for an input side of `n` pixels."""
-        span = n + 2 * self.padding - POOL_SIZE
-        out = (-(-span // POOL_STRIDE) if self.ceil else span // POOL_STRIDE) + 1
-        # PyTorch drops a window that would start in the padding beyond the last pixel
-        if self.ceil and (out - 1) * POOL_STRIDE >= n + self.padding:
-            out -= 1
-        return out
-
-
-def pool_of(model: ModelConfig, layer: str) -> Pool | None:
+def pool_of(model: ModelConfig, layer: str) -> nn.MaxPool2d | None:
     """Return the pooling after `layer`, or None.
 
     `pad` is the blog's: one pixel of padding, except after conv5. `ceil` is cuda-convnet's, and so most
     probably the paper's: windows start at pixel 0 and the last one may hang over the edge.
     """
-    conv = getattr(model, layer)
-    if not conv.pool:
+    if not getattr(model, layer).pool:
         return None
-    if model.pooling == "ceil":
-        return Pool(padding=0, ceil=True)
-    return Pool(padding=0 if layer == "conv5" else 1, ceil=False)
+    ceil = model.pooling == "ceil"
+    padding = 0 if ceil or layer == "conv5" else 1
+    return nn.MaxPool2d(3, 2, padding, ceil_mode=ceil)  # paper, Fig. 3: 3×3 windows with stride 2
 
 
 def feature_sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, int]]:
@@ -198,23 +177,22 @@ def feature_sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, i
     """
     sizes: dict[str, tuple[int, int]] = {}
     n = image_size
+    hint = f"raise data.image_size={image_size} or lower the kernel sizes and strides"
     for layer in CONV_LAYERS:
-        conv = getattr(model, layer)
-        if conv is None:
+        if (conv := getattr(model, layer)) is None:
             continue
-        out = (n + 2 * conv.padding - conv.kernel_size) // conv.stride + 1
-        if n + 2 * conv.padding < conv.kernel_size or out < 1:
+        if n + 2 * conv.padding < conv.kernel_size:
             raise UserError(
                 f"{layer} receives {n}×{n} pixels, too few for its {conv.kernel_size}×{conv.kernel_size} kernel "
-                f"(padding {conv.padding}): raise data.image_size={image_size} or lower the kernel sizes and strides"
+                f"(padding {conv.padding}): {hint}"
             )
-        pool = pool_of(model, layer)
-        pooled = pool.size(out) if pool else out
-        if pooled < 1:
-            raise UserError(
-                f"the pooling after {layer} receives {out}×{out} pixels, too few for its 3×3 window: "
-                f"raise data.image_size={image_size} or lower the kernel sizes and strides"
-            )
-        sizes[layer] = (out, pooled)
-        n = pooled
+        out = n = (n + 2 * conv.padding - conv.kernel_size) // conv.stride + 1
+        if (pool := pool_of(model, layer)) is not None:
+            try:
+                n = pool(torch.empty(1, 1, out, out, device="meta")).shape[-1]
+            except RuntimeError as error:
+                raise UserError(
+                    f"the pooling after {layer} receives {out}×{out} pixels, too few for its 3×3 window: {hint}"
+                ) from error
+        sizes[layer] = (out, n)
     return sizes

@@ -85,31 +85,27 @@ def _write_maps(atlas: Atlas, folder: Path, layer: str, after_file: Callable[[],
     """Write each map's picture: row 0 projections, row 1 patches, one column for each of the `top` images."""
     record = atlas.search.layers[layer]
     active = record.filled[:, 0].cpu()
-    small = frame_size(atlas.deconvnet.model, layer) <= _LOSSLESS
+    small = frame_size(atlas.deconvnet.chain, layer) <= _LOSSLESS
     with tqdm(total=len(active), desc=f"atlas: {layer}", unit="map", disable=None, leave=False) as bar:
         for numbers in torch.arange(len(active)).split(_MAPS):
-            wanted = [n for n in numbers.tolist() if active[n] and not _map_path(folder, n).exists()]
+            wanted = [n for n in numbers.tolist() if active[n] and not (folder / f"{n}.webp").exists()]
             if wanted:
                 maps = torch.tensor(wanted)
                 views = view_maps(atlas.deconvnet, atlas.images, atlas.data, layer, record, maps)
                 for n, tiles in zip(wanted, views.tiles, strict=True):
-                    _save(_map_path(folder, n), mosaic(tiles.flatten(0, 1), tiles.shape[1]), lossless=small)
+                    _save(folder / f"{n}.webp", mosaic(tiles.flatten(0, 1), tiles.shape[1]), lossless=small)
             bar.update(len(numbers))
             after_file()
-
-
-def _map_path(folder: Path, number: int) -> Path:
-    return folder / f"{number}.webp"
 
 
 def _sheet(atlas: Atlas, folder: Path, layer: str, kind: str) -> np.ndarray:
     """Return the thumbnails of a layer's maps, in rows of `_columns`, each of the map's first nine pictures."""
     record = atlas.search.layers[layer]
-    side, count = frame_size(atlas.deconvnet.model, layer), len(record.values)
+    side, count = frame_size(atlas.deconvnet.chain, layer), len(record.values)
     top = min(9, record.values.shape[1])
     thumbnails = torch.full((count, _THUMBNAIL, _THUMBNAIL, 3), GREY, dtype=torch.uint8)
     for n in record.filled[:, 0].nonzero().flatten().tolist():
-        with Image.open(_map_path(folder, n)) as picture:
+        with Image.open(folder / f"{n}.webp") as picture:
             upper = KINDS.index(kind) * side
             row = np.array(picture.convert("RGB"))[upper : upper + side]
         for place in range(top):
@@ -164,11 +160,11 @@ def _page_data(atlas: Atlas) -> dict[str, Any]:
 
 
 def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]:
-    model, stats = atlas.deconvnet.model, atlas.search.statistics(layer)
+    chain, stats = atlas.deconvnet.chain, atlas.search.statistics(layer)
     filled, places, values = record.filled.cpu(), record.places().cpu(), record.values.cpu()
     row, rank = filled.nonzero().unbind(1)
     place = places[row, rank]
-    boxes = receptive_boxes(model, layer, place[:, 1:]) / atlas.data.image_size
+    boxes = receptive_boxes(chain, layer, place[:, 1:]) / atlas.data.image_size
     labels = atlas.images.labels[place[:, 0]]
     tops: list[list[list[float]]] = [[] for _ in range(len(values))]
     for n, value, where, label, box in zip(
@@ -179,8 +175,8 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
     means = [[_short(value) for value in row] for row in best.values.tolist()]
     return {
         "name": layer,
-        "frame": frame_size(model, layer),
-        "field": receptive_field(model, layer).size,
+        "frame": frame_size(chain, layer),
+        "field": receptive_field(chain, layer).size,
         "columns": _columns(len(values)),
         "maps": to_rows(
             mean=map(_short, stats.mean.tolist()),

@@ -60,11 +60,7 @@ def log_per_class(result: Mapping[str, Any]) -> None:
         log.info("  %-*s %s", width, name, "no images" if accuracy is None else f"{accuracy:7.2%}")
 
 
-def draw_results(
-    run: RunDirectory,
-    evaluation: Evaluation,
-    images: ImageSet,
-) -> None:
+def draw_results(run: RunDirectory, evaluation: Evaluation, images: ImageSet) -> None:
     """Write confusion.png, per_class.png and samples.png of the evaluation of `images`."""
     figures = {
         "confusion": draw_confusion(evaluation, images.classes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ import numpy as np
 import torch
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, DataConfig
+from zfnet.config.schema import Config, DataConfig, model_name
 from zfnet.data import Batches, ImageSet, Splits, load_splits
+from zfnet.model.chain import Chain
 from zfnet.runs.directory import find_run
 from zfnet.runs.weights import ModelMetadata, load_model
 from zfnet.training.device import resolve_runtime
@@ -50,41 +52,50 @@ class LoadedRun:
     def classes(self) -> tuple[str, ...]:
         return self.metadata.classes
 
+    @functools.cached_property
+    def chain(self) -> Chain:
+        """The network as a list of steps, as explanations use it; raise UserError where it has branches, say."""
+        try:
+            return Chain.of(self.model, self.data.image_size)
+        except UserError as error:
+            name = model_name(self.metadata.model)
+            raise UserError(
+                f"job={self.config.job.name}: {name} is not a chain of layers: {error}"
+            ) from error
+
     def splits(self) -> Splits:
         """Load the images; labels are the run's own numbers, matched by class name."""
         loaded = load_splits(self.data, self.config.imports)
-        train, validation, test = (
-            None if part is None else self._by_name(part)
-            for part in (loaded.train, loaded.validation, loaded.test)
-        )
-        assert train is not None
-        return Splits(train, validation, test, loaded.fingerprint)
+        validation, test = (None if s is None else self._by_name(s) for s in (loaded.validation, loaded.test))
+        return Splits(self._by_name(loaded.train), validation, test, loaded.fingerprint)
 
     def split(self, name: str, splits: Splits | None = None) -> ImageSet:
-        """Return train, validation, test, or `all` of them; raise UserError where there is no such part."""
+        """Return train, validation, test, or `all` of them; raise UserError where there is no such split."""
         splits = splits or self.splits()
         if name == "all":
             return _joined([p for p in (splits.train, splits.validation, splits.test) if p is not None])
-        part: ImageSet | None = getattr(splits, name)
-        if part is None:
+        images: ImageSet | None = getattr(splits, name)
+        if images is None:
             raise UserError(f"job.split={name}: data={self.data.name} has no {name} images")
-        return part
+        return images
 
-    def batches(self, part: ImageSet, data: DataConfig | None = None) -> Batches:
-        """Return the batches of `part` on the device, prepared as `data` says (default: as in training)."""
-        return Batches(part, data or self.data, self.runtime.device, channels_last=self.runtime.channels_last)
+    def batches(self, images: ImageSet, data: DataConfig | None = None) -> Batches:
+        """Return the batches of `images` on the device, prepared as `data` says (default: as in training)."""
+        return Batches(
+            images, data or self.data, self.runtime.device, channels_last=self.runtime.channels_last
+        )
 
-    def _by_name(self, part: ImageSet) -> ImageSet:
-        if part.classes == self.classes:
-            return part
-        for name in part.classes:
+    def _by_name(self, images: ImageSet) -> ImageSet:
+        if images.classes == self.classes:
+            return images
+        for name in images.classes:
             if name not in self.classes:
                 raise UserError(
                     f"data={self.data.name}: its class '{name}' is not one of run={self.source.folder}, "
                     f"which knows {_few(self.classes)}"
                 )
-        numbers = torch.tensor([self.classes.index(name) for name in part.classes])
-        return replace(part, labels=numbers[part.labels], classes=self.classes)
+        numbers = torch.tensor([self.classes.index(name) for name in images.classes])
+        return replace(images, labels=numbers[images.labels], classes=self.classes)
 
 
 def _data_for(data: DataConfig, metadata: ModelMetadata, given: set[str]) -> DataConfig:
@@ -103,24 +114,17 @@ def _data_for(data: DataConfig, metadata: ModelMetadata, given: set[str]) -> Dat
     return data
 
 
-def _joined(parts: Sequence[ImageSet]) -> ImageSet:
+def _joined(sets: Sequence[ImageSet]) -> ImageSet:
     """Put sets of one data set together; pixels that they share already are not copied."""
-    first = parts[0]
-    arrays: list[np.ndarray] = []
-    rows = []
-    for part in parts:
-        known = next((k for k, a in enumerate(arrays) if a is part.images), None)
-        if known is None:
-            known = len(arrays)
-            arrays.append(part.images)
-        rows.append(part.rows + sum(len(a) for a in arrays[:known]))
-    images = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    arrays = list({id(s.images): s.images for s in sets}.values())
+    starts = dict(zip(map(id, arrays), np.cumsum([0, *map(len, arrays)]).tolist(), strict=False))
+    boxes = [s.boxes for s in sets if s.boxes is not None]
     return replace(
-        first,
-        images=images,
-        labels=torch.cat([p.labels for p in parts]),
-        rows=torch.cat(rows),
-        boxes=None if any(p.boxes is None for p in parts) else torch.cat([p.boxes for p in parts]),  # type: ignore[misc]
+        sets[0],
+        images=arrays[0] if len(arrays) == 1 else np.concatenate(arrays),
+        labels=torch.cat([s.labels for s in sets]),
+        rows=torch.cat([s.rows + starts[id(s.images)] for s in sets]),
+        boxes=torch.cat(boxes) if len(boxes) == len(sets) else None,
     )
 
 

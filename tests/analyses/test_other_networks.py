@@ -1,0 +1,146 @@
+"""All seven analyses of networks that are not ZFNet: a user's own, torchvision's AlexNet; a residual one is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from tests.explain.trained import read_csv
+from tests.helpers import TINY, compose, no_figures
+from zfnet.data import load_splits
+from zfnet.jobs.train import train
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.weights import ModelMetadata, save_model
+
+
+class Nested(nn.Module):
+    """Blocks in blocks, one ReLU for all layers, and logits that are averages over places, not a layer's output."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        relu = nn.ReLU(inplace=True)
+        stem = nn.Sequential(nn.Conv2d(3, 8, 5, 2, 2), nn.BatchNorm2d(8), relu, nn.MaxPool2d(3, 2))
+        body = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), relu, nn.Dropout(0.2), nn.AvgPool2d(2))
+        self.blocks = nn.Sequential(stem, body)
+        self.head = nn.Sequential(nn.Conv2d(12, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+class Smooth(nn.Sequential):
+    """A chain, but the deconvnet has no rule for its activation function."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Conv2d(3, 4, 5, 4), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 15 * 15, num_classes))
+
+
+class Residual(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 5, 4), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.conv(x))
+
+
+def train_other(folder: Path, network: type[nn.Module], *words: str) -> RunDirectory:
+    config, run = compose(*TINY, *words), RunDirectory(folder)
+    target = f"{network.__module__}.{network.__name__}"
+    config = dataclasses.replace(config, model={"_target_": target}, imports=["tests"])
+    run.claim(config)
+    with no_figures():
+        train(config, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return train_other(tmp_path_factory.mktemp("nested") / "run", Nested, "trainer.snapshots=[1,2]")
+
+
+FIRST, SECOND, LAST = "blocks.0.0", "blocks.1.0", "head.0"
+
+
+@pytest.mark.parametrize(
+    ("words", "table", "layers"),
+    [
+        ("job=deconvnet job.top=2 job.maps=4", "top_activations.csv", {FIRST, SECOND, LAST}),
+        ("job=evolution job.maps=2 job.probe_images=9", "strongest.csv", {FIRST, SECOND, LAST}),
+        ("job=correspondence job.count=30 job.permutations=20", "correspondence.csv", {SECOND, LAST}),
+        ("job=invariance job.count=2 job.mean_images=6 job.steps=3", "curves.csv", None),
+        ("job=occlusion job.count=2 job.stride=12", "maps.csv", None),
+        ("job=attribution job.count=2 job.steps=4", "attribution.csv", None),
+        ("job=filters", "filters.csv", None),
+    ],
+)
+def test_analysis_of_a_users_network(
+    run_py, nested: RunDirectory, words: str, table: str, layers: set[str] | None
+) -> None:
+    answer = run_py(
+        *words.split(), f"run={nested.folder}", "job.split=test", "imports=[tests]", "hydra.run.dir=out"
+    )
+    assert answer.code == 0, answer.err
+    rows = read_csv(Path("out") / table)
+    assert rows
+    if layers is not None:
+        assert {row["layer"] for row in rows} == layers
+    assert list(Path("out/figures").glob("*.png"))
+
+
+def test_analysis_without_the_import_asks_for_it(run_py, nested: RunDirectory) -> None:
+    answer = run_py("job=filters", f"run={nested.folder}", "hydra.run.dir=out")
+    assert answer.code == 1
+    assert "add imports=[tests]" in answer.err
+
+
+def test_defaults_of_a_users_network(run_py, nested: RunDirectory) -> None:
+    words = (f"run={nested.folder}", "job.split=test", "imports=[tests]")
+    counts = ("job.count=1", "job.mean_images=2", "job.steps=2")
+    assert run_py("job=invariance", *words, *counts, "hydra.run.dir=a").code == 0
+    assert json.loads(Path("a/invariance.json").read_text())["layers"] == [FIRST, SECOND]
+    answer = run_py("job=occlusion", *words, "job.layer=conv5", "hydra.run.dir=b")
+    assert "job.layer=conv5: the network has no such convolution; known: blocks.0.0" in answer.err
+
+
+def test_analysis_of_torchvisions_alexnet(run_py, tmp_path: Path) -> None:
+    config = compose(*TINY)
+    config = dataclasses.replace(config, model={"_target_": "torchvision.models.AlexNet"})
+    run = RunDirectory(tmp_path / "alexnet")
+    run.claim(config)
+    classes = load_splits(config.data).train.classes
+    torch.manual_seed(0)
+    model = torchvision.models.AlexNet(num_classes=len(classes))
+    save_model(run.weights, model, ModelMetadata(config.model, classes, config.data, 64))
+    answer = run_py("job=attribution", f"run={run.folder}", "job.count=1", "job.steps=2", "hydra.run.dir=out")
+    assert answer.code == 0, answer.err
+    assert len(read_csv(Path("out/attribution.csv"))) == 5
+
+
+def test_a_module_without_a_rule_is_refused_before_the_work(run_py, tmp_path: Path) -> None:
+    run = train_other(tmp_path / "run", Smooth, "trainer.epochs=1")
+    for job in ("deconvnet", "evolution", "occlusion", "attribution"):
+        answer = run_py(f"job={job}", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
+        assert (answer.code, answer.err.count("\n")) == (1, 1)
+        assert "1 (SiLU): the deconvnet has no rule for it" in answer.err
+        assert not Path("out").exists()
+    assert run_py("job=filters", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out").code == 0
+
+
+def test_a_residual_network_is_refused_by_name(run_py, tmp_path: Path) -> None:
+    run = train_other(tmp_path / "run", Residual, "trainer.epochs=1")
+    for job in ("deconvnet", "evolution", "filters", "invariance", "occlusion", "attribution"):
+        answer = run_py(f"job={job}", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
+        assert answer.code == 1
+        assert answer.err.count("\n") == 1, answer.err
+        assert f"job={job}: Residual is not a chain of layers: the input of head.0" in answer.err
+        assert not Path("out").exists()
+    assert run_py("job=evaluate", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out").code == 0
