@@ -51,9 +51,9 @@ class InvarianceJob(Look):
     count: Annotated[int, Field(ge=1)]
     mean_images: Annotated[int, Field(ge=2)]
     layers: Optional[list[str]]
-    translation: Annotated[float, Field(gt=0, le=1)]
+    translation: Annotated[float, Field(gt=0, lt=1)]
     scale: Annotated[float, Field(gt=1, le=10)]
-    rotation: Annotated[float, Field(gt=0, le=360)]
+    rotation: Annotated[float, Field(gt=0, lt=360)]
     steps: Annotated[int, Field(ge=2, le=1000)]
 
     def main(self, config: Config, output: Path) -> None:
