@@ -20,8 +20,8 @@ class ResumeJob(Job):
 
     def main(self, config: Config, output: Path) -> float | None:
         """Go on with `run=<dir>` from that run's own config."""
-        # what is trusted, and how many processes share the work, does not change the result
-        free = ("job", "run", "imports", "trainer.devices")
+        # what is trusted and logged, and how many processes share the work, does not change the result
+        free = ("job", "run", "imports", "logger", "trainer.devices")
         others = [o for o in config.overrides if o.split("=")[0].lstrip("+~") not in free]
         if others:
             raise UserError(

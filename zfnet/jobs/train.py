@@ -124,7 +124,7 @@ def _train(
     report: Report | None = None,
     compiled: bool | None = None,
 ) -> dict[str, Any]:
-    runtime = resolve_runtime(config.trainer, world)
+    runtime = resolve_runtime(config.trainer, world, isinstance(config.model, dict))
     splits = load_splits(config.data, config.imports)
     _check_against(splits, config)
     train = training_batches(config, runtime, splits.train, world)

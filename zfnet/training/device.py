@@ -51,8 +51,12 @@ class Runtime:
         return ", ".join(words)
 
 
-def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE) -> Runtime:
-    """Decide every `auto` and set the process-wide switches that the decisions need; raise UserError."""
+def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: bool = False) -> Runtime:
+    """Decide every `auto` and set the process-wide switches that the decisions need; raise UserError.
+
+    own_network: whether the network is not ZFNet. On a CPU such a one keeps PyTorch's default memory layout: in PyTorch
+        2.14 the backward pass of a 1×1 convolution with stride 2 on three channels corrupts memory in channels_last
+    """
     device = _device(trainer.device)
     if world.size > 1 and device.type == "cuda":
         # of processes started here all see this, not only those that are left without a GPU
@@ -73,7 +77,9 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE) -> Runtime:
             else (device.type == "cpu" and _fast_bf16())
         )
         precision = "bf16" if fast else "fp32"
-    channels_last = trainer.channels_last if isinstance(trainer.channels_last, bool) else device.type != "mps"
+    channels_last = device.type == "cuda" or (device.type == "cpu" and not own_network)
+    if isinstance(trainer.channels_last, bool):
+        channels_last = trainer.channels_last
     set_switches(trainer.deterministic, precision)
     if device.type == "cpu":
         keep_memory(True)

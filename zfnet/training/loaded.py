@@ -45,7 +45,7 @@ class LoadedRun:
         self.source = find_run(str(config.run))
         model, self.metadata = load_model(self.source.weights, config.imports)
         self.data = _data_for(config.data, self.metadata, given)
-        self.runtime = resolve_runtime(config.trainer)
+        self.runtime = resolve_runtime(config.trainer, own_network=isinstance(self.metadata.model, dict))
         self.model = model.to(self.runtime.device).to(memory_format=self.runtime.memory_format)
 
     @property
