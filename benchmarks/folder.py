@@ -38,9 +38,7 @@ DISTINCT = 32  # files; the others are copies
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=1000, help="photographs to write")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each")
     options, cores = parser.parse_args(), os.cpu_count() or 1
@@ -48,12 +46,7 @@ def main() -> None:
         root = Path(place, "photos")
         size = write_pictures(root / "train", options.pictures)
         register_resolvers()
-        words = [
-            f"data.root={root}",
-            f"data.cache_dir={place}/cache",
-            "data.store_size=256",
-            "data.crop_size=224",
-        ]
+        words = [f"data.root={root}", f"data.cache_dir={place}/cache", "data.store_size=256", "data.crop_size=224"]
         config = compose(["data=folder", "augment.flip=0.5", "augment.crop_padding=0", *words])
         runtime = resolve_runtime(config.trainer)
         start, work = time.perf_counter(), time.process_time()
@@ -114,9 +107,7 @@ def pillow_loader(folder: Path, data: DataConfig, workers: int, device: torch.de
         transforms.Normalize(data.mean, data.std),
     ]
     dataset = ImageFolder(str(folder), transforms.Compose(steps))
-    return DataLoader(
-        dataset, data.batch_size, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda"
-    )
+    return DataLoader(dataset, data.batch_size, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
 
 
 if __name__ == "__main__":

@@ -42,9 +42,7 @@ TOP = 9  # projections of each map in the paper's Figure 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maps", type=int, default=8, help="feature maps per layer, evenly spaced; 0: all")
     parser.add_argument("--count", type=int, default=9, help="images")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each; medians are reported")
@@ -111,9 +109,7 @@ def time_projections(model: Any, images: Tensor, maps: int | None, rounds: int) 
     return rows
 
 
-def strongest_units(
-    chain: Chain, images: Tensor, layer: str, maps: int | None
-) -> list[tuple[int, int, int, int]]:
+def strongest_units(chain: Chain, images: Tensor, layer: str, maps: int | None) -> list[tuple[int, int, int, int]]:
     """Return units (image, channel, y, x): each map's strongest place in each image, where it is active.
 
     `maps` of the layer's maps, evenly spaced, or all.
@@ -123,8 +119,7 @@ def strongest_units(
     channels = torch.linspace(0, count - 1, min(maps or count, count)).round().long().unique()
     values, places = activations[:, channels].flatten(2).max(dim=2)
     return [
-        (image, int(channels[k]), *divmod(int(places[image, k]), width))
-        for image, k in (values > 0).nonzero().tolist()
+        (image, int(channels[k]), *divmod(int(places[image, k]), width)) for image, k in (values > 0).nonzero().tolist()
     ]
 
 
@@ -167,16 +162,9 @@ def compare(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
 
 def extrapolate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the time of every map's TOP projections, by each layer's time for one, and the ratio of the sums."""
-    ours, theirs = (
-        sum(row["maps"] * TOP * row[f"{name}_seconds"] for row in rows) for name in ("zfnet", "captum")
-    )
+    ours, theirs = (sum(row["maps"] * TOP * row[f"{name}_seconds"] for row in rows) for name in ("zfnet", "captum"))
     projections = TOP * sum(row["maps"] for row in rows)
-    return {
-        "projections": projections,
-        "zfnet_seconds": ours,
-        "captum_seconds": theirs,
-        "ratio": theirs / ours,
-    }
+    return {"projections": projections, "zfnet_seconds": ours, "captum_seconds": theirs, "ratio": theirs / ours}
 
 
 def print_result(result: dict[str, Any]) -> None:

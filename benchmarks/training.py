@@ -30,14 +30,7 @@ from torchvision import transforms
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.data import ImageSet, load_splits
-from zfnet.jobs.benchmark import (
-    Contender,
-    TrainingSteps,
-    measure,
-    print_result,
-    time_steps,
-    write_result,
-)
+from zfnet.jobs.benchmark import Contender, TrainingSteps, measure, print_result, time_steps, write_result
 from zfnet.runs.command import compose
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.training.build import build_optimizer, initial_model
@@ -45,9 +38,7 @@ from zfnet.training.device import Runtime, keep_memory, resolve_runtime, synchro
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=0, help="loader processes of the other loops")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/training"))
     parser.add_argument("overrides", nargs="*", help="of the config, as in data.batch_size=32")
@@ -175,12 +166,7 @@ class _Loop:
     name = ""
 
     def __init__(self, config: Config, runtime: Runtime, images: ImageSet, workers: int) -> None:
-        self.batch_size, self.runtime, self.images, self.workers = (
-            config.data.batch_size,
-            runtime,
-            images,
-            workers,
-        )
+        self.batch_size, self.runtime, self.images, self.workers = (config.data.batch_size, runtime, images, workers)
         self.config = config
         self.model: nn.Module = initial_model(config, len(images.classes))[0].to(runtime.device)
         self.optimizer = build_optimizer(config, self.model)

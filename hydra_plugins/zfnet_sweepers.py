@@ -61,9 +61,7 @@ class GridSweeper(_Sweeper):
         from zfnet.config.errors import UserError
 
         if self.max_batch_size is not None and self.max_batch_size < 1:
-            raise UserError(
-                f"hydra.sweeper.max_batch_size={self.max_batch_size}: must be at least 1, or null"
-            )
+            raise UserError(f"hydra.sweeper.max_batch_size={self.max_batch_size}: must be at least 1, or null")
         words: list[list[str]] = []
         for override in overrides:
             key = override.get_key_element()

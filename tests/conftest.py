@@ -80,9 +80,7 @@ class Answer(NamedTuple):
 
 
 @pytest.fixture
-def run_py(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Answer]:
+def run_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     """Return a function that does what `python run.py …` does, in this process and in an empty folder."""
     monkeypatch.chdir(tmp_path)
 

@@ -14,15 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zfnet.config.schema import (
-    DATA,
-    AugmentConfig,
-    Config,
-    Conv,
-    DataConfig,
-    Linear,
-    ModelConfig,
-)
+from zfnet.config.schema import DATA, AugmentConfig, Config, Conv, DataConfig, Linear, ModelConfig
 from zfnet.data.shapes import draw_shapes
 from zfnet.jobs.train import train
 from zfnet.runs import command

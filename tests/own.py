@@ -136,17 +136,13 @@ class Witness(Callback):
 
     def __init__(self) -> None:
         for hook in (name for name in dir(Callback) if name.startswith("on_")):
-            setattr(
-                self, hook, lambda state, *_, hook=hook: self.calls.append((hook, getattr(state, "step", 0)))
-            )
+            setattr(self, hook, lambda state, *_, hook=hook: self.calls.append((hook, getattr(state, "step", 0))))
 
 
 class Items(Dataset):
     """`count` images of noise, in one of the forms that an item may have."""
 
-    def __init__(
-        self, count: int, form: str = "pil", side: int = 64, classes: int = 3, seed: int = 0
-    ) -> None:
+    def __init__(self, count: int, form: str = "pil", side: int = 64, classes: int = 3, seed: int = 0) -> None:
         self.images, self.form, self.number = random_images(count, side, seed), form, classes
 
     def __len__(self) -> int:

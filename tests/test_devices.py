@@ -9,19 +9,10 @@ import pytest
 import torch
 
 from tests.explain.networks import network, pictures, some_units
-from tests.helpers import (
-    MINUTE,
-    compose,
-    data_config,
-    learned,
-    random_images,
-    train_minute,
-    training_state,
-    used,
-)
+from tests.helpers import MINUTE, compose, data_config, learned, random_images, train_minute, training_state, used
 from tests.pretended import MixedDevices, OnGpu, pretended_gpu
 from zfnet.analyses.correspondence import compare, cut_to_boxes, mask, quarter_centres, sign_changes
-from zfnet.analyses.deconvnet import dead_window_sensitivity, project_controls
+from zfnet.analyses.deconvnet import compare_controls, dead_window_sensitivity, project_controls
 from zfnet.analyses.evolution import project_strongest, view_epoch
 from zfnet.analyses.filters import measure_filters
 from zfnet.analyses.invariance import make_amounts, measure, typical_distance
@@ -110,17 +101,13 @@ def test_a_run_goes_on_from_a_checkpoint(waits: list[str], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(32, 224), (32, 64), (64, 20), (48, 48)])
-def test_the_gpus_way_of_preprocessing_is_within_a_grey_level(
-    waits: list[str], stored: int, wanted: int
-) -> None:
+def test_the_gpus_way_of_preprocessing_is_within_a_grey_level(waits: list[str], stored: int, wanted: int) -> None:
     data = data_config(image_size=wanted, mean=[0.0] * 3, std=[1 / 255] * 3)
     pixels = random_images(4, stored)
     assert (preprocess(pixels.to("cuda"), data).cpu() - preprocess(pixels, data)).abs().max() <= 1.001
 
 
-@pytest.mark.parametrize(
-    ("variant", "rule"), [("lrn", "deconvnet"), ("batch", "guided"), ("no_pool", "gradient")]
-)
+@pytest.mark.parametrize(("variant", "rule"), [("lrn", "deconvnet"), ("batch", "guided"), ("no_pool", "gradient")])
 def test_projections(waits: list[str], variant: str, rule: str) -> None:
     model = network(variant)
     images, layers = pictures(model), ("conv1", "conv5", "fc8")
@@ -140,20 +127,20 @@ def test_explanations(waits: list[str]) -> None:
     deconvnet = Deconvnet(model, "guided", "all", "gradient")
     units = torch.tensor([[0, 0, 1, 1], [1, 2, 0, 1], [3, 1, 0, 0]])
     assert deconvnet.project_fields(inputs, "conv2", units).device.type == "cuda"
-    assert project_controls(deconvnet, inputs, "conv3", units).similarity()
+    assert compare_controls(project_controls(deconvnet, inputs, "conv3", units))
     assert dead_window_sensitivity(deconvnet, inputs, "conv2", units)
     occluded = occlude(
-        model, inputs, labels, layer="conv5", patch=30, stride=30, fill=torch.zeros(3), batch_size=5
+        model.chain, inputs, labels, layer="conv5", patch=30, stride=30, fill=torch.zeros(3), batch_size=5
     )
     assert type(occluded.occluded.activation) is torch.Tensor
     amounts = make_amounts(size, 0.1, 1.5, 90, 3)
-    curves = measure(model, inputs, labels, amounts, ["conv1", "fc7"], 4)
+    curves = measure(model.chain, inputs, labels, amounts, ["conv1", "fc7"], 4)
     assert all(type(c.probability) is torch.Tensor for c in curves.values())
-    assert typical_distance(model, inputs, ["conv1"], 2)["conv1"] > 0
+    assert typical_distance(model.chain, inputs, ["conv1"], 2)["conv1"] > 0
     boxes = torch.tensor([[4.0, 4, 40, 50]] * 4)
     cut = cut_to_boxes(inputs, boxes)
     signs = [
-        sign_changes(model, cut, mask(cut, centres, 9, torch.zeros(3)), ["fc7"], 3)["fc7"]
+        sign_changes(model.chain, cut, mask(cut, centres, 9, torch.zeros(3)), ["fc7"], 3)["fc7"]
         for centres in quarter_centres(boxes, size).values()
     ]
     assert compare(signs[0], signs[1], torch.zeros(4, dtype=torch.int64), 9, 0)
@@ -172,14 +159,14 @@ def test_searches_over_a_set(waits: list[str]) -> None:
     again = TopActivations.from_state(*strongest.state(), GPU)
     assert again.statistics("conv2").class_means.device.type == "cuda"
     probes = pictures(model, 2).float().to("cuda")
-    seen = view_epoch(model, images, batches, probes, ["conv2"], 2)
+    seen = view_epoch(model.chain, images, batches, probes, ["conv2"], 2)
     maps = torch.tensor([0, 3])
 
     def inputs(index: torch.Tensor) -> torch.Tensor:
         return preprocess(images.pixels(index).to("cuda"), data)
 
-    assert len(project_strongest(model, "conv2", seen.strongest["conv2"], maps, inputs)) == 2
-    assert type(measure_filters(model, batches(images).in_order()).peak) is torch.Tensor
+    assert len(project_strongest(model.chain, "conv2", seen.strongest["conv2"], maps, inputs)) == 2
+    assert type(measure_filters(model.chain, batches(images).in_order()).peak) is torch.Tensor
 
 
 def test_a_run_of_the_cpus_is_read_on_a_gpu(tiny_run: RunDirectory, waits: list[str]) -> None:

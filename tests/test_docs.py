@@ -32,12 +32,7 @@ SET_UP = [
 
 # every layer of the network, a few maps wide: the pages name layers
 SMALL = [word for word in MINUTE if not word.endswith("=null")]
-SMALL += [
-    "model.conv3.channels=4",
-    "model.conv4.channels=4",
-    "model.fc7.features=16",
-    "trainer.snapshots=[1,2]",
-]
+SMALL += ["model.conv3.channels=4", "model.conv4.channels=4", "model.fc7.features=16", "trainer.snapshots=[1,2]"]
 EXTRA = {  # words that make a job cheap, or possible with 80 images
     "benchmark": [*SMALL, "job.rounds=1", "job.steps=1", "job.warmup=0"],
     "correspondence": ["job.split=train"],
@@ -116,12 +111,7 @@ def is_cheap(words: list[str]) -> bool:
     given = settings(words)
     if "-m" in words or given.get("job.subject") == "choices":  # many runs, or a compiler
         return False
-    return (
-        "job" in given
-        or given.get("experiment") == "quickstart"
-        or "--help" in words
-        or "--config-name" in words
-    )
+    return "job" in given or given.get("experiment") == "quickstart" or "--help" in words or "--config-name" in words
 
 
 @pytest.fixture(scope="session")
@@ -139,9 +129,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("scans", "dogs"):
         write_images(folder, {name: 4}, size=64)
     shutil.copy(folder / "scans/000.png", folder / "cat.jpg")
-    points = [
-        f"{n:03d}.png,{part},{x},30" for n in range(4) for part, x in (("left eye", 20), ("right eye", 40))
-    ]
+    points = [f"{n:03d}.png,{part},{x},30" for n in range(4) for part, x in (("left eye", 20), ("right eye", 40))]
     (folder / "dogs/points.csv").write_text("\n".join(["image,part,x,y", *points]) + "\n")
     torch.save(small_zfnet(10, 224).state_dict(), folder / "zfnet.pth")
     return folder
@@ -235,18 +223,11 @@ def test_readme_names_every_choice_of_every_group_and_every_job() -> None:
 
 @pytest.mark.parametrize("experiment", ["quickstart", "cifar10_small"])
 def test_readme_commands_train_with_the_experiments_for_a_cpu(experiment: str) -> None:
-    rows = re.findall(
-        r"^\| ([^|]+) \| `python run.py ?([^`]*)` \|$", README.read_text(encoding="utf-8"), re.M
-    )
+    rows = re.findall(r"^\| ([^|]+) \| `python run.py ?([^`]*)` \|$", README.read_text(encoding="utf-8"), re.M)
     assert len(rows) > 20
     for wish, words in rows:
         given = shlex.split(words)
-        if (
-            "job" in settings(given)
-            or "experiment" in settings(given)
-            or "--help" in given
-            or "224 px" in wish
-        ):
+        if "job" in settings(given) or "experiment" in settings(given) or "--help" in given or "224 px" in wish:
             continue
         for job in first_and_last_job([w for w in given if w != "-m"]):
             checked([f"experiment={experiment}", *job])

@@ -9,12 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # a folder may import its own row and the rows below it
-ROWS = (
-    ("jobs", "analyses"),
-    ("sweeps", "training", "explain", "plots"),
-    ("data", "model", "runs"),
-    ("config",),
-)
+ROWS = (("jobs", "analyses"), ("sweeps", "training", "explain", "plots"), ("data", "model", "runs"), ("config",))
 
 
 def _imports(path: Path, modules: set[str]) -> set[str]:

@@ -39,8 +39,7 @@ class Saliency(Look):
         maps = saliency(loaded.model, chosen.inputs, chosen.labels)
         others = saliency(loaded.model, chosen.inputs, (chosen.labels + 1) % len(loaded.classes))
         agreement = [
-            float(torch.corrcoef(torch.stack(pair).flatten(1))[0, 1])
-            for pair in zip(maps, others, strict=True)
+            float(torch.corrcoef(torch.stack(pair).flatten(1))[0, 1]) for pair in zip(maps, others, strict=True)
         ]
         with own_directory(config, output) as run:
             rows = [
@@ -50,9 +49,7 @@ class Saliency(Look):
             run.write_csv("saliency.csv", rows)
             pixels = to_pixels(chosen.inputs, loaded.data)
             save_figure(draw(pixels, maps, others, chosen.names), run.figures / "saliency.png")
-            log.info(
-                "agreement with the map of another class: %.2f on average", sum(agreement) / len(agreement)
-            )
+            log.info("agreement with the map of another class: %.2f on average", sum(agreement) / len(agreement))
             log.info("written to %s", run.folder)
 
 

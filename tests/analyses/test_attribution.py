@@ -13,13 +13,7 @@ from safetensors.torch import load_file
 
 from tests.explain.networks import network, pictures
 from tests.explain.trained import Trained, read_csv
-from zfnet.analyses.attribution import (
-    GRAD_CAM,
-    INTEGRATED,
-    METHODS,
-    attribute,
-    share_in_boxes,
-)
+from zfnet.analyses.attribution import GRAD_CAM, INTEGRATED, METHODS, attribute, share_in_boxes
 from zfnet.config.errors import UserError
 from zfnet.explain.selection import in_boxes
 from zfnet.runs.directory import RunDirectory
@@ -64,11 +58,7 @@ def test_attribute_points_at_the_object(trained: Trained) -> None:
     images, labels, boxes = trained.correctly_classified(24)
     result = attribute(trained.model.chain, images, labels, "conv5", steps=16, batch_size=256)
     area = in_boxes(torch.arange(64) + 0.5, boxes).float().mean()
-    for method in (
-        "gradient",
-        "guided",
-        INTEGRATED,
-    ):  # Grad-CAM's maps have 3×3 cells here: too coarse to ask
+    for method in ("gradient", "guided", INTEGRATED):  # Grad-CAM's maps have 3×3 cells here: too coarse to ask
         assert share_in_boxes(result.maps[method], boxes).nanmean() > 1.2 * area, method
 
 
@@ -100,8 +90,5 @@ def test_attribution_without_captum_says_how_to_get_it(run_py, tiny_run: RunDire
     for name in ("captum", "captum.attr"):
         monkeypatch.setitem(sys.modules, name, None)
     answer = run_py("job=attribution", f"run={tiny_run.folder}", "hydra.run.dir=out", "trainer.threads=1")
-    assert (answer.code, answer.err) == (
-        1,
-        "error: job=attribution needs captum: pip install -e '.[explain]'\n",
-    )
+    assert (answer.code, answer.err) == (1, "error: job=attribution needs captum: pip install -e '.[explain]'\n")
     assert not Path("out").exists()

@@ -27,16 +27,10 @@ QUICK = ("trainer.threads=1",)
             ["job=occlusion", "job.layer=conv9"],
             "job.layer=conv9: the network has no such convolution; did you mean 'conv5'?",
         ),
-        (
-            ["job=occlusion", "job.layer=fc7"],
-            "job.layer=fc7: the network has no such convolution; known: conv1",
-        ),
+        (["job=occlusion", "job.layer=fc7"], "job.layer=fc7: the network has no such convolution; known: conv1"),
         (["job=occlusion", "job.patch=64"], "job.patch=64: the occluder must be smaller than the image"),
         (["job=occlusion", "job.patch=8", "job.stride=9"], "job.stride=9: must be at most job.patch=8"),
-        (
-            ["job=occlusion", "job.split=tset"],
-            "job.split=tset: must be one of auto, train, validation or test",
-        ),
+        (["job=occlusion", "job.split=tset"], "job.split=tset: must be one of auto, train, validation or test"),
         (["job=occlusion", "job.fill=300"], "job.fill=300: must be at most 255"),
         (["job=occlusion", "images=[nope.jpg]"], "nope.jpg: there is no such file"),
         (
@@ -56,19 +50,13 @@ QUICK = ("trainer.threads=1",)
             ["job=deconvnet", "job.layers=[conv6]"],
             "job.layers=conv6: the network has no such convolution; did you mean",
         ),
-        (
-            ["job=deconvnet", "job.layers=[fc7]"],
-            "job.layers=fc7: the network has no such convolution; known: conv1",
-        ),
+        (["job=deconvnet", "job.layers=[fc7]"], "job.layers=fc7: the network has no such convolution; known: conv1"),
         (["job=deconvnet", "job.layers=[]"], "job.layers=[]: names no layer"),
         (["job=deconvnet", "job.top=0"], "job.top=0: must be at least 1"),
         (["job=deconvnet", "job.rule=relu"], "job.rule=relu: must be one of deconvnet, guided or gradient"),
         (["job=deconvnet", "job.split=all"], "job.split=all: must be one of auto, train, validation or test"),
         (["job=deconvnet", "job.tops=3"], "job.tops: no such key"),
-        (
-            ["job=deconvnet", "data.image_size=96"],
-            "data.image_size=96: the run's network takes images of 64 px",
-        ),
+        (["job=deconvnet", "data.image_size=96"], "data.image_size=96: the run's network takes images of 64 px"),
         (["job=invariance", "job.steps=1"], "job.steps=1: must be at least 2"),
     ],
 )

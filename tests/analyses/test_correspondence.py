@@ -40,9 +40,7 @@ def random_signs(rows: int, columns: int, seed: int) -> Tensor:
 
 
 @given(st.integers(2, 6), st.integers(1, 40), st.integers(0, 999))
-def test_disagreement_is_the_hamming_distance_of_three_valued_signs(
-    rows: int, columns: int, seed: int
-) -> None:
+def test_disagreement_is_the_hamming_distance_of_three_valued_signs(rows: int, columns: int, seed: int) -> None:
     signs = random_signs(rows, columns, seed)
     result = disagreement(signs)
     assert torch.equal(result, result.T)
@@ -78,8 +76,7 @@ def test_compare_equal_changes_have_delta_0_and_a_small_p() -> None:
 def test_compare_p_is_uniform_where_parts_are_random_places() -> None:
     groups = torch.zeros(8, dtype=torch.int64)
     result = [
-        compare(random_signs(8, 60, 2 * k), random_signs(8, 60, 2 * k + 1), groups, 99, seed=k)[0].p
-        for k in range(60)
+        compare(random_signs(8, 60, 2 * k), random_signs(8, 60, 2 * k + 1), groups, 99, seed=k)[0].p for k in range(60)
     ]
     values = torch.tensor(result)
     assert 0.35 < float(values.mean()) < 0.65
@@ -135,9 +132,7 @@ def test_cut_to_boxes_and_quarter_centres() -> None:
         assert (cut[0, 1, y, x] > 0.5) == (name == "upper right"), name
 
 
-def test_correspondence_of_shapes_and_of_a_table_of_points(
-    run_py, tiny_run: RunDirectory, tmp_path: Path
-) -> None:
+def test_correspondence_of_shapes_and_of_a_table_of_points(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:
     words = ("job=correspondence", f"run={tiny_run.folder}", "job.permutations=20", "trainer.threads=1")
     answer = run_py(*words, "job.split=test", "job.count=30", "hydra.run.dir=out")
     assert answer.code == 0, answer.err
@@ -203,10 +198,7 @@ def test_read_points_follow_their_pixels_into_the_network(loaded: Any, tmp_path:
         (["image,part,x,y", "a.png,eye,1,nan", "b.png,eye,1,1"], "eye of a.png lies outside"),
         (["image,part,x,y", "a.png,eye,1,1", "a.png,eye,1,1"], "line 3: eye of a.png is there already"),
         (["image,part,x,y", "a.png,eye,60,1", "b.png,nose,30,1"], "image a.png has no nose"),
-        (
-            ["image,part,x,y", "a.png,eye,1,1", "b.png,eye,1,1"],
-            "eye of a.png lies outside what the network sees",
-        ),
+        (["image,part,x,y", "a.png,eye,1,1", "b.png,eye,1,1"], "eye of a.png lies outside what the network sees"),
         (["image,part,x,y", "a.png,eye,60,1"], "names 1 images"),
         (["image,part,x,y", "a.png,eye,60,1", "c.png,eye,30,1"], "c.png cannot be read as an image"),
     ],

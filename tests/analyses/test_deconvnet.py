@@ -15,7 +15,7 @@ from tests.explain.trained import read_csv
 from zfnet import load_run
 from zfnet.analyses.deconvnet import (
     CONTROLS,
-    compare,
+    compare_controls,
     dead_window_sensitivity,
     draw_controls,
     draw_projections,
@@ -80,9 +80,9 @@ def test_dead_window_sensitivity_above_and_below_a_pooling() -> None:
     assert silent["mask"] == {"relative_change": None, "cosine": None}
 
 
-def test_compare_equal_and_constant_projections() -> None:
+def test_compare_controls_equal_and_constant_projections() -> None:
     own = torch.randn(4, 3, 5, 5)
-    result = compare({"own": own, "same": own.clone(), "negated": -own, "empty": torch.zeros_like(own)})
+    result = compare_controls({"own": own, "same": own.clone(), "negated": -own, "empty": torch.zeros_like(own)})
     assert result["same"]["rank_correlation"] == pytest.approx(1)
     assert result["negated"]["rank_correlation"] == pytest.approx(-1)
     assert result["negated"]["rank_correlation_abs"] == pytest.approx(1)
@@ -152,9 +152,7 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_deconvnet_job_writes_all_and_continues_after_a_stop(
-    run_py, tiny_run, tmp_path: Path, monkeypatch
-) -> None:
+def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tiny_run, tmp_path: Path, monkeypatch) -> None:
     before = files(tiny_run.folder)
     answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=whole")
     assert (answer.code, answer.err) == (0, "")
@@ -218,9 +216,7 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(
     answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part")
     assert "nothing to do" in answer.out
     answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part", "job.top=2")
-    assert answer.err == (
-        "error: part holds a job with other settings: choose another directory (hydra.run.dir=…)\n"
-    )
+    assert answer.err == ("error: part holds a job with other settings: choose another directory (hydra.run.dir=…)\n")
 
 
 def test_deconvnet_job_refuses_the_runs_own_directory(run_py, tiny_run) -> None:

@@ -44,11 +44,7 @@ def test_view_epoch_finds_and_projects_the_strongest_activation_of_all(trained: 
         number = int(maps.amax((0, 2, 3)).argmax())
         image, y, x = np.unravel_index(int(maps[:, number].argmax()), maps[:, number].shape)
         result = project_strongest(
-            trained.model.chain,
-            layer,
-            seen.strongest[layer],
-            torch.tensor([number]),
-            lambda i: trained.inputs[i],
+            trained.model.chain, layer, seen.strongest[layer], torch.tensor([number]), lambda i: trained.inputs[i]
         )
         deconvnet = Deconvnet(trained.model)
         project = deconvnet.project_fields if layer == "conv2" else deconvnet.project
@@ -79,9 +75,7 @@ def test_evolution_names_each_maps_strongest_image_at_each_epoch(run_py, trained
         if row["layer"] == "conv5" and row["epoch"] == "3":
             number = int(row["map"])
             assert float(row["activation"]) == pytest.approx(float(peaks[:, number].max()), rel=1e-4)
-            assert float(peaks[int(row["image"]), number]) == pytest.approx(
-                float(row["activation"]), rel=1e-4
-            )
+            assert float(peaks[int(row["image"]), number]) == pytest.approx(float(row["activation"]), rel=1e-4)
     steps = read_csv(Path("out/stability.csv"))
     assert [(r["previous"], r["epoch"]) for r in steps] == [("1", "3")] * 2 + [("3", "6")] * 2
     last = [r for r in steps if r["epoch"] == "6"]

@@ -12,13 +12,7 @@ from torch import nn
 
 from tests.explain.networks import network
 from tests.explain.trained import Trained, read_csv
-from zfnet.analyses.filters import (
-    aliasing_energy,
-    draw_filters,
-    in_pixel_units,
-    measure_filters,
-    radial_spectrum,
-)
+from zfnet.analyses.filters import aliasing_energy, draw_filters, in_pixel_units, measure_filters, radial_spectrum
 from zfnet.data import Batch
 from zfnet.model import Chain
 from zfnet.runs.directory import RunDirectory
@@ -111,7 +105,5 @@ def test_filters_of_two_runs_stand_side_by_side(run_py, tiny_run: RunDirectory, 
     assert len(rows) == 44
     assert max(float(r["rms"]) for r in rows[32:]) == pytest.approx(metadata[1]["rms"]["max"])
     weight = load_model(trained.run.weights)[0].conv1.weight.detach()
-    assert metadata[1]["rms"]["max"] == pytest.approx(
-        float(weight.square().mean((1, 2, 3)).max().sqrt()), rel=1e-5
-    )
+    assert metadata[1]["rms"]["max"] == pytest.approx(float(weight.square().mean((1, 2, 3)).max().sqrt()), rel=1e-5)
     assert Image.open("out/figures/filters.png").width > 1000

@@ -12,14 +12,7 @@ from PIL import Image
 
 from tests.explain.networks import network, pictures
 from tests.explain.trained import Trained, read_csv
-from zfnet.analyses.invariance import (
-    TRANSFORMS,
-    identity,
-    make_amounts,
-    measure,
-    transform_images,
-    typical_distance,
-)
+from zfnet.analyses.invariance import TRANSFORMS, identity, make_amounts, measure, transform_images, typical_distance
 from zfnet.runs.directory import RunDirectory
 
 
@@ -96,9 +89,7 @@ def test_make_amounts_hold_the_identity_once_and_reach_the_limits() -> None:
 def test_measure_of_a_trained_network_is_lowest_for_turns(trained: Trained) -> None:
     """Shapes are drawn upright (±17°) at any place: so turning costs more than shifting (paper, section 4.1)."""
     images, labels, _ = trained.correctly_classified(40)
-    result = measure(
-        trained.model.chain, images, labels, make_amounts(64, 0.1, 1.2, 90, 3), ["conv1"], batch_size=256
-    )
+    result = measure(trained.model.chain, images, labels, make_amounts(64, 0.1, 1.2, 90, 3), ["conv1"], batch_size=256)
     mean = {transform: curves.probability.mean(0).min() for transform, curves in result.items()}
     assert mean["rotation"] < mean["vertical translation"]
 

@@ -43,9 +43,7 @@ def test_occlude_equals_a_plain_loop() -> None:
                 torch.testing.assert_close(result.occluded.probability[n, y, x], chances[labels[n]])
                 torch.testing.assert_close(result.occluded.confidence[n, y, x], chances.max())
                 assert result.occluded.predicted[n, y, x] == chances.argmax()
-                torch.testing.assert_close(
-                    result.occluded.activation[n, y, x], answer["conv5"][0, channel].sum()
-                )
+                torch.testing.assert_close(result.occluded.activation[n, y, x], answer["conv5"][0, channel].sum())
 
 
 class Linear2(Chain):
@@ -65,21 +63,12 @@ def test_occlude_of_a_linear_network_drops_by_the_hidden_products() -> None:
     generator = torch.Generator().manual_seed(3)
     weight, image = (torch.randn(3, 12, 12, generator=generator, dtype=torch.float64) for _ in range(2))
     result = occlude(
-        Linear2(0.1 * weight),
-        image[None],
-        torch.tensor([1]),
-        layer="conv5",
-        patch=4,
-        stride=4,
-        fill=FILL,
-        batch_size=5,
+        Linear2(0.1 * weight), image[None], torch.tensor([1]), layer="conv5", patch=4, stride=4, fill=FILL, batch_size=5
     )
     change = 0.1 * weight * (image - FILL[:, None, None].double())
     expected = change.unfold(1, 4, 4).unfold(2, 4, 4).sum((0, 3, 4))
     torch.testing.assert_close(result.whole.activation[0] - result.occluded.activation[0], expected)
-    torch.testing.assert_close(
-        result.whole.probability.logit() - result.occluded.probability[0].logit(), expected
-    )
+    torch.testing.assert_close(result.whole.probability.logit() - result.occluded.probability[0].logit(), expected)
 
 
 def test_occlude_labels_agree_with_probabilities() -> None:
@@ -106,14 +95,9 @@ def test_square_starts_cover_every_pixel_evenly(size: int, data: st.DataObject) 
 
 @pytest.mark.parametrize(
     ("patch", "stride", "message"),
-    [
-        (16, 4, "job.patch=16: the occluder must be smaller than the image, which is 16 px"),
-        (4, 5, "job.stride=5"),
-    ],
+    [(16, 4, "job.patch=16: the occluder must be smaller than the image, which is 16 px"), (4, 5, "job.stride=5")],
 )
-def test_square_starts_refuses_squares_that_hide_all_or_leave_gaps(
-    patch: int, stride: int, message: str
-) -> None:
+def test_square_starts_refuses_squares_that_hide_all_or_leave_gaps(patch: int, stride: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         square_starts(16, patch, stride)
 
@@ -122,14 +106,7 @@ def test_occlude_of_a_trained_network_finds_the_object(trained: Trained) -> None
     """The probability falls inside the object's box, more than it does inside the boxes of other images."""
     images, labels, boxes = trained.correctly_classified(24)
     result = occlude(
-        trained.model.chain,
-        images,
-        labels,
-        layer="conv5",
-        patch=16,
-        stride=8,
-        fill=torch.zeros(3),
-        batch_size=256,
+        trained.model.chain, images, labels, layer="conv5", patch=16, stride=8, fill=torch.zeros(3), batch_size=256
     )
 
     def gap(boxes: torch.Tensor) -> float:

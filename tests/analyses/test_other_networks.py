@@ -85,9 +85,7 @@ FIRST, SECOND, LAST = "blocks.0.0", "blocks.1.0", "head.0"
 def test_analysis_of_a_users_network(
     run_py, nested: RunDirectory, words: str, table: str, layers: set[str] | None
 ) -> None:
-    answer = run_py(
-        *words.split(), f"run={nested.folder}", "job.split=test", "imports=[tests]", "hydra.run.dir=out"
-    )
+    answer = run_py(*words.split(), f"run={nested.folder}", "job.split=test", "imports=[tests]", "hydra.run.dir=out")
     assert answer.code == 0, answer.err
     rows = read_csv(Path("out") / table)
     assert rows

@@ -128,9 +128,7 @@ def armed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("slot", list(SLOTS))
 @pytest.mark.parametrize("target", HOSTILE)
 def test_resolve_refuses_hostile_targets(slot: str, target: str, armed: list[str]) -> None:
-    with pytest.raises(
-        UserError, match=r"must name a subclass of|not one that this command imports"
-    ) as caught:
+    with pytest.raises(UserError, match=r"must name a subclass of|not one that this command imports") as caught:
         resolve(slot, target, SLOTS[slot])
     assert str(caught.value).startswith(f"{slot}._target_={target}")
     settings = {"_target_": target, "lr": 0.1, "command": "touch witness"}
@@ -145,17 +143,7 @@ def test_resolve_refuses_aliases_in_a_trusted_package(target: str, armed: list[s
     """What a trusted package has imported is not its own: `my_lab.os.system`."""
     package = type(sys)("my_lab")
     package.__path__ = []
-    for name in (
-        "os",
-        "torch",
-        "shutil",
-        "subprocess",
-        "pathlib",
-        "builtins",
-        "logging",
-        "pickle",
-        "functools",
-    ):
+    for name in ("os", "torch", "shutil", "subprocess", "pathlib", "builtins", "logging", "pickle", "functools"):
         setattr(package, name, sys.modules[name])
     monkeypatch.setitem(sys.modules, "my_lab", package)
     for slot, base in SLOTS.items():
@@ -191,9 +179,7 @@ def test_resolve_gives_each_slot_its_own_kind_only(slot: str, target: str) -> No
                 resolve(other, target, base)
 
 
-def test_resolve_imports_nothing_without_trust(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
-) -> None:
+def test_resolve_imports_nothing_without_trust(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     (tmp_path / "trap_module.py").write_text("open('witness', 'w').close()\nclass SGD: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)

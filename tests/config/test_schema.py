@@ -17,10 +17,7 @@ from zfnet.config.schema import NOT_IDENTITY, Job, flatten, read_config
 from zfnet.config.trust import CONF
 
 FILES = [
-    (
-        p.relative_to(CONF).parts[0],
-        p.relative_to(CONF / p.relative_to(CONF).parts[0]).with_suffix("").as_posix(),
-    )
+    (p.relative_to(CONF).parts[0], p.relative_to(CONF / p.relative_to(CONF).parts[0]).with_suffix("").as_posix())
     for p in sorted(CONF.glob("*/**/*.yaml"))
     if "hydra" not in p.relative_to(CONF).parts
 ]
@@ -117,10 +114,7 @@ def test_seed_0_is_a_seed_and_seeds_differ() -> None:
         ("data.name=imagenet", "data.name=imagenet: no such data set; known: cifar10"),
         ("augment.flip=2", "augment.flip=2: must be at most 1"),
         ("trainer.precision=fp16", "trainer.precision=fp16: must be one of auto, fp32 or bf16"),
-        (
-            "trainer.channels_last=maybe",
-            "trainer.channels_last=maybe: must be true or false, or must be one of auto",
-        ),
+        ("trainer.channels_last=maybe", "trainer.channels_last=maybe: must be true or false, or must be one of auto"),
         ("trainer.accumulate=3", "trainer.accumulate=3: must divide data.batch_size=256"),
         ("trainer.ema=1", "trainer.ema=1: must be less than 1"),
         ("trainer.clip_norm=inf", "trainer.clip_norm=inf: must be a finite number"),
@@ -140,10 +134,7 @@ def test_seed_0_is_a_seed_and_seeds_differ() -> None:
         ("+optimizer.amsgrad=1", "optimizer.amsgrad=1: must be true or false"),
         ("scheduler.warmup_epochs=-1", "scheduler.warmup_epochs=-1: must be a number of epochs, at least 0"),
         ("scheduler.warmup_epochs=10", "scheduler.warmup_epochs=10: must be less than trainer.epochs=10"),
-        (
-            "trainer.snapshots=[1,11]",
-            "trainer.snapshots=[1, 11]: epochs are counted from 1 to trainer.epochs=10",
-        ),
+        ("trainer.snapshots=[1,11]", "trainer.snapshots=[1, 11]: epochs are counted from 1 to trainer.epochs=10"),
         ("optimizer.lr=1e38", "optimizer.lr=1e+38: must be a finite number, at most 1e+30"),
         ("scheduler.interval=step", "a plateau schedule steps once an epoch"),
         ("scheduler.factor=2", "scheduler (ReduceLROnPlateau): Factor should be < 1.0"),

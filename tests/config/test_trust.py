@@ -57,16 +57,12 @@ def test_imports_of_a_folder_from_elsewhere_have_no_effect(run_py, tmp_path: Pat
     assert not (tmp_path / "witness").exists()
 
 
-def test_imports_of_the_command_line_count_with_a_folder_from_elsewhere(
-    run_py, tmp_path: Path, monkeypatch
-) -> None:
+def test_imports_of_the_command_line_count_with_a_folder_from_elsewhere(run_py, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "trusted_lab.py").write_text("import torch\nclass Mine(torch.optim.SGD): pass\n")
     (tmp_path / "ours/optimizer").mkdir(parents=True)
     (tmp_path / "ours/optimizer/mine.yaml").write_text("_target_: trusted_lab.Mine\nlr: 0.1\n")
-    answer = run_py(
-        "--config-dir", "ours", *MINUTE, "optimizer=mine", "imports=[trusted_lab]", "hydra.run.dir=run"
-    )
+    answer = run_py("--config-dir", "ours", *MINUTE, "optimizer=mine", "imports=[trusted_lab]", "hydra.run.dir=run")
     assert answer.code == 0, answer.err
     assert RunDirectory(tmp_path / "run").recorded()["imports"] == ["trusted_lab"]
     refused = run_py("job=reproduce", "run=run", "hydra.run.dir=again")

@@ -18,16 +18,7 @@ from torchvision.transforms import v2
 from tests.helpers import augment_config, data_config, die_at, learned, random_images, train_minute
 from tests.own import Squash
 from zfnet.config.errors import UserError
-from zfnet.data.batches import (
-    Batches,
-    _crop_on_cpu,
-    _crop_on_gpu,
-    _normalise,
-    _resize,
-    augment,
-    preprocess,
-    resident,
-)
+from zfnet.data.batches import Batches, _crop_on_cpu, _crop_on_gpu, _normalise, _resize, augment, preprocess, resident
 from zfnet.data.images import image_set
 
 CPU = torch.device("cpu")
@@ -199,9 +190,7 @@ def test_resizing_cifar_equals_pillow_to_the_bit(wanted: int) -> None:
     assert out.shape == (4, 3, wanted, wanted)
     for image, resized in zip(pixels, out, strict=True):
         expected = Image.fromarray(image.numpy()).resize((wanted, wanted), Image.Resampling.BILINEAR)
-        assert np.array_equal(
-            resized.permute(1, 2, 0).round().numpy(), np.asarray(expected, dtype=np.float32)
-        )
+        assert np.array_equal(resized.permute(1, 2, 0).round().numpy(), np.asarray(expected, dtype=np.float32))
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(32, 33), (64, 20), (48, 48), (64, 224), (256, 224), (40, 1)])
@@ -227,9 +216,9 @@ def test_resizing_last_as_on_a_gpu_is_within_a_grey_level(stored: int, wanted: i
 def test_normalisation() -> None:
     data = data_config(image_size=4, mean=[0.1, 0.5, 0.9], std=[0.2, 0.3, 0.4])
     pixels = random_images(3, 4)
-    expected = (
-        pixels.permute(0, 3, 1, 2).double() / 255 - torch.tensor(data.mean).view(3, 1, 1)
-    ) / torch.tensor(data.std).view(3, 1, 1)
+    expected = (pixels.permute(0, 3, 1, 2).double() / 255 - torch.tensor(data.mean).view(3, 1, 1)) / torch.tensor(
+        data.std
+    ).view(3, 1, 1)
     torch.testing.assert_close(preprocess(pixels, data).double(), expected, rtol=1e-5, atol=1e-5)
     grey = data_config(image_size=4)  # one mean and deviation for all: the faster way
     expected = (pixels.permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.5

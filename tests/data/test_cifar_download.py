@@ -37,12 +37,7 @@ def test_without_network_one_line_says_what_to_do(name: str, tmp_path: Path, off
     with pytest.raises(UserError) as caught:
         load_cifar(name, str(tmp_path / "none"))
     text = str(caught.value)
-    for part in (
-        f"{name} is not in {tmp_path / 'none'}",
-        "no route to host",
-        "data.root=",
-        "experiment=quickstart",
-    ):
+    for part in (f"{name} is not in {tmp_path / 'none'}", "no route to host", "data.root=", "experiment=quickstart"):
         assert part in text
     assert "\n" not in text
     assert offline == [NETWORK_TIMEOUT_S]

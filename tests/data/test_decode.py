@@ -61,9 +61,7 @@ def test_read_image_shows_transparency_as_white() -> None:
     palette.putdata([0, 1])
     pixels = np.asarray(read_image(encode(palette, "PNG", transparency=0)))
     assert pixels[0].tolist() == [[255, 255, 255], [10, 20, 30]]
-    colour_key = np.asarray(
-        read_image(encode(Image.new("RGB", (1, 1), (9, 9, 9)), "PNG", transparency=(9, 9, 9)))
-    )
+    colour_key = np.asarray(read_image(encode(Image.new("RGB", (1, 1), (9, 9, 9)), "PNG", transparency=(9, 9, 9))))
     assert colour_key[0, 0].tolist() == [255, 255, 255]
 
 
@@ -116,9 +114,7 @@ def _png_header(width: int, height: int) -> bytes:
 
 
 def hostile_files() -> dict[str, bytes]:
-    whole = encode(
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "PNG"
-    ).read()
+    whole = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "PNG").read()
     jpeg = encode(Image.fromarray(COLOUR).resize((64, 64)), "JPEG").read()
     return {
         "zero bytes": b"",

@@ -119,10 +119,7 @@ def test_formats_mix_and_odd_files_are_passed_over(config, photos: Path) -> None
         (lambda p: write_images(p, {"a": 3}), "needs at least two class folders with images, has 1"),
         (lambda p: [(p / c).mkdir(parents=True) for c in "ab"], "hold no image files"),
         (
-            lambda p: [
-                write_images(p / "train", {"a": 1, "b": 1, "cat": 0}),
-                write_images(p / "val", {"cat": 1}),
-            ],
+            lambda p: [write_images(p / "train", {"a": 1, "b": 1, "cat": 0}), write_images(p / "val", {"cat": 1})],
             "train/cat: holds no image files to learn the class 'cat' from",
         ),
         (lambda p: write_images(p / "test", {"a": 1, "b": 1}), "has test/ but no train/ folder"),
@@ -163,9 +160,7 @@ def test_or_left_out_and_counted(config, photos: Path, capsys) -> None:
         assert len(rows) == 8
         assert np.array_equal(train.images[rows], np.stack([pixels_of(p) for p in good]))
         for part in (train, test):
-            assert [files[r].parent.name for r in part.rows.tolist()] == [
-                part.classes[k] for k in part.labels
-            ]
+            assert [files[r].parent.name for r in part.rows.tolist()] == [part.classes[k] for k in part.labels]
     for path in good:
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of its 10 images can be read"):
@@ -281,9 +276,7 @@ def test_names_with_spaces_accents_and_signs(config, photos: Path) -> None:
     assert train.classes == ("two words", "é=[ü],{}", "日本")
 
 
-def test_a_full_disk_is_named_before_anything_is_decoded(
-    config, photos: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_a_full_disk_is_named_before_anything_is_decoded(config, photos: Path, tmp_path: Path, monkeypatch) -> None:
     write_images(photos / "train", {"cat": 2, "dog": 2})
 
     def full(*_: object) -> None:

@@ -22,9 +22,7 @@ labels_and_count = st.lists(st.integers(0, 4), min_size=2, max_size=80).flatmap(
 
 def some_set(labels: torch.Tensor):
     images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
-    return image_set(
-        images, labels, [str(k) for k in range(5)], torch.arange(len(labels))[:, None].repeat(1, 4)
-    )
+    return image_set(images, labels, [str(k) for k in range(5)], torch.arange(len(labels))[:, None].repeat(1, 4))
 
 
 @settings(deadline=None)

@@ -21,11 +21,7 @@ def test_a_function_of_part_and_index() -> None:
 
 
 def test_no_image_is_in_both_parts_or_twice() -> None:
-    marks = [
-        hashlib.sha256(image.tobytes()).digest()
-        for part in (0, 1)
-        for image in draw_shapes(300, 32, part).images
-    ]
+    marks = [hashlib.sha256(image.tobytes()).digest() for part in (0, 1) for image in draw_shapes(300, 32, part).images]
     assert len(set(marks)) == 600
 
 

@@ -41,9 +41,7 @@ def test_no_validation_if_none_is_asked_for() -> None:
 
 
 def test_a_crop_larger_than_the_images_is_named() -> None:
-    with pytest.raises(
-        UserError, match=r"data\.crop_size=40: images are stored at 32×32; raise data.store_size"
-    ):
+    with pytest.raises(UserError, match=r"data\.crop_size=40: images are stored at 32×32; raise data.store_size"):
         load_splits(data_config(train_images=50, test_images=10, store_size=32, crop_size=40))
 
 
@@ -71,13 +69,7 @@ def test_load_datasets_fingerprint_sees_pixels_labels_and_parts() -> None:
     def mark(**changes: Any) -> str:
         return load_splits(data_config("dataset", **{"train": own(), **changes}), ["tests"]).fingerprint
 
-    marks = [
-        mark(),
-        mark(train=own(seed=1)),
-        mark(train=own(classes=2)),
-        mark(test=own()),
-        mark(store_size=32),
-    ]
+    marks = [mark(), mark(train=own(seed=1)), mark(train=own(classes=2)), mark(test=own()), mark(store_size=32)]
     assert len(set(marks)) == 5
     assert mark() == marks[0]
 
@@ -115,17 +107,11 @@ def test_load_datasets_seeds_what_an_item_draws_and_leaves_the_generators_alone(
     ("changes", "expected"),
     [
         ({"train": own("words")}, "data.train: item 0 is not an image and a label (ValueError: pixels are"),
-        (
-            {"train": own("int32")},
-            "data.train: item 0 is not an image and a label (ValueError: pixels are int32",
-        ),
+        ({"train": own("int32")}, "data.train: item 0 is not an image and a label (ValueError: pixels are int32"),
         ({"train": own(target="Negative")}, "data.train: item 0 has the label -1; labels count from 0"),
         ({"train": own(count=0)}, "data.train: the data set is empty"),
         ({"train": own(), "classes": ["a", "b"]}, "data.classes=['a', 'b']: there is a label 2"),
-        (
-            {"train": own(), "test": own(classes=5), "classes": ["a", "b", "c"]},
-            "there is a label 4, which has no",
-        ),
+        ({"train": own(), "test": own(classes=5), "classes": ["a", "b", "c"]}, "there is a label 4, which has no"),
         ({"train": own(sort=1)}, "data.train.sort: Items has no such setting"),
         ({"train": {"_target_": "tests.own.Items"}}, "data.train.count is missing: Items needs it"),
         ({"train": {"_target_": "tests.own.Counter"}}, "must name a subclass of torch.utils.data"),

@@ -70,18 +70,9 @@ def test_killed_resumed_reproduced_and_evaluated(run_py, choice: str) -> None:
 def test_each_example_makes_another_run_than_without_it(run_py, whole) -> None:
     """A slot that had no effect would pass every other test."""
     weights = {}
-    for choice in (
-        "optimizer=lion",
-        "loss=focal",
-        "augment=speckle",
-        "callbacks=lookahead",
-        "logger=json_lines",
-    ):
+    for choice in ("optimizer=lion", "loss=focal", "augment=speckle", "callbacks=lookahead", "logger=json_lines"):
         with no_figures():
-            assert (
-                run_py(*EXAMPLES, *SLOTS[choice], choice, f"hydra.run.dir={choice.replace('=', '_')}").code
-                == 0
-            )
+            assert run_py(*EXAMPLES, *SLOTS[choice], choice, f"hydra.run.dir={choice.replace('=', '_')}").code == 0
         weights[choice] = RunDirectory(choice.replace("=", "_")).weights.read_bytes()
     assert weights.pop("logger=json_lines") == whole[0]  # a logger changes nothing
     assert len({*weights.values(), whole[0]}) == 5
@@ -134,9 +125,7 @@ def test_the_job_explains_any_network(run_py, choice: str) -> None:
     assert answer.code == 0, answer.err
     rows = list(csv.DictReader(Path("maps/saliency.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 2
-    assert all(
-        float(row["largest"]) > 0 and abs(float(row["agreement_with_other_class"])) <= 1 for row in rows
-    )
+    assert all(float(row["largest"]) > 0 and abs(float(row["agreement_with_other_class"])) <= 1 for row in rows)
     assert Path("maps/figures/saliency.png").stat().st_size > 5_000
     assert json.loads(Path("maps/status.json").read_text())["state"] == "done"
 
@@ -150,10 +139,7 @@ def test_each_file_opens_with_what_it_is_and_its_command(path: Path) -> None:
 
 PAGE = (ROOT / "docs/extend.md").read_text(encoding="utf-8")
 COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S)
-    for line in block.splitlines()
-    if "run.py" in line
+    line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines() if "run.py" in line
 ]
 QUICK = ("debug=batch", "trainer=exact", "trainer.device=cpu")
 FEW = ("data.train_images=80", "data.test_images=20")
@@ -161,9 +147,7 @@ FEW = ("data.train_images=80", "data.test_images=20")
 
 @pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line.split()[-1])
 def test_each_command_of_the_page(run_py, tiny_run, line: str) -> None:
-    words = shlex.split(
-        line.replace("run=last", f"run={tiny_run.folder}").replace("examples/extend/conf", str(CONF))
-    )
+    words = shlex.split(line.replace("run=last", f"run={tiny_run.folder}").replace("examples/extend/conf", str(CONF)))
     assert words[:2] == ["python", "run.py"]
     trains = not any(word.startswith("job=") for word in words)
     few = (*QUICK, *(() if "data=gratings" in words else FEW)) if trains else ()
@@ -194,9 +178,7 @@ def test_the_python_of_the_page(tmp_path: Path, monkeypatch) -> None:
 def test_a_project_of_ones_own(tmp_path: Path) -> None:
     """The steps of the page: a file beside run.py, one in conf/, and conf/local.yaml; then one word."""
     for folder in ("conf", "zfnet", "hydra_plugins"):
-        shutil.copytree(
-            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "local.yaml")
-        )
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "local.yaml"))
     shutil.copy(ROOT / "run.py", tmp_path)
     shutil.copy(ROOT / "examples/extend/tiny_resnet.py", tmp_path)
     text = (CONF / "model/tiny_resnet.yaml").read_text(encoding="utf-8").replace("examples.extend.", "")

@@ -60,9 +60,7 @@ class Mixed(nn.Module):
         )
         self.mean = nn.AdaptiveAvgPool2d((3, 2))
         self.last = nn.Conv2d(6, 7, 2)
-        self.head = nn.Sequential(
-            nn.Linear(14, 9), nn.BatchNorm1d(9), nn.ReLU(), Dropout(0.5), nn.Linear(9, 4)
-        )
+        self.head = nn.Sequential(nn.Linear(14, 9), nn.BatchNorm1d(9), nn.ReLU(), Dropout(0.5), nn.Linear(9, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

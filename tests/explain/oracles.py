@@ -40,9 +40,7 @@ def by_autograd(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...],
     return torch.autograd.grad(value, start, value.detach())[0][0]
 
 
-def by_mirror(
-    chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], dead_windows: str = "first"
-) -> Tensor:
+def by_mirror(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], dead_windows: str = "first") -> Tensor:
     """Return the paper's projection [C, H, W] by a mirror network written out by hand, on whole maps.
 
     Unpooling adds what `unfold` finds; filtering is `conv_transpose2d` cropped or padded to the map below; the mean
@@ -77,9 +75,7 @@ def by_mirror(
 
 
 def _filter_back(signal: Tensor, conv: nn.Conv2d, below: Tensor) -> Tensor:
-    full = F.conv_transpose2d(
-        signal, conv.weight, None, conv.stride, groups=conv.groups, dilation=conv.dilation
-    )
+    full = F.conv_transpose2d(signal, conv.weight, None, conv.stride, groups=conv.groups, dilation=conv.dilation)
     left, _, top, _ = conv._reversed_padding_repeated_twice
     height, width = below.shape[2:]
     full = F.pad(full, (0, max(0, left + width - full.shape[3]), 0, max(0, top + height - full.shape[2])))
@@ -93,8 +89,7 @@ def _maxima_back(signal: Tensor, pool: nn.MaxPool2d, below: Tensor, dead_windows
     kernel, stride, padding = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)
     spacing = pair(pool.dilation)
     covered = [
-        (n - 1) * s + (k - 1) * d + 1
-        for n, s, k, d in zip(signal.shape[2:], stride, kernel, spacing, strict=True)
+        (n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(signal.shape[2:], stride, kernel, spacing, strict=True)
     ]
     beyond = [c - n - p for c, n, p in zip(covered, below.shape[2:], padding, strict=True)]
     # negative where the last cells are under no window

@@ -117,9 +117,7 @@ def test_project_with_switches_of_another_image() -> None:
         _, where = F.max_pool2d(below, 3, 2, 1, return_indices=True)
         signal = torch.zeros_like(model.conv2(model.pool1(below)))
         signal[(0, *unit[1:])] = activation[unit]
-        signal = F.conv_transpose2d(
-            signal, model.conv2.weight, stride=2, output_padding=where.shape[3] % 2 ^ 1
-        )
+        signal = F.conv_transpose2d(signal, model.conv2.weight, stride=2, output_padding=where.shape[3] % 2 ^ 1)
         signal = F.pad(signal, (0, where.shape[3] - signal.shape[3]) * 2)
         signal = torch.zeros_like(below).flatten(2).scatter_add(2, where.flatten(2), signal.flatten(2))
         expected = F.conv_transpose2d(signal.view(below.shape).clamp(min=0), model.conv1.weight, stride=2)
@@ -168,10 +166,7 @@ def test_project_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
     torch.testing.assert_close(
-        projections,
-        Deconvnet(model.eval(), "guided").project(images, "fc8", [(0, 0), (1, 3)]),
-        rtol=0,
-        atol=0,
+        projections, Deconvnet(model.eval(), "guided").project(images, "fc8", [(0, 0), (1, 3)]), rtol=0, atol=0
     )
 
 
@@ -251,10 +246,7 @@ def test_deconvnet_names_bad_choices() -> None:
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (
-            nn.GELU(),
-            r"2 \(GELU\): the deconvnet has no rule for it; known: Conv2d, ReLU, MaxPool2d, AvgPool2d",
-        ),
+        (nn.GELU(), r"2 \(GELU\): the deconvnet has no rule for it; known: Conv2d, ReLU, MaxPool2d, AvgPool2d"),
         (nn.AdaptiveMaxPool2d(3), r"2 \(AdaptiveMaxPool2d\): the deconvnet has no rule"),
         (Scaled(4, 4, 3), r"2 \(Scaled\): the deconvnet has no rule"),
         (nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect"), r"2 \(Conv2d\): padding_mode=reflect: only zeros"),

@@ -24,9 +24,7 @@ def test_project_conv1_is_the_filter_times_the_activation() -> None:
         n, channel, y, x = unit
         expected = torch.zeros(3, 64 + 14, 64 + 14, dtype=torch.float64)
         top, left = 2 * y - 1 + 7, 2 * x - 1 + 7
-        expected[:, top : top + 7, left : left + 7] = (
-            activation[n, channel, y, x] * model.conv1.weight[channel]
-        )
+        expected[:, top : top + 7, left : left + 7] = activation[n, channel, y, x] * model.conv1.weight[channel]
         close(Deconvnet(model).project(images, "conv1", [unit])[0], expected[:, 7:-7, 7:-7])
 
 
@@ -88,9 +86,7 @@ def test_project_lies_within_the_receptive_field(name: str) -> None:
     images = pictures(model)
     for layer in (model.conv_layers[1], model.conv_layers[-1]):
         units = some_units(model, images, layer)
-        projections = Deconvnet(model).project(
-            images, layer, units, seeds=torch.ones(len(units), dtype=torch.float64)
-        )
+        projections = Deconvnet(model).project(images, layer, units, seeds=torch.ones(len(units), dtype=torch.float64))
         for unit, projection in zip(units, projections, strict=True):
             top, left, bottom, right = receptive_box(model, layer, unit[2], unit[3])
             assert projection.abs().sum() > 0
@@ -116,9 +112,7 @@ def test_project_moves_with_the_image() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(
-    ("name", "layer"), [("ceil", "conv3"), ("mixed", "body.dilated"), ("vgg11", "features.3")]
-)
+@pytest.mark.parametrize(("name", "layer"), [("ceil", "conv3"), ("mixed", "body.dilated"), ("vgg11", "features.3")])
 def test_project_fields_are_projections_cut_out(name: str, layer: str, rule: str) -> None:
     model = chain(name)
     images = pictures(model)

@@ -59,9 +59,7 @@ def test_receptive_field_refuses_layers_without_one() -> None:
         receptive_field(network("no_layers"), "conv3")
     with pytest.raises(UserError, match="outside conv5's"):
         receptive_box(network(), "conv5", 50, 0)
-    with pytest.raises(
-        UserError, match=r"mean \(AdaptiveAvgPool2d\): its 3 windows over \d+ cells differ in size"
-    ):
+    with pytest.raises(UserError, match=r"mean \(AdaptiveAvgPool2d\): its 3 windows over \d+ cells differ in size"):
         receptive_field(chain("mixed"), "last")
     shuffled = Chain(nn.Sequential(nn.Conv2d(3, 4, 1), nn.PixelShuffle(2), nn.Conv2d(1, 2, 3)), 8)
     with pytest.raises(UserError, match=r"1 \(PixelShuffle\): which pixels it sees is not known"):

@@ -15,9 +15,9 @@ from zfnet.explain.switches import DEAD_WINDOWS, pool_with_switches, unpool
 
 def test_pool_with_switches_worked_example() -> None:
     """3×3/2 windows on 5×5 cells; the 9 in the middle is the maximum of all four and gets what all four bring."""
-    x = torch.tensor(
-        [[1.0, 2, 3, 0, 1], [0, 1, 0, 2, 0], [2, 0, 9, 0, 3], [1, 0, 0, 1, 0], [0, 5, 1, 0, 9.5]]
-    )[None, None]
+    x = torch.tensor([[1.0, 2, 3, 0, 1], [0, 1, 0, 2, 0], [2, 0, 9, 0, 3], [1, 0, 0, 1, 0], [0, 5, 1, 0, 9.5]])[
+        None, None
+    ]
     pool = nn.MaxPool2d(3, 2)
     pooled, switches = pool_with_switches(x, pool)
     assert pooled[0, 0].tolist() == [[9, 9], [9, 9.5]]
@@ -34,10 +34,7 @@ def test_pool_with_switches_dead_windows() -> None:
     x[0, 0, 1, 4] = 7.0
     pool = nn.MaxPool2d(3, 2)
     one = torch.ones(1, 1, 1, 2)
-    back = {
-        rule: unpool(one, pool_with_switches(x, pool, rule)[1], window_of(pool))[0, 0]
-        for rule in DEAD_WINDOWS
-    }
+    back = {rule: unpool(one, pool_with_switches(x, pool, rule)[1], window_of(pool))[0, 0] for rule in DEAD_WINDOWS}
     assert back["mask"].nonzero().tolist() == [[1, 4]]
     assert back["first"].nonzero().tolist() == [[0, 0], [1, 4]]
     assert back["all"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 1], [1, 1, 1, 0, 0]]

@@ -30,9 +30,7 @@ def brute_force(maps: Tensor, top: int) -> list[list[tuple[float, int, int]]]:
 def entries(collection: TopActivations, layer: str) -> list[list[tuple[float, int, int]]]:
     record = collection.layers[layer]
     return [
-        list(
-            zip(*(field[c].tolist() for field in (record.values, record.index, record.position)), strict=True)
-        )
+        list(zip(*(field[c].tolist() for field in (record.values, record.index, record.position)), strict=True))
         for c in range(len(record.values))
     ]
 
@@ -45,9 +43,7 @@ def entries(collection: TopActivations, layer: str) -> list[list[tuple[float, in
     backwards=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_top_activations_equal_brute_force_in_any_division_and_order(
-    count, top, batch, backwards, seed
-) -> None:
+def test_top_activations_equal_brute_force_in_any_division_and_order(count, top, batch, backwards, seed) -> None:
     """Few distinct values, so that ties between images and between positions abound."""
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randint(0, 4, (count, 3, 2, 3), generator=generator).float()
@@ -88,8 +84,7 @@ def test_selectivity_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"),
-    [("pad", ["conv2", "conv5", "fc7"]), ("alexnet", ["features.3", "features.10", "classifier.4"])],
+    ("name", "layers"), [("pad", ["conv2", "conv5", "fc7"]), ("alexnet", ["features.3", "features.10", "classifier.4"])]
 )
 def test_collect_in_one_pass_and_after_an_interruption(name: str, layers: list[str]) -> None:
     model = chain(name)
@@ -128,7 +123,5 @@ def test_collect_in_one_pass_and_after_an_interruption(name: str, layers: list[s
     collect(model, images, batches_of, layers, again)
     for layer in layers:
         for key, value in vars(whole.layers[layer]).items():
-            assert (
-                torch.equal(value, getattr(again.layers[layer], key)) if isinstance(value, Tensor) else True
-            )
+            assert torch.equal(value, getattr(again.layers[layer], key)) if isinstance(value, Tensor) else True
     assert again.class_counts.tolist() == whole.class_counts.tolist()

@@ -63,6 +63,4 @@ def train_some(folder: Path) -> Trained:
     loaded = load_run(run.folder)
     images = load_splits(loaded.config.data).test
     assert images is not None
-    return Trained(
-        run, loaded.model, images, preprocess(images.pixels(torch.arange(len(images))), loaded.config.data)
-    )
+    return Trained(run, loaded.model, images, preprocess(images.pixels(torch.arange(len(images))), loaded.config.data))

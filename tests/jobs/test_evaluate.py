@@ -82,9 +82,7 @@ def test_split_all_is_every_image_once(tiny_run) -> None:
         (["data=folder", "data.root=strange"], "its class 'cat' is not one of run="),
     ],
 )
-def test_evaluate_refuses_in_one_line_and_writes_nothing(
-    run_py, tiny_run, tmp_path: Path, words, expected
-) -> None:
+def test_evaluate_refuses_in_one_line_and_writes_nothing(run_py, tiny_run, tmp_path: Path, words, expected) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "strange" / name).mkdir(parents=True)
         for n in range(5):

@@ -17,9 +17,7 @@ from zfnet.runs.directory import RunDirectory
 
 
 def test_pt2_gives_the_networks_logits(run_py, tiny_run) -> None:
-    answer = run_py(
-        "job=export", f"run={tiny_run.folder}", "job.format=pt2", "trainer=exact", "hydra.run.dir=x"
-    )
+    answer = run_py("job=export", f"run={tiny_run.folder}", "job.format=pt2", "trainer=exact", "hydra.run.dir=x")
     assert answer.code == 0, answer.err
     extra = {"zfnet.json": ""}
     program = torch.export.load("x/model.pt2", extra_files=extra)
@@ -30,9 +28,9 @@ def test_pt2_gives_the_networks_logits(run_py, tiny_run) -> None:
     test = run.split("test")
     pixels = test.pixels(range(7)).numpy() / 255
     preprocessing = metadata["preprocessing"]
-    images = torch.from_numpy(
-        ((pixels - preprocessing["mean"]) / preprocessing["std"]).astype(np.float32)
-    ).permute(0, 3, 1, 2)
+    images = torch.from_numpy(((pixels - preprocessing["mean"]) / preprocessing["std"]).astype(np.float32)).permute(
+        0, 3, 1, 2
+    )
     with torch.no_grad():
         expected = run.model(next(iter(run.batches(test).in_order())).images[:7])
         torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-5)
@@ -81,9 +79,7 @@ def test_check_refuses_other_logits() -> None:
 
 def test_export_names_the_missing_extra(run_py, tiny_run, tmp_path, monkeypatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
     answer = run_py("job=export", f"run={tiny_run.folder}")
     assert answer.code == 1
     assert answer.err == (

@@ -116,13 +116,7 @@ def test_predict_job_refuses_overrides_without_effect(
 
 @pytest.mark.parametrize("top", [1, 3, 5])
 def test_prediction_table_keeps_to_its_width(top: int) -> None:
-    classes = [
-        ("a class with a rather long name of its own", 0.5),
-        ("b", 0.25),
-        ("c", 0.1),
-        ("d", 0.05),
-        ("e", 0),
-    ]
+    classes = [("a class with a rather long name of its own", 0.5), ("b", 0.25), ("c", 0.1), ("d", 0.05), ("e", 0)]
     many = [Prediction("folder/" * 20 + "cat\x1b[31m.png", classes[:top]), Prediction("x.png", classes[:top])]
     for predictions in (many, many[1:]):
         lines = prediction_table(predictions, 80)

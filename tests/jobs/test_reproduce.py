@@ -41,9 +41,7 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def contents(folder: Path) -> dict[str, str]:
     return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in folder.rglob("*")
-        if p.is_file()
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
     }
 
 
@@ -130,9 +128,7 @@ def test_changed_data_is_named(run_py, tmp_path: Path) -> None:
 
 
 def test_overrides_make_a_variation_and_no_failure(run_py, exact_run) -> None:
-    answer = run_py(
-        "job=reproduce", f"run={exact_run.folder}", "optimizer=sgd", "optimizer.lr=0.3", "hydra.run.dir=v"
-    )
+    answer = run_py("job=reproduce", f"run={exact_run.folder}", "optimizer=sgd", "optimizer.lr=0.3", "hydra.run.dir=v")
     assert answer.code == 0, answer.err
     assert "a variation of" in answer.out
     comparison = RunDirectory("v").read_json("reproduction.json")
@@ -145,9 +141,7 @@ def test_overrides_make_a_variation_and_no_failure(run_py, exact_run) -> None:
 def test_what_cannot_matter_is_no_variation_and_a_stopped_one_goes_on(run_py, exact_run, monkeypatch) -> None:
     words = ("job=reproduce", f"run={exact_run.folder}", "trainer.log_every=1", "hydra.run.dir=again")
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "zfnet.jobs.train.evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("power cut"))
-        )
+        patch.setattr("zfnet.jobs.train.evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("power cut")))
         assert run_py(*words).code == 130
     assert RunDirectory("again").state == "stopped"
     torch.set_num_threads(2)  # the original had one

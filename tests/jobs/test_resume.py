@@ -38,9 +38,7 @@ def test_another_configs_directory_is_refused_untouched(tmp_path: Path, run_py) 
     before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
     answer = run_py(*MINUTE, "hydra.run.dir=r", "seed=1")
     assert answer.code == 1
-    assert answer.err == (
-        "error: r holds a run with another config: choose another directory (hydra.run.dir=…)\n"
-    )
+    assert answer.err == ("error: r holds a run with another config: choose another directory (hydra.run.dir=…)\n")
     assert {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()} == before
 
 
@@ -135,9 +133,7 @@ def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, judge,
     with pytest.raises(UserError) as caught:
         train_minute(run.folder, EVERY_STEP, "trainer.epochs=3")
     lost = f"{path} {words[harm]}: the weights of the best epoch, 1, are lost"
-    assert str(caught.value).startswith(
-        f"{lost}: delete {run.checkpoints} and give job=resume run={run.folder}"
-    )
+    assert str(caught.value).startswith(f"{lost}: delete {run.checkpoints} and give job=resume run={run.folder}")
     assert f"{lost}; unless a later epoch is better" in (run.folder / "train.log").read_text()
     assert not run.weights.exists()
     shutil.rmtree(run.checkpoints)  # as it was told

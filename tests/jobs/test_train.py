@@ -53,14 +53,7 @@ def test_the_files_of_a_run(tiny_run: RunDirectory) -> None:
 
 def test_results(tiny_run: RunDirectory) -> None:
     results, history = tiny_run.read_json("results.json"), tiny_run.read_history()
-    assert {
-        "test",
-        "validation",
-        "epochs",
-        "seconds",
-        "images_per_second",
-        "weights_sha256",
-    } <= results.keys()
+    assert {"test", "validation", "epochs", "seconds", "images_per_second", "weights_sha256"} <= results.keys()
     for name, images in (("validation", 20), ("test", 50)):
         part = results[name]
         assert part["images"] == images
@@ -111,10 +104,7 @@ def test_the_objective_of_a_sweep_is_validations(tmp_path: Path) -> None:
     ("words", "expected"),
     [
         (["data.subset=73"], "data.subset=73: there are 72 training images; null takes all of them"),
-        (
-            ["augment.cutout=65"],
-            "augment.cutout=65: must be at most 64, the side of the images it is cut from",
-        ),
+        (["augment.cutout=65"], "augment.cutout=65: must be at most 64, the side of the images it is cut from"),
         (["augment.cutout=33", "data.crop_size=32"], "augment.cutout=33: must be at most 32"),
     ],
 )
@@ -125,7 +115,4 @@ def test_what_does_not_fit_the_images_is_named(tmp_path: Path, words: list[str],
 
 
 def test_what_just_fits_the_images_is_taken(tmp_path: Path) -> None:
-    assert (
-        train_minute(tmp_path / "run", "data.subset=72", "augment.cutout=64", "trainer.epochs=1").state
-        == "done"
-    )
+    assert train_minute(tmp_path / "run", "data.subset=72", "augment.cutout=64", "trainer.epochs=1").state == "done"

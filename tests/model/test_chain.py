@@ -159,9 +159,7 @@ def test_chain_refuses_what_is_none(model: nn.Module, message: str) -> None:
 
 
 def test_chain_refuses_branches() -> None:
-    with pytest.raises(
-        UserError, match=r"the input of layer1.0.relu \(ReLU\) is not the output of layer1.0.bn2"
-    ):
+    with pytest.raises(UserError, match=r"the input of layer1.0.relu \(ReLU\) is not the output of layer1.0.bn2"):
         Chain(torchvision.models.resnet18(), 32)
 
 

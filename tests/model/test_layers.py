@@ -15,13 +15,7 @@ from tests.helpers import tiny_model_config
 from zfnet.config.randomness import DROPOUT, make_key
 from zfnet.config.schema import Linear
 from zfnet.model import ZFNet
-from zfnet.model.layers import (
-    Dropout,
-    LocalResponseNorm,
-    renormalize_filters,
-    replace_dropout,
-    set_dropout_step,
-)
+from zfnet.model.layers import Dropout, LocalResponseNorm, renormalize_filters, replace_dropout, set_dropout_step
 
 GOLDEN = "001010000101001111000111010001110101110101010010"
 
@@ -179,10 +173,7 @@ def test_dropout_mask_is_the_recorded_one() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(0, 5),
-    st.integers(1, 5),
-    st.sampled_from([(), (3,), (3, 4), (3, 4, 5), (2, 3, 4, 5)]),
-    st.booleans(),
+    st.integers(0, 5), st.integers(1, 5), st.sampled_from([(), (3,), (3, 4), (3, 4, 5), (2, 3, 4, 5)]), st.booleans()
 )
 def test_dropout_takes_any_rank(cut: int, rest: int, shape: tuple[int, ...], whole_channels: bool) -> None:
     def dropped(first: int, rows: int) -> torch.Tensor:

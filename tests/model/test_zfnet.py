@@ -239,13 +239,7 @@ def test_feature_sizes_of_the_paper() -> None:
     """Fig. 3: 110, 55, 26, 13, 13, 13, 13, 6; both ways of pooling give them."""
     for pooling in ("pad", "ceil"):
         sizes = feature_sizes(ModelConfig(pooling=pooling), 224)
-        assert sizes == {
-            "conv1": (110, 55),
-            "conv2": (26, 13),
-            "conv3": (13, 13),
-            "conv4": (13, 13),
-            "conv5": (13, 6),
-        }
+        assert sizes == {"conv1": (110, 55), "conv2": (26, 13), "conv3": (13, 13), "conv4": (13, 13), "conv5": (13, 6)}
 
 
 def test_pool_of_each_pooling_mode() -> None:

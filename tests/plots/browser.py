@@ -49,11 +49,7 @@ class Browser:
 
     def press(self, key: str) -> None:
         actions = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
-        _call(
-            "POST",
-            f"{self.session}/actions",
-            {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]},
-        )
+        _call("POST", f"{self.session}/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def messages(self) -> list[str]:
         """Return what the browser's console has said since the last call."""
@@ -63,14 +59,10 @@ class Browser:
 @contextlib.contextmanager
 def browser(profile: Path, width: int = 1280, height: int = 900) -> Iterator[Browser]:
     """Start a browser with a fresh profile in the folder `profile`; it ends with the block."""
-    driver = subprocess.Popen(
-        [str(DRIVER), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    driver = subprocess.Popen([str(DRIVER), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert driver.stdout is not None
-        port = next(
-            line.split("port ")[1].rstrip(".\n") for line in driver.stdout if "successfully on port" in line
-        )
+        port = next(line.split("port ")[1].rstrip(".\n") for line in driver.stdout if "successfully on port" in line)
         options = {
             "binary": CHROMIUM,
             "args": [*_FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"],

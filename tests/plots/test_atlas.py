@@ -35,16 +35,10 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
         model.conv1.weight[3], model.conv1.bias[3] = 0, -1
         model.conv5.bias.add_(0.3)
     data = compose("experiment=quickstart", "data.batch_size=8").data
-    pixels = torch.randint(
-        0, 256, (16, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    pixels = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = image_set(pixels.numpy(), torch.arange(16) % 4, CLASSES)
     result = collect(
-        model,
-        images,
-        lambda part: Batches(part, data, torch.device("cpu")),
-        ["conv1", "conv5"],
-        TopActivations(4, 4),
+        model, images, lambda part: Batches(part, data, torch.device("cpu")), ["conv1", "conv5"], TopActivations(4, 4)
     )
     return Atlas("tiny <net>", "test", Deconvnet(model), images, data, result)
 
@@ -130,9 +124,7 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
         b.wait("document.readyState === 'complete'")
         assert len(cards()) == MAPS
         assert b.run("return document.querySelectorAll('.card.dead').length") == 1
-        assert f"{MAPS} of {MAPS} maps, 1 never active" in b.run(
-            "return document.getElementById('count').textContent"
-        )
+        assert f"{MAPS} of {MAPS} maps, 1 never active" in b.run("return document.getElementById('count').textContent")
         # search: by number, by layer, by class (one with a space, one with markup), and for nothing
         assert put("search", "5") == ["#conv1/5", "#conv5/5"]
         assert put("search", "conv5 5") == ["#conv5/5"]
@@ -163,9 +155,7 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
         b.wait("document.getElementById('detail').open")
         assert b.run("return document.querySelectorAll('#tiles li').length") == 4
         b.run("document.querySelectorAll('#tiles button')[1].click()")
-        b.wait(
-            "document.getElementById('image').complete && document.getElementById('image').naturalWidth === 32"
-        )
+        b.wait("document.getElementById('image').complete && document.getElementById('image').naturalWidth === 32")
         b.press("\ue014")  # right arrow
         b.wait("location.hash === '#conv5/1'")
         b.press("\ue00c")  # escape

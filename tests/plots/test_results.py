@@ -23,13 +23,7 @@ def evaluation_of(count: int, classes: int) -> Evaluation:
 
 
 def history(epochs: int, **columns: float) -> list[dict]:
-    plain = {
-        "lr": 0.1,
-        "train_loss": 1.0,
-        "train_accuracy": 0.5,
-        "validation_loss": None,
-        "validation_accuracy": None,
-    }
+    plain = {"lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "validation_loss": None, "validation_accuracy": None}
     return [{"epoch": e + 1, **plain, **columns} for e in range(epochs)]
 
 
@@ -72,9 +66,7 @@ def test_draw_samples_names_guess_and_truth() -> None:
     images = image_set(random_images(5, 8).numpy(), torch.arange(5) % 3, "abc")
     evaluation = evaluation_of(5, 3)
     (axis,) = draw_samples(images, evaluation).axes
-    expected = [
-        f"{'abc'[g]}\n({'abc'[t]})" for g, t in zip(evaluation.predictions, evaluation.labels, strict=True)
-    ]
+    expected = [f"{'abc'[g]}\n({'abc'[t]})" for g, t in zip(evaluation.predictions, evaluation.labels, strict=True)]
     assert [text.get_text() for text in axis.texts] == expected
     for shown, image in zip(axis.images, images.images, strict=True):
         assert np.array_equal(shown.get_array(), image)

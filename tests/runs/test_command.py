@@ -183,13 +183,7 @@ def test_a_hydra_record_of_another_run_is_not_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "optimizer: ${oc.env:HOME}",
-        "!!python/object/apply:os.system ['true']",
-        "[1, 2]",
-        "",
-        "job: {name: train}",
-    ],
+    ["optimizer: ${oc.env:HOME}", "!!python/object/apply:os.system ['true']", "[1, 2]", "", "job: {name: train}"],
 )
 def test_a_damaged_record_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
@@ -234,17 +228,8 @@ def test_forgive_quotes_letters_outside_ascii(word: str, expected: str) -> None:
 
 
 def test_an_interpolation_on_the_command_line_follows_the_record(onecycle: RunDirectory) -> None:
-    words = [
-        "job=summary",
-        f"run={onecycle.folder}",
-        "optimizer.lr=0.25",
-        "data.std=[1.0,1.0,${optimizer.lr}]",
-    ]
-    assert read_command(composing.compose_raw(allow_keys_of_record(words)), words).data.std == [
-        1.0,
-        1.0,
-        0.25,
-    ]
+    words = ["job=summary", f"run={onecycle.folder}", "optimizer.lr=0.25", "data.std=[1.0,1.0,${optimizer.lr}]"]
+    assert read_command(composing.compose_raw(allow_keys_of_record(words)), words).data.std == [1.0, 1.0, 0.25]
 
 
 @pytest.mark.parametrize("word", ["model={}", "optimizer={}", "model.conv2={}", "+data.root={}"])

@@ -39,12 +39,7 @@ def test_the_first_difference_is_the_first(old: list[Row], new: list[Row]) -> No
 
 def test_the_last_bit_counts() -> None:
     old, new = [{"train_loss": 0.1 + 0.2}], [{"train_loss": 0.3}]
-    assert first_difference(old, new) == {
-        "epoch": 1,
-        "metric": "train_loss",
-        "recorded": 0.1 + 0.2,
-        "now": 0.3,
-    }
+    assert first_difference(old, new) == {"epoch": 1, "metric": "train_loss", "recorded": 0.1 + 0.2, "now": 0.3}
 
 
 def test_a_missing_epoch_and_a_missing_column_are_differences() -> None:

@@ -66,10 +66,7 @@ hydra: {run: {dir: 'x/${job.name}'}}
 )
 def test_one_line_and_nothing_written(run_py, tmp_path: Path, words, expected) -> None:
     (tmp_path / "file").touch()
-    for name, text in (
-        ("record", RECORD),
-        ("broken", "seed: 1\nmodel: {a: 1\nb: [\n"),
-    ):
+    for name, text in (("record", RECORD), ("broken", "seed: 1\nmodel: {a: 1\nb: [\n")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(text)
     before = set(tmp_path.rglob("*"))

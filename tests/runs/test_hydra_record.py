@@ -25,10 +25,7 @@ def test_short_dirname_is_short_and_safe(text: str) -> None:
 def test_short_dirname_is_readable_and_unique() -> None:
     assert short_dirname("optimizer.lr=0.01,seed=3") == "optimizer.lr=0.01,seed=3"
     assert short_dirname("").startswith("default")
-    names = {short_dirname("x" * 300 + str(k)) for k in range(50)} | {
-        short_dirname("a/b"),
-        short_dirname("a_b"),
-    }
+    names = {short_dirname("x" * 300 + str(k)) for k in range(50)} | {short_dirname("a/b"), short_dirname("a_b")}
     assert len(names) == 52
 
 

@@ -25,9 +25,7 @@ WORDS = (
     "+callbacks.mine._target_=tests.own.Counter",
     TRUST,
 )
-REFUSAL = (
-    "_target_=tests.own.{}: the package tests is not one that this command imports; if you trust it, add "
-)
+REFUSAL = "_target_=tests.own.{}: the package tests is not one that this command imports; if you trust it, add "
 
 
 def train_own(folder: Path, *words: str) -> RunDirectory:
@@ -54,9 +52,7 @@ def test_load_run_imports_only_what_it_is_told_to(own: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("job", ["evaluate", "reproduce", "resume"])
-def test_jobs_import_only_what_the_command_trusts(
-    own: RunDirectory, run_py, tmp_path: Path, job: str
-) -> None:
+def test_jobs_import_only_what_the_command_trusts(own: RunDirectory, run_py, tmp_path: Path, job: str) -> None:
     """The record itself names the package among its imports, which has no effect."""
     assert "imports:\n- tests" in (own.folder / "config.yaml").read_text()
     folder = own.folder
@@ -78,9 +74,7 @@ def test_jobs_import_only_what_the_command_trusts(
         assert "identical" in done.out
 
 
-def test_record_that_was_changed_to_name_a_package_is_refused(
-    own: RunDirectory, tmp_path: Path, run_py
-) -> None:
+def test_record_that_was_changed_to_name_a_package_is_refused(own: RunDirectory, tmp_path: Path, run_py) -> None:
     """A stranger's run: nothing that its config or its weights name is imported."""
     folder = tmp_path / "strangers"
     shutil.copytree(own.folder, folder)

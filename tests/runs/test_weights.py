@@ -128,9 +128,7 @@ def test_load_run_reproduces_the_reported_figures(tiny_run) -> None:
 
     loaded = load_run(tiny_run.folder)
     splits = load_splits(loaded.config.data)
-    runtime = dataclasses.replace(
-        resolve_runtime(loaded.config.trainer), device=torch.device("cpu"), precision="fp32"
-    )
+    runtime = dataclasses.replace(resolve_runtime(loaded.config.trainer), device=torch.device("cpu"), precision="fp32")
     results = tiny_run.read_json("results.json")
     for name, part in (("validation", splits.validation), ("test", splits.test)):
         evaluation = evaluate(loaded.model, Batches(part, loaded.config.data, runtime.device), runtime, name)
@@ -152,9 +150,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch", "cut", "text", "empty", "plain"])
-def test_another_kind_of_file_is_refused_and_never_run(
-    tiny_run, tmp_path: Path, kind: str, monkeypatch
-) -> None:
+def test_another_kind_of_file_is_refused_and_never_run(tiny_run, tmp_path: Path, kind: str, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model.safetensors"
     if kind == "pickle":

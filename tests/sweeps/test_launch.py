@@ -73,24 +73,16 @@ def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, undr
     assert "1 setting, 4 jobs: 2 done, 2 failed" in answer.out
     assert (sweep / "figures/curves.png").is_file()
     results = json.loads((sweep / "optimizer.lr=0.001,seed=1/results.json").read_text())
-    assert (
-        float(table["optimizer.lr=0.001,seed=1"]["validation_accuracy"]) == results["validation"]["accuracy"]
-    )
+    assert float(table["optimizer.lr=0.001,seed=1"]["validation_accuracy"]) == results["validation"]["accuracy"]
 
     # the same again: finished jobs are not even opened, and Hydra's own record stays what it was
-    before = {
-        **everything_in(sweep / "optimizer.lr=0.001,seed=0"),
-        "m": (sweep / "multirun.yaml").read_bytes(),
-    }
+    before = {**everything_in(sweep / "optimizer.lr=0.001,seed=0"), "m": (sweep / "multirun.yaml").read_bytes()}
     monkeypatch.setattr("zfnet.jobs.train.load_splits", lambda *_: pytest.fail("images were loaded"))
     again = run_py(*words)
     assert again.code == 1
     assert again.out.count("finished already: ") == 2
     assert rows(sweep) == table
-    assert before == {
-        **everything_in(sweep / "optimizer.lr=0.001,seed=0"),
-        "m": (sweep / "multirun.yaml").read_bytes(),
-    }
+    assert before == {**everything_in(sweep / "optimizer.lr=0.001,seed=0"), "m": (sweep / "multirun.yaml").read_bytes()}
 
 
 def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path, undrawn) -> None:
@@ -99,9 +91,7 @@ def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path, undrawn) -
     record = (tmp_path / "s/multirun.yaml").read_bytes()
     answer = run_py("-m", *SMALL, "model.dropout=0.3", "seed=0,1,2")
     assert answer.code == 1
-    assert answer.err.startswith(
-        "error: 2 of 3 jobs failed\n  seed=0: s/seed=0 holds a run with another config"
-    )
+    assert answer.err.startswith("error: 2 of 3 jobs failed\n  seed=0: s/seed=0 holds a run with another config")
     assert everything_in(tmp_path / "s/seed=0") == before
     assert (tmp_path / "s/multirun.yaml").read_bytes() == record
     assert "dropout: 0.3" in (tmp_path / "s/multirun-2.yaml").read_text()
@@ -162,9 +152,7 @@ def test_choose_resets_threads_and_compiler_for_every_job(monkeypatch) -> None:
     assert torch.get_num_threads() == 1
     resolve_runtime(compose(*TINY, "trainer.compile=true").trainer)
     assert torch.get_num_threads() == own
-    assert resets == [
-        True
-    ]  # past a number of recompilations it would leave the next job's network uncompiled
+    assert resets == [True]  # past a number of recompilations it would leave the next job's network uncompiled
 
 
 @pytest.mark.parametrize(
@@ -246,9 +234,7 @@ def test_grid_goes_on_after_a_batch_with_a_failed_job(run_py, tmp_path, monkeypa
 @pytest.fixture
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_gpu", None)
-    monkeypatch.setenv(
-        "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    )  # put back afterwards
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))  # put back afterwards
 
 
 @pytest.mark.usefixtures("_own_environment")
@@ -292,8 +278,7 @@ def test_launch_with_joblib_gives_the_same_numbers(run_py, tmp_path: Path) -> No
     assert "optimizer.lr=-1: must be a number greater than 0" in answer.err
     assert run_py(*words).code == 1
     results = [
-        json.loads((tmp_path / sweep / "optimizer.lr=0.001/results.json").read_text())
-        for sweep in ("side", "s")
+        json.loads((tmp_path / sweep / "optimizer.lr=0.001/results.json").read_text()) for sweep in ("side", "s")
     ]
     assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
     tables = [(tmp_path / sweep / "summary.csv").read_text().splitlines() for sweep in ("side", "s")]

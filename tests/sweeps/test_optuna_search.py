@@ -47,9 +47,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     """Start run.py in a process of its own."""
     code = f"import sys; sys.argv[:] = {[str(ROOT / 'run.py'), *words]!r}{PROGRAM}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.DEVNULL
-    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
 
 
 def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:
@@ -68,13 +66,7 @@ def trials_in(sweep: Path, storage: str | None = None) -> list[optuna.trial.Froz
 
 @pytest.mark.slow
 def test_run_search_again_resumes_the_trial_of_a_killed_process(run_py, tmp_path) -> None:
-    words = [
-        *SEARCH,
-        *SPACE,
-        "trainer.epochs=12",
-        "hydra.sweeper.n_trials=2",
-        "trainer.checkpoint_minutes=1e-5",
-    ]
+    words = [*SEARCH, *SPACE, "trainer.epochs=12", "hydra.sweeper.n_trials=2", "trainer.checkpoint_minutes=1e-5"]
     process, sweep = start(tmp_path, *words), tmp_path / "s"
     wait_for(lambda: list(sweep.glob("*/checkpoints/step-*")))
     process.kill()
@@ -112,9 +104,7 @@ def test_run_search_in_two_processes_runs_no_trial_twice(run_py, tmp_path) -> No
     counted = [trial for trial in trials_in(sweep) if not trial.user_attrs.get("void")]
     assert [trial.state.name for trial in counted] == ["COMPLETE"] * 6
     assert len({trial.user_attrs["worker"] for trial in counted}) == 2
-    accuracies = {
-        float(row["optimizer.lr"]): float(row["validation_accuracy"]) for row in rows(sweep).values()
-    }
+    accuracies = {float(row["optimizer.lr"]): float(row["validation_accuracy"]) for row in rows(sweep).values()}
     assert accuracies == {trial.params["optimizer.lr"]: trial.value for trial in counted}
 
 
@@ -194,14 +184,8 @@ def test_ask_is_a_function_of_the_seed_and_of_earlier_trials(run_py, tmp_path, m
         ([], "has nothing to search"),
         (["optimizer.lr=interval(2,1)"], "is no space to search"),
         (["optimizer.lrr=interval(1,2)"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
-        (
-            [*SPACE, "hydra.sweeper.n_trials=0"],
-            "hydra.sweeper.n_trials=0: must be at least 1",
-        ),
-        (
-            [*SPACE, "hydra/sweeper/sampler=tbe"],
-            "hydra/sweeper/sampler=tbe: no such choice; did you mean 'tpe'?",
-        ),
+        ([*SPACE, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: must be at least 1"),
+        ([*SPACE, "hydra/sweeper/sampler=tbe"], "hydra/sweeper/sampler=tbe: no such choice; did you mean 'tpe'?"),
         ([*SPACE, "hydra/sweeper/pruner=medium"], "did you mean 'median'?"),
         (
             [*SPACE, "hydra.sweeper.pruner=median"],
@@ -210,10 +194,7 @@ def test_ask_is_a_function_of_the_seed_and_of_earlier_trials(run_py, tmp_path, m
         ([*SPACE, "+hydra.sweeper.sampler_settings.seed=1"], "no such key; did you mean 'sampler'?"),
         ([*SPACE, "+hydra.sweeper.sampler.sed=1"], "did you mean 'seed'?"),
         ([*SPACE, "hydra.sweeper.sampler._target_=os.system"], "must be a sampler of Optuna"),
-        (
-            [*SPACE, "hydra.sweeper.direction=up"],
-            "hydra.sweeper.direction=up: must be one of maximize or minimize",
-        ),
+        ([*SPACE, "hydra.sweeper.direction=up"], "hydra.sweeper.direction=up: must be one of maximize or minimize"),
         ([*SPACE, "hydra.sweeper.storage=postgresql://me:secret@127.0.0.1:1/none"], "hydra.sweeper.storage="),
         ([*SPACE, "hydra.sweeper.storage=nonsense"], "hydra.sweeper.storage=nonsense"),
     ],
@@ -300,9 +281,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-def test_run_search_in_postgresql_is_shared_by_sweep_directories(
-    run_py, tmp_path, monkeypatch, postgres
-) -> None:
+def test_run_search_in_postgresql_is_shared_by_sweep_directories(run_py, tmp_path, monkeypatch, postgres) -> None:
     monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: config.optimizer["lr"])
     words = [*SEARCH, *SPACE, f"hydra.sweeper.storage='{postgres}'", "hydra.sweep.dir=s1"]
     assert run_py(*words, "hydra.sweeper.n_trials=2").code == 0

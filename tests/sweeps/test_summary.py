@@ -21,14 +21,7 @@ from zfnet.runs.command import compose_raw
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.callback import summarize
-from zfnet.sweeps.summary import (
-    ABSENT,
-    read_sweep,
-    short_names,
-    swept_keys,
-    to_markdown,
-    to_text,
-)
+from zfnet.sweeps.summary import ABSENT, read_sweep, short_names, swept_keys, to_markdown, to_text
 
 
 def write_job(
@@ -39,9 +32,7 @@ def write_job(
     run.folder.mkdir()
     (run.folder / "config.yaml").write_text(yaml.safe_dump(_plain_config(words), sort_keys=False))
     run.set_status(state, "lost the loss" if state == "failed" else None)
-    run.write_history(
-        [{"epoch": e, "step": e, "train_loss": 1 / e, "validation_accuracy": accuracy} for e in (1, 2)]
-    )
+    run.write_history([{"epoch": e, "step": e, "train_loss": 1 / e, "validation_accuracy": accuracy} for e in (1, 2)])
     if accuracy is not None:
         figures = {"validation": {"accuracy": accuracy, "loss": 1.0}, "test": {"accuracy": test}}
         run.write_json("results.json", {**figures, "best_epoch": 2, "epochs": 2, "seconds": 1.5})
@@ -98,12 +89,7 @@ def test_read_sweep_scores_finished_jobs_only(tmp_path: Path) -> None:
 
 def test_read_sweep_takes_damaged_files_and_other_jobs(tmp_path: Path) -> None:
     write_job(tmp_path, "seed=0", accuracy=0.4)
-    for name, damage in (
-        ("a", "config.yaml"),
-        ("b", "results.json"),
-        ("c", "history.csv"),
-        ("d", "status.json"),
-    ):
+    for name, damage in (("a", "config.yaml"), ("b", "results.json"), ("c", "history.csv"), ("d", "status.json")):
         run = write_job(tmp_path, f"optimizer.lr=0.{ord(name)}", accuracy=0.4)
         (run.folder / damage).write_bytes(b"\xff{: [")
     other = write_job(tmp_path, "seed=7", accuracy=0.4)
@@ -148,13 +134,7 @@ def test_swept_keys(jobs, expected) -> None:
 
 
 def test_short_names() -> None:
-    keys = [
-        "model.conv1.kernel_size",
-        "model.conv2.kernel_size",
-        "optimizer.lr",
-        "model.name",
-        "optimizer._target_",
-    ]
+    keys = ["model.conv1.kernel_size", "model.conv2.kernel_size", "optimizer.lr", "model.name", "optimizer._target_"]
     assert short_names(keys) == {
         "model.conv1.kernel_size": "conv1.kernel_size",
         "model.conv2.kernel_size": "conv2.kernel_size",

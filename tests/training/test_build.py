@@ -70,10 +70,7 @@ def test_class_weights_of_another_number_of_classes_are_named(tmp_path: Path) ->
         ("OneForEach", "loss (OneForEach): must give one number with a gradient, not [2]"),
         ("Learned", "loss (Learned): has parameters of its own"),
         ("Squash", "loss (Squash): fails on logits [2, 2] and labels [2]: "),
-        (
-            "Counter",
-            "loss._target_=tests.own.Counter: must name a subclass of torch.nn.modules.module.Module",
-        ),
+        ("Counter", "loss._target_=tests.own.Counter: must name a subclass of torch.nn.modules.module.Module"),
     ],
 )
 def test_loss_that_cannot_be_trained_is_refused(name: str, expected: str) -> None:
@@ -83,9 +80,7 @@ def test_loss_that_cannot_be_trained_is_refused(name: str, expected: str) -> Non
 
 # -- parameter groups
 
-GROUPS = (
-    '+optimizer.param_groups=[{ndim:1,weight_decay:0},{match:"^fc8",lr_scale:10},{match:conv,ndim:4,lr:0.5}]'
-)
+GROUPS = '+optimizer.param_groups=[{ndim:1,weight_decay:0},{match:"^fc8",lr_scale:10},{match:conv,ndim:4,lr:0.5}]'
 
 
 def test_parameter_groups_take_match_ndim_and_lr_scale() -> None:
@@ -107,10 +102,7 @@ def test_parameter_groups_take_match_ndim_and_lr_scale() -> None:
 @pytest.mark.parametrize(
     ("rules", "expected"),
     [
-        (
-            "[{match:conv9,lr_scale:2}]",
-            "param_groups.0={'match': 'conv9', 'lr_scale': 2}: no parameter fits it",
-        ),
+        ("[{match:conv9,lr_scale:2}]", "param_groups.0={'match': 'conv9', 'lr_scale': 2}: no parameter fits it"),
         ("[{match:fc},{match:fc8}]", "param_groups.1={'match': 'fc8'}: no parameter fits it"),
         ("[{weight_decay:0}]", "param_groups.0={'weight_decay': 0}: names no parameters; set match or ndim"),
         ("['{match:\"(\"}']", "param_groups=['{match:\"(\"}']: must be a list such as"),
@@ -136,9 +128,7 @@ def test_parameter_groups_resume_exactly(tmp_path: Path, optimizer: str) -> None
 
 
 @pytest.mark.parametrize("name", ["NestedState", "TwoModes"])
-@pytest.mark.parametrize(
-    "more", [(), ("optimizer.lr=0.05", "trainer.channels_last=false", "model.norm=batch")]
-)
+@pytest.mark.parametrize("more", [(), ("optimizer.lr=0.05", "trainer.channels_last=false", "model.norm=batch")])
 def test_optimizer_of_ones_own_resumes_exactly(tmp_path: Path, name: str, more: tuple[str, ...]) -> None:
     """With lists and dicts of tensors in its state, or with modes: after a kill in mid-epoch, and at an epoch's end."""
     rest = [f"~optimizer.{key}" for key in ("momentum", "weight_decay", "nesterov")]
@@ -231,12 +221,7 @@ def test_init_from_opens_no_pickle(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_freeze_keeps_bits_and_running_statistics(tmp_path: Path) -> None:
-    words = (
-        "model.norm=batch",
-        "model.rms_limit=0.01",
-        "trainer.freeze=[conv1,norm1,fc6]",
-        "optimizer.lr=0.1",
-    )
+    words = ("model.norm=batch", "model.rms_limit=0.01", "trainer.freeze=[conv1,norm1,fc6]", "optimizer.lr=0.1")
     state = first_steps(*words)
     before = initial_model(state.config, 10)[0].state_dict()
     for name, value in state.model.state_dict().items():

@@ -191,9 +191,7 @@ def test_early_stopping_names_a_setting_that_means_nothing(word: str, expected: 
 
 
 def test_early_stopping_names_what_is_not_measured(tmp_path: Path) -> None:
-    expected = (
-        r"callbacks\.early_stopping\.monitor=test_loss: is not measured; known: epoch, step, lr, train_loss"
-    )
+    expected = r"callbacks\.early_stopping\.monitor=test_loss: is not measured; known: epoch, step, lr, train_loss"
     with pytest.raises(UserError, match=expected):
         train_minute(tmp_path / "run", EARLY[0], "callbacks.early_stopping.monitor=test_loss")
 
@@ -245,9 +243,7 @@ def test_callback_that_cannot_be_saved_is_named(tmp_path: Path, monkeypatch) -> 
         train_minute(tmp_path / "run", *OWN)
 
 
-def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(tmp_path: Path, monkeypatch) -> None:
     """A callback may end it before others are called; the checkpoint then names the epoch's weights as the best."""
     expected = learned(train_minute(tmp_path / "whole", *OWN))
 

@@ -178,9 +178,7 @@ def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypa
         else:
             patch.setattr(run_module.os, where, full)
         writer.write(step_name(2), some(2))
-        with pytest.raises(
-            UserError, match=r"step-000000002\.safetensors cannot be written: .*No space left"
-        ):
+        with pytest.raises(UserError, match=r"step-000000002\.safetensors cannot be written: .*No space left"):
             writer.wait()
     assert [p.name for p in writer.folder.iterdir()] == [step_name(1)]
     assert read_newest(writer.folder)[0].metadata["step"] == 1

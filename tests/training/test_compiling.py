@@ -57,9 +57,7 @@ def test_break_even() -> None:
     assert "never pays; off" in never.describe(2000, 100)
 
 
-@pytest.mark.parametrize(
-    "words", [("optimizer=sgd", "scheduler=onecycle", "trainer.ema=0.9"), ("model.norm=batch",)]
-)
+@pytest.mark.parametrize("words", [("optimizer=sgd", "scheduler=onecycle", "trainer.ema=0.9"), ("model.norm=batch",)])
 def test_a_trial_leaves_no_trace(tried, words: tuple[str, ...]) -> None:
     state, batches = state_and_batches(*words)
     before = state.checkpoint()
@@ -122,9 +120,7 @@ def test_a_compiler_that_fails_is_left_alone(tried, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(
-    tried, tmp_path: Path, monkeypatch, faster: bool
-) -> None:
+def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(tried, tmp_path: Path, monkeypatch, faster: bool) -> None:
     whole = train_minute(tmp_path / "plain")
     monkeypatch.setattr(Trial, "pays", property(lambda _: faster))
     run = train_minute(tmp_path / "tried", AUTO)

@@ -63,9 +63,7 @@ def test_a_later_run_is_not_touched_by_an_earlier_one() -> None:
         ("", set(), "fp32"),
     ],
 )
-def test_bf16_on_the_cpu_only_where_it_pays(
-    monkeypatch, vendor: str, flags: set[str], precision: str
-) -> None:
+def test_bf16_on_the_cpu_only_where_it_pays(monkeypatch, vendor: str, flags: set[str], precision: str) -> None:
     metadata = {"vendor_id": vendor, "flags": " ".join(flags)}
     monkeypatch.setattr(device_module, "cpu_info", lambda: metadata)
     assert runtime("trainer=cpu").precision == precision

@@ -75,9 +75,7 @@ def test_logger_of_ones_own_is_told_everything(tmp_path: Path, notes: Notes) -> 
     assert notes.calls[-2:] == [("finish", accuracies), ("close",)]
 
 
-def test_logger_is_told_where_a_resumed_run_goes_on_and_closed_when_it_dies(
-    tmp_path: Path, notes: Notes
-) -> None:
+def test_logger_is_told_where_a_resumed_run_goes_on_and_closed_when_it_dies(tmp_path: Path, notes: Notes) -> None:
     die_at(tmp_path / "run", 5, *OWN)
     assert notes.calls[-1] == ("close",)
     notes.calls.clear()
@@ -123,12 +121,8 @@ def test_test_columns_follow_the_usual_ones_and_gaps_are_empty(tmp_path: Path) -
 
 
 def test_epoch_line_fits_80_columns() -> None:
-    assert epoch_line(ROW, 10) == (
-        "epoch  9/10  train 1.2346 50.00%  validation 2.5000 25.00%  lr 0.00012  12346/s"
-    )
-    assert (
-        len(epoch_line({**ROW, "epoch": 100, "train_accuracy": 1.0, "validation_accuracy": 1.0}, 100)) <= 84
-    )
+    assert epoch_line(ROW, 10) == ("epoch  9/10  train 1.2346 50.00%  validation 2.5000 25.00%  lr 0.00012  12346/s")
+    assert len(epoch_line({**ROW, "epoch": 100, "train_accuracy": 1.0, "validation_accuracy": 1.0}, 100)) <= 84
     assert "validation" not in epoch_line({**ROW, "validation_loss": None}, 10)
 
 
@@ -206,9 +200,7 @@ def logged_run(folder: Path, step: int, model: nn.Module | None = None) -> Logge
 
 
 def test_tensorboard_figure_is_the_file(tmp_path: Path) -> None:
-    save_figure(
-        draw_curves([{"epoch": 1, "lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5}]), tmp_path / "x.png"
-    )
+    save_figure(draw_curves([{"epoch": 1, "lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5}]), tmp_path / "x.png")
     board = TensorBoardLogger()
     board.start(logged_run(tmp_path, 0))
     board.figure("x", tmp_path / "x.png", 3)

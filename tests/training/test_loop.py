@@ -192,8 +192,7 @@ def test_warm_up_scales_the_first_step() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
-    [("optimizer=sgd", "optimizer.lr=1e6"), ("optimizer=sgd", "optimizer.lr=1e30", "trainer.log_every=1")],
+    "words", [("optimizer=sgd", "optimizer.lr=1e6"), ("optimizer=sgd", "optimizer.lr=1e30", "trainer.log_every=1")]
 )
 def test_divergence_stops_with_step_rate_and_advice(words: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:

@@ -15,9 +15,7 @@ CPU = torch.device("cpu")
 
 def some(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, classes, generator=generator), torch.randint(
-        classes, (count,), generator=generator
-    )
+    return torch.randn(count, classes, generator=generator), torch.randint(classes, (count,), generator=generator)
 
 
 @settings(max_examples=30, deadline=None)

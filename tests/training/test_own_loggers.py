@@ -58,9 +58,7 @@ def train(tmp_path: Path, proxy, whole):
     def call(name: str) -> Path:
         pytest.importorskip(name)
         address, came = proxy
-        proxies = dict.fromkeys(
-            ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"), address
-        )
+        proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"), address)
         env = {k: v for k, v in os.environ.items() if k.upper() != "NO_PROXY"} | proxies
         env |= {"PYTHONPATH": str(ROOT), "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_TOKEN": "hf_secret"}
         words = [f"logger={name}", f"trainer.log_every={LOG_EVERY}"]
@@ -85,9 +83,7 @@ def test_wandb(train) -> None:
     parts = sorted((folder / "wandb").glob("offline-run-*"))
     kept = (folder / "wandb" / "run_id").read_text()
     assert [part.name.rpartition("-")[2] for part in parts] == [kept, kept]
-    steps = [
-        int(row["step"]) for part in parts for row in _wandb_rows(part / f"run-{kept}.wandb") if "step" in row
-    ]
+    steps = [int(row["step"]) for part in parts for row in _wandb_rows(part / f"run-{kept}.wandb") if "step" in row]
     assert steps == [3, 6, 9, 12, 15]
     last = _wandb_rows(parts[1] / f"run-{kept}.wandb")
     assert [row["epoch"] for row in last if "epoch" in row] == ["1", "2"]

@@ -59,17 +59,10 @@ def test_two_processes_train_what_one_does(alone: RunDirectory, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_and_another_number_goes_on(
-    alone: RunDirectory, tmp_path: Path
-) -> None:
+def test_a_killed_process_ends_the_run_and_another_number_goes_on(alone: RunDirectory, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = [*WORDS, "trainer.devices=2", "trainer.epochs=2", f"hydra.run.dir={folder}"]
-    words += [
-        "experiment=quickstart",
-        "data.test_images=50",
-        "logger=none",
-        "trainer.log_every=1",
-    ]
+    words += ["experiment=quickstart", "data.test_images=50", "logger=none", "trainer.log_every=1"]
     slow = {**os.environ, "PYTHONPATH": str(ROOT)}
     # the parent pauses after its first steps, so that the other process can be killed in mid-training
     code = (
@@ -96,9 +89,7 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(
     started = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert err.startswith(
-        "error: training process 2 of 2 was ended by SIGKILL: go on from the last checkpoint"
-    )
+    assert err.startswith("error: training process 2 of 2 was ended by SIGKILL: go on from the last checkpoint")
     assert err.count("\n") == 1, err
     assert time.monotonic() - started < 40
     run = RunDirectory(folder)

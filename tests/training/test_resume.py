@@ -47,12 +47,7 @@ ALL_ON = (
 def test_two_runs_in_one_process_are_equal(whole, tmp_path: Path) -> None:
     """Another run between them leaves nothing behind."""
     train_minute(
-        tmp_path / "between",
-        "seed=9",
-        "trainer.epochs=1",
-        "trainer.threads=2",
-        "trainer.deterministic=false",
-        *ALL_ON,
+        tmp_path / "between", "seed=9", "trainer.epochs=1", "trainer.threads=2", "trainer.deterministic=false", *ALL_ON
     )
     assert learned(train_minute(tmp_path / "again")) == whole
 
@@ -227,9 +222,7 @@ def test_processes_that_are_really_killed(whole, tmp_path: Path) -> None:
     config = compose(*longer)
     with no_figures():
         train_module.train(config, run)
-    assert (
-        f"going on from epoch {second // STEPS + 1}, step {second}" in (run.folder / "train.log").read_text()
-    )
+    assert f"going on from epoch {second // STEPS + 1}, step {second}" in (run.folder / "train.log").read_text()
     assert learned(run) == learned(train_minute(tmp_path / "whole", "trainer.epochs=12"))
 
 

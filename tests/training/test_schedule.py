@@ -140,9 +140,7 @@ DECAY = {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.97}
 CHAINS: dict[str, tuple[dict[str, Any], Callable[[torch.optim.Optimizer], Any]]] = {
     "SequentialLR": (
         {"schedulers": [LINEAR, COSINE], "milestones": [20]},
-        lambda o: LR.SequentialLR(
-            o, [LR.LinearLR(o, 0.1, total_iters=20), LR.CosineAnnealingLR(o, 50)], [20]
-        ),
+        lambda o: LR.SequentialLR(o, [LR.LinearLR(o, 0.1, total_iters=20), LR.CosineAnnealingLR(o, 50)], [20]),
     ),
     "ChainedScheduler": (
         {"schedulers": [LINEAR, DECAY]},
@@ -185,12 +183,7 @@ def test_chained_schedule_goes_on_from_plain_numbers(name: str, stop: int) -> No
 def test_chained_schedule_by_target_resumes_exactly(tmp_path: Path) -> None:
     chain = "[{_target_:torch.optim.lr_scheduler.LinearLR,start_factor:0.1,total_iters:4},"
     chain += "{_target_:torch.optim.lr_scheduler.CosineAnnealingLR,T_max:auto}]"
-    words = (
-        "scheduler=constant",
-        "~scheduler.factor",
-        "scheduler.interval=step",
-        "+scheduler.milestones=[4]",
-    )
+    words = ("scheduler=constant", "~scheduler.factor", "scheduler.interval=step", "+scheduler.milestones=[4]")
     words += ("scheduler._target_=torch.optim.lr_scheduler.SequentialLR", f"+scheduler.schedulers={chain}")
     whole = train_minute(tmp_path / "whole", *words)
     assert len({row["lr"] for row in whole.read_history()}) == 2

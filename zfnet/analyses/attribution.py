@@ -99,25 +99,17 @@ def load_captum() -> ModuleType:
     return module
 
 
-def attribute(
-    chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: int, batch_size: int
-) -> Attributions:
+def attribute(chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: int, batch_size: int) -> Attributions:
     """Return the five attributions of images [N, 3, S, S] to their classes `labels` [N].
 
     layer: the convolution layer whose output Grad-CAM weighs. Raises UserError without captum.
     """
     captum = load_captum()
     units = torch.stack([torch.arange(len(labels)), labels.cpu()], 1)
-    ones = torch.ones(
-        len(labels)
-    )  # the class's own output may be negative, and would only scale the projection
+    ones = torch.ones(len(labels))  # the class's own output may be negative, and would only scale the projection
     maps = {rule: Deconvnet(chain, rule).project(images, OUTPUT, units, seeds=ones).cpu() for rule in RULES}
     integrated = captum.IntegratedGradients(chain.model).attribute(
-        images,
-        torch.zeros_like(images),
-        labels,
-        n_steps=steps,
-        internal_batch_size=max(batch_size, len(images)),
+        images, torch.zeros_like(images), labels, n_steps=steps, internal_batch_size=max(batch_size, len(images))
     )
     maps[INTEGRATED] = integrated.detach().float().cpu()
     rows = torch.arange(len(labels), device=labels.device)
@@ -144,11 +136,7 @@ def _rows(result: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
     """One row for each image and method; the box's columns are empty where it is not known."""
     count, boxes, rows = len(chosen), chosen.boxes, []
     for method, maps in result.maps.items():
-        areas = (
-            None
-            if boxes is None
-            else in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes).float().mean((1, 2))
-        )
+        areas = None if boxes is None else in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes).float().mean((1, 2))
         rows += to_rows(
             image=chosen.names,
             method=[method] * count,
@@ -189,9 +177,7 @@ def draw_attribution(
     count, columns = len(names), 1 + len(methods)
     figure = new_figure(figsize=(2.1 * columns, 1.3 + 2.1 * count))
     figure.suptitle("Pixels that speak for the class: five methods, each picture on its own scale")
-    grid = figure.add_gridspec(
-        count + 1, columns, height_ratios=[1] * count + [0.06]
-    )  # colour bars at the bottom
+    grid = figure.add_gridspec(count + 1, columns, height_ratios=[1] * count + [0.06])  # colour bars at the bottom
     axes = np.array([[figure.add_subplot(grid[r, c]) for c in range(columns)] for r in range(count)])
     projections = {name: on_grey(maps) for name, maps in result.maps.items() if name in RULES}
     for row, panels in enumerate(axes):

@@ -27,16 +27,7 @@ from torch import Tensor
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, DataConfig
 from zfnet.data.decode import UnreadableImage, fit_square, read_image
-from zfnet.explain.selection import (
-    Look,
-    chosen_split,
-    mean_colour,
-    pick_layers,
-    predict,
-    sample,
-    take,
-    to_inputs,
-)
+from zfnet.explain.selection import Look, chosen_split, mean_colour, pick_layers, predict, sample, take, to_inputs
 from zfnet.model.chain import Chain
 from zfnet.plots.figures import LIGHT_BLUE, PALE, SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
@@ -70,9 +61,7 @@ class CorrespondenceJob(Look):
         layers = pick_layers(chain, "job.layers", self.layers, last_conv_and_last_hidden)
         patch = self.patch or max(1, size // 4)
         if patch >= size:
-            raise UserError(
-                f"job.patch={patch}: the masks must be smaller than the image, which is {size} px"
-            )
+            raise UserError(f"job.patch={patch}: the masks must be smaller than the image, which is {size} px")
         marked = quarters_of_boxes(loaded) if self.points is None else read_points(loaded, Path(self.points))
         with own_directory(config, output) as run:
             count, fill = len(marked.groups), mean_colour(loaded, self.fill)
@@ -82,10 +71,7 @@ class CorrespondenceJob(Look):
                 RANDOM: random_centres(count, size, patch, config.seed),
             }
             masked = {part: mask(marked.inputs, places, patch, fill) for part, places in centres.items()}
-            signs = {
-                k: sign_changes(chain, marked.inputs, hidden, layers, batch_size)
-                for k, hidden in masked.items()
-            }
+            signs = {k: sign_changes(chain, marked.inputs, hidden, layers, batch_size) for k, hidden in masked.items()}
             table: dict[str, dict[str, Agreement]] = {layer: {} for layer in layers}
             for layer, agreements in table.items():
                 for part in (*marked.parts, SAME):
@@ -229,9 +215,7 @@ def _read_table(table: Path) -> tuple[dict[str, dict[str, tuple[float, float]]],
                 try:
                     parts[row["part"]] = (float(row["x"]), float(row["y"]))
                 except (TypeError, ValueError):
-                    raise UserError(
-                        f"{table}, line {line}: x={row['x']}, y={row['y']} are not numbers"
-                    ) from None
+                    raise UserError(f"{table}, line {line}: x={row['x']}, y={row['y']} are not numbers") from None
                 order[row["part"]] = None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"job.points={table} cannot be read ({error})") from error
@@ -339,9 +323,7 @@ def _difference(table: Tensor, pair: Tensor, first: Tensor, second: Tensor) -> T
 
 
 @styled
-def draw_correspondence(
-    table: Mapping[str, Mapping[str, Agreement]], examples: Mapping[str, Tensor]
-) -> Figure:
+def draw_correspondence(table: Mapping[str, Mapping[str, Agreement]], examples: Mapping[str, Tensor]) -> Figure:
     """Draw a column of masked images for each part (paper, Fig. 8) and Δ by part for each layer, random places last.
 
     table: layer → part → its agreement; examples: part → uint8 [M, S, S, 3].

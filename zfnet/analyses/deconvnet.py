@@ -93,9 +93,7 @@ class DeconvnetJob(Look):
         if not run.claim(config):
             write_hydra_record(run.folder, config)
         elif any(run.plain_config()[key] != config.to_dict()[key] for key in ("job", "run")):
-            raise UserError(
-                f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)"
-            )
+            raise UserError(f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)")
         message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
         with hold(run, "deconvnet.log") as stop:
             if run.state == "done":
@@ -117,7 +115,7 @@ class DeconvnetJob(Look):
                     if self.controls and len(units) > 1:
                         inputs = preprocess(images.pixels(units[:, 0]).to(device), loaded.data)
                         units[:, 0] = torch.arange(len(units))
-                        similarity[layer] = compare(
+                        similarity[layer] = compare_controls(
                             project_controls(deconvnet, inputs, layer, units, config.seed)
                         )
                         sensitivity[layer] = dead_window_sensitivity(deconvnet, inputs, layer, units)
@@ -130,10 +128,7 @@ class DeconvnetJob(Look):
                     log.info("(near 1: the pictures do not depend on the unit):")
                     for layer, rows in similarity.items():
                         means = {name: row["rank_correlation"] for name, row in rows.items()}
-                        cells = [
-                            f"{name} {'–' if mean is None else f'{mean:+.2f}'}"
-                            for name, mean in means.items()
-                        ]
+                        cells = [f"{name} {'–' if mean is None else f'{mean:+.2f}'}" for name, mean in means.items()]
                         log.info("  %s  %s", layer, "  ".join(cells))
                 if self.atlas:
                     log.info("open %s in a browser", write_atlas(atlas, run.folder / "atlas", stop.check))
@@ -160,9 +155,7 @@ def search_or_continue(
     if path.exists():
         saved = read_checkpoint(path)
         if saved.metadata["of"] != origin:
-            raise UserError(
-                f"{path} belongs to other weights or images: choose another directory (hydra.run.dir=…)"
-            )
+            raise UserError(f"{path} belongs to other weights or images: choose another directory (hydra.run.dir=…)")
         search = TopActivations.from_state(saved.tensors, saved.metadata["search"], loaded.runtime.device)
         log.info("going on after %d images", search.images)
 
@@ -245,9 +238,7 @@ def project_controls(
     neighbours = units.clone()
     step = 1 + randint(make_key(seed, CONTROL, 1), torch.arange(len(units)), max(1, channels - 1))
     neighbours[:, 1] = (units[:, 1] + step) % channels
-    shuffled = Deconvnet(
-        shuffle_weights(chain, layer, seed), deconvnet.rule, deconvnet.dead_windows, deconvnet.lrn
-    )
+    shuffled = Deconvnet(shuffle_weights(chain, layer, seed), deconvnet.rule, deconvnet.dead_windows, deconvnet.lrn)
     # cut to the receptive field: outside of it all of them are 0, which would only make them look alike
     project = functools.partial(project_frames, layer=layer, seeds=ones)
     projections = {
@@ -261,7 +252,7 @@ def project_controls(
     return projections
 
 
-def compare(projections: Mapping[str, Tensor]) -> dict[str, dict[str, float | int | None]]:
+def compare_controls(projections: Mapping[str, Tensor]) -> dict[str, dict[str, float | int | None]]:
     """Return for each control the mean and standard deviation of the rank correlation with the units' own.
 
     projections: those of `project_controls`
@@ -295,9 +286,7 @@ def dead_window_sensitivity(
     active = own.norm(dim=1) > 0
     rows: dict[str, dict[str, float | None]] = {}
     for choice in (c for c in DEAD_WINDOWS if c != deconvnet.dead_windows):
-        other = Deconvnet(deconvnet.chain, deconvnet.rule, choice, deconvnet.lrn).project(
-            images, layer, units
-        )
+        other = Deconvnet(deconvnet.chain, deconvnet.rule, choice, deconvnet.lrn).project(images, layer, units)
         here, there = own[active], other.flatten(1)[active]
         change = (there - here).norm(dim=1) / here.norm(dim=1)
         cosine = torch.cosine_similarity(there, here)
@@ -355,9 +344,7 @@ def draw_layer(atlas: Atlas, layer: str, count: int, seed: int, run: RunDirector
     save_figure(figure, run.figures / f"deconvnet_{layer}.png")
     path = run.folder / "projections" / f"{layer}.safetensors"
     path.parent.mkdir(exist_ok=True)
-    write_tensors(
-        path, {"units": views.units, "projections": views.projections, "patches": views.patches}, {}
-    )
+    write_tensors(path, {"units": views.units, "projections": views.projections, "patches": views.patches}, {})
     return views.units[views.rank == 0][:_CONTROL_UNITS]
 
 
@@ -396,9 +383,7 @@ def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
     figure = new_figure(figsize=(max(7.5, 1.7 * len(layers) + 1.5), 4.2))
     axis = figure.subplots()
     width = 0.8 / len(CONTROLS)
-    for place, ((name, meaning), colour) in enumerate(
-        zip(CONTROLS.items(), (BLUE, ORANGE, PURPLE), strict=True)
-    ):
+    for place, ((name, meaning), colour) in enumerate(zip(CONTROLS.items(), (BLUE, ORANGE, PURPLE), strict=True)):
         rows = [similarity[layer].get(name, {}) for layer in layers]
         drawn = [k for k, row in enumerate(rows) if row.get("rank_correlation") is not None]
         axis.bar(

@@ -157,9 +157,7 @@ def sample_maps(alive: Tensor, count: int, seed: int) -> Tensor:
     return maps[order[:count]].sort().values
 
 
-def _strongest(
-    views: Mapping[int, EpochView], classes: Sequence[str], labels: Tensor
-) -> list[dict[str, Any]]:
+def _strongest(views: Mapping[int, EpochView], classes: Sequence[str], labels: Tensor) -> list[dict[str, Any]]:
     """One row for each epoch, layer and map: its strongest activation, and where that is."""
     rows = []
     for epoch, view in views.items():

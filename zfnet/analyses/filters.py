@@ -53,11 +53,7 @@ class FiltersJob(Look):
         if self.other is not None:
             other = find_run(self.other)  # with its own data, but on this command's device
             recorded = dataclasses.replace(
-                other.read_config(config.imports),
-                job=self,
-                trainer=config.trainer,
-                run=str(other.folder),
-                images=None,
+                other.read_config(config.imports), job=self, trainer=config.trainer, run=str(other.folder), images=None
             )
             runs.append(LoadedRun(recorded))
         chains = [loaded.chain for loaded in runs]  # raise before any image is read
@@ -152,9 +148,7 @@ def aliasing_energy(weight: Tensor, stride: int | tuple[int, int]) -> Tensor:
     Stride 1: 0. An impulse: 1 − 1/stride². A filter of zeros: 0.
     """
     kernels = []
-    for size, step in zip(
-        weight.shape[2:], (stride, stride) if isinstance(stride, int) else stride, strict=True
-    ):
+    for size, step in zip(weight.shape[2:], (stride, stride) if isinstance(stride, int) else stride, strict=True):
         along = torch.arange(size, dtype=weight.dtype)
         kernels.append(torch.sinc((along[:, None] - along) / step) / step)
     inside = (weight * torch.einsum("ac,bd,nkcd->nkab", *kernels, weight)).sum((1, 2, 3))

@@ -68,9 +68,7 @@ class InvarianceJob(Look):
         many = take(loaded, split, sample(loaded, split.images, self.mean_images))
         with own_directory(config, output) as run:
             units = typical_distance(chain, many.inputs, layers, data.batch_size)
-            own, mean = (
-                measure(chain, c.inputs, c.labels, amounts, layers, data.batch_size) for c in (chosen, many)
-            )
+            own, mean = (measure(chain, c.inputs, c.labels, amounts, layers, data.batch_size) for c in (chosen, many))
             examples = {}
             for name, steps in amounts.items():
                 moved = transform_images(chosen.inputs, name, steps[[0, len(steps) // 2, -1]])
@@ -82,22 +80,13 @@ class InvarianceJob(Look):
             log.info("mean over %d images; distance 1: as far apart as two different images", len(many))
             extremes: dict[str, dict[str, float]] = {}
             for name, curve in mean.items():
-                largest = {
-                    layer: float(d.mean(0).max() / units[layer]) for layer, d in curve.distances.items()
-                }
+                largest = {layer: float(d.mean(0).max() / units[layer]) for layer, d in curve.distances.items()}
                 lowest = float(curve.probability.mean(0).min())
-                extremes[name] = {
-                    **{f"canonical_{layer}": d for layer, d in largest.items()},
-                    "probability": lowest,
-                }
+                extremes[name] = {**{f"canonical_{layer}": d for layer, d in largest.items()}, "probability": lowest}
                 distances = ", ".join(f"{layer} up to {distance:.2f}" for layer, distance in largest.items())
                 at_rest = curve.probability[:, curve.amounts == identity(name)].mean()
                 log.info("  %-22s %s; P from %.2f to %.2f", name, distances, at_rest, lowest)
-            summary = {
-                "images_in_the_mean": len(many),
-                "layers": layers,
-                "distance_between_two_images": units,
-            }
+            summary = {"images_in_the_mean": len(many), "layers": layers, "distance_between_two_images": units}
             run.write_json("invariance.json", {**summary, "mean_at_largest": extremes})
             log.info("written to %s", run.folder)
 
@@ -119,9 +108,7 @@ class Curves:
     probability: Tensor
 
 
-def make_amounts(
-    size: int, translation: float, scale: float, rotation: float, steps: int
-) -> dict[str, Tensor]:
+def make_amounts(size: int, translation: float, scale: float, rotation: float, steps: int) -> dict[str, Tensor]:
     """Return each transform's amounts, float [A]; each holds its identity (0 px, ×1, 0°) exactly once.
 
     size: side of the image in pixels; translation: largest shift as a share of it (whole pixels are used);
@@ -174,12 +161,7 @@ def transform_images(images: Tensor, transform: str, amounts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    chain: Chain,
-    images: Tensor,
-    labels: Tensor,
-    amounts: dict[str, Tensor],
-    layers: Sequence[str],
-    batch_size: int,
+    chain: Chain, images: Tensor, labels: Tensor, amounts: dict[str, Tensor], layers: Sequence[str], batch_size: int
 ) -> dict[str, Curves]:
     """Return the curves of each transform for images [N, 3, S, S] with labels [N], on the images' device.
 
@@ -188,9 +170,7 @@ def measure(
     """
     curves = {}
     total = len(images) * len(amounts)
-    with tqdm(
-        total=total, desc="invariance", unit="curve", disable=None, leave=False, dynamic_ncols=True
-    ) as bar:
+    with tqdm(total=total, desc="invariance", unit="curve", disable=None, leave=False, dynamic_ncols=True) as bar:
         for transform, steps in amounts.items():
             origin = int((steps == identity(transform)).nonzero())
             distances: dict[str, list[Tensor]] = {layer: [] for layer in layers}
@@ -214,9 +194,7 @@ def measure(
 
 
 @torch.no_grad()
-def typical_distance(
-    chain: Chain, images: Tensor, layers: Sequence[str], batch_size: int
-) -> dict[str, float]:
+def typical_distance(chain: Chain, images: Tensor, layers: Sequence[str], batch_size: int) -> dict[str, float]:
     """Return, for each layer, the root mean square distance between the activations of two different images.
 
     From sums: the mean square over pairs is 2·n/(n−1)·(mean ‖f‖² − ‖mean f‖²).
@@ -277,9 +255,7 @@ def draw_invariance(
     columns = len(units) + 2
     height = max(2.75, 0.55 * len(names))
     figure = new_figure(figsize=(3.2 + 3.6 * (columns - 1), 1.4 + height * len(own)))
-    figure.suptitle(
-        "Invariance of features and predictions (distance 1: as far apart as two different images)"
-    )
+    figure.suptitle("Invariance of features and predictions (distance 1: as far apart as two different images)")
     axes = figure.subplots(len(own), columns, squeeze=False, width_ratios=[0.8] + [1] * (columns - 1))
     count = len(next(iter(mean.values())).probability)
     labels = (*plain(names), f"mean of {count} images, middle half")

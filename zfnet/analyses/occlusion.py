@@ -137,9 +137,7 @@ def square_starts(size: int, patch: int, stride: int) -> Tensor:
     if patch >= size:
         raise UserError(f"job.patch={patch}: the occluder must be smaller than the image, which is {size} px")
     if stride > patch:
-        raise UserError(
-            f"job.stride={stride}: must be at most job.patch={patch}, or pixels are never covered"
-        )
+        raise UserError(f"job.stride={stride}: must be at most job.patch={patch}, or pixels are never covered")
     places = -(-size // stride)
     beyond = (places - 1) * stride + patch - size
     return torch.arange(places) * stride - beyond // 2
@@ -147,15 +145,7 @@ def square_starts(size: int, patch: int, stride: int) -> Tensor:
 
 @torch.no_grad()
 def occlude(
-    chain: Chain,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    layer: str,
-    patch: int,
-    stride: int,
-    fill: Tensor,
-    batch_size: int,
+    chain: Chain, images: Tensor, labels: Tensor, *, layer: str, patch: int, stride: int, fill: Tensor, batch_size: int
 ) -> Occlusion:
     """Slide a square over each image and record the network's outputs.
 
@@ -178,9 +168,7 @@ def occlude(
     hidden = (along >= starts[:, None]) & (along < starts[:, None] + patch)  # [P, S]
     colour = fill.to(images).view(1, 3, 1, 1)
     occluded, total = [], count * side**2
-    with tqdm(
-        total=total, desc="occlusion", unit="image", disable=None, leave=False, dynamic_ncols=True
-    ) as bar:
+    with tqdm(total=total, desc="occlusion", unit="image", disable=None, leave=False, dynamic_ncols=True) as bar:
         for number in torch.arange(total, device=device).split(batch_size):
             image, row, column = number // side**2, number // side % side, number % side
             square = (hidden[row][:, :, None] & hidden[column][:, None, :])[:, None]
@@ -214,10 +202,7 @@ def inside_and_outside(maps: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rows(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each image and place: the numbers that the figure's maps show."""
-    starts, columns = (
-        result.starts.tolist(),
-        {k: v.flatten().tolist() for k, v in result.occluded._asdict().items()},
-    )
+    starts, columns = (result.starts.tolist(), {k: v.flatten().tolist() for k, v in result.occluded._asdict().items()})
     columns["predicted"] = [classes[c] for c in columns["predicted"]]
     return to_rows(
         image=[name for name in chosen.names for _ in range(len(starts) ** 2)],
@@ -315,9 +300,7 @@ def draw_occlusion(
     rows, size, boxes = len(pictures), pictures.shape[1], chosen.boxes
     figure = new_figure(figsize=(18, 1.1 + 2.9 * rows))
     dashed = "" if boxes is None else "; dashed: the object's box"
-    figure.suptitle(
-        f"Occlusion by a square of {result.patch} px; maps are drawn at the square's centre{dashed}"
-    )
+    figure.suptitle(f"Occlusion by a square of {result.patch} px; maps are drawn at the square's centre{dashed}")
     axes = figure.subplots(rows, 7, squeeze=False, width_ratios=(1, 1, 0.05, 2, 1, 0.05, 1))
     titles = (
         "(a) Image and square where\nthe probability is lowest",
@@ -340,9 +323,7 @@ def draw_occlusion(
         activation.set_xlabel(f"map {int(result.channel[row])}; whole image: {whole:.3g}")
         figure.colorbar(heat, cax=bar_b)
         _draw_projections(projected, projections[row])
-        heat = show(
-            probability, result.occluded.probability[row], cmap="viridis", extent=extent, vmin=0, vmax=1
-        )
+        heat = show(probability, result.occluded.probability[row], cmap="viridis", extent=extent, vmin=0, vmax=1)
         probability.set_xlabel(f"whole image: {float(result.whole.probability[row]):.1%}")
         figure.colorbar(heat, cax=bar_d)
         bar_d.yaxis.set_major_formatter("{x:.0%}")

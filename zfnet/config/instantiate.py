@@ -81,14 +81,10 @@ def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
         try:
             found, rest = sys.modules.get(name) or importlib.import_module(name), cut
         except ModuleNotFoundError as error:
-            if error.name != name and not name.startswith(
-                f"{error.name}."
-            ):  # a package of its own is missing
+            if error.name != name and not name.startswith(f"{error.name}."):  # a package of its own is missing
                 raise UserError(f"{target} cannot be imported: {error}; install it first") from error
             if cut == 1:
-                raise UserError(
-                    f"{target} cannot be imported ({error}): install it or put it beside run.py"
-                ) from error
+                raise UserError(f"{target} cannot be imported ({error}): install it or put it beside run.py") from error
             break
         except Exception as error:
             raise UserError(f"{target} cannot be imported: {type(error).__name__}: {error}") from error
@@ -96,13 +92,7 @@ def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
         if found is None:
             return None
         # vars() and not getattr(): a module's __getattr__ may run something
-        found = (
-            getattr(found, part, None)
-            if trusted
-            else vars(found).get(part)
-            if hasattr(found, "__dict__")
-            else None
-        )
+        found = getattr(found, part, None) if trusted else vars(found).get(part) if hasattr(found, "__dict__") else None
     return found
 
 
@@ -145,9 +135,7 @@ def instantiate(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{slot} ({cls.__name__}): {reason} ({values or 'no arguments'})") from error
     if not isinstance(made, base):
-        raise UserError(
-            f"{slot}._target_={settings['_target_']}: makes a {type(made).__name__}, no {base.__name__}"
-        )
+        raise UserError(f"{slot}._target_={settings['_target_']}: makes a {type(made).__name__}, no {base.__name__}")
     return made
 
 
@@ -162,9 +150,7 @@ def arguments(
 ) -> tuple[Any, dict[str, Any]]:
     """Return the class that `settings` names and its keyword arguments, checked against its signature."""
     if not isinstance(settings, Mapping) or "_target_" not in settings:
-        raise UserError(
-            f"{slot}._target_ is missing: name a class, as the files in conf/{slot.split('.')[0]} do"
-        )
+        raise UserError(f"{slot}._target_ is missing: name a class, as the files in conf/{slot.split('.')[0]} do")
     cls = resolve(slot, settings["_target_"], base, imports)
     given = _GIVEN.get(slot.split(".")[0], ())
     parameters = {k: p for k, p in list(inspect.signature(cls).parameters.items())[taken:] if k not in given}
@@ -180,9 +166,7 @@ def arguments(
         if key in _REFUSED_ARGUMENTS.get(slot, ()) and value is not None:
             raise UserError(f"{slot}.{key}={value}: start from weights with trainer.init_from=… instead")
         if key != "schedulers" and "_target_" in str(value):
-            raise UserError(
-                f"{slot}.{key}={value}: must be a plain value; nothing is constructed inside arguments"
-            )
+            raise UserError(f"{slot}.{key}={value}: must be a plain value; nothing is constructed inside arguments")
         default = parameters[key].default if key in parameters else inspect.Parameter.empty
         keywords[key] = _check_value(f"{slot}.{key}", value, default)
         _check_meaning(slot, str(key), value)
@@ -221,9 +205,7 @@ def _check_meaning(slot: str, key: str, value: Any) -> None:
     if low is not None and not _is_whole(value, low):
         raise UserError(f"{slot}.{key}={value}: must be a whole number, at least {low}")
     if key == "milestones" and not (isinstance(value, list) and all(_is_whole(v, 1) for v in value)):
-        raise UserError(
-            f"{slot}.{key}={value}: must be a list of whole numbers, each at least 1, as in [6,8]"
-        )
+        raise UserError(f"{slot}.{key}={value}: must be a list of whole numbers, each at least 1, as in [6,8]")
     if key in _POSITIVE and not (is_number(value) and value > 0):
         raise UserError(f"{slot}.{key}={value}: must be a number greater than 0")
 

@@ -27,9 +27,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Folder = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder may be named 2024
-Colour = Annotated[
-    list[float], Field(min_length=3, max_length=3)
-]  # red, green, blue; fractions of full scale
+Colour = Annotated[list[float], Field(min_length=3, max_length=3)]  # red, green, blue; fractions of full scale
 
 
 def _device(name: str) -> str:
@@ -236,11 +234,7 @@ class Config(Checked):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is recorded, as plain dicts, lists and numbers."""
-        return {
-            key: value
-            for key, value in dataclasses.asdict(self).items()
-            if key not in ("overrides", "composed")
-        }
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("overrides", "composed")}
 
     def identity(self) -> str:
         """Return a hash of everything that the result depends on (not where data lies or what is logged)."""
@@ -375,9 +369,7 @@ def _problem(error: ValidationError, schema: Any, plain: dict[str, Any], prefix:
     if first["type"] == "unexpected_keyword_argument":
         return f"{where}: no such key{did_you_mean(last, _fields_at(schema, keys[:-1]))}"
     reasons = dict.fromkeys(
-        _MESSAGES.get(e["type"], e["msg"].removeprefix("Value error, "))
-        .format(**e.get("ctx", {}))
-        .replace("'", "")
+        _MESSAGES.get(e["type"], e["msg"].removeprefix("Value error, ")).format(**e.get("ctx", {})).replace("'", "")
         for e in error.errors()
         if path(e["loc"])[0] == keys
     )
@@ -391,9 +383,7 @@ def _fields_at(schema: Any, keys: Sequence[str]) -> list[str]:
     for key in keys:
         hints = {f.name: f.default_factory for f in dataclasses.fields(node)}
         made = hints.get(key)
-        node = (
-            type(made()) if callable(made) else {"augment": AugmentConfig, "trainer": TrainerConfig}.get(key)
-        )
+        node = type(made()) if callable(made) else {"augment": AugmentConfig, "trainer": TrainerConfig}.get(key)
         if not dataclasses.is_dataclass(node):
             return []
     return [f.name for f in dataclasses.fields(node)]
@@ -429,10 +419,7 @@ def upgrade(plain: dict[str, Any]) -> dict[str, Any]:
         return plain
     trainer = dict(trainer)
     plain = {**plain, "trainer": trainer}
-    plain["loss"] = {
-        "_target_": "torch.nn.CrossEntropyLoss",
-        "label_smoothing": trainer.pop("label_smoothing", 0.0),
-    }
+    plain["loss"] = {"_target_": "torch.nn.CrossEntropyLoss", "label_smoothing": trainer.pop("label_smoothing", 0.0)}
     plain["logger"] = {}
     if trainer.pop("tensorboard", False):
         plain["logger"] = {"tensorboard": {"_target_": "zfnet.training.loggers.TensorBoardLogger"}}
@@ -456,9 +443,7 @@ def _check_together(config: Config) -> None:
     """Checks that concern more than one key."""
     data, trainer = config.data, config.trainer
     if data.name == "folder" and not data.root:
-        raise UserError(
-            "data.root is not set: name the folder that holds train/ and test/, as in data.root=photos"
-        )
+        raise UserError("data.root is not set: name the folder that holds train/ and test/, as in data.root=photos")
     if data.name == "shapes" and data.root:
         raise UserError(
             f"data.root={data.root}: data=shapes draws its images and reads no files; choose data=folder for your own"
@@ -467,11 +452,7 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"trainer.accumulate={trainer.accumulate}: must divide data.batch_size={data.batch_size} without remainder"
         )
-    if (
-        data.validation == 0
-        and data.name not in ("folder", "dataset")
-        and trainer.monitor == "validation_loss"
-    ):
+    if data.validation == 0 and data.name not in ("folder", "dataset") and trainer.monitor == "validation_loss":
         raise UserError(
             "data.validation=0 leaves no images for trainer.monitor=validation_loss: "
             "hold some out, or set trainer.monitor=train_loss"

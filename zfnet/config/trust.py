@@ -56,9 +56,7 @@ def _check(path: Path, root: Path) -> None:
         or re.search(r"@package[^\n]*hydra", text)
     )
     more = (
-        [key for key, value in hydra_part.items() if not _harmless(key, value)]
-        if isinstance(hydra_part, dict)
-        else []
+        [key for key, value in hydra_part.items() if not _harmless(key, value)] if isinstance(hydra_part, dict) else []
     )
     # .hydra/hydra.yaml is Hydra's own record of a run, and is not read as a config unless it is named
     if path.name == "hydra.yaml" and isinstance(content, dict) and set(content) == {"hydra"}:

@@ -93,9 +93,7 @@ def _normalise(images: Tensor, data: DataConfig) -> Tensor:
         return images.float().mul_(1 / (255 * data.std[0])).sub_(data.mean[0] / data.std[0])
     # whole rows of pixels, since a CPU is slow at vectors of three
     rows = images.permute(0, 2, 3, 1).float().contiguous().flatten(2)
-    mean, std = (
-        on_device(torch.tensor(v), rows.device).repeat(images.shape[-1]) for v in (data.mean, data.std)
-    )
+    mean, std = (on_device(torch.tensor(v), rows.device).repeat(images.shape[-1]) for v in (data.mean, data.std))
     return rows.mul_(1 / (255 * std)).sub_(mean / std).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
@@ -154,9 +152,7 @@ class Batches:
         global_batches = [order[k * size : (k + 1) * size] for k in range(start, len(self))]
         bounds = [[len(w) * r // self.processes for r in (self.rank, self.rank + 1)] for w in global_batches]
         shards = [w[first:end] for w, (first, end) in zip(global_batches, bounds, strict=True)]
-        for batch, whole, (first, _) in zip(
-            self._prefetch(shards, epoch), global_batches, bounds, strict=True
-        ):
+        for batch, whole, (first, _) in zip(self._prefetch(shards, epoch), global_batches, bounds, strict=True):
             yield Batch(*batch, first=first, total=len(whole))
 
     def _prefetch(self, shards: list[Tensor], epoch: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -165,9 +161,7 @@ class Batches:
             for index in shards:
                 yield self._finish(index, self._gather(index), epoch)
             return
-        with ThreadPoolExecutor(
-            max_workers=1
-        ) as worker:  # gather and copy the next batch while this one trains
+        with ThreadPoolExecutor(max_workers=1) as worker:  # gather and copy the next batch while this one trains
             waiting = [worker.submit(self._gather, index) for index in shards[:1]]
             for k, index in enumerate(shards):
                 pixels = waiting.pop().result()
@@ -205,9 +199,7 @@ def resident(images: ImageSet, device: torch.device) -> Tensor:
     return out
 
 
-def augment(
-    pixels: Tensor, index: Tensor, how: AugmentConfig, data: DataConfig, seed: int, epoch: int
-) -> Tensor:
+def augment(pixels: Tensor, index: Tensor, how: AugmentConfig, data: DataConfig, seed: int, epoch: int) -> Tensor:
     """Random crop, horizontal flip and cutout, each image by its own random numbers.
 
     pixels: uint8 [B, h, w, 3]; index: int64 [B], which images of the set these are. Returns uint8
@@ -231,9 +223,7 @@ def augment(
     out = cut(pixels, top, left, flipped, size)
     if how.cutout:
         along = torch.arange(size, device=pixels.device)
-        row, column = (
-            along - (draw(purpose, size) - how.cutout // 2)[:, None] for purpose in (CUTOUT_Y, CUTOUT_X)
-        )
+        row, column = (along - (draw(purpose, size) - how.cutout // 2)[:, None] for purpose in (CUTOUT_Y, CUTOUT_X))
         hole_rows, hole_columns = ((place >= 0) & (place < how.cutout) for place in (row, column))
         out = torch.where((hole_rows[:, :, None] & hole_columns[:, None, :])[..., None], fill, out)
     return out
@@ -257,20 +247,11 @@ def apply_transforms(
                 image = transform(image)
             if image.is_floating_point():
                 image = image.mul(255).round().clamp(0, 255).to(torch.uint8)
-            if (
-                image.dtype != torch.uint8
-                or image.ndim != 3
-                or image.shape[0] != 3
-                or image.shape[1] != image.shape[2]
-            ):
-                raise UserError(
-                    f"augment.transforms: give {list(image.shape)} of {image.dtype}, not uint8 [3, s, s]"
-                )
+            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.shape[1] != image.shape[2]:
+                raise UserError(f"augment.transforms: give {list(image.shape)} of {image.dtype}, not uint8 [3, s, s]")
             out.append(image)
     if len({image.shape for image in out}) > 1:
-        raise UserError(
-            "augment.transforms: give images of different sizes; end with one that makes them equal"
-        )
+        raise UserError("augment.transforms: give images of different sizes; end with one that makes them equal")
     return torch.stack(out).permute(0, 2, 3, 1).contiguous() if out else pixels
 
 

@@ -55,9 +55,7 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
                 yield image
-    except (
-        UnidentifiedImageError
-    ) as error:  # its message repeats the file's name, or names an object in memory
+    except UnidentifiedImageError as error:  # its message repeats the file's name, or names an object in memory
         raise UnreadableImage("not an image of a known format") from error
     except Exception as error:  # Pillow's decoders raise errors of many classes on damaged files
         raise UnreadableImage(str(error) or type(error).__name__) from error

@@ -71,9 +71,7 @@ def _list_files(root: Path) -> _Listing:
     for split, folder in folders.items():
         for class_folder in _subfolders(folder):
             if class_folder.name not in classes:
-                raise UserError(
-                    f"{class_folder}: its class '{class_folder.name}' has no folder in {learned_from}"
-                )
+                raise UserError(f"{class_folder}: its class '{class_folder.name}' has no folder in {learned_from}")
             files = _images_below(class_folder, root)
             listing.files.extend(files)
             listing.splits.extend([split] * len(files))
@@ -114,9 +112,7 @@ def _cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, list[int],
         listing.labels,
     ]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
-    caches = Path(
-        data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zfnet"
-    ).expanduser()
+    caches = Path(data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zfnet").expanduser()
     folder, partial = caches / key, caches / f"{key}.partial"
     try:
         caches.mkdir(parents=True, exist_ok=True)
@@ -130,9 +126,7 @@ def _cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, list[int],
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"the image cache {caches} cannot be written ({error}): set data.cache_dir=…"
-        ) from error
+        raise UserError(f"the image cache {caches} cannot be written ({error}): set data.cache_dir=…") from error
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         images, skipped = np.load(folder / "images.npy", mmap_mode="r"), manifest["skipped"]
@@ -165,9 +159,7 @@ def _build(listing: _Listing, data: FolderData, folder: Path) -> None:
         # the digest and the disk keep step with the decoding, which needs neither
         skipped, digest = [], hashlib.sha256()
         problems = pool.map(decode, range(count))
-        for number, problem in enumerate(
-            tqdm(problems, "decoding", count, unit=" images", disable=None, leave=False)
-        ):
+        for number, problem in enumerate(tqdm(problems, "decoding", count, unit=" images", disable=None, leave=False)):
             if number % 256 == 0:
                 with open(path, "r+b") as file:
                     os.fsync(file.fileno())

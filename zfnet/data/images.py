@@ -56,9 +56,7 @@ def release(images: np.ndarray) -> None:
         images.base.madvise(mmap.MADV_DONTNEED)
 
 
-def image_set(
-    images: np.ndarray, labels: Tensor, classes: Sequence[str], boxes: Tensor | None = None
-) -> ImageSet:
+def image_set(images: np.ndarray, labels: Tensor, classes: Sequence[str], boxes: Tensor | None = None) -> ImageSet:
     """Return the set of all `images`, in their order."""
     return ImageSet(images, labels.long(), torch.arange(len(labels)), tuple(classes), boxes)
 
@@ -97,9 +95,7 @@ def hold_out(train: ImageSet, amount: float, seed: int) -> tuple[ImageSet, Image
         return train, None
     count = max(1, round(amount * len(train))) if amount < 1 else int(amount)
     if count >= len(train):
-        raise UserError(
-            f"data.validation={amount:g}: leaves nothing to train on, there are {len(train)} images"
-        )
+        raise UserError(f"data.validation={amount:g}: leaves nothing to train on, there are {len(train)} images")
     held_out, kept = stratified(train.labels, count, seed)
     return train.take(kept), train.take(held_out)
 

@@ -71,8 +71,7 @@ def _boxes(mask: Tensor) -> Tensor:
     size = mask.shape[-1]
     rows, columns = mask.any(2).int(), mask.any(1).int()
     return torch.stack(
-        [rows.argmax(1), columns.argmax(1), size - rows.flip(1).argmax(1), size - columns.flip(1).argmax(1)],
-        dim=1,
+        [rows.argmax(1), columns.argmax(1), size - rows.flip(1).argmax(1), size - columns.flip(1).argmax(1)], dim=1
     )
 
 

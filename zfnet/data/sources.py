@@ -57,9 +57,7 @@ def load_splits(data: DataConfig, imports: Sequence[str] = ()) -> Splits:
 # -- your own torch.utils.data.Dataset
 
 
-def load_datasets(
-    data: DatasetData, imports: Sequence[str]
-) -> tuple[ImageSet, ImageSet | None, ImageSet | None, str]:
+def load_datasets(data: DatasetData, imports: Sequence[str]) -> tuple[ImageSet, ImageSet | None, ImageSet | None, str]:
     """Return (train, validation or None, test or None, fingerprint) of the data sets that the config names.
 
     Every image is read once, in order, with generators seeded by its number, and kept as bytes: what a data set draws
@@ -124,9 +122,7 @@ def _to_image(image: Any) -> Image.Image:
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise ValueError(f"pixels are {array.dtype}, must be uint8 (or floats from 0 to 1 in a tensor)")
-    return Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array).convert(
-        "RGB"
-    )
+    return Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array).convert("RGB")
 
 
 def _common_side(images: Sequence[Image.Image]) -> int | None:

@@ -45,9 +45,7 @@ def frame_size(chain: Chain, layer: str) -> int:
     return min(receptive_field(chain, layer).size, chain.image_size)
 
 
-def project_frames(
-    deconvnet: Deconvnet, inputs: Tensor, layer: str, units: Tensor, **settings: Any
-) -> Tensor:
+def project_frames(deconvnet: Deconvnet, inputs: Tensor, layer: str, units: Tensor, **settings: Any) -> Tensor:
     """Return the projections of units, cut to their receptive fields: [U, 3, h, w]; where these are larger than the
     image, the whole. `settings` are those of `Deconvnet.project`.
     """

@@ -28,14 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError
-from zfnet.explain.receptive_field import (
-    Pair,
-    ReceptiveField,
-    Window,
-    adaptive_windows,
-    receptive_field,
-    window_of,
-)
+from zfnet.explain.receptive_field import Pair, ReceptiveField, Window, adaptive_windows, receptive_field, window_of
 from zfnet.explain.switches import DEAD_WINDOWS, MOST_CELLS, pool_with_switches, unpool
 from zfnet.model.chain import BATCH_NORMS, NEUTRAL, Chain, Step
 from zfnet.model.layers import LocalResponseNorm
@@ -193,10 +186,7 @@ class Deconvnet:
     ) -> Tensor:
         """Return the projections of units, some at a time, cut to their field (None: whole images)."""
         units = self._check(images, layer, wanted, switches_from, seeds)
-        weight, steps = (
-            next(self.model.parameters()),
-            self.chain.up_to(layer),
-        )  # `weight` tells dtype and device
+        weight, steps = (next(self.model.parameters()), self.chain.up_to(layer))  # `weight` tells dtype and device
         extent = (images.shape[2], images.shape[3]) if field is None else field.sizes
         corners = torch.zeros_like(units[:, 2:]) if field is None else field.corners(units[:, 2:])
         out = weight.new_zeros(len(units), self.chain.channels, *extent)
@@ -296,9 +286,7 @@ class Signal:
 
     def gather(self, maps: Tensor) -> Tensor:
         """Return what `maps` [N, C, H, W] (or [N, C]) hold at the places of the windows."""
-        return take_windows(
-            _as_maps(maps), self.item, self.corner, (self.values.shape[2], self.values.shape[3])
-        )
+        return take_windows(_as_maps(maps), self.item, self.corner, (self.values.shape[2], self.values.shape[3]))
 
     def move_down(self, values: Tensor, window: Window, shape: torch.Size) -> None:
         """Set the values to those under the windows of a convolution or pooling, whose input has this shape."""
@@ -380,9 +368,7 @@ def _relu(net: Deconvnet, relu: nn.ReLU, x: Tensor) -> tuple[Tensor, Tensor | No
     return x, None if net.rule == "deconvnet" else x > 0
 
 
-def _relu_back(
-    net: Deconvnet, relu: nn.ReLU, signal: Signal, active: Tensor | None, shape: torch.Size
-) -> None:
+def _relu_back(net: Deconvnet, relu: nn.ReLU, signal: Signal, active: Tensor | None, shape: torch.Size) -> None:
     if net.rule != "gradient":
         signal.values = signal.values.clamp(min=0)
     if active is not None:
@@ -393,9 +379,7 @@ def _max_pool(net: Deconvnet, pool: nn.MaxPool2d, x: Tensor) -> tuple[Tensor, Te
     return pool_with_switches(x, pool, net.dead_windows)
 
 
-def _max_pool_back(
-    net: Deconvnet, pool: nn.MaxPool2d, signal: Signal, switches: Tensor, shape: torch.Size
-) -> None:
+def _max_pool_back(net: Deconvnet, pool: nn.MaxPool2d, signal: Signal, switches: Tensor, shape: torch.Size) -> None:
     window = window_of(pool)
     signal.move_down(unpool(signal.values, signal.gather(switches), window), window, shape)
 
@@ -403,15 +387,11 @@ def _max_pool_back(
 def _average_pool(net: Deconvnet, pool: nn.AvgPool2d, x: Tensor) -> tuple[Tensor, Tensor]:
     # what each window multiplies its sum by: at the borders it depends on `ceil_mode` and `count_include_pad`
     ones, window = x.new_ones(1, 1, *x.shape[2:]), window_of(pool)
-    sums = F.avg_pool2d(
-        ones, window.kernel, window.stride, window.padding, pool.ceil_mode, divisor_override=1
-    )
+    sums = F.avg_pool2d(ones, window.kernel, window.stride, window.padding, pool.ceil_mode, divisor_override=1)
     return pool(x), (pool(ones) / sums).expand(len(x), 1, -1, -1)
 
 
-def _average_pool_back(
-    net: Deconvnet, pool: nn.AvgPool2d, signal: Signal, factor: Tensor, shape: torch.Size
-) -> None:
+def _average_pool_back(net: Deconvnet, pool: nn.AvgPool2d, signal: Signal, factor: Tensor, shape: torch.Size) -> None:
     window = window_of(pool)
     signal.move_down(unpool(signal.values * signal.gather(factor), None, window), window, shape)
 
@@ -435,9 +415,7 @@ def _batch_norm(net: Deconvnet, norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps), None
 
 
-def _batch_norm_back(
-    net: Deconvnet, norm: nn.BatchNorm2d, signal: Signal, kept: None, shape: torch.Size
-) -> None:
+def _batch_norm_back(net: Deconvnet, norm: nn.BatchNorm2d, signal: Signal, kept: None, shape: torch.Size) -> None:
     assert norm.running_var is not None
     scale = (norm.weight if norm.affine else 1) / (norm.running_var + norm.eps).sqrt()
     signal.values = signal.values * scale[:, None, None]
@@ -447,9 +425,7 @@ def _contrast(net: Deconvnet, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tenso
     return norm(x), x if net.lrn == "gradient" else None
 
 
-def _contrast_back(
-    net: Deconvnet, norm: nn.Module, signal: Signal, x: Tensor | None, shape: torch.Size
-) -> None:
+def _contrast_back(net: Deconvnet, norm: nn.Module, signal: Signal, x: Tensor | None, shape: torch.Size) -> None:
     if x is not None:
         with torch.enable_grad():
             here = signal.gather(x).detach().requires_grad_()
@@ -536,9 +512,7 @@ def transposed(signal: Tensor, weight: Tensor, window: Window, groups: int = 1) 
     plain = groups == 1 and window.spacing == (1, 1) and window.stride == (stride, stride)
     if weight.shape[1] > _FEW_CHANNELS or signal.device.type != "cpu" or not plain:
         signal = signal.contiguous(memory_format=torch.channels_last)
-        return F.conv_transpose2d(
-            signal, weight, stride=window.stride, groups=groups, dilation=window.spacing
-        )
+        return F.conv_transpose2d(signal, weight, stride=window.stride, groups=groups, dilation=window.spacing)
     # taps of the filter for one phase
     rows, columns = (-(-k // stride) for k in kernel)
     filters = F.pad(weight, (0, columns * stride - kernel[1], 0, rows * stride - kernel[0]))

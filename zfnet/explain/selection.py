@@ -125,10 +125,7 @@ def sample(loaded: LoadedRun, images: ImageSet, count: int) -> Tensor:
 def take(loaded: LoadedRun, split: Split, index: Tensor) -> Chosen:
     """Return the images at `index` of a split as network inputs."""
     images, labels = split.images, split.images.labels[index]
-    names = (
-        f"{loaded.classes[c]} ({split.name} {i})"
-        for i, c in zip(index.tolist(), labels.tolist(), strict=True)
-    )
+    names = (f"{loaded.classes[c]} ({split.name} {i})" for i, c in zip(index.tolist(), labels.tolist(), strict=True))
     boxes = None if images.boxes is None else boxes_in_input(images.boxes[index], images, loaded.data)
     inputs = to_inputs(loaded, images.pixels(index))
     return Chosen(inputs, labels.to(loaded.runtime.device), tuple(names), known=True, boxes=boxes)
@@ -175,9 +172,7 @@ def to_rows(**columns: Iterable[Any]) -> list[dict[str, Any]]:
 def _correct_first(loaded: LoadedRun, images: ImageSet, count: int) -> Tensor:
     """Return the places of `count` images; see `choose_images`."""
     present = images.labels.unique().tolist()
-    turns = [
-        present[k * len(present) // count if count < len(present) else k % len(present)] for k in range(count)
-    ]
+    turns = [present[k * len(present) // count if count < len(present) else k % len(present)] for k in range(count)]
     chosen: list[int] = []
     for label in dict.fromkeys(turns):
         wanted = turns.count(label)

@@ -35,10 +35,7 @@ def pool_with_switches(x: Tensor, pool: nn.MaxPool2d, dead_windows: str = "first
     cells = math.prod(window.kernel)
     dtype = next(d for d in (torch.int16, torch.int32, torch.int64) if cells < torch.iinfo(d).bits)
     if dead_windows == "all":
-        high = [
-            max(0, n - m - p)
-            for n, m, p in zip(_covered(window, size), x.shape[2:], window.padding, strict=True)
-        ]
+        high = [max(0, n - m - p) for n, m, p in zip(_covered(window, size), x.shape[2:], window.padding, strict=True)]
         padded = F.pad(x, (window.padding[1], high[1], window.padding[0], high[0]), value=float("-inf"))
         switches = torch.zeros_like(index, dtype=dtype)
         for place, cell in _cells(window, size):

@@ -150,12 +150,7 @@ class TopActivations:
         for layer, record in self.layers.items():
             tensors |= {f"{layer}.{k}": v for k, v in vars(record).items() if isinstance(v, Tensor)}
         sizes = {layer: list(record.size) for layer, record in self.layers.items()}
-        return tensors, {
-            "top": self.top,
-            "num_classes": self.num_classes,
-            "images": self.images,
-            "sizes": sizes,
-        }
+        return tensors, {"top": self.top, "num_classes": self.num_classes, "images": self.images, "sizes": sizes}
 
     @classmethod
     def from_state(

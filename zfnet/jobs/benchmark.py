@@ -83,9 +83,7 @@ class TrainingSteps:
     def __init__(self, name: str, config: Config, runtime: Runtime, images: ImageSet) -> None:
         self.name, self.config, self.runtime, self.batch_size = name, config, runtime, config.data.batch_size
         if len(images) < self.batch_size:
-            raise UserError(
-                f"data.batch_size={self.batch_size}: there are only {len(images)} training images"
-            )
+            raise UserError(f"data.batch_size={self.batch_size}: there are only {len(images)} training images")
         self.batches = training_batches(config, runtime, images)
         self.state = build_state(config, runtime, len(images.classes), len(self.batches))
         self.data_wait, self.taken = 0.0, 0

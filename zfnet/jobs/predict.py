@@ -103,9 +103,7 @@ class PredictJob(Job):
 
 
 @torch.no_grad()
-def predict(
-    loaded: LoadedRun, images: Sequence[NamedImage], top: int, batch_size: int
-) -> Iterator[Prediction]:
+def predict(loaded: LoadedRun, images: Sequence[NamedImage], top: int, batch_size: int) -> Iterator[Prediction]:
     """Yield each image's prediction, with its `top` classes or its error, in order."""
 
     size, fit, runtime = loaded.metadata.stored_size, loaded.data.fit, loaded.runtime

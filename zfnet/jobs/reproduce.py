@@ -70,9 +70,7 @@ def _finished(config: Config) -> RunDirectory:
     """Return the run to repeat; raise UserError, before the training and not after it, where it cannot be compared."""
     original = find_run(str(config.run))
     if original.job not in ("train", "reproduce"):
-        raise UserError(
-            f"run={original.folder} was made by job={original.job}: only a training can be run again"
-        )
+        raise UserError(f"run={original.folder} was made by job={original.job}: only a training can be run again")
     nothing = "so there is nothing to compare with"
     if original.state != "done":
         raise UserError(

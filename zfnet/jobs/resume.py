@@ -34,7 +34,5 @@ class ResumeJob(Job):
             reproduce(recorded, run)
             return None
         if recorded.job.name != "train":
-            raise UserError(
-                f"run={run.folder} was made by job={recorded.job.name}: only a training can go on"
-            )
+            raise UserError(f"run={run.folder} was made by job={recorded.job.name}: only a training can go on")
         return train(config, run)

@@ -88,13 +88,7 @@ def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
     cells = [("state", "age", "job", "acc.", "size", "directory")]
     for row in rows:
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%}"
-        texts = (
-            shorten(row.state, 8),
-            _age(now - row.changed),
-            shorten(row.job, 14),
-            accuracy,
-            _size(row.size),
-        )
+        texts = (shorten(row.state, 8), _age(now - row.changed), shorten(row.job, 14), accuracy, _size(row.size))
         cells.append((*texts, row.folder))
     return format_table(cells, "<><>><", width, shrink=[5], gap=1)
 

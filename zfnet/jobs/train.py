@@ -94,11 +94,7 @@ def train(config: Config, run: RunDirectory, report: Report | None = None) -> fl
 
 
 def train_and_test(
-    config: Config,
-    run: RunDirectory,
-    stop: StopRequest,
-    report: Report | None = None,
-    compiled: bool | None = None,
+    config: Config, run: RunDirectory, stop: StopRequest, report: Report | None = None, compiled: bool | None = None
 ) -> dict[str, Any]:
     """Train, measure and write everything but the status; returns what results.json holds.
 
@@ -134,9 +130,7 @@ def _train(
         if split is not None
     }
     each_epoch = {k: v for k, v in sets.items() if k == "validation" or config.trainer.test_each_epoch}
-    metadata = ModelMetadata(
-        config.model, splits.train.classes, config.data, stored_size=splits.train.images.shape[1]
-    )
+    metadata = ModelMetadata(config.model, splits.train.classes, config.data, stored_size=splits.train.images.shape[1])
     loggers = build_loggers(config) if world.is_main else []
     writer = CheckpointWriter(run.checkpoints if world.is_main else None)
     callbacks = _callbacks(config, run, world, loggers, writer, stop, metadata, report)
@@ -170,9 +164,7 @@ def _train(
         if state.epoch < config.trainer.epochs and (lost := _best(run, state)[1]):
             log.warning("%s; unless a later epoch is better, the run will have to start again", lost)
     samples = splits.train.pixels(range(min(16, len(splits.train))))
-    started = LoggedRun(
-        run.folder, config.to_dict(), state.step, state.model, config.data.image_size, samples
-    )
+    started = LoggedRun(run.folder, config.to_dict(), state.step, state.model, config.data.image_size, samples)
     try:
         for logger in loggers:
             logger.start(started)
@@ -228,17 +220,13 @@ def _callbacks(
     return [*made, cb.Checkpoints(writer, trainer.checkpoint_minutes), cb.StopOnSignal(stop)]
 
 
-def _write_environment(
-    config: Config, run: RunDirectory, state: TrainingState, splits: Splits, resumed: bool
-) -> None:
+def _write_environment(config: Config, run: RunDirectory, state: TrainingState, splits: Splits, resumed: bool) -> None:
     runtime = replace(state.runtime, compile=state.compiled)
     environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name)
     environment |= {"plan": runtime.describe(), "compiled": runtime.compile, "imports": config.imports}
     if config.trainer.init_from is not None:
         if resumed:  # the network does not hold them any more
-            environment["initial_weights_sha256"] = run.read_json("environment.json")[
-                "initial_weights_sha256"
-            ]
+            environment["initial_weights_sha256"] = run.read_json("environment.json")["initial_weights_sha256"]
         else:
             environment["initial_weights_sha256"] = weights_hash(state.model.state_dict())
     run.write_json("environment.json", environment)

@@ -42,9 +42,7 @@ def build_model(
             logits = network.eval()(torch.zeros(2, 3, image_size, image_size))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"model ({name}): fails on images [2, 3, {image_size}, {image_size}]: {reason}"
-        ) from error
+        raise UserError(f"model ({name}): fails on images [2, 3, {image_size}, {image_size}]: {reason}") from error
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"model ({name}): gives {shape} for 2 images; must be [2, {num_classes}]")
@@ -62,9 +60,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
     except FileNotFoundError:
         raise UserError(f"trainer.init_from={path}: there is no such file of weights") from None
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"trainer.init_from={path}: is not a safetensors file, or is damaged ({error})"
-        ) from error
+        raise UserError(f"trainer.init_from={path}: is not a safetensors file, or is damaged ({error})") from error
     if isinstance(model, ZFNet):
         state = model.own_names(state)
     own = model.state_dict()

@@ -17,9 +17,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # where a layer's output is taken: behind the first of these, if nothing but the next two kinds comes between
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 NEUTRAL = (nn.Identity, *DROPOUTS)  # in evaluation mode these change nothing
-OUTPUT = (
-    "the output"  # stands for a layer: what the network returns, where that is not its last layer's output
-)
+OUTPUT = "the output"  # stands for a layer: what the network returns, where that is not its last layer's output
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,7 @@ class Chain:
     def __init__(self, model: nn.Module, image_size: int) -> None:
         self.model, self.image_size = model, image_size
         self.steps = _trace(model, image_size)
-        self._ends = {
-            s.name: _end(self.steps, n) for n, s in enumerate(self.steps) if isinstance(s.module, WEIGHTED)
-        }
+        self._ends = {s.name: _end(self.steps, n) for n, s in enumerate(self.steps) if isinstance(s.module, WEIGHTED)}
         self.layers = list(self._ends)
         self._ends[OUTPUT] = len(self.steps) - 1
         self.conv_layers = [s.name for s in self.steps if isinstance(s.module, nn.Conv2d)]
@@ -74,9 +70,7 @@ class Chain:
         if isinstance(chain := getattr(model, "chain", None), Chain):
             return chain
         if image_size is None:
-            raise UserError(
-                f"{type(model).__name__}: its image size is not known; pass Chain(model, image_size)"
-            )
+            raise UserError(f"{type(model).__name__}: its image size is not known; pass Chain(model, image_size)")
         return Chain(model, image_size)
 
     def up_to(self, layer: str) -> list[Step]:
@@ -167,9 +161,7 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
         steps.append(step)
         last = output.clone()  # something like `out += identity` would change the output itself
 
-    hooks = [m.register_forward_pre_hook(before) for m in names] + [
-        m.register_forward_hook(after) for m in names
-    ]
+    hooks = [m.register_forward_pre_hook(before) for m in names] + [m.register_forward_hook(after) for m in names]
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -186,9 +178,7 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
         for module, mode in modes.items():
             module.training = mode
     if not isinstance(output, Tensor):
-        raise UserError(
-            f"{type(model).__name__}: returns a {type(output).__name__}; a chain returns one tensor"
-        )
+        raise UserError(f"{type(model).__name__}: returns a {type(output).__name__}; a chain returns one tensor")
     connect(output, "the network's output")
     return steps
 
@@ -204,6 +194,4 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     # on the meta device there are no values to compare
-    return a.shape == b.shape and (
-        a is b or a.is_meta or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-    )
+    return a.shape == b.shape and (a is b or a.is_meta or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))

@@ -117,15 +117,7 @@ class Dropout(nn.Module):
 
 
 # in evaluation mode all of these pass their input on; the alpha forms have no keyed counterpart
-DROPOUTS = (
-    Dropout,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
+DROPOUTS = (Dropout, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def replace_dropout(model: nn.Module) -> int:

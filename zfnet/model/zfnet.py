@@ -45,9 +45,7 @@ class ZFNet(nn.Module):
     Raises UserError where the settings leave a layer without pixels.
     """
 
-    def __init__(
-        self, num_classes: int = 10, image_size: int = 224, config: ModelConfig | None = None
-    ) -> None:
+    def __init__(self, num_classes: int = 10, image_size: int = 224, config: ModelConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or ModelConfig()
         self.num_classes, self.image_size = num_classes, image_size
@@ -72,8 +70,7 @@ class ZFNet(nn.Module):
         """Register a layer's modules in forward order: convolution, [batch norm], ReLU, [pooling], [LRN]."""
         settings, number = getattr(self.config, layer), layer[-1]
         self.add_module(
-            layer,
-            nn.Conv2d(channels, settings.channels, settings.kernel_size, settings.stride, settings.padding),
+            layer, nn.Conv2d(channels, settings.channels, settings.kernel_size, settings.stride, settings.padding)
         )
         if self.config.norm == "batch":
             self.add_module(f"norm{number}", nn.BatchNorm2d(settings.channels))

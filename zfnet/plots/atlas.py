@@ -113,8 +113,8 @@ def _sheet(atlas: Atlas, folder: Path, layer: str, kind: str) -> np.ndarray:
             how = Image.Resampling.NEAREST if side < _CELL else Image.Resampling.BOX
             cell = cell.resize((_CELL - 1,) * 2, how)
             y, x = divmod(place, 3)
-            thumbnails[n, y * _CELL : (y + 1) * _CELL - 1, x * _CELL : (x + 1) * _CELL - 1] = (
-                torch.from_numpy(np.array(cell))
+            thumbnails[n, y * _CELL : (y + 1) * _CELL - 1, x * _CELL : (x + 1) * _CELL - 1] = torch.from_numpy(
+                np.array(cell)
             )
     return mosaic(thumbnails, _columns(count))
 
@@ -130,9 +130,7 @@ def _write_images(atlas: Atlas, folder: Path, after_file: Callable[[], None]) ->
         pixels = atlas.images.pixels(group)
         size = atlas.data.crop_size or pixels.shape[1]
         top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
-        for number, image in zip(
-            group.tolist(), pixels[:, top : top + size, left : left + size], strict=True
-        ):
+        for number, image in zip(group.tolist(), pixels[:, top : top + size, left : left + size], strict=True):
             if not (path := folder / f"{number}.webp").exists():
                 _save(path, image.numpy(), lossless=size <= _LOSSLESS)
         after_file()

@@ -80,6 +80,4 @@ def show_mosaic(
 def outline_box(axis: Axes, box: Tensor, colour: str) -> None:
     """Draw a dashed outline around (top, left, bottom, right), in pixels of the image that `axis` shows."""
     top, left, bottom, right = box.tolist()
-    axis.add_patch(
-        Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour, ls="--")
-    )
+    axis.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour, ls="--"))

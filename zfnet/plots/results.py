@@ -10,18 +10,7 @@ import numpy as np
 import torch
 
 from zfnet.data import ImageSet
-from zfnet.plots.figures import (
-    GREEN,
-    INK,
-    LIGHT_BLUE,
-    RED,
-    SOFT,
-    SPLIT_COLOURS,
-    new_figure,
-    plain,
-    save_figure,
-    styled,
-)
+from zfnet.plots.figures import GREEN, INK, LIGHT_BLUE, RED, SOFT, SPLIT_COLOURS, new_figure, plain, save_figure, styled
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.metrics import Evaluation
 
@@ -111,10 +100,7 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
     ticks = list(range(count) if count <= 40 else range(0, count, 5))
     axis.set_xticks(
-        ticks,
-        [classes[t] for t in ticks],
-        rotation=90 if count > 12 else 45,
-        ha="right" if count <= 12 else "center",
+        ticks, [classes[t] for t in ticks], rotation=90 if count > 12 else 45, ha="right" if count <= 12 else "center"
     )
     axis.set_yticks(ticks, [classes[t] for t in ticks])
     for row, column in np.argwhere(rates >= 0.005) if count <= 20 else ():
@@ -169,14 +155,7 @@ def draw_samples(images: ImageSet, evaluation: Evaluation, columns: int = 8, row
         words = f"{images.classes[prediction]}\n({images.classes[label]})"
         colour = GREEN if prediction == label else RED
         axis.text(
-            left + side / 2,
-            top - 0.02,
-            words,
-            fontsize=8,
-            ha="center",
-            va="bottom",
-            color=colour,
-            parse_math=False,
+            left + side / 2, top - 0.02, words, fontsize=8, ha="center", va="bottom", color=colour, parse_math=False
         )
     axis.set(xlim=(0, 1.08 * columns - 0.08), ylim=(rows * (side + gap) - gap, -gap - head))
     axis.set_title("Predicted class (true class)", y=1 - 0.2 / high)

@@ -48,8 +48,7 @@ def allow_keys_of_record(words: Sequence[str]) -> list[str]:
     if not any(word.startswith("run=") and word not in ("run=", "run=null") for word in words):
         return words
     return [
-        f"++{w}" if re.match(r"[A-Za-z_]\w*\.\S*=", w) and not w.startswith(("hydra.", "job.")) else w
-        for w in words
+        f"++{w}" if re.match(r"[A-Za-z_]\w*\.\S*=", w) and not w.startswith(("hydra.", "job.")) else w for w in words
     ]
 
 
@@ -69,9 +68,7 @@ def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
     """
     for override in _parse(words):
         if override.value() == {}:
-            raise UserError(
-                f"{override.input_line}: holds nothing; set keys, as in {override.key_or_group}.KEY=VALUE"
-            )
+            raise UserError(f"{override.input_line}: holds nothing; set keys, as in {override.key_or_group}.KEY=VALUE")
     if isinstance(raw.get("job"), str):  # in a record given as --config-path, job is no group
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
     imports = trusted_imports(raw, words)
@@ -99,16 +96,12 @@ def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
     return config
 
 
-def overlay(
-    run: RunDirectory, words: Sequence[str], own: dict[str, Any], imports: Sequence[str] = ()
-) -> Config:
+def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], imports: Sequence[str] = ()) -> Config:
     """Return a run's recorded config with overrides on top; `own` holds the command's job, run and images.
 
     A group override (`optimizer=sgd`) swaps the whole group for today's file, a key override sets that key.
     """
-    overrides = [
-        o for o in _parse(words) if o.key_or_group not in _OWN and not o.key_or_group.startswith("job.")
-    ]
+    overrides = [o for o in _parse(words) if o.key_or_group not in _OWN and not o.key_or_group.startswith("job.")]
     run.read_config(imports)  # names the file, if its own part is damaged
     if not overrides:
         return read_config({**run.recorded(), **own}, imports)

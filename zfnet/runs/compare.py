@@ -39,9 +39,7 @@ def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
     }
 
 
-def first_difference(
-    recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
-) -> dict[str, Any] | None:
+def first_difference(recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return the first epoch and metric that are not equal to the bit; None if all are. Times do not count."""
     nothing: dict[str, Any] = {}
     for number, (old, new) in enumerate(zip_longest(recorded, now, fillvalue=nothing), start=1):

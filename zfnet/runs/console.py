@@ -119,9 +119,7 @@ def _misfit(override: Override) -> str | None:
     values = values if isinstance(values, list) else [values]
     if key == "hydra/launcher" and (extra := _EXTRA_OF.get(str(values[0]))):
         return f"{key}={values[0]} needs packages of its own: pip install -e '.[{extra}]'"
-    if key.startswith("hydra") and not key.startswith(
-        "hydra/sweeper/"
-    ):  # Hydra's own groups have Hydra's choices
+    if key.startswith("hydra") and not key.startswith("hydra/sweeper/"):  # Hydra's own groups have Hydra's choices
         return None
     if (folder := CONF / key).is_dir():
         choices = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))

@@ -120,9 +120,7 @@ class RunDirectory:
         # a .partial file is left by a process that was killed while it claimed the directory
         if any(name not in _NO_RUN and not re.fullmatch(r"\..*\.partial", name) for name in names):
             content = "holds a run" if self._holds_a_record() else "holds no run"
-            raise UserError(
-                f"{self.folder} is not empty and {content}: choose another directory (hydra.run.dir=…)"
-            )
+            raise UserError(f"{self.folder} is not empty and {content}: choose another directory (hydra.run.dir=…)")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
 
@@ -137,9 +135,7 @@ class RunDirectory:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(
-                f"{self.folder} is in use by another process: wait for it or stop it first"
-            ) from None
+            raise UserError(f"{self.folder} is in use by another process: wait for it or stop it first") from None
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written: {error.strerror or error}") from error
         try:
@@ -216,9 +212,7 @@ class RunDirectory:
             return {}
         return environment if isinstance(environment, dict) else {}
 
-    def write_csv(
-        self, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
-    ) -> None:
+    def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
         """Write a table with a header, which is `columns` or the keys of the first row."""
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")

@@ -14,11 +14,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def format_table(
-    rows: Sequence[Sequence[str]],
-    align: str,
-    width: int | None = None,
-    shrink: Sequence[int] = (),
-    gap: int = 2,
+    rows: Sequence[Sequence[str]], align: str, width: int | None = None, shrink: Sequence[int] = (), gap: int = 2
 ) -> list[str]:
     """Return one line per row.
 
@@ -33,8 +29,6 @@ def format_table(
             break
         widths[widest] -= 1
     return [
-        (" " * gap)
-        .join(f"{shorten(cell, w):{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True))
-        .rstrip()
+        (" " * gap).join(f"{shorten(cell, w):{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip()
         for row in rows
     ]

@@ -17,15 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    check,
-    read_data,
-    refuse_interpolation,
-    upgrade_data,
-)
+from zfnet.config.schema import Config, DataConfig, ModelConfig, check, read_data, refuse_interpolation, upgrade_data
 from zfnet.model.build import build_model
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
 
@@ -71,9 +63,7 @@ def load_model(path: Path, imports: Sequence[str] = ()) -> tuple[Any, ModelMetad
     try:
         getattr(model, "load_weights", model.load_state_dict)(state)
     except RuntimeError as error:
-        raise UserError(
-            f"{path}: does not fit its network ({str(error).splitlines()[-1].strip()})"
-        ) from error
+        raise UserError(f"{path}: does not fit its network ({str(error).splitlines()[-1].strip()})") from error
     return model.eval(), metadata
 
 
@@ -103,9 +93,7 @@ class TrainedRun:
         return dict(self.run.read_json("results.json"))
 
     def __repr__(self) -> str:
-        return (
-            f"TrainedRun({str(self.run.folder)!r}, {type(self.model).__name__}, {len(self.classes)} classes)"
-        )
+        return f"TrainedRun({str(self.run.folder)!r}, {type(self.model).__name__}, {len(self.classes)} classes)"
 
 
 def load_run(folder: str | Path, imports: Sequence[str] = ()) -> TrainedRun:

@@ -196,9 +196,7 @@ def draw_parallel(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         place, side = (column - 0.03, "right") if is_key else (column + 0.04, "left")
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
         for value, text in zip(places, texts, strict=True):
-            axis.text(
-                place, height(value, column), text, ha=side, va="center", fontsize=8, bbox=box, zorder=5
-            )
+            axis.text(place, height(value, column), text, ha=side, va="center", fontsize=8, bbox=box, zorder=5)
     axis.set_xticks(range(len(ticks)), [*short_names(keys).values(), "validation\naccuracy"])
     axis.set_yticks([])
     axis.set_xlim(-0.45, len(keys) + 0.4)

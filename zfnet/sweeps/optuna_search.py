@@ -88,9 +88,7 @@ def construct(slot: str, settings: Mapping[str, Any], **offered: Any) -> Any:
     if not re.fullmatch(rf"optuna\.{slot}s\.\w+", target):
         raise UserError(f"hydra.sweeper.{slot}._target_={target}: must be a {slot} of Optuna")
     arguments = {
-        key: construct(slot, value, **offered)
-        if isinstance(value, Mapping) and "_target_" in value
-        else value
+        key: construct(slot, value, **offered) if isinstance(value, Mapping) and "_target_" in value else value
         for key, value in settings.items()
     }
     return instantiate(f"hydra.sweeper.{slot}", arguments, _BASES[slot], ["optuna"], offered=offered)
@@ -236,9 +234,7 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
     """Launch trials until the study has `n_trials`; raise UserError if it cannot be opened or is another search."""
     settings = read_settings(jobs.config.hydra.sweeper)
     space = search_space(overrides)
-    fixed = {
-        o.get_key_element(): o.get_value_element_as_str() for o in overrides if not o.is_sweep_override()
-    }
+    fixed = {o.get_key_element(): o.get_value_element_as_str() for o in overrides if not o.is_sweep_override()}
     # what cannot be composed or constructed is an error before there is a study
     first = {k: d.choices[0] if isinstance(d, CategoricalDistribution) else d.low for k, d in space.items()}  # type: ignore[attr-defined]
     jobs.compose(_as_overrides(fixed | first))
@@ -258,9 +254,7 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
                 return
             outcomes = jobs.launch(
                 [
-                    _as_overrides(
-                        {**fixed, **trial.params, f"+hydra.job.env_set.{TRIAL}": f"'{trial.number}'"}
-                    )
+                    _as_overrides({**fixed, **trial.params, f"+hydra.job.env_set.{TRIAL}": f"'{trial.number}'"})
                     for trial in batch
                 ],
                 first=batch[0].number,

@@ -92,8 +92,7 @@ def read_sweep(folder: Path) -> Sweep:
         if job.settings:
             groups.setdefault(json.dumps(job.settings, sort_keys=True), []).append(job)
     settings = [
-        Setting({key: members[0].settings.get(key, ABSENT) for key in keys}, members)
-        for members in groups.values()
+        Setting({key: members[0].settings.get(key, ABSENT) for key in keys}, members) for members in groups.values()
     ]
     return Sweep(jobs, keys, sorted(settings, key=lambda s: -statistics.fmean(s.scores() or [-1])))
 

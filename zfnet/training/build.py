@@ -55,18 +55,12 @@ def build_loss(config: Config) -> SummedLoss:
     if isinstance(weight := settings.get("weight"), list):  # of the classes, in cross-entropy
         settings = {k: v for k, v in settings.items() if k != "weight"}
         loss = instantiate(
-            "loss",
-            settings,
-            nn.Module,
-            config.imports,
-            offered={"weight": torch.tensor(weight, dtype=torch.float32)},
+            "loss", settings, nn.Module, config.imports, offered={"weight": torch.tensor(weight, dtype=torch.float32)}
         )
     else:
         loss = instantiate("loss", settings, nn.Module, config.imports)
     if any(True for _ in loss.parameters()):
-        raise UserError(
-            f"loss ({cls.__name__}): has parameters of its own, which the optimizer would not train"
-        )
+        raise UserError(f"loss ({cls.__name__}): has parameters of its own, which the optimizer would not train")
     return SummedLoss(loss, is_mean=not sums)
 
 
@@ -92,10 +86,7 @@ def build_callbacks(config: Config) -> list[Callback]:
 
 def build_loggers(config: Config) -> list[Logger]:
     """Return the loggers that `config.logger` names."""
-    return [
-        instantiate(f"logger.{name}", settings, Logger, config.imports)
-        for name, settings in config.logger.items()
-    ]
+    return [instantiate(f"logger.{name}", settings, Logger, config.imports) for name, settings in config.logger.items()]
 
 
 # -- optimizer
@@ -129,9 +120,7 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
     if not rest:
         raise UserError(f"trainer.freeze={config.trainer.freeze}: leaves no parameters to train")
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-        raise UserError(
-            f"optimizer.param_groups={rules}: must be a list such as [{{ndim: 1, weight_decay: 0}}]"
-        )
+        raise UserError(f"optimizer.param_groups={rules}: must be a list such as [{{ndim: 1, weight_decay: 0}}]")
     for number, rule in enumerate(rules):
         if not {"match", "ndim"} & rule.keys():
             raise UserError(f"optimizer.param_groups.{number}={rule}: names no parameters; set match or ndim")
@@ -217,17 +206,13 @@ def check_recipe(config: Config) -> None:
         )
     check_interval(config.scheduler, config.trainer.epochs)
     loss = build_loss(config)
-    weights = config.loss.get(
-        "weight"
-    )  # of the classes, whose number is not known before the images are read
+    weights = config.loss.get("weight")  # of the classes, whose number is not known before the images are read
     logits = torch.zeros(2, len(weights) if isinstance(weights, list) else 2, requires_grad=True)
     name = f"loss ({type(loss.loss).__name__})"
     try:
         value = loss(logits, torch.tensor([0, logits.shape[1] - 1]))
     except Exception as error:  # whatever somebody's class raises
-        raise UserError(
-            f"{name}: fails on logits [2, 2] and labels [2]: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"{name}: fails on logits [2, 2] and labels [2]: {str(error).splitlines()[0]}") from error
     if value.ndim or not value.requires_grad:
         raise UserError(f"{name}: must give one number with a gradient, not {list(value.shape)}")
     list(parameter_groups(config, model, 1.0))
@@ -248,9 +233,7 @@ def _check_step(config: Config) -> None:
     getattr(optimizer, "train", bool)()  # some optimizers step in this mode only
     try:
         optimizer.step()
-    except (
-        Exception
-    ) as error:  # LBFGS wants a closure, SparseAdam sparse gradients; others raise what they like
+    except Exception as error:  # LBFGS wants a closure, SparseAdam sparse gradients; others raise what they like
         raise UserError(
             f"optimizer._target_={plain['_target_']}: cannot take a plain step ({str(error).splitlines()[0]})"
         ) from error

@@ -48,9 +48,7 @@ class EMA(Callback):
         self.decay = decay
 
     def on_fit_start(self, state: TrainingState) -> None:
-        self.average = AveragedModel(
-            state.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True
-        )
+        self.average = AveragedModel(state.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
         state.eval_model = self.average.module
 
     @torch.no_grad()
@@ -102,9 +100,7 @@ class ProgressBar(Callback):
         if state.last_reading is not None:
             loss, accuracy = state.last_reading
             speed = state.step_in_epoch * state.config.data.batch_size / state.epoch_seconds
-            self.bar.set_postfix_str(
-                f"loss {loss:.4f}, accuracy {accuracy:.4f}, {speed:.0f} images/s", refresh=False
-            )
+            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.4f}, {speed:.0f} images/s", refresh=False)
         if state.step_in_epoch == state.steps_per_epoch:
             self.bar.close()
 
@@ -154,9 +150,7 @@ class Profiler(Callback):
         self.folder.mkdir(exist_ok=True)
         self.profile = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1),
-            on_trace_ready=lambda p: p.export_chrome_trace(
-                str(self.folder / f"step-{p.step_num:06d}.json.gz")
-            ),
+            on_trace_ready=lambda p: p.export_chrome_trace(str(self.folder / f"step-{p.step_num:06d}.json.gz")),
             record_shapes=True,
         )
         self.profile.start()
@@ -307,6 +301,4 @@ class EarlyStopping(Callback):
 def list_snapshots(folder: Path) -> dict[int, Path]:
     """Return the snapshots in a folder by epoch, in their order; empty where there is no such folder."""
     names = {p: p.stem.removeprefix("epoch-") for p in folder.glob("epoch-*.safetensors")}
-    return dict(
-        sorted((int(number), p) for p, number in names.items() if number.isdigit() and len(number) >= 4)
-    )
+    return dict(sorted((int(number), p) for p, number in names.items() if number.isdigit() and len(number) >= 4))

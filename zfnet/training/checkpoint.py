@@ -113,11 +113,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if version not in (1, CHECKPOINT_FORMAT):
         raise UserError(f"{path} was written by another version of this program")
     checkpoint = Checkpoint(tensors, metadata)
-    return (
-        checkpoint
-        if version == CHECKPOINT_FORMAT or "optimizer" not in metadata
-        else _from_format_1(checkpoint)
-    )
+    return checkpoint if version == CHECKPOINT_FORMAT or "optimizer" not in metadata else _from_format_1(checkpoint)
 
 
 def read_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -154,9 +150,7 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"tuple": items} if isinstance(value, tuple) else items
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise UserError(
-        f"{name}: a checkpoint cannot hold a {type(value).__name__}; only tensors, numbers and text"
-    )
+    raise UserError(f"{name}: a checkpoint cannot hold a {type(value).__name__}; only tensors, numbers and text")
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -212,9 +206,7 @@ def _from_format_1(old: Checkpoint) -> Checkpoint:
     metadata["optimizer"] = pack({"state": state, "param_groups": groups}, "optimizer", tensors)
     callbacks = {}
     if "average_count" in tensors:
-        model = {
-            n.removeprefix("average."): tensors.pop(n) for n in list(tensors) if n.startswith("average.")
-        }
+        model = {n.removeprefix("average."): tensors.pop(n) for n in list(tensors) if n.startswith("average.")}
         callbacks["ema"] = {"model": model, "count": tensors.pop("average_count")}
     metadata["callbacks"] = pack(callbacks, "callbacks", tensors)
     metadata.pop("identity", None)  # was computed in another way
@@ -228,6 +220,4 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors below `prefix.`, without it."""
-    return {
-        name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")
-    }
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}

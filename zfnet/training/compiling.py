@@ -48,11 +48,7 @@ def settle_auto(state: TrainingState, batches: Batches, recorded: bool | None) -
 
     Of a run on several processes, or elsewhere than on a GPU, `auto` is off.
     """
-    if (
-        state.config.trainer.compile != "auto"
-        or state.runtime.device.type not in WHERE
-        or state.world.size > 1
-    ):
+    if state.config.trainer.compile != "auto" or state.runtime.device.type not in WHERE or state.world.size > 1:
         return None
     if recorded is None:
         return compile_if_it_pays(state, batches)

@@ -94,9 +94,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(
-            f"trainer.device={name}: is not a device name, such as cpu, cuda or cuda:1"
-        ) from error
+        raise UserError(f"trainer.device={name}: is not a device name, such as cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"trainer.device={name}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch; "

@@ -59,9 +59,7 @@ class LoadedRun:
             return Chain.of(self.model, self.data.image_size)
         except UserError as error:
             name = model_name(self.metadata.model)
-            raise UserError(
-                f"job={self.config.job.name}: {name} is not a chain of layers: {error}"
-            ) from error
+            raise UserError(f"job={self.config.job.name}: {name} is not a chain of layers: {error}") from error
 
     def splits(self) -> Splits:
         """Load the images; labels are the run's own numbers, matched by class name."""
@@ -81,9 +79,7 @@ class LoadedRun:
 
     def batches(self, images: ImageSet, data: DataConfig | None = None) -> Batches:
         """Return the batches of `images` on the device, prepared as `data` says (default: as in training)."""
-        return Batches(
-            images, data or self.data, self.runtime.device, channels_last=self.runtime.channels_last
-        )
+        return Batches(images, data or self.data, self.runtime.device, channels_last=self.runtime.channels_last)
 
     def _by_name(self, images: ImageSet) -> ImageSet:
         if images.classes == self.classes:

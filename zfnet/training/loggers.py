@@ -76,9 +76,7 @@ class CSVLogger(Logger):
             with open(path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= run.step]
         self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 (open until `close`)
-        self.writer = csv.DictWriter(
-            self.file, ["step", "train_loss", "train_accuracy", "lr"], lineterminator="\n"
-        )
+        self.writer = csv.DictWriter(self.file, ["step", "train_loss", "train_accuracy", "lr"], lineterminator="\n")
         self.writer.writeheader()
         self.writer.writerows(rows)
 
@@ -118,10 +116,7 @@ class TensorBoardLogger(Logger):
 
     def finish(self, results: Mapping[str, float]) -> None:
         # TensorBoard takes plain values only: lists and nulls become text
-        plain = {
-            k: v if isinstance(v, (bool, int, float, str)) else str(v)
-            for k, v in flatten(self.config).items()
-        }
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flatten(self.config).items()}
         # run_name="." puts them into this run; by default `add_hparams` opens a second one
         self.writer.add_hparams(plain, dict(results), run_name=".")
 

@@ -97,9 +97,7 @@ def evaluate(
     """Run a whole set through the network in evaluation mode; its mode is put back afterwards."""
     sums, training = EvaluationSums(), model.training
     model.eval()
-    bar = tqdm(
-        batches.in_order(), name, len(batches), unit="batch", disable=None, leave=False, dynamic_ncols=True
-    )
+    bar = tqdm(batches.in_order(), name, len(batches), unit="batch", disable=None, leave=False, dynamic_ncols=True)
     try:
         for batch in bar:
             with runtime.autocast():

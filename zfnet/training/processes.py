@@ -126,16 +126,12 @@ def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> 
         yield SINGLE
         return
     if not torch.cuda.is_available() and count > (os.cpu_count() or 1):
-        raise UserError(
-            f"trainer.devices={count}: this machine has {os.cpu_count()} CPU cores and no CUDA device"
-        )
+        raise UserError(f"trainer.devices={count}: this machine has {os.cpu_count()} CPU cores and no CUDA device")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="zfnet-") as place:
         init_method = f"file://{place}/meet"
         children: list[BaseProcess] = [
-            context.Process(
-                target=_child, args=(World(rank, count, rank), init_method, work, folder), daemon=True
-            )
+            context.Process(target=_child, args=(World(rank, count, rank), init_method, work, folder), daemon=True)
             for rank in range(1, count)
         ]
         for child in children:

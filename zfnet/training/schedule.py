@@ -100,9 +100,7 @@ def _plain_state(scheduler: LRScheduler) -> dict[str, Any]:
 
 def _load_plain_state(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
     vars(scheduler).update({k: v for k, v in state.items() if k != "_schedulers"})
-    for inner, values in zip(
-        getattr(scheduler, "_schedulers", []), state.get("_schedulers", []), strict=True
-    ):
+    for inner, values in zip(getattr(scheduler, "_schedulers", []), state.get("_schedulers", []), strict=True):
         _load_plain_state(inner, values)
 
 

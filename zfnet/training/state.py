@@ -107,9 +107,7 @@ class TrainingState:
     def use_compiled(self, wanted: bool) -> None:
         """Train through torch.compile from now on, or not; each size of batch is compiled for itself."""
         self.compiled = wanted
-        self.forward: Callable[..., Tensor] = (
-            torch.compile(self.parallel, dynamic=False) if wanted else self.parallel
-        )
+        self.forward: Callable[..., Tensor] = torch.compile(self.parallel, dynamic=False) if wanted else self.parallel
 
     def train(self) -> None:
         """Put the model, and an optimizer that has modes, into training mode; frozen layers stay in evaluation mode."""
@@ -175,9 +173,7 @@ class TrainingState:
 
     def checkpoint(self) -> Checkpoint:
         """Return what a resume needs."""
-        getattr(
-            self.optimizer, "train", bool
-        )()  # the weights that are trained, where the optimizer has two kinds
+        getattr(self.optimizer, "train", bool)()  # the weights that are trained, where the optimizer has two kinds
         tensors = {**with_prefix("model", self.model.state_dict()), "metrics": self.metrics.sums}
         optimizer = self.optimizer.state_dict()
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]]
