@@ -296,7 +296,7 @@ def test_transforms_may_give_floats_and_another_size() -> None:
 @pytest.mark.parametrize(
     ("operation", "expected"),
     [
-        (Squash(4), "augment.transforms: give [3, 4, 16] of torch.uint8; must give uint8 [3, s, s]"),
+        (Squash(4), "augment.transforms: give [3, 4, 16] of torch.uint8, not uint8 [3, s, s]"),
         (Squash(), "augment.transforms: give images of different sizes; end with one that makes them equal"),
         (v2.Grayscale(), "augment.transforms: give [1, 16, 16] of torch.uint8"),
         (v2.ToDtype(torch.int32), "augment.transforms: give [3, 16, 16] of torch.int32"),
