@@ -321,3 +321,28 @@ def test_build_optimizer_asks_for_fused_only_where_a_step_of_it_works() -> None:
     assert not late.defaults["fused"]
     assert _optimizer("torch.optim.AdamW").defaults["fused"] is True
     assert isinstance(_optimizer("torch.optim.RMSprop"), torch.optim.RMSprop)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "zfnet.training.loggers._import",
+        "zfnet.data.files.fetch",
+        "zfnet.data.sources.load_cifar",
+        "zfnet.config.instantiate._look_up",
+        "zfnet.runs.command.compose",
+        "torchvision.models.get_model",
+        "torchvision.models.segmentation.fcn_resnet50",
+        "torchvision.models.detection.fasterrcnn_resnet50_fpn",
+    ],
+)
+def test_a_models_function_is_torchvisions_for_classification(target: str) -> None:
+    with pytest.raises(UserError, match=r"must name a subclass of|no such name"):
+        resolve("model", target, nn.Module)
+    assert resolve("model", "torchvision.models.vgg11", nn.Module).__name__ == "vgg11"
+
+
+@pytest.mark.parametrize("key", ["weights", "pretrained", "weights_backbone"])
+def test_a_models_function_downloads_no_weights(key: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.{key}=DEFAULT: start from weights with trainer.init_from"):
+        arguments("model", {"_target_": "torchvision.models.alexnet", key: "DEFAULT"}, nn.Module)

@@ -84,3 +84,30 @@ def test_only_own_folders() -> None:
 def test_imports_are_names_of_packages(value: str) -> None:
     with pytest.raises(UserError, match=r"^imports="):
         compose(f"imports={value}")
+
+
+def _hostile_folder(tmp_path: Path) -> Path:
+    (tmp_path / "theirs/experiment").mkdir(parents=True)
+    text = "# @package _global_\nhydra:\n  callbacks:\n    x: {_target_: pathlib.Path.touch, self: witness}\n"
+    (tmp_path / "theirs/experiment/x.yaml").write_text(text)
+    return tmp_path / "theirs"
+
+
+@pytest.mark.parametrize("option", ["--config-di", "--config-d", "-cd", "--config-dir"])
+def test_abbreviated_options_name_folders_too(run_py, tmp_path: Path, option: str) -> None:
+    answer = run_py(option, _hostile_folder(tmp_path), "experiment=x", "job=summary")
+    assert answer.code == 1
+    assert "sets hydra.callbacks" in answer.err
+    assert not (tmp_path / "witness").exists()
+
+
+def test_linked_and_searched_folders_are_checked(run_py, tmp_path: Path) -> None:
+    theirs = _hostile_folder(tmp_path)
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/experiment").symlink_to(theirs / "experiment")
+    (tmp_path / "link/loop").symlink_to(tmp_path / "link")
+    for words in (["--config-dir", tmp_path / "link"], [f"hydra.searchpath=[file://{theirs}]"]):
+        answer = run_py(*words, "experiment=x", "job=summary")
+        assert answer.code == 1
+        assert "sets hydra.callbacks" in answer.err
+    assert not (tmp_path / "witness").exists()

@@ -253,3 +253,22 @@ def test_a_record_holds_values_only(onecycle: RunDirectory) -> None:
     assert "${" not in text
     assert "auto" in text  # decisions of the hardware are not frozen into it
     assert yaml.safe_load(text)["scheduler"]["max_lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("MLflowLogger", "tracking_uri", "sqlite:////elsewhere.db"),
+        ("TrackioLogger", "space_id", "somebody/space"),
+        ("WandbLogger", "mode", "online"),
+        ("WandbLogger", "entity", "somebody"),
+    ],
+)
+def test_a_records_logger_sends_nothing_elsewhere(tmp_path: Path, name: str, key: str, value: str) -> None:
+    run = record(tmp_path / "run", *TINY)
+    plain = run.recorded()
+    plain["logger"] = {"mine": {"_target_": f"zfnet.training.loggers.{name}", key: value}}
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(plain))
+    with pytest.raises(UserError, match=rf"its logger.mine.{key}={value} sends results elsewhere"):
+        overlay(run, [], OWN)
+    assert overlay(run, ["logger=none"], OWN).logger == {}

@@ -123,3 +123,11 @@ def test_a_record_that_contains_itself_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("&a\nseed: *a\n")
     with pytest.raises(UserError, match=r"config\.yaml"):
         RunDirectory(tmp_path).read_config()
+
+
+def test_recorded_bounds_what_aliases_multiply(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1,1,1,1,1,1,1,1,1]"]
+    lines += [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"config.yaml cannot be read: it holds more than 100,000 values"):
+        RunDirectory(tmp_path).recorded()

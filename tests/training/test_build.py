@@ -265,3 +265,19 @@ def test_init_from_and_freeze_are_fine_tuning(started, tmp_path: Path) -> None:
     assert torch.equal(kept["conv2.weight"], old["conv2.weight"])
     assert not torch.equal(kept["conv5.weight"], old["conv5.weight"])
     assert kept["fc8.bias"].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("{ndim: 1, weight_decai: 0}", "optimizer.param_groups.0.weight_decai: SGD has no such setting"),
+        ("{ndim: 1, weight_decay: none}", "optimizer.param_groups.0.weight_decay=none: must be a number"),
+        ("{ndim: 1, params: 3}", "optimizer.param_groups.0.params: SGD has no such setting"),
+        ("{ndim: 1, lr_scale: big}", "optimizer.param_groups.0.lr_scale=big: must be a number above 0"),
+        ("{ndim: 1, lr_scale: -1}", "optimizer.param_groups.0.lr_scale=-1: must be a number above 0"),
+    ],
+)
+def test_parameter_groups_name_a_wrong_setting(rule: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        checked("optimizer=sgd", f"+optimizer.param_groups=[{rule}]")
+    assert str(caught.value).startswith(expected)

@@ -28,7 +28,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
 # A model of torchvision's may be made by a function, as in torchvision.models.vgg11.
 _FUNCTIONS = ("model",)
 # torchvision's functions would download what these name.
-_REFUSED_ARGUMENTS = {"model": ("weights", "weights_backbone")}
+_REFUSED_ARGUMENTS = {"model": ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress")}
 # What PyTorch accepts silently though it means nothing: whole numbers below these, factors and rates of 0 or less.
 _WHOLE = {"step_size": 1, "patience": 0, "cooldown": 0, "T_max": 1, "total_steps": 1, "total_iters": 1}
 _POSITIVE = ("factor", "gamma", "max_lr", "lr")
@@ -62,9 +62,20 @@ def resolve(slot: str, target: Any, base: type, imports: Sequence[str] = ()) -> 
     if any(_below(where, place) for place in places):
         if isinstance(found, type) and issubclass(found, base) and found is not base:
             return found
-        if group in _FUNCTIONS and inspect.isfunction(found):
+        if group in _FUNCTIONS and inspect.isfunction(found) and _makes_models(found, where, imports):
             return found
     raise UserError(f"{wanted}, not {found.__name__ if isinstance(found, type) else type(found).__name__}")
+
+
+def _makes_models(function: Any, where: str, imports: Sequence[str]) -> bool:
+    """Whether a function may make a model: one of torchvision's for classification, or one of a trusted package."""
+    if any(_below(where, package) for package in imports):
+        return True
+    if not _below(where, "torchvision.models"):
+        return False
+    import torchvision  # half a second
+
+    return function.__name__ in torchvision.models.list_models(module=torchvision.models)
 
 
 def _below(module: str, place: str) -> bool:

@@ -9,9 +9,10 @@ sees it. So that part of a folder from elsewhere is checked first: it may say wh
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from zfnet.config.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
-_OPTIONS = ("--config-path", "-cp", "--config-dir", "-cd")
 _HARMLESS = {"run", "sweep", "job", "mode", "output_subdir"}
 _OWN_CALLBACKS = {"sweep_report": {"_target_": "zfnet.sweeps.callback.SweepReport"}}
 
@@ -29,14 +29,36 @@ _OWN_CALLBACKS = {"sweep_report": {"_target_": "zfnet.sweeps.callback.SweepRepor
 def check_config_folders(words: Sequence[str]) -> None:
     """Check every YAML file in the folders that these command-line words give to Hydra; raise UserError."""
     for folder in _folders(list(words)):
-        for path in sorted(folder.rglob("*.y*ml")):
+        for path in _yaml_files(folder):
             _check(path, folder)
 
 
 def _folders(words: list[str]) -> list[Path]:
-    found = [word.split("=", 1)[1] for word in words if word.startswith(tuple(f"{o}=" for o in _OPTIONS))]
-    found += [value for option, value in pairwise(words) if option in _OPTIONS]
-    return [Path(f) for f in found if Path(f).is_dir()]
+    """Return the folders that options name, abbreviated as argparse allows, and those of `hydra.searchpath`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-path", "-cp", action="append", default=[])
+    parser.add_argument("--config-dir", "-cd", action="append", default=[])
+    parser.add_argument("--config-name", "-cn")
+    options = parser.parse_known_args(words)[0]
+    searched = [part for word in words if "hydra.searchpath" in word for part in re.split(r"[\[\],='\"]", word)]
+    named = [*options.config_path, *options.config_dir, *(p.removeprefix("file://").strip() for p in searched)]
+    # relative folders count from run.py's (`--config-path`) or from the current one
+    places = [place for name in named if name for place in (Path(name), CONF.parent / name)]
+    return [p for p in dict.fromkeys(places) if p.is_dir() and p.resolve() != CONF]
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    """Return every YAML file below a folder, links to folders followed as Hydra follows them, loops ended."""
+    files: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(place) / name for name in names if name.endswith((".yaml", ".yml"))]
+    return sorted(files)
 
 
 def _check(path: Path, root: Path) -> None:

@@ -103,6 +103,8 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
     """
     overrides = [o for o in _parse(words) if o.key_or_group not in _OWN and not o.key_or_group.startswith("job.")]
     run.read_config(imports)  # names the file, if its own part is damaged
+    if not any(word.lstrip("+~").startswith("logger") for word in words):
+        _refuse_to_send(run)
     if not overrides:
         return read_config({**run.recorded(), **own}, imports)
     base = _composed_record(run)
@@ -126,6 +128,21 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
     for key, value in own.items():
         base[key] = value
     return read_config(base, imports)
+
+
+# where loggers write or send elsewhere than into the run directory, and what they are set to otherwise
+_ELSEWHERE = {"tracking_uri": (None,), "space_id": (None,), "entity": (None,), "mode": (None, "offline")}
+
+
+def _refuse_to_send(run: RunDirectory) -> None:
+    """Raise UserError if the record's loggers would write elsewhere: a record may be a stranger's."""
+    for name, settings in run.recorded().get("logger", {}).items():
+        for key, harmless in _ELSEWHERE.items():
+            if isinstance(settings, dict) and settings.get(key) not in harmless:
+                raise UserError(
+                    f"run={run.folder}: its logger.{name}.{key}={settings[key]} sends results elsewhere; name the "
+                    f"loggers yourself, as in logger={name} or logger=none"
+                )
 
 
 def _parse(words: Sequence[str]) -> list[Override]:

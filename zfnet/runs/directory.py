@@ -30,6 +30,7 @@ HISTORY_COLUMNS = (
     *("seconds", "images_per_second"),
 )
 OUTPUTS = Path("outputs")
+_MOST_VALUES = 100_000  # of a recorded config, its aliases written out
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast
 # what a directory may hold before its run: a lock, and the record of an attempt whose config was refused
 _NO_RUN = (".lock", "status.json", "train.log")
@@ -162,6 +163,7 @@ class RunDirectory:
             plain = yaml.load(path.read_bytes(), _LOADER)
             if not isinstance(plain, dict):
                 raise UserError(f"{path} is not a config")
+            _check_size(plain)
             return upgrade(plain)
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: there is no run (no config.yaml)") from None
@@ -286,3 +288,14 @@ def list_runs(root: Path) -> list[RunDirectory]:
     """Return every run below `root` (outputs/<job>/<time>, outputs/sweeps/<time>/<overrides>), by name."""
     folders = [path.parent for depth in range(1, 5) for path in root.glob("*/" * depth + "config.yaml")]
     return [RunDirectory(folder) for folder in sorted(folders) if folder.name != ".hydra"]
+
+
+def _check_size(plain: Any) -> None:
+    """Raise ValueError if a file's values are too many: YAML's aliases can multiply a kilobyte to gigabytes."""
+    count, waiting = 0, [plain]
+    while waiting:
+        node = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES:
+            raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
+        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from zfnet.config.errors import UserError
-from zfnet.config.instantiate import instantiate, resolve
+from zfnet.config.instantiate import arguments, instantiate, is_number, resolve
 from zfnet.config.schema import Config, ModelConfig
 from zfnet.data import Batches, ImageSet
 from zfnet.model.build import build_model, freeze, has_batch_norm, load_initial_weights
@@ -136,10 +136,12 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
         rest = {name: p for name, p in rest.items() if name not in chosen}
         if not chosen:
             raise UserError(f"optimizer.param_groups.{number}={rule}: no parameter fits it")
-        group = {key: value for key, value in rule.items() if key not in GROUP_KEYS}
+        slot, target = f"optimizer.param_groups.{number}", config.optimizer.get("_target_")
+        settings = {key: value for key, value in rule.items() if key not in GROUP_KEYS}
+        group = arguments(slot, {**settings, "_target_": target}, Optimizer, config.imports)[1]
         if "lr_scale" in rule:
-            if lr is None:
-                raise UserError(f"optimizer.param_groups.{number}.lr_scale: needs optimizer.lr")
+            if lr is None or not is_number(rule["lr_scale"]) or rule["lr_scale"] <= 0:
+                raise UserError(f"{slot}.lr_scale={rule['lr_scale']}: must be a number above 0, beside optimizer.lr")
             group["lr"] = lr * rule["lr_scale"]
         yield {"params": list(chosen.values()), **group}
     if rest:
