@@ -121,6 +121,8 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
         raise UserError(f"trainer.freeze={config.trainer.freeze}: leaves no parameters to train")
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise UserError(f"optimizer.param_groups={rules}: must be a list such as [{{ndim: 1, weight_decay: 0}}]")
+    if rules:
+        resolve("optimizer", config.optimizer.get("_target_"), Optimizer, config.imports)  # named by its own key
     for number, rule in enumerate(rules):
         if not {"match", "ndim"} & rule.keys():
             raise UserError(f"optimizer.param_groups.{number}={rule}: names no parameters; set match or ndim")
