@@ -118,7 +118,7 @@ def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the keys in which these flat configs differ, without those that only follow another.
 
     A key follows another if it always has the same value (`scheduler.max_lr: ${optimizer.lr}`), or if the choice
-    of its group's file decides it: whoever sweeps `model=small,zfnet` has not swept the number of maps in conv1.
+    of its group's file decides it: a sweep over `model=small,zfnet` does not sweep the number of maps in conv1.
     """
     columns = {
         key: [repr(setting.get(key, ABSENT)) for setting in settings]
