@@ -113,7 +113,7 @@ def test_seed_0_is_a_seed_and_seeds_differ() -> None:
         ("data.mean=[a,b,c]", "data.mean"),
         ("data.mean=[nan,0.5,0.5]", "data.mean"),
         ("+data.fit=pad", "data.fit=pad: must be one of crop or stretch"),
-        ("data.name=imagenet", "data.name=imagenet: no such data set; known: cifar10"),
+        ("data.name=photographs", "data.name=photographs: no such data set; known: cifar10"),
         ("augment.flip=2", "augment.flip=2: must be at most 1"),
         ("trainer.precision=fp16", "trainer.precision=fp16: must be one of auto, fp32 or bf16"),
         ("trainer.channels_last=maybe", "trainer.channels_last=maybe: must be true or false, or must be one of auto"),

@@ -107,9 +107,9 @@ class CifarData(DataConfig):
 
 @dataclass(kw_only=True)
 class FolderData(DataConfig):
-    """Images in folders, one for each class, below `root`."""
+    """Images in folders, one for each class, below `root`; Imagenette is downloaded there."""
 
-    name: Literal["folder"]
+    name: Literal["folder", "imagenette"]
     on_error: Literal["stop", "skip"] = "stop"
     cache_dir: Optional[Folder] = None
 
@@ -138,6 +138,7 @@ DATA: dict[str, type[DataConfig]] = {
     "cifar10": CifarData,
     "cifar100": CifarData,
     "folder": FolderData,
+    "imagenette": FolderData,
     "shapes": ShapesData,
     "dataset": DatasetData,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def load_splits(data: DataConfig, imports: Sequence[str] = ()) -> Splits:
     validation: ImageSet | None = None
     test: ImageSet | None
     if isinstance(data, FolderData):
-        train, validation, test, mark = load_folder(data)
+        load = load_imagenette if data.name == "imagenette" else load_folder
+        train, validation, test, mark = load(data)
     elif isinstance(data, ShapesData):
         size = data.store_size or data.image_size
         train = draw_shapes(data.train_images, size, part=0)
@@ -131,7 +133,7 @@ def _common_side(images: Sequence[Image.Image]) -> int | None:
     return width if len(sizes) == 1 and width == height else None
 
 
-# -- CIFAR-10 and CIFAR-100, through torchvision
+# -- CIFAR-10, CIFAR-100 and Imagenette, through torchvision
 
 NETWORK_TIMEOUT_S = 30
 
@@ -149,18 +151,43 @@ def load_cifar(name: str, root: str) -> tuple[ImageSet, ImageSet, str]:
     try:
         train = cls(str(folder), train=True)
     except RuntimeError:  # absent or damaged
-        train = _download(cls, name, folder)
+        train = _download(cls, name, folder, train=True)
     test = cls(str(folder), train=False)
     sets = [image_set(part.data, torch.tensor(part.targets), part.classes) for part in (train, test)]
     marks = [part.data for part in (train, test)] + [s.labels.numpy() for s in sets]
     return sets[0], sets[1], fingerprint(*marks)
 
 
-def _download(cls: type, name: str, folder: Path):
+IMAGENETTE_IMAGES = (9469, 3925)  # training and test
+
+
+def load_imagenette(data: FolderData) -> tuple[ImageSet, None, ImageSet, str]:
+    """Return (train, None, test, fingerprint) of Imagenette at 320 px, downloading it if it is not at `data.root`.
+
+    Its folder `val` is the test set here: validation images are held out of the training images, as everywhere.
+    """
+    import torchvision
+
+    folder = Path(str(data.root)).expanduser()
+    cls = torchvision.datasets.Imagenette
+    try:
+        published = cls(str(folder), size="320px")
+    except (RuntimeError, FileNotFoundError):
+        published = _download(cls, "imagenette", folder, size="320px")
+    root = folder / "imagenette2-320"
+    train, test, _, mark = load_folder(replace(data, root=str(root)))
+    found = len(train), len(test or ())
+    if test is None or found != IMAGENETTE_IMAGES:  # an interrupted extraction leaves a part
+        raise UserError(f"{root}: {found[0]} + {found[1]} images, Imagenette has 9469 + 3925; delete it and try again")
+    names = tuple(names[0] for names in published.classes)
+    return replace(train, classes=names), None, replace(test, classes=names), mark
+
+
+def _download(cls: type, name: str, folder: Path, **settings: Any) -> Any:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT_S)  # torchvision sets none, and would wait for ever
     try:
-        return cls(str(folder), train=True, download=True)
+        return cls(str(folder), download=True, **settings)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{name} is not in {folder.absolute()} and could not be downloaded ({_reason(error)}): set data.root=… to "

@@ -1,4 +1,4 @@
-"""CIFAR through torchvision: what is said where it cannot be had, and that nothing unverified is opened."""
+"""CIFAR and Imagenette through torchvision: what is said without them, and that nothing unverified is opened."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torchvision
+from PIL import Image
 
 from tests.helpers import data_config
 from zfnet.config.errors import UserError
+from zfnet.data import sources
 from zfnet.data.sources import NETWORK_TIMEOUT_S, load_cifar, load_splits
 
 
@@ -26,16 +28,17 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
 
     for name in ("download_and_extract_archive", "download_url"):
         monkeypatch.setattr(f"torchvision.datasets.utils.{name}", fail)
-        if hasattr(torchvision.datasets.cifar, name):
-            monkeypatch.setattr(torchvision.datasets.cifar, name, fail)
+        for module in (torchvision.datasets.cifar, torchvision.datasets.imagenette):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, fail)
     return timeouts
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenette"])
 def test_without_network_one_line_says_what_to_do(name: str, tmp_path: Path, offline) -> None:
     before = socket.getdefaulttimeout()
     with pytest.raises(UserError) as caught:
-        load_cifar(name, str(tmp_path / "none"))
+        load_splits(data_config(name=name, root=str(tmp_path / "none")))
     text = str(caught.value)
     for part in (f"{name} is not in {tmp_path / 'none'}", "no route to host", "data.root=", "experiment=quickstart"):
         assert part in text
@@ -90,3 +93,25 @@ def test_from_files_to_splits(monkeypatch, tmp_path: Path) -> None:
         assert (part.labels == part.rows % 10).all()
     assert (splits.test.pixels([3])[:, 1] == 255).all()
     assert splits.test.classes == Fake.classes
+
+
+def write_imagenette(root: Path, train: int, test: int) -> None:
+    for part, count in (("train", train), ("val", test)):
+        for number in range(count):
+            file = root / "imagenette2-320" / part / ("n01440764", "n02102040")[number % 2] / f"{number}.JPEG"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(file)
+
+
+def test_imagenettes_validation_folder_is_the_test_set(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sources, "IMAGENETTE_IMAGES", (40, 10))
+    write_imagenette(tmp_path, train=40, test=10)
+    splits = load_splits(data_config(name="imagenette", root=str(tmp_path), validation=0.25, cache_dir=str(tmp_path)))
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [30, 10, 10]
+    assert splits.test.classes == splits.train.classes == ("tench", "English springer")
+
+
+def test_a_part_of_imagenette_is_refused(tmp_path: Path) -> None:
+    write_imagenette(tmp_path, train=40, test=10)
+    with pytest.raises(UserError, match=r"40 \+ 10 images, Imagenette has 9469 \+ 3925; delete it"):
+        load_splits(data_config(name="imagenette", root=str(tmp_path), cache_dir=str(tmp_path)))
