@@ -76,3 +76,25 @@ def test_save_figure_writes_equal_files_for_equal_figures(tmp_path: Path) -> Non
     for name in ("a/x.png", "b/x.png"):
         save_figure(draw_curves(history(2)), tmp_path / name)
     assert (tmp_path / "a/x.png").read_bytes() == (tmp_path / "b/x.png").read_bytes()
+
+
+def test_draw_curves_of_one_epoch_marks_it_as_one() -> None:
+    for axis in draw_curves(history(1)).axes:
+        assert axis.get_xticks().tolist() == [1]
+        assert axis.get_xlim() == (0, 2)
+
+
+def test_a_class_without_images_has_no_accuracy() -> None:
+    sums = EvaluationSums()
+    sums.add(torch.eye(4)[[0, 1, 1, 3]] * 5, torch.tensor([0, 1, 1, 0]))
+    axis = draw_per_class(sums.result(), list("abcd")).axes[0]
+    assert [text.get_text() for text in axis.texts] == ["50.0%", "100.0%", "no images", "no images"]
+    assert "mean of classes, 75.00%" in axis.get_title()
+
+
+def test_draw_confusion_says_what_a_cell_is() -> None:
+    sums = EvaluationSums()
+    sums.add(torch.eye(2)[[0, 0, 1, 1]] * 5, torch.tensor([0, 0, 0, 1]))
+    axis = draw_confusion(sums.result(), list("ab")).axes[0]
+    assert [text.get_text() for text in axis.texts] == ["67\n(2)", "33\n(1)", "100\n(1)"]
+    assert "% of the true class's images, and their number" in axis.get_title()

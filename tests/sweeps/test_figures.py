@@ -39,6 +39,26 @@ def test_draw_one_key_has_error_bars_on_a_log_axis(tmp_path: Path) -> None:
     assert [round(x) for x in axis.get_xticks()] == [-3, -2, -1]  # by their logarithm
 
 
+def test_draw_one_key_of_a_search_is_a_scatter_on_a_log_axis(tmp_path: Path) -> None:
+    rates = [10 ** (-4 + n / 5) for n in range(15)]
+    for n, lr in enumerate(rates):
+        write_job(tmp_path, f"optimizer.lr={lr}", accuracy=n / 100)
+    axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
+    assert axis.get_xscale() == "log"
+    (points,) = axis.lines
+    assert points.get_linestyle() == "None"
+    assert points.get_xdata() == pytest.approx(rates)
+    assert axis.get_title() == "Validation accuracy (one run each)"
+
+
+def test_figures_name_their_number_of_seeds(tmp_path: Path) -> None:
+    for lr, seeds in (0.01, 2), (0.1, 3):
+        for seed in range(seeds):
+            write_job(tmp_path, f"optimizer.lr={lr}", f"seed={seed}", accuracy=lr + seed / 10)
+    axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
+    assert axis.get_title() == "Validation accuracy (mean ± std over seeds, n = 2 to 3; a dot a seed)"
+
+
 def test_draw_two_keys_of_a_search_is_points_in_a_plane(tmp_path: Path) -> None:
     for n in range(1, 8):
         write_job(tmp_path, f"optimizer.lr={n / 100}", f"optimizer.weight_decay={n / 1000}", accuracy=n / 10)

@@ -176,7 +176,7 @@ def draw_attribution(
     methods = list(result.maps)
     count, columns = len(names), 1 + len(methods)
     figure = new_figure(figsize=(2.1 * columns, 1.3 + 2.1 * count))
-    figure.suptitle("Pixels that speak for the class: five methods, each picture on its own scale")
+    figure.suptitle("Pixels that speak for the class named on the left: five methods, each picture on its own scale")
     grid = figure.add_gridspec(count + 1, columns, height_ratios=[1] * count + [0.06])  # colour bars at the bottom
     axes = np.array([[figure.add_subplot(grid[r, c]) for c in range(columns)] for r in range(count)])
     projections = {name: on_grey(maps) for name, maps in result.maps.items() if name in RULES}

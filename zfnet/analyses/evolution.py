@@ -27,7 +27,7 @@ from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.selection import Look, chosen_split, pick_layers, sample, to_inputs, to_rows
 from zfnet.explain.top_activations import LayerRecord, TopActivations, collect
 from zfnet.model.chain import Chain
-from zfnet.plots.figures import PALETTE, new_figure, save_figure, styled
+from zfnet.plots.figures import PALETTE, epoch_axis, new_figure, save_figure, styled
 from zfnet.plots.pictures import on_grey, show_mosaic
 from zfnet.runs.session import own_directory
 from zfnet.runs.weights import load_model
@@ -211,10 +211,10 @@ def draw_evolution(
     projections: epoch → layer → [M, 3, h, w]; maps: layer → the M maps' numbers.
     """
     count = max(len(numbers) for numbers in maps.values())
-    columns = min(len(maps), 3)
-    rows = -(-len(maps) // columns)
-    width = max(3.2, 0.8 * len(epochs) + 0.6)
-    figure = new_figure(figsize=(width * columns, (0.75 * count + 0.75) * rows + 0.4))
+    rows = -(-len(maps) // 5)
+    columns = -(-len(maps) // rows)
+    width = max(2.4, 0.55 * len(epochs) + 0.5)
+    figure = new_figure(figsize=(width * columns, (0.55 * count + 0.75) * rows + 0.4))
     figure.suptitle("Strongest projection of each map, by epoch (grey: no signal)")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in axes:
@@ -249,8 +249,8 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> 
             colour = PALETTE[k % len(PALETTE)]
             axis.plot([row[at] for row in own], [row[key] for row in own], "o-", color=colour, label=layer)
         lowest = min((row[key] for row in rows if row[key] < 0), default=0.0)
-        axis.set(title=title, xlabel="epoch", ylabel=label, ylim=(lowest - 0.02, 1.02))
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set(title=title, ylabel=label, ylim=(lowest - 0.02, 1.02))
+        epoch_axis(axis, [row[at] for row in rows])
     axes[2].yaxis.set_major_formatter("{x:.0%}")
     axes[0].legend()
     return figure

@@ -8,7 +8,7 @@ object's box is known, the probability inside and outside it tells whether the o
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Optional
@@ -312,6 +312,7 @@ def draw_occlusion(
     for panel, title in zip(axes[0, [0, 1, 3, 4, 6]], titles, strict=True):
         panel.set_title(title)
     extent = _extent(result, size)
+    colours = class_colours(result.occluded.predicted.ravel().tolist())  # the same in every row
     for row, (image, activation, bar_b, projected, probability, bar_d, predicted) in enumerate(axes):
         show(image, pictures[row])
         y, x = divmod(int(result.occluded.probability[row].argmin()), len(result.starts))
@@ -327,7 +328,7 @@ def draw_occlusion(
         probability.set_xlabel(f"whole image: {float(result.whole.probability[row]):.1%}")
         figure.colorbar(heat, cax=bar_d)
         bar_d.yaxis.set_major_formatter("{x:.0%}")
-        _draw_classes(predicted, result.occluded.predicted[row].numpy(), classes, extent)
+        _draw_classes(predicted, result.occluded.predicted[row].numpy(), classes, colours, extent)
         for panel in (image, activation, probability, predicted):
             panel.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
             if boxes is not None and panel is not image:
@@ -356,10 +357,13 @@ def _draw_projections(panel: Axes, shown: Panels) -> None:
 
 
 def _draw_classes(
-    panel: Axes, labels: np.ndarray, classes: Sequence[str], extent: tuple[float, float, float, float]
+    panel: Axes,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    colours: Mapping[int, str],
+    extent: tuple[float, float, float, float],
 ) -> None:
     """Draw a map of class numbers, with a legend of those that occur, most frequent first."""
-    colours = class_colours(labels.ravel().tolist())
     place = {c: n for n, c in enumerate(colours)}
     show(
         panel,
@@ -370,7 +374,7 @@ def _draw_classes(
         vmax=len(colours) - 0.5,
         interpolation="nearest",
     )
-    order = sorted(colours, key=lambda c: -int((labels == c).sum()))
+    order = sorted(set(labels.ravel().tolist()), key=lambda c: -int((labels == c).sum()))
     names = plain(classes[c] for c in order[:_NAMED])
     patches = [Patch(color=colours[c], label=name) for c, name in zip(order, names, strict=False)]
     panel.legend(handles=patches, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=1)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
@@ -41,6 +42,15 @@ def class_colours(classes: Sequence[int]) -> dict[int, str]:
 def plain(names: Iterable[str]) -> list[str]:
     """Return names for a figure: matplotlib would take what is between two dollar signs for a formula."""
     return [name.replace("$", r"\$") for name in names]
+
+
+def epoch_axis(axis: Axes, epochs: Sequence[Any]) -> None:
+    """Let the x axis show whole epochs; a single epoch is one point in the middle."""
+    axis.set_xlabel("epoch")
+    if len(set(epochs)) == 1:
+        axis.set(xlim=(epochs[0] - 1, epochs[0] + 1), xticks=epochs[:1])
+    else:
+        axis.locator_params(axis="x", integer=True)
 
 
 def _style() -> AbstractContextManager[None]:

@@ -10,7 +10,19 @@ import numpy as np
 import torch
 
 from zfnet.data import ImageSet
-from zfnet.plots.figures import GREEN, INK, LIGHT_BLUE, RED, SOFT, SPLIT_COLOURS, new_figure, plain, save_figure, styled
+from zfnet.plots.figures import (
+    GREEN,
+    INK,
+    LIGHT_BLUE,
+    RED,
+    SOFT,
+    SPLIT_COLOURS,
+    epoch_axis,
+    new_figure,
+    plain,
+    save_figure,
+    styled,
+)
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.metrics import Evaluation
 
@@ -79,8 +91,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     axes[2].set(title="Learning rate", ylabel="at the epoch's last step")
     axes[2].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     for axis in axes:
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        epoch_axis(axis, epochs)
     return figure
 
 
@@ -96,7 +107,8 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     axis.grid(False)
     bar = figure.colorbar(heat, ax=axis, shrink=0.7, label="of the true class's images")
     bar.ax.yaxis.set_major_formatter("{x:.0%}")
-    title = f"Confusion matrix in %: {evaluation.accuracy:.2%} of {counts.sum():,} images are correct"
+    cell = "% of the true class's images" + (", and their number" if count <= 12 else "")
+    title = f"Confusion matrix: {evaluation.accuracy:.2%} of {counts.sum():,} images are correct\neach cell: {cell}"
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
     ticks = list(range(count) if count <= 40 else range(0, count, 5))
     axis.set_xticks(
@@ -106,25 +118,27 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     for row, column in np.argwhere(rates >= 0.005) if count <= 20 else ():
         rate = rates[row, column]
         colour = "white" if rate > 0.5 else INK
-        axis.text(column, row, f"{100 * rate:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        text = f"{100 * rate:.0f}" + (f"\n({counts[row, column]:,})" if count <= 12 else "")
+        axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     return figure
 
 
 @styled
 def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     """Draw each class's accuracy as a bar, and the accuracy over all images as a dashed line."""
-    values, few = [v or 0.0 for v in evaluation.per_class()], len(classes) <= 40
+    values, few = evaluation.per_class(), len(classes) <= 40
+    known = [v for v in values if v is not None]
     figure = new_figure(figsize=(7, min(1.4 + 0.3 * len(classes), 24)))
     axis = figure.subplots()
-    bars = axis.barh(range(len(classes)), values, color=LIGHT_BLUE)
-    if few:
-        frame = {"fc": "white", "ec": "none", "pad": 1}  # the dashed line ends at the numbers
-        axis.bar_label(bars, [f"{v:.1%}" for v in values], padding=4, fontsize=8, bbox=frame)
+    axis.barh(range(len(classes)), [v or 0.0 for v in values], color=LIGHT_BLUE)
+    for row, value in enumerate(values) if few else ():
+        text = "no images" if value is None else f"{value:.1%}"
+        axis.text(1.02, row, text, va="center", fontsize=8)
     axis.axvline(evaluation.accuracy, color=SOFT, linestyle="--", linewidth=1)
     axis.set_yticks(range(len(classes)), plain(classes), fontsize=8 if few else 5)
     axis.invert_yaxis()
-    title = f"Accuracy by class (dashed: all images, {evaluation.accuracy:.2%})"
-    axis.set(xlim=(0, 1.1), title=title, xlabel="correctly classified images")
+    title = f"Accuracy by class (dashed: all images, {evaluation.accuracy:.2%}; mean of classes, {np.mean(known):.2%})"
+    axis.set(xlim=(0, 1.14), title=title, xlabel="correctly classified images")
     axis.set_xticks(np.linspace(0, 1, 6))
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.grid(axis="y", visible=False)

@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from zfnet.plots.figures import BLUE, ORANGE, PALETTE, SOFT, new_figure, plain, styled
+from zfnet.plots.figures import BLUE, ORANGE, PALETTE, SOFT, epoch_axis, new_figure, plain, styled
 from zfnet.sweeps.summary import Setting, Sweep, format_value, group_name, short_names
 
 NAMED = 8  # settings with a colour and a name of their own; the rest is grey
@@ -58,11 +58,11 @@ def draw_sweep_curves(sweep: Sweep) -> Figure:
                 epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
                 axis.plot(epochs, values, marker=marker, linestyle=line, **style)
             style.pop("label", None)  # one entry of the legend for all seeds
-    axes[0].set(title="Training loss", ylabel="training loss", xlabel="epoch")
-    axes[1].set(title="Validation accuracy (dashed: not finished)", ylabel=_ACCURACY, xlabel="epoch")
+    axes[0].set(title="Training loss", ylabel="training loss")
+    axes[1].set(title="Validation accuracy (dashed: not finished)", ylabel=_ACCURACY)
     axes[1].yaxis.set_major_formatter(PercentFormatter(1))
     for axis in axes:
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        epoch_axis(axis, [row["epoch"] for job in sweep.jobs for row in job.history])
     handles, texts = axes[1].get_legend_handles_labels()
     if handles:
         more = len(sweep.settings) - NAMED
@@ -103,28 +103,48 @@ def _colour_bar(axis: Axes, colours: ScalarMappable) -> None:
     bar.outline.set_visible(False)
 
 
+def _spread(settings: Sequence[Setting]) -> str:
+    """Say what is drawn of each setting, with the number of its seeds."""
+    counts = sorted({len(s.scores()) for s in settings})
+    if counts == [1]:
+        return "one run each"
+    return f"mean ± std over seeds, n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
+
+
 def _means(settings: Sequence[Setting]) -> list[float]:
     return [s.mean_and_std()[0] or 0.0 for s in settings]
 
 
 @styled
 def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
-    """Validation accuracy against the one swept key: mean ± std, and every seed as a dot."""
+    """Validation accuracy against the one swept key: mean ± std, and every seed as a dot.
+
+    A search, with more values than the axis names, is a scatter, on a log axis where the values span much.
+    """
     figure = new_figure(figsize=(6.4, 4.2))
     axis = figure.subplots()
     scale = _Scale(keys[0], settings)
-    order = np.argsort(scale.places)
-    places, ordered = [scale.places[i] for i in order], [settings[i] for i in order]
-    for place, setting in zip(places, ordered, strict=True):
-        axis.plot([place] * len(setting.scores()), setting.scores(), ".", color=SOFT, markersize=7)
-    stds = [s.mean_and_std()[1] or 0.0 for s in ordered]
-    axis.errorbar(places, _means(ordered), stds, fmt="o-" if scale.numeric else "o", color=BLUE, zorder=3)
-    tick_places, texts = scale.ticks()
-    long = sum(map(len, texts)) > 60
-    axis.set_xticks(tick_places, texts, rotation=45 if long else 0, ha="right" if long else "center")
+    search = scale.numeric and len(scale.values) > 12
+    raw = [s.values[keys[0]] for s in settings] if search else scale.places
+    order = np.argsort(raw)
+    places, ordered = [raw[i] for i in order], [settings[i] for i in order]
+    repeated = max(len(s.scores()) for s in settings) > 1
+    if repeated:
+        for place, setting in zip(places, ordered, strict=True):
+            axis.plot([place] * len(setting.scores()), setting.scores(), ".", color=SOFT, markersize=7)
+    stds = [s.mean_and_std()[1] or 0.0 for s in ordered] if repeated else None
+    axis.errorbar(
+        places, _means(ordered), stds, fmt="o-" if scale.numeric and not search else "o", color=BLUE, zorder=3
+    )
+    if search:
+        axis.set_xscale("log" if scale.log else "linear")
+    else:
+        tick_places, texts = scale.ticks()
+        long = sum(map(len, texts)) > 60
+        axis.set_xticks(tick_places, texts, rotation=45 if long else 0, ha="right" if long else "center")
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.margins(x=0.08, y=0.12)
-    title = "Validation accuracy (mean ± std; a dot a seed)"
+    title = f"Validation accuracy ({_spread(settings)}{'; a dot a seed' if repeated else ''})"
     axis.set(title=title, xlabel=group_name(keys[0]), ylabel=_ACCURACY)
     return figure
 
@@ -148,7 +168,7 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         colours: ScalarMappable = axis.imshow(grid, cmap="Blues", origin="lower", aspect="auto")
         axis.grid(False)
         axis.spines[:].set_visible(False)
-        axis.set_title("Validation accuracy\n(mean ± std over seeds)")
+        axis.set_title(f"Validation accuracy\n({_spread(settings)})")
     else:
         x, y = (_Scale(key, settings) for key in keys)
         best_on_top: dict[str, Any] = {
@@ -186,7 +206,7 @@ def draw_parallel(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     shades = matplotlib.colormaps["viridis"]
     for rank, row in reversed(list(enumerate(zip(*columns, strict=True)))):
         heights = [height(value, column) for column, value in enumerate(row)]
-        style: dict[str, Any] = {"color": shades(heights[-1]), "alpha": 0.75}
+        style: dict[str, Any] = {"color": shades(heights[-1]), "alpha": max(0.15, min(0.75, 15 / len(means)))}
         if rank == 0:
             style = {"color": ORANGE, "linewidth": 2.4}
         axis.plot(heights, **style)
