@@ -76,6 +76,7 @@ class GridSweeper(_Sweeper):
                 )
             words.append([f"{key}={value}" for value in values])
         grid = [list(combination) for combination in itertools.product(*words)]
+        self.jobs.check(grid)
         size = self.max_batch_size or len(grid)
         for first in range(0, len(grid), size):
             self.jobs.launch(grid[first : first + size], first)

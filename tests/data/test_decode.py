@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from zfnet.data import decode
 from zfnet.data.decode import FORMATS, SUFFIXES, UnreadableImage, fit_square, image_size, read_image
 
 GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
@@ -25,13 +29,13 @@ def encode(image: Image.Image, file_format: str, **options: object) -> io.BytesI
     return file
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "PPM", "TGA", "GIF", "JPEG", "WEBP"])
+@pytest.mark.parametrize("file_format", FORMATS)
 def test_read_image_reads_every_format(file_format: str) -> None:
-    lossless = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}
+    lossless = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
     smooth = Image.fromarray(np.repeat(GRADIENT[..., None], 3, axis=2))
     image = read_image(encode(smooth, file_format, **lossless.get(file_format, {})))
     assert (image.mode, image.size) == ("RGB", (16, 12))
-    tolerance = 3 if file_format in ("JPEG", "GIF") else 0
+    tolerance = 3 if file_format in ("JPEG", "GIF", "AVIF") else 0
     assert np.abs(np.asarray(image).astype(int) - np.asarray(smooth)).max() <= tolerance
 
 
@@ -74,8 +78,31 @@ def test_read_image_keeps_the_range_of_16_bits_and_floats() -> None:
         image = Image.fromarray((GRADIENT * scale).astype(np.float32))
         pixels = np.asarray(read_image(encode(image, "TIFF")))[..., 0].astype(int)
         assert np.abs(pixels - GRADIENT).max() <= 1
-    broken = Image.fromarray(np.array([[np.nan, np.inf, -np.inf, 0.5]], dtype=np.float32))
-    assert read_image(encode(broken, "TIFF")).size == (4, 1)
+    broken = Image.fromarray(np.array([[np.nan, np.inf, -np.inf, 0.2, 0.6]], dtype=np.float32))
+    assert np.asarray(read_image(encode(broken, "TIFF")))[0, :, 0].tolist() == [0, 153, 0, 51, 153]
+    for value in (np.nan, np.inf, -np.inf, -3):  # nothing to scale by
+        assert not np.asarray(read_image(encode(Image.fromarray(np.full((2, 2), value, np.float32)), "TIFF"))).any()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.linspace(-3, 7, 192, dtype=np.float32),
+        np.linspace(1e6, 2e6, 192, dtype=np.float32),
+        np.linspace(-(2**31), 2**31 - 1, 192).astype(np.int32),
+        np.linspace(0, 70_000, 192).astype(np.int32),
+    ],
+    ids=["negative floats", "large floats", "all of 32 bits", "more than 16 bits"],
+)
+def test_values_beyond_the_usual_ranges_are_scaled_by_their_own_which_is_said_once(values, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(decode, "_said_range", threading.Event())
+    monkeypatch.setattr(decode, "_BAND", 50)  # not a whole number of rows
+    file = encode(Image.fromarray(values.reshape(12, 16)), "TIFF")
+    with caplog.at_level(logging.WARNING, "zfnet"):
+        pixels = [np.asarray(read_image(file))[..., 0].astype(int) for _ in range(2)]
+    assert np.abs(pixels[0].ravel() - np.linspace(0, 255, 192)).max() <= 1
+    assert np.array_equal(*pixels)
+    assert [r.getMessage().count("are scaled by their own range") for r in caplog.records] == [1]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -97,9 +124,63 @@ def test_read_image_applies_exif_rotation(orientation: int) -> None:
     assert np.array_equal(np.asarray(read_image(file)), upright)
 
 
+@pytest.mark.parametrize(
+    ("kind", "count", "value", "turned"),
+    [
+        (3, 1, struct.pack("<H", 6), True),
+        (4, 1, struct.pack("<I", 6), True),
+        (5, 1, struct.pack("<II", 6, 1), True),
+        (3, 2, struct.pack("<HH", 6, 1), True),
+        (11, 1, struct.pack("<f", 6), True),
+        (2, 2, b"6\0", False),
+        (7, 4, b"six\0", False),
+        (5, 1, struct.pack("<II", 6, 0), False),
+        (3, 1, struct.pack("<H", 9), False),
+        (99, 1, b"6", False),
+    ],
+)
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
+def test_a_rotation_of_any_type(file_format: str, kind: int, count: int, value: bytes, turned: bool) -> None:
+    """What is equal to 1 … 8 counts; texts, fractions over 0 and unknown types do not, and cost no image."""
+    inline = value if len(value) <= 4 else struct.pack("<I", 26)
+    tag = struct.pack("<HHI", 0x0112, kind, count) + inline.ljust(4, b"\0")
+    if file_format == "TIFF":
+        plain = {256: 16, 257: 12, 258: 8, 259: 1, 262: 1, 273: 154, 277: 1, 278: 12, 279: 192}
+        tags = [struct.pack("<HHII", key, 4, 1, number) for key, number in plain.items()]
+        offset = 8 + 2 + 12 * 10 + 4
+        tag = tag if len(value) <= 4 else tag[:-4] + struct.pack("<I", offset)
+        content = b"II*\0" + struct.pack("<IH", 8, 10) + b"".join([*tags[:5], tag, *tags[5:]]) + bytes(4)
+        file = io.BytesIO(content + value.ljust(154 - offset, b"\0") + GRADIENT.tobytes())
+    else:
+        exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + tag + bytes(4) + value
+        file = encode(Image.fromarray(GRADIENT), file_format, exif=exif, quality=100)
+    pixels = np.asarray(read_image(file))[..., 0].astype(int)
+    assert np.abs(pixels - (np.rot90(GRADIENT, -1) if turned else GRADIENT)).max() <= 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16", "RGBA"])
+def test_a_rotated_tiff_on_disk(mode: str, orientation: int, tmp_path: Path) -> None:
+    """Pillow maps some of them into memory as if they were upright."""
+    grey = Image.fromarray(GRADIENT.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(GRADIENT)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (grey if mode == "I;16" else grey.convert(mode)).save(tmp_path / "a.tif", exif=exif)
+    expected = grey.convert("L") if mode != "I;16" else Image.fromarray(GRADIENT)
+    turn = decode._UPRIGHT.get(orientation)
+    expected = expected if turn is None else expected.transpose(turn)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif"))[..., 0], np.asarray(expected))
+    assert image_size(tmp_path / "a.tif") == expected.size
+
+
+def test_damaged_exif_does_not_cost_the_image() -> None:
+    for exif in (b"Exif\0\0II*\0", b"Exif\0\0" + bytes(range(64)), b"Exif\0\0MM\0*\xff\xff\xff\xff"):
+        assert np.array_equal(np.asarray(read_image(encode(Image.fromarray(COLOUR), "PNG", exif=exif))), COLOUR)
+
+
 def test_read_image_takes_the_first_frame() -> None:
     frames = [Image.new("RGB", (5, 5), c) for c in ("red", "blue")]
-    for file_format in ("GIF", "WEBP", "PNG"):
+    for file_format in ("GIF", "WEBP", "PNG", "TIFF"):
         options = {"lossless": True} if file_format == "WEBP" else {}
         file = encode(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
         assert np.asarray(read_image(file))[2, 2].tolist() == [255, 0, 0]
@@ -151,11 +232,90 @@ def test_folders_and_missing_files_are_unreadable(tmp_path: Path) -> None:
             image_size(path)
 
 
-def test_formats_exclude_those_that_start_a_program() -> None:
-    assert {"PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"} <= set(FORMATS)
-    assert not {"EPS", "WMF", "EMF"} & set(FORMATS)
-    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"} <= SUFFIXES
-    assert not {".eps", ".ps", ".wmf", ".emf"} & SUFFIXES
+def test_formats_are_few() -> None:
+    """Of the others, EPS and WMF start programs, and the rest is rarely a photograph."""
+    assert set(FORMATS) - {"AVIF"} == {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"}
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm"} <= SUFFIXES
+    assert not {".eps", ".ps", ".wmf", ".emf", ".psd", ".tga", ".jp2", ".ico"} & SUFFIXES
+    for other in ("TGA", "JPEG2000", "ICO"):
+        with pytest.raises(UnreadableImage, match=r"not an image of a known format \(JPEG, PNG, "):
+            read_image(encode(Image.fromarray(COLOUR), other))
+
+
+# -- what a file may cost
+
+
+def test_more_than_max_pixels_are_refused_before_they_are_decoded() -> None:
+    file = io.BytesIO(_png_header(300, 200))  # its pixels are missing, so decoding would fail in another way
+    with pytest.raises(UnreadableImage, match=r"^60,000 pixels are more than data.max_pixels=59,999$"):
+        read_image(file, 59_999)
+    with pytest.raises(UnreadableImage, match="truncated"):
+        read_image(file, 60_000)
+
+
+def test_max_pixels_may_be_larger_than_pillows_own_limit(monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    file = encode(Image.fromarray(COLOUR), "PNG")
+    with pytest.raises(UnreadableImage, match="192 pixels are more than"):
+        read_image(file, 191)
+    assert read_image(file, 192).size == (16, 12)
+
+
+def test_a_tiff_counts_by_its_largest_tile() -> None:
+    """A tile of 40,000×40,000 pixels in a file of 150 bytes, for an image of 10×10, took 1.5 GB."""
+    tags = {256: 10, 257: 10, 258: 8, 259: 5, 262: 1, 277: 1, 322: 40_000, 323: 40_000, 324: 130, 325: 1000}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    file = io.BytesIO(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(1004))
+    with pytest.raises(UnreadableImage, match="1,600,000,000 pixels are more than"):
+        read_image(file)
+
+
+def _peak() -> int:
+    """Return the most memory that this process has held since the last `clear_refs`, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks of memory can be reset on Linux")
+@pytest.mark.parametrize("mode", ["I;16", "F", "RGBA", "RGB"])
+def test_memory_follows_the_number_of_pixels(mode: str, tmp_path: Path) -> None:
+    """At most three copies of four bytes a pixel, and what a band needs; scaling once took 26 bytes a pixel."""
+    shape, kind = {"RGBA": ((4000, 5000, 4), np.uint8), "RGB": ((4000, 5000, 3), np.uint8)}.get(
+        mode, ((4000, 5000), np.uint16 if mode == "I;16" else np.float32)
+    )
+    path, exif = tmp_path / "image.tif", Image.Exif()
+    exif[0x0112] = 6  # turning takes a copy as well
+    Image.fromarray(np.zeros(shape, kind)).save(path, exif=exif)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak()
+    assert read_image(path).size == (4000, 5000)
+    assert (_peak() - before) / 20e6 < 15
+
+
+def test_threads_share_one_limit(monkeypatch) -> None:
+    """Sixteen threads never hold more than the pixels of two images, and one that is larger waits for its turn."""
+    monkeypatch.setattr(decode, "_room", decode._Room(2 * COLOUR.size // 3))
+    held, most, lock, real = 0, [0], threading.Lock(), decode._to_rgb
+
+    def slow(image: Image.Image) -> Image.Image:
+        nonlocal held
+        with lock:
+            held += image.width * image.height
+            most.append(held)
+        barrier.wait(0.01)
+        with lock:
+            held -= image.width * image.height
+        return real(image)
+
+    barrier = threading.Event()
+    monkeypatch.setattr(decode, "_to_rgb", slow)
+    large = Image.new("RGB", (40, 40))
+    files = [encode(large if n % 5 == 0 else Image.fromarray(COLOUR), "PNG") for n in range(20)]
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(lambda file: read_image(file).size, files))
+    assert sizes == [(40, 40) if n % 5 == 0 else (16, 12) for n in range(20)]
+    assert max(most) == 40 * 40
+    assert set(most) <= {0, 16 * 12, 2 * 16 * 12, 40 * 40}
 
 
 def test_image_size_reads_the_header_only(tmp_path: Path) -> None:

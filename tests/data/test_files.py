@@ -79,6 +79,22 @@ class Hostile(BaseHTTPRequestHandler):
     def _escape(self) -> None:
         self._respond(302, Location="file:///etc/passwd")
 
+    def _away(self) -> None:
+        self._respond(302, Location=self.path.removeprefix("/away/"))
+
+    def _named(self) -> None:
+        """Answer with the path that came."""
+        self._respond(200, body=self.path.encode())
+
+    def _latin(self) -> None:
+        self._respond(302, Location="/named/gr\xf6\xdfe x".encode().decode("latin-1"))
+
+    def _short(self) -> None:
+        self._respond(200, body=b"pix", **{"Content-Length": "6"})
+
+    def _cut(self) -> None:
+        self._respond(200, body=b"6\r\npix", **{"Transfer-Encoding": "chunked"})
+
     def _announced(self) -> None:
         self._respond(200, **{"Content-Length": str(10**12)})
 
@@ -121,12 +137,8 @@ class Hostile(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(files, "MAX_BYTES", 2**20)
-    monkeypatch.setattr(files, "MAX_SECONDS", 0.5)
+@contextlib.contextmanager
+def serving() -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as http_server:
         http_server.daemon_threads = True
         http_server.over = threading.Event()  # type: ignore[attr-defined]
@@ -135,6 +147,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"http://127.0.0.1:{http_server.server_address[1]}"
         http_server.over.set()  # type: ignore[attr-defined]
         http_server.shutdown()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(files, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(files, "MAX_SECONDS", 0.5)
+    with serving() as address:
+        yield address
 
 
 def test_fetch_returns_content_and_follows_redirects(server: str) -> None:
@@ -159,6 +181,8 @@ def test_find_images_takes_addresses(server: str) -> None:
         ("loop", "more than 5 redirects"),
         ("escape", "file: is not fetched"),
         ("announced", "more than 1 MB"),
+        ("short", "the connection ended after 3 of 6 bytes"),
+        ("cut", r"cannot be fetched \(IncompleteRead"),
         ("endless", "more than 1 MB"),
         ("drip", "took more than 0.5 s"),
         ("headers", "took more than 0.5 s"),
@@ -169,6 +193,57 @@ def test_fetch_stays_within_its_limits(server: str, path: str, expected: str) ->
     with pytest.raises(UnreadableImage, match=expected):
         fetch(f"{server}/{path}")
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("10.1.2.3", True),
+        ("172.16.0.1", True),
+        ("192.168.0.1", True),
+        ("169.254.169.254", True),
+        ("100.64.0.1", True),
+        ("0.0.0.0", True),
+        ("::1", True),
+        ("fe80::1%eth0", True),
+        ("fd00::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("::ffff:8.8.8.8", False),
+        ("93.184.216.34", False),
+        ("2606:2800:220:1::1", False),
+    ],
+)
+def test_addresses_of_the_local_network(address: str, local: bool) -> None:
+    assert files._is_local((address, 80)) is local
+
+
+def test_no_redirect_leads_from_a_public_address_to_the_local_network(server: str, monkeypatch) -> None:
+    """One of two servers stands for the public internet; what the typed address names is always fetched."""
+    with serving() as public:
+        number = int(public.rpartition(":")[2])
+        monkeypatch.setattr(files, "_is_local", lambda peer: peer[1] != number)
+        assert fetch(f"{public}/good") == fetch(f"{server}/good") == b"pixels"
+        assert fetch(f"{server}/away/{public}/good") == b"pixels"
+        assert fetch(f"{server}/away/{server}/good") == b"pixels"
+        for path in (f"away/{server}/good", f"away/{public}/away/{server}/good"):
+            with pytest.raises(UnreadableImage, match="redirects from a public address to the local network"):
+                fetch(f"{public}/{path}")
+        with pytest.raises(UnreadableImage, match="redirects from a public address to the local network"):
+            fetch(f"{server}/away/{public}/away/{server}/good")  # not by a way round either
+
+
+def test_addresses_may_hold_spaces_and_any_letters(server: str) -> None:
+    assert (
+        fetch(f"{server}/named/größe 1 (2).png?a=ü b&c=%20")
+        == b"/named/gr%C3%B6%C3%9Fe%201%20(2).png?a=%C3%BC%20b&c=%20"
+    )
+    assert fetch(f"{server}/latin") == b"/named/gr%C3%B6%C3%9Fe%20x"
+    assert (
+        files._in_ascii("https://user@bücher.example:81/ü#ß") == "https://user@xn--bcher-kva.example:81/%C3%BC#%C3%9F"
+    )
+    assert files._in_ascii("http://[::1]:80/%41?x=[1]") == "http://[::1]:80/%41?x=[1]"
 
 
 def test_fetch_does_not_repeat_a_servers_noise(server: str) -> None:

@@ -237,7 +237,7 @@ def test_several_at_once_decode_once(config, photos: Path, monkeypatch) -> None:
     write_images(photos, {"a": 5, "b": 5})
     count: list[object] = []
     real = folder_module.read_image
-    monkeypatch.setattr(folder_module, "read_image", lambda f: (count.append(f), real(f))[1])
+    monkeypatch.setattr(folder_module, "read_image", lambda *given: (count.append(given), real(*given))[1])
     with ThreadPoolExecutor(4) as pool:
         marks = set(pool.map(lambda _: load_folder(config())[3], range(4)))
     assert len(marks) == 1

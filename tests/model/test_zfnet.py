@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -264,9 +266,33 @@ def test_zfnet_takes_every_size_from_64(size: int) -> None:
 def test_feature_sizes_of_the_smallest_image(pooling: str, smallest: int) -> None:
     """ZFNet's docstring and conf/model/small.yaml name it."""
     config = ModelConfig(pooling=pooling)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=rf"set data.image_size={smallest} or more \(it is {smallest - 1}\), or lower "):
         feature_sizes(config, smallest - 1)
     assert feature_sizes(config, smallest)["conv5"][1] == 1
+
+
+def test_the_smallest_size_is_found_however_odd_the_network() -> None:
+    """Sizes need not grow evenly, and no size helps where the settings leave no pixel at all."""
+    config = tiny_model_config(conv2=Conv(6, 31, 3, 0, True))
+    with pytest.raises(UserError, match=r"set data.image_size=(\d+) or more") as caught:
+        feature_sizes(config, 40)
+    smallest = int(re.search(r"image_size=(\d+)", str(caught.value))[1])
+    assert feature_sizes(config, smallest)
+    with pytest.raises(UserError):
+        feature_sizes(config, smallest - 1)
+    with pytest.raises(UserError, match=r"kernel \(padding 1\): lower the kernel sizes and strides$"):
+        feature_sizes(tiny_model_config(conv1=Conv(4, 9000, 2, 1, True)), 224)
+
+
+def test_images_of_another_size_are_named() -> None:
+    model = ZFNet(3, 64, tiny_model_config())
+    for shape in ((2, 3, 32, 32), (3, 64, 64), (2, 64, 64, 3), (2, 1, 64, 64)):
+        for use in (model, lambda x: model.activations(x, ["conv5"])):
+            with pytest.raises(UserError) as caught:
+                use(torch.zeros(shape))
+            assert str(caught.value) == f"images of shape {list(shape)}: the network takes [N, 3, 64, 64]"
+    with pytest.raises(UserError, match=r"layers='conv5': must be a list, as in \['conv5'\]"):
+        model.activations(torch.zeros(1, 3, 64, 64), "conv5")
 
 
 def test_feature_sizes_name_the_layer_without_pixels() -> None:

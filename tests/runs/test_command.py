@@ -193,6 +193,14 @@ def test_a_damaged_record_is_one_line(tmp_path: Path, content: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_forgive_marks_keys_of_swept_groups() -> None:
+    words = ["optimizer=sgd,rmsprop", "optimizer.momentum=0.5", "model.dropout=0.1", "job.top=1"]
+    assert allow_keys_of_record(words) == words
+    assert allow_keys_of_record(["-m", *words]) == ["-m", words[0], "++optimizer.momentum=0.5", *words[2:]]
+    words[0] = "experiment=quickstart,blog"
+    assert allow_keys_of_record(["--multirun", *words])[1:] == [words[0], *(f"++{w}" for w in words[1:3]), "job.top=1"]
+
+
 def test_forgive_marks_keys_only_where_a_run_is_named() -> None:
     words = ["job=resume", "optimizer.momentum=0.5", "optimizer=sgd", "hydra.run.dir=x", "+a.b=1", "seed=1"]
     assert allow_keys_of_record(words) == words
@@ -209,22 +217,38 @@ def test_forgive_marks_keys_only_where_a_run_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "expected"),
+    ("word", "expected", "value"),
     [
-        ("data.root=Bilder/Größe", 'data.root="Bilder/Größe"'),
-        ("run=größe", 'run="größe"'),
-        ("images=[größe.jpg, x y ö.png,a.png]", 'images=["größe.jpg","x y ö.png",a.png]'),
-        ("data.root='Größe'", "data.root='Größe'"),
-        ("data.root=${oc.env:Größe}", "data.root=${oc.env:Größe}"),
-        ("--config-path=größe", "--config-path=größe"),
-        ("ü=3", "ü=3"),
+        ("data.root=Bilder/Größe", 'data.root="Bilder/Größe"', "Bilder/Größe"),
+        ("run=größe", 'run="größe"', "größe"),
+        ("images=[größe.jpg, x y ö.png,a.png]", 'images=["größe.jpg","x y ö.png",a.png]', None),
+        ("images=[größe.jpg, x y ö.png,a.png]", None, ["größe.jpg", "x y ö.png", "a.png"]),
+        ('images=["it\'s, mine.png",b (1).png]', None, ["it's, mine.png", "b (1).png"]),
+        ("images=cat (1).jpg", 'images="cat (1).jpg"', "cat (1).jpg"),
+        ("images=q\"u'o\\.png", None, "q\"u'o\\.png"),
+        ("data.root='Größe'", "data.root='Größe'", "Größe"),
+        ("data.root=${oc.env:Größe}", "data.root=${oc.env:Größe}", None),
+        ("optimizer.lr=choice(1,2", 'optimizer.lr="choice(1,2"', None),  # and no sweep over two values
+        ("model.name=größe,b", 'model.name="größe",b', None),
+        ("--config-path=größe", "--config-path=größe", None),
+        ("ü=3", "ü=3", None),
+        # names of files that exist, and of none
+        ("images=a,b.png", 'images="a,b.png"', "a,b.png"),
+        ("images=c,d.png", "images=c,d.png", None),
+        ("images=[1e5,2e5,k=v.png]", 'images=["1e5",2e5,"k=v.png"]', ["1e5", 2e5, "k=v.png"]),
+        ("images=5", 'images="5"', "5"),
+        ("data.root=[x]", 'data.root="[x]"', "[x]"),
+        ("seed=5", "seed=5", 5),
+        ("images=plain.png", "images=plain.png", "plain.png"),
     ],
 )
-def test_forgive_quotes_letters_outside_ascii(word: str, expected: str) -> None:
-    assert allow_keys_of_record([word])[0] == expected
-    if expected.startswith(("data.root=", "images=")) and "$" not in word:
-        value = composing._parse([expected])[0].value()
-        assert value in ("Bilder/Größe", "Größe", ["größe.jpg", "x y ö.png", "a.png"])
+def test_values_that_hydra_would_misread_are_quoted(tmp_path: Path, monkeypatch, word, expected, value) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.png", "1e5", "k=v.png", "5", "[x]", "plain.png"):
+        Path(name).touch()
+    word = allow_keys_of_record([word])[0]
+    assert expected in (None, word)
+    assert value is None or composing._parse([word])[0].value() == value
 
 
 def test_an_interpolation_on_the_command_line_follows_the_record(onecycle: RunDirectory) -> None:

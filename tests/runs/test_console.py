@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import compose
+from zfnet.runs.command import CONF
+from zfnet.runs.directory import RunDirectory
 
 SHAPES = ("experiment=quickstart", "trainer.epochs=1", "data.train_images=100", "data.test_images=20")
 
@@ -22,6 +28,23 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["optimizer.lrr=0.1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
         (["trainer.epoch=3"], "trainer.epoch: no such key; did you mean 'trainer.epochs'?"),
         (["optimzer=sgd"], "optimzer: no such key; did you mean 'optimizer'?"),
+        (["expriment=quickstart"], "expriment: no such key; did you mean 'experiment'?"),
+        (["--experiment", "blog"], "--experiment: no such option; settings have no dashes, as in experiment=blog"),
+        (["--experiment=blog"], "--experiment: no such option; settings have no dashes, as in experiment=blog"),
+        (["--seed", "3"], "--seed: no such option; settings have no dashes, as in seed=3"),
+        (["--lr=0.1"], "--lr: no such option; settings have no dashes, as in optimizer.lr=0.01"),
+        (["optimizer.lr=0,001"], "optimizer.lr=0,001: several values are a sweep, with -m; a list is written "),
+        (["optimizer.lr=0,001"], "; a decimal number has a point: optimizer.lr=0.001"),
+        (["data.mean=0.5,0.4,0.3"], "a list is written data.mean=[0.5,0.4,0.3]"),
+        (["optimizer.lr=choice(1,2"], "optimizer.lr=choice(1,2: must be a number"),
+        (["optimizer=sgd", "optimizer.betas=1"], "optimizer.betas: no such key with optimizer=sgd; known: optimizer."),
+        (["model.conv1=[1]"], "model.conv1=[1]: holds keys of its own; set one of them, as in model.conv1.channels="),
+        (["optimizer=adamw", "optimizer.foreach=true"], "AdamW takes it: write +optimizer.foreach=true"),
+        (["loss.weight=[1,2]"], "is not in conf/loss/, but CrossEntropyLoss takes it: write +loss.weight=[1,2]"),
+        (["optimizer.param_groups=[]"], "AdamW takes it: write +optimizer.param_groups=[]"),
+        (["optimizer._target_=torch.optim.AdamWW"], "there is no such name; did you mean 'torch.optim.AdamW'?"),
+        (["loss._target_=torch.nn.CrosEntropyLoss"], "did you mean 'torch.nn.CrossEntropyLoss'?"),
+        (["model=small", "data.image_size=9"], "set data.image_size="),
         (["optimizer=sdg"], "optimizer=sdg: no such choice; did you mean 'sgd'?"),
         (["experiment=blogg"], "experiment=blogg: no such choice; did you mean 'blog'?"),
         (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number"),
@@ -59,7 +82,7 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["+data.fit=größe"], "data.fit=größe: must be one of crop or stretch"),
         (["hydra.run.dir=file"], "File exists: 'file'"),
         (["hydra.run.dir=file/run"], "Not a directory: 'file/run'"),
-        (["-cp", "record", "job=summary"], "node `job` is not a container"),
+        (["-cp", "record", "job=summary"], "job=summary: this config has no choices of jobs; write job.name=summary"),
         (["-cp", "broken"], "broken/config.yaml, line 3, column 2: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -122,6 +145,44 @@ def test_an_error_of_the_program_is_named_and_logged(run_py, tmp_path: Path, mon
     log = (tmp_path / "r/train.log").read_text()
     assert "Traceback" in log
     assert "in broken" in log
+
+
+@pytest.mark.parametrize(
+    "word", ["hydra.job.chdir=true", "hydra/job_logging=default", "hydra.output_subdir=.hydra", "hydra.output_subdir=h"]
+)
+def test_hydras_own_settings_work_as_in_any_program(run_py, tmp_path: Path, monkeypatch, word: str) -> None:
+    monkeypatch.setattr("zfnet.jobs.train.train", lambda *_: None)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # Hydra's own logging adds some, for good
+    here = Path.cwd()
+    assert run_py(*SHAPES, "hydra.run.dir=r", word).code == 0
+    assert Path.cwd() == here
+    assert (tmp_path / "r/config.yaml").is_file()
+    assert (tmp_path / "r/.hydra/overrides.yaml").is_file()
+    assert (tmp_path / "r/run.log").exists() == ("logging" in word)
+    assert (tmp_path / "r/h").exists() == word.endswith("=h")
+    assert run_py(*SHAPES, "seed=1", "hydra.run.dir=r", word).err.startswith("error: ")  # another run's directory
+
+
+def test_a_search_path_adds_choices(run_py, tmp_path: Path) -> None:
+    (tmp_path / "more/model").mkdir(parents=True)
+    shutil.copy(CONF / "model/small.yaml", tmp_path / "more/model/mine.yaml")
+    answer = run_py("job=summary", "model=mine", f"hydra.searchpath=[file://{tmp_path}/more]")
+    assert (answer.code, answer.err) == (0, "")
+
+
+def test_words_are_taken_as_they_are(run_py, tmp_path: Path, monkeypatch) -> None:
+    """Names for which Hydra's grammar has no place, or which it would read as something else."""
+    seen = []
+    monkeypatch.setattr("zfnet.jobs.predict.PredictJob.main", lambda job, config, output: seen.append(config))
+    run = tmp_path / "a run (1), x=2"
+    RunDirectory(run).claim(compose(*SHAPES))
+    names = ["cat (1).jpg", "it's.png", "a+b@c#d%e.png", "~/x.png", "größe.png", "a=b.png"]
+    for name in names[:3]:
+        answer = run_py("job=predict", f"run={run.name}", f"images={name}")
+        assert (answer.code, answer.err) == (0, "")
+    assert run_py("job=predict", f"run={run.name}", f"images=[{','.join(names[:6])}]").code == 0
+    assert [c.images for c in seen] == [*([name] for name in names[:3]), names[:6]]
+    assert {c.run for c in seen} == {run.name}
 
 
 def test_help_lists_the_groups(run_py) -> None:

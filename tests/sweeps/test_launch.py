@@ -50,6 +50,7 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, undrawn, monkeypatch) -> None:
+    monkeypatch.setattr(launch.SweepJobs, "check", lambda *_: None)  # as if only the jobs themselves could find out
     words = ("-m", *SMALL, "optimizer.lr=1e-3,-1", "seed=0,1")
     answer = run_py(*words)
     assert answer.code == 1
@@ -203,6 +204,54 @@ def test_grid_that_cannot_be_composed_is_one_line_and_writes_nothing(run_py, tmp
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "optimizer.lr=1e-3,-1 seed=0,1",
+            "optimizer.lr=-1: must be a number greater than 0 (the job optimizer.lr=-1 seed=0)",
+        ),
+        (
+            "data.image_size=64,20",
+            "data.image_size=53 or more (it is 20), or lower the kernel sizes and strides (the job ",
+        ),
+        (
+            "seed=0,1 trainer.epochs=1,0 hydra.sweeper.max_batch_size=1",
+            "trainer.epochs=0: must be at least 1 (the job ",
+        ),
+        ("optimizer=sgd,adamw optimizer.momentum=0.5", "optimizer.momentum: AdamW has no such setting"),
+    ],
+)
+def test_a_bad_value_is_found_before_the_first_job_trains(run_py, tmp_path, monkeypatch, words, expected) -> None:
+    monkeypatch.setattr("zfnet.jobs.train.train", lambda *_: pytest.fail("a job was started"))
+    answer = run_py("-m", *SMALL, *words.split())
+    assert answer.code == 1
+    assert answer.err.startswith("error: no job has started: ")
+    assert expected in answer.err
+    assert answer.err.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_check_of_a_sweep_imports_nothing_that_a_folder_from_elsewhere_names(run_py, tmp_path, monkeypatch) -> None:
+    (tmp_path / "theirs/model").mkdir(parents=True)
+    (tmp_path / "theirs/model/own.yaml").write_text(
+        "# @package _global_\nimports: [hostile]\nmodel:\n  _target_: hostile.Net\n"
+    )
+    (tmp_path / "hostile.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    answer = run_py("-m", "--config-dir", "theirs", *SMALL, "+model@_global_=own", "seed=0,1")
+    assert answer.code == 1
+    assert "add imports=[hostile]" in answer.err
+
+
+def test_a_key_of_all_swept_groups_is_taken(run_py, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: config.optimizer["momentum"])
+    answer = run_py("-m", *SMALL, "optimizer=sgd,rmsprop", "optimizer.momentum=0.25,0.5")
+    assert (answer.code, answer.err) == (0, "")
+    names = sorted(path.parent.name for path in tmp_path.glob("s/*/config.yaml"))
+    assert names == [f"optimizer.momentum={m},optimizer={o}" for m in (0.25, 0.5) for o in ("rmsprop", "sgd")]
+
+
 def test_launch_resolves_a_subdir_with_the_number_of_the_job(run_py, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.train.train", lambda *_: 0.5)
     assert run_py("-m", *SMALL, "seed=0,1", "hydra.sweep.subdir='job-${hydra:job.num}'").code == 0
@@ -267,7 +316,8 @@ def test_take_one_gpu_keeps_what_a_single_process_has(tmp_path: Path, parallel: 
 
 
 @pytest.mark.slow
-def test_launch_with_joblib_gives_the_same_numbers(run_py, tmp_path: Path) -> None:
+def test_launch_with_joblib_gives_the_same_numbers(run_py, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(launch.SweepJobs, "check", lambda *_: None)
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     from joblib.externals import loky
 

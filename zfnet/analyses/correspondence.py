@@ -170,7 +170,7 @@ def read_points(loaded: LoadedRun, table: Path) -> Marked:
     size = loaded.metadata.stored_size
     for number, (name, parts) in enumerate(places.items()):
         try:
-            image = read_image(table.parent / name)
+            image = read_image(table.parent / name, loaded.data.max_pixels)
         except UnreadableImage as error:
             raise UserError(f"{table.parent / name} cannot be read as an image ({error})") from error
         pixels.append(torch.from_numpy(fit_square(image, size, loaded.data.fit).copy()))

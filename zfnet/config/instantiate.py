@@ -57,7 +57,15 @@ def resolve(slot: str, target: Any, base: type, imports: Sequence[str] = ()) -> 
         )
     found = _look_up(target, [place for place in places if _below(place, package)], package in imports)
     if found is None:
-        raise UserError(f"{wanted}; there is no such name")
+        module = target.rpartition(".")[0]
+        names = [
+            f"{module}.{name}"
+            for name, value in vars(sys.modules.get(module, object)).items()
+            if (isinstance(value, type) and issubclass(value, base))
+            or (group in _FUNCTIONS and inspect.isfunction(value))
+        ]
+        hint = did_you_mean(target, names)
+        raise UserError(f"{wanted}; there is no such name{hint if 'did you mean' in hint else ''}")
     where = str(getattr(found, "__module__", ""))
     if any(_below(where, place) for place in places):
         if isinstance(found, type) and issubclass(found, base) and found is not base:

@@ -24,7 +24,9 @@ from zfnet.config.instantiate import resolve
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
-Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
+LARGEST_SIDE = 4096
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]  # of an image, in pixels
+MAX_PIXELS = 89_478_485  # of an image file: the limit of Pillow's own warning, 256 MiB of RGB
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Folder = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder may be named 2024
 Colour = Annotated[list[float], Field(min_length=3, max_length=3)]  # red, green, blue; fractions of full scale
@@ -96,6 +98,7 @@ class DataConfig(Checked):
     device_memory: Fraction = 0.5
     store_size: Optional[Side] = None
     fit: Literal["crop", "stretch"] = "crop"
+    max_pixels: Annotated[int, Field(ge=1, le=2**30)] = MAX_PIXELS
 
 
 @dataclass(kw_only=True)
@@ -244,7 +247,7 @@ class Config(Checked):
 
 # Keys that change neither the weights nor the figures of a run.
 NOT_IDENTITY: dict[str, tuple[str, ...]] = {
-    "data": ("root", "cache_dir", "device_memory"),
+    "data": ("root", "cache_dir", "device_memory", "max_pixels"),
     "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "profile", "snapshots"),
 }
 _NOT_RESULT = ("job", "run", "images", "imports", "logger")

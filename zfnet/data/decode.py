@@ -1,22 +1,47 @@
-"""Image files of any format as RGB images: the only place where image files are opened."""
+"""Image files as RGB images: the only place where image files are opened.
+
+What a file may cost is known from its header, before a pixel is decoded: at most `max_pixels`, each of which takes four
+bytes. All threads together decode no more than `_AT_ONCE` pixels at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-# Pillow passes EPS and PS files to Ghostscript, and WMF to the system: such a file would start a program.
-_REFUSED = {"EPS", "WMF", "EMF"}
+from zfnet.config.schema import MAX_PIXELS
+
+log = logging.getLogger("zfnet")
+
+# Of about forty formats that Pillow opens: each decoder is a way in for hostile files. AVIF is not in every Pillow.
 Image.init()
-FORMATS = tuple(sorted(set(Image.OPEN) - _REFUSED))
+FORMATS = tuple(f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
 SUFFIXES = frozenset(s for s, f in Image.registered_extensions().items() if f in FORMATS)
+
+_AT_ONCE = 3 * MAX_PIXELS  # 1 GiB for each copy of them
+_BAND = 1 << 20  # pixels that are scaled at once
+_said_range = threading.Event()
+
+# what undoes each EXIF orientation
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def is_image(name: str) -> bool:
@@ -28,15 +53,18 @@ class UnreadableImage(Exception):
     """The file is not an image that can be decoded; the message says why."""
 
 
-def read_image(file: str | Path | BinaryIO) -> Image.Image:
-    """Return the image in mode RGB, upright; raise UnreadableImage.
+def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the image in mode RGB, upright; raise UnreadableImage, for more than `max_pixels` too.
 
-    EXIF rotation is applied, transparency becomes white, 16-bit and floating-point grey are scaled to 8 bits, and an
-    animation gives its first frame.
+    EXIF rotation is applied, transparency becomes white, an animation gives its first frame. Grey values of more than
+    8 bits are scaled: integers from 0 … 65535, floats from the smallest of 0 … 1, 255 and 65535 that holds them; an
+    image with values outside of these from its own range, which is said once.
     """
-    with _opened(file) as image:
-        image.seek(0)
-        return _to_rgb(ImageOps.exif_transpose(image))
+    with _opened(file, max_pixels) as image, _room.taken(_pixels(image)):
+        image.load()
+        upright = _UPRIGHT.get(_orientation(image))
+        rgb = _to_rgb(image)
+        return rgb if upright is None else rgb.transpose(upright)
 
 
 def image_size(file: Path) -> tuple[int, int]:
@@ -46,40 +74,106 @@ def image_size(file: Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
+def _opened(file: str | Path | BinaryIO, max_pixels: int | None = None) -> Iterator[Image.Image]:
     """Open a file with one of FORMATS; raise UnreadableImage for any error, within this block too."""
-    if isinstance(file, (str, Path)) and Path(file).exists() and not Path(file).is_file():
-        raise UnreadableImage("not a regular file")  # reading a pipe or a device might never end
+    if isinstance(file, (str, Path)):
+        if Path(file).exists() and not Path(file).is_file():
+            raise UnreadableImage("not a regular file")  # reading a pipe or a device might never end
+        try:
+            # opened here: a path Pillow might map into memory, and then mixes up the pixels of a rotated TIFF
+            with open(file, "rb") as stream, _opened(stream, max_pixels) as image:
+                yield image
+        except OSError as error:
+            raise UnreadableImage(error.strerror or str(error)) from error
+        return
+    if max_pixels and Image.MAX_IMAGE_PIXELS and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has a limit of its own
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
+                if max_pixels and (pixels := _pixels(image)) > max_pixels:
+                    raise UnreadableImage(f"{pixels:,} pixels are more than data.max_pixels={max_pixels:,}")
                 yield image
+    except UnreadableImage:
+        raise
     except UnidentifiedImageError as error:  # its message repeats the file's name, or names an object in memory
-        raise UnreadableImage("not an image of a known format") from error
+        raise UnreadableImage(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise errors of many classes on damaged files
         raise UnreadableImage(str(error) or type(error).__name__) from error
 
 
+def _pixels(image: Image.Image) -> int:
+    """Return how many pixels decoding has to hold: those of the image, or of one tile of a TIFF if it is larger."""
+    tags = getattr(image, "tag_v2", {})
+    tile = int(tags.get(TiffImagePlugin.TILEWIDTH, 0)) * int(tags.get(TiffImagePlugin.TILELENGTH, 0))
+    return max(image.width * image.height, tile)
+
+
+class _Room:
+    """How many pixels threads may decode at once; a thread waits until those before it are done."""
+
+    def __init__(self, pixels: int) -> None:
+        self._pixels, self._used, self._changed = pixels, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Within this block so many pixels are taken; more than there are at all wait until they are alone."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + pixels <= self._pixels)
+            self._used += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= pixels
+                self._changed.notify_all()
+
+
+_room = _Room(_AT_ONCE)
+
+
+def _orientation(image: Image.Image) -> Any:
+    """Return EXIF's orientation, 1 to 8; anything else means none, and a damaged EXIF part has none."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # the pixels are good all the same
+        return None
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()
-        return image.copy()
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        return Image.fromarray(_eight_bits(np.asarray(image, dtype=np.float64), image.mode)).convert("RGB")
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _eight_bits(grey: np.ndarray, mode: str) -> np.ndarray:
-    """Scale to 0 … 255: integers from 0 … 65535; floats from the smallest of 0 … 1, 255 and 65535 that holds them."""
-    grey = np.nan_to_num(grey)
-    peak = float(grey.max(initial=0.0))
-    full = next((f for f in (1.0, 255.0) if mode == "F" and peak <= f), 65535.0)
-    return (grey.clip(0, full) * (255.0 / full)).round().astype(np.uint8)
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Return grey values scaled to 0 … 255, uint8 [h, w]; see `read_image`. NaN counts as 0."""
+    rows = max(1, _BAND // image.width)
+    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    low, high = math.inf, -math.inf
+    for box in boxes:
+        band = np.asarray(image.crop(box))
+        finite = band[np.isfinite(band)]
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    low, high = (low, high) if low <= high else (0.0, 0.0)
+    black, full = 0.0, next((f for f in ((1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)) if high <= f), 0.0)
+    if low < 0 or not full:
+        black, full = low, high - low
+        if not _said_range.is_set():
+            _said_range.set()
+            log.warning("grey images with values such as %g … %g are scaled by their own range", low, high)
+    grey = np.empty((image.height, image.width), np.uint8)
+    for box in boxes:  # a band in double precision is small, and pixels stay what they have always been
+        band = np.nan_to_num(np.asarray(image.crop(box), np.float64), posinf=high, neginf=black)
+        grey[box[1] : box[3]] = ((band - black).clip(0, full) * (255.0 / (full or 1.0))).round()
+    return grey
 
 
 def fit_square(image: Image.Image, size: int, fit: str) -> np.ndarray:

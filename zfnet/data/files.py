@@ -1,6 +1,7 @@
 """The images that a command names: files, folders, patterns, and addresses on the web.
 
-A download is limited in size, time and redirects: no server can make a job hang or fill the memory.
+A download is limited in size, time and redirects: no server can make a job hang or fill the memory, or redirect it
+from the public internet into the local network.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import glob
 import http.client
 import io
+import ipaddress
 import os
 import re
+import string
 import threading
 import time
 import urllib.error
@@ -18,9 +21,11 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from zfnet.config.schema import MAX_PIXELS
 from zfnet.data.decode import UnreadableImage, is_image, read_image
 
 MAX_BYTES = 50 * 2**20
@@ -35,9 +40,9 @@ class NamedImage:
 
     name: str
 
-    def read(self) -> Image.Image:
+    def read(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """Return the image in mode RGB, upright; raise UnreadableImage."""
-        return read_image(io.BytesIO(fetch(self.name)) if _is_address(self.name) else self.name)
+        return read_image(io.BytesIO(fetch(self.name)) if _is_address(self.name) else self.name, max_pixels)
 
 
 def find_images(items: Sequence[str]) -> tuple[list[NamedImage], dict[str, str]]:
@@ -105,7 +110,8 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _download(address: str, deadline: float) -> bytes:
-    opener = urllib.request.build_opener(_NoRedirects)
+    address = _in_ascii(address)
+    opener = urllib.request.build_opener(_NoRedirects, *_guarded_handlers())
     for _ in range(MAX_REDIRECTS + 1):
         scheme = urllib.parse.urlsplit(address).scheme.lower()
         if scheme not in ("http", "https"):
@@ -119,19 +125,76 @@ def _download(address: str, deadline: float) -> bytes:
             target = error.headers.get("Location")
             if error.code not in (301, 302, 303, 307, 308) or not target:
                 raise
+            # http.client takes headers for Latin-1; `quote` gives back the bytes that came
+            target = urllib.parse.quote(target.strip(), encoding="iso-8859-1", safe=string.punctuation)
             address = urllib.parse.urljoin(address, target)
     raise UnreadableImage(f"more than {MAX_REDIRECTS} redirects")
 
 
+def _in_ascii(address: str) -> str:
+    """Return an address as it goes over the wire: other letters and spaces percent-encoded, a host's in Punycode."""
+    scheme, place, *rest = urllib.parse.urlsplit(address)
+    if not place.isascii():
+        user, at, server = place.rpartition("@")
+        host, colon, port = server.partition(":")
+        place = urllib.parse.quote(user, safe=string.punctuation) + at + host.encode("idna").decode() + colon + port
+    rest = [urllib.parse.quote(part, safe=string.punctuation) for part in rest]
+    return urllib.parse.urlunsplit((scheme, place, *rest))
+
+
+def _guarded_handlers() -> tuple[urllib.request.BaseHandler, ...]:
+    """Return handlers that connect to no address of the local network once they have been to a public one.
+
+    What a name stands for is looked at in the connection itself: between two look-ups it may change. Through a proxy
+    the proxy connects, and decides.
+    """
+    been_public = False
+
+    def check(connection: http.client.HTTPConnection, proxied: bool) -> None:
+        nonlocal been_public
+        local = not proxied and _is_local(connection.sock.getpeername())
+        if local and been_public:
+            connection.close()
+            raise UnreadableImage("redirects from a public address to the local network")
+        been_public = not local
+
+    def guarded(kind: type[http.client.HTTPConnection], request: urllib.request.Request) -> Any:
+        proxied = request.has_proxy() or bool(getattr(request, "_tunnel_host", None))
+
+        class Guarded(kind):  # type: ignore[valid-type, misc]
+            def connect(self) -> None:
+                super().connect()
+                check(self, proxied)
+
+        return Guarded
+
+    class Http(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> Any:
+            return self.do_open(guarded(http.client.HTTPConnection, request), request)
+
+    class Https(urllib.request.HTTPSHandler):
+        def https_open(self, request: urllib.request.Request) -> Any:
+            return self.do_open(guarded(http.client.HTTPSConnection, request), request)
+
+    return Http(), Https()
+
+
+def _is_local(peer: Sequence[Any]) -> bool:
+    """Return whether a socket's (address, port, …) belongs to this machine or to a network of its own."""
+    address = ipaddress.ip_address(peer[0])
+    return not (getattr(address, "ipv4_mapped", None) or address).is_global
+
+
 def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    content, announced = bytearray(), int(response.headers.get("Content-Length") or 0)
-    while announced <= MAX_BYTES and (chunk := response.read1(1 << 16)):
+    content, announced = bytearray(), response.length or 0  # not known of a body in chunks
+    while announced <= MAX_BYTES and len(content) <= MAX_BYTES and (chunk := response.read1(1 << 16)):
         content += chunk
-        announced = max(announced, len(content))
         if time.monotonic() > deadline:  # ends this thread; the caller has gone on
             raise UnreadableImage(f"took more than {MAX_SECONDS:g} s")
-    if announced > MAX_BYTES:
+    if max(announced, len(content)) > MAX_BYTES:
         raise UnreadableImage(f"more than {MAX_BYTES / 2**20:g} MB")
+    if len(content) < announced:
+        raise UnreadableImage(f"the connection ended after {len(content)} of {announced} bytes")
     return bytes(content)
 
 

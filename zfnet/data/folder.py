@@ -107,7 +107,7 @@ def _cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, list[int],
     stats = [os.stat(listing.root / f) for f in listing.files]
     content = [
         CACHE_VERSION,
-        *(data.store_size, data.image_size, data.crop_size, data.fit, data.on_error),
+        *(data.store_size, data.image_size, data.crop_size, data.fit, data.on_error, data.max_pixels),
         [[f, s.st_size, s.st_mtime_ns] for f, s in zip(listing.files, stats, strict=True)],
         listing.labels,
     ]
@@ -151,7 +151,8 @@ def _build(listing: _Listing, data: FolderData, folder: Path) -> None:
 
         def decode(number: int) -> str | None:
             try:
-                images[number] = fit_square(read_image(listing.root / listing.files[number]), size, data.fit)
+                image = read_image(listing.root / listing.files[number], data.max_pixels)
+                images[number] = fit_square(image, size, data.fit)
                 return None
             except UnreadableImage as error:
                 return str(error)

@@ -191,7 +191,7 @@ def _from_files(loaded: LoadedRun, items: Sequence[str]) -> Chosen:
     pixels = []
     for image in images:
         try:
-            square = fit_square(image.read(), loaded.metadata.stored_size, loaded.data.fit)
+            square = fit_square(image.read(loaded.data.max_pixels), loaded.metadata.stored_size, loaded.data.fit)
         except UnreadableImage as error:
             raise UserError(f"{image.name} cannot be read as an image ({error})") from error
         pixels.append(torch.from_numpy(square.copy()))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zfnet")
 
-_DATA_KEYS = ("batch_size", *PREPROCESSING)  # the keys of `data` that count here
+_DATA_KEYS = ("batch_size", "max_pixels", *PREPROCESSING)  # the keys of `data` that count here
 SHOWN = 48  # images in the figure
 PICTURE_SIZE = 160  # pixels a side of an image in the figure, at least
 
@@ -111,7 +111,7 @@ def predict(loaded: LoadedRun, images: Sequence[NamedImage], top: int, batch_siz
 
     def read(image: NamedImage, with_picture: bool) -> tuple[np.ndarray, np.ndarray | None] | str:
         try:
-            picture = image.read()
+            picture = image.read(loaded.data.max_pixels)
         except UnreadableImage as error:
             return str(error)
         shown = fit_square(picture, max(size, PICTURE_SIZE), fit) if with_picture else None

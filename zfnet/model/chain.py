@@ -83,6 +83,14 @@ class Chain:
             raise UserError(f"the network has no layer {layer}{did_you_mean(layer, self.layers)}")
         return self.steps[: self._ends[layer] + 1]
 
+    def check_images(self, images: Tensor) -> None:
+        """Raise UserError unless these are images as the network takes them."""
+        wanted = self.steps[0].input_shape
+        if images.ndim != 1 + len(wanted) or images.shape[1:] != wanted:
+            raise UserError(
+                f"images of shape {list(images.shape)}: the network takes [N, {', '.join(map(str, wanted))}]"
+            )
+
     def end(self, layer: str) -> nn.Module:
         """Return the module whose output is the layer's, such as its ReLU; raise UserError for an unknown layer."""
         return self.up_to(layer)[-1].module
@@ -91,8 +99,11 @@ class Chain:
         """Return each named layer's output: after the ReLU and before pooling, the logits for `OUTPUT`.
 
         Shapes: convolutions [N, channels, y, x], linear layers [N, features]. The model's mode counts: in training
-        mode dropout drops. Raises UserError for an unknown layer.
+        mode dropout drops. Raises UserError for an unknown layer and for images of another size.
         """
+        if isinstance(layers, str):
+            raise UserError(f"layers={layers!r}: must be a list, as in [{layers!r}]")
+        self.check_images(images)
         ends = {layer: len(self.up_to(layer)) for layer in layers}
         outputs, x = dict.fromkeys(layers, images), images
         for number, step in enumerate(self.steps[: max(ends.values(), default=0)], 1):

@@ -6,6 +6,7 @@ weights' names, in configs and in figures.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import ModelConfig
+from zfnet.config.schema import LARGEST_SIDE, ModelConfig
 from zfnet.model.chain import Chain
 from zfnet.model.layers import Dropout, LocalResponseNorm
 
@@ -96,7 +97,13 @@ class ZFNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [N, num_classes] for images [N, 3, image_size, image_size]."""
+        """Return logits [N, num_classes] for images [N, 3, image_size, image_size].
+
+        Raises UserError for images of another size.
+        """
+        size = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise UserError(f"images of shape {list(images.shape)}: the network takes [N, 3, {size}, {size}]")
         x = images
         for name in self.steps:
             module = self._modules[name]
@@ -170,26 +177,46 @@ def pool_of(model: ModelConfig, layer: str) -> nn.MaxPool2d | None:
 def feature_sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, int]]:
     """Return, for each convolution, the side of its output and the side after its pooling (if any).
 
-    Raises UserError where a layer would be left without pixels.
+    Raises UserError where a layer would be left without pixels, with the smallest size that leaves each one some.
     """
+    try:
+        return _sizes(model, image_size)
+    except _TooSmall as error:
+        sizes = range(image_size, LARGEST_SIDE + 1)  # with each size, those of all layers grow or stay
+        more = bisect.bisect_left(sizes, True, key=lambda size: _fits(model, size))
+        larger = f"set data.image_size={sizes[more]} or more (it is {image_size}), or " if more < len(sizes) else ""
+        raise UserError(f"{error}: {larger}lower the kernel sizes and strides") from None
+
+
+class _TooSmall(Exception):
+    """A layer is left without pixels; the message says which."""
+
+
+def _fits(model: ModelConfig, image_size: int) -> bool:
+    try:
+        return bool(_sizes(model, image_size))
+    except _TooSmall:
+        return False
+
+
+def _sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, int]]:
     sizes: dict[str, tuple[int, int]] = {}
     n = image_size
-    hint = f"raise data.image_size={image_size} or lower the kernel sizes and strides"
     for layer in CONV_LAYERS:
         if (conv := getattr(model, layer)) is None:
             continue
         if n + 2 * conv.padding < conv.kernel_size:
-            raise UserError(
+            raise _TooSmall(
                 f"{layer} receives {n}×{n} pixels, too few for its {conv.kernel_size}×{conv.kernel_size} kernel "
-                f"(padding {conv.padding}): {hint}"
+                f"(padding {conv.padding})"
             )
         out = n = (n + 2 * conv.padding - conv.kernel_size) // conv.stride + 1
         if (pool := pool_of(model, layer)) is not None:
             try:
                 n = pool(torch.empty(1, 1, out, out, device="meta")).shape[-1]
             except RuntimeError as error:
-                raise UserError(
-                    f"the pooling after {layer} receives {out}×{out} pixels, too few for its 3×3 window: {hint}"
+                raise _TooSmall(
+                    f"the pooling after {layer} receives {out}×{out} pixels, too few for its 3×3 window"
                 ) from error
         sizes[layer] = (out, n)
     return sizes

@@ -9,9 +9,9 @@ composition may lack their keys (the record's optimizer may have others than tod
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,7 +20,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,27 +38,70 @@ _OWN = ("job", "run", "images", "imports")
 
 
 def allow_keys_of_record(words: Sequence[str]) -> list[str]:
-    """Mark key overrides so that Hydra takes keys which its own composition lacks, if the words name a run.
+    """Mark key overrides so that Hydra takes keys which its own composition lacks: of a named run, of swept groups.
 
-    The record decides later whether such a key exists. Two things are quoted: a run directory whose name is made
-    of overrides, as in a sweep (Hydra would read its `,` and `=` as a list and another override), and letters
-    outside ASCII, for which Hydra has no place in bare values.
+    The record, or the config of each job, decides later whether such a key exists. Values for which Hydra's grammar
+    has no place, or that name a file and would be read as something else, are quoted (see `_quote`).
     """
-    words = [_quote(word) for word in words]
-    if not any(word.startswith("run=") and word not in ("run=", "run=null") for word in words):
-        return words
-    return [
-        f"++{w}" if re.match(r"[A-Za-z_]\w*\.\S*=", w) and not w.startswith(("hydra.", "job.")) else w for w in words
-    ]
+    words = [_quote(word) for word in words if word != "hydra.output_subdir=.hydra"]  # there it is written anyway
+    named = any(word.startswith("run=") and word not in ("run=", "run=null") for word in words)
+    sweeps = {"-m", "--multirun"} & set(words)
+    swept = {
+        key for key, _, value in (w.partition("=") for w in words) if sweeps and "," in value and (CONF / key).is_dir()
+    }
+
+    def marked(word: str) -> str:
+        group = re.match(r"([A-Za-z_]\w*)\.\S*=", word)
+        if group is None or group[1] in ("hydra", "job"):
+            return word
+        return f"++{word}" if named or {group[1], "experiment"} & swept else word
+
+    return [marked(word) for word in words]
+
+
+# keys whose values are names of files and folders, and an item of a list
+_PATHS = ("run", "images", "data.root", "data.cache_dir", "trainer.init_from", "job.sweep")
+_ITEM = re.compile(r"""\s*(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+)""")
 
 
 def _quote(word: str) -> str:
-    key, _, value = word.partition("=")
-    if key == "run" and re.search(r"[,=]", value) and Path(value).expanduser().is_dir():
-        return f'run="{value}"'
-    if word.startswith("-") or value.isascii() or re.search(r"""['"$(){}\\]""", value):
+    """Quote a value, or the items of a list or a sweep, that Hydra cannot parse, such as `cat (1).jpg` and `größe`.
+
+    A file or folder that exists is meant as it stands: in `run=a,b=1` Hydra would see a list and another override.
+    """
+    key, equals, value = word.partition("=")
+    if not equals or word.startswith("-"):
         return word
-    return f"{key}=" + re.sub(r"[^,\[\]]*[^\x00-\x7f][^,\[\]]*", lambda item: f'"{item[0].strip()}"', value)
+    is_path = key.lstrip("+") in _PATHS
+
+    def quoted(text: str) -> str:
+        """Return the text, quoted if need be."""
+        text = text.strip()
+        found = _value(f"{key}={text}")
+        exists = is_path and os.path.exists(os.path.expanduser(text))
+        plain = found == text or (found is not None and not exists)
+        return text if plain else QuotedString(text, Quote.double).with_quotes()
+
+    if is_path and os.path.exists(os.path.expanduser(value)):
+        return f"{key}={quoted(value)}"
+    is_list = value.startswith("[") and value.endswith("]")
+    if _value(word) is not None and not (is_path and is_list):
+        return word
+    items = ",".join(quoted(item) for item in _ITEM.findall(value[1:-1] if is_list else value))
+    # a bracket may be a part of something longer: `choice(1,2` is no sweep over two values
+    apart = [] if re.search(r"[()\[\]{}]", value) else [f"{key}={items}"]
+    candidates = [f"{key}=[{items}]"] if is_list else [*apart, f"{key}={quoted(value)}"]
+    return next((c for c in candidates if _value(c) is not None), word)
+
+
+def _value(word: str) -> Any:
+    """Return the value that Hydra reads in an override; None if it cannot be parsed."""
+    try:
+        override = _parse([word])[0]
+    except HydraException:
+        return None
+    value = override.value()
+    return "null" if value is None else value
 
 
 def read_command(raw: DictConfig, words: Sequence[str]) -> Config:

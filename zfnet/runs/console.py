@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -18,6 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError, did_you_mean, yaml_problem
+from zfnet.config.instantiate import resolve
 from zfnet.config.schema import flatten
 from zfnet.config.trust import CONF, check_config_folders
 from zfnet.runs.command import compose_raw
@@ -29,6 +35,8 @@ _EXTRAS = {
     "export": ("onnx", "onnxruntime", "onnxscript"),
 }
 _EXTRA_OF = {name: extra for extra, names in _EXTRAS.items() for name in names}
+_BESIDE = {"optimizer": ("param_groups",)}  # keys of a slot that its class does not take
+_COMMA = re.compile(r"[-+]?\d+,\d+(e[-+]?\d+)?")  # 0,001 as much of the world writes it
 
 _one_line_errors = False  # not so with HYDRA_FULL_ERROR=1
 
@@ -61,6 +69,7 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
     _one_line_errors = True
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        check_options(sys.argv[1:])
         check_config_folders(sys.argv[1:])
         main()
     except KeyboardInterrupt as error:
@@ -88,7 +97,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return f"the command line cannot be parsed ({error.override}): write key=value, and quote lists for the shell"
     if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):  # ValueError: model=null
-        if problem := next(filter(None, map(_misfit, _overrides())), None):
+        if problem := misfit(sys.argv[1:]):
             return problem
         if not isinstance(error, ValueError):
             cause = error.__cause__
@@ -102,19 +111,48 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {first} (HYDRA_FULL_ERROR=1 shows where)"
 
 
-def _overrides() -> list[Override]:
-    """Return the key=value words of the command line, parsed."""
+def check_options(words: Sequence[str]) -> None:
+    """Raise UserError for an option that Hydra does not have; some it would take for an abbreviation of its own."""
+    known = [o for o in get_args_parser()._option_string_actions if o.startswith("--")]
+    for number, word in enumerate(words):
+        name, _, value = word.removeprefix("--").partition("=")
+        is_key = (CONF / name).is_dir() or name in ("seed", "run", "images", "imports")
+        if word.startswith("--") and (is_key or not any(o.startswith(f"--{name}") for o in known)):
+            value = value or next((w for w in words[number + 1 : number + 2] if not w.startswith("-")), "VALUE")
+            example = f"{name}={value}" if is_key else "optimizer.lr=0.01"
+            raise UserError(f"--{name}: no such option; settings have no dashes, as in {example}")
+
+
+def _overrides(words: Sequence[str]) -> list[Override]:
+    """Return those words of a command line that are key=value, parsed."""
     parsed: list[Override] = []
-    for word in sys.argv[1:]:
+    for word in words:
         if "=" in word and not word.startswith("-"):
             with contextlib.suppress(HydraException):  # the value of an option, such as a folder's name
                 parsed += OverridesParser.create().parse_overrides([word])
     return parsed
 
 
-def _misfit(override: Override) -> str | None:
-    """Return what is wrong with an override: an unknown choice of a group, or an unknown key."""
-    key = override.key_or_group
+def misfit(words: Sequence[str]) -> str | None:
+    """Return what is wrong with the first key=value that is wrong among the words of a command; None if none is."""
+    overrides = _overrides(words)
+    folder = get_args_parser().parse_known_args(list(words))[0].config_path
+    if folder and not any((place / "job").is_dir() for place in (Path(folder), CONF.parent / folder)):
+        for o in overrides:  # a record, in which job is no group
+            if o.key_or_group == "job":
+                return f"{o.input_line}: this config has no choices of jobs; write job.name={o.value()}"
+    sweeps = any(re.fullmatch("-m|--multirun|hydra.mode=MULTIRUN", word) for word in words)
+    groups = [o.input_line or "" for o in overrides if (CONF / o.key_or_group).is_dir()]
+    return next(filter(None, (_misfit(o, groups, sweeps) for o in overrides)), None)
+
+
+def _misfit(override: Override, groups: Sequence[str], sweeps: bool) -> str | None:
+    """Return what is wrong with an override: several values, an unknown choice of a group, or an unknown key."""
+    key, word = override.key_or_group, str(override.input_line)
+    given = word.partition("=")[2]
+    if override.is_sweep_override() and not sweeps:
+        point = f"; a decimal number has a point: {key}={given.replace(',', '.')}" if _COMMA.fullmatch(given) else ""
+        return f"{word}: several values are a sweep, with -m; a list is written {key}=[{given}]{point}"
     values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value()
     values = values if isinstance(values, list) else [values]
     if key == "hydra/launcher" and (extra := _EXTRA_OF.get(str(values[0]))):
@@ -129,16 +167,29 @@ def _misfit(override: Override) -> str | None:
         return None
     if override.is_add() or override.is_force_add():
         return None
-    groups = [o.input_line or "" for o in _overrides() if (CONF / o.key_or_group).is_dir()]
     try:
-        composed = flatten(OmegaConf.to_container(compose_raw(groups), resolve=False))  # type: ignore[arg-type]
+        raw = compose_raw(groups)
+        composed = flatten(OmegaConf.to_container(raw, resolve=False))  # type: ignore[arg-type]
     except Exception:  # one of the groups is what is wrong
         return None
     known = {".".join(name.split(".")[: n + 1]) for name in composed for n in range(name.count(".") + 1)}
     if key in known:
+        below = sorted(name for name in known if name.rpartition(".")[0] == key)
+        if below and not isinstance(override.value(), dict) and not override.is_sweep_override():
+            return f"{word}: holds keys of its own; set one of them, as in {below[0]}=VALUE"
         return None
-    suggestion = did_you_mean(key, known | {p.name for p in CONF.iterdir() if p.is_dir()})
-    if "did you mean" not in suggestion:  # list the keys beside it
-        parent = key.rpartition(".")[0]
-        suggestion = did_you_mean("", {k for k in known if k.rpartition(".")[0] == parent} or known)
-    return f"{key}: no such key{suggestion}"
+    group, _, name = key.partition(".")
+    with contextlib.suppress(UserError, ValueError):
+        target = composed.get(f"{group}._target_")
+        taken = [*inspect.signature(resolve(group, target, object)).parameters, *_BESIDE.get(group, ())]
+        if name in taken:
+            return f"{key}: is not in conf/{group}/, but {str(target).rpartition('.')[2]} takes it: write +{word}"
+    parent, _, last = key.rpartition(".")
+    beside = {k.removeprefix(f"{parent}."): k for k in known if k.rpartition(".")[0] == parent}
+    if parent and beside:  # `optimizer.` itself is no likeness
+        close = difflib.get_close_matches(last, beside, n=1, cutoff=0.6)
+        suggestion = f"; did you mean '{beside[close[0]]}'?" if close else did_you_mean("", beside.values())
+    else:
+        suggestion = did_you_mean(key, known | {p.name for p in CONF.iterdir() if p.is_dir()})
+    chosen = next((g for g in groups if g.startswith(f"{group}=")), None)
+    return f"{key}: no such key{f' with {chosen}' if chosen else ''}{suggestion}"

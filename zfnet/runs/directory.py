@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,6 +36,16 @@ _MOST_VALUES = 100_000  # of a recorded config, its aliases written out
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast
 # what a directory may hold before its run: a lock, and the record of an attempt whose config was refused
 _NO_RUN = (".lock", "status.json", "train.log")
+
+
+def _by_hydra() -> list[str]:
+    """Return the names of what Hydra has put into a job's directory already, where the command asks it to."""
+    if not HydraConfig.initialized():
+        return []
+    hydra = HydraConfig.get()
+    logs: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    files = [handler.get("filename") for handler in (logs.get("handlers") or {}).values()]
+    return [Path(name).name for name in (hydra.output_subdir, *files) if name]
 
 
 def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
@@ -119,7 +131,7 @@ class RunDirectory:
         """Make this, which must be absent or empty, the directory of `config`'s run; raise UserError otherwise."""
         names = [p.name for p in self.folder.iterdir()] if self.folder.exists() else []
         # a .partial file is left by a process that was killed while it claimed the directory
-        if any(name not in _NO_RUN and not re.fullmatch(r"\..*\.partial", name) for name in names):
+        if any(name not in (*_NO_RUN, *_by_hydra()) and not re.fullmatch(r"\..*\.partial", name) for name in names):
             content = "holds a run" if self._holds_a_record() else "holds no run"
             raise UserError(f"{self.folder} is not empty and {content}: choose another directory (hydra.run.dir=…)")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -50,6 +50,7 @@ def short_dirname(overrides: str) -> str:
 
     Characters that file systems dislike become `_`; a name that changed or was cut gets a hash of the original.
     """
+    overrides = re.sub(r"(^|,)\+\+", r"\1", overrides)  # the mark of a key that not every choice of a group has
     name = re.sub(r"[^\w.,=+@^~\[\]-]", "_", overrides) or "default"
     if name == overrides and len(name.encode()) <= NAME_LIMIT:
         return name

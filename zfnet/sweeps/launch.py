@@ -17,15 +17,19 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, setup_globals
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError
 from zfnet.runs.command import read_command
-from zfnet.runs.console import explain
+from zfnet.runs.console import explain, misfit
 from zfnet.runs.directory import RunDirectory, objective, write_atomically
+from zfnet.training.build import check_recipe
 
 TRIAL = "ZFNET_TRIAL"  # in `hydra.job.env_set`: the number of the trial that a job belongs to
 
@@ -71,6 +75,25 @@ class SweepJobs:
             config.hydra.job.id = str(number)
             config.hydra.sweep.subdir = self.subdir
         return config
+
+    def check(self, jobs: Sequence[Sequence[str]]) -> None:
+        """Compose and check the config of every job, before any runs; raise UserError for the first that is wrong."""
+        before = HydraConfig.instance().cfg
+        try:
+            for overrides in jobs:
+                try:
+                    config = self.compose(overrides)
+                    HydraConfig.instance().set_config(config)  # it tells which folders the config came from
+                    checked = read_command(_task(config), config.hydra.overrides.task)
+                    if checked.job.trains:
+                        check_recipe(checked)
+                except (UserError, HydraException, OmegaConfBaseException) as error:
+                    problem = (not isinstance(error, UserError) and misfit(overrides)) or explain(error)
+                    shared = set(overrides).intersection(*jobs)
+                    own = " ".join(word for word in overrides if word not in shared)
+                    raise UserError(f"no job has started: {problem}{f' (the job {own})' if own else ''}") from error
+        finally:
+            HydraConfig.instance().cfg = before
 
     def launch(self, batch: Sequence[Sequence[str]], first: int) -> list[Outcome]:
         """Run one job for each list of overrides; the n-th has the number `first` + n.
@@ -128,8 +151,7 @@ class SweepJobs:
         if run.state != "done" or config.job.name != "train":
             return None
         try:
-            task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-            if run.read_config().identity() != read_command(task, config.hydra.overrides.task).identity():
+            if run.read_config().identity() != read_command(_task(config), config.hydra.overrides.task).identity():
                 return None
             return Outcome(name, "done", objective(run.read_json("results.json")))
         except (UserError, KeyError, TypeError):
@@ -145,6 +167,11 @@ class SweepJobs:
         if isinstance(result, Exception):
             return Outcome(name, "failed", error=result)
         return Outcome(name, state, result)
+
+
+def _task(config: DictConfig) -> DictConfig:
+    """Return a job's config without Hydra's own part."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 def value_or_error(returned: JobReturn) -> float | Exception | None:
