@@ -50,7 +50,7 @@ def main() -> None:
         config = compose(["data=folder", "augment.flip=0.5", "augment.crop_padding=0", *words])
         runtime = resolve_runtime(config.trainer)
         start, work = time.perf_counter(), time.process_time()
-        images, *_ = load_folder(config.data)
+        images = load_folder(config.data).train
         seconds, work = time.perf_counter() - start, time.process_time() - work
         print(
             f"decoded once, {options.pictures / seconds:.0f} images/s at {work / seconds / cores:.0%} of {cores} "

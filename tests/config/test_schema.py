@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers import MINUTE, checked, compose
+from tests.helpers import MINUTE, checked, compose, data_config
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import resolve
-from zfnet.config.schema import NOT_IDENTITY, Job, flatten, read_config
+from zfnet.config.schema import NOT_IDENTITY, Job, flatten, read_config, read_data
 from zfnet.config.trust import CONF
 
 FILES = [
@@ -168,6 +168,12 @@ def test_a_record_reads_back_as_the_same_config(tmp_path: Path) -> None:
     again = read_config(yaml.safe_load(text))
     assert again.to_dict() == config.to_dict()
     assert again.identity() == config.identity()
+
+
+def test_read_data_names_a_folder_whose_name_is_no_text() -> None:
+    plain = dataclasses.asdict(data_config("folder"))
+    with pytest.raises(UserError, match=r"^data\.root: holds bytes that are no text in UTF-8"):
+        read_data({**plain, "root": b"photos\xff".decode(errors="surrogateescape")})
 
 
 def test_identity_counts_all_that_matters_and_nothing_else() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from zfnet.data import files
 from zfnet.data.decode import UnreadableImage
-from zfnet.data.files import fetch, find_images
+from zfnet.data.files import LeftOut, fetch, find_images, list_images
 
 
 def names(items: list[str]) -> list[str]:
@@ -37,6 +37,59 @@ def test_find_images_expands_files_folders_patterns_and_addresses(tmp_path: Path
     assert names(["odd[1].png"]) == ["odd[1].png"]  # a name before it is a pattern
     assert names(["a.png", "*.png"]) == ["a.png", "b.png", "odd[1].png"]  # each once
     assert names(["https://example.org/x?y=*"]) == ["https://example.org/x?y=*"]
+
+
+def test_list_images_follows_links_and_ends_loops(tmp_path: Path) -> None:
+    """Every folder once: links to each other from folder to folder would otherwise double the files at each step."""
+    for number in range(12):
+        folder = tmp_path / f"top/{number}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / "x.png")
+        for name in "ab":
+            (folder / name).symlink_to(f"../{(number + 1) % 12}")
+    (tmp_path / "top/up").symlink_to(".")
+    (tmp_path / "top/itself").symlink_to("itself")
+    (tmp_path / "far").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "far/y.png")
+    (tmp_path / "top/0/c").symlink_to(tmp_path / "far")
+    left_out = LeftOut()
+    found = list_images(tmp_path / "top", left_out)
+    assert [os.path.relpath(f, tmp_path / "top") for f in found] == [
+        *("0/c/y.png", "0/x.png", "1/x.png", "10/x.png", "11/x.png"),
+        *(f"{n}/x.png" for n in range(2, 10)),
+    ]
+    assert "to folders that are read already" in str(left_out)
+    assert "1 file of unknown format (itself)" in str(left_out)
+
+
+def test_find_images_ends_loops_of_patterns(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a/b").mkdir(parents=True)
+    Path("a/.hidden").mkdir()
+    for name in ("a/b/x.png", "a/.hidden/x.png", "a/y.jpg"):
+        Image.new("RGB", (4, 4)).save(name)
+    for name in ("1", "2"):
+        Path("a/b", name).symlink_to("..")
+    assert names(["**/*.png"]) == names(["a/**/x.png"]) == names(["a/**/b/*.png"]) == ["a/b/x.png"]
+    assert names(["a/**"]) == ["a/b/x.png", "a/y.jpg"]
+    assert names(["a/**.jpg"]) == ["a/y.jpg"]
+
+
+def test_find_images_counts_what_a_folder_holds_beside_images(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos/.ipynb_checkpoints").mkdir(parents=True)
+    for name in ("photos/a.png", "photos/.ipynb_checkpoints/a.png"):
+        Image.new("RGB", (4, 4)).save(name)
+    for name in ("photos/b.heic", "photos/c\n.txt"):
+        Path(name).write_bytes(b"")
+    assert names(["photos"]) == ["photos/a.png"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        "photos: left out: 1 hidden folder (.ipynb_checkpoints), 2 files of unknown format (.heic, .txt); "
+        "to read .heic, convert them to .jpg or .png"
+    )
+    Path("photos/a.png").unlink()
+    assert find_images(["photos"])[1]["photos"].startswith("holds no image files; left out: 1 hidden folder")
 
 
 def test_find_images_reports_what_names_no_image(tmp_path: Path, monkeypatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,12 +58,42 @@ def test_train_val_test(config, photos: Path) -> None:
     assert splits.train.images is splits.test.images  # one array, shared
 
 
-@pytest.mark.parametrize("names", [("training", "valid", "testing"), ("train", "validation", "test")])
-def test_other_names_of_the_parts(config, photos: Path, names: tuple[str, ...]) -> None:
-    for name in names:
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(("training", "valid", "testing"), ("train", "validation", "test"), ("Train", "VAL", "Test")),
+        *(("seg_train", "seg_val", "seg_test"), ("training_set", "ValidationData", "test-images")),
+        *(("my shapes train", "my shapes val", "my shapes test"), ("train/Train", "val/val", "test/test")),
+    ],
+)
+def test_other_names_of_the_splits(config, photos: Path, names: tuple[str, ...]) -> None:
+    for number, name in enumerate(names):
+        write_images(photos / name, {"a": 2, "b": 2 + number})
+    assert load_folder(config()).sizes() == {"training": 4, "validation": 5, "test": 6}
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("train", "val", "valid"), "val/ and valid/ both name the split val: remove one, or join them"),
+        (("Train", "train"), "Train/ and train/ both name the split train"),
+        (("Validation", "dogs"), "has Validation/ but no train/ folder; found: Validation, dogs"),
+        (("my_train", "holdout"), "my_train/ is not clearly a class or a split"),
+        (("cats/train", "cats/test", "dogs/train", "dogs/test"), "cats/ is not clearly a class or a split"),
+    ],
+)
+def test_splits_never_become_classes(config, photos: Path, folders: tuple[str, ...], expected: str) -> None:
+    for name in folders:
         write_images(photos / name, {"a": 2, "b": 2})
-    train, val, test, _ = load_folder(config())
-    assert [len(x) for x in (train, val, test)] == [4, 4, 4]
+    with pytest.raises(UserError) as caught:
+        load_folder(config())
+    assert expected in str(caught.value)
+    assert str(photos) in str(caught.value)
+
+
+def test_a_class_may_be_called_like_a_train(config, photos: Path) -> None:
+    write_images(photos, {"train station": 3, "bus_stop": 3, "test tube": 3, "restrain": 3})
+    assert load_folder(config()).train.classes == ("bus_stop", "restrain", "test tube", "train station")
 
 
 def test_without_val_some_of_train_is_held_out(config, photos: Path) -> None:
@@ -107,8 +136,94 @@ def test_formats_mix_and_odd_files_are_passed_over(config, photos: Path) -> None
     (photos / ".git").mkdir()
     (photos / "b/below").mkdir()
     Image.new("RGB", (8, 8)).save(photos / "b/below/deep.png")
-    train, _, test, _ = load_folder(config())
-    assert len(train) + len(test) == 4 + 6 + 1
+    assert sum(load_folder(config()).sizes().values()) == 4 + 6 + 1
+
+
+def test_what_is_left_out_is_counted_in_one_line(config, photos: Path, tmp_path: Path, caplog) -> None:
+    """The cases of the listing of folders have tests of their own, in test_files.py."""
+    write_images(photos / "train", {"a": 3, "b": 3, ".ipynb_checkpoints": 1, "__MACOSX": 1})
+    write_images(photos, {"predict": 1, ".thumbs": 1})
+    write_images(photos / "test", {"a": 1})
+    (photos / "train/a/x.HEIC").write_bytes(b"")
+    for name in ("README.md", "train/loose.png", "test/a/._000.png"):
+        (photos / name).write_bytes(b"")
+    write_images(tmp_path / "far", {"away": 2})
+    (photos / "train/b/more").symlink_to(tmp_path / "far")
+    (photos / "train/b/round").symlink_to(photos)
+    assert load_folder(config()).sizes() == {"training": 8, "test": 1}
+    (record,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert record == (
+        f"data.root={photos}: left out: 3 hidden folders (.thumbs, .ipynb_checkpoints, __MACOSX), "
+        "2 files outside the class folders (README.md, loose.png), 1 folder beside the splits (predict), "
+        "1 file of unknown format (.heic), 1 link to folders that are read already (round), 1 hidden file (._000.png); "
+        "to read .heic, convert them to .jpg or .png"
+    )
+    caplog.clear()
+    for path in (photos / "train/b").glob("0*"):
+        path.rename(path.with_suffix(".heic"))
+    (photos / "train/b/more").unlink()
+    with pytest.raises(
+        UserError, match=r"to learn the class 'b' from \(left out: .*4 files of unknown format \(.heic\)"
+    ):
+        load_folder(config())
+
+
+def test_a_complete_folder_says_nothing(config, photos: Path, caplog) -> None:
+    write_images(photos, {"a": 3, "b": 3})
+    load_folder(config())
+    assert not caplog.records
+
+
+def test_a_folder_that_cannot_be_read_is_named(config, photos: Path, monkeypatch, caplog) -> None:
+    write_images(photos, {"a": 3, "b": 3})
+    write_images(photos / "b", {"closed": 1})
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"the folder closed cannot be read: .* or set data.on_error=skip"):
+        load_folder(config())
+    assert sum(load_folder(config(on_error="skip")).sizes().values()) == 6
+    assert "1 folder that cannot be read (closed)" in caplog.text
+
+
+@pytest.mark.parametrize("link", ["nowhere", "000.png"])
+def test_a_link_that_leads_nowhere_is_an_unreadable_image(config, photos: Path, link: str) -> None:
+    """Or round: a link to itself."""
+    write_images(photos, {"a": 3, "b": 3})
+    (photos / "b/000.png").unlink()
+    (photos / "b/000.png").symlink_to(link)
+    with pytest.raises(UserError, match=r"b/000\.png cannot be read as an image .*data\.on_error=skip"):
+        load_folder(config())
+    assert load_folder(config(on_error="skip")).unreadable == ("b/000.png",)
+    with pytest.raises(UserError, match=r"b/000\.png cannot be read as an image"):  # though a cache exists now
+        load_folder(config())
+
+
+def test_names_that_are_equal_after_normalisation_are_equal(config, photos: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_images(photos / "train", {composed: 2, "a": 2})
+    write_images(photos / "test", {decomposed: 2, "a": 2})
+    splits = load_folder(config())
+    assert splits.train.classes == splits.test.classes == ("a", composed)
+    assert torch.bincount(splits.test.labels).tolist() == [2, 2]
+    write_images(photos / "train", {decomposed: 2})
+    with pytest.raises(UserError, match=f"two folders are called '{composed}' .after Unicode normalisation.: rename"):
+        load_folder(config())
+
+
+def test_messages_about_odd_names_are_one_line(config, photos: Path) -> None:
+    odd = b"a\n\x1b[2J\xff".decode(errors="surrogateescape")
+    write_images(photos, {odd: 2, "b": 2})
+    (photos / odd / f"{odd}.png").write_bytes(b"no image")
+    with pytest.raises(UserError) as caught:
+        load_folder(config())
+    assert str(caught.value).isprintable()
+    assert r"a\n\x1b[2J\udcff.png" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -147,15 +262,18 @@ def test_an_unreadable_image_is_named(config, photos: Path, tmp_path: Path) -> N
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
 
-def test_or_left_out_and_counted(config, photos: Path, capsys) -> None:
+def test_or_left_out_and_counted(config, photos: Path, caplog) -> None:
     write_images(photos, {"a": 4, "b": 4})
     good = sorted(p for p in photos.rglob("*.png"))
     for name in ("a/0bad.png", "b/001b.png"):
         (photos / name).write_bytes(b"text")
     files = sorted(photos.rglob("*.png"))
     for _ in range(2):  # from the cache as well
-        train, _, test, _ = load_folder(config(on_error="skip"))
-        assert "2 unreadable images are left out" in capsys.readouterr().out
+        caplog.clear()
+        splits = load_folder(config(on_error="skip"))
+        train, test = splits.train, splits.test
+        assert "2 unreadable images are left out" in caplog.text
+        assert splits.unreadable == ("a/0bad.png", "b/001b.png")
         rows = torch.cat([train.rows, test.rows]).sort().values
         assert len(rows) == 8
         assert np.array_equal(train.images[rows], np.stack([pixels_of(p) for p in good]))
@@ -171,10 +289,11 @@ def test_the_fingerprint_is_that_of_images_and_labels(config, photos: Path) -> N
     write_images(photos / "train", {"cat": 3, "dog": 2})
     write_images(photos / "test", {"cat": 1, "dog": 1})
     (photos / "train/cat/001.png").write_bytes(b"no image")
-    train, _, test, mark = load_folder(config(on_error="skip"))
+    splits = load_folder(config(on_error="skip"))
+    train, test = splits.train, splits.test
     labels, rows = torch.cat([train.labels, test.labels]), torch.cat([train.rows, test.rows])
     assert len(labels) == 6
-    assert mark == fingerprint(train.images[rows.numpy()], labels.numpy())
+    assert splits.fingerprint == fingerprint(train.images[rows.numpy()], labels.numpy())
 
 
 def test_the_cache_is_used(config, photos: Path, monkeypatch) -> None:
@@ -182,11 +301,11 @@ def test_the_cache_is_used(config, photos: Path, monkeypatch) -> None:
     first = load_folder(config())
     monkeypatch.setattr(folder_module, "read_image", lambda *_: pytest.fail("decoded again"))
     second = load_folder(config(validation=0.3))
-    assert np.array_equal(first[0].images, second[0].images)
-    assert first[3] == second[3]
+    assert np.array_equal(first.train.images, second.train.images)
+    assert first.fingerprint == second.fingerprint
 
 
-@pytest.mark.parametrize("what", ["content", "time", "name", "new", "size", "fit"])
+@pytest.mark.parametrize("what", ["content", "label", "new", "size", "fit"])
 def test_a_change_makes_a_new_cache(config, photos: Path, what: str) -> None:
     write_images(photos, {"a": 3, "b": 3})
     before = load_folder(config())
@@ -194,9 +313,7 @@ def test_a_change_makes_a_new_cache(config, photos: Path, what: str) -> None:
     path = photos / "a/000.png"
     if what == "content":
         Image.new("RGB", (8, 8), "white").save(path)
-    elif what == "time":
-        os.utime(path, ns=(0, time.time_ns() + 10**9))
-    elif what == "name":
+    elif what == "label":
         path.rename(photos / "b/zzz.png")
     elif what == "new":
         shutil.copy(path, photos / "a/001b.png")
@@ -205,11 +322,70 @@ def test_a_change_makes_a_new_cache(config, photos: Path, what: str) -> None:
     else:
         changes = {"fit": "stretch"}
     after = load_folder(config(**changes))
-    assert after[0].images.filename != before[0].images.filename
-    if what in ("content", "name", "new", "size"):
-        assert after[3] != before[3]
-    else:
-        assert after[3] == before[3]  # the fingerprint is of what the images show
+    assert after.train.images.filename != before.train.images.filename
+    assert (after.fingerprint == before.fingerprint) == (what == "fit")  # the fingerprint is of what the images show
+
+
+@pytest.mark.parametrize("how", ["in place", "elsewhere"])
+def test_equal_names_sizes_and_times_are_not_equal_content(config, photos: Path, tmp_path: Path, how: str) -> None:
+    """Also where the status of the files was remembered, which a change in place takes back."""
+    for folder in (photos, tmp_path / "others"):
+        for name in ("a/0", "a/1", "b/0", "b/1"):
+            path = folder / f"{name}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), "red" if folder == photos else "blue").save(path)
+            os.utime(path, ns=(0, 10**18))
+    data = config()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_module, "_COARSEST_CLOCK_NS", -(10**12))
+        first = load_folder(data)
+        if how == "in place":
+            for path in photos.rglob("*.bmp"):
+                path.write_bytes((tmp_path / "others" / path.relative_to(photos)).read_bytes())
+                os.utime(path, ns=(0, 10**18))
+        second = load_folder(data if how == "in place" else config(root=str(tmp_path / "others")))
+    assert [int(s.train.pixels([0])[0, 0, 0, 0]) for s in (first, second)] == [255, 0]
+    assert first.fingerprint != second.fingerprint
+
+
+def test_the_cache_is_found_wherever_the_files_lie_and_files_are_hashed_once(config, photos: Path, monkeypatch) -> None:
+    write_images(photos, {"a": 3, "b": 3})
+    first = load_folder(config())
+    monkeypatch.setattr(folder_module, "read_image", lambda *_: pytest.fail("decoded again"))
+    photos.rename(photos.with_name("moved"))
+    for path in photos.with_name("moved").rglob("*.png"):
+        os.utime(path, ns=(0, 10**18))
+    moved = config(root=str(photos.with_name("moved")))
+    monkeypatch.setattr(folder_module, "_COARSEST_CLOCK_NS", -(10**12))  # these files are too young to trust their time
+    assert load_folder(moved).train.images.filename == first.train.images.filename
+    monkeypatch.setattr(folder_module, "_read", lambda *_: pytest.fail("hashed again"))
+    assert load_folder(moved).fingerprint == first.fingerprint
+
+
+def test_the_time_of_a_young_file_is_not_trusted(config, photos: Path, monkeypatch) -> None:
+    """A file system may count in whole seconds: a second change would leave the same time."""
+    write_images(photos, {"a": 3, "b": 3})
+    read: list[str] = []
+    real = folder_module._read
+    monkeypatch.setattr(folder_module, "_read", lambda f: (read.append(f), real(f))[1])
+    for _ in range(2):
+        load_folder(config())
+    assert len(read) == 12
+
+
+def test_files_that_change_while_they_are_read_are_named(config, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    write_images(photos, {"a": 3, "b": 3})
+    real = folder_module.read_image
+
+    def change(file: Path, max_pixels: int) -> Image.Image:
+        image = real(file, max_pixels)
+        Image.new("RGB", (8, 8)).save(file)
+        return image
+
+    monkeypatch.setattr(folder_module, "read_image", change)
+    with pytest.raises(UserError, match="files changed while they were read: start again"):
+        load_folder(config())
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
 
 def test_a_killed_build_leaves_nothing_that_counts(config, photos: Path, tmp_path: Path, monkeypatch) -> None:
@@ -228,7 +404,7 @@ def test_a_killed_build_leaves_nothing_that_counts(config, photos: Path, tmp_pat
     left = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
     assert [p.suffix for p in left] == [".partial"]
     (left[0] / "images.npy").write_bytes(b"garbage")
-    train, *_ = load_folder(config())
+    train = load_folder(config()).train
     assert np.array_equal(train.images[0], pixels_of(photos / "a/000.png"))
     assert not list((tmp_path / "cache").glob("*.partial"))
 
@@ -239,7 +415,7 @@ def test_several_at_once_decode_once(config, photos: Path, monkeypatch) -> None:
     real = folder_module.read_image
     monkeypatch.setattr(folder_module, "read_image", lambda *given: (count.append(given), real(*given))[1])
     with ThreadPoolExecutor(4) as pool:
-        marks = set(pool.map(lambda _: load_folder(config())[3], range(4)))
+        marks = set(pool.map(lambda _: load_folder(config()).fingerprint, range(4)))
     assert len(marks) == 1
     assert len(count) == 10
 
@@ -267,13 +443,12 @@ def test_stored_size(config, photos: Path, sizes, changes: dict, stored: int) ->
         path = photos / "ab"[k % 2] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size).save(path)
-    assert load_folder(config(**changes))[0].images.shape[1:] == (stored, stored, 3)
+    assert load_folder(config(**changes)).train.images.shape[1:] == (stored, stored, 3)
 
 
 def test_names_with_spaces_accents_and_signs(config, photos: Path) -> None:
     write_images(photos, {"two words": 2, "é=[ü],{}": 2, "日本": 2})
-    train, _, _, _ = load_folder(config())
-    assert train.classes == ("two words", "é=[ü],{}", "日本")
+    assert load_folder(config()).train.classes == ("two words", "é=[ü],{}", "日本")
 
 
 def test_a_full_disk_is_named_before_anything_is_decoded(config, photos: Path, tmp_path: Path, monkeypatch) -> None:
@@ -286,8 +461,8 @@ def test_a_full_disk_is_named_before_anything_is_decoded(config, photos: Path, t
         patch.setattr(folder_module.os, "posix_fallocate", full, raising=False)
         with pytest.raises(UserError, match=r"cannot be written .*No space left on device.*data\.cache_dir"):
             load_folder(config())
-    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
-    assert len(load_folder(config())[0]) > 0
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"] * 2
+    assert len(load_folder(config()).train) > 0
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "images.npy"])

@@ -85,6 +85,13 @@ def test_load_datasets_takes_val_and_test_and_names_of_classes() -> None:
     assert named.train.classes == ("a", "b", "c", "d")
 
 
+def test_load_datasets_names_classes_that_are_equal_after_normalisation() -> None:
+    odd = load_splits(data_config("dataset", train=own(), classes=["cafe\u0301", "b\n", "\udcff"]), ["tests"])
+    assert odd.train.classes == ("caf\u00e9", r"b\n", r"\udcff")
+    with pytest.raises(UserError, match=r"two classes are called 'caf\u00e9' \(after Unicode"):
+        load_splits(data_config("dataset", train=own(), classes=["cafe\u0301", "b", "caf\u00e9"]), ["tests"])
+
+
 def test_load_datasets_fits_images_that_are_not_squares() -> None:
     splits = load_splits(data_config("dataset", train=own("wide"), store_size=16), ["tests"])
     assert splits.train.images.shape == (12, 16, 16, 3)

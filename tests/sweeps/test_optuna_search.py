@@ -21,10 +21,11 @@ from tests.conftest import ROOT
 from tests.sweeps.test_launch import SMALL, rows
 from zfnet.config.errors import UserError
 from zfnet.runs.command import CONF
+from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
 
 optuna = pytest.importorskip("optuna")
-from zfnet.sweeps.optuna_search import construct  # noqa: E402
+from zfnet.sweeps.optuna_search import construct, other_images  # noqa: E402
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *SMALL)
 SPACE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "data.batch_size=choice(20,30)")
@@ -92,6 +93,20 @@ def test_run_search_again_resumes_the_trial_of_a_killed_process(run_py, tmp_path
     assert "was begun with other settings (model.dropout=0.3)" in refused.err
     assert refused.err.count("\n") == 1
     assert len(trials_in(sweep)) == 3
+
+
+def test_a_study_is_of_one_data_set(tmp_path: Path) -> None:
+    study = optuna.create_study()
+    marks = {}
+    for name in ("one", "two", "other"):
+        marks[name] = RunDirectory(tmp_path / name)
+        marks[name].folder.mkdir()
+        marks[name].write_json("environment.json", {"data_fingerprint": name if name == "other" else "same"})
+    assert other_images(study, ["optimizer.lr"], RunDirectory(tmp_path / "failed")) is None
+    assert other_images(study, ["optimizer.lr"], marks["one"]) is None
+    assert other_images(study, ["optimizer.lr"], marks["two"]) is None
+    assert "other was trained on other images than" in str(other_images(study, ["data.batch_size"], marks["other"]))
+    assert other_images(study, ["data.root"], marks["other"]) is None
 
 
 @pytest.mark.slow

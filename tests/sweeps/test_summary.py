@@ -71,6 +71,41 @@ def test_read_sweep_groups_seeds_and_ranks_by_validation(tmp_path: Path) -> None
     assert sweep.settings[1].mean_and_std()[1] == pytest.approx(statistics.stdev(low))
 
 
+def on_data(run: RunDirectory, root: str, fingerprint: str | None) -> None:
+    """Let a job have been trained on this data."""
+    plain = run.recorded()
+    (run.folder / "config.yaml").write_text(yaml.safe_dump({**plain, "data": {**plain["data"], "root": root}}))
+    if fingerprint is not None:
+        run.write_json("environment.json", {"data_fingerprint": fingerprint})
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([("photos", "f1"), ("photos", "f1"), ("photos", None)], {None: 3}),
+        ([("photos", "f1"), ("moved", "f1"), ("moved", "f1")], {None: 3}),  # what it holds counts, not where it lies
+        ([("photos", "f1"), ("others", "f2"), ("others", "f2")], {"photos": 1, "others": 2}),
+        ([("photos", "f1"), ("photos", "f2"), ("photos", "f2")], {"photos (f1)": 1, "photos (f2)": 2}),
+        ([("photos", "f1"), ("moved", "f1"), ("moved", "f2")], {"photos": 2, "moved": 1}),
+    ],
+)
+def test_read_sweep_never_means_over_several_data_sets(tmp_path: Path, data: list, expected: dict) -> None:
+    for seed, (root, fingerprint) in enumerate(data):
+        on_data(write_job(tmp_path, f"seed={seed}", accuracy=0.2), root, fingerprint)
+    sweep = read_sweep(tmp_path)
+    assert {s.values.get("data.root"): len(s.jobs) for s in sweep.settings} == expected
+    assert sweep.keys == (["data.root"] if len(expected) > 1 else [])
+
+
+def test_read_sweep_over_data_root_beside_another_key(tmp_path: Path) -> None:
+    for lr in ("0.1", "0.2"):
+        for root in ("a", "b"):
+            on_data(write_job(tmp_path, f"optimizer.lr={lr}", f"seed={ord(root)}", accuracy=0.5), root, f"{root}{lr}")
+    sweep = read_sweep(tmp_path)
+    assert sweep.keys == ["optimizer.lr", "data.root"]
+    assert [len(setting.jobs) for setting in sweep.settings] == [1] * 4
+
+
 def test_read_sweep_scores_finished_jobs_only(tmp_path: Path) -> None:
     write_job(tmp_path, "seed=0", accuracy=0.4)
     write_job(tmp_path, "seed=1", accuracy=0.9, state="pruned")

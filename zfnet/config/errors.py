@@ -12,6 +12,11 @@ class UserError(Exception):
     """Something outside the program is wrong: a key, a file, the network, a device. Shown as one line."""
 
 
+def printable(text: object) -> str:
+    """Return a name as one line: characters that a terminal obeys or cannot show are escaped, as in Python."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` for the known word closest to `word`, or a list of the known ones."""
     names = sorted(known)

@@ -241,7 +241,10 @@ class Config(Checked):
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("overrides", "composed")}
 
     def identity(self) -> str:
-        """Return a hash of everything that the result depends on (not where data lies or what is logged)."""
+        """Return a hash of everything in it that the result depends on (not where data lies or what is logged).
+
+        What the data holds is no part of it: `Splits.difference` compares that with what the run recorded.
+        """
         return hashlib.sha256(json.dumps(result_keys(self.to_dict()), sort_keys=True).encode()).hexdigest()
 
 
@@ -255,6 +258,9 @@ _NOT_RESULT = ("job", "run", "images", "imports", "logger")
 
 def result_keys(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a config (as plain dicts) that the result depends on."""
+    data = plain.get("data")
+    if isinstance(data, Mapping) and "on_error" in data:  # what it left out shows in the images' fingerprint
+        plain = {**plain, "data": {**data, "on_error": "stop"}}
     return {
         group: {k: v for k, v in value.items() if k not in NOT_IDENTITY.get(group, ())}
         if isinstance(value, Mapping)
@@ -364,6 +370,9 @@ def _problem(error: ValidationError, schema: Any, plain: dict[str, Any], prefix:
         return keys, node
 
     first = error.errors()[0]
+    if not first["loc"]:  # no JSON, which holds text; a file's name may hold any bytes
+        odd = next(k for k, v in flatten(plain).items() if str(v) != str(v).encode(errors="replace").decode())
+        return f"{prefix}.{odd}: holds bytes that are no text in UTF-8; name it by a link with a plain name".lstrip(".")
     keys, value = path(first["loc"])
     where = ".".join([prefix, *keys] if prefix else keys)
     last = str(first["loc"][-1])

@@ -1,15 +1,19 @@
 """The images that a command names: files, folders, patterns, and addresses on the web.
 
+A folder is listed in one way, for training and for prediction, and what is left out is counted.
+
 A download is limited in size, time and redirects: no server can make a job hang or fill the memory, or redirect it
 from the public internet into the local network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import http.client
 import io
 import ipaddress
+import logging
 import os
 import re
 import string
@@ -18,13 +22,15 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
 
+from zfnet.config.errors import printable
 from zfnet.config.schema import MAX_PIXELS
 from zfnet.data.decode import UnreadableImage, is_image, read_image
 
@@ -32,6 +38,11 @@ MAX_BYTES = 50 * 2**20
 MAX_SECONDS = 30.0  # for the whole download, redirects included
 MAX_REDIRECTS = 5
 _SOCKET_TIMEOUT_S = 10.0  # without a byte from the server
+_NO_PICTURES = ("__MACOSX", "@eaDir")  # what macOS and network drives put beside images; hidden, like .thumbs
+_CONVERTIBLE = (".heic", ".heif", ".jxl", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".svg", ".pdf", ".psd")
+_NAMES_SHOWN = 4
+
+log = logging.getLogger("zfnet")
 
 
 @dataclass(frozen=True)
@@ -45,11 +56,91 @@ class NamedImage:
         return read_image(io.BytesIO(fetch(self.name)) if _is_address(self.name) else self.name, max_pixels)
 
 
+class LeftOut:
+    """What a listing of folders leaves out, by kind; `str()` counts it in one line."""
+
+    FORMAT = "file{s} of unknown format"
+    HIDDEN_FILE, HIDDEN_FOLDER = "hidden file{s}", "hidden folder{s}"
+    UNREADABLE = "folder{s} that cannot be read"
+    LINK = "link{s} to folders that are read already"
+    LOOSE, BESIDE = "file{s} outside the class folders", "folder{s} beside the splits"
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, kind: str, name: str) -> None:
+        self.names.setdefault(kind, []).append(name)
+
+    def add_file(self, name: str) -> None:
+        """Count a file that is not an image by its name."""
+        suffix = os.path.splitext(name)[1].lower()
+        self.add(*((self.HIDDEN_FILE, name) if is_hidden(name) else (self.FORMAT, suffix or name)))
+
+    def __str__(self) -> str:
+        parts = []
+        for kind, names in self.names.items():
+            shown = list(dict.fromkeys(names))
+            more = " …" if len(shown) > _NAMES_SHOWN else ""
+            listed = ", ".join(map(printable, shown[:_NAMES_SHOWN]))
+            parts.append(f"{len(names):,} {kind.format(s='s' * (len(names) > 1))} ({listed}{more})")
+        if convertible := sorted({*self.names.get(self.FORMAT, ())} & {*_CONVERTIBLE}):
+            parts[-1] += f"; to read {' and '.join(convertible)}, convert them to .jpg or .png"
+        return ", ".join(parts)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a folder of this name is not entered."""
+    return name.startswith(".") or name in _NO_PICTURES
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether this is a folder or a link to one; a link that leads nowhere, or round, is none."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> list[str]:
+    """Return the paths of the image files below `folder`, in a fixed order, and count the others in `left_out`.
+
+    Links are followed. A folder is read once: a second way to it, or to one of those `above`, is a link that ends.
+    """
+    files: list[str] = []
+    seen = {_place(path) for path in above}
+    folders, links = deque([str(folder)]), deque[str]()
+    while folders or links:
+        at = (folders or links).popleft()
+        try:
+            place = _place(at)
+            with os.scandir(at) if place not in seen else contextlib.nullcontext(()) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            left_out.add(LeftOut.UNREADABLE, os.path.basename(at))
+            continue
+        if place in seen:
+            left_out.add(LeftOut.LINK, os.path.basename(at))
+        seen.add(place)
+        for entry in entries:
+            if is_folder(entry) and is_hidden(entry.name):
+                left_out.add(LeftOut.HIDDEN_FOLDER, entry.name)
+            elif is_folder(entry):
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif is_image(entry.name):
+                files.append(entry.path)
+            else:
+                left_out.add_file(entry.name)
+    return sorted(files, key=lambda file: file.split(os.sep))
+
+
+def _place(path: str | Path) -> tuple[int, int]:
+    """Return what tells a folder from others, by whatever way it is reached."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
 def find_images(items: Sequence[str]) -> tuple[list[NamedImage], dict[str, str]]:
     """Return the images that `items` name, each once and in their order, and {item: error} for the other items.
 
     A folder stands for all files below it that have an image's suffix, sorted by name; a pattern (`*`, `?`, `[…]`,
-    `**`) for the files that match it.
+    `**`) for the files that match it. What is left out of folders is logged.
     """
     names: list[str] = []
     errors: dict[str, str] = {}
@@ -58,19 +149,31 @@ def find_images(items: Sequence[str]) -> tuple[list[NamedImage], dict[str, str]]
         if _is_address(item):
             names.append(item)
         elif path.is_dir():
-            files = [os.path.join(folder, name) for folder, _, all_ in os.walk(path) for name in all_]
-            names += (images := sorted(file for file in files if is_image(os.path.basename(file))))
+            left_out = LeftOut()
+            names += (images := list_images(path, left_out))
             if not images:
-                errors[item] = "holds no image files"
+                errors[item] = f"holds no image files{f'; left out: {left_out}' if left_out.names else ''}"
+            elif left_out.names:
+                log.warning("%s: left out: %s", printable(item), left_out)
         elif path.is_file():
             names.append(str(path))
         elif path.exists():  # a device or a pipe, which might never end
             errors[item] = "is not a regular file"
-        elif matches := [m for m in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(m)]:
+        elif matches := _matches(str(path)):
             names += matches
         else:
             errors[item] = "matches no file" if glob.has_magic(str(path)) else "there is no such file"
     return [NamedImage(name) for name in dict.fromkeys(names)], errors
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the files that match a pattern; below `**` the image files, as a folder lists them."""
+    start, recursive, end = pattern.partition("**")
+    if not recursive or end[:1] not in ("", os.sep):
+        return [m for m in sorted(glob.glob(pattern)) if os.path.isfile(m)]
+    folders = [Path(m) for m in sorted(glob.glob(start or ".")) if os.path.isdir(m)]
+    files = [file for folder in folders for file in list_images(folder, LeftOut())]
+    return [str(path) for path in map(PurePath, files) if path.match(end.strip(os.sep) or "*")]
 
 
 def _is_address(item: str) -> bool:

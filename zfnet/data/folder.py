@@ -1,186 +1,369 @@
 """Images in folders, a folder a class: decoded once into a memory-mapped cache, and labelled.
 
-The cache is keyed by what it holds (each file's path, size and time, and how it is stored), built beside its
-final place and renamed, so it is either whole or absent.
+The cache is keyed by what it holds (the content of each file, and how it is stored), built beside its final place and
+renamed, so it is either whole or absent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
+import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, printable
 from zfnet.config.schema import FolderData
-from zfnet.data.decode import UnreadableImage, fit_square, image_size, is_image, read_image
-from zfnet.data.images import ImageSet, image_set, release, stratified
+from zfnet.data.decode import UnreadableImage, fit_square, image_size, read_image
+from zfnet.data.files import LeftOut, is_folder, is_hidden, list_images
+from zfnet.data.images import Splits, class_name, image_set, release, stratified
 
-CACHE_VERSION = 2
-_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+T = TypeVar("T")
+
+CACHE_VERSION = 3
+_WORDS = {
+    "train": ("train", "training", "trn", "trainset"),
+    "val": ("val", "valid", "validation", "valset"),
+    "test": ("test", "testing", "tst", "testset"),
+}
+_FILLERS = ("set", "data", "dataset", "image", "images", "img", "imgs", "split", "folder")  # as in training_set
 _TEST_FRACTION = 0.2  # of a folder that is not divided
+_COARSEST_CLOCK_NS = 2 * 10**9  # of a file system: within it a second change may leave a file's time as it is
+
+log = logging.getLogger("zfnet")
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """Every image file: its path below root, its split (train, val, test or all) and its class."""
+    """Every image file: its path, its split (train, val, test or all) and its class; and what is no image."""
 
     root: Path
-    files: list[str]
-    splits: list[str]
-    labels: list[int]
-    classes: list[str]
+    files: list[str] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    def __str__(self) -> str:
+        return f"data.root={printable(self.root)}"
+
+    def name(self, number: int) -> str:
+        """Return a file's path for a message."""
+        return printable(self.files[number])
 
 
-def load_folder(data: FolderData) -> tuple[ImageSet, ImageSet | None, ImageSet | None, str]:
-    """Return (train, validation or None, test or None, fingerprint) of the images below `data.root`."""
+def load_folder(data: FolderData) -> Splits:
+    """Return the images below `data.root`; raise UserError. What is left out is logged in a line."""
     listing = _list_files(Path(str(data.root)).expanduser())
-    images, skipped, mark = _cached(listing, data)
+    if listing.left_out.names:
+        log.warning("%s: left out: %s", listing, listing.left_out)
+        closed = listing.left_out.names.get(LeftOut.UNREADABLE)
+        if closed and data.on_error == "stop":
+            raise UserError(
+                f"{listing}: the folder {printable(closed[0])} cannot be read: give yourself the right to, or set "
+                "data.on_error=skip"
+            )
+    images, unreadable, mark = _cached(listing, data)
+    skipped = list(unreadable)
+    if skipped:
+        log.warning(
+            "%s: %d unreadable images are left out (data.on_error=skip); first: %s",
+            *(listing, len(skipped), listing.name(skipped[0])),
+        )
     whole = image_set(images, torch.tensor(listing.labels), listing.classes)
     splits = np.array(listing.splits)
     splits[skipped] = ""
-    rows = {name: torch.from_numpy((splits == name).nonzero()[0]) for name in (*_SPLITS, "all")}
+    rows = {name: torch.from_numpy((splits == name).nonzero()[0]) for name in (*_WORDS, "all")}
     train, val, test, undivided = (whole.take(r) if len(r) else None for r in rows.values())
     if train is None:
-        assert undivided is not None
+        if undivided is None:
+            raise UserError(f"{listing}: none of its training images can be read")
         held_out, kept = stratified(undivided.labels, round(len(undivided) * _TEST_FRACTION), data.split_seed)
         train, test = undivided.take(kept), undivided.take(held_out)
-    return train, val, test, mark
+    names = tuple(os.path.relpath(listing.files[k], listing.root) for k in skipped)
+    return Splits(train, val, test, mark, names)
+
+
+# -- which folder is what?
 
 
 def _list_files(root: Path) -> _Listing:
     if not root.is_dir():
-        raise UserError(f"data.root={root}: there is no such folder")
-    below = {p.name: p for p in _subfolders(root)}
-    folders = {split: below[name] for split, names in _SPLITS.items() for name in names if name in below}
-    if folders and "train" not in folders:
-        raise UserError(f"data.root={root}: has {', '.join(folders)}/ but no train/ folder")
-    folders = folders or {"all": root}
-    learned_from = folders.get("train", root)
-    classes = [p.name for p in _subfolders(learned_from)]
-    listing = _Listing(root, [], [], [], classes)
-    for split, folder in folders.items():
-        for class_folder in _subfolders(folder):
-            if class_folder.name not in classes:
-                raise UserError(f"{class_folder}: its class '{class_folder.name}' has no folder in {learned_from}")
-            files = _images_below(class_folder, root)
+        raise UserError(f"data.root={printable(root)}: there is no such folder")
+    listing = _Listing(root)
+    folders = _split_folders(root, listing)
+    learned_from, below = folders.get("train") or folders["all"]
+    classes = _by_class(below, listing)
+    listing.classes.extend(classes)
+    if len(classes) < 2:
+        raise UserError(
+            f"{listing}: {printable(learned_from)} needs at least two class folders with images, has {len(classes)}"
+            f"{_found(root)}"
+        )
+    for split, (folder, below) in folders.items():
+        for name, path in _by_class(below, listing).items():
+            if name not in classes:
+                raise UserError(f"{printable(path)}: its class '{name}' has no folder in {printable(learned_from)}")
+            files = list_images(path, listing.left_out, above=(root, folder))
             listing.files.extend(files)
             listing.splits.extend([split] * len(files))
-            listing.labels.extend([classes.index(class_folder.name)] * len(files))
-    if len(classes) < 2:
-        raise UserError(f"data.root={root}: needs at least two class folders with images, has {len(classes)}")
+            listing.labels.extend([listing.classes.index(name)] * len(files))
     pairs = zip(listing.labels, listing.splits, strict=True)
     learned = {label for label, split in pairs if split in ("train", "all")}
+    left_out = f" (left out: {listing.left_out})" if listing.left_out.names else ""
     if not learned:
-        raise UserError(f"data.root={root}: its class folders hold no image files")
-    for label, name in enumerate(classes):
+        raise UserError(f"{listing}: its class folders hold no image files{left_out}")
+    for label, (name, path) in enumerate(classes.items()):
         if label not in learned:
             raise UserError(
-                f"{learned_from / name}: holds no image files to learn the class '{name}' from; "
+                f"{printable(path)}: holds no image files to learn the class '{name}' from{left_out}; "
                 "put some there or remove the folder"
             )
     return listing
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[Path]]]:
+    """Return each split's folder and the class folders in it: {all: …} where `root` is not divided.
+
+    Raises UserError where that is not clear.
+    """
+    below = _folders_in(root, listing)
+    named = _named_splits(below)
+    folders: dict[str, tuple[Path, list[Path]]] = {}
+    for path, split in named.items():
+        if split in folders:
+            both = _names([folders[split][0], path])
+            raise UserError(f"{listing}: {both} both name the split {split}: remove one, or join them")
+        inner = _folders_in(path, listing)
+        if len(inner) == 1 and split in _named_splits(inner).values():  # some archives hold train/train
+            path, inner = inner[0], _folders_in(inner[0], listing)
+        folders[split] = path, inner
+    if folders and "train" not in folders:
+        raise UserError(f"{listing}: has {_names(named)} but no train/ folder{_found(root)}")
+    for path in below:
+        if folders and path not in named:
+            listing.left_out.add(LeftOut.BESIDE, path.name)
+        # such as my_train/ alone, or cats/train
+        elif not folders and (names := _scan(path)[0]) and (_split_word(path.name) or _named_splits(map(Path, names))):
+            raise UserError(
+                f"{listing}: {_names([path])} is not clearly a class or a split: name the splits train/, val/ and "
+                f"test/, with the class folders in them{_found(root)}"
+            )
+    return {split: folders[split] for split in _WORDS if split in folders} or {"all": (root, below)}
 
 
-def _images_below(folder: Path, root: Path) -> list[str]:
-    """Return the paths below `root` of the image files below `folder`, in a fixed order."""
-    walk = ((Path(place).relative_to(root).as_posix(), names) for place, _, names in os.walk(folder))
-    files = [f"{place}/{name}" for place, names in walk for name in names if is_image(name)]
-    return sorted(files, key=lambda file: file.split("/"))
+def _split_word(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """Return the split that a folder's name names, in any case, and its other words; None if it names none."""
+    words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
+    found = [split for word in words for split, known in _WORDS.items() if word in known]
+    rest = tuple(w for w in words if w not in _FILLERS and not any(w in known for known in _WORDS.values()))
+    return (found[0], rest) if len(found) == 1 else None
 
 
-def _cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, list[int], str]:
-    """Return (images [N, s, s, 3] memory-mapped, the numbers of unreadable files, fingerprint), decoding if need be."""
-    stats = [os.stat(listing.root / f) for f in listing.files]
-    content = [
-        CACHE_VERSION,
-        *(data.store_size, data.image_size, data.crop_size, data.fit, data.on_error, data.max_pixels),
-        [[f, s.st_size, s.st_mtime_ns] for f, s in zip(listing.files, stats, strict=True)],
-        listing.labels,
-    ]
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+def _named_splits(folders: Iterable[Path]) -> dict[Path, str]:
+    """Return which folders are splits: Training, test_set, or two that differ in that word, as seg_train and seg_test.
+
+    (A single train_station is no split.)
+    """
+    words = {path: found for path in folders if (found := _split_word(path.name))}
+    rests = {rest: {split for split, other in words.values() if other == rest} for _, rest in words.values()}
+    return {path: split for path, (split, rest) in words.items() if not rest or len(rests[rest]) > 1}
+
+
+def _folders_in(folder: Path, listing: _Listing) -> list[Path]:
+    """Return the folders in one of splits or classes, and count what lies beside them."""
+    folders, others = _scan(folder)
+    for names, hidden, loose in ((folders, LeftOut.HIDDEN_FOLDER, None), (others, LeftOut.HIDDEN_FILE, LeftOut.LOOSE)):
+        for name in names:
+            if kind := hidden if is_hidden(name) else loose:
+                listing.left_out.add(kind, name)
+    return [folder / name for name in folders if not is_hidden(name)]
+
+
+def _scan(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and of the other files in a folder, sorted; raise UserError."""
+    try:
+        with os.scandir(folder) as found:
+            kinds = {entry.name: is_folder(entry) for entry in found}
+    except OSError as error:
+        raise UserError(f"{printable(folder)} cannot be read ({error.strerror})") from error
+    return sorted(n for n in kinds if kinds[n]), sorted(n for n in kinds if not kinds[n])
+
+
+def _by_class(folders: Sequence[Path], listing: _Listing) -> dict[str, Path]:
+    """Return class folders by the names of their classes, sorted; raise UserError for equal ones."""
+    classes: dict[str, Path] = {}
+    for path in folders:
+        if (name := class_name(path.name)) in classes:
+            raise UserError(f"{listing}: two folders are called '{name}' (after Unicode normalisation): rename one")
+        classes[name] = path
+    return dict(sorted(classes.items()))
+
+
+def _names(folders: Iterable[Path]) -> str:
+    return " and ".join(f"{printable(path.name)}/" for path in folders)
+
+
+def _found(root: Path, most: int = 12) -> str:
+    """Return what lies in `root`, for an error about it."""
+    names = [*map(printable, _scan(root)[0])]
+    return f"; found: {', '.join(names[:most])}{' …' if len(names) > most else ''}" if names else "; found no folder"
+
+
+# -- the cache
+
+
+def _cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, dict[int, str], str]:
+    """Return (images [N, s, s, 3] memory-mapped, {number of an unreadable file: why}, fingerprint).
+
+    Two steps: from the files' status, which changes with their content, to the content's key, and from there to the
+    pixels. So files are hashed once, as long as they stay as they are, and decoded once, wherever they lie.
+    """
     caches = Path(data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zfnet").expanduser()
-    folder, partial = caches / key, caches / f"{key}.partial"
     try:
         caches.mkdir(parents=True, exist_ok=True)
-        with FileLock(caches / f"{key}.lock"):  # of several runs that start together, one decodes
-            if not folder.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-                partial.mkdir()
-                _build(listing, data, partial)
-                partial.rename(folder)
-    except (OSError, UserError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"the image cache {caches} cannot be written ({error}): set data.cache_dir=…") from error
+        folder = _find_or_build(listing, data, caches)
+    except OSError as error:
+        raise UserError(
+            f"the image cache {printable(caches)} cannot be written ({error}): set data.cache_dir=…"
+        ) from error
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        images, skipped = np.load(folder / "images.npy", mmap_mode="r"), manifest["skipped"]
-        if skipped:
-            print(
-                f"{len(skipped)} unreadable images are left out (data.on_error=skip); "
-                f"first: {listing.root / listing.files[skipped[0]]}"
-            )
-        return images, skipped, manifest["fingerprint"]
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        unreadable = {int(number): str(problem) for number, problem in manifest["unreadable"]}
+        fingerprint = str(manifest["fingerprint"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"the image cache {folder} is damaged ({type(error).__name__}): delete it, and it is made again"
+            f"the image cache {printable(folder)} is damaged ({type(error).__name__}): delete it, and it is made again"
         ) from error
+    if unreadable and data.on_error == "stop":  # built with skip
+        raise _cannot_be_read(listing, *next(iter(unreadable.items())))
+    return images, unreadable, fingerprint
 
 
-def _build(listing: _Listing, data: FolderData, folder: Path) -> None:
+def _find_or_build(listing: _Listing, data: FolderData, caches: Path) -> Path:
+    """Return the folder that holds the decoded images; raise UserError, or OSError if it cannot be written."""
+    started = time.time_ns()
+    stats = _stats(listing)
+    stored = [
+        *(CACHE_VERSION, data.store_size, data.image_size, data.crop_size, data.fit, data.max_pixels),
+        listing.labels,
+    ]
+    known = caches / f"{_key([stored, os.path.abspath(listing.root), listing.files, stats])}.key"
+    with FileLock(known.with_suffix(".lock")):  # of several runs that start together, one reads
+        with contextlib.suppress(OSError):
+            if (folder := caches / known.read_text(encoding="ascii")).is_dir():
+                return folder
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            hashes, sizes = zip(*_progress(pool.map(_read, listing.files), "reading", len(stats)), strict=True)
+            key = _key([stored, hashes])
+            folder, partial = caches / key, caches / f"{key}.partial"
+            with FileLock(caches / f"{key}.lock"):
+                if not folder.is_dir():
+                    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+                    partial.mkdir()
+                    try:
+                        _build(listing, data, data.store_size or _natural_size(set(sizes), data), partial, pool)
+                        if _stats(listing) != stats:
+                            raise UserError(f"{listing}: files changed while they were read: start again")
+                    except (OSError, UserError):
+                        shutil.rmtree(partial, ignore_errors=True)
+                        raise
+                    partial.rename(folder)
+        if all(changed < started - _COARSEST_CLOCK_NS for *_, changed in stats):
+            known.write_text(key, encoding="ascii")
+    return folder
+
+
+def _stats(listing: _Listing) -> list[tuple[int, ...]]:
+    """Return what changes with a file's content, even where its time is set back; zeros for a dangling link."""
+    stats: list[tuple[int, ...]] = []
+    for file in listing.files:
+        try:
+            s = os.stat(file)
+            stats.append((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+        except OSError:
+            stats.append((0, 0, 0, 0))
+    return stats
+
+
+def _key(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def _read(file: str) -> tuple[str, tuple[int, int] | None]:
+    """Return a hash of the file's bytes and its (width, height); of what cannot be read an empty hash and None."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        if not os.path.isfile(file):  # reading a pipe might never end
+            return "", None
+        with open(file, "rb") as opened:
+            while chunk := opened.read(2**20):
+                digest.update(chunk)
+    except OSError:
+        return "", None
+    try:
+        return digest.hexdigest(), image_size(Path(file))
+    except UnreadableImage:  # reported when it is decoded
+        return digest.hexdigest(), None
+
+
+def _build(listing: _Listing, data: FolderData, size: int, folder: Path, pool: ThreadPoolExecutor) -> None:
     """Decode every file into `folder`, on all cores (Pillow's decoders release the interpreter lock)."""
     count, path = len(listing.files), folder / "images.npy"
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        size = data.store_size or _natural_size(pool, listing, data)
-        images = _new_array(path, (count, size, size, 3))
+    images = _new_array(path, (count, size, size, 3))
 
-        def decode(number: int) -> str | None:
-            try:
-                image = read_image(listing.root / listing.files[number], data.max_pixels)
-                images[number] = fit_square(image, size, data.fit)
-                return None
-            except UnreadableImage as error:
-                return str(error)
+    def decode(number: int) -> str | None:
+        try:
+            images[number] = fit_square(read_image(Path(listing.files[number]), data.max_pixels), size, data.fit)
+            return None
+        except UnreadableImage as error:
+            return str(error)
 
-        # the digest and the disk keep step with the decoding, which needs neither
-        skipped, digest = [], hashlib.sha256()
-        problems = pool.map(decode, range(count))
-        for number, problem in enumerate(tqdm(problems, "decoding", count, unit=" images", disable=None, leave=False)):
-            if number % 256 == 0:
-                with open(path, "r+b") as file:
-                    os.fsync(file.fileno())
-                release(images)
-            if problem is None:
-                digest.update(images[number].data)
-            elif data.on_error == "skip":
-                skipped.append(number)
-            else:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise UserError(
-                    f"{listing.root / listing.files[number]} cannot be read as an image ({problem}): "
-                    "remove or repair it, or set data.on_error=skip"
-                )
-    if len(skipped) == count:
-        raise UserError(f"data.root={listing.root}: none of its {count} images can be read")
+    # the digest and the disk keep step with the decoding, which needs neither
+    unreadable, digest = {}, hashlib.sha256()
+    for number, problem in enumerate(_progress(pool.map(decode, range(count)), "decoding", count)):
+        if number % 256 == 0:
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
+            release(images)
+        if problem is None:
+            digest.update(images[number].data)
+        elif data.on_error == "skip":
+            unreadable[number] = problem
+        else:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise _cannot_be_read(listing, number, problem)
+    if len(unreadable) == count:
+        raise UserError(f"{listing}: none of its {count} images can be read")
     images.flush()
-    digest.update(np.delete(np.array(listing.labels), skipped).data)
-    manifest: dict[str, Any] = {"skipped": skipped, "fingerprint": digest.hexdigest()}
+    digest.update(np.delete(np.array(listing.labels), list(unreadable)).data)
+    manifest: dict[str, Any] = {"unreadable": list(unreadable.items()), "fingerprint": digest.hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def _cannot_be_read(listing: _Listing, number: int, problem: str) -> UserError:
+    return UserError(
+        f"{listing.name(number)} cannot be read as an image ({printable(problem)}): "
+        "remove or repair it, or set data.on_error=skip"
+    )
+
+
+def _progress(items: Iterable[T], what: str, count: int) -> Iterable[T]:
+    return tqdm(items, what, count, unit=" images", disable=None, leave=False)
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -193,16 +376,9 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
     return array
 
 
-def _natural_size(pool: ThreadPoolExecutor, listing: _Listing, data: FolderData) -> int:
+def _natural_size(sizes: set[tuple[int, int] | None], data: FolderData) -> int:
     """Keep small images as they are, if all are squares of one size: enlarging them is the device's work."""
-
-    def size_of(file: str) -> tuple[int, int] | None:
-        try:
-            return image_size(listing.root / file)
-        except UnreadableImage:
-            return None  # reported when it is decoded
-
     largest = max(data.image_size, data.crop_size or 0)
-    sizes = set(pool.map(size_of, listing.files)) - {None}
+    sizes = sizes - {None}
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)  # type: ignore[misc]
     return width if width == height <= largest else largest

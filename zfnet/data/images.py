@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, printable
 from zfnet.config.randomness import SPLIT, make_key, random_bits
 
 
@@ -57,18 +59,64 @@ def release(images: np.ndarray) -> None:
 
 
 def image_set(images: np.ndarray, labels: Tensor, classes: Sequence[str], boxes: Tensor | None = None) -> ImageSet:
-    """Return the set of all `images`, in their order."""
-    return ImageSet(images, labels.long(), torch.arange(len(labels)), tuple(classes), boxes)
+    """Return the set of all `images`, in their order; raise UserError if two classes have one name."""
+    names = tuple(map(class_name, classes))
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two classes are called '{twice}' (after Unicode normalisation): rename one")
+    return ImageSet(images, labels.long(), torch.arange(len(labels)), names, boxes)
+
+
+def class_name(name: str) -> str:
+    """Return a class's name as it is matched, recorded, printed and drawn: normalised (NFC), on one line."""
+    return printable(unicodedata.normalize("NFC", name))
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of a data set. Validation chooses, test reports; either may be None."""
+    """The splits of a data set. Validation chooses, test reports; either may be None.
+
+    fingerprint: SHA-256 of pixels and labels
+    unreadable: the names of files that were left out (data.on_error=skip)
+    """
 
     train: ImageSet
     validation: ImageSet | None
     test: ImageSet | None
     fingerprint: str
+    unreadable: tuple[str, ...] = ()
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many images each split has."""
+        parts = {"training": self.train, "validation": self.validation, "test": self.test}
+        return {name: len(part) for name, part in parts.items() if part is not None}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what environment.json holds beside the fingerprint; the two tell any data sets apart."""
+        return {"images": self.sizes(), "classes": list(self.train.classes)}
+
+    def remarks(self) -> dict[str, Any]:
+        """Return what results.json says about the files: those that were left out, if any."""
+        return {"unreadable": list(self.unreadable)} if self.unreadable else {}
+
+    def difference(self, environment: Mapping[str, Any]) -> str | None:
+        """Return in words how these images differ from those that environment.json describes; None if they do not."""
+        if "data_fingerprint" not in environment:  # nothing is recorded
+            return None
+        recorded, words = environment.get("data"), []
+        if isinstance(recorded, dict):  # older records hold the fingerprint alone
+            before, now = recorded.get("classes"), list(self.train.classes)
+            if isinstance(before, list) and before != now:
+                changed = [f"'{c}' is new" for c in now if c not in before]
+                changed += [f"'{printable(c)}' is gone" for c in before if c not in now]
+                words.append(f"class {', '.join(changed)}" if changed else "the classes' order")
+            sizes, counts = self.sizes(), recorded.get("images")
+            counts = counts if isinstance(counts, dict) else sizes
+            for name in dict.fromkeys([*counts, *sizes]):
+                if (old := counts.get(name, 0)) != (new := sizes.get(name, 0)):
+                    words.append(f"{new:,} {printable(name)} images, were {old}")
+        if not words and environment["data_fingerprint"] != self.fingerprint:
+            words.append("other pixels or labels")
+        return "; ".join(words) or None
 
 
 def stratified(labels: Tensor, count: int, seed: int, purpose: int = SPLIT) -> tuple[Tensor, Tensor]:

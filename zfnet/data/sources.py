@@ -20,7 +20,7 @@ from zfnet.config.randomness import DATASET, SUBSET, make_key, seeded_generators
 from zfnet.config.schema import DataConfig, DatasetData, FolderData, ShapesData
 from zfnet.data.decode import fit_square
 from zfnet.data.folder import load_folder
-from zfnet.data.images import ImageSet, Splits, fingerprint, hold_out, image_set, stratified
+from zfnet.data.images import Splits, fingerprint, hold_out, image_set, stratified
 from zfnet.data.shapes import draw_shapes
 
 
@@ -29,20 +29,18 @@ def load_splits(data: DataConfig, imports: Sequence[str] = ()) -> Splits:
 
     imports: packages that a `_target_` of a data set may come from
     """
-    validation: ImageSet | None = None
-    test: ImageSet | None
     if isinstance(data, FolderData):
-        load = load_imagenette if data.name == "imagenette" else load_folder
-        train, validation, test, mark = load(data)
+        splits = load_imagenette(data) if data.name == "imagenette" else load_folder(data)
     elif isinstance(data, ShapesData):
         size = data.store_size or data.image_size
         train = draw_shapes(data.train_images, size, part=0)
         test = draw_shapes(data.test_images, size, part=1)
-        mark = fingerprint(train.images, test.images)
+        splits = Splits(train, None, test, fingerprint(train.images, test.images))
     elif isinstance(data, DatasetData):
-        train, validation, test, mark = load_datasets(data, imports)
+        splits = load_datasets(data, imports)
     else:
-        train, test, mark = load_cifar(data.name, data.root or "data")
+        splits = load_cifar(data.name, data.root or "data")
+    train, validation = splits.train, splits.validation
     if validation is None:
         train, validation = hold_out(train, data.validation, data.split_seed)
     if data.subset is not None and data.subset < len(train):
@@ -53,14 +51,14 @@ def load_splits(data: DataConfig, imports: Sequence[str] = ()) -> Splits:
         raise UserError(
             f"data.crop_size={data.crop_size}: images are stored at {stored}×{stored}; raise data.store_size"
         )
-    return Splits(train, validation, test, mark)
+    return replace(splits, train=train, validation=validation)
 
 
 # -- your own torch.utils.data.Dataset
 
 
-def load_datasets(data: DatasetData, imports: Sequence[str]) -> tuple[ImageSet, ImageSet | None, ImageSet | None, str]:
-    """Return (train, validation or None, test or None, fingerprint) of the data sets that the config names.
+def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
+    """Return the images of the data sets that the config names.
 
     Every image is read once, in order, with generators seeded by its number, and kept as bytes: what a data set draws
     at random it draws once, and not in each epoch. Raises UserError for items that are not (image, label).
@@ -91,7 +89,7 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> tuple[ImageSet, 
         for name in sets
     }
     mark = fingerprint(*(array for part in made.values() for array in (part.images, part.labels.numpy())))
-    return made["train"], made.get("val"), made.get("test"), mark
+    return Splits(made["train"], made.get("val"), made.get("test"), mark)
 
 
 def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
@@ -138,8 +136,8 @@ def _common_side(images: Sequence[Image.Image]) -> int | None:
 NETWORK_TIMEOUT_S = 30
 
 
-def load_cifar(name: str, root: str) -> tuple[ImageSet, ImageSet, str]:
-    """Return (training set, test set, fingerprint) of `cifar10` or `cifar100`, downloading it if it is not at `root`.
+def load_cifar(name: str, root: str) -> Splits:
+    """Return the images of `cifar10` or `cifar100`, downloading them if they are not at `root`.
 
     torchvision compares the MD5 of every file with the published one before it reads it, on each load. That
     matters beyond transmission errors: the files are pickles, and only the published ones are ever opened.
@@ -155,14 +153,14 @@ def load_cifar(name: str, root: str) -> tuple[ImageSet, ImageSet, str]:
     test = cls(str(folder), train=False)
     sets = [image_set(part.data, torch.tensor(part.targets), part.classes) for part in (train, test)]
     marks = [part.data for part in (train, test)] + [s.labels.numpy() for s in sets]
-    return sets[0], sets[1], fingerprint(*marks)
+    return Splits(sets[0], None, sets[1], fingerprint(*marks))
 
 
 IMAGENETTE_IMAGES = (9469, 3925)  # training and test
 
 
-def load_imagenette(data: FolderData) -> tuple[ImageSet, None, ImageSet, str]:
-    """Return (train, None, test, fingerprint) of Imagenette at 320 px, downloading it if it is not at `data.root`.
+def load_imagenette(data: FolderData) -> Splits:
+    """Return the training and test images of Imagenette at 320 px, downloading it if it is not at `data.root`.
 
     Its folder `val` is the test set here: validation images are held out of the training images, as everywhere.
     """
@@ -175,12 +173,14 @@ def load_imagenette(data: FolderData) -> tuple[ImageSet, None, ImageSet, str]:
     except (RuntimeError, FileNotFoundError):
         published = _download(cls, "imagenette", folder, size="320px")
     root = folder / "imagenette2-320"
-    train, test, _, mark = load_folder(replace(data, root=str(root)))
+    splits = load_folder(replace(data, root=str(root)))
+    train, test = splits.train, splits.validation
     found = len(train), len(test or ())
     if test is None or found != IMAGENETTE_IMAGES:  # an interrupted extraction leaves a part
         raise UserError(f"{root}: {found[0]} + {found[1]} images, Imagenette has 9469 + 3925; delete it and try again")
     names = tuple(names[0] for names in published.classes)
-    return replace(train, classes=names), None, replace(test, classes=names), mark
+    train, test = replace(train, classes=names), replace(test, classes=names)
+    return replace(splits, train=train, validation=None, test=test)
 
 
 def _download(cls: type, name: str, folder: Path, **settings: Any) -> Any:

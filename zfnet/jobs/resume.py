@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, Job
+from zfnet.config.schema import NOT_IDENTITY, Config, Job
 from zfnet.jobs.reproduce import reproduce
 from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
+
+_FREE_DATA = tuple(f"data.{key}" for key in (*NOT_IDENTITY["data"], "on_error"))
 
 
 @dataclass(kw_only=True)
@@ -20,8 +22,9 @@ class ResumeJob(Job):
 
     def main(self, config: Config, output: Path) -> float | None:
         """Go on with `run=<dir>` from that run's own config."""
-        # what is trusted and logged, and how many processes share the work, does not change the result
-        free = ("job", "run", "imports", "logger", "trainer.devices")
+        # what is trusted and logged, how many processes share the work, and where the data lies (what it holds is
+        # compared) does not change the result
+        free = ("job", "run", "imports", "logger", "trainer.devices", *_FREE_DATA)
         others = [o for o in config.overrides if o.split("=")[0].lstrip("+~") not in free]
         if others:
             raise UserError(
@@ -31,7 +34,7 @@ class ResumeJob(Job):
         run = RunDirectory(str(config.run))
         recorded = run.read_config()
         if recorded.job.name == "reproduce":
-            reproduce(recorded, run)
+            reproduce(replace(recorded, data=config.data), run)
             return None
         if recorded.job.name != "train":
             raise UserError(f"run={run.folder} was made by job={recorded.job.name}: only a training can go on")

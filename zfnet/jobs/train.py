@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, Job, model_name
+from zfnet.config.schema import Config, DataConfig, Job, model_name
 from zfnet.data import Batches, Splits, load_splits
 from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves, draw_results, log_per_class, log_result, results_of
 from zfnet.runs.directory import RunDirectory, objective
-from zfnet.runs.hydra_record import write_hydra_record
+from zfnet.runs.hydra_record import record_data, write_hydra_record
 from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import Pruned, StopRequest, hold, recorded_state
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
@@ -47,7 +47,7 @@ class TrainJob(Job):
         """Train `config` in the directory `output`; go on there if it holds the same run, unfinished."""
         world = torchrun_world()
         if world is not None and not world.is_main:
-            run_worker(world, partial(_work, imports=config.imports))
+            run_worker(world, partial(_work, imports=config.imports, data=config.data))
             with contextlib.suppress(OSError):
                 output.rmdir()  # Hydra made it for this process; process 0 has another
             return None
@@ -83,6 +83,9 @@ def train(config: Config, run: RunDirectory, report: Report | None = None) -> fl
                     f"{run.folder} is finished, but its {run.weights.name} is gone: python run.py job=reproduce "
                     f"run={run.folder} trains it again, in a new directory"
                 )
+            if config.data.root != run.read_config(config.imports).data.root:
+                _refuse_other_images(run, load_splits(config.data, config.imports))
+                record_data(run, config.data)
             print(f"nothing to do: {run.folder} is finished")  # not into its log, which does not change
             return objective(run.read_json("results.json"))
         try:
@@ -100,16 +103,20 @@ def train_and_test(
 
     compiled: what trainer.compile=auto became in the run that this one repeats
     """
-    with processes(config.trainer.devices, partial(_work, imports=config.imports), run.folder) as world:
+    work = partial(_work, imports=config.imports, data=config.data)
+    with processes(config.trainer.devices, work, run.folder) as world:
         return _train(config, run, stop, world, report, compiled)
 
 
-def _work(world: World, folder: Path, imports: list[str]) -> None:
-    """Do what the processes with rank > 0 do: the same, without writing files or logs."""
+def _work(world: World, folder: Path, imports: list[str], data: DataConfig) -> None:
+    """Do what the processes with rank > 0 do: the same, without writing files or logs.
+
+    data: where the images lie now; the record may hold where they lay
+    """
     log.addHandler(logging.NullHandler())
     log.propagate = False
     run = RunDirectory(folder)
-    _train(run.read_config(imports), run, StopRequest(), world)
+    _train(replace(run.read_config(imports), data=data), run, StopRequest(), world)
 
 
 def _train(
@@ -122,6 +129,9 @@ def _train(
 ) -> dict[str, Any]:
     runtime = resolve_runtime(config.trainer, world, isinstance(config.model, dict))
     splits = load_splits(config.data, config.imports)
+    saved, problems = read_newest(run.checkpoints)
+    if saved is not None:
+        _refuse_other_images(run, splits)
     _check_against(splits, config)
     train = training_batches(config, runtime, splits.train, world)
     sets = {
@@ -134,7 +144,6 @@ def _train(
     loggers = build_loggers(config) if world.is_main else []
     writer = CheckpointWriter(run.checkpoints if world.is_main else None)
     callbacks = _callbacks(config, run, world, loggers, writer, stop, metadata, report)
-    saved, problems = read_newest(run.checkpoints)
     state = build_state(
         config, runtime, len(splits.train.classes), len(train), world, callbacks, resumed=saved is not None
     )
@@ -151,6 +160,11 @@ def _train(
     for problem in problems:
         log.warning("%s; using an earlier one", problem)
     log.info("%s on %s: %s", model_name(config.model), config.data.name, _sizes(splits))
+    if splits.test is None and splits.validation is not None:
+        log.warning("no test images: validation chooses the epoch and reports as well, so its accuracy is optimistic")
+    if config.run is not None and (changed := splits.difference(RunDirectory(config.run).environment)):
+        log.warning("the images are not those of run=%s: %s", config.run, changed)
+    record_data(run, config.data)
     for name in state.new_weights:
         log.info("trainer.init_from: %s is new, since the number of classes differs", name)
     if saved is not None:
@@ -223,7 +237,12 @@ def _callbacks(
 def _write_environment(config: Config, run: RunDirectory, state: TrainingState, splits: Splits, resumed: bool) -> None:
     runtime = replace(state.runtime, compile=state.compiled)
     environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name)
-    environment |= {"plan": runtime.describe(), "compiled": runtime.compile, "imports": config.imports}
+    environment |= {
+        "data": splits.describe(),
+        "plan": runtime.describe(),
+        "compiled": runtime.compile,
+        "imports": config.imports,
+    }
     if config.trainer.init_from is not None:
         if resumed:  # the network does not hold them any more
             environment["initial_weights_sha256"] = run.read_json("environment.json")["initial_weights_sha256"]
@@ -232,6 +251,15 @@ def _write_environment(config: Config, run: RunDirectory, state: TrainingState, 
     run.write_json("environment.json", environment)
     how = runtime.describe() + (f", {state.world.size} processes" if state.world.size > 1 else "")
     log.info("%s parameters; %s", f"{sum(p.numel() for p in state.model.parameters()):,}", how)
+
+
+def _refuse_other_images(run: RunDirectory, splits: Splits) -> None:
+    """Raise UserError if these are not the images that the run was trained on."""
+    if changed := splits.difference(run.environment):
+        raise UserError(
+            f"{run.folder} was trained on other images ({changed}): put those back, or start a new run in another "
+            "directory (hydra.run.dir=…)"
+        )
 
 
 def _check_against(splits: Splits, config: Config) -> None:
@@ -274,8 +302,7 @@ def _best(run: RunDirectory, state: TrainingState) -> tuple[Checkpoint | None, s
 
 
 def _sizes(splits: Splits) -> str:
-    parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-    sizes = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
+    sizes = ", ".join(f"{count:,} {name}" for name, count in splits.sizes().items())
     return f"{sizes} images of {len(splits.train.classes)} classes"
 
 
@@ -306,6 +333,9 @@ def _report(
         "weights_sha256": digest,
         "test_seen_each_epoch": config.trainer.test_each_epoch,
     }
+    if splits.test is None and splits.validation is not None:
+        results["validation_chose_and_reports"] = True
+    results |= splits.remarks()
     save_figure(draw_curves(state.history), run.figures / "curves.png")
     for name, split in (("test", splits.test), ("validation", splits.validation)):
         if split is not None:

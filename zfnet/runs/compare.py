@@ -10,8 +10,8 @@ from typing import Any
 from zfnet.config.schema import flatten, result_keys
 from zfnet.runs.directory import RunDirectory
 
-# how long a run took is not its result
-_TIMES = ("seconds", "images_per_second")
+# how long a run took, and what is said about its images, is not its result
+_NO_RESULTS = ("seconds", "images_per_second", "validation_chose_and_reports", "unreadable")
 _LONG = 120  # characters; a longer text, such as a diff, is named by its hash
 
 
@@ -78,5 +78,5 @@ def _differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[di
     return [
         {"what": key, "recorded": recorded.get(key), "now": now.get(key)}
         for key in dict.fromkeys([*recorded, *now])
-        if recorded.get(key) != now.get(key) and key not in _TIMES
+        if recorded.get(key) != now.get(key) and key not in _NO_RESULTS
     ]

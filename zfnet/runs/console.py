@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import io
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zfnet.config.errors import UserError, did_you_mean, yaml_problem
+from zfnet.config.errors import UserError, did_you_mean, printable, yaml_problem
 from zfnet.config.instantiate import resolve
 from zfnet.config.schema import flatten
 from zfnet.config.trust import CONF, check_config_folders
@@ -62,6 +63,8 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
     through instead of printing them in its own way.
     """
     global _one_line_errors
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         check_config_folders(sys.argv[1:])
         main()
@@ -95,7 +98,8 @@ def explain(error: Exception) -> str:
         return str(error)
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, OverrideParseException):
-        return f"the command line cannot be parsed ({error.override}): write key=value, and quote lists for the shell"
+        word = printable(error.override)
+        return f"the command line cannot be parsed ({word}): write key=value, and quote lists for the shell"
     if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):  # ValueError: model=null
         if problem := misfit(sys.argv[1:]):
             return problem

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import re
 from pathlib import Path
@@ -11,9 +13,9 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from zfnet.config.schema import Config
+from zfnet.config.schema import Config, DataConfig
 from zfnet.runs.command import CONF
-from zfnet.runs.directory import write_atomically
+from zfnet.runs.directory import RunDirectory, write_atomically
 
 NAME_LIMIT = 120  # bytes; file systems stop at 255, and a path holds several names
 
@@ -35,6 +37,20 @@ def write_hydra_record(folder: Path, config: DictConfig | Config) -> None:
         ("overrides", hydra.overrides.task),
     ):
         write_atomically(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
+
+
+def record_data(run: RunDirectory, data: DataConfig) -> None:
+    """Record where a run's data lies now, and how it is read, after it was found to be the same."""
+    plain, now = run.recorded(), dataclasses.asdict(data)
+    if plain["data"] == now:
+        return
+    path = run.folder / ".hydra" / "config.yaml"
+    with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # it is not needed, and may be damaged
+        composed = yaml.safe_load(path.read_text(encoding="utf-8"))
+        moved = {key: value for key, value in now.items() if plain["data"].get(key) != value}
+        composed["data"] = {**composed["data"], **moved}
+        write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(composed)))
+    write_atomically(run.folder / "config.yaml", yaml.safe_dump({**plain, "data": now}, sort_keys=False))
 
 
 def _hydra_settings() -> dict[str, Any]:

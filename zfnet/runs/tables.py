@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from zfnet.config.errors import printable
+
 SHORTEST = 12  # characters that a shortened column keeps
 
 
 def shorten(text: str, width: int) -> str:
     """Return `text` in at most `width` printable characters; of a long one the end, where file names differ."""
-    text = "".join(c if c.isprintable() else "�" for c in text)
+    text = printable(text)
     return text if len(text) <= width else f"…{text[len(text) - width + 1 :]}"
 
 

@@ -151,8 +151,9 @@ class SweepJobs:
         if run.state != "done" or config.job.name != "train":
             return None
         try:
-            if run.read_config().identity() != read_command(_task(config), config.hydra.overrides.task).identity():
-                return None
+            recorded, wanted = run.read_config(), read_command(_task(config), config.hydra.overrides.task)
+            if (recorded.identity(), recorded.data.root) != (wanted.identity(), wanted.data.root):
+                return None  # with data elsewhere, the job itself compares what it holds
             return Outcome(name, "done", objective(run.read_json("results.json")))
         except (UserError, KeyError, TypeError):
             return None  # the job itself will report what is wrong

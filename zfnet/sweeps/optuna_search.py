@@ -10,8 +10,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
@@ -31,6 +31,7 @@ from zfnet.config.errors import UserError
 from zfnet.config.instantiate import instantiate
 from zfnet.config.randomness import make_key
 from zfnet.config.schema import NOT_IDENTITY, Checked, NotNegative, Positive, check
+from zfnet.runs.directory import RunDirectory
 from zfnet.sweeps.launch import TRIAL, Outcome, SweepJobs
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -259,8 +260,15 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
                 ],
                 first=batch[0].number,
             )
-            for trial, outcome in zip(batch, outcomes, strict=True):
-                tell(study, trial, outcome)
+            others = [other_images(study, space, RunDirectory(jobs.folder / outcome.name)) for outcome in outcomes]
+            for trial, outcome, other in zip(batch, outcomes, others, strict=True):
+                tell(
+                    study,
+                    trial,
+                    outcome if other is None else replace(outcome, state="failed", value=None, error=other),
+                )
+            for other in filter(None, others):
+                raise other
 
 
 def _as_overrides(params: Mapping[str, Any]) -> list[str]:
@@ -281,6 +289,21 @@ def _check_same_search(study: Study, fixed: Mapping[str, str]) -> None:
             f"the study {study.study_name} was begun with other settings ({', '.join(differing)}): "
             "choose another hydra.sweep.dir or hydra.sweeper.study_name"
         )
+
+
+def other_images(study: Study, space: Iterable[str], run: RunDirectory) -> UserError | None:
+    """Return an error if a trial was trained on other images than the trial before it; None if data is searched."""
+    known, now = study.user_attrs.get("data_fingerprint"), run.environment.get("data_fingerprint")
+    if now is None or any(re.match(r"\+*data(?!\.batch_size)\b", key) for key in space):
+        return None
+    if known is None:
+        study.set_user_attr("data_fingerprint", now)
+    if known in (None, now):
+        return None
+    return UserError(
+        f"{run.folder} was trained on other images than the earlier trials of the study {study.study_name}: "
+        "choose another hydra.sweep.dir or hydra.sweeper.study_name"
+    )
 
 
 def ask(

@@ -32,7 +32,11 @@ MOST_ROWS = 40  # of a terminal
 
 @dataclass(frozen=True)
 class SweepJob:
-    """One run of a sweep. `settings`: what its result depends on, as flat dotted keys, without the seed."""
+    """One run of a sweep.
+
+    settings: what its result depends on, as flat dotted keys, without the seed
+    root, fingerprint: where its data lay and what that held; None where that is not recorded
+    """
 
     name: str
     state: str
@@ -41,6 +45,8 @@ class SweepJob:
     seed: int | None
     results: dict[str, Any]
     history: list[dict[str, float | None]]
+    root: str | None = None
+    fingerprint: str | None = None
 
     def metric(self, split: str = "validation", name: str = "accuracy") -> float | None:
         """Return a result on `validation` or `test`; None for a run that is not finished, or has no such images."""
@@ -86,11 +92,12 @@ def read_sweep(folder: Path) -> Sweep:
     """Read every training run below a sweep directory. A run that cannot be read counts as one without results."""
     folders = {path.parent for depth in (1, 2, 3) for path in folder.glob("*/" * depth + "status.json")}
     jobs = [job for path in sorted(folders) if (job := _read_job(folder, path)) is not None]
+    _tell_data_apart(jobs)
     keys = swept_keys([job.settings for job in jobs if job.settings])
     groups: dict[str, list[SweepJob]] = {}
     for job in sorted(jobs, key=lambda job: -1 if job.seed is None else job.seed):
         if job.settings:
-            groups.setdefault(json.dumps(job.settings, sort_keys=True), []).append(job)
+            groups.setdefault(_group(job), []).append(job)
     settings = [
         Setting({key: members[0].settings.get(key, ABSENT) for key in keys}, members) for members in groups.values()
     ]
@@ -111,7 +118,36 @@ def _read_job(sweep: Path, folder: Path) -> SweepJob | None:
     seed = settings.pop("seed", None)
     name = folder.relative_to(sweep).as_posix()
     results = results if isinstance(results, dict) else {}
-    return SweepJob(name, *run.state_and_error(), settings, seed, results, history)
+    recorded = flatten(plain).get("data.root"), run.environment.get("data_fingerprint")
+    root, fingerprint = (value if isinstance(value, str) else None for value in recorded)
+    return SweepJob(name, *run.state_and_error(), settings, seed, results, history, root, fingerprint)
+
+
+def _tell_data_apart(jobs: Sequence[SweepJob]) -> None:
+    """Add `data.root` to the settings where the jobs were trained on several data sets.
+
+    What the data holds counts, not where it lies: a folder that was moved is one, and one whose content was exchanged
+    between two jobs is two, told apart by their fingerprints.
+    """
+    root_of: dict[str, str | None] = {}  # by fingerprint
+    for job in jobs:
+        if job.fingerprint is not None:
+            root_of.setdefault(job.fingerprint, job.root)
+    roots = [job.root if job.fingerprint is None else root_of[job.fingerprint] for job in jobs]
+    held: dict[tuple[str, str | None], set[str]] = {}  # fingerprints, by settings and root
+    for job, root in zip(jobs, roots, strict=True):
+        held.setdefault((_group(job), root), set()).update([job.fingerprint] if job.fingerprint else [])
+    names = [
+        f"{root or 'data'} ({str(job.fingerprint)[:8]})" if len(held[_group(job), root]) > 1 else root
+        for job, root in zip(jobs, roots, strict=True)
+    ]
+    if len(set(names)) > 1:
+        for job, name in zip(jobs, names, strict=True):
+            job.settings.update({"data.root": name} if job.settings else {})
+
+
+def _group(job: SweepJob) -> str:
+    return json.dumps(job.settings, sort_keys=True)
 
 
 def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,10 +13,13 @@ import torch
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, DataConfig, model_name
 from zfnet.data import Batches, ImageSet, Splits, load_splits
+from zfnet.data.images import class_name
 from zfnet.model.chain import Chain
 from zfnet.runs.directory import find_run
 from zfnet.runs.weights import ModelMetadata, load_model
 from zfnet.training.device import resolve_runtime
+
+log = logging.getLogger("zfnet")
 
 # what the network sees of an image: a matter of the run, whatever data it is shown
 PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit")
@@ -64,8 +68,13 @@ class LoadedRun:
     def splits(self) -> Splits:
         """Load the images; labels are the run's own numbers, matched by class name."""
         loaded = load_splits(self.data, self.config.imports)
+        stored = (self.data.name, self.data.fit, loaded.train.images.shape[1])
+        if stored == (self.metadata.data.name, self.metadata.data.fit, self.metadata.stored_size) and (
+            changed := loaded.difference(self.source.environment)
+        ):
+            log.warning("the images are not those of run=%s: %s", self.source.folder, changed)
         validation, test = (None if s is None else self._by_name(s) for s in (loaded.validation, loaded.test))
-        return Splits(self._by_name(loaded.train), validation, test, loaded.fingerprint)
+        return replace(loaded, train=self._by_name(loaded.train), validation=validation, test=test)
 
     def split(self, name: str, splits: Splits | None = None) -> ImageSet:
         """Return train, validation, test, or `all` of them; raise UserError where there is no such split."""
@@ -84,13 +93,14 @@ class LoadedRun:
     def _by_name(self, images: ImageSet) -> ImageSet:
         if images.classes == self.classes:
             return images
+        known = {class_name(name): number for number, name in enumerate(self.classes)}  # old records hold any form
         for name in images.classes:
-            if name not in self.classes:
+            if name not in known:
                 raise UserError(
                     f"data={self.data.name}: its class '{name}' is not one of run={self.source.folder}, "
-                    f"which knows {_few(self.classes)}"
+                    f"which knows {_few(list(known))}"
                 )
-        numbers = torch.tensor([self.classes.index(name) for name in images.classes])
+        numbers = torch.tensor([known[name] for name in images.classes])
         return replace(images, labels=numbers[images.labels], classes=self.classes)
 
 
