@@ -100,7 +100,7 @@ def training_state(config: Config, steps: int = STEPS, callbacks: Sequence[Callb
     if config.model.rms_limit is not None:
         arithmetic.append(FilterRenormalization(config.model.rms_limit))
     if config.trainer.ema is not None:
-        arithmetic.append(EMA(config.trainer.ema))
+        arithmetic.append(EMA(config.trainer.ema, grows=config.trainer.version > 1))
     runtime = resolve_runtime(config.trainer)
     return build_state(config, runtime, 10, steps, callbacks=[*arithmetic, *callbacks])
 

@@ -74,7 +74,7 @@ def test_identical_whatever_todays_defaults_are(run_py, exact_run, tmp_path: Pat
 
 def test_hydras_own_way_trains_the_same(run_py, exact_run, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:  # the record is all that is wanted of this one
-        patch.setattr("zfnet.jobs.train.train", lambda *_: None)
+        patch.setattr("zfnet.jobs.train.train_and_test", lambda *_: {"validation": None})
         assert run_py(*TINY, *SHORT, "hydra.run.dir=one").code == 0
     answer = run_py("--config-path", tmp_path / "one/.hydra", "--config-name", "config")
     assert answer.code == 0, answer.err

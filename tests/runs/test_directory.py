@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.helpers import TINY, compose
+from tests.helpers import TINY, compose, write_images
 from zfnet.config.errors import UserError
 from zfnet.runs import directory as run_module
 from zfnet.runs.command import CONF
-from zfnet.runs.directory import RunDirectory, find_run, list_runs, write_atomically
+from zfnet.runs.directory import RunDirectory, find_run, list_runs, write_atomically, write_tensors
+from zfnet.training.checkpoint import step_files
 
 
 def test_last_is_the_newest_finished_training_run(tiny_run, tmp_path: Path, monkeypatch) -> None:
@@ -52,6 +55,72 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch) -> None:
 
 def _full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_files_have_the_mode_that_the_user_gives_files(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "a.json", "{}")
+        write_tensors(tmp_path / "b.safetensors", {"x": torch.ones(2)}, {})
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode) for path in tmp_path.iterdir()} == {
+        "a.json": "0o100640",
+        "b.safetensors": "0o100640",
+    }
+
+
+@pytest.mark.parametrize("what", ["job=runs", "sweep", "run=last", "data", "images", "checkpoints"])
+def test_a_folder_that_cannot_be_read_is_named(what: str, run_py, tiny_run, tmp_path: Path, monkeypatch) -> None:
+    """Not by its mode: root, as whom tests may run, reads all."""
+    real = {name: getattr(os, name) for name in ("scandir", "listdir")}
+
+    def refusing(name: str):
+        def call(path="."):
+            if not isinstance(path, int) and Path(path).name == "secret":
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real[name](path)
+
+        return call
+
+    folder = {"data": "photos/train/cat/secret", "images": "photos/secret"}.get(what, "outputs/s/secret")
+    write_images(tmp_path, {f"photos/train/{name}": 1 for name in ("cat", "dog")})
+    shutil.copytree(tiny_run.folder, tmp_path / "outputs/s/a")
+    shutil.copytree(tiny_run.folder, tmp_path / folder)
+    if what == "checkpoints":
+        (tmp_path / "outputs/s/a/checkpoints").rename(tmp_path / "outputs/s/a/secret")
+    monkeypatch.chdir(tmp_path)
+    for name in real:
+        monkeypatch.setattr(os, name, refusing(name))
+    if what == "checkpoints":
+        with pytest.raises(UserError, match="outputs/s/a/secret cannot be read: Permission denied"):
+            step_files(Path("outputs/s/a/secret"))
+        return
+    answer = run_py(
+        *{
+            "job=runs": ["job=runs"],
+            "sweep": ["job=compare", "job.sweep=outputs/s"],
+            "run=last": ["job=summary", "run=last"],
+            "data": ["job=summary", "data=folder", "data.root=photos"],
+            "images": ["job=predict", "run=outputs/s/a", "images=photos"],
+        }[what]
+    )
+    assert folder in (text := answer.out + answer.err)
+    assert "cannot be read" in text
+    assert "Permission denied" in text
+    assert answer.code == (what == "data")
+    assert what != "job=runs" or "outputs/s/a" in answer.out
+
+
+def test_a_table_holds_no_formulas(tmp_path: Path) -> None:
+    """A file may have any name, and a spreadsheet computes cells that begin like these."""
+    texts = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "a=b", "-1.5", "+3", "-inf", ""]
+    RunDirectory(tmp_path).write_csv("t.csv", [{"=image": text, "n": -1.5} for text in texts])
+    with open(tmp_path / "t.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["'=image", "n"]
+    assert [row[0] for row in rows] == [f"'{t}" for t in texts[:5]] + texts[5:]
+    assert {row[1] for row in rows} == {"-1.5"}
 
 
 def test_a_folder_of_configs_is_no_run(tmp_path: Path) -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
+import logging
 import os
+import shutil
 import signal
+import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -12,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import TINY, compose, used
+from tests.helpers import MINUTE, TINY, compose, no_figures, train_minute, used
 from zfnet.config.errors import UserError
-from zfnet.runs.directory import RunDirectory
-from zfnet.runs.session import Stopped, StopRequest, own_directory
+from zfnet.runs.directory import RunDirectory, write_atomically
+from zfnet.runs.session import Stopped, StopRequest, hold, own_directory
 
 
 def test_the_state_tells_how_the_job_ended(tmp_path: Path) -> None:
@@ -77,7 +83,7 @@ def test_a_sweeps_directory_is_named_as_it_is(run_py, tiny_run, tmp_path: Path) 
     assert "334,794" in answer.out
 
 
-NUMBERS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+NUMBERS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 @pytest.mark.parametrize(("number", "code"), NUMBERS)
@@ -106,6 +112,124 @@ def test_signal_handlers_are_put_back() -> None:
     with StopRequest():
         assert [signal.getsignal(number) for number, _ in NUMBERS] != before
     assert [signal.getsignal(number) for number, _ in NUMBERS] == before
+
+
+def test_nohup_holds() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_gone_ends_no_job(tmp_path: Path, monkeypatch) -> None:
+    """SIGHUP says that it is gone, and the run is still to be saved: whatever is printed then fails."""
+
+    def gone(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with own_directory(compose(*TINY), tmp_path / "run"), StopRequest() as stop, monkeypatch.context() as patch:
+        patch.setattr(sys.stdout, "write", gone)
+        patch.setattr(sys.stderr, "write", gone)
+        logging.getLogger("zfnet").info("said to nobody")
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.number == signal.SIGHUP
+    assert "said to nobody" in (tmp_path / "run/train.log").read_text()
+
+
+def kill_while_writing(path: Path) -> None:
+    """Let another process write this file, and be killed half way."""
+
+    def half(beside: Path) -> None:
+        (beside.parent / ".tmpabc").write_bytes(b"1" * 1000)  # safetensors has such a file
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        write_atomically(path, half)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_full_disk_ends_with_its_own_error(tmp_path: Path, monkeypatch, capfd) -> None:
+    """The log cannot be written, either."""
+
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def close(self) -> None:
+            self.flush()
+
+    def work() -> None:
+        with own_directory(compose(*TINY), tmp_path / "run"):
+            logging.getLogger("zfnet").info("said")
+            raise UserError("no room")
+
+    monkeypatch.setattr(logging.FileHandler, "_open", lambda self: Full())
+    with pytest.raises(UserError, match="no room"):
+        work()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_killed_writes_left_is_removed_by_the_next_start(tmp_path: Path) -> None:
+    """Only what this program leaves, and not another run's, which may be at work."""
+    run = RunDirectory(tmp_path / "run")
+    run.claim(compose(*TINY))
+    other = RunDirectory(run.folder / "inside")
+    other.claim(compose(*TINY, "seed=1"))
+    run.checkpoints.mkdir()
+    places = [run.checkpoints / "step-000000001.safetensors", run.folder / "status.json", other.folder / "config.yaml"]
+    for place in places:
+        kill_while_writing(place)
+    (run.checkpoints / ".step-000000002.safetensors.123.partial").write_bytes(b"half")  # as earlier versions did
+    kept = [run.checkpoints / "mine.partial", run.folder / ".partial", other.folder / "config.yaml"]
+    for path in kept[:2]:
+        path.write_text("somebody's own")
+    left = list(run.folder.rglob(".*.partial"))
+    assert len(left) == 4
+    assert not run.in_use()
+    assert all(path.exists() for path in left)  # a look removes nothing
+    with hold(run, "train.log"):
+        assert [path for path in left if path.exists()] == list(other.folder.glob(".*.partial"))
+    assert all(path.exists() for path in kept)
+
+
+WRITERS = [["hydra.run.dir=out", *MINUTE], ["job=reproduce", "run=run", "hydra.run.dir=out"]]
+
+
+@pytest.fixture(scope="module")
+def minute_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return train_minute(tmp_path_factory.mktemp("minute") / "run")
+
+
+@pytest.mark.parametrize("words", WRITERS, ids=lambda words: words[0])
+def test_who_writes_holds_the_directory(run_py, minute_run, tmp_path: Path, monkeypatch, words: list[str]) -> None:
+    """Of two processes that start at one moment, the one that is refused has written nothing."""
+    (tmp_path / "run").symlink_to(minute_run.folder)
+    out, written, real = RunDirectory(tmp_path / "out"), set(), tempfile.TemporaryDirectory
+
+    def noted(suffix: str, prefix: str, folder: Path):
+        if Path(folder).resolve().is_relative_to(out.folder.resolve()):
+            assert out.in_use(), prefix
+            written.add(prefix)
+        return real(suffix, prefix, folder)
+
+    with no_figures(), monkeypatch.context() as patch:
+        patch.setattr("zfnet.runs.directory.tempfile.TemporaryDirectory", noted)
+        answer = run_py(*words)
+        assert answer.code == 0, answer.err
+    assert {".config.yaml.", ".hydra.yaml.", ".overrides.yaml.", ".status.json."} <= written
+    shutil.rmtree(out.folder)
+    out.folder.mkdir()
+    with out.lock():
+        answer = run_py(*words)
+        assert (answer.code, answer.err) == (
+            1,
+            "error: out is in use by another process: wait for it or stop it first\n",
+        )
+        assert [path.name for path in out.folder.iterdir()] == [".lock"]
 
 
 def test_in_another_thread_there_are_no_handlers_to_set() -> None:

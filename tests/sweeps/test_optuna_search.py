@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -25,7 +26,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
 
 optuna = pytest.importorskip("optuna")
-from zfnet.sweeps.optuna_search import construct, other_images  # noqa: E402
+from zfnet.sweeps.optuna_search import _open_storage, construct, other_images  # noqa: E402
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *SMALL)
 SPACE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "data.batch_size=choice(20,30)")
@@ -121,6 +122,25 @@ def test_run_search_in_two_processes_runs_no_trial_twice(run_py, tmp_path) -> No
     assert len({trial.user_attrs["worker"] for trial in counted}) == 2
     accuracies = {float(row["optimizer.lr"]): float(row["validation_accuracy"]) for row in rows(sweep).values()}
     assert accuracies == {trial.params["optimizer.lr"]: trial.value for trial in counted}
+
+
+@pytest.mark.parametrize("cut", [-1, -5, -40])
+def test_a_cut_line_at_the_end_of_the_journal_costs_that_line(tmp_path: Path, cut: int) -> None:
+    """A killed process leaves it; the next one to write would go on behind it."""
+    settings = SimpleNamespace(storage=None)
+
+    def study() -> optuna.Study:
+        return optuna.load_study(study_name="x", storage=_open_storage(settings, tmp_path))
+
+    optuna.create_study(study_name="x", storage=_open_storage(settings, tmp_path))
+    for value in (1.0, 2.0):
+        study().tell(study().ask(), value)
+    journal = tmp_path / "study.journal"
+    journal.write_bytes(journal.read_bytes()[:cut])
+    assert [trial.value for trial in study().get_trials()] == [1.0, None]
+    study().tell(study().ask(), 3.0)
+    study().tell(1, 4.0)
+    assert [trial.value for trial in study().get_trials()] == [1.0, 4.0, 3.0]
 
 
 def test_trial_pruning_ends_trials_that_job_resume_can_finish(run_py, tmp_path, monkeypatch) -> None:

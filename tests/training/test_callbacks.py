@@ -26,6 +26,7 @@ from tests.helpers import (
     learned,
     train_minute,
     train_tiny,
+    training_state,
 )
 from tests.own import Counter, Witness
 from zfnet.config.errors import UserError
@@ -190,10 +191,32 @@ def test_early_stopping_names_a_setting_that_means_nothing(word: str, expected: 
         checked(*MINUTE, EARLY[0], f"++callbacks.early_stopping.{word}")
 
 
-def test_early_stopping_names_what_is_not_measured(tmp_path: Path) -> None:
-    expected = r"callbacks\.early_stopping\.monitor=test_loss: is not measured; known: epoch, step, lr, train_loss"
+def test_what_is_not_measured_is_named_before_data_is_read() -> None:
+    expected = r"callbacks\.early_stopping\.monitor=test_loss: is not measured; known: train_loss, train_accuracy, val"
+    words = (*MINUTE, EARLY[0], "callbacks.early_stopping.monitor=test_loss")
     with pytest.raises(UserError, match=expected):
-        train_minute(tmp_path / "run", EARLY[0], "callbacks.early_stopping.monitor=test_loss")
+        checked(*words)
+    checked(*words, "trainer.test_each_epoch=true")
+
+
+def test_what_the_data_does_not_measure_is_named_before_the_first_step(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("it trained"))
+    words = (EARLY[0], "data.validation=0", "trainer.monitor=train_loss")
+    expected = (
+        r"callbacks\.early_stopping\.monitor=validation_loss: is not measured; known: train_loss, train_accuracy$"
+    )
+    with pytest.raises(UserError, match=expected):
+        train_minute(tmp_path / "run", *words)
+
+
+def test_callbacks_of_one_name_are_refused() -> None:
+    """A checkpoint would hold the state of one of them."""
+    pair = [Counter(), Counter()]
+    training_state(compose(*MINUTE), callbacks=pair)  # nothing is kept of those without a name
+    for callback in pair:
+        callback.name = "mine"
+    with pytest.raises(UserError, match=r"^callbacks\.mine: 2 callbacks have this name; give each its own$"):
+        training_state(compose(*MINUTE), callbacks=pair)
 
 
 OWN = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Counter")

@@ -158,16 +158,18 @@ def test_label_smoothing() -> None:
     assert state.metrics.read()[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_moving_average_is_its_closed_form() -> None:
-    state = make_state("trainer.ema=0.7", "optimizer.lr=0.5", "model.norm=batch")
+@pytest.mark.parametrize(("version", "decays"), [(1, [0.3, 0.3, 0.3, 0.3]), (2, [2 / 11, 3 / 12, 0.3, 0.3])])
+def test_the_moving_average_is_its_closed_form(version: int, decays: list[float]) -> None:
+    """Its decay grows, so that a short run does not average the weights it began with; of old records it does not."""
+    state = make_state("trainer.ema=0.3", "optimizer.lr=0.5", "model.norm=batch", f"trainer.version={version}")
     state.model.train()
     seen: list[torch.Tensor] = []
     for k in range(5):
         train_step(state, batch(seed=k))
         seen.append(weights(state))
     expected = seen[0]  # the first average is the first weights
-    for values in seen[1:]:
-        expected = 0.7 * expected + 0.3 * values
+    for decay, values in zip(decays, seen[1:], strict=True):
+        expected = decay * expected + (1 - decay) * values
     averaged = torch.cat([p.detach().flatten() for p in state.eval_model.parameters()])
     torch.testing.assert_close(averaged, expected)
     assert not torch.allclose(averaged, seen[-1])
@@ -186,6 +188,22 @@ def test_warm_up_scales_the_first_step() -> None:
     free = weights(stepped(*words)) - start
     warmed = weights(stepped(*words, "scheduler.warmup_epochs=0.5")) - start  # 4 steps
     torch.testing.assert_close(warmed, free / 4, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_recorded_rate_is_that_of_the_epochs_last_step(version: int, tmp_path: Path, monkeypatch) -> None:
+    """In old records it was the next step's, and stays so in their reproductions."""
+    used, real = [], Schedule.set_lr
+
+    def noted(self: Schedule, step: int) -> None:
+        real(self, step)
+        used.append(self.optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(Schedule, "set_lr", noted)
+    words = ("scheduler=onecycle", "scheduler.warmup_epochs=0.5", f"trainer.version={version}")
+    recorded = [row["lr"] for row in train_minute(tmp_path / "run", *words).read_history()]
+    assert (recorded == [used[STEPS - 1], used[2 * STEPS - 1]]) is (version == 2)
+    assert (recorded[0] == used[STEPS]) is (version == 1)
 
 
 # -- a run that is lost
@@ -224,12 +242,12 @@ def test_not_a_number_in_the_data_is_found_at_its_step(tmp_path: Path, monkeypat
 # -- choosing and measuring
 
 
-def end_epoch(state: TrainingState, accuracy: float | None, writer: Silent, test: float) -> None:
+def end_epoch(state: TrainingState, accuracy: float | None, writer: Silent, test: float, loss: float = 1.0) -> None:
     state.step += STEPS
     state.epoch_seconds = 1.0
     measured = {"test_accuracy": test, "test_loss": 1.0}
     if accuracy is not None:
-        measured |= {"validation_accuracy": accuracy, "validation_loss": 1.0}
+        measured |= {"validation_accuracy": accuracy, "validation_loss": loss}
     BestWeights(writer).on_epoch_end(state, state.end_epoch(measured, 10))
 
 
@@ -255,6 +273,18 @@ def test_validation_chooses_and_test_does_not() -> None:
     state.optimizer.step()
     end_epoch(state, None, silent, 0.9)
     assert state.best is None
+
+
+@pytest.mark.parametrize(("version", "best"), [(1, 1), (2, 3)])
+def test_of_equal_accuracies_the_lower_loss_is_the_best(version: int, best: int) -> None:
+    """The first is in old records, which must reproduce."""
+    state, silent = make_state(f"trainer.version={version}"), Silent()
+    state.optimizer.step()
+    for loss in (102.9, 2.5, 2.3, 2.4):
+        end_epoch(state, 0.25, silent, 0.1, loss)
+    assert state.best == {"epoch": best, "validation_accuracy": 0.25, "validation_loss": 102.9 if best == 1 else 2.3}
+    end_epoch(state, 0.26, silent, 0.1, 300.0)
+    assert state.best["epoch"] == 5
 
 
 @pytest.mark.parametrize(("monitor", "column"), [("validation_loss", 5), ("train_loss", 3)])

@@ -28,8 +28,10 @@ from tests.helpers import (
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
 from zfnet.runs.directory import RunDirectory
+from zfnet.runs.session import Stopped
 from zfnet.training import checkpoint as checkpoint_module
 from zfnet.training import loop
+from zfnet.training.callbacks import Checkpoints
 from zfnet.training.checkpoint import step_files, step_name
 
 ALL_ON = (
@@ -170,6 +172,33 @@ def test_signals_stop_after_the_step_and_resume(
         assert run_py("job=resume", "run=r").code == 0
     assert steps == list(range(1, 2 * STEPS + 1))
     assert learned(run) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("where", ["loop.evaluate", "callbacks.Checkpoints.on_fit_end"])
+def test_a_signal_after_the_last_step_stops_and_loses_nothing(
+    whole, tmp_path: Path, monkeypatch, where: str, number: int
+) -> None:
+    """The report is left to the next start, which trains no step."""
+    owner = loop if where == "loop.evaluate" else Checkpoints
+    name = where.rpartition(".")[2]
+    real = getattr(owner, name)
+
+    def signalled(*words: object, **more: object) -> object:
+        result = real(*words, **more)
+        if "validation 2" in words or owner is Checkpoints:
+            os.kill(os.getpid(), number)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        with pytest.raises(Stopped):
+            train_minute(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    assert run.read_json("status.json")["error"] == f"stopped by {signal.Signals(number).name}"
+    assert not run.weights.exists()
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("it trained again"))
+    assert learned(train_minute(run.folder)) == whole
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path, run_py, monkeypatch) -> None:

@@ -43,8 +43,7 @@ from zfnet.plots.atlas import Atlas, write_atlas
 from zfnet.plots.figures import BLUE, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
 from zfnet.plots.pictures import mosaic, show
 from zfnet.runs.directory import RunDirectory, write_tensors
-from zfnet.runs.hydra_record import write_hydra_record
-from zfnet.runs.session import StopRequest, hold, recorded_state
+from zfnet.runs.session import StopRequest, claimed, recorded_state
 from zfnet.runs.weights import weights_hash
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
 from zfnet.training.loaded import LoadedRun
@@ -90,12 +89,12 @@ class DeconvnetJob(Look):
         images = split.images
         if self.max_images is not None and self.max_images < len(images):
             images = images.take(torch.linspace(0, len(images) - 1, self.max_images).round().long())
-        if not run.claim(config):
-            write_hydra_record(run.folder, config)
-        elif any(run.plain_config()[key] != config.to_dict()[key] for key in ("job", "run")):
-            raise UserError(f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)")
         message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
-        with hold(run, "deconvnet.log") as stop:
+        with claimed(run, config, "deconvnet.log") as stop:
+            if any(run.plain_config()[key] != config.to_dict()[key] for key in ("job", "run")):
+                raise UserError(
+                    f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)"
+                )
             if run.state == "done":
                 print(f"nothing to do: {run.folder} is finished")
                 return

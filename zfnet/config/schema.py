@@ -163,7 +163,12 @@ class AugmentConfig(Checked):
 
 @dataclass(kw_only=True)
 class TrainerConfig(Checked):
-    """How the loop runs. `auto` values are decided by the hardware (`zfnet/training/device.py`)."""
+    """How the loop runs. `auto` values are decided by the hardware (`zfnet/training/device.py`).
+
+    version: of the loop's rules. In 2 the decay of `ema` grows, of two epochs of equal accuracy the one with the lower
+        loss is the better, and history.csv has the learning rate of the epoch's last step. In 1 the decay is constant,
+        the earlier epoch is the better, and the rate is the next step's.
+    """
 
     name: str
     epochs: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -182,6 +187,7 @@ class TrainerConfig(Checked):
     test_each_epoch: bool
     log_every: Positive
     checkpoint_minutes: Annotated[float, Field(gt=0)]
+    version: Literal[1, 2] = 1  # 1: what the earliest records mean, which lack the key
     profile: bool = False  # these are missing from the oldest records
     snapshots: list[Positive] = field(default_factory=list)
     init_from: Optional[str] = None
@@ -238,7 +244,8 @@ class Config(Checked):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is recorded, as plain dicts, lists and numbers."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("overrides", "composed")}
+        plain = dataclasses.asdict(dataclasses.replace(self, composed=None))  # which takes long to copy
+        return {key: value for key, value in plain.items() if key not in ("overrides", "composed")}
 
     def identity(self) -> str:
         """Return a hash of everything in it that the result depends on (not where data lies or what is logged).
@@ -254,6 +261,8 @@ NOT_IDENTITY: dict[str, tuple[str, ...]] = {
     "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "profile", "snapshots"),
 }
 _NOT_RESULT = ("job", "run", "images", "imports", "logger")
+# Keys that records of earlier versions lack, with the value that says what those did.
+_LATER = {"trainer": {"version": 1}}
 
 
 def result_keys(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +271,11 @@ def result_keys(plain: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(data, Mapping) and "on_error" in data:  # what it left out shows in the images' fingerprint
         plain = {**plain, "data": {**data, "on_error": "stop"}}
     return {
-        group: {k: v for k, v in value.items() if k not in NOT_IDENTITY.get(group, ())}
+        group: {
+            k: v
+            for k, v in value.items()
+            if k not in NOT_IDENTITY.get(group, ()) and (k, v) not in _LATER.get(group, {}).items()
+        }
         if isinstance(value, Mapping)
         else value
         for group, value in plain.items()

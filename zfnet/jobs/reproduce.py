@@ -16,8 +16,7 @@ from zfnet.config.schema import Config, Job
 from zfnet.jobs.train import train_and_test
 from zfnet.runs.compare import compare_runs
 from zfnet.runs.directory import RunDirectory, find_run
-from zfnet.runs.hydra_record import write_hydra_record
-from zfnet.runs.session import hold, recorded_state
+from zfnet.runs.session import StopRequest, claimed, hold, recorded_state
 
 log = logging.getLogger("zfnet")
 
@@ -38,25 +37,29 @@ class ReproduceJob(Job):
         if output.resolve().is_relative_to(original.folder.resolve()):
             raise UserError(f"hydra.run.dir={output}: lies in the run itself; choose a directory of its own")
         run = RunDirectory(output)
-        run.claim_new(config)
-        write_hydra_record(output, config)
-        reproduce(config, run)
+        with claimed(run, config, "reproduce.log", new=True) as stop:
+            _reproduce(config, run, original, stop)
 
 
 def reproduce(config: Config, run: RunDirectory) -> None:
-    """Train in a claimed directory, from its newest checkpoint if it has one, and compare with `config.run`."""
+    """Go on with a reproduction in its directory, and compare with `config.run`."""
     original = _finished(config)
     with hold(run, "reproduce.log") as stop:
         if run.state == "done":
             print(f"nothing to do: {run.folder} is finished; see its reproduction.json")
             return
-        with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
-            with _threads_of(original):
-                compiled = original.environment.get("compiled")  # what trainer.compile=auto became there
-                train_and_test(config, run, stop, compiled=None if compiled is None else bool(compiled))
-            comparison = compare_runs(original, run)
-            run.write_json("reproduction.json", comparison)
-            _log(comparison)
+        _reproduce(config, run, original, stop)
+
+
+def _reproduce(config: Config, run: RunDirectory, original: RunDirectory, stop: StopRequest) -> None:
+    """Train in a held directory, from its newest checkpoint if it has one, and compare."""
+    with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
+        with _threads_of(original):
+            compiled = original.environment.get("compiled")  # what trainer.compile=auto became there
+            train_and_test(config, run, stop, compiled=None if compiled is None else bool(compiled))
+        comparison = compare_runs(original, run)
+        run.write_json("reproduction.json", comparison)
+        _log(comparison)
     if not comparison["identical"] and not comparison["variation"]:
         others = ", ".join(d["what"] for d in comparison["surroundings"])
         raise UserError(

@@ -16,9 +16,9 @@ from zfnet.data import Batches, Splits, load_splits
 from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves, draw_results, log_per_class, log_result, results_of
 from zfnet.runs.directory import RunDirectory, objective
-from zfnet.runs.hydra_record import record_data, write_hydra_record
+from zfnet.runs.hydra_record import record_data
 from zfnet.runs.provenance import describe_environment
-from zfnet.runs.session import Pruned, StopRequest, hold, recorded_state
+from zfnet.runs.session import Pruned, StopRequest, claimed, recorded_state
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
 from zfnet.sweeps.callback import trial_report
 from zfnet.training import callbacks as cb
@@ -51,12 +51,7 @@ class TrainJob(Job):
             with contextlib.suppress(OSError):
                 output.rmdir()  # Hydra made it for this process; process 0 has another
             return None
-        run = RunDirectory(output)
-        if run.claim(config):
-            print(f"{output} holds this run already")
-        else:
-            write_hydra_record(output, config.composed)
-        return train(config, run, trial_report())
+        return train(config, RunDirectory(output), trial_report())
 
 
 def fit(config: Config, folder: str | Path) -> TrainedRun:
@@ -66,17 +61,20 @@ def fit(config: Config, folder: str | Path) -> TrainedRun:
     """
     check_recipe(config)
     run = RunDirectory(folder)
-    run.claim(config)
     train(config, run)
     return load_run(run.folder, config.imports)
 
 
 def train(config: Config, run: RunDirectory, report: Report | None = None) -> float | None:
-    """Train in a claimed directory, from its newest checkpoint if it has one. Returns the objective of a sweep.
+    """Train in a directory that is free or holds this run, from its newest checkpoint if it has one.
+
+    Returns the objective of a sweep.
 
     report: gets every epoch's validation accuracy and may prune the run, which then has no objective
     """
-    with hold(run, "train.log") as stop:
+    with claimed(run, config, "train.log", config.composed) as stop:
+        if config.job.name == "train" and run.state != "none":
+            print(f"{run.folder} holds this run already")
         if run.state == "done":
             if not run.weights.is_file():
                 raise UserError(
@@ -219,7 +217,7 @@ def _callbacks(
     if limit is not None:
         made.append(cb.FilterRenormalization(limit))
     if trainer.ema is not None:
-        made.append(cb.EMA(trainer.ema))
+        made.append(cb.EMA(trainer.ema, grows=trainer.version > 1))
     made.append(cb.BestWeights(writer))
     if world.is_main and trainer.snapshots:
         made.append(cb.Snapshots(run.snapshots, trainer.snapshots, metadata))
@@ -294,7 +292,7 @@ def _best(run: RunDirectory, state: TrainingState) -> tuple[Checkpoint | None, s
     path, problem = run.checkpoints / BEST, "holds the weights of a worse epoch"
     try:
         best = read_checkpoint(path)
-        if best.metadata.get("validation_accuracy", -1) >= state.best["validation_accuracy"]:
+        if not state.is_better(state.best, best.metadata):
             return best, None
     except UserError:
         problem = "cannot be read" if path.exists() else "is missing"

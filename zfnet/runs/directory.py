@@ -1,17 +1,22 @@
 """The run directory: every file in it is written and read through here.
 
-A file is written beside its final place, synced and renamed, so it is whole or absent. Configs are YAML
-without interpolation: nothing that is read back can run code. (`weights.py` reads and writes the weights.)
+A file is written beside its final place, synced and renamed, so it is whole or absent. Who writes holds the
+directory's lock. Configs are YAML without interpolation: nothing that is read back can run code. (`weights.py` reads
+and writes the weights.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
 import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from torch import Tensor
 
 from zfnet.config.errors import UserError, yaml_problem
 from zfnet.config.schema import Config, read_config, upgrade
+from zfnet.runs.tables import csv_cell
 
 HISTORY_COLUMNS = (
     *("epoch", "step", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
@@ -36,6 +42,7 @@ _MOST_VALUES = 100_000  # of a recorded config, its aliases written out
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast
 # what a directory may hold before its run: a lock, and the record of an attempt whose config was refused
 _NO_RUN = (".lock", "status.json", "train.log")
+_PARTIAL = re.compile(r"\..+\.\w+\.partial")  # what a process that was killed has left half written
 
 
 def _by_hydra() -> list[str]:
@@ -53,18 +60,21 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) 
 
     A function is called with the path of a file to write, and raises OSError if it cannot.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        if callable(content):
-            content(beside)
-        else:
-            beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        with open(beside, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        # a folder, since a writer may have temporary files of its own: safetensors does
+        with tempfile.TemporaryDirectory(".partial", f".{path.name}.", path.parent) as folder:
+            beside = Path(folder, path.name)
+            beside.touch()
+            mode = beside.stat().st_mode  # what the user's umask gives; safetensors would make it 0600
+            if callable(content):
+                content(beside)
+            else:
+                beside.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.chmod(beside, mode)
+            with open(beside, "r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(beside, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     with contextlib.suppress(OSError):  # make the new name durable, where the system can
         handle = os.open(path.parent, os.O_RDONLY)
@@ -110,6 +120,10 @@ class RunDirectory:
         self.tensorboard = self.folder / "tensorboard"
         self.weights = self.folder / "model.safetensors"
 
+    @functools.cached_property
+    def _lock(self) -> FileLock:
+        return FileLock(self.folder / ".lock")  # one for this object: who holds it may lock it again
+
     # -- whose directory is it?
 
     def claim(self, config: Config) -> bool:
@@ -118,24 +132,58 @@ class RunDirectory:
         A directory without a run is taken; one that holds the same run is resumed; one that holds another
         run, or other files, is refused and left as it is.
         """
-        if self._holds_a_record():
+        with self.claimed(config) as resumed:
+            return resumed
+
+    def claim_new(self, config: Config) -> None:
+        """Make this, which must be absent or empty, the directory of `config`'s run; raise UserError otherwise."""
+        with self.claimed(config, new=True):
+            pass
+
+    @contextlib.contextmanager
+    def claimed(self, config: Config, new: bool = False) -> Iterator[bool]:
+        """Do what `claim` does, or with `new` what `claim_new` does, and hold the directory within this block."""
+        self._belongs_to(config, new)  # a directory that is refused gets no lock, either
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be made: {error.strerror or error}") from error
+        with self.lock():
+            resumed = self._belongs_to(config, new)  # another process may have been faster
+            if not resumed:
+                write_atomically(self.folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+            yield resumed
+
+    def _belongs_to(self, config: Config, new: bool) -> bool:
+        """Return whether the directory holds `config`'s run, False if it is free; raise UserError otherwise."""
+        recorded = self._holds_a_record()
+        if recorded and not new:
             if self.read_config().identity() != config.identity():
                 raise UserError(
                     f"{self.folder} holds a run with another config: choose another directory (hydra.run.dir=…)"
                 )
             return True
-        self.claim_new(config)
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be read: {error.strerror or error}") from error
+        if any(name not in (*_NO_RUN, *_by_hydra()) and not _PARTIAL.fullmatch(name) for name in names):
+            content = "holds a run" if recorded else "holds no run"
+            raise UserError(f"{self.folder} is not empty and {content}: choose another directory (hydra.run.dir=…)")
         return False
 
-    def claim_new(self, config: Config) -> None:
-        """Make this, which must be absent or empty, the directory of `config`'s run; raise UserError otherwise."""
-        names = [p.name for p in self.folder.iterdir()] if self.folder.exists() else []
-        # a .partial file is left by a process that was killed while it claimed the directory
-        if any(name not in (*_NO_RUN, *_by_hydra()) and not re.fullmatch(r"\..*\.partial", name) for name in names):
-            content = "holds a run" if self._holds_a_record() else "holds no run"
-            raise UserError(f"{self.folder} is not empty and {content}: choose another directory (hydra.run.dir=…)")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    def remove_partials(self) -> None:
+        """Remove what killed processes have left half written; only who holds the directory may do this."""
+        for place, folders, files in os.walk(self.folder):
+            for name in [n for n in (*folders, *files) if _PARTIAL.fullmatch(n)]:
+                path = Path(place, name)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:  # earlier versions wrote into a file
+                    path.unlink(missing_ok=True)
+            folders[:] = [n for n in folders if not Path(place, n, ".lock").exists()]  # without those of other runs
 
     def _holds_a_record(self) -> bool:
         """Return whether there is a config.yaml, and not one from which Hydra composes, as in `conf/`."""
@@ -144,9 +192,8 @@ class RunDirectory:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the directory for this process; the system releases the lock however the process ends."""
-        lock = FileLock(self.folder / ".lock")
         try:
-            lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{self.folder} is in use by another process: wait for it or stop it first") from None
         except OSError as error:
@@ -154,14 +201,14 @@ class RunDirectory:
         try:
             yield
         finally:
-            lock.release()
+            self._lock.release()
 
     def in_use(self) -> bool:
-        """Return whether a process holds the directory now."""
+        """Return whether a process, perhaps this one, holds the directory now."""
         if not (self.folder / ".lock").is_file():
             return False
         try:
-            with self.lock():
+            with RunDirectory(self.folder).lock():
                 return False
         except UserError:
             return True
@@ -229,9 +276,10 @@ class RunDirectory:
     def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
         """Write a table with a header, which is `columns` or the keys of the first row."""
         text = io.StringIO(newline="")
-        table = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+        names = columns or list(rows[0])
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(map(csv_cell, names))
+        table.writerows([csv_cell(row.get(name)) for name in names] for row in rows)
         write_atomically(self.folder / name, text.getvalue())
 
     def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -298,8 +346,30 @@ def find_run(text: str) -> RunDirectory:
 
 def list_runs(root: Path) -> list[RunDirectory]:
     """Return every run below `root` (outputs/<job>/<time>, outputs/sweeps/<time>/<overrides>), by name."""
-    folders = [path.parent for depth in range(1, 5) for path in root.glob("*/" * depth + "config.yaml")]
-    return [RunDirectory(folder) for folder in sorted(folders) if folder.name != ".hydra"]
+    return [RunDirectory(folder) for folder in find_folders(root, "config.yaml", 4) if folder.name != ".hydra"]
+
+
+def find_folders(root: Path, name: str, depth: int) -> list[Path]:
+    """Return the folders below `root`, `depth` levels down at most, that hold a file `name`, in their order.
+
+    A folder that cannot be read is named on the terminal, and left out.
+    """
+
+    def look(folder: Path, level: int) -> None:
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            print(f"{folder} cannot be read and is left out: {error.strerror or error}", file=sys.stderr)
+            return
+        if level > 0 and any(entry.name == name for entry in entries):
+            found.append(folder)
+        for entry in entries if level < depth else ():
+            if os.path.isdir(entry):
+                look(folder / entry.name, level + 1)
+
+    found: list[Path] = []
+    look(root, 0)
+    return sorted(found)
 
 
 def _check_size(plain: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import signal
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from zfnet.config.errors import UserError
@@ -33,7 +35,7 @@ class Pruned(Exception):
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request, which the loop checks between two steps."""
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a request, which the loop checks between two steps."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -42,7 +44,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._before = {}
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # nohup
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -54,7 +58,8 @@ class StopRequest:
         if not self._deferred or self.number is not None:
             raise Stopped(number)
         self.number = number
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -75,13 +80,28 @@ class _Terminal(logging.Handler):
     """Prints above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+        except OSError as error:
+            if error.errno != errno.EIO:  # the terminal was closed; the run has still to be saved
+                raise
+
+
+class _LogFile(logging.FileHandler):
+    """Leaves out what a full disk does not take: the error that ends the run must not be hidden by another."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Print no traceback."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Send the program's messages to the terminal and, with the time and with tracebacks, to a file."""
-    terminal, file = _Terminal(logging.INFO), logging.FileHandler(path, encoding="utf-8", delay=True)
+    terminal, file = _Terminal(logging.INFO), _LogFile(path, encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = log.level, log.propagate
     log.setLevel(logging.DEBUG)
@@ -105,16 +125,31 @@ def own_directory(config: Config, output: Path) -> Iterator[RunDirectory]:
     Raises UserError where there is something in it already.
     """
     run = RunDirectory(output)
-    run.claim_new(config)
-    write_hydra_record(output, config)
-    with hold(run, f"{config.job.name}.log"), recorded_state(run):
+    with claimed(run, config, f"{config.job.name}.log", new=True), recorded_state(run):
         yield run
 
 
 @contextlib.contextmanager
+def claimed(
+    run: RunDirectory, config: Config, log_name: str, composed: DictConfig | None = None, new: bool = False
+) -> Iterator[StopRequest]:
+    """Take a directory for `config`'s run, or go on with it there, and `hold` it.
+
+    composed: what Hydra composed, for its own record; None if a recorded run was the base
+    new: the directory must be new or empty
+    """
+    with run.claimed(config, new) as resumed:
+        if not resumed:
+            write_hydra_record(run.folder, config if composed is None else composed)
+        with hold(run, log_name) as stop:
+            yield stop
+
+
+@contextlib.contextmanager
 def hold(run: RunDirectory, log_name: str) -> Iterator[StopRequest]:
-    """Lock a claimed directory and log to a file in it; SIGINT and SIGTERM raise Stopped within this block."""
+    """Lock a claimed directory and log to a file in it; SIGINT, SIGTERM, SIGHUP raise Stopped within this block."""
     with run.lock(), log_to(run.folder / log_name), StopRequest() as stop:
+        run.remove_partials()
         yield stop
 
 

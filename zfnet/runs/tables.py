@@ -1,8 +1,9 @@
-"""Tables for the terminal."""
+"""Tables for the terminal, and cells of CSV files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from zfnet.config.errors import printable
 
@@ -34,3 +35,14 @@ def format_table(
         (" " * gap).join(f"{shorten(cell, w):{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value as a spreadsheet may read it: text that it would take for a formula begins with `'`."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+        return value
+    except ValueError:
+        return f"'{value}"

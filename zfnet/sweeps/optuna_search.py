@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import BaseStorage, JournalStorage, get_storage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import BeforeValidator, ValidationInfo
 
@@ -144,9 +144,29 @@ def _distribution(override: Override) -> BaseDistribution:
 # -- the study in its storage
 
 
+class _JournalLock(JournalFileSymlinkLock):
+    """The lock of a journal, which who writes to it holds; drops the line that a killed process left half written.
+
+    The next line would go on behind it, and Optuna reads no journal with a damaged line in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+    def acquire(self) -> bool:
+        acquired = super().acquire()
+        with open(self.path, "r+b") as file:
+            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        return acquired
+
+
 def _open_storage(settings: SearchSettings, sweep: Path) -> BaseStorage:
     sweep.mkdir(parents=True, exist_ok=True)
-    return get_storage(settings.storage or JournalStorage(JournalFileBackend(str(sweep / "study.journal"))))
+    path = sweep / "study.journal"
+    return get_storage(settings.storage or JournalStorage(JournalFileBackend(str(path), _JournalLock(path))))
 
 
 def open_study(settings: SearchSettings, sweep: Path) -> Study:

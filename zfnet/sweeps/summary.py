@@ -19,7 +19,7 @@ from typing import Any
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import flatten, result_keys
-from zfnet.runs.directory import RunDirectory
+from zfnet.runs.directory import RunDirectory, find_folders
 from zfnet.runs.tables import format_table
 
 ABSENT = "–"  # in place of a value that a job does not have, such as the momentum of an Adam
@@ -90,8 +90,8 @@ class Sweep:
 
 def read_sweep(folder: Path) -> Sweep:
     """Read every training run below a sweep directory. A run that cannot be read counts as one without results."""
-    folders = {path.parent for depth in (1, 2, 3) for path in folder.glob("*/" * depth + "status.json")}
-    jobs = [job for path in sorted(folders) if (job := _read_job(folder, path)) is not None]
+    folders = find_folders(folder, "status.json", 3)
+    jobs = [job for path in folders if (job := _read_job(folder, path)) is not None]
     _tell_data_apart(jobs)
     keys = swept_keys([job.settings for job in jobs if job.settings])
     groups: dict[str, list[SweepJob]] = {}

@@ -23,7 +23,7 @@ from zfnet.training.device import Runtime
 from zfnet.training.loggers import Logger
 from zfnet.training.processes import SINGLE, World
 from zfnet.training.schedule import OWN_KEYS, Schedule, check_interval, steps_by_batch
-from zfnet.training.state import Callback, TrainingState
+from zfnet.training.state import Callback, TrainingState, check_monitors, measured_columns
 
 _BUILT_IN_CALLBACKS = ("ema", "filter_renormalization")  # whose state stands under these names in checkpoints
 GROUP_KEYS = ("match", "ndim", "lr_scale")  # of a parameter group, beside the optimizer's own
@@ -221,7 +221,9 @@ def check_recipe(config: Config) -> None:
         raise UserError(f"{name}: must give one number with a gradient, not {list(value.shape)}")
     list(parameter_groups(config, model, 1.0))
     build_transforms(config)
-    build_callbacks(config)
+    check_monitors(
+        build_callbacks(config), measured_columns(["validation"] + ["test"] * config.trainer.test_each_epoch)
+    )
     build_loggers(config)
     _check_step(config)
 

@@ -15,7 +15,6 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from zfnet.config.errors import UserError
 from zfnet.model.layers import renormalize_filters
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Pruned, Stopped, StopRequest
@@ -40,15 +39,18 @@ class FilterRenormalization(Callback):
 
 
 class EMA(Callback):
-    """Keeps an exponential moving average of the weights, and has it evaluated and saved instead of them."""
+    """Keeps an exponential moving average of the weights, and has it evaluated and saved instead of them.
+
+    grows: after t steps the decay is at most (1 + t) / (10 + t), so that a short run does not average its first weights
+    """
 
     name = "ema"
 
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, decay: float, grows: bool = True) -> None:
+        self.decay, self.grows = decay, grows
 
     def on_fit_start(self, state: TrainingState) -> None:
-        self.average = AveragedModel(state.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
+        self.average = AveragedModel(state.model, use_buffers=True)
         state.eval_model = self.average.module
 
     @torch.no_grad()
@@ -65,9 +67,10 @@ class EMA(Callback):
             group = groups.setdefault(average.dtype, ([], []))
             group[0].append(average)
             group[1].append(value)
-        assert self.average.multi_avg_fn is not None
+        count = int(self.average.n_averaged)  # lies on the CPU
+        update = get_ema_multi_avg_fn(min(self.decay, (1 + count) / (10 + count)) if self.grows else self.decay)
         for group in groups.values():
-            self.average.multi_avg_fn(*group, self.average.n_averaged)
+            update(*group, count)
         self.average.n_averaged += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,7 +215,7 @@ class Checkpoints(Callback):
 
 
 class StopOnSignal(Callback):
-    """Ends the training after a step, if SIGINT or SIGTERM arrived."""
+    """Ends the training after a step, if SIGINT, SIGTERM or SIGHUP arrived."""
 
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
@@ -267,15 +270,13 @@ class EarlyStopping(Callback):
     def __init__(self, monitor: str = "validation_loss", patience: int = 5, min_delta: float = 0.0) -> None:
         if patience < 1:
             raise ValueError("patience must be at least 1")
-        self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
+        self.monitor: str = monitor
+        self.patience, self.min_delta = patience, min_delta
         self.best: float | None = None
         self.waited = 0
 
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
-        value = row.get(self.monitor)
-        if value is None:
-            known = ", ".join(k for k, v in row.items() if v is not None)
-            raise UserError(f"callbacks.{self.name}.monitor={self.monitor}: is not measured; known: {known}")
+        value = row[self.monitor]
         sign = -1 if "loss" in self.monitor else 1
         if self.best is None or sign * (value - self.best) > self.min_delta:
             self.best, self.waited = value, 0

@@ -8,6 +8,7 @@ cut short fails its own length check, and the one before it is used.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -91,8 +92,13 @@ def _write(
 
 
 def step_files(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    return sorted(p for p in folder.glob("step-*.safetensors") if _NAME.fullmatch(p.name))
+    """Return the checkpoints of a run, oldest first; raise UserError if the folder cannot be read."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if _NAME.fullmatch(name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # to train from the start again would lose them
+        raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
 
 
 def step_name(step: int) -> str:

@@ -14,7 +14,7 @@ from zfnet.model.layers import set_dropout_step
 from zfnet.runs.session import StopRequest
 from zfnet.training.device import Runtime
 from zfnet.training.metrics import Evaluation, EvaluationSums
-from zfnet.training.state import TrainingState
+from zfnet.training.state import TrainingState, check_monitors, measured_columns
 
 
 def fit(state: TrainingState, train: Batches, evaluations: Mapping[str, Batches], stop: StopRequest) -> None:
@@ -22,8 +22,10 @@ def fit(state: TrainingState, train: Batches, evaluations: Mapping[str, Batches]
 
     evaluations: sets to measure after each epoch, by the name of their columns (validation, test)
 
-    Raises UserError if the loss diverges; Stopped or Pruned, after callbacks have saved.
+    Raises UserError if the loss diverges or a callback monitors what is not measured; Stopped or Pruned, after
+    callbacks have saved.
     """
+    check_monitors(state.callbacks, measured_columns(evaluations))
     try:
         with stop.deferred():
             while state.epoch < state.config.trainer.epochs and not state.should_stop:
@@ -38,6 +40,7 @@ def fit(state: TrainingState, train: Batches, evaluations: Mapping[str, Batches]
         for callback in state.callbacks:
             callback.on_exception(state, error)
         raise
+    stop.check(state.world.any)  # a signal since the last step: all is saved, and the report is for the next start
 
 
 def train_epoch(state: TrainingState, train: Batches) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,9 +43,15 @@ class Schedule:
             )
         self.count = 0  # of the scheduler's steps
         self._rates: list[float] | None = None  # the scheduler's own, while warmed-up ones are in force
+        self._used: deque[tuple[int, float]] = deque(maxlen=1000)  # the last steps and their rates
 
     def lr(self, step: int) -> float:
-        """Return the learning rate (of the first parameter group) that step `step` uses, or would use now."""
+        """Return the learning rate (of the first parameter group) that step `step` has used, or would use now."""
+        used = dict(self._used)
+        return used[step] if step in used else self.lr_now(step)
+
+    def lr_now(self, step: int) -> float:
+        """Return the learning rate that step `step` would use now, after the schedule has advanced."""
         return float(self.optimizer.param_groups[0]["lr"]) * self._factor(step)
 
     def _factor(self, step: int) -> float:
@@ -57,6 +64,7 @@ class Schedule:
             self._rates = [group["lr"] for group in self.optimizer.param_groups]
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
+        self._used.append((step, float(self.optimizer.param_groups[0]["lr"])))
 
     def step(self) -> None:
         """End an optimizer step: undo warm-up, and advance a schedule that counts steps."""
@@ -81,11 +89,13 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what changes as the schedule advances, as plain numbers; the rest follows from the config."""
-        return {"taken": self.count, "scheduler": _plain_state(self.scheduler)}
+        last = [list(used) for used in self._used][-1:]  # what an epoch that has just ended records
+        return {"taken": self.count, "scheduler": _plain_state(self.scheduler), "used": last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; the rates themselves belong to the optimizer."""
         self.count = state["taken"]
+        self._used.extend((step, rate) for step, rate in state.get("used", []))
         _load_plain_state(self.scheduler, state["scheduler"])
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ class Callback:
     """Hooks of a training; each is given the `TrainingState`. Derive from it, and override what you need.
 
     name: the key under which a config names it; the state that `state_dict` returns is kept under this name
+    monitor: a column of history.csv that it needs in each epoch, such as validation_loss; a run that does not measure
+        it ends before its first step
 
     A callback must be a function of the config, the step and its own state: then a resumed run equals one that never
     stopped. What it keeps from step to step (numbers, lists, tensors) belongs into `state_dict`.
     """
 
     name = ""
+    monitor: str | None = None
 
     def on_fit_start(self, state: TrainingState) -> None:
         """Called once before the first step of this process, before a checkpoint is loaded."""
@@ -58,6 +62,20 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
+
+
+def measured_columns(sets: Iterable[str]) -> list[str]:
+    """Return the columns of history.csv that hold metrics, where these sets are measured after each epoch."""
+    return [f"{name}_{metric}" for name in ("train", *sets) for metric in ("loss", "accuracy")]
+
+
+def check_monitors(callbacks: Iterable[Callback], columns: Sequence[str]) -> None:
+    """Raise UserError if a callback monitors something else than these columns."""
+    for callback in callbacks:
+        if callback.monitor is not None and callback.monitor not in columns:
+            raise UserError(
+                f"callbacks.{callback.name}.monitor={callback.monitor}: is not measured; known: {', '.join(columns)}"
+            )
 
 
 class TrainingState:
@@ -101,6 +119,9 @@ class TrainingState:
         self.eval_model: nn.Module = self.model
         self.new_weights = list(new_weights)
         self.callbacks = list(callbacks)
+        for name, count in Counter(callback.name for callback in self.callbacks).items():
+            if name and count > 1:  # the state of one would take the place of the other's in a checkpoint
+                raise UserError(f"callbacks.{name}: {count} callbacks have this name; give each its own")
         for callback in self.callbacks:
             callback.on_fit_start(self)
 
@@ -152,7 +173,8 @@ class TrainingState:
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self.step,
-            "lr": self.schedule.lr(self.step - 1),
+            # version 1 recorded the rate after the schedule had advanced: its runs must still reproduce
+            "lr": (self.schedule.lr if self.config.trainer.version > 1 else self.schedule.lr_now)(self.step - 1),
             "train_loss": loss,
             "train_accuracy": accuracy,
             "validation_loss": None,
@@ -162,14 +184,21 @@ class TrainingState:
             "images_per_second": round(images / self.epoch_seconds, 1),
         }
         self.history.append(row)
-        score = row["validation_accuracy"]
-        if score is not None and (self.best is None or score > self.best["validation_accuracy"]):
+        measured_now = row["validation_accuracy"] is not None
+        if measured_now and (self.best is None or self.is_better(row, self.best)):
             self.best = {k: row[k] for k in ("epoch", "validation_accuracy", "validation_loss")}
         self.schedule.epoch(row[self.config.trainer.monitor])
         self.metrics.reset()
         self.epoch += 1
         self.epoch_seconds = 0.0
         return row
+
+    def is_better(self, row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Return whether an epoch validated better than another: more accurately, or as accurately at a lower loss."""
+        accuracy, others = row["validation_accuracy"], other.get("validation_accuracy", -1)
+        if accuracy != others or self.config.trainer.version == 1:
+            return bool(accuracy > others)
+        return bool(row["validation_loss"] < other["validation_loss"])
 
     def checkpoint(self) -> Checkpoint:
         """Return what a resume needs."""

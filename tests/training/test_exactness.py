@@ -1,0 +1,263 @@
+"""Exactness under faults, and the proof that the comparison would see a fault: each damaged ingredient is noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from tests.helpers import EVERY_STEP, STEPS, Killed, die_at, dying_at, learned, train_minute
+from zfnet.config.errors import UserError
+from zfnet.runs.directory import RunDirectory
+from zfnet.training import loop
+from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, step_files
+
+# -- negative controls
+
+EARLY = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1")
+RECIPES = {
+    "adamw": ("optimizer=adamw", "scheduler=onecycle", "trainer.ema=0.8"),
+    "sgd": ("optimizer=sgd", "scheduler=plateau", "scheduler.patience=0", "trainer.epochs=3", *EARLY),
+}
+DIES_AT = STEPS + 2  # in the second epoch
+LOSSES = {"validation 1": 3.0, "validation 2": 2.9, "validation 3": 2.8}
+NOT_RESULTS = {"seconds", "epoch_seconds", "compiled"}  # of a checkpoint: what no result depends on
+
+
+@pytest.fixture(scope="module")
+def controls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Any]]]:
+    """For each recipe a run that was killed, and what its twin learned that was not; the first epoch is the best."""
+    real = loop.evaluate
+
+    def judged(model, batches, runtime, name, stop=None):
+        result = real(model, batches, runtime, name, stop)
+        if name in LOSSES:
+            # what the network is shows in the last digits
+            return replace(result, loss=LOSSES[name] + result.loss / 1e6, accuracy=1 / int(name[-1]))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", judged)
+        made = {}
+        for name, words in RECIPES.items():
+            folder = tmp_path_factory.mktemp(name)
+            die_at(folder / "run", DIES_AT, *words)
+            made[name] = folder / "run", learned(train_minute(folder / "whole", *words))
+        yield made
+
+
+def tensor(pattern: str) -> Callable[[Checkpoint], None]:
+    """Return what changes the first tensor of this name a little."""
+
+    def damage(saved: Checkpoint) -> None:
+        name = next(name for name in sorted(saved.tensors) if re.fullmatch(pattern, name))
+        value = saved.tensors[name]
+        saved.tensors[name] = value * 1.01 if value.is_floating_point() and value.any() else value + 1
+
+    return damage
+
+
+def value(*path: str, to: Any) -> Callable[[Checkpoint], None]:
+    """Return what puts another value at this place."""
+
+    def damage(saved: Checkpoint) -> None:
+        node = saved.metadata
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = to(node[path[-1]]) if callable(to) else to
+
+    return damage
+
+
+def packed(slot: str, name: str, to: Any) -> Callable[[Checkpoint], None]:
+    """Return what puts another value in place of the one with this name in a nested value."""
+
+    def damage(saved: Checkpoint) -> None:
+        text = json.dumps(saved.metadata[slot])
+        changed = re.sub(rf'\["{name}", [^][]+\]', f'["{name}", {to}]', text)
+        assert changed != text
+        saved.metadata[slot] = json.loads(changed)
+
+    return damage
+
+
+DAMAGES: list[tuple[str, str, Callable[[Checkpoint], None]]] = [
+    ("adamw", "model", tensor(r"model\.conv1\.weight")),
+    ("adamw", "optimizer.exp_avg", tensor(r"optimizer\..*\.exp_avg")),
+    ("adamw", "optimizer.exp_avg_sq", tensor(r"optimizer\..*\.exp_avg_sq")),
+    ("adamw", "optimizer.step", tensor(r"optimizer\..*\.step")),
+    ("adamw", "optimizer.lr", packed("optimizer", "lr", 0.5)),
+    ("sgd", "optimizer.momentum_buffer", tensor(r"optimizer\..*\.momentum_buffer")),
+    ("adamw", "callbacks.ema.model", tensor(r"callbacks\.ema\.model\.conv1\.weight")),
+    ("adamw", "callbacks.ema.count", tensor(r"callbacks\.ema\.count")),
+    ("sgd", "callbacks.early_stopping", packed("callbacks", "best", 0.1)),
+    ("adamw", "metrics", tensor("metrics")),
+    ("adamw", "step", value("step", to=lambda step: step + 1)),
+    ("adamw", "epoch", value("epoch", to=0)),
+    ("adamw", "schedule.onecycle", value("schedule", "scheduler", "last_epoch", to=lambda count: count - 3)),
+    ("sgd", "schedule.plateau", value("schedule", "scheduler", "best", to=0.0)),
+    ("adamw", "schedule.taken", value("schedule", "taken", to=100)),
+    ("adamw", "best", value("best", "validation_accuracy", to=2.0)),
+    ("adamw", "history", value("history", to=[])),
+    ("adamw", "should_stop", value("should_stop", to=True)),
+    ("adamw", "identity", value("identity", to="0" * 64)),
+]
+
+
+def rewrite(path: Path, damage: Callable[[Checkpoint], None]) -> None:
+    """Damage a checkpoint as memory would, and write it as the program does."""
+    saved = read_checkpoint(path)
+    damage(saved)
+    writer = CheckpointWriter(path.parent)
+    writer.write(path.name, saved, prune=False)
+    writer.close()
+
+
+def is_noticed(controls, tmp_path: Path, recipe: str, damage: Callable[[Checkpoint], None], best: bool = False) -> bool:
+    """Return whether the resumed run ends in a line, or otherwise than its twin."""
+    killed, expected = controls[recipe]
+    folder = Path(shutil.copytree(killed, tmp_path / "run"))
+    rewrite(folder / "checkpoints" / BEST if best else step_files(folder / "checkpoints")[-1], damage)
+    try:
+        return learned(train_minute(folder, *RECIPES[recipe])) != expected
+    except UserError:
+        return True
+
+
+@pytest.mark.parametrize(("recipe", "name", "damage"), DAMAGES, ids=[name for _, name, _ in DAMAGES])
+def test_a_damaged_ingredient_is_noticed(controls, tmp_path: Path, recipe: str, name: str, damage) -> None:
+    assert is_noticed(controls, tmp_path, recipe, damage)
+
+
+def test_damaged_best_weights_are_noticed(controls, tmp_path: Path) -> None:
+    assert is_noticed(controls, tmp_path, "adamw", tensor(r"conv1\.weight"), best=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_written_again_undamaged_makes_no_difference(controls, tmp_path: Path, recipe: str) -> None:
+    assert not is_noticed(controls, tmp_path, recipe, lambda saved: None)
+
+
+def test_every_ingredient_has_its_control(controls) -> None:
+    """A new one must be added above."""
+    damaged = {name.split(".")[0] for _, name, _ in DAMAGES}
+    for recipe, (killed, _) in controls.items():
+        saved = read_checkpoint(step_files(killed / "checkpoints")[-1])
+        kinds = {name.split(".")[0] for name in saved.tensors} | saved.metadata.keys()
+        assert kinds - NOT_RESULTS <= damaged
+        moments = {name.rpartition(".")[2] for name in saved.tensors if name.startswith("optimizer.")}
+        assert {f"optimizer.{moment}" for moment in moments} <= {name for r, name, _ in DAMAGES if r == recipe}
+
+
+# -- faults one after another
+
+
+class Fault:
+    """Ends the process, or its disk space, at its `number`-th write of a file."""
+
+    def __init__(self, number: int, fraction: float, full: bool) -> None:
+        self.number, self.fraction, self.full = number, fraction, full
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        real, writes = os.replace, 0
+
+        def replace_or_fail(beside: Path, path: Path) -> None:
+            nonlocal writes
+            writes += 1
+            if writes < self.number:
+                real(beside, path)
+            elif self.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            else:  # the dead write nothing more, either
+                if writes == self.number:
+                    size = int(self.fraction * beside.stat().st_size)
+                    left = path.parent / f".{path.name}.0.partial"
+                    left.write_bytes(beside.read_bytes()[:size])
+                raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", replace_or_fail)
+            yield
+
+
+class Faults(RuleBasedStateMachine):
+    """A run that is killed, starved and damaged, and goes on, ends with the same bits as one that never was."""
+
+    whole: Any = None
+    folder: Path
+
+    @initialize(step=st.integers(3, 2 * STEPS - 1))
+    def begin(self, step: int) -> None:
+        """Die somewhere, so that no example is without a resume."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.train(dying_at(step))
+
+    def train(self, fault: Any) -> None:
+        line = None
+        try:
+            with fault:
+                train_minute(self.folder, EVERY_STEP)
+        except Killed:
+            pass
+        except UserError as error:
+            line = str(error)
+        if line is not None and "delete " in line:
+            shutil.rmtree(self.folder / "checkpoints")
+        elif line is not None:
+            assert line.endswith("cannot be written: No space left on device")
+
+    @rule(step=st.integers(0, 2 * STEPS - 1))
+    def killed_before_a_step(self, step: int) -> None:
+        self.train(dying_at(step))
+
+    @rule(number=st.integers(1, 20), fraction=st.floats(0, 1), full=st.booleans())
+    def killed_or_without_space_in_a_write(self, number: int, fraction: float, full: bool) -> None:
+        self.train(Fault(number, fraction, full).at_work())
+
+    @rule(fraction=st.none() | st.floats(0, 0.99), best=st.booleans())
+    def newest_checkpoint_is_cut_or_lost(self, fraction: float | None, best: bool) -> None:
+        folder = self.folder / "checkpoints"
+        for path in [folder / BEST] * (best and (folder / BEST).exists()) or step_files(folder)[-1:]:
+            content = path.read_bytes()
+            path.unlink()
+            if fraction is not None:
+                path.write_bytes(content[: int(fraction * len(content))])
+
+    def teardown(self) -> None:
+        self.train(contextlib.nullcontext())
+        run = train_minute(self.folder, EVERY_STEP)  # if a line had asked for a start from the beginning
+        assert learned(run) == self.whole
+        assert run.state == "done"
+        assert not list(self.folder.rglob("*.partial"))
+
+
+def test_any_sequence_of_faults_ends_with_the_same_bits(whole, tmp_path: Path) -> None:
+    machine = type("Machine", (Faults,), {"whole": whole, "folder": tmp_path / "run"})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=4, stateful_step_count=4, deadline=None, phases=[Phase.generate])
+    )
+
+
+def test_the_faults_are_real(tmp_path: Path) -> None:
+    """Otherwise the test above would prove nothing."""
+    with pytest.raises(Killed), Fault(1, 0.5, full=False).at_work():
+        train_minute(tmp_path / "a")
+    assert [path.name for path in (tmp_path / "a").iterdir() if "partial" in path.name] == [".config.yaml.0.partial"]
+    with pytest.raises(UserError, match="No space left"), Fault(12, 0.5, full=True).at_work():
+        train_minute(tmp_path / "b", EVERY_STEP)
+    run = RunDirectory(tmp_path / "b")
+    assert run.state == "running"  # nor could this be written
+    assert not run.in_use()
