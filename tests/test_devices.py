@@ -67,7 +67,7 @@ def test_the_pretence_refuses_what_cuda_refuses(waits: list[str]) -> None:
         ("optimizer=rmsprop", "scheduler.warmup_epochs=1"),
         (
             "optimizer=adamw",
-            "+loss.weight=[1,1,1,1,1,1,1,1,1,2]",
+            "loss.weight=[1,1,1,1,1,1,1,1,1,2]",
             "+optimizer.param_groups=[{ndim:1,weight_decay:0}]",
             "model.norm=batch",
             "trainer.freeze=[conv1,norm1]",

@@ -32,7 +32,13 @@ SET_UP = [
 
 # every layer of the network, a few maps wide: the pages name layers
 SMALL = [word for word in MINUTE if not word.endswith("=null")]
-SMALL += ["model.conv3.channels=4", "model.conv4.channels=4", "model.fc7.features=16", "trainer.snapshots=[1,2]"]
+SMALL += [
+    "model.conv3.channels=4",
+    "model.conv4.channels=4",
+    "model.fc7.features=16",
+    "trainer.snapshots=[1,2]",
+    "trainer.checkpoint_epochs=[1]",
+]
 EXTRA = {  # words that make a job cheap, or possible with 80 images
     "benchmark": [*SMALL, "job.rounds=1", "job.steps=1", "job.warmup=0"],
     "correspondence": ["job.split=train"],
@@ -45,6 +51,10 @@ RUN = "outputs/train/first"
 PLACEHOLDERS = {
     "job.sweep=<dir>": "job.sweep=outputs/sweeps/lr",
     "<dir>": RUN,
+    "job.epoch=5": "job.epoch=1",
+    "trainer.epochs=15": "trainer.epochs=3",
+    "trainer.epochs=20": "trainer.epochs=3",
+    "checkpoint_epochs=[5]": "checkpoint_epochs=[1]",
     "outputs/train/…": RUN,
     ",https://…": "",
     ',"https://example.org/a.jpg"': "",

@@ -13,7 +13,7 @@ import yaml
 from tests.helpers import MINUTE, checked, compose, data_config
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import resolve
-from zfnet.config.schema import NOT_IDENTITY, Job, flatten, read_config, read_data
+from zfnet.config.schema import NOT_IDENTITY, Job, Parent, flatten, read_config, read_data
 from zfnet.config.trust import CONF
 
 FILES = [
@@ -135,7 +135,7 @@ def test_seed_0_is_a_seed_and_seeds_differ() -> None:
         ("optimizer.weight_decay=-1", "optimizer (AdamW): Invalid weight_decay"),
         ("+optimizer.amsgrad=1", "optimizer.amsgrad=1: must be true or false"),
         ("scheduler.warmup_epochs=-1", "scheduler.warmup_epochs=-1: must be a number of epochs, at least 0"),
-        ("scheduler.warmup_epochs=10", "scheduler.warmup_epochs=10: must be less than trainer.epochs=10"),
+        ("scheduler.warmup_epochs=10", "scheduler.warmup_epochs=10: must be less than the 10 epochs of the schedule"),
         ("trainer.snapshots=[1,11]", "trainer.snapshots=[1, 11]: epochs are counted from 1 to trainer.epochs=10"),
         ("optimizer.lr=1e38", "optimizer.lr=1e+38: must be a finite number, at most 1e+30"),
         ("scheduler.interval=step", "a plateau schedule steps once an epoch"),
@@ -177,13 +177,23 @@ def test_read_data_names_a_folder_whose_name_is_no_text() -> None:
 
 
 def test_identity_counts_all_that_matters_and_nothing_else() -> None:
-    base = checked()
+    base, link = checked(), {"epoch": 1, "step": 9, "weights_sha256": "a", "identity": "b", "schedule": "stretch"}
+    assert "parent" not in base.to_dict()
+    plain = base.identity()
+    base.parent = Parent(run="outputs/train/one", config={}, **link)  # type: ignore[arg-type]
+    assert base.identity() != plain
     for group, keys in NOT_IDENTITY.items():
         for key in keys:
             other = copy.deepcopy(base)
             setattr(getattr(other, group), key, "else")
             assert other.identity() == base.identity()
-    for group, key in (("model", "dropout"), ("data", "subset"), ("augment", "flip"), ("trainer", "ema")):
+    for group, key in (
+        ("model", "dropout"),
+        ("data", "subset"),
+        ("augment", "flip"),
+        ("trainer", "ema"),
+        ("parent", "step"),
+    ):
         other = copy.deepcopy(base)
         setattr(getattr(other, group), key, 0.125)
         assert other.identity() != base.identity()

@@ -18,7 +18,17 @@ from torchvision.transforms import v2
 from tests.helpers import augment_config, data_config, die_at, learned, random_images, train_minute
 from tests.own import Squash
 from zfnet.config.errors import UserError
-from zfnet.data.batches import Batches, _crop_on_cpu, _crop_on_gpu, _normalise, _resize, augment, preprocess, resident
+from zfnet.data.batches import (
+    Batches,
+    _crop_on_cpu,
+    _crop_on_gpu,
+    _normalise,
+    _resize,
+    augment,
+    balanced_draws,
+    preprocess,
+    resident,
+)
 from zfnet.data.images import image_set
 
 CPU = torch.device("cpu")
@@ -50,6 +60,36 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert len(orders) == 9
     again = torch.cat([b.index for b in batches(30, seed=2).epoch(1)])
     assert tuple(again.tolist()) in orders
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=5).filter(any), st.integers(0, 5), st.integers(0, 2**40))
+def test_a_balanced_epoch_shows_each_class_equally_often(sizes: list[int], epoch: int, seed: int) -> None:
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    draws = balanced_draws(labels, seed, epoch)
+    assert len(draws) == len(draws.unique()) == len(labels)  # a repetition is a draw of its own
+    index = draws % len(labels)
+    classes = labels[index].bincount(minlength=len(sizes))[torch.tensor(sizes) > 0]
+    assert classes.max() - classes.min() <= 1
+    for label in range(len(sizes)):  # within a class each image equally often
+        times = index.bincount(minlength=len(labels))[labels == label]
+        assert not len(times) or times.max() - times.min() <= 1
+
+
+def test_balanced_epochs_differ_and_repetitions_have_random_changes_of_their_own() -> None:
+    images = image_set(random_images(30, 16).numpy(), (torch.arange(30) > 27).long(), "ab")
+    how, data = augment_config(crop_padding=2, flip=0.5), data_config(batch_size=7, image_size=16, sampler="balanced")
+    parts = Batches(images, data, CPU, augment=how)
+    epochs = [list(parts.epoch(epoch)) for epoch in range(2)]
+    orders = [torch.cat([b.index for b in epoch]) for epoch in epochs]
+    assert orders[0].tolist() != orders[1].tolist()
+    assert {*orders[0].tolist()} != {*orders[1].tolist()}  # other images of the large class are left out
+    repeated = torch.cat([b.images for b in epochs[0]])[orders[0] == 28]
+    assert len(repeated) in (7, 8)
+    assert len(repeated.flatten(1).unique(dim=0)) > 4
+    for batch, again in zip(epochs[0][2:], parts.epoch(0, 2), strict=True):  # as a resume needs it
+        assert torch.equal(batch.labels, (batch.index > 27).long())
+        assert torch.equal(batch.images, again.images)
 
 
 def test_batch_k_without_the_ones_before() -> None:

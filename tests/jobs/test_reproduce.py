@@ -145,6 +145,7 @@ def test_what_cannot_matter_is_no_variation_and_a_stopped_one_goes_on(run_py, ex
         assert run_py(*words).code == 130
     assert RunDirectory("again").state == "stopped"
     torch.set_num_threads(2)  # the original had one
+    monkeypatch.setattr("zfnet.training.device.THREADS", 2)
     try:
         answer = run_py("job=resume", "run=again")
         assert torch.get_num_threads() == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.helpers import MINUTE, compose, learned, no_figures, train_minute
 from zfnet.config.errors import UserError
@@ -100,6 +101,14 @@ def test_the_objective_of_a_sweep_is_validations(tmp_path: Path) -> None:
     assert value == run.read_json("results.json")["validation"]["accuracy"]
 
 
+def test_few_images_are_said_to_be_few(tiny_run: RunDirectory, tmp_path: Path) -> None:
+    log = (tiny_run.folder / "train.log").read_text()
+    assert "few images: one of 20 validation images is 5.0 % of accuracy" in log
+    assert "few images: one of 50 test images is 2.0 % of accuracy" in log
+    many = train_minute(tmp_path / "run", "trainer.epochs=1", "data.train_images=200", "data.validation=100")
+    assert "validation images is" not in (many.folder / "train.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -112,6 +121,36 @@ def test_what_does_not_fit_the_images_is_named(tmp_path: Path, words: list[str],
     with pytest.raises(UserError) as caught:
         train_minute(tmp_path / "run", *words)
     assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trainer.init_from=nowhere.safetensors"], "trainer.init_from=nowhere.safetensors: there is no such file"),
+        (["trainer.init_from=other.safetensors"], "trainer.init_from=other.safetensors: lacks conv1.weight"),
+        (
+            ["augment.transforms=[{_target_:torchvision.transforms.v2.RandomCrop,size:65}]"],
+            "augment.transforms.0 (RandomCrop): fails on an image [3, 64, 64]: Required crop size (65, 65)",
+        ),
+        (
+            ["augment.transforms=[{_target_:torchvision.transforms.v2.CenterCrop,size:[9,10]}]"],
+            "augment.transforms: give [3, 9, 10] of torch.uint8, not uint8 [3, s, s]",
+        ),
+        (
+            ["augment.transforms=[{_target_:torchvision.transforms.v2.ToPILImage}]"],
+            "augment.transforms: give Image; must be a tensor",
+        ),
+    ],
+)
+def test_what_cannot_be_read_or_fails_is_named_before_a_directory_is_taken(
+    run_py, tmp_path: Path, words: list[str], expected: str
+) -> None:
+    save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
+    answer = run_py(*MINUTE, *words, "hydra.run.dir=new")
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: {expected}"), answer.err
+    assert answer.err.count("\n") == 1
+    assert not Path("new").exists()
 
 
 def test_what_just_fits_the_images_is_taken(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.helpers import random_images
 from zfnet.data.images import image_set
 from zfnet.plots.figures import save_figure
-from zfnet.plots.results import draw_confusion, draw_curves, draw_per_class, draw_samples
+from zfnet.plots.results import draw_confusion, draw_curves, draw_per_class, draw_samples, log_result, results_of
 from zfnet.training.metrics import Evaluation, EvaluationSums
 
 
@@ -98,3 +98,12 @@ def test_draw_confusion_says_what_a_cell_is() -> None:
     axis = draw_confusion(sums.result(), list("ab")).axes[0]
     assert [text.get_text() for text in axis.texts] == ["67\n(2)", "33\n(1)", "100\n(1)"]
     assert "% of the true class's images, and their number" in axis.get_title()
+
+
+def test_log_result_names_a_top_5_of_six_classes_and_more(caplog) -> None:
+    caplog.set_level("INFO", logger="zfnet")
+    for classes in (5, 6):
+        log_result("test", results_of(evaluation_of(12, classes), "abcdef"[:classes]))
+    few, many = (record.getMessage() for record in caplog.records)
+    assert "top-5" not in few
+    assert "top-5 " in many

@@ -43,3 +43,7 @@ def test_write_hydra_record_is_what_hydra_writes(run_py, tmp_path: Path) -> None
     later = overlay(RunDirectory(tmp_path / "r"), ["optimizer.lr=0.05"], own)
     assert later.scheduler["max_lr"] == 0.05
     assert later.seed == 4
+
+
+def test_short_dirname_leaves_out_the_mark_of_a_recorded_runs_keys() -> None:
+    assert short_dirname("++optimizer.lr=0.1,++seed=1,+mine.a=++b") == "optimizer.lr=0.1,seed=1,+mine.a=++b"

@@ -86,6 +86,18 @@ def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, undr
     assert before == {**everything_in(sweep / "optimizer.lr=0.001,seed=0"), "m": (sweep / "multirun.yaml").read_bytes()}
 
 
+def test_a_sweeps_jobs_print_no_test_accuracy(run_py, tmp_path, undrawn) -> None:
+    """Who sees one beside each setting chooses by it."""
+    answer = run_py("-m", *SMALL, "seed=0,1")
+    assert answer.code == 0
+    logs = [path.read_text() for path in (tmp_path / "s").glob("*/train.log")]
+    for text in (answer.out.partition("written to s\n")[0], *logs):
+        assert "validation accuracy" in text
+        assert "test       accuracy" not in text
+    summary = (tmp_path / "s/summary.md").read_text()
+    assert "Test accuracy of the best setting by validation" in summary
+
+
 def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path, undrawn) -> None:
     assert run_py("-m", *SMALL, "seed=0,1").code == 0
     before = everything_in(tmp_path / "s/seed=0")

@@ -17,7 +17,7 @@ from zfnet.config.errors import UserError
 from zfnet.data import load_splits
 from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
-from zfnet.training.build import build_optimizer, initial_model, training_batches
+from zfnet.training.build import balanced_weights, build_optimizer, initial_model, training_batches
 from zfnet.training.loop import train_step
 
 OWN = "imports=[tests]"
@@ -49,7 +49,7 @@ def test_loss_without_reduction_is_taken_as_the_mean(tmp_path: Path, more: tuple
 
 def test_class_weights() -> None:
     weights = [0.5, 2.0, *[1.0] * 7, 0.0]
-    state, twin = make_state(checked(*MINUTE, f"+loss.weight={weights}")), make_state(compose(*MINUTE)).model
+    state, twin = make_state(checked(*MINUTE, f"loss.weight={weights}")), make_state(compose(*MINUTE)).model
     batches = training_batches(state.config, state.runtime, load_splits(state.config.data).train)
     batch = next(batches.epoch(0))
     state.train()
@@ -58,9 +58,24 @@ def test_class_weights() -> None:
     assert state.metrics.read()[0] == pytest.approx(losses.item() / len(batch.labels), rel=1e-5)
 
 
+def test_balanced_class_weights_are_inverse_to_the_counts_of_the_training_images(tmp_path: Path, monkeypatch) -> None:
+    assert balanced_weights([6, 2, 0, 4]) == [12 / 18, 12 / 6, 0, 12 / 12]  # their mean over the images is 1
+    given: list[list[int]] = []
+    monkeypatch.setattr("zfnet.training.build.balanced_weights", lambda c: given.append(c) or balanced_weights(c))
+    run = train_minute(tmp_path / "run", "loss.weight=balanced", "trainer.epochs=1", "data.subset=30")
+    assert sum(given[-1]) == 30
+    assert run.read_config().loss["weight"] == "balanced"
+    with pytest.raises(
+        UserError, match=r"loss.weight=even: must be a number for each class, as in \[1,2,1\], balanced"
+    ):
+        checked(*MINUTE, "loss.weight=even")
+    with pytest.raises(UserError, match="each makes up for uneven classes; choose one"):
+        checked(*MINUTE, "loss.weight=balanced", "data.sampler=balanced")
+
+
 def test_class_weights_of_another_number_of_classes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"loss\.weight=\[1, 2\]: must have 10 numbers, one for each class"):
-        train_minute(tmp_path / "run", "+loss.weight=[1,2]")
+        train_minute(tmp_path / "run", "loss.weight=[1,2]")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Stopped
 from zfnet.runs.weights import load_model
 from zfnet.training import loop
-from zfnet.training.callbacks import EarlyStopping, Metrics, list_snapshots
+from zfnet.training.callbacks import EarlyStopping, Metrics, duration, list_snapshots
 from zfnet.training.checkpoint import BEST, read_checkpoint, read_newest, step_files, unpack
 
 
@@ -279,3 +279,49 @@ def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(tmp_pa
             train_minute(tmp_path / "run", *OWN)
     assert (tmp_path / "run/checkpoints" / BEST).exists()
     assert learned(train_minute(tmp_path / "run", *OWN)) == expected
+
+
+# -- the time that a run takes
+
+
+class Clock:
+    """Stands for the module `time`: each look at the clock is `seconds` after the one before."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.now = seconds, 0.0
+
+    def perf_counter(self) -> float:
+        self.now += self.seconds
+        return self.now
+
+
+def test_a_run_says_how_long_it_takes_and_each_minute_what_is_left(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.training.callbacks.time", Clock(7))  # looked at twice a step
+    run = train_minute(tmp_path / "run", "trainer.log_every=2")
+    lines = [line.partition(" INFO ")[2] for line in (run.folder / "train.log").read_text().splitlines()]
+    assert lines.count("about 4 min on this CPU, by its first steps") == 1
+    left = [line for line in lines if line.endswith("images/s") and " left, " in line]
+    assert left[0].startswith("epoch 1, step 5/8: 3 min left, loss ")
+    assert [re.split(r"[:,] ", line)[1:3] for line in left] == [
+        ["step 5/8", "3 min left"],
+        ["step 2/8", "84 s left"],
+        ["step 7/8", "14 s left"],
+    ]
+
+
+def test_a_long_run_on_a_cpu_names_an_experiment_for_cpus_and_learns_the_same(
+    whole, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("zfnet.training.callbacks.time", Clock(600))
+    run = train_minute(tmp_path / "run")
+    log = (run.folder / "train.log").read_text()
+    assert re.search(
+        r"about 5 h 20 min on this CPU, by its first steps; experiment=cifar10_small takes about [\d ]+ s with as many",
+        log,
+    )
+    assert learned(run) == whole
+
+
+def test_duration_reads_like_a_clock() -> None:
+    times = {0.4: "0 s", 99: "99 s", 100: "2 min", 5900: "98 min", 3600 * 2.75: "2 h 45 min"}
+    assert {seconds: duration(seconds) for seconds in times} == times

@@ -74,6 +74,14 @@ def test_with_everything_on(tmp_path: Path, optimizer: str, scheduler: str) -> N
     assert learned(train_minute(tmp_path / "run", EVERY_STEP, *words)) == expected
 
 
+def test_with_balanced_draws(tmp_path: Path) -> None:
+    words = ("data.sampler=balanced", "augment=crop_flip", "data.subset=50")
+    expected = learned(train_minute(tmp_path / "whole", *words))
+    for step in (3, 8):
+        die_at(tmp_path / "run", step, *words)
+    assert learned(train_minute(tmp_path / "run", EVERY_STEP, *words)) == expected
+
+
 def test_without_a_checkpoint_it_starts_again(whole, tmp_path: Path) -> None:
     with dying_at(3), pytest.raises(Killed):
         train_minute(tmp_path / "run")

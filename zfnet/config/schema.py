@@ -83,7 +83,10 @@ class ModelConfig(Checked):
 
 @dataclass(kw_only=True)
 class DataConfig(Checked):
-    """What every data set has: how its images become batches. `crop_size` is counted in stored pixels."""
+    """What every data set has: how its images become batches. `crop_size` is counted in stored pixels.
+
+    sampler: `shuffle` takes each training image once an epoch; `balanced` takes each class equally often
+    """
 
     name: str
     root: Optional[Folder] = None
@@ -99,6 +102,7 @@ class DataConfig(Checked):
     store_size: Optional[Side] = None
     fit: Literal["crop", "stretch"] = "crop"
     max_pixels: Annotated[int, Field(ge=1, le=2**30)] = MAX_PIXELS
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
 
 
 @dataclass(kw_only=True)
@@ -190,6 +194,7 @@ class TrainerConfig(Checked):
     version: Literal[1, 2] = 1  # 1: what the earliest records mean, which lack the key
     profile: bool = False  # these are missing from the oldest records
     snapshots: list[Positive] = field(default_factory=list)
+    checkpoint_epochs: list[Positive] = field(default_factory=list)
     init_from: Optional[str] = None
     freeze: list[str] = field(default_factory=list)
 
@@ -215,12 +220,34 @@ class Job(Checked):
 
 
 @dataclass(kw_only=True)
+class Parent(Checked):
+    """Where a branched run began: in the state of another run after `epoch`, its optimizer step `step`.
+
+    run: that run's directory at the time; config: its whole config, its own parent included
+    identity, weights_sha256: of that config and of the weights at that step
+    schedule: how the learning rate goes on (`zfnet/training/schedule.py`)
+    threads, compiled: what that run used and its config left open
+    """
+
+    run: str
+    epoch: Positive
+    step: Positive
+    weights_sha256: str
+    identity: str
+    schedule: Literal["stretch", "continue", "restart"]
+    config: dict[str, Any]
+    threads: Optional[Positive] = None
+    compiled: Optional[bool] = None
+
+
+@dataclass(kw_only=True)
 class Config(Checked):
     """A whole run. Two runs with equal identity compute the same thing.
 
     model: a ModelConfig, or the settings of another network: a `_target_` and its arguments
     loss, optimizer, scheduler: a `_target_` and its arguments
     logger, callbacks: each entry a `_target_` and its arguments
+    parent: of a run that job=extend or job=fork made; not in the record of any other
     imports: packages that a `_target_` of this command may come from, beside PyTorch, torchvision and this one
     overrides, composed: the words of the command at work, and what Hydra composed from them; not recorded
     """
@@ -238,6 +265,7 @@ class Config(Checked):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     run: Optional[str] = None
     images: Optional[list[str]] = None
+    parent: Optional[Parent] = None
     imports: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     composed: Any = field(default=None, repr=False)
@@ -245,7 +273,8 @@ class Config(Checked):
     def to_dict(self) -> dict[str, Any]:
         """Return what is recorded, as plain dicts, lists and numbers."""
         plain = dataclasses.asdict(dataclasses.replace(self, composed=None))  # which takes long to copy
-        return {key: value for key, value in plain.items() if key not in ("overrides", "composed")}
+        left_out = ("overrides", "composed") + ("parent",) * (self.parent is None)
+        return {key: value for key, value in plain.items() if key not in left_out}
 
     def identity(self) -> str:
         """Return a hash of everything in it that the result depends on (not where data lies or what is logged).
@@ -258,11 +287,16 @@ class Config(Checked):
 # Keys that change neither the weights nor the figures of a run.
 NOT_IDENTITY: dict[str, tuple[str, ...]] = {
     "data": ("root", "cache_dir", "device_memory", "max_pixels"),
-    "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "profile", "snapshots"),
+    "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "profile", "snapshots", "checkpoint_epochs"),
+    "parent": ("run", "config", "threads", "compiled"),  # its identity stands for its config
 }
 _NOT_RESULT = ("job", "run", "images", "imports", "logger")
 # Keys that records of earlier versions lack, with the value that says what those did.
-_LATER = {"trainer": {"version": 1}}
+_LATER: dict[str, dict[str, Any]] = {
+    "data": {"sampler": "shuffle"},
+    "loss": {"weight": None},
+    "trainer": {"version": 1},
+}
 
 
 def result_keys(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -470,6 +504,8 @@ def _check_together(config: Config) -> None:
     data, trainer = config.data, config.trainer
     if data.name == "folder" and not data.root:
         raise UserError("data.root is not set: name the folder that holds train/ and test/, as in data.root=photos")
+    if data.sampler == "balanced" and config.loss.get("weight") == "balanced":
+        raise UserError("data.sampler=balanced and loss.weight=balanced: each makes up for uneven classes; choose one")
     if data.name == "shapes" and data.root:
         raise UserError(
             f"data.root={data.root}: data=shapes draws its images and reads no files; choose data=folder for your own"
@@ -483,7 +519,15 @@ def _check_together(config: Config) -> None:
             "data.validation=0 leaves no images for trainer.monitor=validation_loss: "
             "hold some out, or set trainer.monitor=train_loss"
         )
-    if not all(epoch <= trainer.epochs for epoch in trainer.snapshots):
-        raise UserError(
-            f"trainer.snapshots={trainer.snapshots}: epochs are counted from 1 to trainer.epochs={trainer.epochs}"
-        )
+    for key in ("snapshots", "checkpoint_epochs"):
+        if not all(epoch <= trainer.epochs for epoch in getattr(trainer, key)):
+            raise UserError(
+                f"trainer.{key}={getattr(trainer, key)}: epochs are counted from 1 to trainer.epochs={trainer.epochs}"
+            )
+    if config.parent is not None:
+        if config.parent.epoch >= trainer.epochs:
+            raise UserError(f"trainer.epochs={trainer.epochs}: the run begins after epoch {config.parent.epoch}")
+        try:
+            read_config(config.parent.config)
+        except UserError as error:
+            raise UserError(f"parent.config: {error}") from error

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zfnet.config.errors import UserError
 from zfnet.config.randomness import (
+    CLASS,
     CROP_X,
     CROP_Y,
     CUTOUT_X,
@@ -141,6 +142,8 @@ class Batches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the shuffled, augmented batches of an epoch (counted from 0), from batch `start` on."""
         order = permutation(make_key(self.seed, ORDER, epoch), len(self.set))
+        if self.data.sampler == "balanced":
+            order = balanced_draws(self.set.labels, self.seed, epoch)[order]
         yield from self._batches(order, start, epoch)
 
     def in_order(self) -> Iterator[Batch]:
@@ -168,8 +171,9 @@ class Batches:
                 waiting += [worker.submit(self._gather, index) for index in shards[k + 1 : k + 2]]
                 yield self._finish(index, pixels, epoch)
 
-    def _gather(self, index: Tensor) -> Tensor:
-        """Return the stored pixels at `index`, uint8 [B, h, w, 3], on the device."""
+    def _gather(self, draws: Tensor) -> Tensor:
+        """Return the stored pixels of these draws, uint8 [B, h, w, 3], on the device."""
+        index = draws % len(self.set)
         if self.resident is not None:
             return self.resident[on_device(index, self.device)]
         pixels = self.set.pixels(index)
@@ -177,13 +181,30 @@ class Batches:
             return pixels.pin_memory().to(self.device, non_blocking=True)
         return pixels.to(self.device)
 
-    def _finish(self, index: Tensor, pixels: Tensor, epoch: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        where = on_device(index, self.device)
+    def _finish(self, draws: Tensor, pixels: Tensor, epoch: int | None) -> tuple[Tensor, Tensor, Tensor]:
         if epoch is not None and self.augment is not None:
-            pixels = augment(pixels, where, self.augment, self.data, self.seed, epoch)
+            pixels = augment(pixels, on_device(draws, self.device), self.augment, self.data, self.seed, epoch)
         if epoch is not None and self.transforms:
-            pixels = apply_transforms(pixels, index, self.transforms, self.seed, epoch)
-        return preprocess(pixels, self.data, self.channels_last), self.labels[where], index
+            pixels = apply_transforms(pixels, draws, self.transforms, self.seed, epoch)
+        index = draws % len(self.set)
+        labels = self.labels[on_device(index, self.device)]
+        return preprocess(pixels, self.data, self.channels_last), labels, index
+
+
+def balanced_draws(labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """Return as many draws as there are labels [N], each class equally often: whose turn it is, not yet shuffled.
+
+    Draw i + kN is the k-th repetition of image i, which so has random changes of its own. A class with too many images
+    leaves some out, others in each epoch.
+    """
+    total, classes = len(labels), labels.unique().tolist()
+    draws = []
+    for place, label in enumerate(classes):
+        members = (labels == label).nonzero().flatten()
+        members = members[permutation(make_key(seed, CLASS, epoch, label), len(members))]
+        turn = torch.arange(total // len(classes) + (place < total % len(classes)))
+        draws.append(members[turn % len(members)] + turn // len(members) * total)
+    return torch.cat(draws)
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
@@ -243,8 +264,16 @@ def apply_transforms(
     with seeded_generators(pixels.device) as set_seed:
         for image, number in zip(pixels.permute(0, 3, 1, 2), index.tolist(), strict=True):
             set_seed(make_key(seed, TRANSFORM, epoch, number))
-            for transform in transforms:
-                image = transform(image)
+            for place, transform in enumerate(transforms):
+                try:
+                    image = transform(image)
+                except Exception as error:  # whatever somebody's class raises
+                    name, reason = type(transform).__name__, (str(error).splitlines() or [type(error).__name__])[0]
+                    raise UserError(
+                        f"augment.transforms.{place} ({name}): fails on an image {list(image.shape)}: {reason}"
+                    ) from error
+            if not isinstance(image, Tensor):
+                raise UserError(f"augment.transforms: give {type(image).__name__}; must be a tensor, uint8 [3, s, s]")
             if image.is_floating_point():
                 image = image.mul(255).round().clamp(0, 255).to(torch.uint8)
             if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.shape[1] != image.shape[2]:

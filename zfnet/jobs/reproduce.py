@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
+from zfnet.jobs.branch import train_parent
 from zfnet.jobs.train import train_and_test
 from zfnet.runs.compare import compare_runs
 from zfnet.runs.directory import RunDirectory, find_run
 from zfnet.runs.session import StopRequest, claimed, hold, recorded_state
+from zfnet.training.build import check_initial_weights
+from zfnet.training.device import recorded_threads
 
 log = logging.getLogger("zfnet")
-
-_MOST_THREADS = 1024  # a record with more is damaged
 
 
 @dataclass(kw_only=True)
@@ -36,6 +33,7 @@ class ReproduceJob(Job):
         original = _finished(config)
         if output.resolve().is_relative_to(original.folder.resolve()):
             raise UserError(f"hydra.run.dir={output}: lies in the run itself; choose a directory of its own")
+        check_initial_weights(config)
         run = RunDirectory(output)
         with claimed(run, config, "reproduce.log", new=True) as stop:
             _reproduce(config, run, original, stop)
@@ -54,7 +52,8 @@ def reproduce(config: Config, run: RunDirectory) -> None:
 def _reproduce(config: Config, run: RunDirectory, original: RunDirectory, stop: StopRequest) -> None:
     """Train in a held directory, from its newest checkpoint if it has one, and compare."""
     with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
-        with _threads_of(original):
+        train_parent(config, run, stop)
+        with recorded_threads(original.threads, config.trainer.devices):
             compiled = original.environment.get("compiled")  # what trainer.compile=auto became there
             train_and_test(config, run, stop, compiled=None if compiled is None else bool(compiled))
         comparison = compare_runs(original, run)
@@ -85,22 +84,6 @@ def _finished(config: Config) -> RunDirectory:
     if not history or any("train_loss" not in row for row in history):
         raise UserError(f"{original.folder / 'history.csv'} holds no epochs, {nothing}")
     return original
-
-
-@contextlib.contextmanager
-def _threads_of(original: RunDirectory) -> Iterator[None]:
-    """Use as many CPU threads as the original: sums are divided among them, so the last bits depend on it.
-
-    (A launcher may have given it fewer than PyTorch chooses. `trainer.threads`, where it is set, wins.)
-    """
-    before, cpu = torch.get_num_threads(), original.environment.get("cpu")
-    threads = cpu.get("threads") if isinstance(cpu, dict) else None
-    if isinstance(threads, int) and 1 <= threads <= _MOST_THREADS:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _first(comparison: dict[str, Any]) -> str:

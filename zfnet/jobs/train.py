@@ -10,31 +10,46 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
+
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, DataConfig, Job, model_name
 from zfnet.data import Batches, Splits, load_splits
+from zfnet.data.images import image_set
 from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves, draw_results, log_per_class, log_result, results_of
+from zfnet.runs.command import compose
 from zfnet.runs.directory import RunDirectory, objective
 from zfnet.runs.hydra_record import record_data
 from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import Pruned, StopRequest, claimed, recorded_state
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
-from zfnet.sweeps.callback import trial_report
+from zfnet.sweeps.callback import in_sweep, trial_report
 from zfnet.training import callbacks as cb
-from zfnet.training.build import build_callbacks, build_loggers, build_state, check_recipe, training_batches
+from zfnet.training.build import (
+    build_callbacks,
+    build_loggers,
+    build_state,
+    check_initial_weights,
+    check_recipe,
+    training_batches,
+)
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, read_newest
 from zfnet.training.compiling import settle_auto
-from zfnet.training.device import resolve_runtime
+from zfnet.training.device import resolve_runtime, timed
 from zfnet.training.loggers import LoggedRun, Logger
-from zfnet.training.loop import evaluate
+from zfnet.training.loop import evaluate, train_step
 from zfnet.training.loop import fit as run_loop
 from zfnet.training.processes import World, processes, run_worker, torchrun_world
+from zfnet.training.schedule import schedule_span
 from zfnet.training.state import TrainingState
 
 log = logging.getLogger("zfnet")
 
 Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
+_FOR_CPUS, _LONG = "cifar10_small", 1200  # an experiment; seconds of a run that make one look for it
+_FEW = 100  # images, of which one is more than 1 % of accuracy
 
 
 @dataclass(kw_only=True)
@@ -45,13 +60,18 @@ class TrainJob(Job):
 
     def main(self, config: Config, output: Path) -> float | None:
         """Train `config` in the directory `output`; go on there if it holds the same run, unfinished."""
-        world = torchrun_world()
-        if world is not None and not world.is_main:
-            run_worker(world, partial(_work, imports=config.imports, data=config.data))
-            with contextlib.suppress(OSError):
-                output.rmdir()  # Hydra made it for this process; process 0 has another
-            return None
-        return train(config, RunDirectory(output), trial_report())
+        return None if worked(config, output) else train(config, RunDirectory(output), trial_report())
+
+
+def worked(config: Config, output: Path) -> bool:
+    """Do the work of a process with rank > 0 of those that torchrun started; return whether this is one."""
+    world = torchrun_world()
+    if world is None or world.is_main:
+        return False
+    run_worker(world, partial(_work, imports=config.imports, data=config.data))
+    with contextlib.suppress(OSError):
+        output.rmdir()  # Hydra made it for this process; process 0 has another
+    return True
 
 
 def fit(config: Config, folder: str | Path) -> TrainedRun:
@@ -65,14 +85,21 @@ def fit(config: Config, folder: str | Path) -> TrainedRun:
     return load_run(run.folder, config.imports)
 
 
-def train(config: Config, run: RunDirectory, report: Report | None = None) -> float | None:
+def train(
+    config: Config, run: RunDirectory, report: Report | None = None, begin: Callable[[], None] | None = None
+) -> float | None:
     """Train in a directory that is free or holds this run, from its newest checkpoint if it has one.
 
     Returns the objective of a sweep.
 
     report: gets every epoch's validation accuracy and may prune the run, which then has no objective
+    begin: writes the first checkpoint of a run that goes on from another, if there is none yet
     """
+    if run.state == "none" and config.parent is None:
+        check_initial_weights(config)  # before the directory is taken
     with claimed(run, config, "train.log", config.composed) as stop:
+        if begin is not None:
+            begin()
         if config.job.name == "train" and run.state != "none":
             print(f"{run.folder} holds this run already")
         if run.state == "done":
@@ -95,18 +122,24 @@ def train(config: Config, run: RunDirectory, report: Report | None = None) -> fl
 
 
 def train_and_test(
-    config: Config, run: RunDirectory, stop: StopRequest, report: Report | None = None, compiled: bool | None = None
+    config: Config,
+    run: RunDirectory,
+    stop: StopRequest,
+    report: Report | None = None,
+    compiled: bool | None = None,
+    epochs: int | None = None,
 ) -> dict[str, Any]:
     """Train, measure and write everything but the status; returns what results.json holds.
 
     compiled: what trainer.compile=auto became in the run that this one repeats
+    epochs: train no further than this, and measure nothing
     """
-    work = partial(_work, imports=config.imports, data=config.data)
+    work = partial(_work, imports=config.imports, data=config.data, epochs=epochs)
     with processes(config.trainer.devices, work, run.folder) as world:
-        return _train(config, run, stop, world, report, compiled)
+        return _train(config, run, stop, world, report, compiled, epochs)
 
 
-def _work(world: World, folder: Path, imports: list[str], data: DataConfig) -> None:
+def _work(world: World, folder: Path, imports: list[str], data: DataConfig, epochs: int | None = None) -> None:
     """Do what the processes with rank > 0 do: the same, without writing files or logs.
 
     data: where the images lie now; the record may hold where they lay
@@ -114,7 +147,7 @@ def _work(world: World, folder: Path, imports: list[str], data: DataConfig) -> N
     log.addHandler(logging.NullHandler())
     log.propagate = False
     run = RunDirectory(folder)
-    _train(replace(run.read_config(imports), data=data), run, StopRequest(), world)
+    _train(replace(run.read_config(imports), data=data), run, StopRequest(), world, epochs=epochs)
 
 
 def _train(
@@ -124,6 +157,7 @@ def _train(
     world: World,
     report: Report | None = None,
     compiled: bool | None = None,
+    epochs: int | None = None,
 ) -> dict[str, Any]:
     runtime = resolve_runtime(config.trainer, world, isinstance(config.model, dict))
     splits = load_splits(config.data, config.imports)
@@ -142,18 +176,24 @@ def _train(
     loggers = build_loggers(config) if world.is_main else []
     writer = CheckpointWriter(run.checkpoints if world.is_main else None)
     callbacks = _callbacks(config, run, world, loggers, writer, stop, metadata, report)
+    classes = len(splits.train.classes)
+    counts = splits.train.labels.bincount(minlength=classes).tolist()
     state = build_state(
-        config, runtime, len(splits.train.classes), len(train), world, callbacks, resumed=saved is not None
+        config, runtime, classes, len(train), world, callbacks, resumed=saved is not None, counts=counts
     )
     if saved is not None and saved.metadata.get("identity", config.identity()) != config.identity():
         raise UserError(
             f"{run.folder / 'config.yaml'} is not the config that the checkpoint was made with: put the old one back, "
             "or start a new run"
         )
+    if saved is None and config.parent is not None:
+        raise UserError(
+            f"{run.checkpoints} lacks the state from which the run began: branch from {config.parent.run} again"
+        )
     if not world.is_main:
         if saved is not None:
             state.restore(saved)
-        run_loop(state, train, each_epoch, stop)
+        run_loop(state, train, each_epoch, stop, epochs)
         return {}
     for problem in problems:
         log.warning("%s; using an earlier one", problem)
@@ -163,6 +203,9 @@ def _train(
     if config.run is not None and (changed := splits.difference(RunDirectory(config.run).environment)):
         log.warning("the images are not those of run=%s: %s", config.run, changed)
     record_data(run, config.data)
+    for name, part in (("validation", splits.validation), ("test", splits.test)):
+        if part is not None and len(part) < _FEW:
+            log.warning("few images: one of %d %s images is %.1f %% of accuracy", len(part), name, 100 / len(part))
     for name in state.new_weights:
         log.info("trainer.init_from: %s is new, since the number of classes differs", name)
     if saved is not None:
@@ -173,6 +216,10 @@ def _train(
     if saved is not None:
         state.restore(saved)
         log.info("going on from epoch %d, step %d", state.epoch + 1, state.step)
+        if "branches" in saved.metadata:
+            log.info(_describe_schedule(state))
+            if not state.optimizer.state:
+                log.info("the optimizer begins anew: the parent's was another")
         if state.epoch < config.trainer.epochs and (lost := _best(run, state)[1]):
             log.warning("%s; unless a later epoch is better, the run will have to start again", lost)
     samples = splits.train.pixels(range(min(16, len(splits.train))))
@@ -180,7 +227,9 @@ def _train(
     try:
         for logger in loggers:
             logger.start(started)
-        run_loop(state, train, each_epoch, stop)
+        run_loop(state, train, each_epoch, stop, epochs)
+        if epochs is not None:
+            return {}
         # the best on validation; without validation, the last
         if state.best is not None and state.best["epoch"] != state.epoch:
             best, lost = _best(run, state)
@@ -226,10 +275,32 @@ def _callbacks(
     if world.is_main:
         if trainer.profile:
             made.append(cb.Profiler(run.folder / "profile"))
-        made.append(cb.ProgressBar())
+        made.append(cb.ProgressBar(_advise))
         if report is not None:
             made.append(cb.Pruning(report))
-    return [*made, cb.Checkpoints(writer, trainer.checkpoint_minutes), cb.StopOnSignal(stop)]
+    return [*made, cb.Checkpoints(writer, trainer.checkpoint_minutes, trainer.checkpoint_epochs), cb.StopOnSignal(stop)]
+
+
+def _advise(state: TrainingState, seconds: float) -> str:
+    """Return how long a run takes and, where that is long on a CPU, an experiment that suits one, timed here."""
+    device = {"cpu": "this CPU", "cuda": "this GPU"}.get(state.runtime.device.type, "this device")
+    words = f"about {cb.duration(seconds)} on {device}, by its first steps"
+    if state.runtime.device.type != "cpu" or state.world.size > 1 or seconds < _LONG:
+        return words
+    with contextlib.suppress(UserError):  # somebody's own defaults may not fit it
+        config = compose([f"experiment={_FOR_CPUS}"])
+        size = config.data.batch_size
+        images = image_set(np.zeros((size, 32, 32, 3), np.uint8), torch.arange(size) % 10, [str(n) for n in range(10)])
+        batches = training_batches(config, state.runtime, images)
+        small, batch = build_state(config, state.runtime, 10, 1), next(batches.epoch(0))
+        small.train()
+        train_step(small, batch)  # the first is slower
+        each = timed(partial(train_step, small, batch), state.runtime.device)
+        images_seen = state.steps_per_epoch * state.config.data.batch_size * config.trainer.epochs
+        other = each * images_seen / size
+        if other < seconds / 3:
+            words += f"; experiment={_FOR_CPUS} takes about {cb.duration(other)} with as many images"
+    return words
 
 
 def _write_environment(config: Config, run: RunDirectory, state: TrainingState, splits: Splits, resumed: bool) -> None:
@@ -241,7 +312,7 @@ def _write_environment(config: Config, run: RunDirectory, state: TrainingState, 
         "compiled": runtime.compile,
         "imports": config.imports,
     }
-    if config.trainer.init_from is not None:
+    if config.trainer.init_from is not None and config.parent is None:
         if resumed:  # the network does not hold them any more
             environment["initial_weights_sha256"] = run.read_json("environment.json")["initial_weights_sha256"]
         else:
@@ -299,6 +370,17 @@ def _best(run: RunDirectory, state: TrainingState) -> tuple[Checkpoint | None, s
     return None, f"{path} {problem}: the weights of the best epoch, {state.best['epoch']}, are lost"
 
 
+def _describe_schedule(state: TrainingState) -> str:
+    """Return one line about the learning rate at the start of a branch."""
+    assert state.config.parent is not None
+    first, epochs = schedule_span(state.config.to_dict())
+    name = str(state.config.scheduler["_target_"]).rpartition(".")[2]
+    return (
+        f"learning rate (job.schedule={state.config.parent.schedule}): {name} over epochs {first + 1} to "
+        f"{first + epochs}; {state.history[-1]['lr']:.3g} before, {state.schedule.lr(state.step):.3g} now"
+    )
+
+
 def _sizes(splits: Splits) -> str:
     sizes = ", ".join(f"{count:,} {name}" for name, count in splits.sizes().items())
     return f"{sizes} images of {len(splits.train.classes)} classes"
@@ -349,12 +431,12 @@ def _report(
 
 
 def _print_results(config: Config, run: RunDirectory, results: dict[str, Any]) -> None:
-    for name in ("validation", "test"):
-        if results[name]:
-            log_result(name, results[name])
-    measured = results["test"] or results["validation"]
-    if measured:
-        log_per_class(measured)
+    # who sees a test accuracy beside each setting of a sweep chooses by it
+    names = [name for name in ("validation", "test") if results[name] and not (name == "test" and in_sweep())]
+    for name in names:
+        log_result(name, results[name])
+    if names:
+        log_per_class(results[names[-1]])
     if config.trainer.test_each_epoch:
         log.info("the test set was measured after each epoch: do not choose an epoch or a setting by it")
     log.info("written to %s", run.folder)

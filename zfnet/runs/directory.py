@@ -38,6 +38,7 @@ HISTORY_COLUMNS = (
     *("seconds", "images_per_second"),
 )
 OUTPUTS = Path("outputs")
+_MOST_THREADS = 1024  # a record with more is damaged
 _MOST_VALUES = 100_000  # of a recorded config, its aliases written out
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast
 # what a directory may hold before its run: a lock, and the record of an attempt whose config was refused
@@ -272,6 +273,13 @@ class RunDirectory:
         except UserError:
             return {}
         return environment if isinstance(environment, dict) else {}
+
+    @property
+    def threads(self) -> int | None:
+        """The number of CPU threads that the run used, if it is recorded."""
+        cpu = self.environment.get("cpu")
+        threads = cpu.get("threads") if isinstance(cpu, dict) else None
+        return threads if isinstance(threads, int) and 1 <= threads <= _MOST_THREADS else None
 
     def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
         """Write a table with a header, which is `columns` or the keys of the first row."""

@@ -66,7 +66,8 @@ def short_dirname(overrides: str) -> str:
 
     Characters that file systems dislike become `_`; a name that changed or was cut gets a hash of the original.
     """
-    overrides = re.sub(r"(^|,)\+\+", r"\1", overrides)  # the mark of a key that not every choice of a group has
+    # `++` marks keys of a recorded run, and keys that not every choice of a swept group has
+    overrides = re.sub(r"(^|,)\+\+", r"\1", overrides)
     name = re.sub(r"[^\w.,=+@^~\[\]-]", "_", overrides) or "default"
     if name == overrides and len(name.encode()) <= NAME_LIMIT:
         return name

@@ -17,12 +17,13 @@ from zfnet.config.errors import UserError
 from zfnet.config.instantiate import arguments, instantiate, is_number, resolve
 from zfnet.config.schema import Config, ModelConfig
 from zfnet.data import Batches, ImageSet
+from zfnet.data.batches import apply_transforms
 from zfnet.model.build import build_model, freeze, has_batch_norm, load_initial_weights
 from zfnet.model.zfnet import ZFNet
 from zfnet.training.device import Runtime
 from zfnet.training.loggers import Logger
 from zfnet.training.processes import SINGLE, World
-from zfnet.training.schedule import OWN_KEYS, Schedule, check_interval, steps_by_batch
+from zfnet.training.schedule import OWN_KEYS, Schedule, check_interval, schedule_span, steps_by_batch
 from zfnet.training.state import Callback, TrainingState, check_monitors, measured_columns
 
 _BUILT_IN_CALLBACKS = ("ema", "filter_renormalization")  # whose state stands under these names in checkpoints
@@ -47,21 +48,35 @@ class SummedLoss(nn.Module):
         return value * len(labels) if self.is_mean else value
 
 
-def build_loss(config: Config) -> SummedLoss:
-    """Return the loss that `config.loss` names; raise UserError if it does not give one number for a batch."""
+def build_loss(config: Config, counts: Sequence[int] = (1, 1)) -> SummedLoss:
+    """Return the loss that `config.loss` names; raise UserError if it does not give one number for a batch.
+
+    counts: training images of each class, for loss.weight=balanced
+    """
     cls = resolve("loss", config.loss.get("_target_"), nn.Module, config.imports)
     sums = "reduction" in inspect.signature(cls).parameters
-    settings = {**config.loss, "reduction": "sum"} if sums else config.loss
-    if isinstance(weight := settings.get("weight"), list):  # of the classes, in cross-entropy
-        settings = {k: v for k, v in settings.items() if k != "weight"}
-        loss = instantiate(
-            "loss", settings, nn.Module, config.imports, offered={"weight": torch.tensor(weight, dtype=torch.float32)}
-        )
-    else:
-        loss = instantiate("loss", settings, nn.Module, config.imports)
+    # a weight of null is left out, for classes of your own that take none
+    settings = {k: v for k, v in config.loss.items() if (k, v) != ("weight", None)} | (
+        {"reduction": "sum"} if sums else {}
+    )
+    weight, offered = settings.get("weight"), {}
+    if isinstance(weight, str):
+        if weight != "balanced":
+            raise UserError(f"loss.weight={weight}: must be a number for each class, as in [1,2,1], balanced or null")
+        weight = balanced_weights(counts)
+    if weight is not None and "weight" in inspect.signature(cls).parameters:
+        del settings["weight"]
+        offered = {"weight": torch.tensor(weight, dtype=torch.float32)}
+    loss = instantiate("loss", settings, nn.Module, config.imports, offered=offered)
     if any(True for _ in loss.parameters()):
         raise UserError(f"loss ({cls.__name__}): has parameters of its own, which the optimizer would not train")
     return SummedLoss(loss, is_mean=not sums)
+
+
+def balanced_weights(counts: Sequence[int]) -> list[float]:
+    """Return a weight for each class, inverse to its number of images; their mean over the images is 1."""
+    present = sum(count > 0 for count in counts)
+    return [sum(counts) / (present * count) if count else 0.0 for count in counts]
 
 
 def build_transforms(config: Config) -> list[nn.Module]:
@@ -208,7 +223,7 @@ def check_recipe(config: Config) -> None:
         raise UserError(
             "trainer.devices: batch normalisation over several processes needs GPUs; use trainer.devices=1 on a CPU"
         )
-    check_interval(config.scheduler, config.trainer.epochs)
+    check_interval(config.scheduler, schedule_span(config.to_dict())[1])
     loss = build_loss(config)
     weights = config.loss.get("weight")  # of the classes, whose number is not known before the images are read
     logits = torch.zeros(2, len(weights) if isinstance(weights, list) else 2, requires_grad=True)
@@ -220,12 +235,29 @@ def check_recipe(config: Config) -> None:
     if value.ndim or not value.requires_grad:
         raise UserError(f"{name}: must give one number with a gradient, not {list(value.shape)}")
     list(parameter_groups(config, model, 1.0))
-    build_transforms(config)
+    _check_transforms(config)
     check_monitors(
         build_callbacks(config), measured_columns(["validation"] + ["test"] * config.trainer.test_each_epoch)
     )
     build_loggers(config)
     _check_step(config)
+
+
+def check_initial_weights(config: Config) -> None:
+    """Read what `trainer.init_from` names as a new run will; raise UserError. A branch has its parent's weights."""
+    if config.trainer.init_from is not None and config.parent is None:
+        initial_model(config, num_classes=2)
+
+
+def _check_transforms(config: Config) -> None:
+    """Try the operations of `augment.transforms` on a grey image, where the size of the images is known."""
+    data, transforms = config.data, build_transforms(config)
+    side = data.crop_size or data.store_size
+    if side is None:  # folders and data sets keep images at their own size, if they have one
+        side = {"cifar10": 32, "cifar100": 32, "shapes": data.image_size}.get(data.name)
+    if transforms and side is not None:
+        grey = torch.full((1, side, side, 3), 128, dtype=torch.uint8)
+        apply_transforms(grey, torch.zeros(1, dtype=torch.int64), transforms, config.seed, 0)
 
 
 def _check_step(config: Config) -> None:
@@ -258,9 +290,11 @@ def build_state(
     callbacks: Sequence[Callback] = (),
     *,
     resumed: bool = False,
+    counts: Sequence[int] | None = None,
 ) -> TrainingState:
     """Return a training at its first step.
 
+    counts: training images of each class, on which loss.weight=balanced depends
     resumed: a checkpoint is going to be loaded, so that the weights of `trainer.init_from` are not read again
     """
     model, new_weights = initial_model(config, num_classes, with_weights=not resumed)
@@ -269,11 +303,11 @@ def build_state(
     if world.size > 1 and has_batch_norm(model):  # of the whole batch, as in one process
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(config, model, fused=runtime.device.type in ("cpu", "cuda"))
-    epochs = config.trainer.epochs
+    first, epochs = schedule_span(config.to_dict())
     length = epochs * steps_per_epoch if steps_by_batch(config.scheduler) else epochs
     scheduler = build_scheduler(config.scheduler, optimizer, length, config.imports)
-    schedule = Schedule(config.scheduler, scheduler, optimizer, length, steps_per_epoch)
-    criterion = build_loss(config).to(runtime.device)
+    schedule = Schedule(config.scheduler, scheduler, optimizer, length, steps_per_epoch, first * steps_per_epoch)
+    criterion = build_loss(config, counts or [1] * num_classes).to(runtime.device)
     return TrainingState(
         config, runtime, model, criterion, optimizer, schedule, steps_per_epoch, world, callbacks, new_weights
     )

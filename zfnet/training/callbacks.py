@@ -7,7 +7,7 @@ checkpoints, snapshots, pruning and stops; `callbacks:` in a config adds early s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from zfnet.model.layers import renormalize_filters
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Pruned, Stopped, StopRequest
 from zfnet.runs.weights import ModelMetadata, save_model
-from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, step_name
+from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, copy_checkpoint, epoch_name, step_name
 from zfnet.training.loggers import Logger, epoch_line, log
 from zfnet.training.state import Callback, TrainingState
 
@@ -85,7 +85,16 @@ class EMA(Callback):
 
 
 class ProgressBar(Callback):
-    """A bar for each epoch, on a terminal only."""
+    """A bar for each epoch on a terminal, a line a minute elsewhere, with the time that the whole run has left.
+
+    advice: is asked once, after the first steps of a run of more than a minute, with the seconds that it will take;
+    returns words to print
+    """
+
+    def __init__(self, advice: Callable[[TrainingState, float], str] | None = None) -> None:
+        self.advice = advice
+        self.began: tuple[float, int] | None = None  # when the first step of this process ended, and its number
+        self.printed = time.perf_counter()
 
     def on_epoch_start(self, state: TrainingState) -> None:
         self.bar = tqdm(
@@ -99,17 +108,43 @@ class ProgressBar(Callback):
         )
 
     def on_step_end(self, state: TrainingState) -> None:
-        self.bar.update()
+        now = time.perf_counter()
+        self.began = self.began or (now, state.step)
+        seconds, steps = now - self.began[0], state.step - self.began[1]
+        each = seconds / steps if steps else 0.0  # evaluations included, from the second epoch on
+        words = [f"{duration(each * (self._steps(state) - state.step))} left"] if steps else []
         if state.last_reading is not None:
             loss, accuracy = state.last_reading
             speed = state.step_in_epoch * state.config.data.batch_size / state.epoch_seconds
-            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.4f}, {speed:.0f} images/s", refresh=False)
+            words += [f"loss {loss:.4f}", f"accuracy {accuracy:.4f}", f"{speed:.0f} images/s"]
+        self.bar.update()
+        self.bar.set_postfix_str(", ".join(words), refresh=False)
+        if self.bar.disable and words and now - self.printed > 60:
+            self.printed = now
+            where = f"step {state.step_in_epoch}/{state.steps_per_epoch}"
+            log.info("epoch %d, %s: %s", state.epoch + 1, where, ", ".join(words))
+        if seconds > 5 and self.advice is not None:
+            advice, self.advice = self.advice, None
+            if each * self._steps(state) > 60:
+                log.info(advice(state, each * self._steps(state)))
         if state.step_in_epoch == state.steps_per_epoch:
             self.bar.close()
+
+    @staticmethod
+    def _steps(state: TrainingState) -> int:
+        return state.config.trainer.epochs * state.steps_per_epoch
 
     def on_exception(self, state: TrainingState, error: BaseException) -> None:
         if hasattr(self, "bar"):
             self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people, to about a tenth: 45 s, 6 min, 2 h 45 min."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Metrics(Callback):
@@ -185,10 +220,13 @@ class BestWeights(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves the state every few minutes, at the end, and when the training is stopped."""
+    """Saves the state every few minutes, at the end, and when the training is stopped.
 
-    def __init__(self, writer: CheckpointWriter, minutes: float) -> None:
-        self.writer, self.minutes = writer, minutes
+    After each of `epochs` (counted from 1) it keeps the state, and the best weights so far, for runs that branch.
+    """
+
+    def __init__(self, writer: CheckpointWriter, minutes: float, epochs: Sequence[int] = ()) -> None:
+        self.writer, self.minutes, self.epochs = writer, minutes, frozenset(epochs)
         self.last = time.perf_counter()
 
     def on_step_end(self, state: TrainingState) -> None:
@@ -196,6 +234,14 @@ class Checkpoints(Callback):
         if now - self.last > 60 * self.minutes:
             self.save(state)
             self.last = now
+
+    def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
+        if row["epoch"] in self.epochs:
+            self.writer.wait()
+            folder = self.writer.folder
+            if folder is not None and state.best is not None:  # first, so that a state is never without them
+                copy_checkpoint(folder / BEST, folder / epoch_name(row["epoch"], best=True))
+            self.writer.write(epoch_name(row["epoch"]), state.checkpoint(), prune=False)
 
     def on_fit_end(self, state: TrainingState) -> None:
         self.save(state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zfnet.config.errors import UserError
-from zfnet.runs.directory import write_tensors
+from zfnet.runs.directory import write_atomically, write_tensors
 
 KEPT = 2
 CHECKPOINT_FORMAT = 2
@@ -103,6 +104,26 @@ def step_files(folder: Path) -> list[Path]:
 
 def step_name(step: int) -> str:
     return f"step-{step:09d}.safetensors"
+
+
+def epoch_name(epoch: int, best: bool = False) -> str:
+    """Return the name of the state that is kept after an epoch (from 1), or of the best weights up to then."""
+    return f"epoch-{epoch:04d}{'-best' * best}.safetensors"
+
+
+def kept_epochs(folder: Path) -> list[int]:
+    """Return the epochs after which the state was kept, in their order."""
+    names = (re.fullmatch(r"epoch-(\d{4,})\.safetensors", p.name) for p in folder.glob("epoch-*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all; raise UserError."""
+
+    def copy(beside: Path) -> None:
+        shutil.copyfile(source, beside)
+
+    write_atomically(target, copy)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,23 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: 
     if device.type == "cpu":
         keep_memory(True)
     return Runtime(device, precision, channels_last, trainer.compile is True, trainer.deterministic)
+
+
+@contextlib.contextmanager
+def recorded_threads(count: int | None, devices: int) -> Iterator[None]:
+    """Within this block runs use as many CPU threads as a record says: the last bits of sums depend on it.
+
+    (A launcher may have given that run fewer than PyTorch chooses. `trainer.threads`, where it is set, wins.)
+    """
+    global THREADS
+    before = THREADS, torch.get_num_threads()
+    if count is not None:
+        THREADS = count * devices
+    try:
+        yield
+    finally:
+        THREADS = before[0]
+        torch.set_num_threads(before[1])
 
 
 def _device(name: str) -> torch.device:

@@ -17,9 +17,16 @@ from zfnet.training.metrics import Evaluation, EvaluationSums
 from zfnet.training.state import TrainingState, check_monitors, measured_columns
 
 
-def fit(state: TrainingState, train: Batches, evaluations: Mapping[str, Batches], stop: StopRequest) -> None:
+def fit(
+    state: TrainingState,
+    train: Batches,
+    evaluations: Mapping[str, Batches],
+    stop: StopRequest,
+    epochs: int | None = None,
+) -> None:
     """Train from where `state` is to the last epoch, or until a callback sets `state.should_stop`.
 
+    epochs: how far to train, if not to trainer.epochs
     evaluations: sets to measure after each epoch, by the name of their columns (validation, test)
 
     Raises UserError if the loss diverges or a callback monitors what is not measured; Stopped or Pruned, after
@@ -28,7 +35,7 @@ def fit(state: TrainingState, train: Batches, evaluations: Mapping[str, Batches]
     check_monitors(state.callbacks, measured_columns(evaluations))
     try:
         with stop.deferred():
-            while state.epoch < state.config.trainer.epochs and not state.should_stop:
+            while state.epoch < (epochs or state.config.trainer.epochs) and not state.should_stop:
                 train_epoch(state, train)
                 measured = measure(state, evaluations, stop)
                 row = state.end_epoch(measured, len(train.set))

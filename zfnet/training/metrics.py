@@ -46,11 +46,14 @@ class RunningMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a set says about a network. `predictions` [N] and `confidences` [N] are in the set's order."""
+    """What a set says about a network. `predictions` [N] and `confidences` [N] are in the set's order.
+
+    top5: None with fewer than six classes, where it would always be 1
+    """
 
     loss: float
     accuracy: float
-    top5: float
+    top5: float | None
     predictions: Tensor
     confidences: Tensor
     labels: Tensor
@@ -69,7 +72,7 @@ class Evaluation:
             for right, total in zip(confusion.diagonal(), confusion.sum(1), strict=True)
         ]
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | None]:
         return {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss}
 
 
@@ -101,7 +104,7 @@ class EvaluationSums:
         return Evaluation(
             loss=torch.cat(self.losses).cpu().double().mean().item(),
             accuracy=(predictions == labels).double().mean().item(),
-            top5=torch.cat(self.top5).cpu().double().mean().item(),
+            top5=torch.cat(self.top5).cpu().double().mean().item() if self.num_classes > 5 else None,
             predictions=predictions,
             confidences=torch.cat(self.confidences).cpu(),
             labels=labels,

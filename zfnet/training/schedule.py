@@ -1,9 +1,20 @@
-"""The learning rate: a PyTorch scheduler, with warm-up on top and a state of plain numbers."""
+"""The learning rate: a PyTorch scheduler, with warm-up on top and a state of plain numbers.
+
+A run that goes on from another one's epoch (job=extend, job=fork) says what becomes of the schedule:
+
+- `stretch`: it is that of the new length, as if the run had had its config from the beginning
+- `continue`: it keeps the parent's length; where it has ended, its last rate stays
+- `restart`: it begins anew with the first epoch of the branch, warm-up included, and ends with the run
+
+In each case the rate is a function of the config, the step and the recorded metrics: `replay` repeats the epochs that
+the parent trained.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -22,7 +33,7 @@ class Schedule:
     that compute a rate from the last one would be misled by the product, so after the optimizer's step the scheduler's
     own rates are put back.
 
-    length: the run's length in the schedule's unit (epochs or steps)
+    length: the run's length in the schedule's unit (epochs or steps); first_step: of the run, where it begins
     """
 
     def __init__(
@@ -32,8 +43,10 @@ class Schedule:
         optimizer: Optimizer,
         length: int,
         steps_per_epoch: int,
+        first_step: int = 0,
     ) -> None:
         self.optimizer, self.scheduler, self.length = optimizer, scheduler, length
+        self.steps_per_epoch, self.first_step = steps_per_epoch, first_step
         self.by_step = steps_by_batch(settings)
         self.warmup_steps = round(settings.get("warmup_epochs", 0) * steps_per_epoch)
         ends = getattr(scheduler, "total_steps", length)
@@ -55,7 +68,7 @@ class Schedule:
         return float(self.optimizer.param_groups[0]["lr"]) * self._factor(step)
 
     def _factor(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return min(1.0, (step - self.first_step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
     def set_lr(self, step: int) -> None:
         """Give the optimizer the rates of this step."""
@@ -86,6 +99,14 @@ class Schedule:
             self.scheduler.step(monitored)  # type: ignore[arg-type]
         elif self.count < self.length:  # after the last step there is no rate left to compute
             self.scheduler.step()
+
+    def replay(self, monitored: Sequence[float]) -> None:
+        """Advance over epochs that another run has trained, given what a plateau schedule looked at after each."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the optimizer has made no step
+            for value in monitored:
+                for _ in range(self.steps_per_epoch if self.by_step else 1):
+                    self._advance(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what changes as the schedule advances, as plain numbers; the rest follows from the config."""
@@ -125,6 +146,17 @@ def steps_by_batch(settings: Mapping[str, Any]) -> bool:
     return bool(settings.get("interval", "epoch") == "step")
 
 
+def schedule_span(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the first epoch (counted from 0) and the number of epochs of a recorded config's schedule."""
+    epochs, parent = config["trainer"]["epochs"], config.get("parent")
+    if parent is None:
+        return 0, epochs
+    if parent["schedule"] == "restart":
+        return parent["epoch"], epochs - parent["epoch"]
+    first, length = schedule_span(parent["config"])
+    return first, length if parent["schedule"] == "continue" else epochs - first
+
+
 def check_interval(settings: Mapping[str, Any], epochs: int) -> None:
     """Check the keys that are ours; raise UserError."""
     if settings.get("interval", "epoch") not in ("epoch", "step"):
@@ -133,6 +165,4 @@ def check_interval(settings: Mapping[str, Any], epochs: int) -> None:
     if isinstance(warmup, bool) or not isinstance(warmup, (int, float)) or not 0 <= warmup < float("inf"):
         raise UserError(f"scheduler.warmup_epochs={warmup}: must be a number of epochs, at least 0")
     if warmup >= epochs:
-        raise UserError(
-            f"scheduler.warmup_epochs={warmup}: must be less than trainer.epochs={epochs}, the run's length"
-        )
+        raise UserError(f"scheduler.warmup_epochs={warmup}: must be less than the {epochs} epochs of the schedule")

@@ -18,7 +18,7 @@ from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_pr
 from zfnet.training.device import Runtime
 from zfnet.training.metrics import RunningMetrics
 from zfnet.training.processes import SINGLE, World
-from zfnet.training.schedule import Schedule
+from zfnet.training.schedule import Schedule, schedule_span
 
 
 class Callback:
@@ -224,17 +224,58 @@ class TrainingState:
         return Checkpoint(tensors, metadata)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Become what `checkpoint` recorded."""
+        """Become what `checkpoint` recorded, of this run or, where it branches, of its parent."""
         metadata = saved.metadata
         self.model.load_state_dict(under_prefix("model", saved.tensors))
-        load_optimizer(self.optimizer, unpack(metadata["optimizer"], saved.tensors))
-        self.schedule.load_state_dict(metadata["schedule"])
         self.metrics.sums.copy_(saved.tensors["metrics"])
-        states = unpack(metadata["callbacks"], saved.tensors)
-        for callback in self.callbacks:
-            if callback.name in states:
-                callback.load_state_dict(states[callback.name])
         self.epoch, self.step, self.best = metadata["epoch"], metadata["step"], metadata["best"]
         self.should_stop = metadata.get("should_stop", False)
         self.history, self.seconds = metadata["history"], metadata["seconds"]
         self.epoch_seconds = metadata["epoch_seconds"]
+        optimizer, callbacks = (unpack(metadata[key], saved.tensors) for key in ("optimizer", "callbacks"))
+        if "branches" in metadata:
+            optimizer, callbacks = self._branch(optimizer, callbacks)
+        else:
+            self.schedule.load_state_dict(metadata["schedule"])
+        if optimizer is not None:
+            load_optimizer(self.optimizer, optimizer)
+        for callback in self.callbacks:
+            if callback.name in callbacks:
+                callback.load_state_dict(callbacks[callback.name])
+
+    def _branch(
+        self, optimizer: dict[str, Any], callbacks: dict[str, Any]
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Settle what differs from the parent, once weights and history are its own; return what it hands on.
+
+        The optimizer's settings are this run's, and the learning rate is what this run's schedule gives now. The
+        optimizer's state (momentum, say) goes on unless another optimizer takes over. A callback goes on if its
+        settings are the parent's; none does if one had stopped the parent early.
+        """
+        assert self.config.parent is not None
+        before = self.config.parent.config
+        self.step = self.epoch * self.steps_per_epoch  # the parent may have had batches of another size
+        first, _ = schedule_span(self.config.to_dict())
+        monitor = self.config.trainer.monitor
+        if any(row.get(monitor) is None for row in self.history):
+            raise UserError(f"trainer.monitor={monitor}: the parent did not measure it")
+        self.schedule.replay([row[monitor] for row in self.history[first:]])
+        unchanged = {k for k, v in self.config.callbacks.items() if before["callbacks"].get(k) == v}
+        goes_on = set() if self.should_stop else unchanged
+        callbacks = {k: v for k, v in callbacks.items() if k in goes_on or k not in self.config.callbacks}
+        self.should_stop = False
+        kinds = [_without_numbers(c) for c in (before["optimizer"], self.config.optimizer)]
+        if kinds[0] != kinds[1] or before["trainer"].get("freeze", []) != self.config.trainer.freeze:
+            return None, callbacks
+        return {**optimizer, "param_groups": [{} for _ in optimizer["param_groups"]]}, callbacks
+
+
+def _without_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an optimizer that decide what its state consists of."""
+
+    def is_number(value: Any) -> bool:
+        if isinstance(value, list):
+            return all(map(is_number, value))
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    return {k: v for k, v in settings.items() if not is_number(v)}

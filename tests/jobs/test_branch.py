@@ -1,0 +1,179 @@
+"""job=extend and job=fork: a run that goes on from another one's epoch, and the chain that comes of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import zfnet.training.loop
+from tests.helpers import EVERY_STEP, STEPS, Killed, dying_at, learned, no_figures, train_minute
+from zfnet.runs.directory import RunDirectory
+from zfnet.training.checkpoint import read_newest, step_files
+
+# its rate is halved after each epoch but the first: a function of the metrics, and not of the run's length
+PLATEAU = ("scheduler=plateau", "scheduler.patience=0", "scheduler.factor=0.5", "+scheduler.threshold=0.9")
+ALL_ON = ("augment=crop_flip", "model.dropout=0.5", "trainer.ema=0.8", "scheduler.warmup_epochs=1.5")
+
+
+@pytest.fixture
+def branch(run_py) -> Callable[..., RunDirectory]:
+    """Return a function that runs a command, which must succeed, and returns the run that it made in `to`."""
+
+    def run(to: str, *words: str) -> RunDirectory:
+        with no_figures():
+            answer = run_py(*words, f"hydra.run.dir={to}")
+        assert answer.code == 0, answer.err
+        run.out = answer.out
+        return RunDirectory(to)
+
+    return run
+
+
+def rates(run: RunDirectory) -> list[float | None]:
+    return [row["lr"] for row in run.read_history()]
+
+
+def test_an_extended_run_equals_one_that_was_as_long_from_the_start(branch, tmp_path: Path) -> None:
+    """Killed in its second step and resumed, too."""
+    words = (*PLATEAU, *ALL_ON)
+    parent = train_minute(tmp_path / "one", *words)
+    extend = ("job=extend", "run=one", "trainer.epochs=3", EVERY_STEP)
+    with dying_at(2 * STEPS + 1), pytest.raises(Killed):
+        branch("two", *extend)
+    run = branch("two", *extend)
+    assert "two holds this run already" in branch.out
+    assert learned(run) == learned(train_minute(tmp_path / "whole", *words, "trainer.epochs=3"))
+    assert rates(run)[-1] == rates(parent)[-1] / 2
+    link = run.read_config().parent
+    assert link is not None
+    assert (link.run, link.epoch, link.step, link.schedule) == ("one", 2, 2 * STEPS, "stretch")
+    assert link.identity == parent.read_config().identity()
+    assert re.fullmatch(r"[0-9a-f]{64}", link.weights_sha256)
+    assert run.job == "train"  # so that run=last, job=evaluate and so on take it
+
+
+def test_a_fork_that_changes_nothing_equals_its_parent(branch, tmp_path: Path) -> None:
+    words = ("optimizer=sgd", "trainer.checkpoint_epochs=[1]", *ALL_ON)
+    parent = train_minute(tmp_path / "one", *words)
+    run = branch("two", "job=fork", "run=one", "job.epoch=1")
+    assert learned(run) == learned(parent)
+    newest = [read_newest(r.checkpoints)[0] for r in (run, parent)]
+    assert newest[0].metadata["schedule"] == newest[1].metadata["schedule"]
+
+
+def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, monkeypatch) -> None:
+    accuracies, real = [0.9, 0.95, 0.1, 0.2], zfnet.training.loop.evaluate
+
+    def judged(model, batches, runtime, what, stop=None):
+        evaluation = real(model, batches, runtime, what, stop)
+        if what.startswith("validation "):
+            object.__setattr__(evaluation, "accuracy", accuracies[int(what.split()[1]) - 1])
+        return evaluation
+
+    monkeypatch.setattr("zfnet.training.loop.evaluate", judged)
+    train_minute(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
+    longer = branch("two", "job=extend", "run=one", "trainer.epochs=4")
+    assert longer.read_json("results.json")["best_epoch"] == 2
+    assert longer.weights.read_bytes() == Path("one/model.safetensors").read_bytes()
+    accuracies[1] = 0.3
+    other = branch("three", "job=fork", "run=one", "job.epoch=1", "optimizer.lr=0.1", "trainer.epochs=3")
+    assert other.read_json("results.json")["best_epoch"] == 1  # and not the parent's second
+
+
+@pytest.mark.parametrize("rule", ["stretch", "continue", "restart"])
+def test_what_becomes_of_the_schedule_is_chosen_and_said(branch, tmp_path: Path, rule: str) -> None:
+    words = ("scheduler=cosine", "optimizer.lr=0.04")
+    parent = train_minute(tmp_path / "one", *words)
+    run = branch("two", "job=extend", "run=one", "trainer.epochs=4", f"job.schedule={rule}")
+    assert rates(run)[:2] == rates(parent)
+    now = rates(run)[2:]
+    if rule == "stretch":
+        assert now == rates(train_minute(tmp_path / "whole", *words, "trainer.epochs=4"))[2:]
+    elif rule == "restart":
+        assert now == rates(parent)
+    else:
+        assert now == [rates(parent)[-1]] * 2
+    spans = {"stretch": "1 to 4", "continue": "1 to 2", "restart": "3 to 4"}
+    assert f"learning rate (job.schedule={rule}): CosineAnnealingLR over epochs {spans[rule]}; " in branch.out
+    assert "; 0.000384 before, 0.0" in branch.out
+
+
+def test_a_chain_is_reproduced_from_its_start_without_its_parents(branch, run_py, tmp_path: Path) -> None:
+    """A fork with other settings, then longer; stopped in the middle of its second part."""
+    train_minute(tmp_path / "one", *PLATEAU, "trainer.checkpoint_epochs=[1]", "trainer.epochs=2")
+    fork = ("optimizer.lr=0.003", "data.batch_size=12", "optimizer=adam", "model.dropout=0.3", "augment=crop_flip")
+    branch("two", "job=fork", "run=one", "job.epoch=1", *fork)
+    assert "the optimizer begins anew" in branch.out
+    branch("three", "job=extend", "run=two", "trainer.epochs=3", "scheduler=cosine", "job.schedule=restart")
+    for name in ("one", "two"):
+        shutil.rmtree(name)
+    with dying_at(9), pytest.raises(Killed):  # of 6 steps an epoch
+        branch("again", "job=reproduce", "run=three")
+    with no_figures():
+        answer = run_py("job=resume", "run=again")
+    assert answer.code == 0, answer.err
+    assert "first its parent, two, to epoch 2" in answer.out
+    assert "not those that are recorded" not in answer.out
+    assert "identical: every metric of 3 epochs" in answer.out
+    assert not Path("again/parent").exists()
+
+
+def test_a_parent_that_comes_out_otherwise_is_named(branch, run_py, tmp_path: Path, monkeypatch) -> None:
+    train_minute(tmp_path / "one", "trainer.epochs=1")
+    branch("two", "job=extend", "run=one", "trainer.epochs=2")
+    real = zfnet.training.loop.train_step
+
+    def other(state, batch) -> None:
+        real(state, batch)
+        state.model.fc8.bias.data[0] += 1e-3
+
+    monkeypatch.setattr("zfnet.training.loop.train_step", other)
+    with no_figures():
+        answer = run_py("job=reproduce", "run=two")
+    assert answer.code == 1
+    assert "after epoch 1 the weights are not those that are recorded" in answer.out
+    assert "not identical to two: epoch 1, train_loss was" in answer.err
+
+
+def test_a_run_that_was_stopped_early_goes_on(branch, tmp_path: Path) -> None:
+    words = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=9")
+    parent = train_minute(tmp_path / "one", *words, "trainer.epochs=4")
+    assert len(parent.read_history()) == 2
+    run = branch("two", "job=extend", "run=one", "trainer.epochs=6")
+    assert len(run.read_history()) == 4  # the rule begins anew, and stops it again
+
+
+def test_refusals(run_py, branch, tmp_path: Path) -> None:
+    train_minute(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
+    train_minute(tmp_path / "none", "trainer.epochs=1")
+    for words, expected in (
+        ("job=extend run=one", "job=extend needs trainer.epochs=N, more than the 2 epochs that run=one has trained"),
+        ("job=fork run=one", "job=fork needs job.epoch=N; of run=one: it keeps the state after epochs 1, 2"),
+        (
+            "job=fork run=none job.epoch=2 trainer.epochs=4",
+            "job.epoch=2: run=none has no state of this epoch, it keeps the state after epochs 1; train with "
+            "trainer.checkpoint_epochs=[2], or train it again with it: python run.py job=reproduce run=none "
+            "trainer.checkpoint_epochs=[2]",
+        ),
+        ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: the run goes on with its"),
+        (
+            "job=fork run=one job.epoch=1 scheduler.warmup_epochs=1.5 job.schedule=restart",
+            "scheduler.warmup_epochs=1.5",
+        ),
+        ("job=fork run=one job.epoch=1 hydra.run.dir=one", "one holds a run with another config"),
+    ):
+        answer = run_py(*words.split(), *(["hydra.run.dir=new"] if "hydra.run.dir" not in words else []))
+        assert answer.code == 1, words
+        assert answer.err.startswith(f"error: {expected}"), answer.err
+        assert answer.err.count("\n") == 1
+        assert not Path("new").exists(), words
+    run = branch("two", "job=extend", "run=one", "trainer.epochs=3")
+    run.set_status("stopped")
+    for path in step_files(run.checkpoints):
+        path.unlink()
+    answer = run_py("job=resume", "run=two")
+    assert answer.err == "error: two/checkpoints lacks the state from which the run began: branch from one again\n"

@@ -1,0 +1,188 @@
+"""job=extend and job=fork: go on from an epoch of another run, in a new directory and with other settings."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Optional
+
+from pydantic import Field
+
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config, Job, Parent, flatten, read_config
+from zfnet.jobs.train import train, train_and_test, worked
+from zfnet.runs.directory import RunDirectory, find_run
+from zfnet.runs.session import StopRequest
+from zfnet.runs.weights import weights_hash
+from zfnet.sweeps.callback import trial_report
+from zfnet.training.build import check_recipe
+from zfnet.training.checkpoint import (
+    BEST,
+    Checkpoint,
+    CheckpointWriter,
+    copy_checkpoint,
+    epoch_name,
+    kept_epochs,
+    read_checkpoint,
+    step_files,
+    step_name,
+    under_prefix,
+)
+from zfnet.training.device import recorded_threads
+
+log = logging.getLogger("zfnet")
+
+# of the network and the images: what does not change the shapes of the weights
+_MAY_CHANGE = ("model.name", "model.dropout", "model.rms_limit", "model.init")
+
+
+@dataclass(kw_only=True)
+class BranchJob(Job):
+    """`schedule` says how the learning rate goes on, see `zfnet/training/schedule.py`."""
+
+    reads_run: ClassVar[str] = "needed"
+    trains: ClassVar[bool] = True
+
+    schedule: Literal["stretch", "continue", "restart"]
+
+    def main(self, config: Config, output: Path) -> float | None:
+        """Train from the parent's state in `output`; go on there if it holds the same run, unfinished.
+
+        The new run is recorded as a training whose config holds its parent's. Raises UserError where the parent has no
+        such state, or the settings do not fit it.
+        """
+        if worked(config, output):
+            return None
+        parent = find_run(str(config.run))
+        epoch = self.epoch_of(parent, config)
+        path, best = _state_files(parent, epoch)
+        saved = read_checkpoint(path)
+        config.parent = _link(parent, saved, self.schedule, config.imports)
+        config.job, config.run = Job(name="train"), None
+        _check(config)
+        run = RunDirectory(output)
+        print(f"from {parent.folder}, after epoch {epoch} (weights {config.parent.weights_sha256[:12]}…)")
+        return train(config, run, trial_report(), partial(begin, config, run, saved, best))
+
+    def epoch_of(self, parent: RunDirectory, config: Config) -> int:
+        """Return the epoch of the parent from which to go on; raise UserError."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class ExtendJob(BranchJob):
+    def epoch_of(self, parent: RunDirectory, config: Config) -> int:
+        if parent.state != "done":
+            raise UserError(f"run={parent.folder} is not finished (state: {parent.state}): go on with it by job=resume")
+        epoch = len(parent.read_history())
+        if config.trainer.epochs <= epoch:
+            raise UserError(
+                f"job=extend needs trainer.epochs=N, more than the {epoch} epochs that run={parent.folder} has trained"
+            )
+        return epoch
+
+
+@dataclass(kw_only=True)
+class ForkJob(BranchJob):
+    epoch: Optional[Annotated[int, Field(ge=1)]]
+
+    def epoch_of(self, parent: RunDirectory, config: Config) -> int:
+        known = kept_epochs(parent.checkpoints)
+        if parent.state == "done":
+            known = sorted({*known, len(parent.read_history())})
+        if self.epoch in known and self.epoch < config.trainer.epochs:
+            return self.epoch
+        there_is = f"it keeps the state after epochs {', '.join(map(str, known))}" if known else "it keeps no state"
+        if self.epoch is None:
+            raise UserError(f"job=fork needs job.epoch=N; of run={parent.folder}: {there_is}")
+        if self.epoch >= config.trainer.epochs:
+            raise UserError(f"trainer.epochs={config.trainer.epochs}: must be more than job.epoch={self.epoch}")
+        words = f"trainer.checkpoint_epochs=[{self.epoch}]"
+        raise UserError(
+            f"job.epoch={self.epoch}: run={parent.folder} has no state of this epoch, {there_is}; train with {words}, "
+            f"or train it again with it: python run.py job=reproduce run={parent.folder} {words}"
+        )
+
+
+def _state_files(parent: RunDirectory, epoch: int) -> tuple[Path, Path]:
+    """Return the files of the state after an epoch and of the best weights up to it."""
+    if epoch in kept_epochs(parent.checkpoints):
+        return parent.checkpoints / epoch_name(epoch), parent.checkpoints / epoch_name(epoch, best=True)
+    files = step_files(parent.checkpoints)
+    if not files:
+        raise UserError(f"{parent.checkpoints} holds no checkpoint: job=reproduce run={parent.folder} trains it again")
+    return files[-1], parent.checkpoints / BEST
+
+
+def _link(
+    parent: RunDirectory, saved: Checkpoint, schedule: Literal["stretch", "continue", "restart"], imports: list[str]
+) -> Parent:
+    """Return what the new run records of its parent."""
+    config = parent.read_config(imports)
+    if saved.metadata.get("identity", config.identity()) != config.identity():
+        raise UserError(f"{parent.folder / 'config.yaml'} is not the config that its checkpoint was made with")
+    return Parent(
+        run=str(parent.folder),
+        epoch=saved.metadata["epoch"],
+        step=saved.metadata["step"],
+        weights_sha256=weights_hash(under_prefix("model", saved.tensors)),
+        identity=config.identity(),
+        schedule=schedule,
+        config=config.to_dict(),
+        threads=parent.threads,
+        compiled=parent.environment.get("compiled"),
+    )
+
+
+def _check(config: Config) -> None:
+    """Compare the config with its parent's; raise UserError for what cannot go on."""
+    assert config.parent is not None
+    before, now = (
+        {**flatten({"model": c["model"]}), "data.image_size": c["data"]["image_size"]}
+        for c in (config.parent.config, config.to_dict())
+    )
+    for key in [*now, *before]:
+        if before.get(key) != now.get(key) and key not in _MAY_CHANGE:
+            raise UserError(f"{key}={now.get(key)}: the run goes on with its parent's network ({before.get(key)})")
+    if config.trainer.init_from != config.parent.config["trainer"]["init_from"]:
+        raise UserError(f"trainer.init_from={config.trainer.init_from}: the run begins with its parent's weights")
+    check_recipe(config)  # once more: the schedule has another length now
+
+
+def begin(config: Config, run: RunDirectory, saved: Checkpoint, best: Path) -> None:
+    """Write the parent's state as the first checkpoint of the run, unless there is one; and the best weights so far."""
+    if step_files(run.checkpoints):
+        return
+    run.checkpoints.mkdir(exist_ok=True)
+    if best.exists():
+        copy_checkpoint(best, run.checkpoints / BEST)
+    writer = CheckpointWriter(run.checkpoints)
+    first = Checkpoint(saved.tensors, {**saved.metadata, "identity": config.identity(), "branches": True})
+    # of no step, so that any checkpoint of the run itself is newer, however large its batches are
+    writer.write(step_name(0), first)
+    writer.close()
+
+
+def train_parent(config: Config, run: RunDirectory, stop: StopRequest) -> None:
+    """Train again what a branched run began from, in its directory, and begin with that; the whole chain of parents.
+
+    The result is compared with the record by whoever compares the runs: the history holds the parent's epochs.
+    """
+    link = config.parent
+    if link is None or step_files(run.checkpoints):
+        return
+    before = read_config({**link.config, "logger": {}}, config.imports)
+    parent = RunDirectory(run.folder / "parent")
+    parent.claim(before)
+    train_parent(before, parent, stop)
+    log.info("first its parent, %s, to epoch %d", link.run, link.epoch)
+    with recorded_threads(link.threads, before.trainer.devices):
+        train_and_test(before, parent, stop, compiled=link.compiled, epochs=link.epoch)
+    saved = read_checkpoint(step_files(parent.checkpoints)[-1])
+    if weights_hash(under_prefix("model", saved.tensors)) != link.weights_sha256:
+        log.warning("after epoch %d the weights are not those that are recorded", link.epoch)
+    begin(config, run, saved, parent.checkpoints / BEST)
+    shutil.rmtree(parent.folder)
