@@ -23,7 +23,7 @@ from zfnet.runs.command import allow_keys_of_record, compose, compose_raw, read_
 from zfnet.training.build import check_recipe
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTED_ELSEWHERE = "extend.md"  # the tests of examples/extend follow it
 SET_UP = [
     "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python run.py experiment=quickstart",
@@ -183,7 +183,8 @@ def check_run_py(run_py: Callable, words: list[str]) -> None:
         for job in first_and_last_job([word for word in words if word != "-m"]):
             checked(job)
     if is_cheap(words):
-        extra = EXTRA.get(settings(words).get("job", "train"), []) if "--config-name" not in words else []
+        given = {"--config-name", "--help"} & set(words)
+        extra = [] if given else EXTRA.get(settings(words).get("job", "train"), [])
         answer = run_py(*with_small(words, extra))
         assert answer.code == 0, answer.err
 
@@ -211,6 +212,15 @@ def test_links_and_paths(page: Path) -> None:
 def test_readme_is_short_and_begins_with_the_set_up() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
     assert commands(README)[:2] == SET_UP
+
+
+def test_the_chinese_readme_has_the_same_set_up_and_commands() -> None:
+    chinese = ROOT / "README.zh-CN.md"
+    assert commands(chinese)[:2] == SET_UP
+    of_readme = {words for words in commands(README) if "job=" in words}
+    of_chinese = {words for words in commands(chinese) if "job=" in words}
+    assert of_chinese <= of_readme
+    assert len(of_chinese) > 10
 
 
 def test_readme_names_every_choice_of_every_group_and_every_job() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,12 @@ def test_the_package_has_folders_only() -> None:
 def test_no_stem_stands_in_three_folders(graph: dict[str, set[str]]) -> None:
     stems = [name.rpartition(".")[2] for name in graph]
     assert [s for s in set(stems) if stems.count(s) > 2] == []
+
+
+def test_progress_bars_are_those_of_a_notebook_too() -> None:
+    """`tqdm.auto` is the terminal's bar on a terminal and the notebook's in a notebook; `tqdm.tqdm` would be hidden."""
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "zfnet").rglob("*.py")}
+    assert [
+        path for path, text in sources.items() if re.search(r"^\s*(from tqdm import|import tqdm)", text, re.M)
+    ] == []
+    assert sum("from tqdm.auto import" in text for text in sources.values()) > 5

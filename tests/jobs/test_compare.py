@@ -1,10 +1,153 @@
-"""job=compare: the same summary, made again."""
+"""job=compare: what differs between runs, tested over seeds; and a sweep's summary made again."""
 
 from __future__ import annotations
 
+import json
+from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+
 from tests.sweeps.test_summary import write_job
+from zfnet.config.errors import UserError
+from zfnet.jobs.compare import Comparison, Trained, compare, find_trainings, group, read_run, to_page, to_text
+from zfnet.runs.directory import RunDirectory
+
+
+def comparison_of(*folders: Path) -> Comparison:
+    return compare(group([read_run(run) for run in find_trainings([str(f) for f in folders])]))
+
+
+def rows_of(comparison: Comparison, title: str) -> list[list[str]]:
+    return next((s.rows for s in comparison.sections if s.title.startswith(title)), [])
+
+
+def trained(lr: float, seed: int, accuracy: float) -> Trained:
+    """A training as it would be read from its directory."""
+    history = [{"epoch": e, "train_loss": lr / e, "validation_accuracy": accuracy} for e in (1, 2)]
+    settings = {"optimizer.lr": lr}
+    results = {"validation": {"accuracy": accuracy}}
+    return Trained(f"lr={lr}", "done", {**settings, "seed": seed}, settings, seed, {}, results, history)
+
+
+def test_compare_shows_only_what_differs(tmp_path: Path) -> None:
+    a = write_job(tmp_path, "optimizer.lr=0.01", accuracy=0.5)
+    b = write_job(tmp_path, "optimizer.lr=0.1", accuracy=0.25)
+    for run, version in ((a, "1.0"), (b, "2.0")):
+        run.write_json("environment.json", {"packages": {"torch": version, "numpy": "2"}, "command": [version]})
+    comparison = comparison_of(a.folder, b.folder)
+    assert rows_of(comparison, "Settings") == [["", "A", "B"], ["optimizer.lr", "0.01", "0.1"]]
+    assert rows_of(comparison, "Environment") == [["", "A", "B"], ["packages.torch", "1.0", "2.0"]]
+    assert rows_of(comparison, "Results") == [["", "A", "B"], ["validation accuracy", "50.00 %", "25.00 %"]]
+    text = to_text(comparison, 80)
+    assert "B parts from A in epoch 1: validation_accuracy 0.5 and 0.25" in text
+    assert "not tested: that takes two or more seeds" in text
+
+
+def test_compare_says_that_runs_are_equal(tmp_path: Path) -> None:
+    runs = [write_job(tmp_path, f"trainer.log_every={n}", accuracy=0.5) for n in (1, 2)]
+    comparison = comparison_of(*(run.folder for run in runs))
+    assert "B equals A in all 2 epochs, weights too" in to_text(comparison, 80)
+    assert rows_of(comparison, "Settings") == [["", "A", "B"], ["trainer.log_every", "1", "2"]]
+
+
+def test_compare_tests_settings_over_their_seeds_and_marks_what_holds() -> None:
+    accuracies = {0.01: (0.50, 0.51, 0.52), 0.1: (0.60, 0.61, 0.63), 0.2: (0.50, 0.66, 0.58)}
+    runs = [
+        trained(lr, n + (7 if lr == 0.2 else 0), a) for lr, values in accuracies.items() for n, a in enumerate(values)
+    ]
+    comparison = compare(group(runs))
+    assert [row[0] for row in rows_of(comparison, "Differences")] == ["", "B ? C", "B beats A", "C ? A"]
+    assert [(t["paired"], t["holds"]) for t in comparison.tests] == [(False, False), (True, True), (False, False)]
+    by_pair = {t["better"] + t["other"]: t for t in comparison.tests}
+    assert by_pair["BA"]["mean"] == pytest.approx(0.31 / 3)
+    assert by_pair["BA"]["p_holm"] == pytest.approx(3 * by_pair["BA"]["p"])
+    assert rows_of(comparison, "Results")[1][1:] == ["51.00 ± 1.00 %", "61.33 ± 1.53 %", "58.00 ± 8.00 %"]
+    assert "seed" not in [row[0] for row in rows_of(comparison, "Settings")]
+    plain, bold = to_text(comparison, 80), to_text(comparison, 80, bold=True)
+    assert "\x1b" not in plain
+    assert [line for line in bold.splitlines() if "\x1b[1m" in line] == [
+        f"\x1b[1m{line}\x1b[0m" for line in plain.splitlines() if "beats" in line
+    ]
+    assert to_page(comparison, b"").count("<tr class=bold>") == 1
+
+
+def test_a_difference_that_holds_alone_may_not_hold_among_several() -> None:
+    accuracies = {0.01: (0.50, 0.51, 0.52), 0.1: (0.60, 0.58, 0.58), 0.2: (0.40, 0.66, 0.58)}
+    alone, several = (
+        compare(group([trained(lr, n, a) for lr in rates for n, a in enumerate(accuracies[lr])])).tests
+        for rates in ((0.01, 0.1), (0.01, 0.1, 0.2))
+    )
+    (again,) = [t for t in several if (t["better"], t["other"]) == ("B", "A")]
+    assert alone[0]["p"] == again["p"] < 0.05
+    assert (alone[0]["holds"], again["holds"]) == (True, False)
+
+
+def test_compare_of_many_settings_tests_all_pairs_and_shows_the_best() -> None:
+    comparison = compare(group([trained(lr, seed, lr / 10 + seed * lr**2 / 500) for lr in range(6) for seed in (0, 1)]))
+    assert len(comparison.tests) == 15
+    rows = rows_of(comparison, "Differences")
+    assert [row[0][0] for row in rows[1:]] == ["F"] * 5
+    assert all(len(line) <= 80 for line in to_text(comparison, 80).splitlines())
+
+
+def test_test_accuracies_are_compared_only_where_asked(tmp_path: Path) -> None:
+    runs = [write_job(tmp_path, f"optimizer.lr={n}", accuracy=0.5, test=n / 10) for n in (1, 2)]
+    groups = group([read_run(run) for run in runs])
+    assert "test" not in json.dumps(compare(groups).to_dict()["sections"][2])
+    assert rows_of(compare(groups, "test"), "Results")[1] == ["test accuracy", "10.00 %", "20.00 %"]
+
+
+class _Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_page_holds_everything_and_nothing_that_runs(run_py, tmp_path: Path) -> None:
+    folder = tmp_path / "<script>alert(1)&"
+    folder.mkdir()
+    write_job(folder, "optimizer.lr=0.01", accuracy=0.5)
+    config = (write_job(folder, "optimizer.lr=0.1", accuracy=0.6).folder / "config.yaml").open("a")
+    config.write('"<img src=x onerror=alert(1)>": 1\n')
+    config.close()
+    answer = run_py("job=compare", f"runs={folder.name!r}", "hydra.run.dir=c")
+    assert answer.code == 0, answer.err
+    page = _Page(Path("c/index.html").read_text())
+    assert {tag for tag, _ in page.tags} <= {
+        *("html", "head", "meta", "title", "style", "body", "h1", "h2", "div", "table", "tr", "th", "td", "p", "img")
+    }
+    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert image["src"].startswith("data:image/png;base64,iVBOR")
+    assert folder.name in page.text
+    assert "<img src=x" in page.text
+    assert RunDirectory("c").state == "done"
+    assert json.loads(Path("c/comparison.json").read_text())["split"] == "validation"
+    assert max(map(len, answer.out.splitlines())) <= 80
+
+
+def test_find_trainings_takes_directories_sweeps_and_patterns(tmp_path: Path) -> None:
+    for n in (1, 2):
+        write_job(tmp_path, f"optimizer.lr={n}", accuracy=0.5)
+    (tmp_path / "other").mkdir()
+    assert len(find_trainings([str(tmp_path)])) == 2
+    assert len(find_trainings([str(tmp_path / "optimizer*")])) == 2
+    assert len(find_trainings([str(tmp_path / "optimizer.lr=1"), str(tmp_path)])) == 2
+    for items, problem in (
+        (["nowhere"], "runs: nowhere: there is no training run"),
+        ([str(tmp_path / "other")], "there is no training run"),
+        ([str(tmp_path / "optimizer.lr=1")] * 2, "names one training"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            find_trainings(items)
 
 
 def test_compare_writes_the_summary_again(run_py, tmp_path: Path) -> None:
@@ -15,11 +158,13 @@ def test_compare_writes_the_summary_again(run_py, tmp_path: Path) -> None:
     assert "2 settings, 2 jobs: 2 done" in answer.out
     assert (tmp_path / "summary.csv").read_text().count("\n") == 3
     assert (tmp_path / "figures/objective.png").is_file()
+    assert not (tmp_path / "outputs").exists()
 
 
-def test_compare_refuses_a_folder_without_training(run_py, tmp_path: Path) -> None:
-    for words in (["job.sweep=nowhere"], ["job.sweep=."], []):
+def test_compare_refuses_what_holds_no_training(run_py, tmp_path: Path) -> None:
+    for words in (["job.sweep=."], [], ["runs=[nowhere,.]"]):
         answer = run_py("job=compare", *words)
         assert answer.code == 1
-        assert answer.err.startswith("error: job.sweep")
+        assert answer.err.startswith("error: ")
         assert answer.err.count("\n") == 1
+        assert not (tmp_path / "outputs").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from PIL import Image
 from tests.helpers import TINY, compose, used
 from zfnet import ZFNet
 from zfnet.data.shapes import CLASSES, draw_shapes
-from zfnet.jobs.evaluate import MeanOfViews, data_for_tencrop
+from zfnet.jobs.evaluate import MeanOfViews, data_for_tencrop, worst
 from zfnet.plots.results import results_of
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.loop import evaluate
+from zfnet.training.metrics import Evaluation
 
 
 def test_evaluate_repeats_the_runs_own_results(run_py, tiny_run, monkeypatch) -> None:
@@ -32,6 +34,33 @@ def test_evaluate_repeats_the_runs_own_results(run_py, tiny_run, monkeypatch) ->
     run = used(tiny_run)
     evaluation = evaluate(run.model, run.batches(run.split("validation")), run.runtime, "validation")
     assert results_of(evaluation, run.classes) == recorded["validation"]
+
+
+def test_evaluate_lists_every_prediction_and_draws_the_worst_first(run_py, tiny_run, gallery, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr("zfnet.jobs.evaluate.draw_results", lambda *_: None)
+    monkeypatch.setattr("zfnet.jobs.evaluate.save_figure", lambda figure, path: drawn.append(path.name))
+    words = ["data=folder", f"data.root={gallery}", "job.split=all", "hydra.run.dir=e"]
+    assert run_py("job=evaluate", f"run={tiny_run.folder}", *words).code == 0
+    rows = list(csv.DictReader(Path("e/predictions.csv").read_text().splitlines()))
+    confusion = torch.zeros(10, 10, dtype=torch.long)
+    for row in rows:
+        assert Path(row["image"]).parent.name == row["true"]
+        assert Path(row["image"]).is_file()
+        values = {c: float(row[f"P({c})"]) for c in CLASSES}
+        assert sum(values.values()) == pytest.approx(1, abs=1e-4)
+        assert float(row["probability"]) == values[row["predicted"]] == max(values.values())
+        assert float(row["probability_of_true"]) == values[row["true"]]
+        confusion[CLASSES.index(row["true"]), CLASSES.index(row["predicted"])] += 1
+    assert confusion.tolist() == RunDirectory("e").read_json("results.json")["all"]["confusion"]
+    assert drawn == ["worst.png"]
+
+
+def test_worst_is_the_most_confident_mistake() -> None:
+    predictions, labels = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 0, 1])
+    confidences = torch.tensor([0.99, 0.6, 0.9, 0.7])
+    assert worst(Evaluation(0, 0, 0, predictions, confidences, labels, 2)).tolist() == [2, 3, 1]
+    assert worst(Evaluation(0, 0, 0, labels, confidences, labels, 2)).tolist() == []
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.helpers import used
 from zfnet.data.decode import read_image
 from zfnet.data.files import NamedImage
 from zfnet.data.shapes import draw_shapes
-from zfnet.jobs.predict import Prediction, predict, prediction_table
+from zfnet.jobs.predict import Prediction, predict, prediction_rows, prediction_table
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.loop import evaluate
 
@@ -72,6 +73,11 @@ def test_predict_job_reports_unreadable_images_and_does_the_rest(run_py, tiny_ru
     assert "cut.png" in unread
     assert "1 of 5 images" in answer.out
     assert Path("p/figures/predictions.png").stat().st_size > 5000
+    (row,) = csv.DictReader(Path("p/predictions.csv").read_text().splitlines())
+    best = written["images"][0]["predictions"][0]
+    assert (row["image"], row["predicted"]) == (written["images"][0]["image"], best["class"])
+    assert row["probability"] == row[f"P({best['class']})"]
+    assert float(row["probability"]) == pytest.approx(best["probability"], rel=1e-5)
     assert written["weights_sha256"] == tiny_run.read_json("results.json")["weights_sha256"]
 
 
@@ -112,6 +118,13 @@ def test_predict_job_refuses_overrides_without_effect(
     assert answer.code == 1
     assert answer.err.startswith(f"error: {expected}")
     assert not (tmp_path / "outputs").exists()
+
+
+def test_prediction_rows_leave_out_columns_that_would_be_too_many(monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.jobs.predict.MOST_COLUMNS", 1)
+    (row,) = prediction_rows(["x.png"], torch.tensor([[0.25, 0.75]]), ["a", "b"], [0])
+    expected = {"image": "x.png", "true": "a", "predicted": "b", "probability": "0.75", "probability_of_true": "0.25"}
+    assert row == expected
 
 
 @pytest.mark.parametrize("top", [1, 3, 5])

@@ -107,3 +107,12 @@ def test_log_result_names_a_top_5_of_six_classes_and_more(caplog) -> None:
     few, many = (record.getMessage() for record in caplog.records)
     assert "top-5" not in few
     assert "top-5 " in many
+
+
+def test_draw_samples_of_chosen_images_names_their_probability() -> None:
+    images = image_set(np.zeros((4, 8, 8, 3), np.uint8), torch.arange(4) % 2, ["cat", "dog"])
+    evaluation = evaluation_of(4, 2)
+    axis = draw_samples(images, evaluation, torch.tensor([3, 1])).axes[0]
+    words = [text.get_text() for text in axis.texts]
+    assert [word.split("(")[1] for word in words] == ["dog)", "dog)"]
+    assert [word.split()[1] for word in words] == [f"{evaluation.confidences[k]:.0%}" for k in (3, 1)]

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation, randint

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from zfnet.config.schema import Config
 from zfnet.explain.selection import Look, choose_images, chosen_split, pick_layers, sample, take, to_rows

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
@@ -68,8 +68,7 @@ class OcclusionJob(Look):
         loaded = LoadedRun(config)
         chain, data = loaded.chain, loaded.data
         (layer,) = pick_layers(chain, "job.layer", self.layer, chain.conv_layers[-1:], only_conv=True)
-        patch = self.patch or max(1, data.image_size // 5)
-        stride = self.stride or max(1, min(patch, round(data.image_size / 24)))
+        patch, stride = square_and_steps(data.image_size, self.patch, self.stride)
         square_starts(data.image_size, patch, stride)  # raises before any data is read
         Deconvnet(chain).check(layer)
         split = chosen_split(loaded)
@@ -126,6 +125,12 @@ class Occlusion:
     peak: Tensor
     whole: Outputs
     occluded: Outputs
+
+
+def square_and_steps(size: int, patch: int | None, stride: int | None) -> tuple[int, int]:
+    """Return the side of the square and the pixels between its places: None is a fifth of the image, or 24 places."""
+    patch = patch or max(1, size // 5)
+    return patch, stride or max(1, min(patch, round(size / 24)))
 
 
 def square_starts(size: int, patch: int, stride: int) -> Tensor:

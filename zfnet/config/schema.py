@@ -265,6 +265,7 @@ class Config(Checked):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     run: Optional[str] = None
     images: Optional[list[str]] = None
+    runs: Optional[list[str]] = None
     parent: Optional[Parent] = None
     imports: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
@@ -273,8 +274,9 @@ class Config(Checked):
     def to_dict(self) -> dict[str, Any]:
         """Return what is recorded, as plain dicts, lists and numbers."""
         plain = dataclasses.asdict(dataclasses.replace(self, composed=None))  # which takes long to copy
-        left_out = ("overrides", "composed") + ("parent",) * (self.parent is None)
-        return {key: value for key, value in plain.items() if key not in left_out}
+        # only job=compare has `runs`, only a run that goes on from another has `parent`
+        unsaid = ("overrides", "composed", *(key for key in ("runs", "parent") if plain[key] is None))
+        return {key: value for key, value in plain.items() if key not in unsaid}
 
     def identity(self) -> str:
         """Return a hash of everything in it that the result depends on (not where data lies or what is logged).
@@ -290,7 +292,7 @@ NOT_IDENTITY: dict[str, tuple[str, ...]] = {
     "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "profile", "snapshots", "checkpoint_epochs"),
     "parent": ("run", "config", "threads", "compiled"),  # its identity stands for its config
 }
-_NOT_RESULT = ("job", "run", "images", "imports", "logger")
+_NOT_RESULT = ("job", "run", "images", "runs", "imports", "logger")
 # Keys that records of earlier versions lack, with the value that says what those did.
 _LATER: dict[str, dict[str, Any]] = {
     "data": {"sampler": "shuffle"},
@@ -342,8 +344,9 @@ def read_config(raw: DictConfig | dict[str, Any], imports: Sequence[str] = ()) -
     imports: the packages that this command trusts; what `raw` itself says about them has no effect
     """
     plain = _plain(raw)
-    if isinstance(plain.get("images"), str):
-        plain["images"] = [plain["images"]]
+    for key in ("images", "runs"):
+        if isinstance(plain.get(key), str):
+            plain[key] = [plain[key]]
     config = check(Config, upgrade(plain) | {"imports": list(imports)}, "")
     settings = config.job if isinstance(config.job, dict) else {"name": str(config.job)}
     if "_target_" in settings:

@@ -16,14 +16,14 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from filelock import FileLock
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError, printable
 from zfnet.config.schema import FolderData
@@ -83,7 +83,8 @@ def load_folder(data: FolderData) -> Splits:
             "%s: %d unreadable images are left out (data.on_error=skip); first: %s",
             *(listing, len(skipped), listing.name(skipped[0])),
         )
-    whole = image_set(images, torch.tensor(listing.labels), listing.classes)
+    files = tuple(os.path.relpath(file, listing.root) for file in listing.files)
+    whole = replace(image_set(images, torch.tensor(listing.labels), listing.classes), files=files)
     splits = np.array(listing.splits)
     splits[skipped] = ""
     rows = {name: torch.from_numpy((splits == name).nonzero()[0]) for name in (*_WORDS, "all")}

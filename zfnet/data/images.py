@@ -26,6 +26,7 @@ class ImageSet:
     rows:   int64 [N], where each labelled image stands in `images`
     classes: names, by label
     boxes:  int64 [N, 4] (top, left, bottom, right; ends exclusive) around the object, where it is known
+    files:  of each of the M images, its path below the data set's root, where images are files
     """
 
     images: np.ndarray
@@ -33,6 +34,7 @@ class ImageSet:
     rows: Tensor
     classes: tuple[str, ...]
     boxes: Tensor | None = None
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

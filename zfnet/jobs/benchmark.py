@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job

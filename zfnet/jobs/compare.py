@@ -1,23 +1,444 @@
-"""job=compare: a sweep's table and figures, from its run directories."""
+"""job=compare: runs or settings side by side, only where they differ; or a sweep's table and figures, made again."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import base64
+import contextlib
+import glob
+import html
+import itertools
+import json
+import re
+import shutil
+import statistics
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, Job
+from zfnet.config.schema import Config, Job, flatten, result_keys
+from zfnet.plots.figures import PALETTE, new_figure, plain, save_figure, styled
+from zfnet.runs.compare import first_difference, surroundings
+from zfnet.runs.directory import RunDirectory, find_run, list_runs, remove_if_empty, write_atomically
+from zfnet.runs.session import own_directory
+from zfnet.runs.tables import format_table, shorten
 from zfnet.sweeps.callback import summarize
+from zfnet.sweeps.significance import LEVEL, Difference, difference, holm
+from zfnet.sweeps.summary import ABSENT, format_value, swept_keys
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MOST_PAIRS = 10  # tests that are shown; of more, those of the best group
+_NO_SETTING = ("job", "run", "runs", "images", "imports", "logger")
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(kw_only=True)
 class CompareJob(Job):
-    sweep: str  # the directory of a sweep
+    sweep: Optional[str]  # the directory of a sweep
+    split: Literal["auto", "validation", "test"]
 
     def main(self, config: Config, output: Path) -> None:
-        """Write summary.csv, summary.md and the figures, and print the table; raise UserError without a training."""
-        folder = Path(self.sweep)
-        text = summarize(folder, figures=True) if folder.is_dir() else ""
-        if not text:
-            raise UserError(f"job.sweep={folder}: there is no training run in it")
-        print(text)
+        """Compare what `runs=[…]` names: print it and write a page; or write a sweep's summary again.
+
+        Raises UserError where there is no training to compare.
+        """
+        if (self.sweep is None) is (config.runs is None):
+            raise UserError(
+                "job=compare needs runs to compare, as in 'runs=[outputs/train/a,outputs/train/b]', or job.sweep=<dir>"
+            )
+        if config.runs is None:
+            remove_if_empty(output)
+            folder = Path(str(self.sweep))
+            text = summarize(folder, figures=True) if folder.is_dir() else ""
+            if not text:
+                raise UserError(f"job.sweep={folder}: there is no training run in it")
+            print(text)
+            return
+        groups = group([read_run(run) for run in find_trainings(config.runs)])
+        comparison = compare(groups, self.split)
+        with own_directory(config, output) as run:
+            figure = draw_comparison(groups, comparison.split)
+            picture = save_figure(figure, run.figures / "curves.png")
+            run.write_json("comparison.json", comparison.to_dict())
+            write_atomically(run.folder / "index.html", to_page(comparison, picture))
+            print(to_text(comparison, shutil.get_terminal_size().columns, bold=sys.stdout.isatty()))
+            print(f"written to {run.folder}: open {run.folder / 'index.html'} in a browser")
+
+
+# -- what is compared
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One training. `config`: flat dotted keys; `settings`: those that its result depends on, without the seed."""
+
+    folder: str
+    state: str
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    seed: Any
+    environment: dict[str, Any]
+    results: dict[str, Any]
+    history: list[dict[str, float | None]]
+
+    def metric(self, split: str, name: str) -> float | None:
+        metrics = self.results.get(split)
+        value = metrics.get(name) if isinstance(metrics, dict) else None
+        return float(value) if isinstance(value, (int, float)) else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed, or a single run, and its letter."""
+
+    letter: str
+    runs: list[Trained]
+
+    def values(self, split: str, name: str = "accuracy") -> dict[Any, float]:
+        """Return a metric by seed, of the runs that have it."""
+        return {r.seed: value for r in self.runs if (value := r.metric(split, name)) is not None}
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """Return what all runs of a group have, or `varies`."""
+    first, *others = values
+    return first if all(other == first for other in others) else "varies"
+
+
+def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
+    """Return the trainings that `runs=[…]` names: directories of runs, folders of them such as sweeps, and patterns.
+
+    Raises UserError for an item without a training, and where there are fewer than two.
+    """
+    found: dict[Path, RunDirectory] = {}
+    for item in items:
+        folders = [Path(item).expanduser()]
+        if not folders[0].exists() and glob.has_magic(item):
+            folders = [Path(path) for path in sorted(glob.glob(str(folders[0])))]
+        runs = [find_run(item)] if item == "last" else []
+        for folder in [] if runs else folders:
+            runs += [RunDirectory(folder)] if (folder / "config.yaml").is_file() else list_runs(folder)
+        runs = [run for run in runs if (run.folder / "history.csv").is_file()]
+        if not runs:
+            raise UserError(f"runs: {item}: there is no training run (no history.csv)")
+        found |= {run.folder.resolve(): run for run in runs}
+    if len(found) < 2:
+        raise UserError(f"runs: {', '.join(items)}: names one training; it takes two to compare")
+    return list(found.values())
+
+
+def read_run(run: RunDirectory) -> Trained:
+    """Read a training's record; a file that is damaged or not there yet counts as empty."""
+    recorded = run.plain_config()
+    history: list[dict[str, float | None]] = []
+    results: Any = {}
+    with contextlib.suppress(UserError):
+        history = run.read_history()
+        results = run.read_json("results.json")
+    settings = flatten(result_keys(recorded))
+    return Trained(
+        str(run.folder),
+        run.state,
+        flatten({key: value for key, value in recorded.items() if key not in _NO_SETTING}),
+        {key: value for key, value in settings.items() if key != "seed"},
+        settings.get("seed"),
+        surroundings(run),
+        results if isinstance(results, dict) else {},
+        history,
+    )
+
+
+def group(runs: Sequence[Trained]) -> list[Group]:
+    """Put runs together that differ in nothing but the seed, if there are at least two such settings.
+
+    Runs of one seed and setting, such as a run and its reproduction, are compared one by one. Raises UserError for
+    more groups than letters.
+    """
+    settings: dict[str, list[Trained]] = {}
+    for run in runs:
+        settings.setdefault(json.dumps(run.settings, sort_keys=True, default=str), []).append(run)
+    groups = list(settings.values())
+    if len(groups) < 2 or any(len({str(r.seed) for r in members}) < len(members) for members in groups):
+        groups = [[run] for run in runs]
+    if len(groups) > len(LETTERS):
+        raise UserError(
+            f"runs: {len(groups)} settings are named, and at most {len(LETTERS)} are compared; "
+            "job=compare job.sweep=<dir> ranks a whole sweep"
+        )
+    return [Group(letter, members) for letter, members in zip(LETTERS, groups, strict=False)]
+
+
+# -- the comparison
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the comparison: a title, perhaps a table with a header, the rows to print bold, and lines below it."""
+
+    title: str
+    rows: list[list[str]]
+    bold: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that is said. `split`: whose accuracies are compared; `tests`: of pairs (better, other), with Holm's p."""
+
+    split: str
+    sections: list[Section]
+    tests: list[dict[str, Any]]
+    curves: list[tuple[str, list[float]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        sections = [{"title": s.title, "rows": s.rows, "notes": s.notes} for s in self.sections]
+        return {"split": self.split, "sections": sections, "tests": self.tests}
+
+
+def compare(groups: Sequence[Group], split: str = "auto") -> Comparison:
+    """Return what differs between groups; `split`: validation, test, or auto: validation if every run has it."""
+    if split == "auto":
+        split = (
+            "validation"
+            if all(r.metric("validation", "accuracy") is not None for g in groups for r in g.runs)
+            else "test"
+        )
+    letters = ["", *(g.letter for g in groups)]
+    configs = [{key: _common(r.config.get(key, ABSENT) for r in g.runs) for key in g.runs[0].config} for g in groups]
+    if any(len(g.runs) > 1 for g in groups):
+        for config in configs:
+            config.pop("seed", None)
+    settings = [[key, *(format_value(c.get(key, ABSENT)) for c in configs)] for key in swept_keys(configs)]
+    around = dict.fromkeys(key for g in groups for r in g.runs for key in r.environment)
+    places = [{key: _common(r.environment.get(key, ABSENT) for r in g.runs) for key in around} for g in groups]
+    environment = [
+        [key, *(_short_hash(format_value(place[key])) for place in places)]
+        for key in around
+        if len({repr(place[key]) for place in places}) > 1
+    ]
+    tests, table = _tests(groups, split)
+    sections = [
+        Section("Runs", [[g.letter, _describe(g)] for g in groups]),
+        Section("Settings that differ", [letters, *settings] if settings else [], notes=() if settings else ("none",)),
+        Section("Results", [letters, *_results(groups, split)], notes=tuple(_partings(groups))),
+        table,
+    ]
+    if environment:
+        sections.insert(2, Section("Environment that differs", [letters, *environment]))
+    curves = [(g.letter, _curve(g, f"{split}_accuracy")) for g in groups]
+    return Comparison(split, sections, tests, curves)
+
+
+def _short_hash(text: str) -> str:
+    return text[:10] if re.fullmatch("[0-9a-f]{32,}", text) else text
+
+
+def _describe(g: Group) -> str:
+    if len(g.runs) == 1:
+        state = g.runs[0].state
+        return g.runs[0].folder + ("" if state == "done" else f" ({state})")
+    seeds = ", ".join(str(r.seed) for r in g.runs)
+    return f"{g.runs[0].folder} and {len(g.runs) - 1} more: seeds {seeds}"
+
+
+def _results(groups: Sequence[Group], split: str) -> list[list[str]]:
+    """Return the rows of results: accuracy always, the others where they differ."""
+    rows = [[f"{split} accuracy", *(_spread(g.values(split), 100, 2, " %") for g in groups)]]
+    rows.append([f"{split} loss", *(_spread(g.values(split, "loss"), 1, 4) for g in groups)])
+    for key in ("best_epoch", "epochs", "seconds", "images_per_second"):
+        columns = [
+            _spread({n: v for n, r in enumerate(g.runs) if isinstance(v := r.results.get(key), (int, float))}, 1, 1)
+            for g in groups
+        ]
+        rows.append([key.replace("_", " "), *columns])
+    weights = [_common(str(r.results.get("weights_sha256", ABSENT))[:10] for r in g.runs) for g in groups]
+    rows.append(["weights' hash", *map(str, weights)])
+    return [row for n, row in enumerate(rows) if n == 0 or len(set(row[1:])) > 1]
+
+
+def _spread(values: dict[Any, float], scale: float, digits: int, unit: str = "") -> str:
+    """Return mean ± standard deviation, n; a single value as it is."""
+    scaled = [scale * value for value in values.values()]
+    if not scaled:
+        return ABSENT
+    mean = f"{statistics.fmean(scaled):.{digits}f}"
+    if digits == 1:
+        mean = mean.removesuffix(".0")
+    return mean + (f" ± {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else "") + unit
+
+
+def _partings(groups: Sequence[Group]) -> list[str]:
+    """Return for each group but the first where its history leaves the first one's: runs of one seed, if there are."""
+    lines, first = [], groups[0]
+    for other in groups[1:]:
+        pairs = [(a, b) for a in first.runs for b in other.runs if a.seed == b.seed] or [(first.runs[0], other.runs[0])]
+        a, b = pairs[0]
+        of_seed = f" (seed {a.seed})" if len(first.runs) + len(other.runs) > 2 and a.seed == b.seed else ""
+        parting = first_difference(a.history, b.history)
+        if parting is None:
+            same = a.results.get("weights_sha256") == b.results.get("weights_sha256")
+            weights = "" if not a.results or not b.results else f", weights {'too' if same else 'not'}"
+            lines.append(f"{other.letter} equals {first.letter} in all {len(a.history)} epochs{of_seed}{weights}")
+        else:
+            was, now = (ABSENT if v is None else f"{v:.6g}" for v in (parting["recorded"], parting["now"]))
+            lines.append(
+                f"{other.letter} parts from {first.letter} in epoch {parting['epoch']}{of_seed}: "
+                f"{parting['metric']} {was} and {now}"
+            )
+    return lines
+
+
+def _tests(groups: Sequence[Group], split: str) -> tuple[list[dict[str, Any]], Section]:
+    """Test every pair of groups; return the tests, and a table of them in which what holds is bold."""
+    title = f"Differences of {split} accuracy, in percentage points"
+    ranked = sorted((g for g in groups if g.values(split)), key=lambda g: -statistics.fmean(g.values(split).values()))
+    pairs: list[tuple[Group, Group, Difference]] = []
+    for better, other in itertools.combinations(ranked, 2):
+        if (found := difference(better.values(split), other.values(split))) is not None:
+            pairs.append((better, other, found))
+    if not pairs:
+        note = "not tested: that takes two or more seeds of each setting, as in -m seed=0,1,2"
+        return [], Section(title, [], notes=(note,))
+    corrected = holm([found.p for _, _, found in pairs])
+    tests = [
+        {"better": better.letter, "other": other.letter, **asdict(found), "p_holm": p, "holds": p < LEVEL}
+        for (better, other, found), p in zip(pairs, corrected, strict=True)
+    ]
+    shown = tests if len(tests) <= MOST_PAIRS else [t for t in tests if t["better"] == ranked[0].letter]
+    rows = [["", "difference", "95 % interval", "test", "p"]]
+    for t in shown:
+        count = f"n = {t['n'][0]}" if t["paired"] else f"n = {t['n'][0]}, {t['n'][1]}"
+        rows.append(
+            [
+                f"{t['better']} beats {t['other']}" if t["holds"] else f"{t['better']} ? {t['other']}",
+                f"{100 * t['mean']:+.2f}",
+                f"{100 * t['low']:+.2f} … {100 * t['high']:+.2f}",
+                f"{'paired' if t['paired'] else 'Welch'}, {count}",
+                f"{t['p_holm']:.2g}",
+            ]
+        )
+    notes = [f"? is not distinguishable: p is {LEVEL} or more"] if any(not t["holds"] for t in shown) else []
+    if len(tests) > 1:
+        notes.append(f"p is corrected for {len(tests)} tests (Holm); each interval stands for itself")
+    if len(shown) < len(tests):
+        notes.append(f"shown: the best against the others; comparison.json has all {len(tests)} pairs")
+    bold = tuple(n for n, t in enumerate(shown, start=1) if t["holds"])
+    return tests, Section(title, rows, bold, tuple(notes))
+
+
+def _curve(g: Group, key: str) -> list[float]:
+    """Return the mean of a column of the history over the group's runs, epoch by epoch, while all have it."""
+    columns = ([row.get(key) for row in r.history] for r in g.runs)
+    return [statistics.fmean(v) for v in zip(*columns, strict=False) if None not in v]
+
+
+# -- on the terminal, as a page, and as a figure
+
+
+def to_text(comparison: Comparison, width: int, bold: bool = False) -> str:
+    """Return the comparison for a terminal of `width` columns; `bold`: with its codes for bold text."""
+    lines: list[str] = []
+    for section in comparison.sections:
+        lines += ["", section.title]
+        lines += _table(section, width, bold)
+        lines += [line for note in section.notes for line in _wrap(note, width)]
+        if section.title == "Results" and any(len(curve) > 1 for _, curve in comparison.curves):
+            lines += ["", *_sparklines(comparison, width)]
+    return "\n".join(lines[1:])
+
+
+def _table(section: Section, width: int, bold: bool) -> list[str]:
+    if not section.rows:
+        return []
+    rows = [[f"  {row[0]}", *row[1:]] for row in section.rows]
+    lines = format_table(rows, "<" * len(rows[0]), width, shrink=range(len(rows[0])) if len(rows[0]) == 2 else [0])
+    if max(map(len, lines)) > width:  # a line a cell
+        header, *others = section.rows
+        cells = [
+            [f"  {row[0]}" if n == 0 else "", name, value]
+            for row in others
+            for n, (name, value) in enumerate(zip(header[1:], row[1:], strict=True))
+        ]
+        lines = format_table(cells, "<<<", width, shrink=[0, 2])
+    elif bold:
+        lines = [f"\x1b[1m{line}\x1b[0m" if n in section.bold else line for n, line in enumerate(lines)]
+    return lines
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(shorten(text, 1000), width, initial_indent="  ", subsequent_indent="    ")
+
+
+def _sparklines(comparison: Comparison, width: int) -> list[str]:
+    """Draw each group's curve in a line of bars, all on one scale; long curves by every k-th epoch."""
+    values = [v for _, curve in comparison.curves for v in curve]
+    low, high = min(values), max(values)
+    longest = max(len(curve) for _, curve in comparison.curves)
+    every = -(-longest // (width - 20))
+    lines = [f"  {comparison.split} accuracy by epoch, ▁ {low:.1%} to █ {high:.1%}"]
+    for letter, curve in comparison.curves:
+        bars = [_BARS[round((len(_BARS) - 1) * (v - low) / ((high - low) or 1))] for v in curve[every - 1 :: every]]
+        lines.append(f"  {letter}  {''.join(bars)}" + (f"  {curve[-1]:.1%}" if curve else ABSENT))
+    return lines
+
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#24292f}
+table{border-collapse:collapse;margin:.5em 0}th,td{border:1px solid #d0d7de;padding:.2em .7em;text-align:left}
+th{background:#f6f8fa}td:first-child{font-weight:500}tr.bold td{font-weight:700}tr:not(.bold) td{font-weight:400}
+p{margin:.2em 0;color:#57606a}img{max-width:100%}h2{font-size:1.1em;margin-top:1.6em}.wide{overflow-x:auto}"""
+
+
+def to_page(comparison: Comparison, picture: bytes) -> str:
+    """Return the comparison as one page of HTML: no script, nothing loaded, every name escaped."""
+    parts = []
+    for section in comparison.sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
+        rows = []
+        for n, row in enumerate(section.rows):
+            mark = "th" if n == 0 and row[0] == "" else "td"
+            cells = "".join(f"<{mark}>{html.escape(cell)}</{mark}>" for cell in row)
+            rows.append(f"<tr{' class=bold' if n in section.bold else ''}>{cells}</tr>")
+        if rows:
+            parts.append(f"<div class=wide><table>{''.join(rows)}</table></div>")
+        parts += [f"<p>{html.escape(note)}</p>" for note in section.notes]
+        if section.title == "Results":
+            data = base64.b64encode(picture).decode()
+            parts.append(f'<img alt="training loss and accuracy by epoch" src="data:image/png;base64,{data}">')
+    names = ", ".join(letter for letter, _ in comparison.curves)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">"
+        f'<meta name="viewport" content="width=device-width"><title>Comparison of {names}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>Comparison of {names}</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+@styled
+def draw_comparison(groups: Sequence[Group], split: str) -> Figure:
+    """Draw training loss and accuracy of every run by epoch; a colour for each group."""
+    figure = new_figure(figsize=(11, 4))
+    axes = figure.subplots(1, 2)
+    for number, g in enumerate(groups):
+        style: dict[str, Any] = {"color": PALETTE[number % len(PALETTE)], "label": g.letter}
+        style["linestyle"] = ("-", "--", ":")[number // len(PALETTE)]
+        for run in g.runs:
+            for axis, key in zip(axes, ("train_loss", f"{split}_accuracy"), strict=True):
+                points = [(row["epoch"], row[key]) for row in run.history if row.get(key) is not None]
+                marker = "." if len(points) < 15 else None
+                axis.plot([e for e, _ in points], [v for _, v in points], marker=marker, **style)
+            style.pop("label", None)  # one entry of the legend for all seeds
+    axes[0].set(title="Training loss", ylabel="training loss", xlabel="epoch")
+    axes[1].set(title=f"{split.capitalize()} accuracy", ylabel="correctly classified images", xlabel="epoch")
+    axes[1].yaxis.set_major_formatter("{x:.0%}")
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    names = plain(f"{g.letter}  {shorten(_describe(g), 90)}" for g in groups)
+    figure.legend(axes[0].get_legend_handles_labels()[0], names, loc="outside lower center")
+    return figure

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import hflip, ten_crop
 
 from zfnet.config.schema import Config, DataConfig, Job
-from zfnet.plots.results import draw_results, log_per_class, log_result, results_of
+from zfnet.data import ImageSet
+from zfnet.jobs.predict import prediction_rows
+from zfnet.plots.figures import save_figure
+from zfnet.plots.results import draw_results, draw_samples, log_per_class, log_result, results_of
 from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import own_directory
 from zfnet.training.loaded import LoadedRun
 from zfnet.training.loop import evaluate
+from zfnet.training.metrics import Evaluation
 
 log = logging.getLogger("zfnet")
 
@@ -32,7 +36,7 @@ class EvaluateJob(Job):
     crop_ratio: Annotated[float, Field(gt=0, le=1)]
 
     def main(self, config: Config, output: Path) -> None:
-        """Evaluate one split; write results.json and figures. Raises UserError where the class names do not match."""
+        """Evaluate one split; write results.json, predictions.csv and figures. Raises UserError for unknown classes."""
         loaded = LoadedRun(config)
         splits = loaded.splits()
         images, data = loaded.split(self.split, splits), loaded.data
@@ -47,7 +51,7 @@ class EvaluateJob(Job):
             log.info(runtime.describe())
             environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name)
             run.write_json("environment.json", {**environment, "plan": runtime.describe()})
-            evaluation = evaluate(model, loaded.batches(images, data), runtime, self.split)
+            evaluation = evaluate(model, loaded.batches(images, data), runtime, self.split, probabilities=True)
             result = results_of(evaluation, images.classes)
             shown = {"name": data.name, "root": data.root}
             told = {"run": source, "data": shown, "tta": self.tta, **splits.remarks()}
@@ -55,7 +59,26 @@ class EvaluateJob(Job):
             log_result(self.split, result)
             log_per_class(result)
             draw_results(run, evaluation, images)
+            run.write_csv("predictions.csv", _rows(evaluation, images, self.split, data.root))
+            if len(wrong := worst(evaluation)):
+                save_figure(draw_samples(images, evaluation, wrong), run.figures / "worst.png")
+            else:
+                log.info("all images are correct, so there is no figures/worst.png")
             log.info("written to %s", run.folder)
+
+
+def worst(evaluation: Evaluation) -> Tensor:
+    """Return the places of the images whose prediction is wrong, the most confident one first."""
+    wrong = (evaluation.predictions != evaluation.labels).nonzero().flatten()
+    return wrong[evaluation.confidences[wrong].argsort(descending=True, stable=True)]
+
+
+def _rows(evaluation: Evaluation, images: ImageSet, split: str, root: str | None) -> list[dict[str, Any]]:
+    """Return the rows of predictions.csv: a file by its path, another image by its number in the split."""
+    assert evaluation.probabilities is not None
+    files = [str(Path(root or "", images.files[row])) for row in images.rows.tolist()] if images.files else []
+    names = files or [f"{split} {number}" for number in range(len(images))]
+    return prediction_rows(names, evaluation.probabilities, images.classes, evaluation.labels.tolist())
 
 
 class MeanOfViews(nn.Module):

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
@@ -35,6 +35,7 @@ log = logging.getLogger("zfnet")
 
 _DATA_KEYS = ("batch_size", "max_pixels", *PREPROCESSING)  # the keys of `data` that count here
 SHOWN = 48  # images in the figure
+MOST_COLUMNS = 100  # classes with a column of predictions.csv
 PICTURE_SIZE = 160  # pixels a side of an image in the figure, at least
 
 
@@ -42,11 +43,13 @@ PICTURE_SIZE = 160  # pixels a side of an image in the figure, at least
 class Prediction:
     """One image: its name and (class, probability), most probable first; or the error for which it was not read.
 
+    probabilities: [classes], of all of them in the run's order
     picture: uint8 [h, w, 3], of the images that the figure shows
     """
 
     name: str
     best: Sequence[tuple[str, float]] = ()
+    probabilities: Tensor | None = None
     picture: np.ndarray | None = None
     error: str | None = None
 
@@ -59,7 +62,7 @@ class PredictJob(Job):
     top: Annotated[int, Field(ge=1)]
 
     def main(self, config: Config, output: Path) -> None:
-        """Classify the images that `images=[…]` names: a table, predictions.json and a figure.
+        """Classify the images that `images=[…]` names: a table, predictions.json and .csv, and a figure.
 
         An unreadable image is reported and the others are done; raises UserError where none can be read.
         """
@@ -93,6 +96,9 @@ class PredictJob(Job):
                 log.warning("not read: %s: %s", shorten(name, 200), error)
             if not predictions:
                 raise _none_readable(errors)
+            names, known = [p.name for p in predictions], [p.probabilities for p in predictions]
+            rows = prediction_rows(names, torch.stack([p for p in known if p is not None]), loaded.classes)
+            run.write_csv("predictions.csv", rows)
             for line in prediction_table(predictions, shutil.get_terminal_size().columns):
                 log.info(line)
             save_figure(draw_predictions(predictions[:SHOWN]), run.figures / "predictions.png")
@@ -136,11 +142,32 @@ def predict(loaded: LoadedRun, images: Sequence[NamedImage], top: int, batch_siz
                 if isinstance(file, str):
                     yield Prediction(image.name, error=file)
                     continue
-                values, labels = next(probabilities).topk(top)
+                own = next(probabilities)
+                values, labels = own.topk(top)
                 classes = [loaded.classes[label] for label in labels.tolist()]
-                yield Prediction(image.name, list(zip(classes, values.tolist(), strict=True)), file[1])
+                yield Prediction(image.name, list(zip(classes, values.tolist(), strict=True)), own, file[1])
             count += len(stored)
             bar.update(len(chunk))
+
+
+def prediction_rows(
+    names: Sequence[str], probabilities: Tensor, classes: Sequence[str], labels: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """Return the rows of predictions.csv, one for each image of `probabilities` [N, classes].
+
+    labels: the true classes, where they are known; above MOST_COLUMNS classes have no columns of their own
+    """
+    rows: list[dict[str, Any]] = []
+    for number, (name, values) in enumerate(zip(names, probabilities.tolist(), strict=True)):
+        best = max(range(len(classes)), key=values.__getitem__)
+        true = {"true": classes[labels[number]]} if labels else {}
+        row = {"image": name, **true, "predicted": classes[best], "probability": f"{values[best]:.6g}"}
+        if labels:
+            row["probability_of_true"] = f"{values[labels[number]]:.6g}"
+        if len(classes) <= MOST_COLUMNS:
+            row |= {f"P({c})": f"{value:.6g}" for c, value in zip(classes, values, strict=True)}
+        rows.append(row)
+    return rows
 
 
 def _none_readable(errors: dict[str, str]) -> UserError:

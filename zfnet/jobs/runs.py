@@ -1,71 +1,149 @@
-"""job=runs: list the runs below outputs/, newest first."""
+"""job=runs: list the runs below outputs/."""
 
 from __future__ import annotations
 
-import contextlib
-import math
+import json
 import os
+import re
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, Job
+import yaml
+
+from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.schema import Config, Job, flatten
 from zfnet.runs.directory import RunDirectory, list_runs
 from zfnet.runs.tables import format_table, shorten
+from zfnet.runs.weights import recorded_accuracy
+
+# jobs that train; a run with a history.csv, of a job of your own, and a damaged run count as trainings too
+_TRAININGS = ("train", "extend", "fork", "reproduce", "?")
+_MOST_BYTES = 100_000  # of a record of overrides
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run. changed: seconds since 1970; accuracy: None where none is recorded; size: bytes on disk."""
+    """One run.
+
+    changed: seconds since 1970; accuracy: None where none is recorded; size: bytes on disk
+    overrides: the words of the command that made it, without those about Hydra and the job
+    """
 
     state: str
     changed: float
     job: str
+    model: str
+    data: str
     accuracy: float | None
     size: int
+    overrides: str
     folder: str
 
 
 @dataclass(kw_only=True)
 class RunsJob(Job):
     root: str
+    all: bool
+    sort: Literal["age", "accuracy", "size", "state", "model", "data", "directory"]
+    where: list[str]
 
     def main(self, config: Config, output: Path) -> None:
-        """Print the table; a damaged run is a line like any other. Raises UserError where there is no such folder."""
+        """Print the table; a damaged run is a line like any other.
+
+        Raises UserError where there is no such folder, and for a key of `where` that no run has.
+        """
         root = Path(self.root).expanduser()
         if not root.is_dir():
             raise UserError(f"job.root={root}: there is no such folder")
-        rows = sorted((describe(run) for run in list_runs(root)), key=lambda row: row.changed, reverse=True)
-        if not rows:
-            print(f"no runs below {root}")
-            return
-        # into a file or another program directories go whole
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print("\n".join(run_table(rows, time.time(), width)))
+        pairs = [re.split("[:=]", word, maxsplit=1) for word in self.where]
+        if bad := [word for word, pair in zip(self.where, pairs, strict=True) if len(pair) < 2]:
+            raise UserError(f"job.where={bad[0]}: must be key:value, as in 'job.where=[state:done,optimizer.lr:0.01]'")
+        known: set[str] = set()
+        rows, hidden = [], 0
+        for run in list_runs(root):
+            plain = run.plain_config()
+            if not self.all and _job(plain) not in _TRAININGS and not (run.folder / "history.csv").is_file():
+                hidden += 1
+                continue
+            row = describe(run, plain)
+            values = flatten(plain) | {key: getattr(row, key) for key in ("state", "job", "model", "data")}
+            known |= values.keys()
+            if all(key in values and _equal(values[key], wanted) for key, wanted in pairs):
+                rows.append(row)
+        for key, _ in pairs if known else ():
+            if key not in known:
+                raise UserError(f"job.where: no run has a key {key}{did_you_mean(key, known)}"[:500])
+        if rows:
+            rows.sort(key=lambda row: (_rank(row, self.sort), -row.changed))
+            # into a file or another program directories go whole
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            print("\n".join(run_table(rows, time.time(), width)))
+        else:
+            print(f"no {'such ' if self.where and known else ''}runs below {root}")
+        if hidden:
+            print(f"not shown: {hidden} of other jobs, such as predictions and figures (job.all=true)", file=sys.stderr)
 
 
-def describe(run: RunDirectory) -> Row:
-    """Look at one directory, of which any file may be missing or damaged."""
+def _rank(row: Row, by: str) -> Any:
+    """Return what sorts the newest, best or largest run first, and names from a to z."""
+    if by in ("age", "accuracy", "size"):
+        return -({"age": row.changed, "accuracy": row.accuracy or 0.0, "size": row.size}[by])
+    return row.folder if by == "directory" else getattr(row, by)
+
+
+def describe(run: RunDirectory, plain: Mapping[str, Any] | None = None) -> Row:
+    """Look at one directory, of which any file may be missing or damaged; `plain` is its config, if it is read."""
+    plain = run.plain_config() if plain is None else plain
     state = run.state
     if state == "running" and not run.in_use():
         state = "killed"
     changed, size = _on_disk(run.folder)
-    return Row(state, changed, run.job or "?", _accuracy(run), size, str(run.folder))
+    accuracy = recorded_accuracy(run)
+    return Row(
+        state,
+        changed,
+        _job(plain),
+        _name(plain.get("model")),
+        _name(plain.get("data")),
+        None if accuracy is None else accuracy[1],
+        size,
+        " ".join(_overrides(run)),
+        str(run.folder),
+    )
 
 
-def _accuracy(run: RunDirectory) -> float | None:
-    with contextlib.suppress(UserError):
-        results: Any = run.read_json("results.json")
-        for split in ("test", "validation", "train", "all"):
-            metrics = results.get(split) if isinstance(results, dict) else None
-            value = metrics.get("accuracy") if isinstance(metrics, dict) else None
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                return float(value)
-    return None
+def _job(plain: Mapping[str, Any]) -> str:
+    return _name(plain.get("job"))
+
+
+def _name(group: Any) -> str:
+    """Return the name of a recorded group, or the class that its `_target_` names."""
+    name = group.get("name") or str(group.get("_target_", "?")).rpartition(".")[2] if isinstance(group, dict) else "?"
+    return str(name)
+
+
+def _overrides(run: RunDirectory) -> list[str]:
+    path = run.folder / ".hydra" / "overrides.yaml"
+    try:
+        words = yaml.safe_load(path.read_bytes()) if path.stat().st_size < _MOST_BYTES else []
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return []
+    words = [str(word) for word in words] if isinstance(words, list) else []
+    return [word for word in words if not word.lstrip("+~").startswith(("hydra", "job=", "run="))]
+
+
+def _equal(value: Any, wanted: str) -> bool:
+    """Return whether a recorded value is the one that the text `wanted` stands for: 1e-3 is 0.001, null is None."""
+    try:
+        return float(value) == float(wanted) and not isinstance(value, bool)
+    except (TypeError, ValueError):
+        plain = json.dumps(value) if value is None or isinstance(value, bool) else str(value)  # null, true, false
+        return plain == wanted.strip()
 
 
 def _on_disk(folder: Path) -> tuple[float, int]:
@@ -84,13 +162,28 @@ def _on_disk(folder: Path) -> tuple[float, int]:
 
 
 def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
-    """Return a header and a line a run; directories are shortened to fit `width`."""
+    """Return a header and the runs: two lines each, shortened to `width`; for a file or a pipe (None) one long line."""
     cells = [("state", "age", "job", "acc.", "size", "directory")]
     for row in rows:
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%}"
         texts = (shorten(row.state, 8), _age(now - row.changed), shorten(row.job, 14), accuracy, _size(row.size))
         cells.append((*texts, row.folder))
-    return format_table(cells, "<><>><", width, shrink=[5], gap=1)
+    what = [("model", "data", "changed"), *((row.model, row.data, row.overrides) for row in rows)]
+    if width is None:
+        wide = [(*cell[:-1], *words, cell[-1]) for cell, words in zip(cells, what, strict=True)]
+        return format_table(wide, "<><>><<<<", gap=1)
+    align = "<><>><"
+    if len({row.job for row in rows}) == 1:  # directories then fit more often
+        cells, align = [(*cell[:2], *cell[3:]) for cell in cells], "<>>><"  # type: ignore[misc]
+    lines = format_table(cells, align, width, shrink=[len(align) - 1], gap=1)
+    below = [f"  {model} on {data}" + (f": {changed}" if changed else "") for model, data, changed in what]
+    return [line for pair in zip(lines, (_cut(text, width) for text in below), strict=True) for line in pair]
+
+
+def _cut(text: str, width: int) -> str:
+    """Return the beginning of a line, in printable characters."""
+    text = shorten(text, len(text))
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _age(seconds: float) -> str:

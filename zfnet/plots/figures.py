@@ -14,6 +14,7 @@ matplotlib takes a quarter of a second to import, so it is imported where a figu
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -78,8 +79,11 @@ def new_figure(**settings: Any) -> Figure:
     return Figure(**settings)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG; the metadata names no program version, so that equal figures are equal files."""
+def save_figure(figure: Figure, path: Path) -> bytes:
+    """Write a PNG and return it; the metadata names no program version, so that equal figures are equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
     with _style():  # ticks are made when a figure is saved
-        figure.savefig(path, metadata={"Software": None})
+        figure.savefig(buffer, metadata={"Software": None})
+    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()

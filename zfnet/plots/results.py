@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from zfnet.data import ImageSet
 from zfnet.plots.figures import (
@@ -147,13 +148,23 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
 
 
 @styled
-def draw_samples(images: ImageSet, evaluation: Evaluation, columns: int = 8, rows: int = 8) -> Figure:
+def draw_samples(
+    images: ImageSet, evaluation: Evaluation, index: Tensor | None = None, columns: int = 8, rows: int = 8
+) -> Figure:
     """Draw images with their predicted (true) class, green where these agree, as the blog does.
 
-    `evaluation` is that of `images`; the images drawn are evenly spread over the set.
+    `evaluation` is that of `images`. With `index`, the images at these places are drawn, each with the probability of
+    its prediction; without, images that are evenly spread over the set.
     """
-    count = min(rows * columns, len(images))
-    index = torch.linspace(0, len(images) - 1, count).round().long()
+    title, sure = "Predicted class (true class)", [""] * (rows * columns)
+    if index is None:
+        index = torch.linspace(0, len(images) - 1, min(rows * columns, len(images))).round().long()
+    else:
+        index = index[: rows * columns]
+        title = "Mistakes, most confident first: predicted class, its probability (true class)"
+        sure = [f" {p:.0%}" for p in evaluation.confidences[index].tolist()]
+    count = len(index)
+    title = title if count >= 4 else title.partition(":")[0]  # it would run off a narrow figure
     columns = min(columns, count)
     rows = -(-count // columns)
     side, gap, head = 1.0, 0.3, 0.3  # of an image; above it, for its classes; above all, for the title
@@ -167,12 +178,12 @@ def draw_samples(images: ImageSet, evaluation: Evaluation, columns: int = 8, row
         row, column = divmod(number, columns)
         left, top = 1.08 * column * side, row * (side + gap)
         axis.imshow(image, extent=(left, left + side, top + side, top), interpolation="nearest")
-        words = f"{images.classes[prediction]}\n({images.classes[label]})"
+        words = f"{images.classes[prediction]}{sure[number]}\n({images.classes[label]})"
         colour = GREEN if prediction == label else RED
         axis.text(
             left + side / 2, top - 0.02, words, fontsize=8, ha="center", va="bottom", color=colour, parse_math=False
         )
     axis.set(xlim=(0, 1.08 * columns - 0.08), ylim=(rows * (side + gap) - gap, -gap - head))
-    axis.set_title("Predicted class (true class)", y=1 - 0.2 / high)
+    axis.set_title(title, y=1 - 0.2 / high)
     axis.axis("off")
     return figure

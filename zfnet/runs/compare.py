@@ -35,7 +35,7 @@ def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
         "first_difference": difference,
         "largest_differences": largest_differences(before, after),
         "weights_sha256": {"recorded": weights[0], "now": weights[1]},
-        "surroundings": _differences(*(_surroundings(run) for run in (recorded, now))),
+        "surroundings": _differences(*(surroundings(run) for run in (recorded, now))),
     }
 
 
@@ -63,7 +63,7 @@ def largest_differences(
     return largest
 
 
-def _surroundings(run: RunDirectory) -> dict[str, Any]:
+def surroundings(run: RunDirectory) -> dict[str, Any]:
     """Return environment.json by dotted key."""
     return {key: _brief(value) for key, value in flatten(run.environment).items() if key != "command"}
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,5 +79,87 @@ def short_dirname(overrides: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Make `${short_dirname:…}` known to configs; call before Hydra composes."""
+    """Make `${short_dirname:…}` and `${job_help:…}` known to configs; call before Hydra composes."""
     OmegaConf.register_new_resolver("short_dirname", lambda text: short_dirname(str(text)), replace=True)
+    OmegaConf.register_new_resolver("job_help", _job_help, replace=True)
+
+
+_GENERAL_HELP = """Groups: GROUP=CHOICE, as in optimizer=sgd. `python run.py job=NAME --help` explains a job's own keys.
+
+$APP_CONFIG_GROUPS
+
+Keys: KEY=VALUE, as in optimizer.lr=0.01. What these words compose:
+
+$CONFIG"""
+
+
+def _job_help(job: str, sources: Any) -> str:
+    """Return the template of what --help prints for `job`, as Hydra's `hydra.help.template` is.
+
+    sources: the folders that Hydra composes from, this project's and those of --config-dir
+    """
+    files = [Path(s["path"]) / "job" / f"{job}.yaml" for s in sources if s["schema"] == "file"]
+    path = next((file for file in files if file.is_file()), None)
+    if job == "train" or path is None:
+        return _GENERAL_HELP
+    groups = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "job"))
+    lines = ["Groups (python run.py --help lists their choices):", *textwrap.wrap(", ".join(groups), 78), ""]
+    text = explain_job(path.read_text(encoding="utf-8"), job) + "\n" + "\n".join(lines)
+    return text.replace("$", "$$")
+
+
+def explain_job(text: str, job: str, width: int = 80) -> str:
+    """Return a job's YAML for people: what it is for, its commands, and each key with its default and its comment."""
+    head: list[str] = []
+    keys: list[tuple[str, list[str]]] = []
+    paragraph: list[str] = []
+
+    def end_paragraph() -> None:
+        head.extend(textwrap.wrap(" ".join(paragraph), width))
+        paragraph.clear()
+
+    comments = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    for line in (comment[2:] for comment in comments):
+        if line.startswith("  "):  # a command
+            end_paragraph()
+            head.append(line)
+        elif not line.startswith("@package"):
+            if re.match(r"[A-Z][\w ]*: ", line):  # Source: …
+                end_paragraph()
+            paragraph.append(line)
+    end_paragraph()
+    for key, prefix, value, comment in described_keys(text):
+        keys.append((f"{prefix}{key}={value}", [comment] if comment else []))
+    indent = min(26, 2 + max((len(name) for name, _ in keys), default=0) + 2)
+    lines = [
+        f"job={job}",
+        "",
+        *head,
+        "",
+        "Keys (KEY=VALUE changes a default):" if keys else "It has no keys of its own.",
+    ]
+    for name, description in keys:
+        start = f"  {name}".ljust(indent - 2) + "  "
+        lines += textwrap.wrap(
+            " ".join(description), width, initial_indent=start, subsequent_indent=" " * indent, break_long_words=False
+        ) or [start.rstrip()]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def described_keys(text: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (key, `job.` or nothing, default as written, comment) of a YAML file in conf/, without a job's name."""
+    found: list[list[str]] = []
+    prefix = ""
+    for line in text.splitlines():
+        key = re.match(r"( *)(\w+):(?: ([^#]*?))?\s*(?:# ?(.*))?$", line)
+        if key is None:
+            more = re.match(r"\s+# ?(.*)$", line)
+            if more and found:
+                found[-1][3] += f" {more[1].strip()}"
+        elif key[1] == "":
+            prefix = f"{key[2]}."
+            if key[3]:
+                found.append([key[2], "", key[3], key[4] or ""])
+        elif prefix == "job." and len(key[1]) == 2 and key[2] not in ("name", "_target_"):
+            found.append([key[2], prefix, key[3] or "", key[4] or ""])
+    yield from ((k, p, v, c) for k, p, v, c in found)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from omegaconf import DictConfig
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config

@@ -5,8 +5,10 @@ Weights are safetensors with a JSON header; no pickle is read, so a stranger's f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +19,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, DataConfig, ModelConfig, check, read_data, refuse_interpolation, upgrade_data
+from zfnet.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    check,
+    model_name,
+    read_data,
+    refuse_interpolation,
+    upgrade_data,
+)
+from zfnet.data import preprocess
+from zfnet.data.decode import UnreadableImage, fit_square
+from zfnet.data.files import find_images
 from zfnet.model.build import build_model
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
 
@@ -92,8 +106,51 @@ class TrainedRun:
         """What results.json holds."""
         return dict(self.run.read_json("results.json"))
 
+    def inputs(self, *images: str | Path) -> Tensor:
+        """Return image files, or addresses on the web, as the network sees them: [N, 3, S, S], on its device.
+
+        Raises UserError for an image that cannot be read.
+        """
+        size, data, pixels = self.metadata.stored_size, self.metadata.data, []
+        for image in images:
+            found, problems = find_images([str(image)])
+            try:
+                if len(found) != 1:
+                    raise UnreadableImage(problems.get(str(image), f"names {len(found)} images; give one"))
+                pixels.append(torch.from_numpy(fit_square(found[0].read(), size, data.fit).copy()))
+            except UnreadableImage as error:
+                raise UserError(f"{image}: cannot be read as an image ({error})") from error
+        device = next(iter(self.model.parameters())).device
+        return preprocess(torch.stack(pixels).to(device), data, channels_last=False)
+
+    def predict(self, image: str | Path) -> dict[str, float]:
+        """Return the probability of each class, the most probable one first; the image is prepared as in training.
+
+            load_run("last").predict("cat.jpg")
+
+        Raises UserError for an image that cannot be read.
+        """
+        with torch.no_grad():
+            probabilities = self.model.eval()(self.inputs(image)).float().softmax(1)[0]
+        values, order = probabilities.sort(descending=True, stable=True)
+        return {self.classes[k]: value for k, value in zip(order.tolist(), values.tolist(), strict=True)}
+
     def __repr__(self) -> str:
-        return f"TrainedRun({str(self.run.folder)!r}, {type(self.model).__name__}, {len(self.classes)} classes)"
+        name, accuracy = model_name(self.metadata.model), recorded_accuracy(self.run)
+        measured = "" if accuracy is None else f", {accuracy[0]} {accuracy[1]:.2%}"
+        return f"<{self.run.folder}: {name} on {self.metadata.data.name}, {len(self.classes)} classes{measured}>"
+
+
+def recorded_accuracy(run: RunDirectory) -> tuple[str, float] | None:
+    """Return the split and the accuracy on it that results.json holds: test, else another; None without one."""
+    with contextlib.suppress(UserError):
+        results: Any = run.read_json("results.json")
+        for split in ("test", "validation", "train", "all"):
+            metrics = results.get(split) if isinstance(results, dict) else None
+            value = metrics.get("accuracy") if isinstance(metrics, dict) else None
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                return split, float(value)
+    return None
 
 
 def load_run(folder: str | Path, imports: Sequence[str] = ()) -> TrainedRun:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from zfnet.model.layers import renormalize_filters
 from zfnet.runs.directory import RunDirectory

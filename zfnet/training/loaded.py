@@ -131,6 +131,7 @@ def _joined(sets: Sequence[ImageSet]) -> ImageSet:
         labels=torch.cat([s.labels for s in sets]),
         rows=torch.cat([s.rows + starts[id(s.images)] for s in sets]),
         boxes=torch.cat(boxes) if len(boxes) == len(sets) else None,
+        files=sets[0].files if len(arrays) == 1 else (),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from zfnet.data import Batch, Batches
 from zfnet.model.layers import set_dropout_step
@@ -102,10 +102,18 @@ def measure(state: TrainingState, evaluations: Mapping[str, Batches], stop: Stop
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Batches, runtime: Runtime, name: str, stop: StopRequest | None = None
+    model: nn.Module,
+    batches: Batches,
+    runtime: Runtime,
+    name: str,
+    stop: StopRequest | None = None,
+    probabilities: bool = False,
 ) -> Evaluation:
-    """Run a whole set through the network in evaluation mode; its mode is put back afterwards."""
-    sums, training = EvaluationSums(), model.training
+    """Run a whole set through the network in evaluation mode; its mode is put back afterwards.
+
+    probabilities: keep every image's probability of every class
+    """
+    sums, training = EvaluationSums(probabilities), model.training
     model.eval()
     bar = tqdm(batches.in_order(), name, len(batches), unit="batch", disable=None, leave=False, dynamic_ncols=True)
     try:

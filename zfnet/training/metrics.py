@@ -49,6 +49,7 @@ class Evaluation:
     """What a set says about a network. `predictions` [N] and `confidences` [N] are in the set's order.
 
     top5: None with fewer than six classes, where it would always be 1
+    probabilities: [N, classes], where they were asked for
     """
 
     loss: float
@@ -58,6 +59,7 @@ class Evaluation:
     confidences: Tensor
     labels: Tensor
     num_classes: int
+    probabilities: Tensor | None = None
 
     def confusion(self) -> Tensor:
         """Return counts [true class, predicted class]."""
@@ -77,14 +79,15 @@ class Evaluation:
 
 
 class EvaluationSums:
-    """Collects an Evaluation batch by batch, on the device."""
+    """Collects an Evaluation batch by batch, on the device; `probabilities`: whether to keep those of all classes."""
 
-    def __init__(self) -> None:
+    def __init__(self, probabilities: bool = False) -> None:
         self.losses: list[Tensor] = []
         self.top5: list[Tensor] = []
         self.predictions: list[Tensor] = []
         self.confidences: list[Tensor] = []
         self.labels: list[Tensor] = []
+        self.probabilities: list[Tensor] | None = [] if probabilities else None
         self.num_classes = 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
@@ -95,7 +98,10 @@ class EvaluationSums:
         best = logits.topk(min(5, self.num_classes), dim=1).indices
         self.top5.append((best == labels[:, None]).any(1))
         self.predictions.append(best[:, 0])
-        self.confidences.append(logits.softmax(1).amax(1))
+        probabilities = logits.softmax(1)
+        self.confidences.append(probabilities.amax(1))
+        if self.probabilities is not None:
+            self.probabilities.append(probabilities)
         self.labels.append(labels)
 
     def result(self) -> Evaluation:
@@ -109,4 +115,5 @@ class EvaluationSums:
             confidences=torch.cat(self.confidences).cpu(),
             labels=labels,
             num_classes=self.num_classes,
+            probabilities=None if self.probabilities is None else torch.cat(self.probabilities).cpu(),
         )

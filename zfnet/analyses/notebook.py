@@ -1,0 +1,184 @@
+"""What the analyses show, as arrays for `imshow`: occlusion, projections and top activations of a loaded run.
+
+    run = load_run("last")
+    occlusion(run, "cat.jpg").probability        # [P, P]
+    projections(run, "cat.jpg", "conv5").pictures  # uint8 [9, S, S, 3]
+
+The network computes in fp32 where it is: on the CPU, or where `run.model.to(…)` has put it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from zfnet.analyses.occlusion import occlude, square_and_steps
+from zfnet.config.errors import UserError, did_you_mean
+from zfnet.data import Batches, load_splits
+from zfnet.explain.crops import view_maps
+from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.selection import pick_layers
+from zfnet.explain.top_activations import TopActivations, collect
+from zfnet.model.chain import Chain
+from zfnet.plots.pictures import on_grey, to_pixels
+from zfnet.runs.weights import TrainedRun
+
+
+@dataclass(frozen=True)
+class OcclusionMaps:
+    """What the network says of an image while a square hides a part of it, at P × P places.
+
+    picture: uint8 [S, S, 3], the image as the network sees it; centres: [P], the square's centre in its pixels
+    label: the class; whole: its probability with nothing hidden; probability: [P, P], with the square at each place
+    predicted: [P, P], the name of the most probable class
+    activation: [P, P], sum over the map that is strongest on the whole image
+    """
+
+    picture: np.ndarray
+    centres: np.ndarray
+    label: str
+    whole: float
+    probability: np.ndarray
+    predicted: np.ndarray
+    activation: np.ndarray
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The strongest units of M maps for one image, projected to the pixels.
+
+    pictures: uint8 [M, S, S, 3], grey is no signal, each scaled for itself; values: float [M, S, S, 3], as projected
+    units: int [M, 4], (image, channel, y, x); activations: [M]; picture: uint8 [S, S, 3], the image
+    """
+
+    pictures: np.ndarray
+    values: np.ndarray
+    units: np.ndarray
+    activations: np.ndarray
+    picture: np.ndarray
+
+
+@dataclass(frozen=True)
+class StrongestImages:
+    """The images of a split that excite M maps most, `top` of each; grey and 0 where there are fewer.
+
+    projections, patches: uint8 [M, top, s, s, 3], s: side of the receptive field; activations: [M, top]
+    images: int [M, top], numbers in the split, −1 where there is none
+    """
+
+    projections: np.ndarray
+    patches: np.ndarray
+    activations: np.ndarray
+    images: np.ndarray
+
+
+def occlusion(
+    run: TrainedRun,
+    image: str | Path,
+    label: str | None = None,
+    layer: str | None = None,
+    patch: int | None = None,
+    stride: int | None = None,
+) -> OcclusionMaps:
+    """Hide one part of an image file after another behind a square of the data's mean colour (paper, Fig. 7).
+
+    label: a class; None: the predicted one. layer: a convolution; None: the last. patch, stride: in input pixels
+    Raises UserError for an unknown class or layer, an unreadable image and a square that does not suit.
+    """
+    chain, data, inputs = _chain(run), run.metadata.data, run.inputs(image)
+    (layer,) = pick_layers(chain, "layer", layer, chain.conv_layers[-1:], only_conv=True)
+    label = next(iter(run.predict(image))) if label is None else label
+    if label not in run.classes:
+        raise UserError(f"label={label}: no such class{did_you_mean(label, run.classes)}")
+    patch, stride = square_and_steps(data.image_size, patch, stride)
+    result = occlude(
+        chain,
+        inputs,
+        torch.tensor([run.classes.index(label)], device=inputs.device),
+        layer=layer,
+        patch=patch,
+        stride=stride,
+        fill=torch.zeros(3),
+        batch_size=min(data.batch_size, 64),
+    )
+    return OcclusionMaps(
+        picture=to_pixels(inputs, data)[0].numpy(),
+        centres=(result.starts + patch / 2).numpy(),
+        label=label,
+        whole=float(result.whole.probability[0]),
+        probability=result.occluded.probability[0].numpy(),
+        predicted=np.array(run.classes)[result.occluded.predicted[0].numpy()],
+        activation=result.occluded.activation[0].numpy(),
+    )
+
+
+@torch.no_grad()
+def projections(
+    run: TrainedRun, image: str | Path, layer: str, maps: Sequence[int] | int = 9, rule: str = "deconvnet"
+) -> Projections:
+    """Project the strongest unit of each map of a convolution to the pixels of an image file (paper, section 2.1).
+
+    maps: their numbers, or how many: those with the strongest units come first
+    Raises UserError for an unknown layer, map or rule and an unreadable image.
+    """
+    chain, inputs = _chain(run), run.inputs(image)
+    (layer,) = pick_layers(chain, "layer", layer, [], only_conv=True)
+    activations = chain.activations(inputs, [layer])[layer][0]
+    peaks, places = activations.flatten(1).max(1)
+    chosen = _map_numbers(maps, len(peaks), peaks.argsort(descending=True, stable=True).tolist())
+    width = activations.shape[2]
+    units = [(0, k, int(places[k]) // width, int(places[k]) % width) for k in chosen]
+    values = Deconvnet(chain, rule).project(inputs, layer, units)
+    return Projections(
+        pictures=on_grey(values).numpy(),
+        values=values.permute(0, 2, 3, 1).cpu().numpy(),
+        units=np.array(units),
+        activations=peaks[chosen].cpu().numpy(),
+        picture=to_pixels(inputs, run.metadata.data)[0].numpy(),
+    )
+
+
+def top_activations(
+    run: TrainedRun, layer: str, maps: Sequence[int] | int = 9, top: int = 9, split: str = "validation"
+) -> StrongestImages:
+    """Search a split of the run's data for the images that excite maps of a convolution most (paper, Fig. 2).
+
+    maps: their numbers, or how many: the first ones. Raises UserError for an unknown layer, map or split.
+    """
+    chain, data = _chain(run), run.config.data
+    (layer,) = pick_layers(chain, "layer", layer, [], only_conv=True)
+    images = getattr(load_splits(data, run.config.imports), split, None) if split != "fingerprint" else None
+    if images is None:
+        raise UserError(f"split={split}: the run has no such images; known: train, validation, test")
+    device = next(run.model.parameters()).device
+    search = collect(
+        chain, images, lambda s: Batches(s, data, device), [layer], TopActivations(top, len(images.classes))
+    )
+    record = search.layers[layer]
+    chosen = _map_numbers(maps, len(record.values), range(len(record.values)))
+    filled = record.filled.cpu()[chosen]
+    views = view_maps(Deconvnet(chain), images, data, layer, record, torch.tensor(chosen)) if filled.any() else None
+    if views is None:
+        raise UserError(f"maps={maps}: none of these maps of {layer} is active on any image")
+    return StrongestImages(
+        projections=views.tiles[:, 0].numpy(),
+        patches=views.tiles[:, 1].numpy(),
+        activations=record.values.cpu()[chosen].where(filled, 0.0).numpy(),
+        images=record.index.cpu()[chosen].where(filled, -1).numpy(),
+    )
+
+
+def _chain(run: TrainedRun) -> Chain:
+    return Chain.of(run.model, run.metadata.data.image_size)
+
+
+def _map_numbers(maps: Sequence[int] | int, count: int, order: Sequence[int]) -> list[int]:
+    """Return the numbers of maps that are wanted; raise UserError for one that a layer of `count` maps lacks."""
+    numbers = list(order[:maps]) if isinstance(maps, int) else list(maps)
+    if not numbers or not all(0 <= k < count for k in numbers):
+        raise UserError(f"maps={maps}: must be a number of maps, or numbers from 0 to {count - 1}")
+    return numbers

@@ -1,0 +1,126 @@
+"""job=schema: JSON schemas of the YAML files in conf/, from the classes that check them when a config is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from zfnet.config.instantiate import resolve
+from zfnet.config.schema import DATA, AugmentConfig, Config, Job, ModelConfig, TrainerConfig
+from zfnet.config.trust import CONF
+from zfnet.runs.directory import write_atomically
+from zfnet.runs.hydra_record import described_keys
+
+_TARGET = {"_target_": {"type": "string", "description": "a class, by its dotted name"}}
+_PART = {"type": "object", "properties": _TARGET}  # its arguments are the class's own
+_DEFAULTS = {"type": "array", "description": "Hydra's defaults list: what this file builds on"}
+# a file may leave a value to another key or to its user
+_LATER = {"type": "string", "pattern": r"^(\$\{.*\}|\?\?\?)$"}
+_GLOBAL = ("config", "experiment", "debug", "job")  # their files hold whole configs, from the top
+
+
+@dataclass(kw_only=True)
+class SchemaJob(Job):
+    folder: str
+
+    def main(self, config: Config, output: Path) -> None:
+        """Write a file for each group."""
+        folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for group, schema in group_schemas().items():
+            write_atomically(folder / f"{group}.json", json.dumps(schema, indent=1) + "\n")
+        print(f"written to {folder}; as the first line of a YAML file: # yaml-language-server: $schema=<path>")
+
+
+def group_schemas() -> dict[str, dict[str, Any]]:
+    """Return a JSON schema (2020-12) for each group of `conf/`, and `config` for config.yaml.
+
+    No key is required, since a file may build on others.
+    """
+    parts = {
+        "model": _any_of([_of(ModelConfig, "model"), {**_PART, "required": ["_target_"]}]),
+        "data": _any_of(_of(kind, "data") for kind in dict.fromkeys(DATA.values())),
+        "augment": _of(AugmentConfig, "augment"),
+        "trainer": _of(TrainerConfig, "trainer"),
+        **dict.fromkeys(("loss", "optimizer", "scheduler"), _PART),
+        **{group: {"type": "object", "additionalProperties": _PART} for group in ("logger", "callbacks")},
+    }
+    top = _of(Config, ".")["properties"]
+    whole = {
+        "type": "object",
+        "properties": {
+            **{key: top[key] for key in ("seed", "run", "images", "runs", "imports")},
+            **parts,
+            "job": _any_of(_jobs()),
+            "hydra": {"type": "object"},
+            "defaults": _DEFAULTS,
+        },
+        "additionalProperties": False,
+    }
+    schemas = {**{group: _with_defaults(part) for group, part in parts.items()}, **dict.fromkeys(_GLOBAL, whole)}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {group: {**head, "title": f"conf/{group}", **schema} for group, schema in schemas.items()}
+
+
+def _jobs() -> Iterable[dict[str, Any]]:
+    """Yield the schema of each job's settings, told apart by their `_target_`."""
+    for path in sorted((CONF / "job").glob("*.yaml")):
+        target = yaml.safe_load(path.read_text(encoding="utf-8"))["job"]["_target_"]
+        schema = _of(resolve("job", target, Job), f"job/{path.stem}")
+        schema["properties"] |= {"name": {"const": path.stem}, "_target_": {"const": target}}
+        yield schema
+    own = {"type": "string", "pattern": r"^(?!zfnet\.)"}
+    yield {
+        "type": "object",
+        "properties": {"_target_": own},
+        "required": ["_target_"],
+        "description": "a job of your own",
+    }
+
+
+def _of(kind: Any, group: str) -> dict[str, Any]:
+    """Return the schema of a class, its parts written out; keys are described by the comments in `conf/<group>`."""
+    plain = TypeAdapter(kind).json_schema()
+    schema: dict[str, Any] = _relaxed(plain, plain.get("$defs", {}))["anyOf"][0]  # the class itself, and not `${…}`
+    place = CONF / group
+    for path in sorted(place.rglob("*.yaml")) if place.is_dir() and group != "." else [place.with_suffix(".yaml")]:
+        for key, _, _, comment in described_keys(path.read_text(encoding="utf-8")) if path.is_file() else ():
+            if comment and key in schema["properties"]:
+                schema["properties"][key].setdefault("description", comment)
+    return schema
+
+
+def _relaxed(node: Any, parts: dict[str, Any]) -> Any:
+    """Return a schema with its `$ref`s written out, no required keys, and `${…}` and `???` for any value."""
+    if isinstance(node, list):
+        return [_relaxed(item, parts) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _relaxed(parts[node["$ref"].rpartition("/")[2]], parts)
+    left_out = ("required", "default", "title", "$defs", "discriminator")
+    made = {
+        key: {k: _relaxed(v, parts) for k, v in value.items()} if key == "properties" else _relaxed(value, parts)
+        for key, value in node.items()
+        if key not in left_out
+    }
+    if node.get("type") in ("integer", "number", "boolean", "object", "array") or "enum" in node or "const" in node:
+        return {"anyOf": [made, _LATER]}
+    return made
+
+
+def _any_of(schemas: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {"anyOf": list(schemas)}
+
+
+def _with_defaults(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a group's file, which may also hold Hydra's defaults list."""
+    if "anyOf" in schema:
+        return {"anyOf": [_with_defaults(part) for part in schema["anyOf"]]}
+    return {**schema, "properties": {**schema.get("properties", {}), "defaults": _DEFAULTS}}
