@@ -109,7 +109,7 @@ def test_seed_0_is_a_seed_and_seeds_differ() -> None:
         ("data.batch_size=2.5", "data.batch_size"),
         ("data.image_size=99999", "data.image_size=99999: must be at most 4096"),
         ("data.validation=0", "data.validation=0 leaves no images for trainer.monitor=validation_loss"),
-        ("data.std=[0.5,0.0,0.5]", "must be greater than 0"),
+        ("data.std=[0.5,0.0,0.5]", "must be at least 1e-06"),
         ("data.mean=[a,b,c]", "data.mean"),
         ("data.mean=[nan,0.5,0.5]", "data.mean"),
         ("+data.fit=pad", "data.fit=pad: must be one of crop or stretch"),

@@ -1,7 +1,9 @@
-"""A config folder from a stranger runs nothing, whatever it says to Hydra."""
+"""A config folder from a stranger runs nothing and writes nothing elsewhere, whatever it says to Hydra."""
 
 from __future__ import annotations
 
+import pickle
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,33 +14,231 @@ from zfnet.config.errors import UserError
 from zfnet.config.trust import CONF, only_own_folders
 from zfnet.runs.directory import RunDirectory
 
-HOSTILE = {
-    "callback": "hydra:\n  callbacks:\n    x: {_target_: pathlib.Path.touch, self: witness}\n",
-    "launcher": "hydra:\n  launcher: {_target_: pathlib.Path.touch}\n",
-    "logging": "hydra:\n  job_logging:\n    version: 1\n    handlers: {x: {'()': pathlib.Path.touch, self: witness}}\n",
-    "searchpath": "hydra:\n  searchpath: ['file:///elsewhere']\n",
-    "package": "# @package hydra\ncallbacks:\n  x: {_target_: pathlib.Path.touch}\n",
-    "placed": "defaults:\n  - other@hydra.callbacks: bad\n",
+TOUCH = "{_target_: pathlib.Path.touch, self: witness}"
+CALLBACK = f"hydra:\n  callbacks:\n    x: {TOUCH}\n"
+GLOBAL = "# @package _global_\n"
+
+# What a folder holds, by file. A config.yaml is the primary config (`--config-path`); the others are chosen with
+# experiment=x from a folder that is only added (`--config-dir`).
+RUNS_CODE = {
+    "callback": {"config.yaml": CALLBACK},
+    "callback in an experiment": {"experiment/x.yaml": GLOBAL + CALLBACK},
+    "a date that is none": {"config.yaml": "day: 2026-99-99\n" + CALLBACK},
+    "a Python tag": {"config.yaml": "p: !!python/object/apply:pathlib.Path [x]\n" + CALLBACK},
+    "escapes": {"config.yaml": f'"\\x68ydr\\u0061": {{"callb\\x61cks": {{"x": {TOUCH}}}}}\n'},
+    "an alias": {"config.yaml": f"a: &a {{callbacks: {{x: {TOUCH}}}}}\nhydra: *a\n"},
+    "a merge": {"config.yaml": f"a: &a {{callbacks: {{x: {TOUCH}}}}}\nhydra: {{<<: *a}}\n"},
+    "package in a header": {"experiment/x.yaml": f"# @package hydra.callbacks\nx: {TOUCH}\n"},
+    "package in a default": {
+        "experiment/x.yaml": GLOBAL + "defaults: [/other@hydra.callbacks: bad]\n",
+        "other/bad.yaml": f"x: {TOUCH}\n",
+    },
+    "a group of Hydra's": {
+        "experiment/x.yaml": GLOBAL + "defaults: [override /hydra/callbacks: bad]\n",
+        "hydra/callbacks/bad.yaml": f"x: {TOUCH}\n",
+    },
+    "a default outside": {
+        "experiment/x.yaml": GLOBAL + "defaults: [../../elsewhere/bad@_global_]\n",
+        "../elsewhere/bad.yaml": CALLBACK,
+    },
+    "interpolation of a part": {"config.yaml": f"evil: {{x: {TOUCH}}}\nhydra: {{callbacks: '${{evil}}'}}\n"},
+    "interpolation of an entry": {"config.yaml": f"evil: {TOUCH}\nhydra: {{callbacks: {{x: '${{evil}}'}}}}\n"},
+    "interpolation of a target": {
+        "config.yaml": "t: pathlib.Path.touch\nhydra: {callbacks: {x: {_target_: '${t}', self: witness}}}\n"
+    },
+    "a resolver": {"config.yaml": f"hydra: {{callbacks: {{x: \"${{oc.create:'{TOUCH}'}}\"}}}}\n"},
+    "a function of Hydra's": {
+        "config.yaml": "hydra: {callbacks: {x: {_target_: hydra.utils.get_object, path: witness_module.x}}}\n"
+    },
+    "nested in one of Hydra's": {
+        "config.yaml": "hydra: {callbacks: {x: {_target_: hydra.experimental.callbacks.LogJobReturnCallback, "
+        f"y: {TOUCH}}}}}}}\n"
+    },
+    "nested in one of ours": {
+        "config.yaml": f"hydra: {{callbacks: {{x: {{_target_: zfnet.sweeps.callback.SweepReport, y: {TOUCH}}}}}}}\n"
+    },
+    "a factory of log handlers": {
+        "config.yaml": "hydra: {job_logging: {version: 1, handlers: {x: {'()': pathlib.Path.touch, self: witness}}}}\n"
+    },
+    "a class of log handlers": {
+        "config.yaml": "hydra: {hydra_logging: {version: 1, handlers: {x: {class: witness_module.Handler}}}}\n"
+    },
+    "a package to search": {"config.yaml": "hydra: {searchpath: ['pkg://witness_module']}\n"},
+    "a folder to search": {
+        "config.yaml": "hydra: {searchpath: ['file://../elsewhere']}\ndefaults: [x@_global_: x]\n",
+        "../elsewhere/x/x.yaml": CALLBACK,
+    },
+    "words of the command line": {
+        "optimizer/x.yaml": GLOBAL + "optimizer: {_target_: witness_module.X}\n"
+        "hydra: {overrides: {task: ['imports=[witness_module]']}}\n"
+    },
+}
+SWEPT = {
+    "launcher": {
+        "experiment/x.yaml": GLOBAL + "defaults: [override /hydra/launcher: bad]\n",
+        "hydra/launcher/bad.yaml": f"{TOUCH}\n",
+    },
+    "sweeper": {"config.yaml": "defaults: [override hydra/sweeper: bad]\n", "hydra/sweeper/bad.yaml": f"{TOUCH}\n"},
+    "what a launcher runs": {
+        "experiment/x.yaml": GLOBAL + "defaults: [override /hydra/launcher: submitit_slurm]\n"
+        "hydra: {launcher: {setup: ['touch witness']}}\n"
+    },
+    "where a search writes": {
+        "experiment/x.yaml": GLOBAL + "defaults: [override /hydra/sweeper: optuna]\n"
+        "hydra: {sweeper: {storage: 'sqlite:////tmp/outside'}}\n"
+    },
+    "a default that only some jobs choose": {
+        "experiment/y.yaml": "",
+        "experiment/x.yaml": GLOBAL + "hydra: {job_logging: {version: 1, handlers: {x: {'()': pathlib.Path.touch, "
+        "self: witness}}}}\n",
+    },
+    "words of the command line": {
+        "experiment/x.yaml": GLOBAL + "optimizer: {_target_: witness_module.X}\n"
+        "hydra: {sweeper: {params: {++imports: '[witness_module]'}}}\n"
+    },
+}
+SETS = {
+    "run.dir": ["../outside", "/tmp/outside", "${oc.env:OUTSIDE}", "a/../../b", "${outside}"],
+    "sweep.dir": ["../outside"],
+    "sweep.subdir": ["../outside", "${hydra.job.override_dirname}", "${outside}"],
+    "output_subdir": ["../../outside"],
+    "job.name": ["../outside"],
+    "job.env_set.LD_PRELOAD": ["outside.so"],
+    "job.env_set.ZFNET_TRIAL": [3],
+    "job_logging.handlers.file.filename": ["/tmp/outside"],
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("option", ["--config-path", "--config-dir"])
-def test_a_hostile_folder_is_refused(run_py, tmp_path: Path, kind: str, option: str) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.yaml").write_text(HOSTILE[kind])
-    for words in ([option, tmp_path / "other"], [f"{option}={tmp_path / 'other'}"]):
-        answer = run_py(*words, "job=summary")
+def folder_of(tmp_path: Path, files: dict[str, str]) -> Path:
+    folder = tmp_path / "their"
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+@pytest.fixture
+def run_hostile(run_py, tmp_path: Path, monkeypatch):
+    """A function that gives a command a hostile folder, and asserts that nothing of it ran."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "witness_module.py").write_text("open('witness', 'w').close()\nclass X: pass\n")
+    monkeypatch.setenv("OUTSIDE", str(tmp_path.parent))
+    before = set(tmp_path.parent.iterdir())
+
+    def run(files: dict[str, str], *words: str, option: str | None = None) -> str:
+        folder = folder_of(tmp_path, files)
+        primary = "config.yaml" in files
+        option = option or ("--config-path" if primary else "--config-dir")
+        chosen = {Path(name).parts[0] for name in files} & {"experiment", "optimizer"}
+        choice = [f"{group}=x" for group in chosen if not any(w.startswith(f"{group}=") for w in words)]
+        answer = run_py(*words, *choice, *([] if primary else ["job=summary"]), option, folder)
+        assert not (tmp_path / "witness").exists()
+        assert set(tmp_path.parent.iterdir()) == before
+        assert "witness_module" not in sys.modules
         assert answer.code == 1
-        assert answer.err.startswith(f"error: {tmp_path / 'other/config.yaml'}: sets ")
-        assert answer.err.count("\n") == 1
+        assert answer.err.count("\n") == 1, answer.err
+        assert answer.err.startswith("error: hydra.")
+        return answer.err
+
+    return run
+
+
+@pytest.mark.parametrize("kind", RUNS_CODE)
+def test_a_hostile_folder_runs_nothing(run_hostile, kind: str) -> None:
+    run_hostile(RUNS_CODE[kind])
+
+
+@pytest.mark.parametrize("kind", SWEPT)
+def test_a_hostile_folder_runs_nothing_in_a_sweep(run_hostile, kind: str) -> None:
+    files = SWEPT[kind]
+    run_hostile(files, "-m", *(["experiment=y,x"] if "experiment/y.yaml" in files else []))
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in SETS.items() for value in values])
+def test_only_the_command_line_sets(run_hostile, key: str, value: object) -> None:
+    text = f"{value!r}"
+    for name in reversed(key.split(".")):
+        text = f"{{{name}: {text}}}"
+    error = run_hostile({"config.yaml": f"outside: ../outside\nhydra: {text}\n"})
+    assert error.startswith(f"error: hydra.{key}=")
+    assert ": a config folder from elsewhere may not set this" in error
+
+
+@pytest.mark.parametrize("option", ["--config-di", "--config-d", "-cd"])
+def test_abbreviated_options_name_folders_too(run_hostile, option: str) -> None:
+    run_hostile(RUNS_CODE["callback in an experiment"], option=option)
+
+
+def test_linked_and_searched_folders_are_checked(run_hostile, run_py, tmp_path: Path) -> None:
+    run_hostile(RUNS_CODE["callback in an experiment"])
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/experiment").symlink_to(tmp_path / "their/experiment")
+    (tmp_path / "link/loop").symlink_to(tmp_path / "link")
+    for words in (["--config-dir", tmp_path / "link"], [f"hydra.searchpath=[file://{tmp_path}/their]"]):
+        answer = run_py(*words, "experiment=x", "job=summary")
+        assert answer.err.startswith("error: hydra.callbacks.x._target_=pathlib.Path.touch")
     assert not (tmp_path / "witness").exists()
 
 
-def test_a_group_of_hydras_is_refused(run_py, tmp_path: Path) -> None:
-    (tmp_path / "other/hydra/callbacks").mkdir(parents=True)
-    (tmp_path / "other/hydra/callbacks/x.yaml").write_text("y: {_target_: pathlib.Path.touch}\n")
-    assert "sets a part of Hydra's own configuration" in run_py("--config-dir", tmp_path / "other").err
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("witness"),))
+
+
+@pytest.mark.parametrize("option", ["--experimental-rerun", "--exp", "--e"])
+def test_a_pickle_is_not_read(run_py, tmp_path: Path, option: str) -> None:
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Bomb()))
+    for words in ([option, "config.pickle"], [f"{option}=config.pickle"]):
+        answer = run_py(*words)
+        assert answer.code == 1
+        assert "--experimental-rerun reads a pickle" in answer.err
+    assert not (tmp_path / "witness").exists()
+
+
+@pytest.mark.parametrize("place", ["config.yaml", "experiment/x.yaml"])
+def test_aliases_of_a_folder_from_elsewhere_are_bounded(run_py, tmp_path: Path, place: str) -> None:
+    lines = [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    folder = folder_of(tmp_path, {place: GLOBAL + "\n".join(["a0: &a0 [1]", *lines])})
+    words = ["--config-path", folder] if place == "config.yaml" else ["--config-dir", folder, "experiment=x"]
+    answer = run_py(*words)
+    assert answer.code == 1
+    assert answer.err == f"error: {folder / place} cannot be read: it holds more than 100,000 values\n"
+
+
+def test_what_a_folder_from_elsewhere_may_say(run_py, tmp_path: Path) -> None:
+    """Its own place below the current directory, Hydra's own choices, other numbers, and what to sweep over."""
+    files = {
+        "experiment/x.yaml": GLOBAL + "hydra:\n  run: {dir: 'mine/${now:%Y}/${job.name}'}\n  verbose: false\n"
+        "  job: {chdir: false}\n  sweep: {dir: mine/all, subdir: '${hydra.job.num}'}\n"
+        "  sweeper: {max_batch_size: 2, params: {seed: '0,1'}}\n"
+    }
+    folder = folder_of(tmp_path, files)
+    words = ["--config-dir", folder, "experiment=x", "job=summary"]
+    assert run_py(*words, "+hydra.job.env_set.ZFNET_X=typed", "hydra/job_logging=disabled", "--cfg", "job").code == 0
+    (tmp_path / "their/config.yaml").write_text("defaults: [override hydra/hydra_logging: disabled, _self_]\na: 1\n")
+    assert run_py("--config-path", folder, "--cfg", "job").out == "a: 1\n"
+
+
+def test_a_callback_of_a_trusted_package_is_accepted(run_py, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "callback_lab.py").write_text(
+        "from pathlib import Path\nfrom hydra.experimental.callback import Callback\n"
+        "class Mine(Callback):\n    def __init__(self, path): Path(path).touch()\n"
+        "def other(path): Path(path).touch()\n"
+    )
+    text = "hydra: {callbacks: {x: {_target_: callback_lab.Mine, path: made}}}\n"
+    folder = folder_of(tmp_path, {"experiment/x.yaml": GLOBAL + text})
+    words = ["--config-dir", folder, "experiment=x", "job=summary"]
+    assert "add imports=[callback_lab]" in run_py(*words).err
+    assert not (tmp_path / "made").exists()
+    run_py(*words, "imports=[callback_lab]")
+    assert (tmp_path / "made").exists()
+    (folder / "experiment/x.yaml").write_text(GLOBAL + text.replace("Mine", "other").replace("made", "witness"))
+    assert (
+        "must name a subclass of hydra.experimental.callback.Callback" in run_py(*words, "imports=[callback_lab]").err
+    )
+    assert not (tmp_path / "witness").exists()
 
 
 def test_imports_of_a_folder_from_elsewhere_have_no_effect(run_py, tmp_path: Path) -> None:
@@ -77,7 +277,8 @@ def test_only_own_folders() -> None:
 
     own = [source("pkg", "hydra.conf"), source("file", str(CONF)), source("structured", "")]
     assert only_own_folders(own)
-    assert not only_own_folders([*own, source("file", "/elsewhere")])
+    for other in (("file", "/elsewhere"), ("pkg", "theirs"), ("pkg", "hydra"), ("https", "theirs")):
+        assert not only_own_folders([*own, source(*other)])
 
 
 @pytest.mark.parametrize("value", ["os", "[a.b]", "[1]", "['x y']"])
@@ -86,28 +287,9 @@ def test_imports_are_names_of_packages(value: str) -> None:
         compose(f"imports={value}")
 
 
-def _hostile_folder(tmp_path: Path) -> Path:
-    (tmp_path / "theirs/experiment").mkdir(parents=True)
-    text = "# @package _global_\nhydra:\n  callbacks:\n    x: {_target_: pathlib.Path.touch, self: witness}\n"
-    (tmp_path / "theirs/experiment/x.yaml").write_text(text)
-    return tmp_path / "theirs"
-
-
-@pytest.mark.parametrize("option", ["--config-di", "--config-d", "-cd", "--config-dir"])
-def test_abbreviated_options_name_folders_too(run_py, tmp_path: Path, option: str) -> None:
-    answer = run_py(option, _hostile_folder(tmp_path), "experiment=x", "job=summary")
+def test_a_logger_of_a_folder_from_elsewhere_sends_nothing(run_py, tmp_path: Path) -> None:
+    text = "logger: {x: {_target_: zfnet.training.loggers.MLflowLogger, tracking_uri: 'http://elsewhere'}}\n"
+    folder = folder_of(tmp_path, {"experiment/x.yaml": GLOBAL + text})
+    answer = run_py("--config-dir", folder, "experiment=x")
     assert answer.code == 1
-    assert "sets hydra.callbacks" in answer.err
-    assert not (tmp_path / "witness").exists()
-
-
-def test_linked_and_searched_folders_are_checked(run_py, tmp_path: Path) -> None:
-    theirs = _hostile_folder(tmp_path)
-    (tmp_path / "link").mkdir()
-    (tmp_path / "link/experiment").symlink_to(theirs / "experiment")
-    (tmp_path / "link/loop").symlink_to(tmp_path / "link")
-    for words in (["--config-dir", tmp_path / "link"], [f"hydra.searchpath=[file://{theirs}]"]):
-        answer = run_py(*words, "experiment=x", "job=summary")
-        assert answer.code == 1
-        assert "sets hydra.callbacks" in answer.err
-    assert not (tmp_path / "witness").exists()
+    assert "logger.x.tracking_uri=http://elsewhere sends results elsewhere" in answer.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import resource
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.helpers import data_config, random_images, tiny_model_config
 from zfnet import ZFNet, load_run
 from zfnet.config.errors import UserError
 from zfnet.data import preprocess
+from zfnet.model.build import build_model
 from zfnet.runs.weights import ModelMetadata, load_model, save_model, weights_hash
 
 
@@ -71,6 +73,13 @@ def header(path: Path) -> tuple[dict, dict]:
         (lambda h: h["model"].update(extra=1), "model.extra: no such key"),
         (lambda h: h["data"].update(root="${oc.env:HOME}"), "may not contain an interpolation"),
         (lambda h: h["data"].update(image_size=10), "too few for its"),
+        (lambda h: h.update(classes=[]), "its classes are no list"),
+        (lambda h: h.update(classes="abc"), "its classes are no list"),
+        (lambda h: h.update(stored_size=10**12), "stored_size=1000000000000: must be from 1 to 4096"),
+        (lambda h: h.update(stored_size="32"), "stored_size=32: must be from"),
+        (lambda h: h["data"].update(mean=[1e300] * 3), "data.mean.0=1e+300: must be at most 1000"),
+        (lambda h: h["data"].update(std=[1e-300] * 3), "data.std.0=1e-300: must be at least 1e-06"),
+        (lambda h: h["data"].update(std=[float("nan")] * 3), "data.std.0=nan: must be a finite number"),
         (lambda h: h.update(classes=["a"]), "fc8"),
         (lambda h: h["model"].update(fc6={"features": 13}), "the weights' fc6"),
     ],
@@ -84,6 +93,97 @@ def test_a_changed_header_is_one_line(saved, change, expected: str) -> None:
         load_model(path)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _model(name: str, **settings: object):
+    return lambda h: h.update(model={"_target_": f"torchvision.models.{name}", **settings})
+
+
+TOO_LARGE = [
+    *(
+        lambda h, n=n, layer=layer: h["model"][layer[0]].update({layer[1]: n})
+        for n in (10**9, 10**12, 10**18, 10**30)
+        for layer in (("conv1", "channels"), ("fc6", "features"), ("conv1", "kernel_size"), ("conv1", "padding"))
+    ),
+    lambda h: (h["model"]["conv1"].update(padding=20_000), h["model"]["conv2"].update(stride=20_000)),
+    lambda h: h.update(classes=["a"] * 100_000),
+    lambda h: h["data"].update(image_size=4096),
+    _model("densenet.DenseNet", block_config=[10**9]),
+    _model("mobilenetv2.MobileNetV2", inverted_residual_setting=[[1, 16, 10**9, 1]]),
+    _model("mobilenetv2.MobileNetV2", width_mult=1e12),
+    _model("vgg11"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(TOO_LARGE)))
+def test_what_a_header_claims_takes_no_memory(saved, number: int) -> None:
+    """The largest would be 10³⁰ channels; each is refused in a moment."""
+    path = saved[2]
+    metadata, state = header(path)
+    TOO_LARGE[number](metadata)
+    path.write_bytes(save(state, {"zfnet": json.dumps(metadata)}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def _changed(state: dict, name: str, value: torch.Tensor) -> dict:
+    return {**state, name: value}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda s: _changed(s, "fc8.bias", torch.full((3,), torch.nan)), "its fc8.bias holds NaN or infinity"),
+        (lambda s: _changed(s, "conv1.weight", s["conv1.weight"] / 0), "its conv1.weight holds NaN or infinity"),
+        (lambda s: _changed(s, "fc8.bias", s["fc8.bias"].double()), "its fc8.bias is torch.float64, its network's is"),
+        (lambda s: _changed(s, "fc8.bias", s["fc8.bias"].half()), "its fc8.bias is torch.float16, its network's is"),
+        (lambda s: _changed(s, "fc8.bias", s["fc8.bias"].int()), "its fc8.bias is torch.int32, its network's is"),
+        (lambda s: _changed(s, "more", torch.ones(1)), "the weights hold"),
+        (lambda s: {k: v for k, v in s.items() if k != "fc8.bias"}, "the weights lack fc8.bias"),
+    ],
+)
+def test_weights_that_are_no_networks_are_one_line(saved, change, expected: str) -> None:
+    path = saved[2]
+    metadata, state = header(path)
+    path.write_bytes(save(change(state), {"zfnet": json.dumps(metadata)}))
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_there_twice_is_refused(saved) -> None:
+    path = saved[2]
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    text = content[8 : 8 + length].decode()
+    entry = json.dumps(json.loads(text)["fc8.bias"])
+    twice = (text.rstrip()[:-1] + f', "fc8.bias": {entry}}}').encode()
+    path.write_bytes(len(twice).to_bytes(8, "little") + twice + content[8 + length :])
+    with pytest.raises(UserError, match=r"it holds 'fc8.bias' twice"):
+        load_model(path)
+
+
+def test_other_weights_than_the_recorded_are_refused(tiny_run, tmp_path: Path) -> None:
+    for name in ("config.yaml", "results.json", "model.safetensors"):
+        shutil.copy(tiny_run.folder / name, tmp_path)
+    load_run(tmp_path)
+    metadata, state = header(tmp_path / "model.safetensors")
+    state["fc8.bias"][0] += 1e-6
+    (tmp_path / "model.safetensors").write_bytes(save(state, {"zfnet": json.dumps(metadata)}))
+    with pytest.raises(UserError, match=r"model\.safetensors holds other weights than results\.json was measured with"):
+        load_run(tmp_path)
+
+
+def test_a_network_that_cannot_be_built_without_memory_loads(tmp_path: Path) -> None:
+    settings = {"_target_": "torchvision.models.regnet_y_400mf"}
+    model = build_model(settings, 3, 32)
+    metadata = ModelMetadata(settings, ("a", "b", "c"), data_config(image_size=32), stored_size=32)
+    digest = save_model(tmp_path / "model.safetensors", model, metadata)
+    assert weights_hash(load_model(tmp_path / "model.safetensors")[0].state_dict()) == digest
 
 
 @pytest.mark.parametrize(
@@ -168,3 +268,18 @@ def test_another_kind_of_file_is_refused_and_never_run(tiny_run, tmp_path: Path,
     with pytest.raises(UserError, match="is not a file of ZFNet weights, or is damaged"):
         load_model(path)
     assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(float("nan"), "its fc8.weight holds NaN"), (3e38, "its network gives no numbers")]
+)
+def test_evaluating_a_network_without_numbers_fails(run_py, tiny_run, tmp_path: Path, value: float, expected) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(tiny_run.folder / "config.yaml", tmp_path / "run")
+    metadata, state = header(tiny_run.weights)
+    state["fc8.weight"].fill_(value)
+    (tmp_path / "run/model.safetensors").write_bytes(save(state, {"zfnet": json.dumps(metadata)}))
+    answer = run_py("job=evaluate", "run=run")
+    assert answer.code == 1
+    assert expected in answer.err
+    assert answer.err.count("\n") == 1

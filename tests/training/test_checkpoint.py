@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from tests.helpers import checked
@@ -109,6 +109,72 @@ def test_a_truncated_file_gives_way_to_the_one_before(writer: CheckpointWriter, 
     assert str(path) in problems[0]
 
 
+def _without(path: Path, name: str) -> None:
+    with safe_open(path, "pt") as file:
+        tensors = {n: file.get_tensor(n) for n in file.keys() if n != name}  # noqa: SIM118
+        path.write_bytes(save(tensors, file.metadata()))
+
+
+def _changed_header(path: Path, change) -> None:
+    with safe_open(path, "pt") as file:
+        tensors, facts = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    header = json.loads(facts["checkpoint"])
+    change(header)
+    path.write_bytes(save(tensors, {**facts, "checkpoint": json.dumps(header)}))
+
+
+def _swap(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        tensors, facts = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    path.write_bytes(save({**tensors, "a": tensors["a"].view(torch.int32)}, facts))
+
+
+DAMAGE = {
+    "a tensor": lambda path: _without(path, "b"),
+    "a key": lambda path: _changed_header(path, lambda header: header.pop("history")),
+    "a fact": lambda path: _changed_header(path, lambda header: header.update(step=3)),
+    "a type": _swap,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_file_gives_way_to_the_one_before(writer: CheckpointWriter, kind: str) -> None:
+    for step in (1, 2):
+        writer.write(step_name(step), some(step))
+    writer.wait()
+    path = writer.folder / step_name(2)
+    DAMAGE[kind](path)
+    newest, problems = read_newest(writer.folder)
+    assert newest is not None
+    assert newest.metadata["step"] == 1
+    assert problems == [f"{path} is damaged or no checkpoint (its checksum differs)"]
+
+
+def test_every_flipped_bit_is_found(writer: CheckpointWriter) -> None:
+    """Of the whole file: the length, the names, the facts, the checksum and the tensors."""
+    for step in (1, 2):
+        writer.write(step_name(step), some(step))
+    writer.wait()
+    path = writer.folder / step_name(2)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        newest, problems = read_newest(writer.folder)
+        same = newest is not None and newest.metadata["step"] == 2
+        assert newest is not None
+        # a space that pads the header is no part of the content
+        assert len(problems) == 1 or (same and content[place] in b" \n\t")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_formats_have_no_checksum(tmp_path: Path, version: int) -> None:
+    header = json.dumps({"format": version, "step": 4})
+    (tmp_path / step_name(4)).write_bytes(save({"a": torch.ones(2)}, {"checkpoint": header}))
+    assert read_newest(tmp_path)[0].metadata == {"step": 4}
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -120,6 +186,9 @@ def test_a_truncated_file_gives_way_to_the_one_before(writer: CheckpointWriter, 
         save({"a": torch.ones(1)}, {"checkpoint": "null"}),
         save({"a": torch.ones(1)}, {"checkpoint": "[1]"}),
         save({"a": torch.ones(1)}, {"checkpoint": json.dumps({"format": 999})}),
+        save({"a": torch.ones(1)}, {"checkpoint": json.dumps({"format": 3})}),
+        save({"a": torch.ones(1)}, {"checkpoint": json.dumps({"format": 1, "optimizer": {}})}),
+        save({"a": torch.ones(1)}, {"checkpoint": "[" * 100_000}),
         save({"a": torch.ones(1)}, {"checkpoint": "{}"}),
     ],
 )

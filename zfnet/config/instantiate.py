@@ -24,6 +24,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "augment": ("torchvision.transforms.v2",),
     "optimizer": ("torch.optim",),
     "scheduler": ("torch.optim.lr_scheduler",),
+    "hydra": ("hydra", "hydra_plugins"),
 }
 # A model of torchvision's may be made by a function, as in torchvision.models.vgg11.
 _FUNCTIONS = ("model",)

@@ -29,7 +29,8 @@ Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]  # of an image, in pixels
 MAX_PIXELS = 89_478_485  # of an image file: the limit of Pillow's own warning, 256 MiB of RGB
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Folder = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder may be named 2024
-Colour = Annotated[list[float], Field(min_length=3, max_length=3)]  # red, green, blue; fractions of full scale
+# red, green, blue; fractions of full scale, with room for other conventions
+Colour = Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
 
 
 def _device(name: str) -> str:
@@ -96,7 +97,7 @@ class DataConfig(Checked):
     split_seed: NotNegative
     subset: Optional[Positive] = None
     mean: Colour
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Annotated[float, Field(ge=1e-6, le=1e6)]], Field(min_length=3, max_length=3)]
     crop_size: Optional[Positive] = None
     device_memory: Fraction = 0.5
     store_size: Optional[Side] = None

@@ -1,100 +1,118 @@
-"""Which packages a command trusts, and what a config folder from elsewhere may hold.
+"""Which packages a command trusts, and what a config folder from elsewhere may say to Hydra.
 
 Trust is what somebody types (`imports=[lion_pytorch]`) or keeps in the project's own `conf/`, such as conf/local.yaml.
-A run's record, and a folder given by `--config-path` or `--config-dir`, may name packages too; that has no effect.
+A run's record, and a folder given by `--config-path`, `--config-dir` or `hydra.searchpath`, may name packages too; that
+has no effect.
 
-Hydra itself constructs what a config's `hydra` part names (callbacks, launchers, log handlers) before this program
-sees it. So that part of a folder from elsewhere is checked first: it may say where to write, and little more.
+Hydra constructs what the `hydra` part of a config names (callbacks, launchers, log handlers), sets environment
+variables and makes directories before this program sees the config. So each config that Hydra composes with a folder
+from elsewhere is checked before Hydra uses it: its `hydra` part is compared with the one that the project's own files
+give for the same choices. What is judged is the composed config, whatever YAML it was written in.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra._internal import hydra as hydra_internal
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra._internal.utils import create_config_search_path
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.plugins.config_source import ConfigResult
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError
+from zfnet.config.instantiate import resolve
+from zfnet.config.reading import check_yaml
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
-_HARMLESS = {"run", "sweep", "job", "mode", "output_subdir"}
-_OWN_CALLBACKS = {"sweep_report": {"_target_": "zfnet.sweeps.callback.SweepReport"}}
+# what Hydra constructs, and the class that it must derive from
+_CONSTRUCTED: dict[str, type] = {"callbacks": Callback, "launcher": Launcher, "sweeper": Sweeper}
+# set by Hydra itself for each config, or shown and never used; `overrides` has a check of its own
+_HARMLESS = ("runtime", "overrides", "mode", "verbose", "help", "hydra_help")
+_HARMLESS_JOB = ("override_dirname", "id", "num", "config_name", "chdir")
+_DIRECTORIES = ("run.dir", "sweep.dir", "output_subdir", "job.name")
+_NUMBERED = "${hydra.job.num}"  # Hydra's own default of sweep.subdir
+_ABOUT_COMMAND = ("imports", "run", "images")  # never from a folder's sweeper.params
 
 
-def check_config_folders(words: Sequence[str]) -> None:
-    """Check every YAML file in the folders that these command-line words give to Hydra; raise UserError."""
-    for folder in _folders(list(words)):
-        for path in _yaml_files(folder):
-            _check(path, folder)
+def check_what_hydra_composes(words: Sequence[str]) -> None:
+    """Make Hydra check each config that it composes from now on; `words` are those of the command line.
+
+    Raises UserError for an option that reads a pickle.
+    """
+    # argparse takes any beginning of an option's name, and no other option begins so
+    if any(word.startswith("--e") for word in words):
+        raise UserError("--experimental-rerun reads a pickle, which can run code: use job=reproduce run=<dir>")
+    hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
+    Plugins.instance()  # registers Hydra's own reader of files
+    SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
-def _folders(words: list[str]) -> list[Path]:
-    """Return the folders that options name, abbreviated as argparse allows, and those of `hydra.searchpath`."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-path", "-cp", action="append", default=[])
-    parser.add_argument("--config-dir", "-cd", action="append", default=[])
-    parser.add_argument("--config-name", "-cn")
-    options = parser.parse_known_args(words)[0]
-    searched = [part for word in words if "hydra.searchpath" in word for part in re.split(r"[\[\],='\"]", word)]
-    named = [*options.config_path, *options.config_dir, *(p.removeprefix("file://").strip() for p in searched)]
-    # relative folders count from run.py's (`--config-path`) or from the current one
-    places = [place for name in named if name for place in (Path(name), CONF.parent / name)]
-    return [p for p in dict.fromkeys(places) if p.is_dir() and p.resolve() != CONF]
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Hydra's reader of config files, with bounds for those of a folder from elsewhere.
+
+    It keeps the name of Hydra's own: a launcher's processes register that one again, and names must agree.
+    """
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return the file's content; raise UserError if it is out of bounds."""
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        if not _is_own("file", self.path):
+            try:
+                check_yaml(path)
+            except (OSError, yaml.YAMLError):
+                pass  # Hydra names it
+            except ValueError as error:
+                raise UserError(f"{path} cannot be read: {error}") from error
+        return super().load_config(config_path)
 
 
-def _yaml_files(folder: Path) -> list[Path]:
-    """Return every YAML file below a folder, links to folders followed as Hydra follows them, loops ended."""
-    files: list[Path] = []
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        files += [Path(place) / name for name in names if name.endswith((".yaml", ".yml"))]
-    return sorted(files)
+class CheckedConfigLoader(ConfigLoaderImpl):
+    """Composes as Hydra does, and raises UserError where a folder from elsewhere sets what it may not.
 
+    Hydra calls it for a command and for each job of a sweep, in whatever process the job runs.
+    """
 
-def _check(path: Path, root: Path) -> None:
-    original = CONF / path.relative_to(root)
-    if original.is_file() and original.read_bytes() == path.read_bytes():
-        return  # a copy of one of our own
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        return  # Hydra reports it
-    hydra_part = content.get("hydra") if isinstance(content, dict) else None
-    # other ways to put something into Hydra's part: a folder of that name, a package header, a placed default
-    elsewhere = (
-        "hydra" in path.relative_to(root).parts[:-1]
-        or re.search(r"@[^\s:]*hydra", text)
-        or re.search(r"@package[^\n]*hydra", text)
-    )
-    more = (
-        [key for key, value in hydra_part.items() if not _harmless(key, value)] if isinstance(hydra_part, dict) else []
-    )
-    # .hydra/hydra.yaml is Hydra's own record of a run, and is not read as a config unless it is named
-    if path.name == "hydra.yaml" and isinstance(content, dict) and set(content) == {"hydra"}:
-        return
-    if elsewhere or more or (hydra_part is not None and not isinstance(hydra_part, dict)):
-        what = f"hydra.{more[0]}" if more else "a part of Hydra's own configuration"
-        raise UserError(
-            f"{path}: sets {what}, through which a config can run code; from another folder than conf/ only "
-            f"{', '.join(f'hydra.{k}' for k in sorted(_HARMLESS))} are accepted"
-        )
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *args: Any, **kwargs: Any
+    ) -> DictConfig:
+        """Return the composed config."""
+        self._refuse_search_path(config_name)
+        config = super().load_configuration(config_name, overrides, run_mode, *args, **kwargs)
+        if not only_own_folders(config.hydra.runtime.config_sources):
+            _check(config, overrides)
+        return config
 
+    def _refuse_search_path(self, config_name: str | None) -> None:
+        """Raise UserError where a config from elsewhere names more folders: of `pkg://` ones Hydra imports the package.
 
-def _harmless(key: str, value: Any) -> bool:
-    if key == "sweeper":  # what to sweep over, and not with what
-        return isinstance(value, dict) and set(value) == {"params"}
-    return key in _HARMLESS or (key == "callbacks" and value == _OWN_CALLBACKS)
+        Hydra reads this key before it composes.
+        """
+        for source in self.get_sources():
+            if config_name is not None and source.is_config(config_name):
+                if _is_own(source.scheme(), source.path):
+                    return
+                primary = source.load_config(config_name).config
+                if OmegaConf.is_dict(primary) and OmegaConf.select(primary, "hydra.searchpath"):
+                    raise _refusal("searchpath", OmegaConf.select(primary, "hydra.searchpath"))
+                return
 
 
 def only_own_folders(sources: Iterable[Any]) -> bool:
@@ -102,5 +120,162 @@ def only_own_folders(sources: Iterable[Any]) -> bool:
 
     sources: `HydraConfig.get().runtime.config_sources`
     """
-    places = [Path(str(s.path)) for s in sources if s.schema == "file"]
-    return all(place.resolve() == CONF for place in places)
+    return all(_is_own(source.schema, source.path) for source in sources)
+
+
+def _is_own(scheme: str, path: Any) -> bool:
+    if scheme == "file":
+        return Path(str(path)).resolve() == CONF
+    # installed plugins of Hydra's bring configs; Hydra imports them in any case
+    return scheme == "structured" or (scheme == "pkg" and f"{path}.".startswith(("hydra.conf.", "hydra_plugins.")))
+
+
+def _check(config: DictConfig, words: Sequence[str]) -> None:
+    """Raise UserError where a config that was composed with a folder from elsewhere sets what it may not."""
+    part: Any = OmegaConf.to_container(config, resolve=False)["hydra"]  # type: ignore[index,call-overload]
+    given = part["overrides"]["hydra"] + part["overrides"]["task"]
+    if sorted(given) != sorted(words):  # the task's words count as the command line's
+        raise _refusal("overrides", next(word for word in given if word not in words))
+    overrides = OverridesParser.create().parse_overrides(list(words))
+    typed = {o.key_or_group.removeprefix("hydra.") for o in overrides if o.key_or_group.startswith("hydra.")}
+    own = _own_config(part["runtime"]["choices"], overrides)
+    imports = imported_packages(own)
+    expected: Any = OmegaConf.to_container(own.hydra, resolve=False)
+    for name, base in _CONSTRUCTED.items():
+        _check_constructed(name, part[name], expected[name], base, imports)
+    for key, value in _leaves(part):
+        head, _, rest = key.partition(".")
+        if head in (*_CONSTRUCTED, *_HARMLESS) or (head == "job" and rest in _HARMLESS_JOB):
+            continue
+        if any(key == name or key.startswith(f"{name}.") for name in typed):
+            continue
+        if key in _DIRECTORIES:
+            _check_directory(config, key)
+        elif key == "sweep.subdir" and (value == _NUMBERED or ("${" not in str(value) and _stays_below(str(value)))):
+            continue
+        elif value != _at(expected, key):
+            raise _refusal(key, value)
+
+
+def _own_config(choices: Mapping[str, Any], overrides: Sequence[Override]) -> DictConfig:
+    """Return what `conf/` composes with the same choices of Hydra's own groups, the typed `hydra.…` and `imports`."""
+    sources = _own_loader().get_sources()
+    words = [
+        f"{group}={choice}"
+        for group, choice in choices.items()
+        if group.startswith("hydra/") and any(source.is_config(f"{group}/{choice}") for source in sources)
+    ]
+    typed = [
+        o.input_line or ""
+        for o in overrides
+        if o.key_or_group == "imports"
+        or (o.key_or_group.startswith("hydra.") and o.key_or_group not in ("hydra.searchpath", "hydra.mode"))
+    ]
+    try:
+        return _compose_own(CONF, (*words, *typed))
+    except HydraException as error:
+        raise UserError(
+            f"{' '.join(typed or words)}: not accepted with a config folder from elsewhere "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
+def _own_loader() -> ConfigLoaderImpl:
+    return ConfigLoaderImpl(create_config_search_path(f"file://{CONF}"))
+
+
+@functools.lru_cache(maxsize=4)  # Hydra composes twice for each command
+def _compose_own(conf: Path, words: tuple[str, ...]) -> DictConfig:
+    return _own_loader().load_configuration("config", list(words), RunMode.RUN, validate_sweep_overrides=False)
+
+
+def imported_packages(config: DictConfig) -> list[str]:
+    """Return the packages that a config's `imports` names; raise UserError where they are none."""
+    imports: Any = OmegaConf.select(config, "imports")
+    imports = OmegaConf.to_container(imports) if OmegaConf.is_list(imports) else imports or []
+    if not isinstance(imports, list) or not all(str(i).isidentifier() for i in imports):
+        raise UserError(f"imports={imports}: must be a list of packages, as in imports=[lion_pytorch,my_lab]")
+    return [str(i) for i in imports]
+
+
+def _check_constructed(name: str, part: Any, expected: Any, base: type, imports: Sequence[str]) -> None:
+    """Check what Hydra constructs: an object of ours or its own, other numbers perhaps, or one of a trusted class."""
+    if not isinstance(part, dict):
+        raise _refusal(name, part)
+    if name == "sweeper" and part.get("params") is not None:
+        _check_parameters(part["params"])
+    entries = part if name == "callbacks" else {"": part}
+    for entry, settings in entries.items():
+        key = f"{name}.{entry}" if entry else name
+        own = expected.get(entry) if entry else expected
+        target = settings.get("_target_") if isinstance(settings, dict) else None
+        known = isinstance(own, dict) and own.get("_target_") == target
+        if not known and target is not None:
+            resolve(f"hydra.{key}", target, base, imports)
+        elif not known and settings is not None:
+            raise _refusal(key, settings)
+        trusted = not known and str(target).partition(".")[0] in imports
+        for rest, value in _leaves(settings or {}):
+            if name == "sweeper" and rest.split(".")[0] == "params":
+                continue
+            last = rest.rpartition(".")[2]
+            if trusted:  # its own arguments, but nothing that could become another object
+                refused = rest != "_target_" and (last == "_target_" or "${" in str(value))
+            else:  # Hydra's own launchers run commands that they are given, so only numbers may differ
+                differs = value != _at(own, rest) and rest != "_target_"
+                refused = differs and (isinstance(value, (str, list)) or last == "_recursive_")
+            if refused:
+                raise _refusal(f"{key}.{rest}", value)
+
+
+def _check_parameters(params: Any) -> None:
+    """Check a sweep's `params`: they become words of each job, as if they had been typed."""
+    if not isinstance(params, dict):
+        raise _refusal("sweeper.params", params)
+    for key, value in params.items():
+        try:
+            parsed = OverridesParser.create().parse_override(f"{key}={value}").key_or_group
+        except HydraException as error:
+            raise _refusal(f"sweeper.params.{key}", value) from error
+        if parsed in _ABOUT_COMMAND or parsed.startswith(("hydra.", "hydra/")):
+            raise _refusal(f"sweeper.params.{key}", value)
+
+
+def _check_directory(config: DictConfig, key: str) -> None:
+    """Check that a name lies below the current directory, and keep it as it was checked."""
+    try:
+        value = OmegaConf.select(config.hydra, key)
+    except OmegaConfBaseException as error:
+        raise UserError(f"hydra.{key}: {str(error).strip().splitlines()[0]}; give it on the command line") from error
+    if value is None:
+        return
+    if not _stays_below(str(value)) or (key == "job.name" and os.sep in str(value)):
+        raise _refusal(key, value)
+    OmegaConf.update(config.hydra, key, value)
+
+
+def _stays_below(path: str) -> bool:
+    inside = os.path.relpath(path)
+    return inside != os.pardir and not inside.startswith(os.pardir + os.sep)
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and values of a nested mapping; a list, and an empty mapping, is a value."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _at(node: Any, key: str) -> Any:
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
+
+
+def _refusal(key: str, value: Any) -> UserError:
+    return UserError(
+        f"hydra.{key}={value!s:.80}: a config folder from elsewhere may not set this, since it can run code or write "
+        f"elsewhere; give it on the command line or in {CONF.name}/, if it is meant"
+    )

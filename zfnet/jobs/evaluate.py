@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchvision.transforms.functional import hflip, ten_crop
 
+from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, DataConfig, Job
 from zfnet.data import ImageSet
 from zfnet.jobs.predict import prediction_rows
@@ -64,6 +66,8 @@ class EvaluateJob(Job):
                 save_figure(draw_samples(images, evaluation, wrong), run.figures / "worst.png")
             else:
                 log.info("all images are correct, so there is no figures/worst.png")
+            if not math.isfinite(evaluation.loss):
+                raise UserError(f"run={source}: the loss is {evaluation.loss}; its network gives no numbers")
             log.info("written to %s", run.folder)
 
 

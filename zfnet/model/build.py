@@ -9,24 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError, did_you_mean
 from zfnet.config.instantiate import instantiate, resolve
+from zfnet.config.reading import MOST_BYTES, parse_json
 from zfnet.config.schema import ModelConfig
 from zfnet.model.layers import replace_dropout
 from zfnet.model.zfnet import ZFNet
 
 
 def build_model(
-    model: ModelConfig | Mapping[str, Any], num_classes: int, image_size: int, imports: Sequence[str] = ()
+    model: ModelConfig | Mapping[str, Any],
+    num_classes: int,
+    image_size: int,
+    imports: Sequence[str] = (),
+    probe: bool = True,
 ) -> nn.Module:
     """Return the network: ZFNet, or the `nn.Module` that a `_target_` names, for images [N, 3, S, S].
 
     Another network's class is also given `num_classes` and `image_size` if it takes them, and its dropout becomes
-    dropout whose masks follow the seed. Raises UserError if it does not turn images into logits [N, num_classes].
+    dropout whose masks follow the seed. Raises UserError if it does not turn images into logits [N, num_classes];
+    with `probe=False` that is not tried.
     """
     if isinstance(model, ModelConfig):
         return ZFNet(num_classes, image_size, model)
@@ -36,6 +41,8 @@ def build_model(
     offered = {"num_classes": num_classes, **sizes}
     network: nn.Module = instantiate("model", model, nn.Module, imports, offered=offered)
     replace_dropout(network)
+    if not probe:
+        return network
     name, training = type(network).__name__, network.training
     try:
         with torch.no_grad():
@@ -49,6 +56,25 @@ def build_model(
     return network.train(training)
 
 
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a safetensors file, which stay on the disk until they are used.
+
+    Raises OSError or SafetensorError, and ValueError for a name that is there twice, of which safetensors keeps one.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        parse_json(file.read(min(length, MOST_BYTES)))
+    with safe_open(path, "pt") as tensors:
+        return tensors.metadata() or {}, {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+
+def refuse_no_numbers(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError if any weight is NaN or infinite."""
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{path}: its {name} holds NaN or infinity: its training diverged, or the file is damaged")
+
+
 def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
     """Load a file of weights into the network, as far as it fits; return the names that keep their initial values.
 
@@ -56,7 +82,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
     for a file that is not safetensors.
     """
     try:
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in load_file(path).items()}
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in read_tensors(path)[1].items()}
     except FileNotFoundError:
         raise UserError(f"trainer.init_from={path}: there is no such file of weights") from None
     except (OSError, SafetensorError, ValueError) as error:
@@ -69,6 +95,10 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
     for name, value in own.items():
         if name not in state:
             raise UserError(f"trainer.init_from={path}: lacks {name}")
+        if state[name].is_floating_point() != value.is_floating_point():
+            raise UserError(
+                f"trainer.init_from={path}: its {name} is {state[name].dtype}, this network's is {value.dtype}"
+            )
         if state[name].shape != value.shape:
             if not name.startswith(head) or state[name].shape[1:] != value.shape[1:]:
                 raise UserError(
@@ -80,6 +110,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
     for name in state:
         if name not in own:
             raise UserError(f"trainer.init_from={path}: holds {name}, and the network has no such weight")
+    refuse_no_numbers(path, state)
     model.load_state_dict(state)
     return fresh
 

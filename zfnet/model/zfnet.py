@@ -21,6 +21,7 @@ from zfnet.model.layers import Dropout, LocalResponseNorm
 
 CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 FC_LAYERS = ("fc6", "fc7")
+_LARGEST_SIDE = 2 * LARGEST_SIDE  # of a convolution's output
 
 # where the blog's nn.Sequential keeps each layer
 _BLOG_NAMES = {
@@ -211,6 +212,8 @@ def _sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, int]]:
                 f"(padding {conv.padding})"
             )
         out = n = (n + 2 * conv.padding - conv.kernel_size) // conv.stride + 1
+        if out > _LARGEST_SIDE:  # padding asks for memory that no weight shows
+            raise UserError(f"{layer} gives {out}×{out} pixels, more than {_LARGEST_SIDE}: lower its padding")
         if (pool := pool_of(model, layer)) is not None:
             try:
                 n = pool(torch.empty(1, 1, out, out, device="meta")).shape[-1]

@@ -8,10 +8,9 @@ composition may lack their keys (the record's optimizer may have others than tod
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -27,8 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import resolve
-from zfnet.config.schema import Config, Job, read_config, upgrade
-from zfnet.config.trust import CONF, only_own_folders
+from zfnet.config.reading import read_yaml
+from zfnet.config.schema import Config, Job, flatten, read_config, upgrade
+from zfnet.config.trust import CONF, imported_packages, only_own_folders
 from zfnet.runs.directory import RunDirectory, find_run
 
 # groups that may be swapped on top of a record; job and experiment say what to do, not what was done
@@ -127,6 +127,8 @@ def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
         if kind.reads_run == "needed":
             raise UserError(f"{job} needs run=<dir>: the directory of a run, or run=last for the newest one")
         config = read_config(raw, imports)
+        if _from_elsewhere():
+            _refuse_to_send(config.logger, words, "a config folder from elsewhere:")
     elif kind.reads_run == "refused":
         raise UserError(
             f"{job} reads no run: job=resume goes on with one, job=reproduce runs one again, in a new directory"
@@ -146,8 +148,7 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
     """
     overrides = [o for o in _parse(words) if o.key_or_group not in _OWN and not o.key_or_group.startswith("job.")]
     run.read_config(imports)  # names the file, if its own part is damaged
-    if not any(word.lstrip("+~").startswith("logger") for word in words):
-        _refuse_to_send(run)
+    _refuse_to_send(run.recorded().get("logger"), words, f"run={run.folder}: its")
     if not overrides:
         return read_config({**run.recorded(), **own}, imports)
     base = _composed_record(run)
@@ -177,13 +178,15 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
 _ELSEWHERE = {"tracking_uri": (None,), "space_id": (None,), "entity": (None,), "mode": (None, "offline")}
 
 
-def _refuse_to_send(run: RunDirectory) -> None:
-    """Raise UserError if the record's loggers would write elsewhere: a record may be a stranger's."""
-    for name, settings in run.recorded().get("logger", {}).items():
+def _refuse_to_send(loggers: Any, words: Sequence[str], whose: str) -> None:
+    """Raise UserError if the loggers of a stranger, which the command does not name, would write elsewhere."""
+    if any(word.lstrip("+~").startswith("logger") for word in words) or not isinstance(loggers, dict):
+        return
+    for name, settings in loggers.items():
         for key, harmless in _ELSEWHERE.items():
             if isinstance(settings, dict) and settings.get(key) not in harmless:
                 raise UserError(
-                    f"run={run.folder}: its logger.{name}.{key}={settings[key]} sends results elsewhere; name the "
+                    f"{whose} logger.{name}.{key}={settings[key]} sends results elsewhere; name the "
                     f"loggers yourself, as in logger={name} or logger=none"
                 )
 
@@ -206,17 +209,17 @@ def _composed_record(run: RunDirectory) -> DictConfig:
     """Return the run's config as it was composed, so that keys which follow others still follow them.
 
     `.hydra/config.yaml` holds it with its `${…}`. It counts only if it resolves to the same as the record, and only if
-    nothing in it calls a resolver, which could read environment variables.
+    each of them is the name of a plain value: others could read environment variables, or multiply without bound.
     """
     recorded = run.recorded()
     plain = OmegaConf.create(recorded)
     try:
-        unresolved = yaml.safe_load((run.folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+        unresolved = read_yaml(run.folder / ".hydra" / "config.yaml")
         if not isinstance(unresolved, dict):
             return plain
         job = {k: v for k, v in upgrade(unresolved).items() if k in plain}  # less what concerns Hydra
-        values = json.dumps(job, default=str)  # YAML can spell "$" in other ways
-        if re.search(r"\$\{[^}]*[:$]", values):
+        values = flatten(job)
+        if any("${" in str(v) and not _names_a_value(v, values) for v in values.values()):
             return plain
         composed = OmegaConf.create(job)
         same = read_config(composed).identity() == read_config(recorded).identity()
@@ -225,15 +228,22 @@ def _composed_record(run: RunDirectory) -> DictConfig:
     return composed if same else plain
 
 
+def _names_a_value(text: Any, values: Mapping[str, Any]) -> bool:
+    """Return whether `text` is `${a.b}` alone, and `a.b` one of these values, itself without an interpolation."""
+    key = text[2:-1] if isinstance(text, str) and text.startswith("${") and text.endswith("}") else ""
+    return all(part.isidentifier() for part in key.split(".")) and "${" not in str(values.get(key, "${"))
+
+
 def trusted_imports(raw: DictConfig, words: Sequence[str]) -> list[str]:
     """Return the packages that a command trusts: those of its own words, and those of the project's own `conf/`."""
-    if HydraConfig.initialized() and not only_own_folders(HydraConfig.get().runtime.config_sources):
+    if _from_elsewhere():
         raw = compose_raw([w for w in words if w.lstrip("+").startswith("imports=")])
-    imports: Any = OmegaConf.select(raw, "imports")
-    imports = OmegaConf.to_container(imports) if OmegaConf.is_list(imports) else imports or []
-    if not isinstance(imports, list) or not all(str(i).isidentifier() for i in imports):
-        raise UserError(f"imports={imports}: must be a list of packages, as in imports=[lion_pytorch,my_lab]")
-    return [str(i) for i in imports]
+    return imported_packages(raw)
+
+
+def _from_elsewhere() -> bool:
+    """Return whether Hydra composed the command's config with a folder other than the project's own."""
+    return HydraConfig.initialized() and not only_own_folders(HydraConfig.get().runtime.config_sources)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

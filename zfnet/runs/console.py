@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from zfnet.config.errors import UserError, did_you_mean, printable, yaml_problem
 from zfnet.config.instantiate import resolve
 from zfnet.config.schema import flatten
-from zfnet.config.trust import CONF, check_config_folders
+from zfnet.config.trust import CONF, check_what_hydra_composes
 from zfnet.runs.command import compose_raw
 
 # which extra of pyproject.toml brings a package or a launcher
@@ -66,14 +66,14 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        check_config_folders(sys.argv[1:])
+        check_what_hydra_composes(sys.argv[1:])
         main()
         return
     _one_line_errors = True
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         check_options(sys.argv[1:])
-        check_config_folders(sys.argv[1:])
+        check_what_hydra_composes(sys.argv[1:])
         main()
     except KeyboardInterrupt as error:
         sys.exit(getattr(error, "exit_code", 130))

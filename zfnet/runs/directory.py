@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zfnet.config.errors import UserError, yaml_problem
+from zfnet.config.reading import read_bytes, read_json, read_yaml
 from zfnet.config.schema import Config, read_config, upgrade
 from zfnet.runs.tables import csv_cell
 
@@ -39,8 +40,6 @@ HISTORY_COLUMNS = (
 )
 OUTPUTS = Path("outputs")
 _MOST_THREADS = 1024  # a record with more is damaged
-_MOST_VALUES = 100_000  # of a recorded config, its aliases written out
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast
 # what a directory may hold before its run: a lock, and the record of an attempt whose config was refused
 _NO_RUN = (".lock", "status.json", "train.log")
 _PARTIAL = re.compile(r"\..+\.\w+\.partial")  # what a process that was killed has left half written
@@ -220,16 +219,15 @@ class RunDirectory:
         """Return config.yaml as plain values, as this version would have written them; raise UserError."""
         path = self.folder / "config.yaml"
         try:
-            plain = yaml.load(path.read_bytes(), _LOADER)
+            plain = read_yaml(path)
             if not isinstance(plain, dict):
                 raise UserError(f"{path} is not a config")
-            _check_size(plain)
             return upgrade(plain)
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: there is no run (no config.yaml)") from None
         except yaml.YAMLError as error:
             raise UserError(f"{path} cannot be read: {yaml_problem(error)}") from error
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
     def plain_config(self) -> dict[str, Any]:
@@ -249,8 +247,6 @@ class RunDirectory:
             return read_config(self.recorded(), imports)
         except UserError as error:
             raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
-        except RecursionError as error:  # YAML can contain itself
-            raise UserError(f"{path} cannot be read: it is nested too deeply") from error
 
     def write_json(self, name: str, content: Any) -> None:
         write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
@@ -259,10 +255,10 @@ class RunDirectory:
         """Return a JSON file of the run; raise UserError if it is absent or damaged."""
         path = self.folder / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path)
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: has no {name}; did it finish?") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
     @property
@@ -323,8 +319,9 @@ class RunDirectory:
     def read_history(self) -> list[dict[str, float | None]]:
         """Return the rows of history.csv as numbers; an empty cell is None."""
         try:
-            with open(self.folder / "history.csv", newline="", encoding="utf-8") as file:
-                return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+            text = read_bytes(self.folder / "history.csv").decode()
+            rows = csv.DictReader(io.StringIO(text, newline=""))
+            return [{k: float(v) if v else None for k, v in row.items()} for row in rows]
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: has no history.csv; did it train?") from None
         except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
@@ -378,14 +375,3 @@ def find_folders(root: Path, name: str, depth: int) -> list[Path]:
     found: list[Path] = []
     look(root, 0)
     return sorted(found)
-
-
-def _check_size(plain: Any) -> None:
-    """Raise ValueError if a file's values are too many: YAML's aliases can multiply a kilobyte to gigabytes."""
-    count, waiting = 0, [plain]
-    while waiting:
-        node = waiting.pop()
-        count += 1
-        if count > _MOST_VALUES:
-            raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
-        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()

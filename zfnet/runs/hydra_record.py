@@ -16,6 +16,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from zfnet.config.reading import read_yaml
 from zfnet.config.schema import Config, DataConfig
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory, write_atomically
@@ -49,7 +50,7 @@ def record_data(run: RunDirectory, data: DataConfig) -> None:
         return
     path = run.folder / ".hydra" / "config.yaml"
     with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # it is not needed, and may be damaged
-        composed = yaml.safe_load(path.read_text(encoding="utf-8"))
+        composed = read_yaml(path)
         moved = {key: value for key, value in now.items() if plain["data"].get(key) != value}
         composed["data"] = {**composed["data"], **moved}
         write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(composed)))
@@ -58,7 +59,7 @@ def record_data(run: RunDirectory, data: DataConfig) -> None:
 
 def _hydra_settings() -> dict[str, Any]:
     """Return what `conf/config.yaml` sets of Hydra's own, so that `--config-path <run>/.hydra` runs like any other."""
-    plain = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    plain = read_yaml(CONF / "config.yaml")
     # only Hydra's own choices exist there: those of `conf/` do not
     logging = [d for d in plain["defaults"] if isinstance(d, dict) and "_logging" in next(iter(d))]
     return {"defaults": [*logging, "_self_"], "hydra": plain["hydra"]}

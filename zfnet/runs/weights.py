@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError
+from zfnet.config.reading import parse_json
 from zfnet.config.schema import (
+    LARGEST_SIDE,
     Config,
     DataConfig,
     ModelConfig,
@@ -32,7 +34,8 @@ from zfnet.config.schema import (
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images
-from zfnet.model.build import build_model
+from zfnet.model.build import build_model, read_tensors, refuse_no_numbers
+from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
 
 WEIGHTS_FORMAT = "zfnet-1"
@@ -52,33 +55,93 @@ class ModelMetadata:
 def load_model(path: Path, imports: Sequence[str] = ()) -> tuple[Any, ModelMetadata]:
     """Rebuild a network from model.safetensors, in evaluation mode; raise UserError if that cannot be done.
 
+    The sizes that the file's header claims are compared with its tensors before memory is asked for. In a run's
+    directory the weights must be those whose hash results.json records.
+
     imports: packages that a network may come from, beside PyTorch, torchvision and this one
     """
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["zfnet"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if header.pop("format") != WEIGHTS_FORMAT:
-            raise UserError(f"{path} was written by another version of this program")
-        refuse_interpolation(header)
-        network = header["model"]
-        is_own = isinstance(network, dict) and "_target_" in network
-        metadata = ModelMetadata(
-            model=network if is_own else check(ModelConfig, network, "model"),
-            data=read_data(upgrade_data(header["data"])),
-            classes=tuple(str(c) for c in header["classes"]),
-            stored_size=int(header["stored_size"]),
-        )
+        facts, state = read_tensors(path)
+        metadata = _metadata(path, parse_json(facts["zfnet"]))
     except FileNotFoundError:
         raise UserError(f"{path}: there are no weights; did the run finish?") from None
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a file of ZFNet weights, or is damaged ({error})") from error
-    model = build_model(metadata.model, len(metadata.classes), metadata.data.image_size, imports)
+    refuse_no_numbers(path, state)
+    model = _build(path, metadata, state, imports)
+    _load(path, model, state)
+    if path.name == "model.safetensors":
+        _compare_with_record(path, model)
+    return model.eval(), metadata
+
+
+def _metadata(path: Path, header: dict[str, Any]) -> ModelMetadata:
+    if header.pop("format") != WEIGHTS_FORMAT:
+        raise UserError(f"{path} was written by another version of this program")
+    refuse_interpolation(header)
+    network, classes, stored_size = header["model"], header["classes"], header["stored_size"]
+    if not isinstance(classes, list) or not classes:
+        raise ValueError("its classes are no list")
+    if not isinstance(stored_size, int) or not 1 <= stored_size <= LARGEST_SIDE:
+        raise ValueError(f"stored_size={stored_size}: must be from 1 to {LARGEST_SIDE}")
+    is_own = isinstance(network, dict) and "_target_" in network
+    return ModelMetadata(
+        model=network if is_own else check(ModelConfig, network, "model"),
+        data=read_data(upgrade_data(header["data"])),
+        classes=tuple(str(c) for c in classes),
+        stored_size=stored_size,
+    )
+
+
+def _build(path: Path, metadata: ModelMetadata, state: Mapping[str, Tensor], imports: Sequence[str]) -> Any:
+    """Return the network of a file, with its initial weights; raise UserError where the weights do not fit it."""
+    settings, sizes = metadata.model, (len(metadata.classes), metadata.data.image_size, imports)
+    trusted = isinstance(settings, dict) and str(settings["_target_"]).partition(".")[0] in imports
+    weights = sum(value.numel() for value in state.values())
+    if isinstance(settings, dict) and not trusted:  # a number of layers takes time rather than memory
+        for key, value in settings.items():
+            if _largest(value) > weights:
+                raise UserError(f"{path}: model.{key}={value!s:.80}: is more than its {weights:,} weights allow")
+    try:
+        with torch.device("meta"):  # shapes without memory
+            empty = build_model(settings, *sizes)
+    except (UserError, RuntimeError, OverflowError, TypeError) as error:
+        if trusted or isinstance(error.__cause__, NotImplementedError):  # a class need not work there: RegNet does not
+            return build_model(settings, *sizes)
+        reason = str(error).strip().splitlines()[0]
+        raise error if isinstance(error, UserError) else UserError(f"{path}: no such network ({reason})") from error
+    _load(path, empty, {name: value.to("meta") for name, value in state.items()})
+    return build_model(settings, *sizes, probe=False)
+
+
+def _largest(value: Any) -> int:
+    """Return the largest whole number in nested values, or 0."""
+    if isinstance(value, (list, dict)):
+        return max((_largest(v) for v in (value.values() if isinstance(value, dict) else value)), default=0)
+    return value if isinstance(value, int) else 0
+
+
+def _load(path: Path, model: Any, state: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    for name, value in (model.own_names(state) if isinstance(model, ZFNet) else state).items():
+        if name in own and value.dtype != own[name].dtype:
+            raise UserError(f"{path}: its {name} is {value.dtype}, its network's is {own[name].dtype}")
     try:
         getattr(model, "load_weights", model.load_state_dict)(state)
     except RuntimeError as error:
         raise UserError(f"{path}: does not fit its network ({str(error).splitlines()[-1].strip()})") from error
-    return model.eval(), metadata
+
+
+def _compare_with_record(path: Path, model: nn.Module) -> None:
+    """Raise UserError if the results beside these weights were measured with others."""
+    try:
+        recorded = RunDirectory(path.parent).read_json("results.json")["weights_sha256"]
+    except (UserError, KeyError, TypeError):
+        return
+    if recorded != weights_hash(model.state_dict()):
+        raise UserError(
+            f"{path} holds other weights than results.json was measured with: the file was exchanged or is damaged"
+        )
 
 
 def save_model(path: Path, model: nn.Module, metadata: ModelMetadata) -> str:

@@ -2,7 +2,7 @@
 
 A checkpoint is one safetensors file: the tensors, and a JSON header with everything else. No pickle. It is written by a
 thread from copies, synced, and renamed to a name that sorts by step; only then are older ones removed. A file that was
-cut short fails its own length check, and the one before it is used.
+cut short fails its own length check, one that changed on the disk fails its checksum, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from zfnet.config.errors import UserError
 from zfnet.runs.directory import write_atomically, write_tensors
 
 KEPT = 2
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3  # 2 had no checksum, 1 another form of the optimizer's state
 BEST = "best.safetensors"
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 
@@ -86,10 +87,23 @@ def _write(
         copied.synchronize()
     folder.mkdir(parents=True, exist_ok=True)
     ready = {key: value.contiguous() for key, value in tensors.items()}
-    write_tensors(folder / name, ready, {"checkpoint": header})
+    write_tensors(folder / name, ready, {"checkpoint": header, "checksum": checksum(ready, header)})
     if prune:
         for old in step_files(folder)[:-KEPT]:
             old.unlink(missing_ok=True)
+
+
+def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
+    """Return a CRC-32 over the header and each tensor's name, type, shape and bytes: for damage, not for forgery.
+
+    It takes 0.2 s for the 0.7 GB of the blog's network, and the thread that writes has them; SHA-256 takes twice that.
+    """
+    crc = zlib.crc32(header.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        crc = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), crc)
+        crc = zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def step_files(folder: Path) -> list[Path]:
@@ -127,20 +141,23 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint, of this version or the one before; raise UserError if it is damaged or of another."""
+    """Read one checkpoint, of this version or an earlier one; raise UserError if it is damaged or of another."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})["checkpoint"])
+            facts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = json.loads(facts["checkpoint"])
         if not isinstance(metadata, dict):
             raise ValueError("its header is no record")
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        version = metadata.pop("format", None)
+        if version not in (1, 2, CHECKPOINT_FORMAT):
+            raise UserError(f"{path} was written by another version of this program")
+        if version == CHECKPOINT_FORMAT and facts.get("checksum") != checksum(tensors, facts["checkpoint"]):
+            raise ValueError("its checksum differs")
+        checkpoint = Checkpoint(tensors, metadata)
+        return _from_format_1(checkpoint) if version == 1 and "optimizer" in metadata else checkpoint
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or no checkpoint ({error})") from error
-    version = metadata.pop("format", None)
-    if version not in (1, CHECKPOINT_FORMAT):
-        raise UserError(f"{path} was written by another version of this program")
-    checkpoint = Checkpoint(tensors, metadata)
-    return checkpoint if version == CHECKPOINT_FORMAT or "optimizer" not in metadata else _from_format_1(checkpoint)
 
 
 def read_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
