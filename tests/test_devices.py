@@ -11,8 +11,9 @@ import torch
 from tests.explain.networks import network, pictures, some_units
 from tests.helpers import MINUTE, compose, data_config, learned, random_images, train_minute, training_state, used
 from tests.pretended import MixedDevices, OnGpu, pretended_gpu
-from zfnet.analyses.correspondence import compare, cut_to_boxes, mask, quarter_centres, sign_changes
-from zfnet.analyses.deconvnet import compare_controls, dead_window_sensitivity, project_controls
+from zfnet.analyses import correspondence
+from zfnet.analyses.correspondence import Masks, mark_quarters
+from zfnet.analyses.deconvnet import compare_controls, dead_window_sensitivity, inside_frames, project_controls
 from zfnet.analyses.evolution import project_strongest, view_epoch
 from zfnet.analyses.filters import measure_filters
 from zfnet.analyses.invariance import make_amounts, measure, typical_distance
@@ -127,7 +128,8 @@ def test_explanations(waits: list[str]) -> None:
     deconvnet = Deconvnet(model, "guided", "all", "gradient")
     units = torch.tensor([[0, 0, 1, 1], [1, 2, 0, 1], [3, 1, 0, 0]])
     assert deconvnet.project_fields(inputs, "conv2", units).device.type == "cuda"
-    assert compare_controls(project_controls(deconvnet, inputs, "conv3", units))
+    inside = inside_frames(model.chain, "conv3", units)
+    assert compare_controls(project_controls(deconvnet, inputs, "conv3", units), inside)
     assert dead_window_sensitivity(deconvnet, inputs, "conv2", units)
     occluded = occlude(
         model.chain, inputs, labels, layer="conv5", patch=30, stride=30, fill=torch.zeros(3), batch_size=5
@@ -138,12 +140,8 @@ def test_explanations(waits: list[str]) -> None:
     assert all(type(c.probability) is torch.Tensor for c in curves.values())
     assert typical_distance(model.chain, inputs, ["conv1"], 2)["conv1"] > 0
     boxes = torch.tensor([[4.0, 4, 40, 50]] * 4)
-    cut = cut_to_boxes(inputs, boxes)
-    signs = [
-        sign_changes(model.chain, cut, mask(cut, centres, 9, torch.zeros(3)), ["fc7"], 3)["fc7"]
-        for centres in quarter_centres(boxes, size).values()
-    ]
-    assert compare(signs[0], signs[1], torch.zeros(4, dtype=torch.int64), 9, 0)
+    marked = mark_quarters(inputs, boxes, torch.zeros(4, dtype=torch.int64))
+    assert correspondence.measure(model.chain, marked, ["fc7"], Masks(9, torch.zeros(3), 3), 9, 0).table["fc7"]
     assert on_grey(inputs).numpy().shape == to_pixels(inputs, data_config()).numpy().shape
 
 
@@ -155,7 +153,7 @@ def test_searches_over_a_set(waits: list[str]) -> None:
     def batches(part) -> Batches:
         return Batches(part, data, GPU)
 
-    strongest = collect(model, images, batches, ["conv2", "fc7"], TopActivations(3, 4))
+    strongest = collect(model, images, batches, ["conv2", "fc7"], TopActivations(3, 4, images.labels))
     again = TopActivations.from_state(*strongest.state(), GPU)
     assert again.statistics("conv2").class_means.device.type == "cuda"
     probes = pictures(model, 2).float().to("cuda")

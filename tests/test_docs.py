@@ -41,10 +41,11 @@ SMALL += [
 ]
 EXTRA = {  # words that make a job cheap, or possible with 80 images
     "benchmark": [*SMALL, "job.rounds=1", "job.steps=1", "job.warmup=0"],
-    "correspondence": ["job.split=train"],
+    "attribution": ["job.boxed_images=2"],
+    "correspondence": ["job.split=train", "job.places=99"],
     "deconvnet": ["job.maps=4"],
     "invariance": ["job.steps=5", "job.mean_images=10"],
-    "occlusion": ["job.stride=12"],
+    "occlusion": ["job.stride=12", "job.boxed_images=2"],
     "train": SMALL,
 }
 RUN = "outputs/train/first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.explain.networks import network, pictures
 from tests.explain.trained import Trained, read_csv
-from zfnet.analyses.attribution import GRAD_CAM, INTEGRATED, METHODS, attribute, share_in_boxes
+from zfnet.analyses.attribution import GRAD_CAM, INTEGRATED, METHODS, attribute, box_evidence, share_in_boxes
 from zfnet.config.errors import UserError
 from zfnet.explain.selection import in_boxes
 from zfnet.runs.directory import RunDirectory
@@ -49,17 +50,22 @@ def test_share_in_boxes() -> None:
     maps[0, 0, 1, 1], maps[0, 2, 6, 6] = -3, 1
     boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 8.0, 4.0]])
     shares = share_in_boxes(maps, boxes)
-    assert float(shares[0]) == 0.75
-    assert shares[1].isnan()
+    assert shares[0].tolist() == [0.75, 0.75]
+    assert shares[1].isnan().all()
     assert in_boxes(torch.arange(8) + 0.5, boxes).float().mean((1, 2)).tolist() == [0.25, 0.5]
 
 
 def test_attribute_points_at_the_object(trained: Trained) -> None:
     images, labels, boxes = trained.correctly_classified(24)
     result = attribute(trained.model.chain, images, labels, "conv5", steps=16, batch_size=256)
-    area = in_boxes(torch.arange(64) + 0.5, boxes).float().mean()
+    evidence = box_evidence(result.maps, boxes)
     for method in ("gradient", "guided", INTEGRATED):  # Grad-CAM's maps have 3×3 cells here: too coarse to ask
-        assert share_in_boxes(result.maps[method], boxes).nanmean() > 1.2 * area, method
+        assert evidence[method]["difference"]["low"] > 0, method
+    centre = 1 - torch.linspace(-1, 1, 64).square()
+    prior = box_evidence({"centre": (centre[:, None] * centre).expand(24, 1, -1, -1)}, boxes)["centre"]
+    area = in_boxes(torch.arange(64) + 0.5, boxes).float().mean()
+    assert prior["own"]["mean"] > area  # which is no yardstick: this map knows nothing of the image
+    assert abs(prior["difference"]["mean"]) < 0.01
 
 
 def test_attribute_without_captum_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,12 +79,15 @@ def test_attribute_without_captum_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 def test_attribution_writes_its_maps(run_py, tiny_run: RunDirectory) -> None:
     pytest.importorskip("captum")
     answer = run_py(
-        "job=attribution", f"run={tiny_run.folder}", "job.count=2", "job.steps=8", "job.split=test",
-        "hydra.run.dir=out", "trainer.threads=1",
+        "job=attribution", f"run={tiny_run.folder}", "job.count=2", "job.boxed_images=5", "job.steps=8",
+        "job.split=test", "hydra.run.dir=out", "trainer.threads=1",
     )  # fmt: skip
     assert answer.code == 0, answer.err
     rows = read_csv(Path("out/attribution.csv"))
     assert [r["method"] for r in rows[::2]] == list(METHODS)
+    evidence = json.loads(Path("out/boxes.json").read_text())
+    assert list(evidence) == list(METHODS)
+    assert all(row["difference"]["n"] == 5 for row in evidence.values())
     maps = load_file("out/maps.safetensors")
     for row in rows:
         assert 0 < float(row["box_area"]) < 1

@@ -57,7 +57,7 @@ QUICK = ("trainer.threads=1",)
         (["job=deconvnet", "job.split=all"], "job.split=all: must be one of auto, train, validation or test"),
         (["job=deconvnet", "job.tops=3"], "job.tops: no such key"),
         (["job=deconvnet", "data.image_size=96"], "data.image_size=96: the run's network takes images of 64 px"),
-        (["job=invariance", "job.steps=1"], "job.steps=1: must be at least 2"),
+        (["job=invariance", "job.steps=2"], "job.steps=2: must be at least 3"),
     ],
 )
 def test_analyses_refuse_bad_input_in_one_line(

@@ -19,6 +19,7 @@ from zfnet.analyses.deconvnet import (
     dead_window_sensitivity,
     draw_controls,
     draw_projections,
+    inside_frames,
     project_controls,
     rank_correlation,
     shuffle_weights,
@@ -52,12 +53,42 @@ def test_project_controls_of_a_random_network() -> None:
     }
     own = deconvnet.project(images, "conv4", units, seeds=torch.ones(3))
     assert torch.equal(controls.pop("own"), own)
-    for other in controls.values():
+    assert not torch.equal(*controls["random_weights"][:2])
+    for other in (*controls["random_weights"], controls["other_switches"], controls["other_unit"]):
         assert other.abs().sum() > 0
         assert not torch.allclose(other, own)
     again = project_controls(deconvnet, images, "conv4", units)
     assert all(torch.equal(again[k], v) for k, v in controls.items())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_project_controls_take_the_switches_of_another_image() -> None:
+    """Neighbouring units often share their strongest image, and a data set may hold an image twice."""
+    model = network("pad")
+    one, other = pictures(model, 2).split(1)
+    units = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1], [2, 0, 1, 1], [0, 2, 1, 1]])
+    deconvnet = Deconvnet(model)
+    images = torch.cat([one, one, other])
+    controls = project_controls(deconvnet, images, "conv4", units)
+    swapped = torch.cat([other, other, one])
+    expected = deconvnet.project(images, "conv4", units, seeds=torch.ones(4), switches_from=swapped)
+    assert torch.equal(controls["other_switches"], expected)
+    assert "other_switches" not in project_controls(deconvnet, torch.cat([one, one]), "conv4", units[:2])
+
+
+def test_project_controls_take_another_unit_that_is_active_there() -> None:
+    model = network("pad")
+    images = pictures(model, 2)
+    deconvnet = Deconvnet(model)
+    active = model.activations(images, ["conv3"])["conv3"][0, :, 2, 2] > 0
+    units = torch.tensor([[0, c, 2, 2] for c in range(len(active))])
+    every = deconvnet.project(images, "conv3", units, seeds=torch.ones(len(units)))
+    for seed in range(3):
+        others = project_controls(deconvnet, images, "conv3", units, seed)["other_unit"]
+        for channel, picture in enumerate(others):
+            equal = [c for c in range(len(active)) if torch.allclose(every[c], picture)]
+            assert equal
+            assert all(active[c] and c != channel for c in equal)
 
 
 def test_dead_window_sensitivity_above_and_below_a_pooling() -> None:
@@ -80,14 +111,45 @@ def test_dead_window_sensitivity_above_and_below_a_pooling() -> None:
     assert silent["mask"] == {"relative_change": None, "cosine": None}
 
 
+WHOLE = torch.tensor([[0, 0, 5, 5]]).expand(4, 4)
+
+
 def test_compare_controls_equal_and_constant_projections() -> None:
     own = torch.randn(4, 3, 5, 5)
-    result = compare_controls({"own": own, "same": own.clone(), "negated": -own, "empty": torch.zeros_like(own)})
-    assert result["same"]["rank_correlation"] == pytest.approx(1)
-    assert result["negated"]["rank_correlation"] == pytest.approx(-1)
-    assert result["negated"]["rank_correlation_abs"] == pytest.approx(1)
-    assert result["empty"]["units"] == 0
-    assert result["empty"]["rank_correlation"] is None
+    several = torch.stack([own, -own])
+    controls = {"own": own, "same": own.clone(), "negated": -own, "empty": torch.zeros_like(own), "several": several}
+    result = compare_controls(controls, WHOLE)
+    assert result["same"]["signed"]["mean"] == pytest.approx(1)
+    assert result["negated"]["signed"]["mean"] == pytest.approx(-1)
+    assert result["negated"]["unsigned"]["mean"] == pytest.approx(1)
+    assert result["several"]["signed"]["mean"] == pytest.approx(0)
+    assert result["same"]["signed"]["n"] == 4
+    assert result["empty"]["signed"] == {"n": 0, "mean": None, "std": None, "low": None, "high": None}
+
+
+def test_compare_controls_ranks_within_what_the_unit_sees() -> None:
+    """Independent pictures whose frames lie partly outside the image: the zeros there are no similarity."""
+    own, other = torch.randn(2, 4, 3, 40, 40)
+    own[:, :, :20], other[:, :, :20] = 0, 0
+    assert rank_correlation(own.abs(), other.abs()).mean() > 0.5
+    inside = torch.tensor([[20, 0, 40, 40]]).expand(4, 4)
+    result = compare_controls({"own": own, "other": other}, inside)["other"]
+    assert result["unsigned"]["mean"] == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize("layer", ["conv2", "conv5"])
+def test_inside_frames_hold_all_of_a_projection(layer: str) -> None:
+    model = network("pad")
+    images = pictures(model, 1)
+    height, width = model.activations(images, [layer])[layer].shape[2:]
+    units = torch.tensor([[0, 1, 0, 0], [0, 1, height - 1, width - 1], [0, 2, height // 2, 0]])
+    frames = project_controls(Deconvnet(model), images, layer, units)["own"]
+    for frame, (top, left, bottom, right) in zip(
+        frames, inside_frames(model.chain, layer, units).tolist(), strict=True
+    ):
+        assert 0 <= top < bottom <= frame.shape[1]
+        assert 0 <= left < right <= frame.shape[2]
+        assert frame[:, top:bottom, left:right].abs().sum() == pytest.approx(frame.abs().sum().item())
 
 
 def test_shuffle_weights_keeps_the_numbers() -> None:
@@ -116,16 +178,19 @@ def test_draw_projections_left_patches_right_and_every_map_named() -> None:
 
 
 def test_draw_controls_without_those_that_do_not_apply() -> None:
-    row = {"units": 3, "rank_correlation": 0.5, "rank_correlation_std": 0.1}
-    none = {"units": 0, "rank_correlation": None, "rank_correlation_std": None}
+    row = {"n": 3, "mean": 0.5, "std": 0.1, "low": 0.4, "high": 0.6}
+    both = {"signed": row, "unsigned": {**row, "mean": 0.7}}
+    nothing = {"n": 0, "mean": None, "std": None, "low": None, "high": None}
+    none = {"signed": nothing, "unsigned": nothing}
     figure = draw_controls(
         {
-            "conv1": {"random_weights": row, "other_unit": none},
-            "conv2": {"random_weights": row, "other_unit": row, "other_switches": row},
+            "conv1": {"random_weights": both, "other_unit": none},
+            "conv2": {"random_weights": both, "other_unit": both, "other_switches": both},
         }
     )
-    heights = [bar.get_height() for bar in figure.axes[0].patches]
-    assert heights == [0.5] * 4
+    for axis, expected in zip(figure.axes, (0.5, 0.7), strict=True):
+        assert [bar.get_height() for bar in axis.patches] == [expected] * 4
+        assert [list(line.get_ydata()) for line in axis.lines].count([0.4, 0.6]) == 4
 
 
 # ---- the command

@@ -7,12 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 from tests.explain.networks import network
 from tests.explain.trained import Trained, read_csv
-from zfnet.analyses.filters import aliasing_energy, draw_filters, in_pixel_units, measure_filters, radial_spectrum
+from zfnet.analyses.filters import (
+    CrossSpectra,
+    aliasing_energy,
+    draw_filters,
+    in_pixel_units,
+    measure_filters,
+    radial_spectrum,
+)
 from zfnet.data import Batch
 from zfnet.model import Chain
 from zfnet.runs.directory import RunDirectory
@@ -43,6 +51,57 @@ def test_aliasing_energy_of_filters_that_one_knows() -> None:
     assert float(aliasing_energy(board, 2)) > 0.99
     assert float(aliasing_energy(smooth, 2)) < 0.06
     assert float(aliasing_energy(zeros, 2)) == 0
+
+
+def test_aliasing_stands_beside_that_of_noise() -> None:
+    """Noise aliases by 1 − 1/stride² whatever a network has learnt, so the strides themselves say nothing."""
+    batch = [Batch(torch.randn(2, 3, 24, 24), torch.zeros(2), torch.zeros(2), 0, 2)]
+    for size, stride, expected in ((7, 2, 0.75), (11, 4, 0.9375)):
+        torch.manual_seed(0)
+        result = measure_filters(Chain(nn.Sequential(nn.Conv2d(3, 40, size, stride), nn.ReLU()), 24), batch)
+        assert result.noise_aliasing == pytest.approx(expected, abs=0.01)
+        assert float(result.aliasing.median()) == pytest.approx(result.noise_aliasing, abs=0.02)
+
+
+def test_cross_spectra_give_the_energy_of_the_responses() -> None:
+    images, weight = torch.randn(4, 3, 24, 24), torch.randn(5, 3, 7, 7, dtype=torch.float64)
+    spectra = CrossSpectra()
+    spectra.add(images[:3])
+    spectra.add(images[3:])
+    window = torch.hann_window(26, periodic=False)[1:-1]
+    window = window[:, None] * window
+    faded = (images - (images * window).sum((2, 3), keepdim=True) / window.sum()) * window
+    responses = F.conv2d(F.pad(faded, (0, 6, 0, 6), mode="circular"), weight.float())
+    power = torch.fft.fft2(responses).abs().square().sum(0)
+    inside = torch.tensor([1.0] * 6 + [0.5] + [0] * 11 + [0.5] + [1] * 5)  # below 1/4 cycles a pixel, at it, beyond
+    expected = 1 - (power * inside[:, None] * inside).sum((1, 2)) / power.sum((1, 2))
+    result = spectra.aliasing(weight, (2, 2)).float()
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+    assert (spectra.aliasing(weight, (1, 1)) < 1e-6).all()
+    assert spectra.aliasing(torch.zeros_like(weight), (2, 2)).tolist() == [0] * 5
+
+
+def test_response_aliasing_counts_only_what_the_images_hold() -> None:
+    """On smooth images filters of noise alias little, and one for fine stripes aliases where there are stripes."""
+    coarse = F.interpolate(torch.randn(8, 3, 5, 5), size=(32, 32), mode="bicubic")
+    stripes = 0.3 * (-1.0) ** torch.arange(32)
+    noise, fine = torch.randn(30, 3, 7, 7, dtype=torch.float64), ((-1.0) ** torch.arange(7)).expand(1, 3, 7, 7).double()
+    smooth, striped = CrossSpectra(), CrossSpectra()
+    smooth.add(coarse)
+    striped.add(coarse + stripes)
+    assert smooth.aliasing(noise, (2, 2)).median() < 0.1
+    assert aliasing_energy(noise, 2).median() > 0.7
+    assert smooth.aliasing(fine, (2, 2)) < striped.aliasing(fine, (2, 2))
+    assert striped.aliasing(fine, (2, 2)) > 0.9
+
+
+def test_cross_spectra_of_grouped_filters() -> None:
+    images, weight = torch.randn(4, 4, 16, 16), torch.randn(6, 2, 3, 3, dtype=torch.float64)
+    spectra = CrossSpectra()
+    spectra.add(images)
+    whole = torch.zeros(6, 4, 3, 3, dtype=torch.float64)
+    whole[:3, :2], whole[3:, 2:] = weight[:3], weight[3:]
+    torch.testing.assert_close(spectra.aliasing(weight, (2, 2), 2), spectra.aliasing(whole, (2, 2)))
 
 
 def test_radial_spectrum_of_a_wave_is_at_its_frequency() -> None:

@@ -81,6 +81,12 @@ def test_make_amounts_hold_the_identity_once_and_reach_the_limits() -> None:
     assert len(amounts["vertical translation"]) == 25
     assert amounts["scale"].max() == pytest.approx(1.8)
     assert amounts["rotation"].max() == 350
+    assert {0, 90, 180, 270} <= set(amounts["rotation"].tolist())
+    for steps in (3, 4, 7, 36):
+        few = make_amounts(224, 60 / 224, 1.8, 270, steps)
+        assert all(3 <= len(values) <= steps for values in few.values())
+        assert few["rotation"].max() == 270
+        assert steps < 4 or {0, 90, 180, 270} <= set(few["rotation"].tolist())
     for transform, values in {**make_amounts(8, 0.2, 1.1, 10, 31), **amounts}.items():
         assert (values == identity(transform)).sum() == 1
         assert len(values.unique()) == len(values)

@@ -14,9 +14,8 @@ from PIL import Image
 
 from tests.explain.networks import network, pictures
 from tests.explain.trained import Trained, read_csv
-from zfnet.analyses.occlusion import inside_and_outside, occlude, square_starts
+from zfnet.analyses.occlusion import Occlusion, Outputs, box_evidence, occlude, square_starts
 from zfnet.config.errors import UserError
-from zfnet.explain.selection import in_boxes
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.runs.directory import RunDirectory
 
@@ -109,16 +108,27 @@ def test_occlude_of_a_trained_network_finds_the_object(trained: Trained) -> None
         trained.model.chain, images, labels, layer="conv5", patch=16, stride=8, fill=torch.zeros(3), batch_size=256
     )
 
-    def gap(boxes: torch.Tensor) -> float:
-        inside = in_boxes(result.starts + result.patch / 2, boxes)
-        within, outside = inside_and_outside(result.occluded.probability, inside)
-        return float((outside - within).mean())
+    evidence = box_evidence(result, boxes)
+    for measure in ("lowest_in_the_box", "probability_outside_minus_inside"):
+        assert evidence[measure]["difference"]["low"] > 0
+        assert evidence[measure]["own"]["n"] == 24
+    # objects are central: other images' boxes hold the lowest place more often than their area tells
+    assert evidence["lowest_in_the_box"]["others"]["mean"] > 1.2 * evidence["share_of_places_in_the_box"]
 
-    chance = [gap(boxes.roll(k, 0)) for k in range(1, len(boxes))]
-    assert gap(boxes) > max(chance)
-    lowest = result.occluded.probability.flatten(1).argmin(1)
-    inside = in_boxes(result.starts + result.patch / 2, boxes).flatten(1)
-    assert inside[torch.arange(len(boxes)), lowest].float().mean() > 1.5 * inside.float().mean()
+
+def test_box_evidence_is_none_where_the_place_is_the_same_in_all_images() -> None:
+    """The lowest place is always the middle, and so are most boxes: nothing about the own object."""
+    starts, boxes = torch.arange(0, 60, 6), torch.tensor([[20.0, 20, 40, 40], [22, 18, 42, 38], [0, 0, 12, 12]])
+    probability = torch.ones(3, 10, 10)
+    probability[:, 4, 4] = 0.1
+    outputs = Outputs(probability, probability, probability.long(), probability)
+    nothing = torch.zeros(3, dtype=torch.int64)
+    evidence = box_evidence(Occlusion(starts, 12, nothing, nothing, outputs, outputs), boxes)
+    lowest = evidence["lowest_in_the_box"]
+    assert lowest["own"]["mean"] == pytest.approx(2 / 3)
+    assert lowest["others"]["mean"] == pytest.approx(2 / 3)  # of all the other boxes, as many
+    assert lowest["difference"]["low"] <= 0 <= lowest["difference"]["high"]
+    assert evidence["share_of_places_in_the_box"] < 0.15
 
 
 def test_occlusion_of_image_files(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:

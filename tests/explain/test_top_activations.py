@@ -74,6 +74,28 @@ def test_top_activations_of_few_images_and_dead_maps() -> None:
     assert collection.statistics("fc6").dead.tolist() == [True, False]
 
 
+def test_selectivity_by_chance_tells_rare_noise_from_a_class() -> None:
+    """Maps blind for classes, but active on 2 % of images, have an index of 0.6: shuffled labels give as much."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(500) % 10
+    rare = (torch.rand(500, 200, generator=generator) < 0.02) * torch.rand(500, 200, generator=generator)
+    of_class = torch.rand(500, 20, generator=generator) * (1 + (labels == 3))[:, None]
+    collection = TopActivations(1, 10, labels)
+    for chunk in torch.arange(500).split(130):
+        collection.add({"fc6": torch.cat([rare, of_class], 1)[chunk]}, chunk, labels[chunk])
+    statistics = collection.statistics("fc6")
+    excess = statistics.selectivity - statistics.chance
+    assert statistics.selectivity[:200].mean() > 0.5
+    assert excess[:200].mean() == pytest.approx(0, abs=0.03)
+    assert (statistics.p[:200] <= 0.05).float().mean() < 0.12
+    assert excess[200:].min() > excess[:200].median()
+    assert (statistics.p[200:] == 0.05).all()
+    assert statistics.selectivity[200:].mean() < statistics.selectivity[:200].mean()  # it misleads alone
+    alone = TopActivations(1, 10)
+    alone.add({"fc6": rare}, torch.arange(500), labels)
+    assert alone.statistics("fc6").chance.isnan().all()
+
+
 def test_selectivity_by_hand() -> None:
     means = torch.tensor([[3.0, 1, 1, 9], [2, 2, 2, 0], [0, 4, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
     index, best = selectivity(means, torch.tensor([True, True, True, False]))
@@ -96,7 +118,7 @@ def test_collect_in_one_pass_and_after_an_interruption(name: str, layers: list[s
     def batches_of(images):
         return Batches(images, data, torch.device("cpu"))
 
-    whole = collect(model, images, batches_of, layers, TopActivations(3, 4))
+    whole = collect(model, images, batches_of, layers, TopActivations(3, 4, images.labels))
     assert model.model.training
     model.model.eval()
     activations = model.activations(next(batches_of(images.take(torch.arange(4))).in_order()).images, layers)
@@ -117,7 +139,7 @@ def test_collect_in_one_pass_and_after_an_interruption(name: str, layers: list[s
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        collect(model, images, batches_of, layers, TopActivations(3, 4), interrupt)
+        collect(model, images, batches_of, layers, TopActivations(3, 4, images.labels), interrupt)
     again = TopActivations.from_state(*saved[-1], torch.device("cpu"))
     assert again.images == 8
     collect(model, images, batches_of, layers, again)

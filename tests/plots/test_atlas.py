@@ -136,7 +136,7 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
         # sort
         for key, script in {
             "activation": "-(m.dead ? -Infinity : m.top[0][0])",
-            "selectivity": "-m.selectivity",
+            "selectivity": "-(m.selectivity - m.chance)",
             "sparsity": "m.dead ? 2 : m.positions",
         }.items():
             shown = put("sort", key)

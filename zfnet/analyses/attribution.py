@@ -9,7 +9,7 @@ are captum's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +28,7 @@ from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.selection import Chosen, Look, choose_images, in_boxes, pick_layers, to_rows
+from zfnet.explain.statistics import own_and_others, percent
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.figures import SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
@@ -49,6 +50,7 @@ class AttributionJob(Look):
     reads_images: ClassVar[bool] = True
 
     count: Annotated[int, Field(ge=1)]
+    boxed_images: Annotated[int, Field(ge=2)]
     layer: Optional[str]
     steps: Annotated[int, Field(ge=2, le=10_000)]
 
@@ -61,14 +63,23 @@ class AttributionJob(Look):
         Deconvnet(chain).check(OUTPUT)
         chosen = choose_images(loaded, config, self.count)
         with own_directory(config, output) as run:
-            result = attribute(chain, chosen.inputs, chosen.labels, layer, self.steps, loaded.data.batch_size)
+            settings = layer, self.steps, loaded.data.batch_size
+            result = attribute(chain, chosen.inputs, chosen.labels, *settings)
             pixels = to_pixels(chosen.inputs, loaded.data)
             figure = draw_attribution(result, pixels, chosen.names, layer, chosen.boxes)
             save_figure(figure, run.figures / "attribution.png")
             tensors = {name.replace(" ", "_"): maps.contiguous() for name, maps in result.maps.items()}
             write_tensors(run.folder / "maps.safetensors", tensors, {})
             run.write_csv("attribution.csv", _rows(result, chosen))
-            _log_summary(result, chosen)
+            _log_completeness(result)
+            if chosen.boxes is not None:
+                many = choose_images(loaded, config, self.boxed_images)
+                found = box_evidence(attribute(chain, many.inputs, many.labels, *settings).maps, many.boxes)
+                run.write_json("boxes.json", found)
+                log.info(f"attribution inside the object's box and inside other images' boxes, {len(many)} images:")
+                for method, row in found.items():
+                    own, others, difference = (percent(row[key]) for key in ("own", "others", "difference"))
+                    log.info(f"  {method:<20} {own}, {others}; difference {difference}")
             log.info("written to %s", run.folder)
 
 
@@ -124,12 +135,20 @@ def attribute(chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: i
 
 
 def share_in_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Return the share of the attributions' sizes, |maps| [N, C, S, S], inside each box [N, 4]; NaN if all are 0.
+    """Return the share of the attributions' sizes, |maps| [N, C, S, S], inside each box [M, 4]: float64 [N, M].
 
+    NaN where all attributions of an image are 0.
     boxes: (top, left, bottom, right) in pixels; a pixel counts if its centre is inside.
     """
-    size = maps.abs().sum(1)
-    return (size * in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes)).sum((1, 2)) / size.sum((1, 2))
+    size = maps.abs().sum(1).flatten(1).double()
+    inside = in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes).flatten(1).double()
+    return size @ inside.T / size.sum(1, keepdim=True)
+
+
+def box_evidence(maps: Mapping[str, Tensor], boxes: Tensor | None) -> dict[str, dict[str, Any]]:
+    """Return `own_and_others` of the share in the objects' boxes [N, 4], for the maps [N, C, S, S] of each method."""
+    assert boxes is not None
+    return {method: own_and_others(share_in_boxes(each, boxes)) for method, each in maps.items()}
 
 
 def _rows(result: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
@@ -144,21 +163,15 @@ def _rows(result: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
             largest=maps.abs().amax((1, 2, 3)).tolist(),
             output=result.output.tolist(),
             output_of_mean_colour=result.baseline_output.tolist(),
-            share_in_box=[""] * count if boxes is None else share_in_boxes(maps, boxes).tolist(),
+            share_in_box=[""] * count if boxes is None else share_in_boxes(maps, boxes).diagonal().tolist(),
             box_area=[""] * count if areas is None else areas.tolist(),
         )
     return rows
 
 
-def _log_summary(result: Attributions, chosen: Chosen) -> None:
+def _log_completeness(result: Attributions) -> None:
     gap = result.maps[INTEGRATED].sum((1, 2, 3)) - (result.output - result.baseline_output)
     log.info(f"integrated gradients differ from the change of the output by at most {gap.abs().max():.2g}")
-    if chosen.boxes is None:
-        return
-    area = in_boxes(torch.arange(chosen.inputs.shape[-1]) + 0.5, chosen.boxes).float().mean()
-    log.info(f"share inside the objects' boxes, which cover {100 * area:.0f} % of the images:")
-    for method, maps in result.maps.items():
-        log.info(f"  {method:<20} {100 * share_in_boxes(maps, chosen.boxes).nanmean():5.1f} %")
 
 
 # ---- figure

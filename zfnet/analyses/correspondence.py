@@ -2,10 +2,12 @@
 
 ε_i is the change of image i's features when a part of its object is masked. Δ is the mean, over pairs of images and
 over dimensions, of H(sign ε_i, sign ε_j), H being 1 where two signs differ. Signs have three values: most features
-stay 0, and zeros agree. A small Δ says that the part matters in the same way in every image.
+stay 0, and zeros agree, so Δ is small wherever little changes. κ = 1 − Δ / E[Δ] takes that out, E[Δ] being the Δ of
+independent signs that are as frequent as the two images' own: 0 is chance, 1 is equal changes.
 
-Source: Zeiler & Fergus 2013, section 4.4, Fig. 8 and Table 1. Ours: the control "same place" (one random place for
-all images) and the permutation test against random places.
+Source: Zeiler & Fergus 2013, section 4.4, Fig. 8 and Table 1. Ours are κ and the test. Masks at one place of all
+objects change features alike even in an untrained network, so a part is ranked among many such places, drawn at
+random: p is the share of them whose κ is as large (Holm's correction over parts and layers).
 """
 
 from __future__ import annotations
@@ -13,21 +15,34 @@ from __future__ import annotations
 import csv
 import dataclasses
 import logging
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
+from tqdm import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, DataConfig
 from zfnet.data.decode import UnreadableImage, fit_square, read_image
-from zfnet.explain.selection import Look, chosen_split, mean_colour, pick_layers, predict, sample, take, to_inputs
+from zfnet.explain.selection import (
+    Look,
+    chosen_split,
+    mean_colour,
+    pick_layers,
+    predict,
+    sample,
+    take,
+    to_inputs,
+    to_rows,
+)
+from zfnet.explain.statistics import holm, rank_p
 from zfnet.model.chain import Chain
 from zfnet.plots.figures import LIGHT_BLUE, PALE, SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
@@ -39,6 +54,8 @@ log = logging.getLogger("zfnet")
 SAME, RANDOM = "same place", "random"
 MARGIN = 1.6  # built-in shapes are then as large as the larger ones that the network was trained on
 COLUMNS = ("image", "part", "x", "y")  # of a table of points
+_CORNERS = {"\0first": ("left", "top"), "\0last": ("right", "bottom")}  # columns of the object's box, if there are any
+_TOGETHER = 8  # places in one forward pass, so that the whole image is seen but once for all of them
 _EXAMPLES = 4  # images in the figure
 
 
@@ -51,12 +68,12 @@ class CorrespondenceJob(Look):
     layers: Optional[list[str]]
     patch: Optional[Annotated[int, Field(ge=1)]]
     fill: Optional[Annotated[float, Field(ge=0, le=255)]]
-    permutations: Annotated[int, Field(ge=1, le=1_000_000)]
+    places: Annotated[int, Field(ge=99, le=100_000)]
 
     def main(self, config: Config, output: Path) -> None:
-        """Write figures/correspondence.png, and correspondence.csv and .json, a table like the paper's."""
+        """Write figures/correspondence.png, correspondence.csv and .json (parts), and same_places.csv."""
         loaded = LoadedRun(config)
-        chain, size, batch_size = loaded.chain, loaded.data.image_size, loaded.data.batch_size
+        chain, size = loaded.chain, loaded.data.image_size
         last_conv_and_last_hidden = [*chain.conv_layers[-1:], *chain.layers[-2:-1]]
         layers = pick_layers(chain, "job.layers", self.layers, last_conv_and_last_hidden)
         patch = self.patch or max(1, size // 4)
@@ -64,39 +81,31 @@ class CorrespondenceJob(Look):
             raise UserError(f"job.patch={patch}: the masks must be smaller than the image, which is {size} px")
         marked = quarters_of_boxes(loaded) if self.points is None else read_points(loaded, Path(self.points))
         with own_directory(config, output) as run:
-            count, fill = len(marked.groups), mean_colour(loaded, self.fill)
-            centres = {
-                **marked.parts,
-                SAME: random_centres(1, size, patch, config.seed + 1).expand(count, -1),
-                RANDOM: random_centres(count, size, patch, config.seed),
+            masks = Masks(patch, mean_colour(loaded, self.fill), loaded.data.batch_size)
+            measured = measure(chain, marked, layers, masks, self.places, config.seed)
+            pictures = {
+                part: to_pixels(mask(marked.inputs[:_EXAMPLES], centres[:_EXAMPLES], patch, masks.fill), loaded.data)
+                for part, centres in measured.centres.items()
             }
-            masked = {part: mask(marked.inputs, places, patch, fill) for part, places in centres.items()}
-            signs = {k: sign_changes(chain, marked.inputs, hidden, layers, batch_size) for k, hidden in masked.items()}
-            table: dict[str, dict[str, Agreement]] = {layer: {} for layer in layers}
-            for layer, agreements in table.items():
-                for part in (*marked.parts, SAME):
-                    pair = signs[part][layer], signs[RANDOM][layer]
-                    agreements[part], baseline = compare(*pair, marked.groups, self.permutations, config.seed)
-                agreements[RANDOM] = baseline  # last, as in the paper
-            examples = {part: to_pixels(hidden[:_EXAMPLES], loaded.data) for part, hidden in masked.items()}
-            save_figure(draw_correspondence(table, examples), run.figures / "correspondence.png")
-            rows = {k: {p: dataclasses.asdict(a) for p, a in parts.items()} for k, parts in table.items()}
+            save_figure(draw_correspondence(measured, pictures), run.figures / "correspondence.png")
+            rows = {k: {p: dataclasses.asdict(a) for p, a in parts.items()} for k, parts in measured.table.items()}
             flat = [{"layer": k, "part": p, **row} for k, parts in rows.items() for p, row in parts.items()]
             run.write_csv("correspondence.csv", flat)
+            run.write_csv("same_places.csv", _place_rows(measured))
             accuracy = None
             if self.points is None:
                 correct = predict(loaded, marked.inputs).argmax(1) == marked.groups
                 accuracy = float(correct.float().mean())
-            summary = {"images": count, "patch": patch, "aligned": self.points is None, "accuracy": accuracy}
-            run.write_json("correspondence.json", {**summary, "table": rows})
-            log.info("Δ over pairs of %d images, ± its standard deviation; p: against random places", count)
-            for part in table[layers[0]]:
-                cells = []
-                for layer in layers:
-                    row = table[layer][part]
-                    p = "" if row.p is None else f", p {row.p:.4f}"
-                    cells.append(f"{layer} {row.delta:.3f} ± {row.spread:.3f}{p}")
-                log.info("  %-12s %s", part, "; ".join(cells))
+            about = {"images": len(marked.groups), "patch": patch, "places": self.places, "accuracy": accuracy}
+            run.write_json("correspondence.json", {**about, "table": rows})
+            tests = len(layers) * len(marked.parts)
+            log.info("%d images; p: rank of κ among %d same places on the object", about["images"], self.places)
+            log.info("(%d tests; the smallest p by Holm's correction: %.2g)", tests, tests / (1 + self.places))
+            for layer, parts in measured.table.items():
+                for part, row in parts.items():
+                    kappa = "  –  " if row.kappa is None else f"{row.kappa:.3f}"
+                    p = "" if row.p_holm is None else f", p {row.p:.3f} (Holm {row.p_holm:.3f})"
+                    log.info(f"  {layer} {part:<12} κ {kappa}, Δ {row.delta:.3f}, {row.changed:.0%} changed{p}")
             log.info("written to %s", run.folder)
 
 
@@ -108,12 +117,18 @@ class Marked:
     """Images with marked parts of their objects.
 
     inputs: [N, 3, S, S], normalised, on the device; parts: name → centres (y, x) [N, 2] in input pixels
+    boxes: [N, 4], the objects' (top, left, bottom, right) in input pixels: random masks are centred in them
     groups: int64 [N]; images of one group are compared with each other
     """
 
     inputs: Tensor
     parts: dict[str, Tensor]
+    boxes: Tensor
     groups: Tensor
+
+    def on_objects(self, places: Tensor) -> Tensor:
+        """Return the centres (y, x) [M, N, 2] of places [M, N or 1, 2] on each object, in 0 … 1 of its box."""
+        return self.boxes[:, :2] + places * (self.boxes[:, 2:] - self.boxes[:, :2]) - 0.5
 
 
 def quarters_of_boxes(loaded: LoadedRun) -> Marked:
@@ -125,11 +140,7 @@ def quarters_of_boxes(loaded: LoadedRun) -> Marked:
         )
     chosen = take(loaded, split, sample(loaded, split.images, loaded.config.job.count))
     assert chosen.boxes is not None
-    return Marked(
-        cut_to_boxes(chosen.inputs, chosen.boxes),
-        quarter_centres(chosen.boxes, loaded.data.image_size),
-        chosen.labels.cpu(),
-    )
+    return mark_quarters(chosen.inputs, chosen.boxes, chosen.labels.cpu())
 
 
 def cut_to_boxes(images: Tensor, boxes: Tensor, margin: float = MARGIN) -> Tensor:
@@ -149,24 +160,26 @@ def cut_to_boxes(images: Tensor, boxes: Tensor, margin: float = MARGIN) -> Tenso
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def quarter_centres(boxes: Tensor, size: int, margin: float = MARGIN) -> dict[str, Tensor]:
-    """Return the centres (y, x) [N, 2] of the boxes' quarters in images that `cut_to_boxes` made."""
-    extent = boxes[:, 2:] - boxes[:, :2]
-    reach = extent / extent.amax(1, keepdim=True) * size / margin / 4
-    return {
-        f"{vertical} {horizontal}": size / 2 - 0.5 + reach * torch.tensor([down, right])
-        for vertical, down in (("upper", -1.0), ("lower", 1.0))
-        for horizontal, right in (("left", -1.0), ("right", 1.0))
-    }
+def mark_quarters(images: Tensor, boxes: Tensor, groups: Tensor, margin: float = MARGIN) -> Marked:
+    """Return images [N, 3, S, S] cut to their boxes [N, 4], and the boxes' quarters as parts."""
+    middle, extent = images.shape[-1] / 2, boxes[:, 2:] - boxes[:, :2]
+    half = extent / extent.amax(1, keepdim=True) * middle / margin
+    marked = Marked(cut_to_boxes(images, boxes, margin), {}, torch.cat([middle - half, middle + half], 1), groups)
+    for vertical, y in (("upper", 0.25), ("lower", 0.75)):
+        for horizontal, x in (("left", 0.25), ("right", 0.75)):
+            marked.parts[f"{vertical} {horizontal}"] = marked.on_objects(torch.tensor([[[y, x]]]))[0]
+    return marked
 
 
 def read_points(loaded: LoadedRun, table: Path) -> Marked:
     """Read a CSV with the columns image, part, x, y: files beside the table, and pixels in them from the top left.
 
-    Every image must have every part once. Raises UserError naming the first thing that is wrong.
+    Every image must have every part once. The object's box is in the columns left, top, right, bottom or, without
+    them, the smallest box around its parts. Raises UserError naming the first thing that is wrong.
     """
     places, order = _read_table(table)
-    pixels, centres = [], {part: torch.zeros(len(places), 2) for part in order}
+    pixels, boxes = [], torch.zeros(len(places), 4)
+    centres = {part: torch.zeros(len(places), 2) for part in order}
     size = loaded.metadata.stored_size
     for number, (name, parts) in enumerate(places.items()):
         try:
@@ -181,8 +194,16 @@ def read_points(loaded: LoadedRun, table: Path) -> Marked:
             if not all(0 <= p < loaded.data.image_size for p in point):
                 raise UserError(f"{table}: {part} of {name} lies outside what the network sees of the image")
             centres[part][number] = torch.tensor(point)
+        around = torch.stack([centres[part][number] for part in order])
+        boxes[number] = torch.cat([around.amin(0), around.amax(0)])
+        if _CORNERS.keys() <= parts.keys():
+            corners = [to_input_pixels(parts[corner], image.size, size, loaded.data) for corner in _CORNERS]
+            boxes[number] = torch.tensor(corners).flatten().clamp(0, loaded.data.image_size)
+        extent = boxes[number, 2:] - boxes[number, :2]
+        if not (extent.min() >= 0 and extent.max() >= 1):
+            raise UserError(f"{table}: {name} has no box: give the object's in the columns left, top, right, bottom")
     inputs = to_inputs(loaded, torch.stack(pixels))
-    return Marked(inputs, centres, torch.zeros(len(places), dtype=torch.int64))
+    return Marked(inputs, centres, boxes, torch.zeros(len(places), dtype=torch.int64))
 
 
 def to_input_pixels(
@@ -208,14 +229,16 @@ def _read_table(table: Path) -> tuple[dict[str, dict[str, tuple[float, float]]],
             missing = [c for c in COLUMNS if c not in (rows.fieldnames or ())]
             if missing:
                 raise UserError(f"{table}: lacks the column {missing[0]}; it needs {', '.join(COLUMNS)}")
+            boxed = {"left", "top", "right", "bottom"} <= set(rows.fieldnames or ())
             for line, row in enumerate(rows, 2):
                 parts = places.setdefault(row["image"], {})
                 if row["part"] in parts:
                     raise UserError(f"{table}, line {line}: {row['part']} of {row['image']} is there already")
-                try:
-                    parts[row["part"]] = (float(row["x"]), float(row["y"]))
-                except (TypeError, ValueError):
-                    raise UserError(f"{table}, line {line}: x={row['x']}, y={row['y']} are not numbers") from None
+                for part, (x, y) in {row["part"]: ("x", "y"), **(_CORNERS if boxed else {})}.items():
+                    try:
+                        parts[part] = (float(row[x]), float(row[y]))
+                    except (TypeError, ValueError):
+                        raise UserError(f"{table}, line {line}: {x}={row[x]}, {y}={row[y]} are not numbers") from None
                 order[row["part"]] = None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"job.points={table} cannot be read ({error})") from error
@@ -224,30 +247,92 @@ def _read_table(table: Path) -> tuple[dict[str, dict[str, tuple[float, float]]],
     return places, list(order)
 
 
-def random_centres(count: int, size: int, patch: int, seed: int) -> Tensor:
-    """Return places (y, x) [N, 2] where a mask lies within the image, each as likely as any other."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, size - patch + 1, (count, 2), generator=generator) + (patch - 1) / 2
-
-
 # ---- measurement
+
+
+class Masks(NamedTuple):
+    """patch: side of the squares in input pixels; fill: [3], their colour; batch_size: images in one forward pass."""
+
+    patch: int
+    fill: Tensor
+    batch_size: int
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far one part's changes differ between images, in one layer.
+    """How far one part's changes agree between images, in one layer.
 
-    delta: Δ, the mean over pairs of the share of dimensions that differ; spread: its standard deviation over pairs
-    pairs: how many; random_delta, random_spread: the same for masks at random places
-    p: of the paired permutation test that the part is no better than random places; None for these themselves
+    delta: Δ, the mean over pairs of the share of dimensions that differ; std: its sample standard deviation over pairs
+    pairs: how many (they share images, so they are not independent); changed: the mean share of dimensions that change
+    kappa: 1 − Δ / E[Δ], see the top of this file; None where nothing changes
+    p: share of same places whose κ is as large, the part among them (1 where nothing changes)
+    p_holm: corrected for all parts and layers
     """
 
     delta: float
-    spread: float
+    std: float | None
     pairs: int
-    random_delta: float
-    random_spread: float
-    p: float | None
+    changed: float
+    kappa: float | None
+    p: float | None = None
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """table: layer → row → its agreement, the rows being the parts, `same place` (the mean of many) and `random`.
+
+    places: [K, 2], the same places (y, x) in 0 … 1 of the objects' boxes; same: layer → the agreement of each
+    centres: row → where its masks are in each image, [N, 2]; of `same place` the first one
+    """
+
+    table: dict[str, dict[str, Agreement]]
+    places: Tensor
+    same: dict[str, list[Agreement]]
+    centres: dict[str, Tensor]
+
+
+def measure(chain: Chain, marked: Marked, layers: Sequence[str], masks: Masks, places: int, seed: int) -> Measured:
+    """Measure the agreement of every part, of random places on each object, and of `places` same ones.
+
+    Raises UserError where no two images share a group.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    anywhere = marked.on_objects(torch.rand(1, len(marked.groups), 2, generator=generator))[0]
+    same_places = torch.rand(places, 2, generator=generator)
+    every = torch.cat([torch.stack([*marked.parts.values(), anywhere]), marked.on_objects(same_places[:, None])])
+    found: dict[str, list[Agreement]] = {layer: [] for layer in layers}
+    with tqdm(total=len(every), desc="correspondence", unit="place", disable=None, leave=False) as bar:
+        for centres in every.split(_TOGETHER):
+            for layer, signs in sign_changes(chain, marked.inputs, centres, masks, layers).items():
+                found[layer] += [agreement(one, marked.groups) for one in signs]
+            bar.update(len(centres))
+    count = len(marked.parts)
+    same = {layer: rows[count + 1 :] for layer, rows in found.items()}
+    p = torch.stack([rank_p(_kappas(found[layer][:count]), _kappas(same[layer])[:, None]) for layer in layers])
+    corrected, table = holm(p.flatten()).view_as(p), {}
+    for (layer, rows), alone, by_holm in zip(found.items(), p.tolist(), corrected.tolist(), strict=True):
+        tests = zip(marked.parts, rows[:count], alone, by_holm, strict=True)
+        parts = {part: dataclasses.replace(row, p=one, p_holm=all_) for part, row, one, all_ in tests}
+        table[layer] = {**parts, SAME: _mean(same[layer]), RANDOM: rows[count]}
+    shown = {**marked.parts, SAME: every[count + 1], RANDOM: anywhere}  # last, as in the paper
+    return Measured(table, same_places, same, shown)
+
+
+def _kappas(found: Sequence[Agreement]) -> Tensor:
+    """Return κ of each, float64 [K]; −inf where nothing changed."""
+    return torch.tensor([-torch.inf if a.kappa is None else a.kappa for a in found], dtype=torch.float64)
+
+
+def _mean(found: Sequence[Agreement]) -> Agreement:
+    kappas = [a.kappa for a in found if a.kappa is not None]
+    return Agreement(
+        delta=statistics.fmean(a.delta for a in found),
+        std=None,
+        pairs=found[0].pairs,
+        changed=statistics.fmean(a.changed for a in found),
+        kappa=statistics.fmean(kappas) if kappas else None,
+    )
 
 
 def mask(images: Tensor, centres: Tensor, patch: int, fill: Tensor) -> Tensor:
@@ -261,74 +346,71 @@ def mask(images: Tensor, centres: Tensor, patch: int, fill: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sign_changes(
-    chain: Chain, images: Tensor, masked: Tensor, layers: Sequence[str], batch_size: int
+    chain: Chain, images: Tensor, centres: Tensor, masks: Masks, layers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return, for each layer, the signs of ε = features(image) − features(masked): int8 [N, D]."""
-    signs: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    for whole, hidden in zip(images.split(batch_size), masked.split(batch_size), strict=True):
-        # side by side in one batch, so that equal inputs give outputs that are equal to the bit
-        outputs = chain.activations(torch.cat([whole, hidden]), layers)
-        for layer in layers:
-            before, after = outputs[layer].flatten(1).split(len(whole))
-            signs[layer].append((before - after).sign().to(torch.int8))
-    return {layer: torch.cat(chunks) for layer, chunks in signs.items()}
+    """Return, for each layer, the signs of ε = features(image) − features(masked): int8 [M, N, D].
 
-
-def disagreement(signs: Tensor) -> Tensor:
-    """Return the share of dimensions in which each pair of rows differs: float [N, N] from signs [N, D] of −1, 0, 1."""
-    agree = torch.zeros(len(signs), len(signs), device=signs.device)
-    for value in (-1, 0, 1):
-        members = (signs == value).float()
-        agree += members @ members.T  # whole numbers below 2²⁴: exact in float32
-    return (1 - agree / signs.shape[1]).cpu()
-
-
-def compare(
-    part: Tensor, at_random: Tensor, groups: Tensor, permutations: int, seed: int
-) -> tuple[Agreement, Agreement]:
-    """Return how well a part agrees, and how well random places do.
-
-    part, at_random: signs [N, D] of the same images; groups: int64 [N], pairs are formed within a group only.
-    The test: if part and random place were alike, each image's two changes could be exchanged. It samples such
-    exchanges and counts how often Δ(random) − Δ(part) is as large as observed. Raises UserError where no two images
-    share a group.
+    images: [N, 3, S, S]; centres: [M, N, 2], where each of M masks is in each image
     """
-    count = len(groups)
-    pair = ((groups[:, None] == groups) & ~torch.eye(count, dtype=torch.bool)).double()
+    signs: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    size = max(1, masks.batch_size // (1 + len(centres)))
+    for whole, where in zip(images.split(size), centres.split(size, 1), strict=True):
+        hidden = [mask(whole, places, masks.patch, masks.fill) for places in where]
+        # side by side in one batch, so that equal inputs give outputs that are equal to the bit
+        outputs = chain.activations(torch.cat([whole, *hidden]), layers)
+        for layer in layers:
+            before, *after = outputs[layer].flatten(1).split(len(whole))
+            signs[layer].append((before - torch.stack(after)).sign().to(torch.int8))
+    return {layer: torch.cat(chunks, 1) for layer, chunks in signs.items()}
+
+
+def disagreement(signs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the share of dimensions in which each pair of rows differs, and its expectation: float64 [N, N] each.
+
+    signs: [N, D] of −1, 0 and 1. The expectation is that of independent signs, as frequent as in the two rows.
+    """
+    members = torch.stack([(signs == value).float() for value in (-1, 0, 1)])
+    agree = (members @ members.mT).sum(0)  # whole numbers below 2²⁴: exact in float32
+    often = members.mean(2).cpu().double()
+    return 1 - agree.cpu().double() / signs.shape[1], 1 - often.T @ often
+
+
+def agreement(signs: Tensor, groups: Tensor) -> Agreement:
+    """Return how well the changes of signs [N, D] agree between the images of one group, int64 [N]; raise UserError."""
+    pair = (groups[:, None] == groups).triu(1)
     if not pair.any():
         raise UserError("there are no two images of one class to compare: raise job.count")
-    table = disagreement(torch.cat([part, at_random])).double()
-    own = torch.arange(count)
-    observed = _difference(table, pair, own[None], own[None] + count)[0]
-    generator = torch.Generator().manual_seed(seed)
-    swaps = (torch.rand(permutations, count, generator=generator) < 0.5).long()
-    permuted = [_difference(table, pair, own + count * s, own + count * (1 - s)) for s in swaps.split(200)]
-    p = (1 + int((torch.cat(permuted) >= observed - 1e-12).sum())) / (1 + permutations)
-    upper = pair.bool().triu()
-    here, there = table[:count, :count][upper], table[count:, count:][upper]
-    mean, spread = float(there.mean()), float(there.std(correction=0))
-    return (
-        Agreement(float(here.mean()), float(here.std(correction=0)), len(here), mean, spread, p),
-        Agreement(mean, spread, len(there), mean, spread, None),
+    differ, expected = (table[pair] for table in disagreement(signs))
+    chance = float(expected.mean())
+    return Agreement(
+        delta=float(differ.mean()),
+        std=float(differ.std(correction=1)) if len(differ) > 1 else None,
+        pairs=len(differ),
+        changed=float((signs != 0).float().mean()),
+        kappa=1 - float(differ.mean()) / chance if chance > 1e-12 else None,
     )
 
 
-def _difference(table: Tensor, pair: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Return Δ(second) − Δ(first) [B] for rows of the table, int64 [B, N] each."""
-    means = [(table[r[:, :, None], r[:, None, :]] * pair).sum((1, 2)) / pair.sum() for r in (first, second)]
-    return means[1] - means[0]
+def _place_rows(measured: Measured) -> list[dict[str, Any]]:
+    """One row for each layer and same place."""
+    rows = []
+    for layer, found in measured.same.items():
+        columns = {key: [getattr(a, key) for a in found] for key in ("delta", "changed", "kappa")}
+        y, x = measured.places.T.tolist()
+        rows += to_rows(layer=[layer] * len(found), y_in_box=y, x_in_box=x, **columns)
+    return rows
 
 
 # ---- figure
 
 
 @styled
-def draw_correspondence(table: Mapping[str, Mapping[str, Agreement]], examples: Mapping[str, Tensor]) -> Figure:
-    """Draw a column of masked images for each part (paper, Fig. 8) and Δ by part for each layer, random places last.
+def draw_correspondence(measured: Measured, examples: Mapping[str, Tensor]) -> Figure:
+    """Draw a column of masked images for each row (paper, Fig. 8), and κ by row for each layer.
 
-    table: layer → part → its agreement; examples: part → uint8 [M, S, S, 3].
+    examples: row → uint8 [M, S, S, 3]
     """
-    parts, widths = list(examples), (1.15 * len(examples) + 0.3, 3.6 * len(table))
+    parts, widths = list(examples), (1.15 * len(examples) + 0.3, 3.9 * len(measured.table))
     figure = new_figure(figsize=(sum(widths), 5.2))
     figure.suptitle("Does hiding the same part of different images change features alike?")
     left, right = figure.subfigures(1, 2, width_ratios=widths)  # type: ignore[misc]
@@ -337,20 +419,25 @@ def draw_correspondence(table: Mapping[str, Mapping[str, Agreement]], examples: 
     tiles = torch.stack([examples[part][n] for n in range(count) for part in parts])
     show_mosaic(panel, tiles, plain(parts), gap=max(2, size // 24))
     panel.set_title(f"Masks on the first {count} images")
-    axes = right.subplots(1, len(table), squeeze=False, sharey=True)[0]
-    for axis, (layer, rows) in zip(axes, table.items(), strict=True):
+    axes = right.subplots(1, len(measured.table), squeeze=False, sharey=True)[0]
+    for axis, (layer, rows) in zip(axes, measured.table.items(), strict=True):
+        null = _kappas(measured.same[layer])
+        null = null[null.isfinite()]
+        if len(null):
+            low, high = null.quantile(torch.tensor([0.025, 0.975], dtype=null.dtype)).tolist()
+            axis.axvspan(low, high, color=PALE, alpha=0.6, lw=0, zorder=0)
+        largest = max([row.kappa or 0.0 for row in rows.values()] + null.tolist())
         for y, row in enumerate(rows.values()):
-            colour = PALE if row.p is None else LIGHT_BLUE
-            axis.barh(y, row.delta, xerr=row.spread, color=colour, ecolor=SOFT, height=0.65)
-            p = "" if row.p is None else f"  p = {row.p:.3g}"
-            axis.text(row.delta + row.spread, y, f" {row.delta:.3f}{p}", va="center")
-        axis.axvline(rows[RANDOM].delta, color=SOFT, ls="--", lw=1)
+            axis.barh(y, row.kappa or 0.0, color=LIGHT_BLUE if row.p_holm is not None else SOFT, height=0.65)
+            p = "" if row.p_holm is None else f"\np = {row.p:.3g}, by Holm {row.p_holm:.3g}"
+            text = "nothing changes" if row.kappa is None else f"Δ {row.delta:.3f}, {row.changed:.0%} changed{p}"
+            axis.text(1.03 * max(largest, 0.01), y, text, va="center", fontsize=8)
         axis.set_yticks(range(len(rows)), plain(rows))
         axis.grid(axis="y", visible=False)
         axis.set(
-            title=f"{layer} (dashed: random places)",
-            xlabel="sign difference Δ: mean and deviation over pairs\n(small: the part matters alike)",
-            xlim=(0, 1.75 * max(row.delta + row.spread for row in rows.values())),
+            title=f"{layer} (grey: middle 95 % of {len(measured.places)} same places)",
+            xlabel="agreement κ beyond chance\n(1: the part changes features alike in every image)",
+            xlim=(min([0.0, *(row.kappa or 0.0 for row in rows.values())]), 1.9 * max(largest, 0.01)),
         )
     axes[0].invert_yaxis()
     return figure

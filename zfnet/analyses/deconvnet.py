@@ -29,18 +29,19 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
-from zfnet.config.randomness import CONTROL, make_key, permutation, randint
+from zfnet.config.randomness import CONTROL, make_key, permutation, uniform
 from zfnet.config.schema import Config, model_name
 from zfnet.data import ImageSet, preprocess
 from zfnet.explain.crops import frame_size, project_frames, view_maps
 from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.receptive_field import receptive_boxes, window_steps
+from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
 from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
+from zfnet.explain.statistics import describe, false_discovery_rate
 from zfnet.explain.switches import DEAD_WINDOWS
-from zfnet.explain.top_activations import TopActivations, collect
+from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
 from zfnet.model.chain import Chain
 from zfnet.plots.atlas import Atlas, write_atlas
-from zfnet.plots.figures import BLUE, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
+from zfnet.plots.figures import BLUE, INK, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
 from zfnet.plots.pictures import mosaic, show
 from zfnet.runs.directory import RunDirectory, write_tensors
 from zfnet.runs.session import StopRequest, claimed, recorded_state
@@ -57,7 +58,9 @@ CONTROLS = {
 }
 SEARCH = "search.safetensors"
 _SAVE_SECONDS = 30.0
-_CONTROL_UNITS = 16  # for each layer
+_CONTROL_UNITS = 64  # for each layer
+_SHUFFLES = 3  # of the weights
+SIMILARITIES = {"signed": "of the values", "unsigned": "of their sizes"}
 
 
 @dataclass(kw_only=True)
@@ -102,8 +105,12 @@ class DeconvnetJob(Look):
                 log.info("%s: %s", loaded.source.folder, ", ".join(layers))
                 device = loaded.runtime.device
                 log.info("%s %s images on %s, rule %s", f"{len(images):,}", split.name, device, self.rule)
-                search = TopActivations(self.top, len(images.classes))
-                origin = {"weights": weights_hash(loaded.model.state_dict()), "data": splits.fingerprint}
+                search = TopActivations(self.top, len(images.classes), images.labels)
+                origin = {
+                    "weights": weights_hash(loaded.model.state_dict()),
+                    "data": splits.fingerprint,
+                    "shuffles": SHUFFLES,  # a search that an older version stopped has none
+                }
                 search = search_or_continue(search, loaded, images, layers, run, origin, stop)
                 write_tables(run, search, chain, images)
                 title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
@@ -112,10 +119,11 @@ class DeconvnetJob(Look):
                 for layer in tqdm(layers, "figures", unit="layer", disable=None, leave=False):
                     units = draw_layer(atlas, layer, self.maps, config.seed, run)
                     if self.controls and len(units) > 1:
-                        inputs = preprocess(images.pixels(units[:, 0]).to(device), loaded.data)
-                        units[:, 0] = torch.arange(len(units))
+                        numbers, units[:, 0] = units[:, 0].unique(return_inverse=True)
+                        inputs = preprocess(images.pixels(numbers).to(device), loaded.data)
                         similarity[layer] = compare_controls(
-                            project_controls(deconvnet, inputs, layer, units, config.seed)
+                            project_controls(deconvnet, inputs, layer, units, config.seed),
+                            inside_frames(chain, layer, units),
                         )
                         sensitivity[layer] = dead_window_sensitivity(deconvnet, inputs, layer, units)
                     stop.check()
@@ -123,12 +131,12 @@ class DeconvnetJob(Look):
                     run.write_json("controls.json", similarity)
                     run.write_json("dead_windows.json", sensitivity)
                     save_figure(draw_controls(similarity), run.figures / "controls.png")
-                    log.info("rank correlation of projections with those of controls")
+                    log.info("rank correlation of projections with those of controls, mean [95 % interval]")
                     log.info("(near 1: the pictures do not depend on the unit):")
                     for layer, rows in similarity.items():
-                        means = {name: row["rank_correlation"] for name, row in rows.items()}
-                        cells = [f"{name} {'–' if mean is None else f'{mean:+.2f}'}" for name, mean in means.items()]
-                        log.info("  %s  %s", layer, "  ".join(cells))
+                        for name, row in rows.items():
+                            cells = ", ".join(f"{kind} {_interval(row[kind])}" for kind in SIMILARITIES)
+                            log.info("  %-8s %-15s n %-3s %s", layer, name, row["signed"]["n"], cells)
                 if self.atlas:
                     log.info("open %s in a browser", write_atlas(atlas, run.folder / "atlas", stop.check))
             log.info("written to %s", run.folder)
@@ -154,7 +162,9 @@ def search_or_continue(
     if path.exists():
         saved = read_checkpoint(path)
         if saved.metadata["of"] != origin:
-            raise UserError(f"{path} belongs to other weights or images: choose another directory (hydra.run.dir=…)")
+            raise UserError(
+                f"{path} is of other weights, images or another version: choose another directory (hydra.run.dir=…)"
+            )
         search = TopActivations.from_state(saved.tensors, saved.metadata["search"], loaded.runtime.device)
         log.info("going on after %d images", search.images)
 
@@ -209,9 +219,13 @@ def write_tables(run: RunDirectory, search: TopActivations, chain: Chain, images
             image_share=short(stats.image_share),
             position_share=short(stats.position_share),
             selectivity=short(stats.selectivity),
+            selectivity_by_chance=short(stats.chance),
+            selectivity_q=short(false_discovery_rate(stats.p.cpu())),
             **{"class": ["" if d else images.classes[c] for c, d in zip(best, dead, strict=True)]},
             dead=map(int, dead),
         )
+        excess = stats.selectivity - stats.chance
+        log.info("%s: class selectivity beyond that of shuffled labels: mean %.2f", layer, float(excess.mean()))
         if any(dead):
             log.info("%s: %d of %d maps are never active", layer, sum(dead), len(dead))
     if tops:
@@ -225,52 +239,79 @@ def write_tables(run: RunDirectory, search: TopActivations, chain: Chain, images
 def project_controls(
     deconvnet: Deconvnet, images: Tensor, layer: str, units: Tensor, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Project units (image, channel, y, x) of [N ≥ 2, 3, H, W] images as they are (`own`) and with each control.
+    """Project units (image, channel, y, x) of images [N, 3, H, W] as they are (`own`) and with each control.
 
-    Returns projections within the units' receptive fields, [U, 3, s, s] each; `other_switches` where there are some.
-    All are seeded with 1, since a control's own activation may be 0; the seed only scales a projection. With
-    `rule=guided` or `gradient` an inactive unit still projects to nothing.
+    Returns projections within the units' receptive fields, [U, 3, s, s]; of `random_weights` [K, U, 3, s, s], of K
+    shuffles. `other_unit` is active at the same place, and empty where no other is. `other_switches` are there if the
+    network has some and the images are not all equal. All are seeded with 1, since a control's own activation may be 0;
+    the seed only scales a projection. With `rule=guided` or `gradient` an inactive unit still projects to nothing.
     """
     chain = deconvnet.chain
     ones = torch.ones(len(units), dtype=images.dtype)
-    channels = chain.up_to(layer)[-1].output_shape[0]
-    neighbours = units.clone()
-    step = 1 + randint(make_key(seed, CONTROL, 1), torch.arange(len(units)), max(1, channels - 1))
-    neighbours[:, 1] = (units[:, 1] + step) % channels
-    shuffled = Deconvnet(shuffle_weights(chain, layer, seed), deconvnet.rule, deconvnet.dead_windows, deconvnet.lrn)
+    with torch.no_grad():
+        maps = chain.activations(images, [layer])[layer].cpu()
+    active = maps[units[:, 0], :, units[:, 2], units[:, 3]] > 0
+    active[torch.arange(len(units)), units[:, 1]] = False
+    chance = torch.stack([uniform(make_key(seed, CONTROL, 1, n), torch.arange(len(a))) for n, a in enumerate(active)])
+    neighbours, has_neighbour = units.clone(), active.any(1)
+    neighbours[:, 1] = torch.where(active, 1 + chance, 0).argmax(1)
     # cut to the receptive field: outside of it all of them are 0, which would only make them look alike
     project = functools.partial(project_frames, layer=layer, seeds=ones)
+    shuffled = (
+        Deconvnet(shuffle_weights(chain, layer, seed, k), deconvnet.rule, deconvnet.dead_windows, deconvnet.lrn)
+        for k in range(_SHUFFLES)
+    )
     projections = {
         "own": project(deconvnet, images, units=units),
-        "random_weights": project(shuffled, images, units=units),
-        "other_unit": project(deconvnet, images, units=neighbours),
+        "random_weights": torch.stack([project(twin, images, units=units) for twin in shuffled]),
+        "other_unit": project(deconvnet, images, units=neighbours) * has_neighbour.to(images)[:, None, None, None],
     }
-    if any(isinstance(step.module, nn.MaxPool2d) for step in window_steps(chain, layer)):
-        others = images.roll(1, 0)
+    distinct, number = images.cpu().flatten(1).unique(dim=0, return_inverse=True)  # a data set may hold an image twice
+    if len(distinct) > 1 and any(isinstance(step.module, nn.MaxPool2d) for step in window_steps(chain, layer)):
+        others = distinct.roll(1, 0)[number].view_as(images)
         projections["other_switches"] = project(deconvnet, images, units=units, switches_from=others)
     return projections
 
 
-def compare_controls(projections: Mapping[str, Tensor]) -> dict[str, dict[str, float | int | None]]:
-    """Return for each control the mean and standard deviation of the rank correlation with the units' own.
+def inside_frames(chain: Chain, layer: str, units: Tensor) -> Tensor:
+    """Return what units really see of the frames of `project_frames`: int64 [U, 4], (top, left, bottom, right)."""
+    boxes = receptive_boxes(chain, layer, units[:, 2:])
+    if frame_size(chain, layer) == chain.image_size:
+        return boxes
+    return boxes - receptive_field(chain, layer).corners(units[:, 2:]).repeat(1, 2)
 
-    projections: those of `project_controls`
-    `rank_correlation` is of the signed values, `rank_correlation_abs` of their sizes. Units of which either
-    projection is constant have none; `units` counts the others.
+
+def compare_controls(
+    projections: Mapping[str, Tensor], inside: Tensor
+) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Return for each control `describe` of the rank correlation with the units' own: `signed` and `unsigned`.
+
+    projections: those of `project_controls`; inside: those of `inside_frames`, [U, 4]. Beyond that all are 0, and
+    equal ranks there would make independent pictures look alike. Unsigned is of the sizes: pictures may put their
+    energy in one place and still have other signs. Units of which either projection is constant have none.
     """
-    rows: dict[str, dict[str, float | int | None]] = {name: {} for name in projections if name != "own"}
-    for name, row in rows.items():
-        own, control = projections["own"], projections[name]
-        values = {
-            "rank_correlation": rank_correlation(own, control),
-            "rank_correlation_abs": rank_correlation(own.abs(), control.abs()),
-        }
-        for key, every in values.items():
-            known = every[every.isfinite()]
-            row["units"] = len(known)
-            row[key] = float(known.mean()) if len(known) else None
-            row[f"{key}_std"] = float(known.std(correction=0)) if len(known) else None
+    rows = {}
+    for name, control in projections.items():
+        if name != "own":
+            draws = control if control.ndim == 5 else control[None]  # several shuffles: their mean for each unit
+            values = torch.stack([_similarities(projections["own"], draw, inside) for draw in draws]).mean(0)
+            rows[name] = {kind: describe(column) for kind, column in zip(SIMILARITIES, values.T, strict=True)}
     return rows
+
+
+def _similarities(own: Tensor, control: Tensor, inside: Tensor) -> Tensor:
+    """Return the signed and the unsigned rank correlation of each unit: [U, 2]."""
+    rows = []
+    for a, b, (top, left, bottom, right) in zip(own, control, inside.tolist(), strict=True):
+        pair = [x[:, top:bottom, left:right].reshape(1, -1) for x in (a, b)]
+        rows.append(torch.cat([rank_correlation(*pair), rank_correlation(*(x.abs() for x in pair))]))
+    return torch.stack(rows)
+
+
+def _interval(row: Mapping[str, float | int | None]) -> str:
+    if row["mean"] is None:
+        return "–"
+    return f"{row['mean']:+.2f}" + ("" if row["low"] is None else f" [{row['low']:+.2f}, {row['high']:+.2f}]")
 
 
 def dead_window_sensitivity(
@@ -295,7 +336,7 @@ def dead_window_sensitivity(
 
 
 @torch.no_grad()
-def shuffle_weights(chain: Chain, layer: str, seed: int = 0) -> Chain:
+def shuffle_weights(chain: Chain, layer: str, seed: int = 0, draw: int = 0) -> Chain:
     """Return a copy whose weights up to `layer` are shuffled, layer by layer: the same numbers in random order."""
     twin = copy.deepcopy(chain)
     weighted = [step.module for step in twin.up_to(layer) if step.name in twin.layers]
@@ -303,7 +344,7 @@ def shuffle_weights(chain: Chain, layer: str, seed: int = 0) -> Chain:
         if parametrize.is_parametrized(module, "weight"):  # by weight norm, say: its weight is computed
             parametrize.remove_parametrizations(module, "weight")
         weight: Any = module.weight
-        order = permutation(make_key(seed, CONTROL, 0, number), weight.numel()).to(weight.device)
+        order = permutation(make_key(seed, CONTROL, 0, number, draw), weight.numel()).to(weight.device)
         weight.copy_(weight.flatten()[order].view_as(weight))
     return twin
 
@@ -326,14 +367,18 @@ def _ranks(row: Tensor) -> Tensor:
 
 
 def draw_layer(atlas: Atlas, layer: str, count: int, seed: int, run: RunDirectory) -> Tensor:
-    """Draw `count` of a layer's maps and write the values that the figure shows; return units for the controls."""
+    """Draw `count` of a layer's maps and write the values that the figure shows; return units for the controls.
+
+    These are the strongest one of each of more maps, those drawn among them: int64 [U, 4].
+    """
     record = atlas.search.layers[layer]
     alive = record.filled[:, 0].cpu().nonzero().flatten()
     if len(alive) == 0:
         log.info("%s: no map is ever active, so there is nothing to draw", layer)
         return torch.zeros(0, 4, dtype=torch.int64)
     number = 1 + atlas.deconvnet.chain.conv_layers.index(layer)
-    maps = alive[permutation(make_key(seed, CONTROL, 2, number), len(alive))[:count]].sort().values
+    order = alive[permutation(make_key(seed, CONTROL, 2, number), len(alive))]
+    maps, sampled = order[:count].sort().values, order[:_CONTROL_UNITS].sort().values
     views = view_maps(atlas.deconvnet, atlas.images, atlas.data, layer, record, maps)
     title = (
         f"{layer}: the strongest activations of {len(maps)} of {len(record.values)} maps "
@@ -344,7 +389,8 @@ def draw_layer(atlas: Atlas, layer: str, count: int, seed: int, run: RunDirector
     path = run.folder / "projections" / f"{layer}.safetensors"
     path.parent.mkdir(exist_ok=True)
     write_tensors(path, {"units": views.units, "projections": views.projections, "patches": views.patches}, {})
-    return views.units[views.rank == 0][:_CONTROL_UNITS]
+    image, y, x = record.places().cpu()[sampled, 0].unbind(1)
+    return torch.stack((image, sampled, y, x), 1)
 
 
 @styled
@@ -360,7 +406,10 @@ def draw_projections(
     figure = new_figure(figsize=(4.0 * columns + 0.4, 2.2 * rows + 0.55))
     figure.suptitle(title)
     axes = figure.subplots(1, 2)
-    sides = {"projections (grey: no signal)": projections, "image patches (grey: outside the image)": patches}
+    sides = {
+        "projections (grey: no signal; each scaled for itself)": projections,
+        "image patches (grey: outside the image)": patches,
+    }
     for axis, (name, tiles) in zip(axes, sides.items(), strict=True):
         blocks = [mosaic(block, math.ceil(math.sqrt(len(block))), gap=3, side=96) for block in tiles]
         height, width = (side + side // 9 for side in blocks[0].shape[:2])  # with room for its number
@@ -377,31 +426,33 @@ def draw_projections(
 
 @styled
 def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
-    """Draw the rank correlation of projections with those of each control, by layer: mean and standard deviation."""
+    """Draw the rank correlation of projections with those of each control, by layer: signed, and unsigned."""
     layers = list(similarity)
-    figure = new_figure(figsize=(max(7.5, 1.7 * len(layers) + 1.5), 4.2))
-    axis = figure.subplots()
+    figure = new_figure(figsize=(2 * max(5.0, 1.5 * len(layers) + 1.0), 4.4))
+    figure.suptitle("Similarity of projections to those of controls (1: the picture shows the image, not the unit)")
     width = 0.8 / len(CONTROLS)
-    for place, ((name, meaning), colour) in enumerate(zip(CONTROLS.items(), (BLUE, ORANGE, PURPLE), strict=True)):
-        rows = [similarity[layer].get(name, {}) for layer in layers]
-        drawn = [k for k, row in enumerate(rows) if row.get("rank_correlation") is not None]
-        axis.bar(
-            [k + (place - (len(CONTROLS) - 1) / 2) * width for k in drawn],
-            [rows[k]["rank_correlation"] for k in drawn],
-            width * 0.92,
-            yerr=[rows[k]["rank_correlation_std"] for k in drawn],
-            color=colour,
-            ecolor=SOFT,
-            label=meaning,
-        )
-    axis.axhline(0, color=SOFT, linewidth=0.8)
-    axis.axhline(1, color=SOFT, linewidth=0.8, linestyle=":")
-    axis.set_xticks(range(len(layers)), layers)
-    axis.grid(axis="x", visible=False)
-    axis.set(
-        title="Similarity of projections to those of controls\n(1: equal; the picture shows the image, not the unit)",
-        ylabel="rank correlation ± standard deviation over units",
-        ylim=(min(-0.3, axis.get_ylim()[0]), 1.15),
-    )
-    figure.legend(loc="outside lower center", ncols=3)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (kind, of_what) in zip(axes, SIMILARITIES.items(), strict=True):
+        for place, ((name, meaning), colour) in enumerate(zip(CONTROLS.items(), (BLUE, ORANGE, PURPLE), strict=True)):
+            found = [(k, similarity[layer][name][kind]) for k, layer in enumerate(layers) if name in similarity[layer]]
+            found = [(k, row) for k, row in found if row["mean"] is not None]
+            at = [k + (place - (len(CONTROLS) - 1) / 2) * width for k, _ in found]
+            means = [row["mean"] for _, row in found]
+            axis.bar(at, means, width * 0.92, color=colour, label=meaning)
+            for x, (_, row) in zip(at, found, strict=True):
+                if row["low"] is not None:
+                    axis.plot([x, x], [row["low"], row["high"]], color=INK, lw=1.2)
+        axis.axhline(0, color=SOFT, linewidth=0.8)
+        axis.axhline(1, color=SOFT, linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(layers)), [f"{k}\nn = {_most(similarity[k])}" for k in layers])
+        axis.grid(axis="x", visible=False)
+        axis.set(title=f"{kind}: {of_what}", ylim=(min(-0.3, axis.get_ylim()[0]), 1.15))
+    axes[0].set(ylabel="rank correlation: mean over n units\nand its 95 % interval (bootstrap)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
+
+
+def _most(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how many units the controls of a layer have: one number, or the fewest and the most."""
+    counts = sorted({row["signed"]["n"] for row in rows.values()})
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} … {counts[-1]}"

@@ -183,6 +183,8 @@ def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[di
         for layer in layers:
             similar = correlation(before.responses[layer], now.responses[layer])
             with_last = correlation(before.responses[layer], last.responses[layer])
+            # what to expect of two maps that have nothing to do with each other
+            different = correlation(before.responses[layer], now.responses[layer].roll(1, 1))
             alive = (before.strongest[layer].filled & now.strongest[layer].filled)[:, 0]
             changed = (before.strongest[layer].index != now.strongest[layer].index)[:, 0]
             rows.append(
@@ -192,6 +194,7 @@ def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[di
                     "layer": layer,
                     "correlation_with_previous": float(similar.nanmean()),
                     "correlation_of_previous_with_last": float(with_last.nanmean()),
+                    "correlation_of_different_maps": float(different.nanmean()),
                     "strongest_image_changed": float(changed[alive].double().mean()),
                     "maps": int(similar.isfinite().sum()),
                 }
@@ -215,7 +218,7 @@ def draw_evolution(
     columns = -(-len(maps) // rows)
     width = max(2.4, 0.55 * len(epochs) + 0.5)
     figure = new_figure(figsize=(width * columns, (0.55 * count + 0.75) * rows + 0.4))
-    figure.suptitle("Strongest projection of each map, by epoch (grey: no signal)")
+    figure.suptitle("Strongest projection of each map, by epoch (grey: no signal; each scaled for itself)")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in axes:
         panel.axis("off")

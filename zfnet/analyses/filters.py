@@ -2,7 +2,8 @@
 
 Source: Zeiler & Fergus 2013, section 4.1 and Fig. 6: one filter may dominate unless the RMS is limited to 0.1 (section
 3); AlexNet's 11×11 filters at stride 4 are of very high and low frequencies, alias, and some are dead. The measures
-(RMS, dead, flat, spectrum, aliasing energy) are ours and defined below.
+(RMS, dead, flat, spectrum, aliasing) are ours and defined below. White noise aliases by 1 − 1/stride², whatever the
+network has learnt, so aliasing stands beside that of noise filters of the same shape.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ log = logging.getLogger("zfnet")
 
 FLAT = 0.1  # a filter whose RMS is below this share of the layer's median counts as flat
 _GRID = 64  # frequencies are sampled on a grid of this many points a side
+_NOISE = 200  # filters of white noise, for comparison
+_AT_ONCE = 16  # filters whose spectra on the images' grid are held
 _SIDE, _GAP = 44, 4  # of a drawn filter and between two, in pixels of the sheet
 
 
@@ -75,7 +78,9 @@ class FiltersJob(Look):
                 log.info(f"  RMS: median {rms['median']:.3g}, largest {rms['max']:.3g}")
                 log.info(f"  {row['beyond_limit']} beyond {self.limit:g} (for inputs of 0 … 255: {beyond})")
                 log.info(f"  {row['dead']} dead on {len(images)} images, {row['flat']} flat")
-                log.info(f"  energy that aliases: {100 * row['aliasing_energy']['median']:.1f} % (median)")
+                for key, what in (("aliasing_energy", "of the filters'"), ("aliasing_response", "of their responses'")):
+                    own, noise = row[key]["median"], row[f"{key}_of_noise"]
+                    log.info(f"  {what} energy aliases: {own:.1%} (median; filters of white noise: {noise:.1%})")
             save_figure(draw_filters(measured, self.limit), run.figures / "filters.png")
             run.write_csv("filters.csv", [row for name in measured for row in _rows(name, measured[name])])
             run.write_json("filters.json", {"limit": self.limit, "flat_below": FLAT, "runs": summaries})
@@ -96,6 +101,8 @@ class Filters:
     peak: [F], the largest activation on any image
     spectrum: [F, R], power density by radial frequency; frequencies: [R], upper ends, in cycles per pixel
     aliasing: [F], share of the filter's energy beyond the Nyquist frequency of its stride
+    response_aliasing: [F], the same share of the energy of its responses to the images
+    noise_aliasing, noise_response_aliasing: medians of both over filters of white noise of the same shape
     """
 
     weight: Tensor
@@ -107,6 +114,9 @@ class Filters:
     spectrum: Tensor
     frequencies: Tensor
     aliasing: Tensor
+    response_aliasing: Tensor
+    noise_aliasing: float
+    noise_response_aliasing: float
 
     def __str__(self) -> str:
         return f"{len(self.rms)} filters {'×'.join(map(str, self.weight.shape[2:]))}, stride {self.stride}"
@@ -120,12 +130,15 @@ def measure_filters(chain: Chain, batches: Iterable[Batch]) -> Filters:
     assert isinstance(convolution, nn.Conv2d)
     weight = convolution.weight.detach().cpu().double()
     peak = torch.zeros(len(weight), device=convolution.weight.device)
+    spectra = CrossSpectra()
     for batch in batches:
+        spectra.add(batch.images)
         maps = chain.activations(batch.images, [layer])[layer]
         peak = torch.maximum(peak, maps.amax((0, 2, 3)).float())
     rms = weight.square().mean((1, 2, 3)).sqrt()
     spectrum, frequencies = radial_spectrum(weight)
     rows, columns = map(int, convolution.stride)
+    noise = torch.randn(_NOISE, *weight.shape[1:], generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
     return Filters(
         weight=weight,
         stride=max(rows, columns),
@@ -136,7 +149,54 @@ def measure_filters(chain: Chain, batches: Iterable[Batch]) -> Filters:
         spectrum=spectrum,
         frequencies=frequencies,
         aliasing=aliasing_energy(weight, (rows, columns)),
+        response_aliasing=spectra.aliasing(weight, (rows, columns), convolution.groups),
+        noise_aliasing=float(aliasing_energy(noise, (rows, columns)).median()),
+        noise_response_aliasing=float(spectra.aliasing(noise, (rows, columns), convolution.groups).median()),
     )
+
+
+class CrossSpectra:
+    """Sums the cross-spectra of images, of which the power spectrum of any filter's responses follows.
+
+    Each colour's mean over the image is taken out, and the image faded out towards its borders (Hann's window), which
+    would otherwise appear as edges.
+    """
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None  # [C, C, S, S], complex
+
+    def add(self, images: Tensor) -> None:
+        """Add images [N, C, S, S]."""
+        size = images.shape[-1]
+        window = torch.hann_window(size + 2, periodic=False, dtype=torch.float32, device=images.device)[1:-1]
+        window = window[:, None] * window
+        images = images.float()
+        level = (images * window).sum((2, 3), keepdim=True) / window.sum()
+        power = torch.fft.fft2((images - level) * window)
+        spectra = torch.einsum("nchw,ndhw->cdhw", power, power.conj()).cpu()
+        self.sum = spectra if self.sum is None else self.sum + spectra
+
+    def aliasing(self, weight: Tensor, stride: tuple[int, int], groups: int = 1) -> Tensor:
+        """Return the share of the energy of each filter's responses that a grid of `stride` pixels cannot carry: [F].
+
+        weight: float64 [F, C / groups, k, l]. As in `aliasing_energy`, what lies beyond 1 / (2·stride) cycles per pixel
+        in x or in y counts; on the edge, half. Filters without a response: 0.
+        """
+        assert self.sum is not None
+        size = self.sum.shape[-1]
+        frequency = torch.fft.fftfreq(size, dtype=torch.float64).abs()
+        row, column = (0.5 + 0.5 * torch.sign(0.5 / step - frequency + 1e-12 * (step == 1)) for step in stride)
+        carried = row[:, None] * column
+        shares = []
+        for number, chunk in enumerate(weight.split(1 if groups > 1 else _AT_ONCE)):
+            first = number * groups // len(weight) * weight.shape[1]
+            colours = slice(first, first + weight.shape[1])
+            response = torch.fft.fft2(chunk.float(), s=(size, size)).conj()  # correlation, not convolution
+            power = torch.einsum("fchw,cdhw,fdhw->fhw", response, self.sum[colours, colours], response.conj())
+            power = power.real.double().clamp(min=0)
+            whole = power.sum((1, 2))
+            shares.append(torch.where(whole > 0, 1 - (power * carried).sum((1, 2)) / whole.clamp(min=1e-300), 0.0))
+        return torch.cat(shares).clamp(0, 1)
 
 
 def aliasing_energy(weight: Tensor, stride: int | tuple[int, int]) -> Tensor:
@@ -195,6 +255,9 @@ def _summarise(filters: Filters, std: Sequence[float], limit: float) -> dict[str
         "dead": int(filters.dead.sum()),
         "flat": int(filters.flat.sum()),
         "aliasing_energy": spread(filters.aliasing),
+        "aliasing_energy_of_noise": filters.noise_aliasing,
+        "aliasing_response": spread(filters.response_aliasing),
+        "aliasing_response_of_noise": filters.noise_response_aliasing,
         "mean_power_density_up_to": dict(zip(frequencies, filters.spectrum.mean(0).tolist(), strict=True)),
     }
 
@@ -210,6 +273,7 @@ def _rows(name: str, filters: Filters) -> list[dict[str, Any]]:
         flat=filters.flat.tolist(),
         largest_activation=filters.peak.tolist(),
         aliasing_energy=filters.aliasing.tolist(),
+        aliasing_response=filters.response_aliasing.tolist(),
         **dict(zip(ends, filters.spectrum.T.tolist(), strict=True)),
     )
 
@@ -232,6 +296,10 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
     low, high = min(float(values.min()), limit) / 1.3, max(float(values.max()), limit) * 1.3
     wide = high > 10 * low
     bins = np.geomspace(low, high, 25) if wide else np.linspace(low, high, 25)
+    responses = [
+        float(value) for f in measured.values() for value in (f.response_aliasing.max(), f.noise_response_aliasing)
+    ]
+    most = min(1.0, 1.15 * max(0.04, *responses))
     quartiles = torch.tensor([0.25, 0.75], dtype=torch.float64)
     for panel, colour, (name, filters) in zip(sheets, PALETTE, measured.items(), strict=False):
         _draw_sheet(panel, filters, columns)
@@ -243,7 +311,8 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
         band = filters.spectrum.quantile(quartiles, 0).numpy()
         axes[1].fill_between(centres.numpy(), *band, color=colour, alpha=0.15, lw=0)
         axes[1].axvline(0.5 / filters.stride, color=colour, ls="--", lw=1)
-        axes[2].hist(filters.aliasing.numpy(), np.linspace(0, 1, 26), color=colour, alpha=0.55, label=name)
+        axes[2].hist(filters.response_aliasing.numpy(), np.linspace(0, most, 26), color=colour, alpha=0.55, label=name)
+        axes[2].axvline(filters.noise_response_aliasing, color=colour, ls="--", lw=1)
     axes[0].axvline(limit, color=INK, ls="--", lw=1)
     title = f"Size of the weights (dashed: the paper's limit, {limit:g})"
     axes[0].set(title=title, xlabel="RMS of a filter's weights", ylabel="filters")
@@ -257,9 +326,9 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
         ylim=(0, None),
     )
     axes[2].set(
-        title="Energy beyond the stride's Nyquist frequency",
-        xlabel="of the filter's energy",
-        xlim=(0, 1),
+        title="Response beyond the stride's Nyquist frequency\n(dashed: median of white-noise filters)",
+        xlabel="of the energy of the filter's responses",
+        xlim=(0, most),
         ylabel="filters",
     )
     axes[2].xaxis.set_major_formatter("{x:.0%}")

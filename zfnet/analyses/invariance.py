@@ -54,7 +54,7 @@ class InvarianceJob(Look):
     translation: Annotated[float, Field(gt=0, lt=1)]
     scale: Annotated[float, Field(gt=1, le=10)]
     rotation: Annotated[float, Field(gt=0, lt=360)]
-    steps: Annotated[int, Field(ge=2, le=1000)]
+    steps: Annotated[int, Field(ge=3, le=1000)]
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/invariance.png, every point of its curves (curves.csv), and invariance.json."""
@@ -112,18 +112,28 @@ def make_amounts(size: int, translation: float, scale: float, rotation: float, s
     """Return each transform's amounts, float [A]; each holds its identity (0 px, ×1, 0°) exactly once.
 
     size: side of the image in pixels; translation: largest shift as a share of it (whole pixels are used);
-    scale: largest factor; rotation: largest angle in degrees; steps: how many amounts, at most.
+    scale: largest factor; rotation: largest angle in degrees; steps: how many amounts, at most (3 or more).
+    Angles divide 90° evenly, if there are steps enough: objects with a rotational symmetry look the same only at
+    90°, 180° and 270°, between which nothing of it is seen.
     """
     reach = round(translation * size)
     # the same number on both sides of 0, and never the same pixel twice
-    side = torch.linspace(0, reach, steps // 2 + 1).round().unique()
+    side = torch.linspace(0, reach, (steps - 1) // 2 + 1).round().unique()
     shifts = torch.cat([-side.flip(0)[:-1], side])
     return {
         "vertical translation": shifts,
         "horizontal translation": shifts,
         "scale": torch.linspace(1, scale, steps),
-        "rotation": torch.linspace(0, rotation, steps),
+        "rotation": _angles(rotation, steps),
     }
+
+
+def _angles(largest: float, steps: int) -> Tensor:
+    parts = int((steps - 1) * 90 / largest)  # of a right angle
+    if parts == 0:
+        return torch.linspace(0, largest, steps)
+    angles = torch.arange(int(largest * parts / 90) + 1) * 90.0 / parts
+    return angles if largest - float(angles[-1]) < 1e-3 else torch.cat([angles, torch.tensor([largest])])
 
 
 def identity(transform: str) -> float:

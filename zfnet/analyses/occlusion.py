@@ -2,7 +2,8 @@
 
 Source: Zeiler & Fergus 2013, section 4.2 and Fig. 7. The paper gives neither the square's size nor its steps; ours
 follow the image's size. Places cover the whole image; at the borders the square hangs over and hides less. Where the
-object's box is known, the probability inside and outside it tells whether the object matters.
+objects' boxes are known, the place of the lowest probability tells whether the object matters: it is in its own
+image's box more often than in the boxes of other images, which are in the middle of most images, too.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from zfnet.explain.selection import (
     to_inputs,
     to_rows,
 )
+from zfnet.explain.statistics import own_and_others, percent
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.figures import RED, class_colours, new_figure, plain, save_figure, styled
@@ -58,6 +60,7 @@ class OcclusionJob(Look):
     reads_images: ClassVar[bool] = True
 
     count: Annotated[int, Field(ge=1)]
+    boxed_images: Annotated[int, Field(ge=2)]
     layer: Optional[str]
     patch: Optional[Annotated[int, Field(ge=1)]]
     stride: Optional[Annotated[int, Field(ge=1)]]
@@ -83,13 +86,18 @@ class OcclusionJob(Look):
                 "batch_size": data.batch_size,
             }
             result = occlude(chain, chosen.inputs, chosen.labels, **settings)
+            boxes = None
+            if chosen.boxes is not None:
+                many = choose_images(loaded, config, self.boxed_images, split)
+                settings["stride"] = max(stride, patch // 2)  # finer steps are for maps
+                boxes = box_evidence(occlude(chain, many.inputs, many.labels, **settings), many.boxes)
             pictures = to_pixels(chosen.inputs, data).numpy()
             colour = (to_pixels(fill.view(1, 3, 1, 1), data).flatten() / 255).tolist()
             panels = project_strongest_map(loaded, layer, chosen.inputs, result, split.images)
             figure = draw_occlusion(result, pictures, chosen, loaded.classes, layer, panels, colour)
             save_figure(figure, run.figures / "occlusion.png")
             run.write_csv("maps.csv", _rows(result, chosen, loaded.classes))
-            run.write_json("occlusion.json", _summarise(result, chosen, loaded.classes))
+            run.write_json("occlusion.json", _summarise(result, chosen, loaded.classes, boxes))
             log.info("written to %s", run.folder)
 
 
@@ -199,10 +207,22 @@ def _outputs(chain: Chain, images: Tensor, layer: str, channel: Tensor, labels: 
     return Outputs(activation, probabilities[rows, labels], predicted, confidence)
 
 
-def inside_and_outside(maps: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean of each map [N, P, P] over the places that `inside` marks, and over the others: two [N]."""
-    within, outside = (torch.where(where, maps, torch.nan).nanmean((1, 2)) for where in (inside, ~inside))
-    return within, outside
+def box_evidence(result: Occlusion, boxes: Tensor | None) -> dict[str, Any]:
+    """Return `own_and_others` of the objects' boxes [N, 4]: how often the lowest probability, and what mean, is inside.
+
+    For a box as for the places, the square's centre counts.
+    """
+    assert boxes is not None
+    inside = in_boxes(result.starts + result.patch / 2, boxes).flatten(1)  # [box, place]
+    probability = result.occluded.probability.flatten(1)
+    within, outside = (
+        torch.where(where, probability[:, None], torch.nan).nanmean(2) for where in (inside[None], ~inside[None])
+    )
+    return {
+        "share_of_places_in_the_box": float(inside.float().mean()),
+        "lowest_in_the_box": own_and_others(inside[:, probability.argmin(1)].T.double()),
+        "probability_outside_minus_inside": own_and_others(outside - within),
+    }
 
 
 def _rows(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -217,7 +237,9 @@ def _rows(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> list[dic
     )
 
 
-def _summarise(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> dict[str, Any]:
+def _summarise(
+    result: Occlusion, chosen: Chosen, classes: Sequence[str], boxes: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Return and log what became of each image and, where the objects' boxes are known, whether the objects matter."""
     images, lowest = [], result.occluded.probability.flatten(1).argmin(1)
     for number, name in enumerate(chosen.names):
@@ -240,18 +262,11 @@ def _summarise(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> dic
         )
         images.append(row)
     summary: dict[str, Any] = {"patch": result.patch, "starts": result.starts.tolist(), "images": images}
-    if chosen.boxes is not None:
-        inside = in_boxes(result.starts + result.patch / 2, chosen.boxes)  # by the square's centre
-        within, outside = inside_and_outside(result.occluded.probability, inside)
-        share, at_lowest = inside.float(), inside.flatten(1)[torch.arange(len(chosen)), lowest].float()
-        summary["boxes"] = {
-            "share_of_places_in_the_box": float(share.mean()),
-            "share_of_images_lowest_in_the_box": float(at_lowest.mean()),
-            "mean_probability_in_the_box": float(within.nanmean()),
-            "mean_probability_outside": float(outside.nanmean()),
-        }
+    if boxes is not None:
+        summary["boxes"], lowest_in = boxes, boxes["lowest_in_the_box"]
         log.info(
-            f"lowest in the object's box: {at_lowest.mean():.0%} of images (the box: {share.mean():.0%} of places)"
+            f"lowest in the object's box: {percent(lowest_in['own'])} of {lowest_in['own']['n']} images, "
+            f"in other images' boxes: {percent(lowest_in['others'])}; difference {percent(lowest_in['difference'])}"
         )
     return summary
 

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
+from zfnet.config.randomness import CONTROL, make_key, permutation
 from zfnet.data import Batches, ImageSet
+from zfnet.explain.statistics import rank_p
 from zfnet.model.chain import Chain
 
+SHUFFLES = 19  # of the labels: p is at least 0.05
 _NONE = torch.iinfo(torch.int64).max  # the index of a place that no image has taken yet: sorts last
 
 
@@ -28,7 +31,8 @@ class LayerRecord:
 
     values: [C, top], descending, −inf where there were fewer images; index: int64 [C, top], which image;
     position: int64 [C, top], y·width + x
-    sums: float64 [classes, C], over images of each class, of the map's mean activation
+    sums: float64 [1 + shuffles, classes, C], over images of each class, of the map's mean activation; those after the
+        first with shuffled labels
     active_images, active_positions: int64 [C], how many had an activation above 0
     """
 
@@ -57,6 +61,8 @@ class MapStatistics:
     mean: [C], mean activation; class_means: [C, classes]; image_share, position_share: [C], the share of
     images and of positions where the map is active, 0 … 1; selectivity: [C], see `selectivity`; best_class: int64
     [C], the class with the highest mean; dead: bool [C], never active
+    chance: [C], the mean selectivity with shuffled labels, NaN without: a map that is blind for classes, but seldom
+    active, has a high one; p: [C], the share of shuffled labels with as high a selectivity, the true ones among them
     """
 
     mean: Tensor
@@ -66,13 +72,22 @@ class MapStatistics:
     selectivity: Tensor
     best_class: Tensor
     dead: Tensor
+    chance: Tensor
+    p: Tensor
 
 
 class TopActivations:
-    """Collects, batch by batch, the `top` strongest activations of every map of some layers."""
+    """Collects, batch by batch, the `top` strongest activations of every map of some layers.
 
-    def __init__(self, top: int, num_classes: int) -> None:
+    labels: int64 [images], of the whole set: then the selectivity by chance is measured, too, with these labels
+    shuffled among the images SHUFFLES times
+    """
+
+    def __init__(self, top: int, num_classes: int, labels: Tensor | None = None) -> None:
         self.top, self.num_classes = top, num_classes
+        labels = torch.zeros(0, dtype=torch.int64) if labels is None else labels.cpu()
+        orders = [permutation(make_key(0, CONTROL, 3, k), len(labels)) for k in range(SHUFFLES if len(labels) else 0)]
+        self.shuffled = torch.stack([labels[order] for order in orders]) if orders else labels.view(0, 0)
         self.layers: dict[str, LayerRecord] = {}
         self.images = 0
         self.class_counts = torch.zeros(num_classes, dtype=torch.int64)
@@ -86,14 +101,15 @@ class TopActivations:
         device = next(iter(activations.values())).device
         index, labels = index.to(device), labels.to(device)
         exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        members = torch.nn.functional.one_hot(labels, self.num_classes).to(exact)
+        every = torch.stack([labels, *(other[index] for other in self.shuffled.to(device))])
+        members = torch.nn.functional.one_hot(every, self.num_classes).to(exact)  # [1 + shuffles, B, classes]
         for layer, maps in activations.items():
             maps = maps.detach()[:, :, None, None] if maps.ndim == 2 else maps.detach()
             record = self.layers.get(layer) or self._new(layer, maps, exact)
             flat = maps.flatten(2)
             value, position = flat.max(2)  # of equal ones the first
             self._merge(record, value.T, index.expand(value.shape[1], -1), position.T)
-            record.sums += members.T @ flat.mean(2).to(exact)
+            record.sums += members.mT @ flat.mean(2).to(exact)
             active = (flat > 0).sum(2)
             record.active_images += (active > 0).sum(0)
             record.active_positions += active.sum(0)
@@ -107,7 +123,7 @@ class TopActivations:
             values=torch.full((channels, self.top), float("-inf"), dtype=maps.dtype, device=device),
             index=torch.full((channels, self.top), _NONE, device=device),
             position=torch.zeros(channels, self.top, dtype=torch.int64, device=device),
-            sums=torch.zeros(self.num_classes, channels, dtype=exact, device=device),
+            sums=torch.zeros(1 + len(self.shuffled), self.num_classes, channels, dtype=exact, device=device),
             active_images=whole,
             active_positions=whole.clone(),
             size=(maps.shape[2], maps.shape[3]),
@@ -131,17 +147,20 @@ class TopActivations:
         """Return the statistics of a layer's maps over all images added so far (at least one)."""
         record = self.layers[layer]
         counts = self.class_counts.to(record.sums)
-        class_means = (record.sums / counts.clamp(min=1)[:, None]).T
-        selective, best = selectivity(class_means, counts > 0)
+        class_means = (record.sums / counts.clamp(min=1)[:, None]).mT
+        selective, best = selectivity(class_means[0], counts > 0)
+        shuffled = torch.stack([selective, *(selectivity(means, counts > 0)[0] for means in class_means[1:])])[1:]
         positions = self.images * record.size[0] * record.size[1]
         return MapStatistics(
-            mean=record.sums.sum(0) / self.images,
-            class_means=class_means,
+            mean=record.sums[0].sum(0) / self.images,
+            class_means=class_means[0],
             image_share=record.active_images / self.images,
             position_share=record.active_positions / positions,
             selectivity=selective,
             best_class=best,
             dead=record.active_images == 0,
+            chance=shuffled.mean(0),
+            p=rank_p(selective, shuffled),
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -149,6 +168,7 @@ class TopActivations:
         tensors = {"class_counts": self.class_counts}
         for layer, record in self.layers.items():
             tensors |= {f"{layer}.{k}": v for k, v in vars(record).items() if isinstance(v, Tensor)}
+        tensors["shuffled"] = self.shuffled
         sizes = {layer: list(record.size) for layer, record in self.layers.items()}
         return tensors, {"top": self.top, "num_classes": self.num_classes, "images": self.images, "sizes": sizes}
 
@@ -159,6 +179,7 @@ class TopActivations:
         """Return the collection that `state` described, with its tensors on `device`."""
         self = cls(metadata["top"], metadata["num_classes"])
         self.images, self.class_counts = metadata["images"], tensors["class_counts"]
+        self.shuffled = tensors["shuffled"]
         for layer, size in metadata["sizes"].items():
             fields = {
                 key.removeprefix(f"{layer}."): value.to(device)

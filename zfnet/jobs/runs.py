@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.reading import read_yaml
 from zfnet.config.schema import Config, Job, flatten
 from zfnet.runs.directory import RunDirectory, list_runs
 from zfnet.runs.tables import format_table, shorten
@@ -23,7 +24,6 @@ from zfnet.runs.weights import recorded_accuracy
 
 # jobs that train; a run with a history.csv, of a job of your own, and a damaged run count as trainings too
 _TRAININGS = ("train", "extend", "fork", "reproduce", "?")
-_MOST_BYTES = 100_000  # of a record of overrides
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def _name(group: Any) -> str:
 def _overrides(run: RunDirectory) -> list[str]:
     path = run.folder / ".hydra" / "overrides.yaml"
     try:
-        words = yaml.safe_load(path.read_bytes()) if path.stat().st_size < _MOST_BYTES else []
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        words = read_yaml(path)
+    except (OSError, ValueError, yaml.YAMLError):
         return []
     words = [str(word) for word in words] if isinstance(words, list) else []
     return [word for word in words if not word.lstrip("+~").startswith(("hydra", "job=", "run="))]

@@ -19,9 +19,10 @@ from zfnet.config.randomness import DROPOUT, make_key, uniform
 class LocalResponseNorm(nn.Module):
     """y_c = x_c · (k + α Σ x²)^(−β), the sum running over the `size` maps around c (Krizhevsky 2012, section 3.3).
 
-    The constants are Krizhevsky's; ZFNet's paper gives none. His α multiplies the sum, PyTorch's and Caffe's
-    the mean, so α here is 1/size of theirs. The sum is a 1×1 convolution with a banded matrix: 3 times as
-    fast as `nn.LocalResponseNorm` on a CPU, and deterministic on CUDA, where that one's backward is not.
+    The constants are Krizhevsky's; ZFNet's paper gives none. His α multiplies the sum (as printed; his code divides
+    it by the size), PyTorch's and Caffe's the mean, so α here is 1/size of theirs. The sum is a 1×1 convolution with a
+    banded matrix: 3 times as fast as `nn.LocalResponseNorm` on a CPU, and deterministic on CUDA, where that one's
+    backward is not.
     """
 
     def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> None:

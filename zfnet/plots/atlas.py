@@ -181,6 +181,7 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
             images=map(_short, stats.image_share.tolist()),
             positions=map(_short, stats.position_share.tolist()),
             selectivity=map(_short, stats.selectivity.tolist()),
+            chance=map(_short, stats.chance.nan_to_num().tolist()),
             classes=[list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), means, strict=True)],
             top=tops,
         ),

@@ -37,6 +37,7 @@ def results_of(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]
     """Return one split's entry of results.json."""
     return {
         **evaluation.summary(),
+        "mean_class_accuracy": evaluation.mean_class_accuracy(),
         "images": len(evaluation.labels),
         "per_class": dict(zip(classes, evaluation.per_class(), strict=True)),
         "confusion": evaluation.confusion().tolist(),
@@ -127,19 +128,20 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
 
 @styled
 def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
-    """Draw each class's accuracy as a bar, and the accuracy over all images as a dashed line."""
+    """Draw the accuracy of each class that has images as a bar; dashed: over all images, dotted: the classes' mean."""
     values, few = evaluation.per_class(), len(classes) <= 40
-    known = [v for v in values if v is not None]
     figure = new_figure(figsize=(7, min(1.4 + 0.3 * len(classes), 24)))
     axis = figure.subplots()
     axis.barh(range(len(classes)), [v or 0.0 for v in values], color=LIGHT_BLUE)
     for row, value in enumerate(values) if few else ():
         text = "no images" if value is None else f"{value:.1%}"
         axis.text(1.02, row, text, va="center", fontsize=8)
+    mean = evaluation.mean_class_accuracy()
     axis.axvline(evaluation.accuracy, color=SOFT, linestyle="--", linewidth=1)
+    axis.axvline(mean, color=SOFT, linestyle=":", linewidth=1)
     axis.set_yticks(range(len(classes)), plain(classes), fontsize=8 if few else 5)
     axis.invert_yaxis()
-    title = f"Accuracy by class (dashed: all images, {evaluation.accuracy:.2%}; mean of classes, {np.mean(known):.2%})"
+    title = f"Accuracy by class (dashed: all images, {evaluation.accuracy:.2%}; dotted: mean of classes, {mean:.2%})"
     axis.set(xlim=(0, 1.14), title=title, xlabel="correctly classified images")
     axis.set_xticks(np.linspace(0, 1, 6))
     axis.xaxis.set_major_formatter("{x:.0%}")

@@ -74,6 +74,11 @@ class Evaluation:
             for right, total in zip(confusion.diagonal(), confusion.sum(1), strict=True)
         ]
 
+    def mean_class_accuracy(self) -> float:
+        """Return the mean of the accuracies of those classes that have images (the paper's metric for Caltech)."""
+        known = [a for a in self.per_class() if a is not None]
+        return sum(known) / len(known)
+
     def summary(self) -> dict[str, float | None]:
         return {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss}
 

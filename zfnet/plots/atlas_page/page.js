@@ -34,7 +34,8 @@ const strongest = (map) => (map.dead ? -Infinity : map.top[0][0]);
 const ORDERS = {
   number: () => 0,
   activation: (a, b) => strongest(b) - strongest(a),
-  selectivity: (a, b) => b.selectivity - a.selectivity,
+  // a map that is seldom active looks selective by chance
+  selectivity: (a, b) => (b.selectivity - b.chance) - (a.selectivity - a.chance),
   sparsity: (a, b) => (a.dead ? 2 : a.positions) - (b.dead ? 2 : b.positions),
 };
 
@@ -118,7 +119,8 @@ function showMap(map) {
   $("statistics").textContent = map.dead
     ? `Never active on ${metadata.images.toLocaleString("en")} ${metadata.split} images.`
     : `Active in ${percent(map.images)} of images and at ${percent(map.positions)} of positions; `
-      + `mean activation ${map.mean}; class selectivity ${map.selectivity.toFixed(3)} (${favourite(map)}); `
+      + `mean activation ${map.mean}; class selectivity ${map.selectivity.toFixed(3)} `
+      + `(${favourite(map)}; with shuffled labels ${map.chance.toFixed(3)}); `
       + `sees ${map.layer.field} × ${map.layer.field} px`;
   $("tiles").replaceChildren(...map.top.map((entry, place) => tile(map, entry, place)));
   $("detail").classList.toggle("empty", map.dead);
@@ -151,7 +153,8 @@ function follow() {
 
 $("about").textContent = `${metadata.title}: the ${metadata.top} strongest activations of each map over `
   + `${metadata.images.toLocaleString("en")} ${metadata.split} images, rule ${metadata.rule}. `
-  + "Below each map: its class selectivity, from 0 to 1, and the class that excites it most.";
+  + "Below each map: its class selectivity, from 0 to 1, and the class that excites it most; "
+  + "maps are sorted by what it has beyond that of shuffled labels.";
 for (const name of ["", ...metadata.layers.map((layer) => layer.name)]) {
   $("layers").append(make("button", { type: "button", value: name, textContent: name || "all", onclick: () => chooseLayer(name) }));
 }

@@ -1,0 +1,67 @@
+"""Statistics that the analyses share.
+
+One convention everywhere: `std` is the sample's standard deviation (ddof=1), which one value alone does not have;
+`low` and `high` are the ends of a 95 % bootstrap interval of the mean (percentiles, what is counted in `n` is drawn).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_RESAMPLES = 2000
+
+
+def describe(values: Tensor) -> dict[str, float | int | None]:
+    """Return n, mean, std, low and high of values [n]; what is not finite does not count; None for want of them."""
+    known = values.detach().cpu().double().flatten()
+    known = known[known.isfinite()]
+    count = len(known)
+    row: dict[str, float | int | None] = {"n": count, "mean": None, "std": None, "low": None, "high": None}
+    if count:
+        row["mean"] = float(known.mean())
+    if count > 1:
+        drawn = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+        low, high = known[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        row |= {"std": float(known.std(correction=1)), "low": low, "high": high}
+    return row
+
+
+def own_and_others(table: Tensor) -> dict[str, dict[str, float | int | None]]:
+    """Compare each image's value with its own partner to those with the other images' partners.
+
+    table: [N, N], row: image, column: partner (such as its object's box). Objects stand in the middle of most images,
+    so the other images' boxes, and not the box's area, tell what to expect by chance. Returns `describe` of the values
+    with the `own` partner, of the mean over the `others`, and of their `difference`, image by image.
+    """
+    table = table.double()
+    own = table.diagonal()
+    others = table.masked_fill(torch.eye(len(table), dtype=torch.bool), torch.nan).nanmean(1)
+    return {"own": describe(own), "others": describe(others), "difference": describe(own - others)}
+
+
+def rank_p(values: Tensor, null: Tensor) -> Tensor:
+    """Return p of values [C] against the null's [K, C or 1]: (1 + how many of these are as large) / (1 + K)."""
+    return (1 + (null >= values - 1e-12).sum(0)).double() / (1 + len(null))
+
+
+def holm(p: Tensor) -> Tensor:
+    """Return p values [n] corrected for n tests (Holm 1979): below 0.05 all are true, in 19 of 20 such families."""
+    order = p.argsort(stable=True)
+    steps = (p[order] * torch.arange(len(p), 0, -1)).clamp(max=1)
+    return torch.empty_like(p).scatter(0, order, steps.cummax(0).values) if len(p) else p
+
+
+def false_discovery_rate(p: Tensor) -> Tensor:
+    """Return q values [n] (Benjamini & Hochberg 1995): of the tests with q ≤ 0.05, 5 % are expected to be false."""
+    order = p.argsort(stable=True)
+    steps = p[order] * len(p) / torch.arange(1, len(p) + 1)
+    return torch.empty_like(p).scatter(0, order, steps.flip(0).cummin(0).values.flip(0)) if len(p) else p
+
+
+def percent(row: dict[str, float | int | None]) -> str:
+    """Return `mean [low, high]` of a row of `describe` in percent, as a line of the log shows it."""
+    if row["mean"] is None:
+        return "–"
+    interval = "" if row["low"] is None else f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"  # type: ignore[operator]
+    return f"{100 * row['mean']:.0f} %{interval}"
