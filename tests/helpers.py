@@ -23,7 +23,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
 from zfnet.training.build import build_state, check_recipe
 from zfnet.training.callbacks import EMA, Callback, FilterRenormalization
-from zfnet.training.device import resolve_runtime
+from zfnet.training.device import resolve_runtime, set_switches
 from zfnet.training.loaded import LoadedRun
 from zfnet.training.state import TrainingState
 
@@ -187,6 +187,31 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(
         0, 256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
+
+
+@contextmanager
+def fast_switches() -> Iterator[None]:
+    """Within this block autocast, TF32 and autotuning are on, as a training has left them; no convolution may use them.
+
+    So it is for explanations. Afterwards the switches must be what they were.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    plain = torch.nn.Conv2d.forward
+
+    def switches() -> tuple[Any, ...]:
+        tf32 = (cudnn.allow_tf32, matmul.allow_tf32, cudnn.conv.fp32_precision, matmul.fp32_precision)
+        return *tf32, cudnn.benchmark, cudnn.deterministic, torch.is_autocast_enabled("cpu")
+
+    def checked(self, x):
+        assert switches() == (False, False, "ieee", "ieee", False, True, False)
+        return plain(self, x)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        set_switches(False, "bf16")
+        before = switches()
+        patch.setattr(torch.nn.Conv2d, "forward", checked)
+        yield
+        assert switches() == before == (True, True, "tf32", "tf32", True, False, True)
 
 
 def write_images(folder: Path, counts: dict[str, int], size: int = 8, suffix: str = "png") -> Path:

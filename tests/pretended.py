@@ -169,6 +169,7 @@ def pretended_gpu() -> Iterator[list[str]]:
             "mem_get_info": (80 << 30, 80 << 30),
             "is_bf16_supported": True,
             "current_stream": stream,
+            "set_device": None,
             "synchronize": None,
         }.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from tests.explain.networks import network, pictures, some_units
-from tests.helpers import MINUTE, compose, data_config, learned, random_images, train_minute, training_state, used
+from tests.gpu.test_cuda import FAST
+from tests.helpers import (
+    MINUTE,
+    compose,
+    data_config,
+    fast_switches,
+    learned,
+    random_images,
+    train_minute,
+    training_state,
+    used,
+)
 from tests.pretended import MixedDevices, OnGpu, pretended_gpu
 from zfnet.analyses import correspondence
 from zfnet.analyses.correspondence import Masks, mark_quarters
@@ -37,6 +48,21 @@ GPU = torch.device("cuda")
 def waits() -> Iterator[list[str]]:
     with pretended_gpu() as waits:
         yield waits
+
+
+@pytest.fixture
+def in_full_precision() -> Iterator[None]:
+    with fast_switches():
+        yield
+
+
+def test_the_tests_of_the_fast_ways_train_in_bf16_with_a_resize() -> None:
+    """What they inherit from MINUTE is neither; these tests run on few machines, and not on this one."""
+    for trainer in ("cuda", "auto"):
+        config = compose(*MINUTE, f"trainer={trainer}", *FAST)
+        assert (config.trainer.precision, config.trainer.deterministic) == ("bf16", False)
+        assert config.data.store_size < config.data.image_size
+        assert config.model.fc7 is not None
 
 
 def test_the_pretence_refuses_what_cuda_refuses(waits: list[str]) -> None:
@@ -109,7 +135,7 @@ def test_the_gpus_way_of_preprocessing_is_within_a_grey_level(waits: list[str], 
 
 
 @pytest.mark.parametrize(("variant", "rule"), [("lrn", "deconvnet"), ("batch", "guided"), ("no_pool", "gradient")])
-def test_projections(waits: list[str], variant: str, rule: str) -> None:
+def test_projections(waits: list[str], in_full_precision: None, variant: str, rule: str) -> None:
     model = network(variant)
     images, layers = pictures(model), ("conv1", "conv5", "fc8")
     units = {layer: some_units(model, images, layer)[:6] for layer in layers}
@@ -121,7 +147,7 @@ def test_projections(waits: list[str], variant: str, rule: str) -> None:
         torch.testing.assert_close(projection.cpu(), expected[layer])
 
 
-def test_explanations(waits: list[str]) -> None:
+def test_explanations(waits: list[str], in_full_precision: None) -> None:
     model = network("lrn").to("cuda")
     size, labels = model.image_size, torch.arange(4, device="cuda")
     inputs = pictures(model, 4).to("cuda")
@@ -145,7 +171,7 @@ def test_explanations(waits: list[str]) -> None:
     assert on_grey(inputs).numpy().shape == to_pixels(inputs, data_config()).numpy().shape
 
 
-def test_searches_over_a_set(waits: list[str]) -> None:
+def test_searches_over_a_set(waits: list[str], in_full_precision: None) -> None:
     model = network("pad").float().to("cuda")
     images = image_set(random_images(20, model.image_size).numpy(), torch.arange(20) % 4, "abcd")
     data = data_config(image_size=model.image_size)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.explain.networks import network, pictures
 from tests.explain.trained import Trained, read_csv
+from tests.helpers import fast_switches
 from zfnet.analyses.attribution import GRAD_CAM, INTEGRATED, METHODS, attribute, box_evidence, share_in_boxes
 from zfnet.config.errors import UserError
 from zfnet.explain.selection import in_boxes
@@ -25,7 +26,8 @@ LayerGradCam = pytest.importorskip("captum.attr").LayerGradCam
 def test_attribute_equals_a_plain_computation() -> None:
     model = network("no_pool").float()
     images, labels = pictures(model, 3).float(), torch.tensor([2, 0, 3])
-    result = attribute(model.chain, images, labels, "conv5", steps=200, batch_size=64)
+    with fast_switches():
+        result = attribute(model.chain, images, labels, "conv5", steps=200, batch_size=64)
     assert tuple(result.maps) == METHODS
     assert result.maps["gradient"].shape == (3, 3, 32, 32)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zfnet.config.randomness import make_key, permutation, randint, random_bits, uniform
+from zfnet.config.randomness import SOURCE, make_key, permutation, randint, random_bits, uniform
 
 N = 200_000
 
@@ -29,6 +34,19 @@ def test_a_number_depends_on_its_index_alone() -> None:
 def test_the_key_may_be_a_tensor() -> None:
     index = torch.arange(50)
     assert torch.equal(random_bits(torch.tensor(make_key(5)), index), random_bits(make_key(5), index))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_the_kernel_for_gpus_computes_the_same(tmp_path: Path) -> None:
+    """Its source, as C: a GPU runs it for each entry."""
+    source = SOURCE.replace("template <typename T> ", "typedef long long T;\n")
+    (tmp_path / "k.c").write_text(source)
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", "k.so", "k.c"], cwd=tmp_path, check=True)
+    kernel = ctypes.CDLL(str(tmp_path / "k.so")).random_bits
+    kernel.argtypes, kernel.restype = [ctypes.c_longlong] * 2, ctypes.c_longlong
+    index = torch.cat([torch.arange(100), torch.arange(100) * 42_949_673, torch.tensor([2**32 - 1])])
+    for key in (0, make_key(3), 2**32 - 1):
+        assert [kernel(i, key) for i in index.tolist()] == random_bits(key, index).tolist()
 
 
 def test_uniform_is_uniform() -> None:

@@ -18,20 +18,26 @@ from torchvision.transforms import v2
 from tests.helpers import augment_config, data_config, die_at, learned, random_images, train_minute
 from tests.own import Squash
 from zfnet.config.errors import UserError
+from zfnet.data import batches as batches_module
 from zfnet.data.batches import (
     Batches,
     _crop_on_cpu,
     _crop_on_gpu,
     _normalise,
     _resize,
-    augment,
     balanced_draws,
+    draw,
     preprocess,
     resident,
 )
 from zfnet.data.images import image_set
 
 CPU = torch.device("cpu")
+
+
+def augment(pixels: torch.Tensor, index: torch.Tensor, how, data, seed: int, epoch: int) -> torch.Tensor:
+    drawn = draw(index, pixels.shape[1], how, data, seed, epoch)
+    return batches_module.augment(pixels, drawn, how, data)
 
 
 def batches(count: int, batch_size: int = 4, size: int = 16, seed: int = 0, how=None, **changes) -> Batches:
@@ -90,6 +96,27 @@ def test_balanced_epochs_differ_and_repetitions_have_random_changes_of_their_own
     for batch, again in zip(epochs[0][2:], parts.epoch(0, 2), strict=True):  # as a resume needs it
         assert torch.equal(batch.labels, (batch.index > 27).long())
         assert torch.equal(batch.images, again.images)
+
+
+def test_random_numbers_are_drawn_once_an_epoch(monkeypatch) -> None:
+    """On a GPU each draw is many small kernels."""
+    drawn = []
+
+    def noted(index: torch.Tensor, *rest):
+        drawn.append(len(index))
+        return draw(index, *rest)
+
+    monkeypatch.setattr(batches_module, "draw", noted)
+    how = augment_config(crop_padding=2, flip=0.5, cutout=5)
+    assert len(list(batches(30, how=how).epoch(3, 2))) == 6
+    assert drawn == [22]
+
+
+def test_floats_are_resized_as_pytorch_does() -> None:
+    """By the same kernel in deterministic mode, where `F.interpolate` takes a slow way on a GPU."""
+    images = torch.rand(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
+    expected = torch.nn.functional.interpolate(images, size=(20, 20), mode="bilinear")
+    assert torch.equal(_resize(images, 20), expected)
 
 
 def test_batch_k_without_the_ones_before() -> None:

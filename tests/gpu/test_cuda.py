@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,13 @@ from tests.helpers import (
     training_state,
     used,
 )
-from zfnet.config.randomness import make_key, random_bits, uniform
+from zfnet.config.randomness import _one_kernel, make_key, random_bits, uniform
 from zfnet.data import load_splits
-from zfnet.data.batches import Batches, augment, preprocess
+from zfnet.data.batches import Batches, augment, draw, preprocess
 from zfnet.data.images import image_set
 from zfnet.explain import Deconvnet
-from zfnet.model.layers import LocalResponseNorm, set_dropout_step
+from zfnet.explain.top_activations import TopActivations, collect
+from zfnet.model.layers import Dropout, LocalResponseNorm, set_dropout_step
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
@@ -42,7 +44,14 @@ from zfnet.training.processes import World, init_process_group
 
 pytestmark = pytest.mark.gpu
 CUDA = ("trainer.device=cuda", "trainer.checkpoint_minutes=1e-9")
-FAST = ("trainer.device=cuda", "trainer.deterministic=false")
+# what MINUTE lacks of trainer=cuda: bf16, a resize, both dropouts
+FAST = (
+    "trainer.device=cuda",
+    "trainer.deterministic=false",
+    "trainer.precision=bf16",
+    "data.store_size=32",
+    "model.fc7={features:16}",
+)
 OPTIMIZERS = ("sgd", "adamw", "adam", "rmsprop", "adagrad", "nadam")
 
 
@@ -56,15 +65,24 @@ def test_auto_is_the_gpu_in_bf16() -> None:
 
 def test_random_numbers_are_the_cpus() -> None:
     index = torch.arange(100_000)
-    for draw in (random_bits, uniform):
-        assert torch.equal(draw(make_key(3), index), draw(make_key(3), index.cuda()).cpu())
+    for numbers in (random_bits, uniform):
+        for key in (make_key(3), torch.tensor(make_key(4))):
+            there = key.cuda() if isinstance(key, torch.Tensor) else key
+            assert torch.equal(numbers(key, index), numbers(there, index.cuda()).cpu())
+
+
+def test_random_numbers_are_drawn_in_one_kernel() -> None:
+    device = torch.device("cuda", 0)
+    assert _one_kernel(device) is not None
 
 
 def test_augmentation_is_the_cpus() -> None:
     pixels, index = random_images(64, 32), torch.arange(64)
     how, data = augment_config(crop_padding=4, flip=0.5, cutout=8), data_config()
-    on_gpu = augment(pixels.cuda(), index.cuda(), how, data, 0, 0)
-    assert torch.equal(on_gpu.cpu(), augment(pixels, index, how, data, 0, 0))
+    drawn, there = (draw(i, 32, how, data, 0, 0) for i in (index, index.cuda()))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(drawn, there, strict=True))
+    on_gpu = augment(pixels.cuda(), there, how, data)
+    assert torch.equal(on_gpu.cpu(), augment(pixels, drawn, how, data))
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(32, 224), (32, 64), (64, 20), (48, 48)])
@@ -104,9 +122,12 @@ def test_normalisation_under_autocast_is_in_single_precision() -> None:
     x = (20 * torch.randn(2, 96, 5, 5, device="cuda")).bfloat16().requires_grad_()
     with torch.autocast("cuda", torch.bfloat16):
         y = LocalResponseNorm()(x)
-    torch.testing.assert_close(y, LocalResponseNorm()(x.float()), rtol=1e-5, atol=1e-5)
-    y.sum().backward()
-    assert torch.isfinite(x.grad).all()
+        y.backward(torch.ones_like(y))
+    there = x.detach().double().cpu().requires_grad_()
+    expected = LocalResponseNorm()(there)
+    expected.sum().backward()
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-3, atol=1e-3)  # TF32 has 11 bits
+    torch.testing.assert_close(x.grad.double().cpu(), there.grad, rtol=1e-2, atol=1e-2)  # handed back in bf16
 
 
 @pytest.fixture
@@ -132,6 +153,8 @@ def resumed() -> Callable[..., RunDirectory]:
             "model.norm=batch",
             "trainer.freeze=[conv1,norm1]",
         ),
+        ("data.store_size=32", "augment=crop_flip", "model.dropout=0.5"),
+        ("trainer.precision=bf16", "data.store_size=32", "augment=crop_flip", "model.dropout=0.5", "model.norm=lrn"),
     ],
 )
 def test_exact_is_exact_and_resumes(resumed, tmp_path: Path, words: tuple[str, ...]) -> None:
@@ -215,6 +238,65 @@ def test_no_step_waits_for_the_device(words: tuple[str, ...]) -> None:
             loop.train_step(state, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_step_after_a_resume_waits_for_the_device(name: str) -> None:
+    if name == "nadam":
+        pytest.xfail("PyTorch's keeps a number on the GPU and reads it twice for each parameter after a resume")
+    config = compose(*MINUTE, "trainer=cuda", *FAST, "trainer.compile=false", f"optimizer={name}")
+    state = training_state(config)
+    batches = training_batches(config, state.runtime, load_splits(config.data).train)
+    state.train()
+    for batch in batches.epoch(0):
+        loop.train_step(state, batch)
+    state.restore(state.checkpoint())
+    loop.train_step(state, next(batches.epoch(1)))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches.epoch(1, 1):
+            loop.train_step(state, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_epochs_seconds_are_those_of_the_gpu() -> None:
+    """With a network whose steps take the GPU longer than the host."""
+    words = ("model=zfnet", "data.image_size=224", "data.store_size=32", "data.batch_size=36")
+    state = training_state(compose("data=shapes", "data.train_images=400", *words, "trainer=cuda"), steps=10)
+    batches = training_batches(state.config, state.runtime, load_splits(state.config.data).train)
+    for epoch in range(2):  # in the first, kernels are chosen
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        state.epoch, state.step, state.epoch_seconds = epoch, epoch * 10, 0.0
+        start.record()
+        loop.train_epoch(state, batches)
+        end.record()
+        torch.cuda.synchronize()
+    assert len(batches) == 10
+    assert state.epoch_seconds == pytest.approx(start.elapsed_time(end) / 1000, rel=0.03)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="Triton needs a C compiler")
+def test_a_compiled_dropout_drops_what_the_cpu_drops() -> None:
+    layer = Dropout(0.5).cuda().train()
+    layer.set_key(12345, 3)
+    there = torch.compile(layer)(torch.ones(64, 300, device="cuda"))
+    layer.cpu().set_key(12345, 3)
+    assert torch.equal(there.cpu(), layer(torch.ones(64, 300)))
+
+
+def test_a_search_is_the_same_twice_whatever_training_has_chosen() -> None:
+    resolve_runtime(compose("trainer=auto", "trainer.device=cuda").trainer)
+    model = network("pad").float().cuda()
+    images = image_set(random_images(50, model.image_size).numpy(), torch.arange(50) % 4, "abcd")
+
+    def search(batch_size: int) -> dict[str, torch.Tensor]:
+        data = data_config(image_size=model.image_size, batch_size=batch_size)
+        batches = partial(Batches, data=data, device=torch.device("cuda"))
+        return collect(model, images, batches, ["conv2", "fc7"], TopActivations(3, 4)).state()[0]
+
+    once, twice = search(16), search(16)
+    assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
 @pytest.mark.parametrize("trainer", ["exact", "auto"])

@@ -39,7 +39,7 @@ def test_benchmark_times_each_choice_beside_its_alternative(run_py, tmp_path: Pa
     assert answer.code == 0, answer.err
     assert max(len(line) for line in answer.out.splitlines()) <= 80
     rows = json.loads((tmp_path / "c/benchmark.json").read_text())["contenders"]
-    assert [row["name"] for row in rows] == ["as chosen", "trainer=exact", "NCHW", "bf16", "compiled"]
+    assert [row["name"] for row in rows] == ["as chosen", "trainer=exact", "exact in bf16", "NCHW", "bf16", "compiled"]
     for row in rows:
         ratios = [a / b for a, b in zip(rows[0]["images_per_second"], row["images_per_second"], strict=True)]
         assert row["first_is_faster_by"] == pytest.approx(sum(ratios) / 2)

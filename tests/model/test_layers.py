@@ -56,16 +56,17 @@ def test_lrn_by_hand() -> None:
         assert y[c].item() == pytest.approx((c + 1) * (2 + 0.5 * total) ** -0.75, rel=1e-12)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_lrn_of_half_precision_is_single(autocast: bool) -> None:
-    """Under bf16 autocast as a convolution would hand it over; backward too, which runs outside autocast."""
+@pytest.mark.parametrize(("forward", "backward"), [(False, False), (True, False), (True, True)])
+def test_lrn_of_half_precision_is_single(forward: bool, backward: bool) -> None:
+    """Under bf16 autocast as a convolution would hand it over; backward too, within autocast as well."""
     x = _noise(1, 8, 2, 2).bfloat16().requires_grad_()
     y = x.detach().float().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=forward):
         a = LocalResponseNorm()(x)
     b = LocalResponseNorm()(y)
     assert torch.equal(a, b)
-    a.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=backward):
+        a.sum().backward()
     b.sum().backward()
     assert torch.equal(x.grad, y.grad.bfloat16())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from zfnet.training import state as state_module
 from zfnet.training.compiling import Trial, compile_if_it_pays
 from zfnet.training.state import TrainingState
 
-AUTO = "trainer.compile=auto"
+AUTO = ("trainer.compile=auto", "trainer.compile_seconds=0")  # tried, however short the run
 
 
 @pytest.fixture
 def tried(monkeypatch) -> list[Trial]:
-    """Make `auto` try on the CPU, however short the run, with the compiler's front half only; collect the trials."""
+    """Make `auto` try on the CPU, with the compiler's front half only; collect the trials."""
     trials = []
 
     class Noted(Trial):
@@ -32,7 +31,6 @@ def tried(monkeypatch) -> list[Trial]:
             return super().describe(*words)
 
     monkeypatch.setattr(compiling, "WHERE", ("cpu",))
-    monkeypatch.setattr(compiling, "TYPICAL_SECONDS", 0.0)
     monkeypatch.setattr(compiling, "STEPS", 2)
     monkeypatch.setattr(compiling, "Trial", Noted)
     monkeypatch.setattr(state_module.torch, "compile", partial(torch.compile, backend="eager"))
@@ -40,7 +38,7 @@ def tried(monkeypatch) -> list[Trial]:
 
 
 def state_and_batches(*words: str) -> tuple[TrainingState, Batches]:
-    config = compose(*MINUTE, AUTO, *words)
+    config = compose(*MINUTE, *AUTO, *words)
     images = load_splits(config.data).train
     batches = Batches(images, config.data, torch.device("cpu"), augment=config.augment)
     return training_state(config, len(batches)), batches
@@ -86,9 +84,9 @@ def test_the_network_is_one_graph(norm: str) -> None:
     assert torch.equal(logits, state.model(images))
 
 
-def test_a_short_run_is_not_tried(tried, monkeypatch) -> None:
-    monkeypatch.setattr(compiling, "TYPICAL_SECONDS", math.inf)
-    state, batches = state_and_batches()
+@pytest.mark.parametrize("word", ["trainer.compile_seconds=1e9", "trainer.compile_gain=1e-9"])
+def test_a_short_run_is_not_tried(tried, word: str) -> None:
+    state, batches = state_and_batches("trainer.compile_seconds=1", word)
     assert "too few for it to pay" in compile_if_it_pays(state, batches)
     assert not tried
     assert not state.compiled
@@ -123,7 +121,7 @@ def test_a_compiler_that_fails_is_left_alone(tried, monkeypatch) -> None:
 def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(tried, tmp_path: Path, monkeypatch, faster: bool) -> None:
     whole = train_minute(tmp_path / "plain")
     monkeypatch.setattr(Trial, "pays", property(lambda _: faster))
-    run = train_minute(tmp_path / "tried", AUTO)
+    run = train_minute(tmp_path / "tried", *AUTO)
     assert len(tried) == 1
     assert run.read_json("environment.json")["compiled"] is faster
     assert "torch.compile: took" in (run.folder / "train.log").read_text()

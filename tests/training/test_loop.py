@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from zfnet.training.loop import evaluate, train_step
 from zfnet.training.schedule import Schedule
 from zfnet.training.state import TrainingState
 
+CPU = torch.device("cpu")
 GOLDEN = Path(__file__).with_name("golden.json")
 # a network that is large enough to learn the 72 images of MINUTE by heart
 ABLE = (
@@ -204,6 +206,53 @@ def test_the_recorded_rate_is_that_of_the_epochs_last_step(version: int, tmp_pat
     recorded = [row["lr"] for row in train_minute(tmp_path / "run", *words).read_history()]
     assert (recorded == [used[STEPS - 1], used[2 * STEPS - 1]]) is (version == 2)
     assert (recorded[0] == used[STEPS]) is (version == 1)
+
+
+def test_an_epochs_seconds_are_those_of_the_device(monkeypatch) -> None:
+    """A GPU is still at work when the host has given it the last step: the host waits for it, once an epoch."""
+    waits = []
+
+    def synchronize(device: torch.device) -> None:
+        waits.append(state.step)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(loop, "synchronize", synchronize)
+    state = make_state()
+    sets = Batches(
+        image_set(random_images(80, 64).numpy(), torch.arange(80) % 10, "abcdefghij"), state.config.data, CPU
+    )
+    state.steps_per_epoch = len(sets)
+    loop.train_epoch(state, sets)
+    assert waits == [len(sets)]
+    assert state.epoch_seconds >= 0.3
+
+
+def test_short_batches_choose_no_kernels_anew() -> None:
+    """cuDNN would time its kernels for each of their shapes."""
+    state = make_state("trainer.deterministic=false")
+    tuned = []
+    state.model.conv1.register_forward_pre_hook(lambda *_: tuned.append(torch.backends.cudnn.benchmark))
+    state.model.train()
+    for count in (12, 7, 12):
+        train_step(state, batch(count))
+    assert tuned == [True, False, True]
+    tuned.clear()
+    images = image_set(random_images(30, 64).numpy(), torch.arange(30) % 10, "abcdefghij")
+    evaluate(state.model, Batches(images, state.config.data, CPU), state.runtime, "test")
+    assert tuned == [True, True, False]
+    exact = make_state()
+    exact.runtime.choose_kernels(full=True)
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_backward_is_outside_autocast() -> None:
+    state = make_state("trainer.precision=bf16")
+    seen = []
+    for module in (state.model.conv2, state.model.fc6):
+        module.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        module.weight.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+    train_step(state, batch())
+    assert seen == [True, True, False, False]
 
 
 # -- a run that is lost

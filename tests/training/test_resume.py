@@ -82,6 +82,15 @@ def test_with_balanced_draws(tmp_path: Path) -> None:
     assert learned(train_minute(tmp_path / "run", EVERY_STEP, *words)) == expected
 
 
+def test_bf16_keeps_the_promise_of_exact(tmp_path: Path) -> None:
+    """trainer=exact trainer.precision=bf16: the same bits twice and after a kill, other bits than in fp32."""
+    words = ("trainer.precision=bf16", "model.norm=lrn", "model.dropout=0.5", "augment=crop_flip", "data.store_size=32")
+    expected = learned(train_minute(tmp_path / "whole", *words))
+    die_at(tmp_path / "run", 11, *words)
+    assert learned(train_minute(tmp_path / "run", EVERY_STEP, *words)) == expected
+    assert learned(train_minute(tmp_path / "fp32", *words[1:])) != expected
+
+
 def test_without_a_checkpoint_it_starts_again(whole, tmp_path: Path) -> None:
     with dying_at(3), pytest.raises(Killed):
         train_minute(tmp_path / "run")

@@ -30,6 +30,7 @@ from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.selection import Chosen, Look, choose_images, in_boxes, pick_layers, to_rows
 from zfnet.explain.statistics import own_and_others, percent
 from zfnet.model.chain import OUTPUT, Chain
+from zfnet.model.layers import full_precision
 from zfnet.plots.figures import SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.directory import write_tensors
@@ -110,6 +111,7 @@ def load_captum() -> ModuleType:
     return module
 
 
+@full_precision()
 def attribute(chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: int, batch_size: int) -> Attributions:
     """Return the five attributions of images [N, 3, S, S] to their classes `labels` [N].
 

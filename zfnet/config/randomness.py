@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -57,9 +58,49 @@ def make_key(*parts: int) -> int:
 
 
 def random_bits(key: int | Tensor, index: Tensor) -> Tensor:
-    """Return 32 random bits (int64, 0 … 2³²−1) for each entry of `index` (int64, below 2³²)."""
+    """Return 32 random bits (int64, 0 … 2³²−1) for each entry of `index` (int64, below 2³²); `key` is below 2³²."""
+    if index.is_cuda and not torch.compiler.is_compiling() and (kernel := _one_kernel(index.device)) is not None:
+        bits: Tensor = kernel(index, key)
+        return bits
+    return _random_bits(key, index)
+
+
+def _random_bits(key: int | Tensor, index: Tensor) -> Tensor:
     first = _mix((index + 0x2545F491) & _MASK ^ key)
     return _mix((first + (key * 0x9E3779B1 & _MASK)) & _MASK)
+
+
+# `_random_bits` of one entry, in CUDA: 22 kernels in one
+SOURCE = """
+template <typename T> T random_bits(T index, T key) {
+  unsigned int x = (unsigned int)(index + 0x2545F491) ^ (unsigned int)key;
+  x ^= x >> 16; x *= 0x85EBCA6Bu; x ^= x >> 13; x *= 0xC2B2AE35u; x ^= x >> 16;
+  x += (unsigned int)key * 0x9E3779B1u;
+  x ^= x >> 16; x *= 0x85EBCA6Bu; x ^= x >> 13; x *= 0xC2B2AE35u; x ^= x >> 16;
+  return (T)x;
+}
+"""
+
+
+@cache
+def _one_kernel(device: torch.device) -> Callable[[Tensor, int | Tensor], Tensor] | None:
+    """Return what computes `random_bits` on a GPU in one kernel; None if it does not compile or computes otherwise."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        of_tensor = torch.cuda.jiterator._create_jit_fn(SOURCE)
+        of_number = torch.cuda.jiterator._create_jit_fn(SOURCE, key=0)
+
+        def kernel(index: Tensor, key: int | Tensor) -> Tensor:
+            bits: Tensor = of_tensor(index, key) if isinstance(key, Tensor) else of_number(index, key=key)
+            return bits
+
+        index, number = torch.arange(4096, device=device) * 1048573, 0xC0FFEE42
+        expected = _random_bits(number, index)
+        keys = (number, torch.tensor(number, device=device))
+        return kernel if all(torch.equal(kernel(index, key), expected) for key in keys) else None
+    except Exception:  # no NVRTC, another PyTorch: the plain operations do as well
+        return None
 
 
 def uniform(key: int | Tensor, index: Tensor) -> Tensor:

@@ -198,6 +198,8 @@ class TrainerConfig(Checked):
     checkpoint_epochs: list[Positive] = field(default_factory=list)
     init_from: Optional[str] = None
     freeze: list[str] = field(default_factory=list)
+    compile_seconds: Annotated[float, Field(ge=0)] = 30
+    compile_gain: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
 
 @dataclass(kw_only=True)
@@ -290,7 +292,11 @@ class Config(Checked):
 # Keys that change neither the weights nor the figures of a run.
 NOT_IDENTITY: dict[str, tuple[str, ...]] = {
     "data": ("root", "cache_dir", "device_memory", "max_pixels"),
-    "trainer": ("name", "devices", "log_every", "checkpoint_minutes", "profile", "snapshots", "checkpoint_epochs"),
+    # of the compiler, the outcome is recorded
+    "trainer": (
+        *("name", "devices", "log_every", "checkpoint_minutes", "profile", "snapshots", "checkpoint_epochs"),
+        *("compile_seconds", "compile_gain"),
+    ),
     "parent": ("run", "config", "threads", "compiled"),  # its identity stands for its config
 }
 _NOT_RESULT = ("job", "run", "images", "runs", "imports", "logger")

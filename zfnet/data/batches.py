@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -84,8 +85,11 @@ def _resize(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
     # bytes can be resized in no other way; upwards it is the same
-    smooth = images.shape[-1] > size or images.dtype == torch.uint8
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=smooth)
+    if images.shape[-1] > size or images.dtype == torch.uint8:
+        return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    # under deterministic algorithms `F.interpolate` is 39 kernels, for a gradient that nobody takes of the images
+    resized: Tensor = torch.ops.aten.upsample_bilinear2d.default(images, [size, size], False)
+    return resized
 
 
 def _normalise(images: Tensor, data: DataConfig) -> Tensor:
@@ -94,8 +98,16 @@ def _normalise(images: Tensor, data: DataConfig) -> Tensor:
         return images.float().mul_(1 / (255 * data.std[0])).sub_(data.mean[0] / data.std[0])
     # whole rows of pixels, since a CPU is slow at vectors of three
     rows = images.permute(0, 2, 3, 1).float().contiguous().flatten(2)
-    mean, std = (on_device(torch.tensor(v), rows.device).repeat(images.shape[-1]) for v in (data.mean, data.std))
-    return rows.mul_(1 / (255 * std)).sub_(mean / std).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+    scale, shift = _scale_and_shift(tuple(data.mean), tuple(data.std), images.shape[-1], rows.device)
+    return rows.mul_(scale).sub_(shift).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=8)  # nothing is sent to a GPU in each step
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    means, stds = (torch.tensor(v).repeat(width) for v in (mean, std))
+    return on_device(1 / (255 * stds), device), on_device(means / stds, device)
 
 
 class Batches:
@@ -159,36 +171,50 @@ class Batches:
             yield Batch(*batch, first=first, total=len(whole))
 
     def _prefetch(self, shards: list[Tensor], epoch: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (images, labels, index) of each shard; what must be copied is prefetched, one shard ahead."""
+        """Yield (images, labels, index) of each shard; what must be copied is prefetched, one shard ahead.
+
+        The index goes to the device, and random numbers are drawn, once for all shards: of each batch that would be a
+        hundred small kernels.
+        """
+        if not shards:
+            return
+        sizes = [len(draws) for draws in shards]
+        there = on_device(torch.cat(shards), self.device)
+        random: list[tuple[Tensor, ...]] = [()] * len(shards)
+        if epoch is not None and self.augment is not None:
+            numbers = draw(there, self.set.images.shape[1], self.augment, self.data, self.seed, epoch)
+            random = list(zip(*(values.split(sizes) for values in numbers), strict=True)) or random
+        parts = zip(shards, (there % len(self.set)).split(sizes), random, strict=True)
         if self.resident is not None or self.device.type == "cpu":
-            for index in shards:
-                yield self._finish(index, self._gather(index), epoch)
+            for draws, where, values in parts:
+                pixels = self._read(draws) if self.resident is None else self.resident[where]
+                yield self._finish(draws, where, values, pixels, epoch)
             return
         with ThreadPoolExecutor(max_workers=1) as worker:  # gather and copy the next batch while this one trains
-            waiting = [worker.submit(self._gather, index) for index in shards[:1]]
-            for k, index in enumerate(shards):
+            waiting = [worker.submit(self._read, draws) for draws in shards[:1]]
+            for k, (draws, where, values) in enumerate(parts):
                 pixels = waiting.pop().result()
-                waiting += [worker.submit(self._gather, index) for index in shards[k + 1 : k + 2]]
-                yield self._finish(index, pixels, epoch)
+                waiting += [worker.submit(self._read, draws) for draws in shards[k + 1 : k + 2]]
+                yield self._finish(draws, where, values, pixels, epoch)
 
-    def _gather(self, draws: Tensor) -> Tensor:
-        """Return the stored pixels of these draws, uint8 [B, h, w, 3], on the device."""
+    def _read(self, draws: Tensor) -> Tensor:
+        """Return the stored pixels of these draws, uint8 [B, h, w, 3], copied to the device."""
         index = draws % len(self.set)
-        if self.resident is not None:
-            return self.resident[on_device(index, self.device)]
         pixels = self.set.pixels(index)
         if self.device.type == "cuda":
             return pixels.pin_memory().to(self.device, non_blocking=True)
         return pixels.to(self.device)
 
-    def _finish(self, draws: Tensor, pixels: Tensor, epoch: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _finish(
+        self, draws: Tensor, where: Tensor, random: tuple[Tensor, ...], pixels: Tensor, epoch: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a batch from its pixels; `where` is the images' index on the device."""
         if epoch is not None and self.augment is not None:
-            pixels = augment(pixels, on_device(draws, self.device), self.augment, self.data, self.seed, epoch)
+            pixels = augment(pixels, random, self.augment, self.data)
         if epoch is not None and self.transforms:
             pixels = apply_transforms(pixels, draws, self.transforms, self.seed, epoch)
         index = draws % len(self.set)
-        labels = self.labels[on_device(index, self.device)]
-        return preprocess(pixels, self.data, self.channels_last), labels, index
+        return preprocess(pixels, self.data, self.channels_last), self.labels[where], index
 
 
 def balanced_draws(labels: Tensor, seed: int, epoch: int) -> Tensor:
@@ -220,34 +246,53 @@ def resident(images: ImageSet, device: torch.device) -> Tensor:
     return out
 
 
-def augment(pixels: Tensor, index: Tensor, how: AugmentConfig, data: DataConfig, seed: int, epoch: int) -> Tensor:
-    """Random crop, horizontal flip and cutout, each image by its own random numbers.
+def draw(index: Tensor, height: int, how: AugmentConfig, data: DataConfig, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """Draw what `augment` needs for the images at `index`, int64 [N], each of `height` pixels, in one epoch.
 
-    pixels: uint8 [B, h, w, 3]; index: int64 [B], which images of the set these are. Returns uint8
-    [B, c, c, 3] with c = data.crop_size or h. Padding and cutout have the mean colour.
+    Returns tensors [N], none if nothing is to be changed: each window's top and left, whether it is mirrored, and, with
+    cutout, each hole's first row and column.
     """
-    height = pixels.shape[1]
     size = data.crop_size or height
     if not (how.crop_padding or how.flip or how.cutout or size != height):
-        return pixels
+        return ()
 
-    def draw(purpose: int, high: int) -> Tensor:
+    def integers(purpose: int, high: int) -> Tensor:
         return randint(make_key(seed, purpose, epoch), index, high)
 
-    fill = torch.tensor(data.mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-    fill = on_device(fill, pixels.device)
+    windows = height + 2 * how.crop_padding - size + 1
+    flipped = uniform(make_key(seed, FLIP, epoch), index) < how.flip
+    drawn: tuple[Tensor, ...] = (integers(CROP_Y, windows), integers(CROP_X, windows), flipped)
+    if how.cutout:
+        drawn += tuple(integers(purpose, size) - how.cutout // 2 for purpose in (CUTOUT_Y, CUTOUT_X))
+    return drawn
+
+
+def augment(pixels: Tensor, drawn: tuple[Tensor, ...], how: AugmentConfig, data: DataConfig) -> Tensor:
+    """Random crop, horizontal flip and cutout, each image by its own random numbers, which `draw` has drawn.
+
+    pixels: uint8 [B, h, w, 3]. Returns uint8 [B, c, c, 3] with c = data.crop_size or h. Padding and cutout have the
+    mean colour.
+    """
+    if not drawn:
+        return pixels
+    size = data.crop_size or pixels.shape[1]
+    fill = _mean_colour(tuple(data.mean), pixels.device)
     if how.crop_padding:
         pixels = _pad(pixels, how.crop_padding, fill)
-    top, left = (draw(CROP_Y, pixels.shape[1] - size + 1), draw(CROP_X, pixels.shape[2] - size + 1))
-    flipped = uniform(make_key(seed, FLIP, epoch), index) < how.flip
+    top, left, flipped, *hole = drawn
     cut = _crop_on_cpu if pixels.device.type == "cpu" else _crop_on_gpu
     out = cut(pixels, top, left, flipped, size)
     if how.cutout:
         along = torch.arange(size, device=pixels.device)
-        row, column = (along - (draw(purpose, size) - how.cutout // 2)[:, None] for purpose in (CUTOUT_Y, CUTOUT_X))
+        row, column = (along - first[:, None] for first in hole)
         hole_rows, hole_columns = ((place >= 0) & (place < how.cutout) for place in (row, column))
         out = torch.where((hole_rows[:, :, None] & hole_columns[:, None, :])[..., None], fill, out)
     return out
+
+
+@lru_cache(maxsize=8)
+def _mean_colour(mean: tuple[float, ...], device: torch.device) -> Tensor:
+    return on_device(torch.tensor(mean).mul(255).round().clamp(0, 255).to(torch.uint8), device)
 
 
 def apply_transforms(

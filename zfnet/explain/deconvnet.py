@@ -17,9 +17,8 @@ In this file: `Deconvnet`; the table of rules by module type; signals and their 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ from zfnet.config.errors import UserError
 from zfnet.explain.receptive_field import Pair, ReceptiveField, Window, adaptive_windows, receptive_field, window_of
 from zfnet.explain.switches import DEAD_WINDOWS, MOST_CELLS, pool_with_switches, unpool
 from zfnet.model.chain import BATCH_NORMS, NEUTRAL, Chain, Step
-from zfnet.model.layers import LocalResponseNorm
+from zfnet.model.layers import LocalResponseNorm, full_precision
 
 RULES = ("deconvnet", "guided", "gradient")
 LRN_RULES = ("identity", "gradient")
@@ -49,21 +48,6 @@ class _Trace:
     output: Tensor
     input_shapes: list[torch.Size] = field(default_factory=list)  # without the batch
     kept: list[Any] = field(default_factory=list)  # what the step's rule keeps: switches, say
-
-
-@contextlib.contextmanager
-def _exactly() -> Iterator[None]:
-    """Without gradients; on CUDA with deterministic kernels in full precision, whatever training has chosen."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    conv = cudnn.conv  # type: ignore[attr-defined]
-    before = cudnn.deterministic, cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision
-    try:
-        cudnn.deterministic, cudnn.benchmark = True, False
-        conv.fp32_precision = matmul.fp32_precision = "ieee"
-        with torch.no_grad():
-            yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision = before
 
 
 class Deconvnet:
@@ -214,7 +198,8 @@ class Deconvnet:
 
     # -- up
 
-    @_exactly()
+    @torch.no_grad()
+    @full_precision()
     def _forward(self, x: Tensor, steps: list[Step]) -> _Trace:
         """Run images [n, 3, H, W] through the steps as in evaluation mode, and keep what the way back needs."""
         # channels last: as windows are cut out, and as convolutions like it best
@@ -229,7 +214,8 @@ class Deconvnet:
 
     # -- and down
 
-    @_exactly()
+    @torch.no_grad()
+    @full_precision()
     def _backward(self, steps: list[Step], trace: _Trace, units: Tensor, seeds: Tensor | None) -> Signal:
         """Return the signals of the units at the pixels; units: int64 [u, 4], counting the trace's images.
 

@@ -30,6 +30,7 @@ from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images
 from zfnet.data.images import stratified
 from zfnet.model.chain import Chain
+from zfnet.model.layers import full_precision
 from zfnet.runs.tables import shorten
 from zfnet.training.loaded import LoadedRun
 
@@ -137,6 +138,7 @@ def to_inputs(loaded: LoadedRun, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@full_precision()
 def predict(loaded: LoadedRun, inputs: Tensor) -> Tensor:
     """Return the network's probabilities [N, classes] for inputs [N, 3, S, S], on the CPU."""
     return torch.cat([loaded.model(chunk).softmax(1).cpu() for chunk in inputs.split(loaded.data.batch_size)])

@@ -143,6 +143,7 @@ def alternatives(config: Config, runtime: Runtime, images: ImageSet) -> Iterator
     precision, nhwc = "fp32" if runtime.precision == "bf16" else "bf16", runtime.channels_last
     runtimes = {
         "trainer=exact": replace(runtime, precision="fp32", compile=False, deterministic=True),
+        "exact in bf16": replace(runtime, precision="bf16", compile=False, deterministic=True),
         "NCHW" if nhwc else "NHWC": replace(runtime, channels_last=not nhwc),
         precision: replace(runtime, precision=precision),
         "not compiled" if runtime.compile else "compiled": replace(runtime, compile=not runtime.compile),

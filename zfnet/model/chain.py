@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError, did_you_mean
-from zfnet.model.layers import DROPOUTS
+from zfnet.model.layers import DROPOUTS, full_precision
 
 WEIGHTED = (nn.Conv2d, nn.Linear)  # these are the layers; all other modules belong to the layer before them
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -95,11 +95,13 @@ class Chain:
         """Return the module whose output is the layer's, such as its ReLU; raise UserError for an unknown layer."""
         return self.up_to(layer)[-1].module
 
+    @full_precision()
     def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return each named layer's output: after the ReLU and before pooling, the logits for `OUTPUT`.
 
         Shapes: convolutions [N, channels, y, x], linear layers [N, features]. The model's mode counts: in training
-        mode dropout drops. Raises UserError for an unknown layer and for images of another size.
+        mode dropout drops. In full precision, whatever training has chosen. Raises UserError for an unknown layer and
+        for images of another size.
         """
         if isinstance(layers, str):
             raise UserError(f"layers={layers!r}: must be a list, as in [{layers!r}]")
@@ -127,6 +129,7 @@ def _end(steps: list[Step], start: int) -> int:
 
 
 @torch.no_grad()
+@full_precision()
 def _trace(model: nn.Module, image_size: int) -> list[Step]:
     """Run two random images through the model, note each leaf module's input and output, and compare them."""
     names: dict[nn.Module, str] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ class LocalResponseNorm(nn.Module):
         # bf16 would lose α x² beside k, so mixed precision stops here
         dtype = torch.promote_types(x.dtype, torch.float32)
         band = ((offsets[:, None] - offsets).abs() <= self.size // 2).to(dtype)
-        with _full_precision(x.device.type):
+        with _without_autocast(x.device.type):
             out: Tensor = _Normalise.apply(x.to(dtype), band[:, :, None, None], self.alpha, self.beta, self.k)
         return out
 
@@ -46,7 +47,32 @@ class LocalResponseNorm(nn.Module):
         return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
 
 
-def _full_precision(device: str) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute as explanations must: without autocast; on CUDA in IEEE fp32 (not TF32) and with deterministic kernels.
+
+    Whatever training has chosen holds again afterwards.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    conv = cudnn.conv  # type: ignore[attr-defined]
+    kernels, precisions = (cudnn.deterministic, cudnn.benchmark), (conv.fp32_precision, matmul.fp32_precision)
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        try:
+            cudnn.deterministic, cudnn.benchmark = True, False
+            # the older names first: where they say something else than the newer ones, reading them is an error
+            cudnn.allow_tf32 = matmul.allow_tf32 = False
+            conv.fp32_precision = matmul.fp32_precision = "ieee"
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = kernels
+            cudnn.allow_tf32, matmul.allow_tf32 = (precision == "tf32" for precision in precisions)
+            conv.fp32_precision, matmul.fp32_precision = precisions
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
     # not `torch.amp.is_autocast_available`, where torch.compile of PyTorch 2.10 breaks off, and tries anew each step
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
@@ -65,7 +91,8 @@ class _Normalise(torch.autograd.Function):
         # dy_i/dx_j = δ_ij s_j^−β − 2αβ x_i s_i^(−β−1) x_j for i within the band around j
         x, band, scale, power = ctx.saved_tensors
         alpha, beta = ctx.constants
-        spread = F.conv2d(grad * x * power / scale, band * (2 * alpha * beta))
+        with _without_autocast(x.device.type):  # a loop may call backward within autocast
+            spread = F.conv2d(grad * x * power / scale, band * (2 * alpha * beta))
         return grad * power - x * spread, None, None, None, None
 
 

@@ -11,9 +11,6 @@ from zfnet.training.device import timed
 from zfnet.training.loop import train_step
 from zfnet.training.state import TrainingState
 
-# A cold compile takes about half a minute and saves about a fifth of a step. These two only say whether a run is
-# long enough for a trial; what the trial measures decides.
-TYPICAL_SECONDS, TYPICAL_GAIN = 30.0, 0.2
 STEPS, WARMUP = 10, 3
 WHERE = ("cuda",)  # on CPUs, compiled steps of this network are slower
 
@@ -58,13 +55,14 @@ def settle_auto(state: TrainingState, batches: Batches, recorded: bool | None) -
 
 def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
     """Leave `state` as it was, but for whether its steps are compiled; return the reason in words."""
-    steps = state.config.trainer.epochs * state.steps_per_epoch
+    trainer = state.config.trainer
+    steps = trainer.epochs * state.steps_per_epoch
     before = state.checkpoint()
     before.tensors = {name: tensor.clone() for name, tensor in before.tensors.items()}
     before.metadata["seconds"] = state.seconds
     examples = _one_of_each_size(batches)
     eager = _seconds(state, examples[0])
-    if eager * steps * TYPICAL_GAIN < TYPICAL_SECONDS:
+    if eager * steps * trainer.compile_gain < trainer.compile_seconds:
         words = f"torch.compile: off, {steps:,} steps of {1000 * eager:.2f} ms are too few for it to pay"
     else:
         state.use_compiled(True)

@@ -36,6 +36,13 @@ class Runtime:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
+    def choose_kernels(self, full: bool) -> None:
+        """Say, before the steps of a batch, whether it is a full one.
+
+        For each new shape cuDNN times its kernels, which takes some tenths of a second: not for a short last batch.
+        """
+        torch.backends.cudnn.benchmark = full and not self.deterministic
+
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
@@ -65,7 +72,8 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: 
                 f"trainer.devices={world.size}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch"
             )
         device = torch.device("cuda", world.local)
-        torch.cuda.set_device(device)
+    if device.type == "cuda":  # pinned memory and other things of PyTorch's go to the current GPU, if not to the first
+        torch.cuda.set_device(device.index or 0)
     torch.set_num_threads(trainer.threads or max(1, THREADS // world.size))
     if trainer.compile is True or (trainer.compile == "auto" and device.type == "cuda"):
         torch.compiler.reset()  # past a number of recompilations the compiler would leave later jobs of a sweep alone

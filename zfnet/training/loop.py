@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from zfnet.data import Batch, Batches
 from zfnet.model.layers import set_dropout_step
 from zfnet.runs.session import StopRequest
-from zfnet.training.device import Runtime
+from zfnet.training.device import Runtime, synchronize
 from zfnet.training.metrics import Evaluation, EvaluationSums
 from zfnet.training.state import TrainingState, check_monitors, measured_columns
 
@@ -58,6 +58,8 @@ def train_epoch(state: TrainingState, train: Batches) -> None:
     start = time.perf_counter() - state.epoch_seconds
     for batch in train.epoch(state.epoch, state.step_in_epoch):
         train_step(state, batch)
+        if state.step_in_epoch == state.steps_per_epoch:
+            synchronize(state.runtime.device)  # the history's seconds are the device's, not those of giving it work
         state.epoch_seconds = time.perf_counter() - start
         for callback in state.callbacks:
             callback.on_step_end(state)
@@ -66,12 +68,14 @@ def train_epoch(state: TrainingState, train: Batches) -> None:
 def train_step(state: TrainingState, batch: Batch) -> None:
     """Forward, backward, step. Nothing here makes the host wait for the device."""
     config, world = state.config, state.world
+    state.runtime.choose_kernels(full=batch.total == config.data.batch_size)
     totals = torch.zeros(2, dtype=state.metrics.sums.dtype, device=state.runtime.device)  # loss, correct
     for micro, last in batch.split(config.trainer.accumulate):
         set_dropout_step(state.model, config.seed, state.step, micro.first)
-        with state.runtime.autocast(), state.grad_sync(last):
-            logits = state.forward(micro.images)
-            loss = state.criterion(logits, micro.labels)  # summed over the images
+        with state.grad_sync(last):
+            with state.runtime.autocast():
+                logits = state.forward(micro.images)
+                loss = state.criterion(logits, micro.labels)  # summed over the images
             # processes average their gradients, so each scales its sum to be a part of the whole batch's mean
             (loss * (world.size / batch.total)).backward()
         totals += torch.stack([loss.detach(), (logits.argmax(1) == micro.labels).sum()])
@@ -118,6 +122,7 @@ def evaluate(
     bar = tqdm(batches.in_order(), name, len(batches), unit="batch", disable=None, leave=False, dynamic_ncols=True)
     try:
         for batch in bar:
+            runtime.choose_kernels(full=len(batch.labels) == batches.data.batch_size)
             with runtime.autocast():
                 logits = model(batch.images)
             sums.add(logits, batch.labels)
