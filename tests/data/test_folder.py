@@ -185,10 +185,12 @@ def test_a_folder_that_cannot_be_read_is_named(config, photos: Path, monkeypatch
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(UserError, match=r"the folder closed cannot be read: .* or set data.on_error=skip"):
+    with pytest.raises(
+        UserError, match=r"a folder cannot be read \(.*closed: Permission denied\): .* or set data.on_error=skip"
+    ):
         load_folder(config())
     assert sum(load_folder(config(on_error="skip")).sizes().values()) == 6
-    assert "1 folder that cannot be read (closed)" in caplog.text
+    assert f"1 folder that cannot be read ({photos}/b/closed: Permission denied)" in caplog.text
 
 
 @pytest.mark.parametrize("link", ["nowhere", "000.png"])

@@ -170,7 +170,7 @@ def test_the_python_of_the_page(tmp_path: Path, monkeypatch) -> None:
     names: dict[str, Any] = {}
     with no_figures():
         exec(code, names)
-    assert names["config"].loss == {"_target_": "examples.extend.focal_loss.FocalLoss", "gamma": 2.0}
+    assert names["config"].loss == {"_target_": "examples.extend.focal_loss.FocalLoss", "gamma": 2.0, "weight": None}
     assert names["run"].results["epochs"] == 1
 
 

@@ -40,7 +40,7 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["optimizer=sgd", "optimizer.betas=1"], "optimizer.betas: no such key with optimizer=sgd; known: optimizer."),
         (["model.conv1=[1]"], "model.conv1=[1]: holds keys of its own; set one of them, as in model.conv1.channels="),
         (["optimizer=adamw", "optimizer.foreach=true"], "AdamW takes it: write +optimizer.foreach=true"),
-        (["loss.weight=[1,2]"], "is not in conf/loss/, but CrossEntropyLoss takes it: write +loss.weight=[1,2]"),
+        (["loss.ignore_index=3"], "is not in conf/loss/, but CrossEntropyLoss takes it: write +loss.ignore_index=3"),
         (["optimizer.param_groups=[]"], "AdamW takes it: write +optimizer.param_groups=[]"),
         (["optimizer._target_=torch.optim.AdamWW"], "there is no such name; did you mean 'torch.optim.AdamW'?"),
         (["loss._target_=torch.nn.CrosEntropyLoss"], "did you mean 'torch.nn.CrossEntropyLoss'?"),
@@ -151,7 +151,7 @@ def test_an_error_of_the_program_is_named_and_logged(run_py, tmp_path: Path, mon
     "word", ["hydra.job.chdir=true", "hydra/job_logging=default", "hydra.output_subdir=.hydra", "hydra.output_subdir=h"]
 )
 def test_hydras_own_settings_work_as_in_any_program(run_py, tmp_path: Path, monkeypatch, word: str) -> None:
-    monkeypatch.setattr("zfnet.jobs.train.train", lambda *_: None)
+    monkeypatch.setattr("zfnet.jobs.train.train_and_test", lambda *_: {"validation": {"accuracy": 0.5}})
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # Hydra's own logging adds some, for good
     here = Path.cwd()
     assert run_py(*SHAPES, "hydra.run.dir=r", word).code == 0

@@ -71,7 +71,9 @@ def test_files_have_the_mode_that_the_user_gives_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["job=runs", "sweep", "run=last", "data", "images", "checkpoints"])
-def test_a_folder_that_cannot_be_read_is_named(what: str, run_py, tiny_run, tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_that_cannot_be_read_is_named(
+    what: str, run_py, tiny_run, tmp_path: Path, monkeypatch, caplog
+) -> None:
     """Not by its mode: root, as whom tests may run, reads all."""
     real = {name: getattr(os, name) for name in ("scandir", "listdir")}
 
@@ -105,7 +107,7 @@ def test_a_folder_that_cannot_be_read_is_named(what: str, run_py, tiny_run, tmp_
             "images": ["job=predict", "run=outputs/s/a", "images=photos"],
         }[what]
     )
-    assert folder in (text := answer.out + answer.err)
+    assert folder in (text := answer.out + answer.err + caplog.text)
     assert "cannot be read" in text
     assert "Permission denied" in text
     assert answer.code == (what == "data")

@@ -179,7 +179,7 @@ def test_choose_resets_threads_and_compiler_for_every_job(monkeypatch) -> None:
     ],
 )
 def test_launch_names_directories_safely(run_py, tmp_path, monkeypatch, word) -> None:
-    monkeypatch.setattr("zfnet.jobs.train.train", lambda *_: 0.5)
+    monkeypatch.setattr("zfnet.jobs.train.train_and_test", lambda *_: {"validation": {"accuracy": 0.5}})
     assert run_py("-m", *SMALL, word).code == 0
     folders = [path.parent for path in tmp_path.rglob("config.yaml") if path.parent.name != ".hydra"]
     assert len(folders) == 2
@@ -189,7 +189,7 @@ def test_launch_names_directories_safely(run_py, tmp_path, monkeypatch, word) ->
 
 
 def test_grid_of_one_job_and_of_experiments(run_py, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("zfnet.jobs.train.train", lambda *_: 0.5)
+    monkeypatch.setattr("zfnet.jobs.train.train_and_test", lambda *_: {"validation": {"accuracy": 0.5}})
     assert run_py("-m", *SMALL).code == 0
     assert len(list((tmp_path / "s").glob("*/config.yaml"))) == 1
     words = [word for word in SMALL if not word.startswith(("experiment", "data."))]
@@ -257,7 +257,9 @@ def test_the_check_of_a_sweep_imports_nothing_that_a_folder_from_elsewhere_names
 
 
 def test_a_key_of_all_swept_groups_is_taken(run_py, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: config.optimizer["momentum"])
+    monkeypatch.setattr(
+        "zfnet.jobs.train.train_and_test", lambda config, *_: {"validation": {"accuracy": config.optimizer["momentum"]}}
+    )
     answer = run_py("-m", *SMALL, "optimizer=sgd,rmsprop", "optimizer.momentum=0.25,0.5")
     assert (answer.code, answer.err) == (0, "")
     names = sorted(path.parent.name for path in tmp_path.glob("s/*/config.yaml"))
@@ -265,7 +267,7 @@ def test_a_key_of_all_swept_groups_is_taken(run_py, tmp_path, monkeypatch) -> No
 
 
 def test_launch_resolves_a_subdir_with_the_number_of_the_job(run_py, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("zfnet.jobs.train.train", lambda *_: 0.5)
+    monkeypatch.setattr("zfnet.jobs.train.train_and_test", lambda *_: {"validation": {"accuracy": 0.5}})
     assert run_py("-m", *SMALL, "seed=0,1", "hydra.sweep.subdir='job-${hydra:job.num}'").code == 0
     assert {p.parent.name for p in tmp_path.glob("s/*/config.yaml")} == {"job-0", "job-1"}
 
@@ -281,9 +283,9 @@ def test_grid_goes_on_after_a_batch_with_a_failed_job(run_py, tmp_path, monkeypa
     def fails(config, *_):
         if config.seed == 0:
             raise UserError("no luck")
-        return 0.5
+        return {"validation": {"accuracy": 0.5}}
 
-    monkeypatch.setattr("zfnet.jobs.train.train", fails)
+    monkeypatch.setattr("zfnet.jobs.train.train_and_test", fails)
     answer = run_py("-m", *SMALL, "seed=0,1,2", "hydra.sweeper.max_batch_size=1")
     assert answer.err == "error: 1 of 3 jobs failed\n  seed=0: no luck\n"
     assert (tmp_path / "s/seed=2/config.yaml").exists()

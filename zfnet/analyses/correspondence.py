@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, DataConfig

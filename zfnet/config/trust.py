@@ -34,7 +34,6 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import resolve
@@ -243,10 +242,7 @@ def _check_parameters(params: Any) -> None:
 
 def _check_directory(config: DictConfig, key: str) -> None:
     """Check that a name lies below the current directory, and keep it as it was checked."""
-    try:
-        value = OmegaConf.select(config.hydra, key)
-    except OmegaConfBaseException as error:
-        raise UserError(f"hydra.{key}: {str(error).strip().splitlines()[0]}; give it on the command line") from error
+    value = OmegaConf.select(config.hydra, key)
     if value is None:
         return
     if not _stays_below(str(value)) or (key == "job.name" and os.sep in str(value)):

@@ -112,8 +112,8 @@ def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> 
             place = _place(at)
             with os.scandir(at) if place not in seen else contextlib.nullcontext(()) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
-        except OSError:
-            left_out.add(LeftOut.UNREADABLE, os.path.basename(at))
+        except OSError as error:
+            left_out.add(LeftOut.UNREADABLE, f"{at}: {error.strerror}")
             continue
         if place in seen:
             left_out.add(LeftOut.LINK, os.path.basename(at))

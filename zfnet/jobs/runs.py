@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError, did_you_mean, printable
 from zfnet.config.reading import read_yaml
 from zfnet.config.schema import Config, Job, flatten
 from zfnet.runs.directory import RunDirectory, list_runs
@@ -182,7 +182,7 @@ def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
 
 def _cut(text: str, width: int) -> str:
     """Return the beginning of a line, in printable characters."""
-    text = shorten(text, len(text))
+    text = printable(text)
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 

@@ -132,7 +132,7 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     values, few = evaluation.per_class(), len(classes) <= 40
     figure = new_figure(figsize=(7, min(1.4 + 0.3 * len(classes), 24)))
     axis = figure.subplots()
-    axis.barh(range(len(classes)), [v or 0.0 for v in values], color=LIGHT_BLUE)
+    axis.barh(range(len(classes)), [np.nan if v is None else v for v in values], color=LIGHT_BLUE)
     for row, value in enumerate(values) if few else ():
         text = "no images" if value is None else f"{value:.1%}"
         axis.text(1.02, row, text, va="center", fontsize=8)

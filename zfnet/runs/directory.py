@@ -47,9 +47,10 @@ _PARTIAL = re.compile(r"\..+\.\w+\.partial")  # what a process that was killed h
 
 def _by_hydra() -> list[str]:
     """Return the names of what Hydra has put into a job's directory already, where the command asks it to."""
-    if not HydraConfig.initialized():
+    hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
+    # in Python, `compose` leaves a config of Hydra's behind that runs no job
+    if hydra is None or OmegaConf.is_missing(hydra.runtime, "output_dir"):
         return []
-    hydra = HydraConfig.get()
     logs: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
     files = [handler.get("filename") for handler in (logs.get("handlers") or {}).values()]
     return [Path(name).name for name in (hydra.output_subdir, *files) if name]
@@ -284,7 +285,8 @@ class RunDirectory:
         table = csv.writer(text, lineterminator="\n")
         table.writerow(map(csv_cell, names))
         table.writerows([csv_cell(row.get(name)) for name in names] for row in rows)
-        write_atomically(self.folder / name, text.getvalue())
+        # a file may be named by any bytes
+        write_atomically(self.folder / name, text.getvalue().encode("utf-8", "backslashreplace"))
 
     def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write history.csv; columns beyond the usual ones follow them."""
@@ -363,6 +365,8 @@ def find_folders(root: Path, name: str, depth: int) -> list[Path]:
     def look(folder: Path, level: int) -> None:
         try:
             entries = list(os.scandir(folder))
+        except FileNotFoundError:
+            return
         except OSError as error:
             print(f"{folder} cannot be read and is left out: {error.strerror or error}", file=sys.stderr)
             return

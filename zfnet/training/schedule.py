@@ -116,6 +116,7 @@ class Schedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; the rates themselves belong to the optimizer."""
         self.count = state["taken"]
+        self._used.clear()
         self._used.extend((step, rate) for step, rate in state.get("used", []))
         _load_plain_state(self.scheduler, state["scheduler"])
 
