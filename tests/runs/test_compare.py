@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zfnet.runs.compare import first_difference, largest_differences
+from zfnet.runs.compare import compare_runs, first_difference, largest_differences
+from zfnet.runs.directory import RunDirectory
 
 Row = dict[str, Any]
 NUMBERS = st.floats(0, 10) | st.none()
@@ -54,3 +57,18 @@ def test_the_largest_difference_of_each_metric_is_found() -> None:
     differences = largest_differences(old, new)
     assert list(differences) == ["train_loss"]
     assert differences["train_loss"] == {"epoch": 2, "recorded": 1.0, "now": 3.0, "difference": 2.0}
+
+
+def test_what_an_earlier_version_did_not_record_is_no_difference(tiny_run, tmp_path: Path) -> None:
+    """It follows from what is compared: the fingerprint of the images, the accuracies of the classes."""
+    earlier = RunDirectory(shutil.copytree(tiny_run.folder, tmp_path / "earlier"))
+    results, environment = tiny_run.read_json("results.json"), tiny_run.environment
+    for part in ("validation", "test"):
+        del results[part]["mean_class_accuracy"]
+    del environment["data"]
+    earlier.write_json("results.json", results)
+    earlier.write_json("environment.json", environment)
+    comparison = compare_runs(earlier, tiny_run)
+    assert comparison["identical"]
+    assert comparison["surroundings"] == []
+    assert not compare_runs(tiny_run, earlier)["identical"]

@@ -23,6 +23,7 @@ def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
     before, after = recorded.read_history(), now.read_history()
     results = [flatten(run.read_json("results.json")) for run in (recorded, now)]
     weights = [str(r.pop("weights_sha256", None)) for r in results]
+    results[1] = _as_recorded(*results)
     settings = [flatten(result_keys(run.read_config().to_dict())) for run in (recorded, now)]
     difference = first_difference(before, after)
     if difference is None and (at_the_end := _differences(*results)):
@@ -35,7 +36,7 @@ def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
         "first_difference": difference,
         "largest_differences": largest_differences(before, after),
         "weights_sha256": {"recorded": weights[0], "now": weights[1]},
-        "surroundings": _differences(*(surroundings(run) for run in (recorded, now))),
+        "surroundings": _differences(surroundings(recorded), _as_recorded(surroundings(recorded), surroundings(now))),
     }
 
 
@@ -66,6 +67,12 @@ def largest_differences(
 def surroundings(run: RunDirectory) -> dict[str, Any]:
     """Return environment.json by dotted key."""
     return {key: _brief(value) for key, value in flatten(run.environment).items() if key != "command"}
+
+
+def _as_recorded(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `now` without what an earlier version did not record; it follows from what is compared."""
+    later = [key for key in now if key.startswith("data.") or key.endswith(".mean_class_accuracy")]
+    return {key: value for key, value in now.items() if key in recorded or key not in later}
 
 
 def _brief(value: Any) -> Any:
