@@ -318,6 +318,9 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
     axes[0].set(title=title, xlabel="RMS of a filter's weights", ylabel="filters")
     if wide:
         axes[0].set_xscale("log")
+        ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if low <= t <= high]
+        axes[0].set_xticks(ticks or [low, high], [f"{t:.2g}" for t in ticks or [low, high]])
+        axes[0].xaxis.minorticks_off()
     axes[1].set(
         title="Power by frequency: mean, middle half\n(dashed: the stride's Nyquist frequency)",
         xlabel="frequency (cycles per pixel)",
