@@ -10,7 +10,17 @@ import pytest
 
 from tests.sweeps.test_summary import write_job
 from zfnet.config.errors import UserError
-from zfnet.jobs.compare import Comparison, Trained, compare, find_trainings, group, read_run, to_page, to_text
+from zfnet.jobs.compare import (
+    Comparison,
+    Trained,
+    compare,
+    draw_comparison,
+    find_trainings,
+    group,
+    read_run,
+    to_page,
+    to_text,
+)
 from zfnet.runs.directory import RunDirectory
 
 
@@ -168,3 +178,16 @@ def test_compare_refuses_what_holds_no_training(run_py, tmp_path: Path) -> None:
         assert answer.err.startswith("error: ")
         assert answer.err.count("\n") == 1
         assert not (tmp_path / "outputs").exists()
+
+
+def test_a_run_without_results_does_not_bring_the_test_set_in() -> None:
+    runs = [trained(lr, 0, 0.5) for lr in (0.01, 0.1)]
+    runs[1].results.clear()  # it has begun, or failed
+    comparison = compare(group(runs))
+    assert comparison.split == comparison.by_epoch == "validation"
+    for run in runs:
+        run.results["test"] = {"accuracy": 0.5}
+    assert compare(group(runs), "test").by_epoch == "validation"  # which was measured after each epoch
+    axis = draw_comparison(group(runs), "test").axes[1]
+    assert axis.get_title() == "Validation accuracy"
+    assert len(axis.lines) == 2

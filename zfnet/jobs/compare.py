@@ -194,6 +194,7 @@ class Comparison:
     split: str
     sections: list[Section]
     tests: list[dict[str, Any]]
+    by_epoch: str  # the split of the curves
     curves: list[tuple[str, list[float]]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,11 +205,9 @@ class Comparison:
 def compare(groups: Sequence[Group], split: str = "auto") -> Comparison:
     """Return what differs between groups; `split`: validation, test, or auto: validation if every run has it."""
     if split == "auto":
-        split = (
-            "validation"
-            if all(r.metric("validation", "accuracy") is not None for g in groups for r in g.runs)
-            else "test"
-        )
+        runs = [r for g in groups for r in g.runs]
+        only_tested = [r for r in runs if r.metric("validation", "accuracy") is None and r.metric("test", "accuracy")]
+        split = "test" if only_tested else "validation"  # runs without results do not count
     letters = ["", *(g.letter for g in groups)]
     configs = [{key: _common(r.config.get(key, ABSENT) for r in g.runs) for key in g.runs[0].config} for g in groups]
     if any(len(g.runs) > 1 for g in groups):
@@ -231,8 +230,15 @@ def compare(groups: Sequence[Group], split: str = "auto") -> Comparison:
     ]
     if environment:
         sections.insert(2, Section("Environment that differs", [letters, *environment]))
-    curves = [(g.letter, _curve(g, f"{split}_accuracy")) for g in groups]
-    return Comparison(split, sections, tests, curves)
+    by_epoch = _by_epoch(groups, split)
+    curves = [(g.letter, _curve(g, f"{by_epoch}_accuracy")) for g in groups]
+    return Comparison(split, sections, tests, by_epoch, curves)
+
+
+def _by_epoch(groups: Sequence[Group], split: str) -> str:
+    """Return the split whose accuracy curves show: the test set is seldom measured after each epoch."""
+    rows = [row for g in groups for r in g.runs for row in r.history]
+    return split if any(row.get(f"{split}_accuracy") is not None for row in rows) else "validation"
 
 
 def _short_hash(text: str) -> str:
@@ -381,7 +387,7 @@ def _sparklines(comparison: Comparison, width: int) -> list[str]:
     low, high = min(values), max(values)
     longest = max(len(curve) for _, curve in comparison.curves)
     every = -(-longest // (width - 20))
-    lines = [f"  {comparison.split} accuracy by epoch, ▁ {low:.1%} to █ {high:.1%}"]
+    lines = [f"  {comparison.by_epoch} accuracy by epoch, ▁ {low:.1%} to █ {high:.1%}"]
     for letter, curve in comparison.curves:
         bars = [_BARS[round((len(_BARS) - 1) * (v - low) / ((high - low) or 1))] for v in curve[every - 1 :: every]]
         lines.append(f"  {letter}  {''.join(bars)}" + (f"  {curve[-1]:.1%}" if curve else ABSENT))
@@ -425,6 +431,7 @@ def draw_comparison(groups: Sequence[Group], split: str) -> Figure:
     """Draw training loss and accuracy of every run by epoch; a colour for each group."""
     figure = new_figure(figsize=(11, 4))
     axes = figure.subplots(1, 2)
+    split = _by_epoch(groups, split)
     for number, g in enumerate(groups):
         style: dict[str, Any] = {"color": PALETTE[number % len(PALETTE)], "label": g.letter}
         style["linestyle"] = ("-", "--", ":")[number // len(PALETTE)]
