@@ -36,26 +36,32 @@ LOSSES = {"validation 1": 3.0, "validation 2": 2.9, "validation 3": 2.8}
 NOT_RESULTS = {"seconds", "epoch_seconds", "compiled"}  # of a checkpoint: what no result depends on
 
 
+def judged(model, batches, runtime, name, stop=None, real=loop.evaluate):
+    """Evaluate, and let the first epoch be the best."""
+    result = real(model, batches, runtime, name, stop)
+    if name in LOSSES:
+        # what the network is shows in the last digits
+        return replace(result, loss=LOSSES[name] + result.loss / 1e6, accuracy=1 / int(name[-1]))
+    return result
+
+
 @pytest.fixture(scope="module")
-def controls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Any]]]:
-    """For each recipe a run that was killed, and what its twin learned that was not; the first epoch is the best."""
-    real = loop.evaluate
-
-    def judged(model, batches, runtime, name, stop=None):
-        result = real(model, batches, runtime, name, stop)
-        if name in LOSSES:
-            # what the network is shows in the last digits
-            return replace(result, loss=LOSSES[name] + result.loss / 1e6, accuracy=1 / int(name[-1]))
-        return result
-
+def killed_and_whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """For each recipe a run that was killed, and what its twin learned that was not."""
+    made = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "evaluate", judged)
-        made = {}
         for name, words in RECIPES.items():
             folder = tmp_path_factory.mktemp(name)
             die_at(folder / "run", DIES_AT, *words)
             made[name] = folder / "run", learned(train_minute(folder / "whole", *words))
-        yield made
+    return made
+
+
+@pytest.fixture
+def controls(killed_and_whole, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Path, Any]]:
+    monkeypatch.setattr(loop, "evaluate", judged)
+    return killed_and_whole
 
 
 def tensor(pattern: str) -> Callable[[Checkpoint], None]:
