@@ -253,6 +253,12 @@ def test_more_than_max_pixels_are_refused_before_they_are_decoded() -> None:
         read_image(file, 60_000)
 
 
+def test_a_bomb_is_refused_in_the_words_of_the_limit() -> None:
+    """Pillow's own limit, twice that of its warning, comes first."""
+    with pytest.raises(UnreadableImage, match=r"^it has more pixels than data.max_pixels=[\d,]+ allows$"):
+        read_image(io.BytesIO(_png_header(60_000, 60_000)))
+
+
 def test_max_pixels_may_be_larger_than_pillows_own_limit(monkeypatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     file = encode(Image.fromarray(COLOUR), "PNG")

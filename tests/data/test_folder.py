@@ -476,3 +476,9 @@ def test_a_damaged_cache_is_named(config, photos: Path, name: str) -> None:
     damaged.write_bytes(b"[[")
     with pytest.raises(UserError, match=rf"the image cache {damaged.parent} is damaged .*: delete it"):
         load_folder(data)
+
+
+def test_splits_that_hold_a_folder_of_their_own_name_are_found(config, photos: Path) -> None:
+    for split in ("seg_train", "seg_test"):
+        write_images(photos / split / split, {"a": 3, "b": 3})
+    assert load_folder(config()).sizes() == {"training": 6, "test": 6}

@@ -72,7 +72,7 @@ def test_runs_shows_trainings_sorts_and_filters(run_py, tmp_path: Path) -> None:
         run = claimed(tmp_path / "outputs/train" / name, "failed" if name == "c" else "done", 1e9 + n, *words)
         run.write_json("results.json", {"test": {"accuracy": accuracy}})
         (run.folder / ".hydra").mkdir()
-        (run.folder / ".hydra/overrides.yaml").write_text(f"[job=train, hydra.run.dir=x, {words[0]}]")
+        (run.folder / ".hydra/overrides.yaml").write_text(f"[job=train, hydra.run.dir=x, ++{words[0]}]")
         for path in run.folder.rglob("*"):
             os.utime(path, (1e9 + n, 1e9 + n))
     figure = claimed(tmp_path / "outputs/occlusion/d", "done", 1e9)

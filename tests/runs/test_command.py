@@ -64,6 +64,16 @@ def test_a_group_override_swaps_the_whole_group(onecycle: RunDirectory) -> None:
     assert config.data == onecycle.read_config().data
 
 
+def test_a_rate_reaches_the_schedule_of_a_record_that_holds_numbers(onecycle: RunDirectory, tmp_path: Path) -> None:
+    """As that of a reproduction does, in which Hydra composed nothing."""
+    plain = RunDirectory(tmp_path / "plain")
+    plain.folder.mkdir()
+    (plain.folder / "config.yaml").write_bytes((onecycle.folder / "config.yaml").read_bytes())
+    for run in (onecycle, plain):
+        assert overlay(run, ["optimizer.lr=0.2"], OWN).scheduler["max_lr"] == 0.2
+        assert overlay(run, ["optimizer.lr=0.2", "scheduler.max_lr=0.3"], OWN).scheduler["max_lr"] == 0.3
+
+
 def test_the_order_of_words_does_not_matter(onecycle: RunDirectory) -> None:
     words = ["optimizer.lr=0.2", "optimizer=sgd"]
     assert overlay(onecycle, words, OWN) == overlay(onecycle, words[::-1], OWN)

@@ -97,6 +97,8 @@ def _opened(file: str | Path | BinaryIO, max_pixels: int | None = None) -> Itera
                 yield image
     except UnreadableImage:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit is twice that of its warning
+        raise UnreadableImage(f"it has more pixels than data.max_pixels={max_pixels:,} allows") from error
     except UnidentifiedImageError as error:  # its message repeats the file's name, or names an object in memory
         raise UnreadableImage(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise errors of many classes on damaged files

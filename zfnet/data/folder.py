@@ -112,12 +112,15 @@ def _list_files(root: Path) -> _Listing:
     if len(classes) < 2:
         raise UserError(
             f"{listing}: {printable(learned_from)} needs at least two class folders with images, has {len(classes)}"
-            f"{_found(root)}"
+            f"{_found(learned_from)}"
         )
     for split, (folder, below) in folders.items():
         for name, path in _by_class(below, listing).items():
             if name not in classes:
-                raise UserError(f"{printable(path)}: its class '{name}' has no folder in {printable(learned_from)}")
+                raise UserError(
+                    f"{printable(path)}: its class '{name}' has no folder in {printable(learned_from)}: "
+                    "add one there, or remove this one"
+                )
             files = list_images(path, listing.left_out, above=(root, folder))
             listing.files.extend(files)
             listing.splits.extend([split] * len(files))
@@ -149,7 +152,8 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
             both = _names([folders[split][0], path])
             raise UserError(f"{listing}: {both} both name the split {split}: remove one, or join them")
         inner = _folders_in(path, listing)
-        if len(inner) == 1 and split in _named_splits(inner).values():  # some archives hold train/train
+        # some archives hold train/train, or seg_train/seg_train
+        if len(inner) == 1 and (inner[0].name == path.name or split in _named_splits(inner).values()):
             path, inner = inner[0], _folders_in(inner[0], listing)
         folders[split] = path, inner
     if folders and "train" not in folders:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_PAIRS = 10  # tests that are shown; of more, those of the best group
-_NO_SETTING = ("job", "run", "runs", "images", "imports", "logger")
+_NO_SETTING = ("job", "run", "runs", "parent", "images", "imports", "logger")
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -141,7 +141,7 @@ def read_run(run: RunDirectory) -> Trained:
     with contextlib.suppress(UserError):
         history = run.read_history()
         results = run.read_json("results.json")
-    settings = flatten(result_keys(recorded))
+    settings = flatten(result_keys({key: value for key, value in recorded.items() if key != "parent"}))
     return Trained(
         str(run.folder),
         run.state,

@@ -134,7 +134,7 @@ def _overrides(run: RunDirectory) -> list[str]:
     except (OSError, ValueError, yaml.YAMLError):
         return []
     words = [str(word) for word in words] if isinstance(words, list) else []
-    return [word for word in words if not word.lstrip("+~").startswith(("hydra", "job=", "run="))]
+    return [word.removeprefix("++") for word in words if not word.lstrip("+~").startswith(("hydra", "job=", "run="))]
 
 
 def _equal(value: Any, wanted: str) -> bool:

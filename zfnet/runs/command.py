@@ -152,6 +152,10 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
     if not overrides:
         return read_config({**run.recorded(), **own}, imports)
     base = _composed_record(run)
+    # a record without Hydra's own, such as a reproduction's, holds numbers where conf/scheduler/onecycle.yaml refers
+    peak, rate = (OmegaConf.select(base, key) for key in ("scheduler.max_lr", "optimizer.lr"))
+    if peak is not None and peak == rate:
+        OmegaConf.update(base, "scheduler.max_lr", "${optimizer.lr}")
     groups = [o for o in overrides if _is_group(o)]
     if groups:
         composed = OmegaConf.to_container(compose_raw([o.input_line or "" for o in groups]), resolve=False)

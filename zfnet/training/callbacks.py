@@ -116,7 +116,8 @@ class ProgressBar(Callback):
         if state.last_reading is not None:
             loss, accuracy = state.last_reading
             speed = state.step_in_epoch * state.config.data.batch_size / state.epoch_seconds
-            words += [f"loss {loss:.4f}", f"accuracy {accuracy:.4f}", f"{speed:.0f} images/s"]
+            words += [f"loss {loss:.2f}", f"accuracy {accuracy:.0%}"]  # in 80 columns
+            words += [f"{speed:.0f} images/s"] if self.bar.disable else []
         self.bar.update()
         self.bar.set_postfix_str(", ".join(words), refresh=False)
         if self.bar.disable and words and now - self.printed > 60:
