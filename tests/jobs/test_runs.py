@@ -13,7 +13,7 @@ from zfnet.runs.directory import RunDirectory
 
 def claimed(folder: Path, state: str, changed: float, *words: str) -> RunDirectory:
     run = RunDirectory(folder)
-    run.claim_new(compose(*TINY, *words))
+    run.claim(compose(*TINY, *words))
     run.set_status(state)
     for path in folder.iterdir():
         os.utime(path, (changed, changed))

@@ -141,7 +141,7 @@ def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(tried, tmp_path: Path, 
     train.train(config, run)
     config.run = str(run.folder)
     again = type(run)(tmp_path / "again")
-    again.claim_new(config)
+    again.claim(config)
     reproduce.reproduce(config, again)
     assert settled == [faster, faster]
     assert len(tried) == 1

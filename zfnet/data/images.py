@@ -96,6 +96,11 @@ class Splits:
         """Return what environment.json holds beside the fingerprint; the two tell any data sets apart."""
         return {"images": self.sizes(), "classes": list(self.train.classes)}
 
+    @property
+    def validation_reports(self) -> bool:
+        """Whether validation, for want of a test set, chooses the epoch and reports as well."""
+        return self.test is None and self.validation is not None
+
     def remarks(self) -> dict[str, Any]:
         """Return what results.json says about the files: those that were left out, if any."""
         return {"unreadable": list(self.unreadable)} if self.unreadable else {}

@@ -198,7 +198,7 @@ def _train(
     for problem in problems:
         log.warning("%s; using an earlier one", problem)
     log.info("%s on %s: %s", model_name(config.model), config.data.name, _sizes(splits))
-    if splits.test is None and splits.validation is not None:
+    if splits.validation_reports:
         log.warning("no test images: validation chooses the epoch and reports as well, so its accuracy is optimistic")
     if config.run is not None and (changed := splits.difference(RunDirectory(config.run).environment)):
         log.warning("the images are not those of run=%s: %s", config.run, changed)
@@ -413,7 +413,7 @@ def _report(
         "weights_sha256": digest,
         "test_seen_each_epoch": config.trainer.test_each_epoch,
     }
-    if splits.test is None and splits.validation is not None:
+    if splits.validation_reports:
         results["validation_chose_and_reports"] = True
     results |= splits.remarks()
     save_figure(draw_curves(state.history), run.figures / "curves.png")

@@ -136,14 +136,12 @@ class RunDirectory:
         with self.claimed(config) as resumed:
             return resumed
 
-    def claim_new(self, config: Config) -> None:
-        """Make this, which must be absent or empty, the directory of `config`'s run; raise UserError otherwise."""
-        with self.claimed(config, new=True):
-            pass
-
     @contextlib.contextmanager
     def claimed(self, config: Config, new: bool = False) -> Iterator[bool]:
-        """Do what `claim` does, or with `new` what `claim_new` does, and hold the directory within this block."""
+        """Do what `claim` does, and hold the directory within this block.
+
+        new: the directory must be absent or empty
+        """
         self._belongs_to(config, new)  # a directory that is refused gets no lock, either
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
