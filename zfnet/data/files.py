@@ -94,7 +94,7 @@ def is_hidden(name: str) -> bool:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether this is a folder or a link to one; a link that leads nowhere, or round, is none."""
+    """Return whether this is a folder or a link to a folder; False for a broken link and for a loop of links."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 

@@ -309,7 +309,7 @@ class Pruning(Callback):
 
 
 class EarlyStopping(Callback):
-    """Ends the training when a metric has not improved by more than `min_delta` for `patience` epochs.
+    """Stops training when a metric has stopped improving: by no more than `min_delta` for `patience` epochs.
 
     monitor: a column of history.csv: one with loss in its name is to fall, any other to rise
     """
