@@ -31,6 +31,20 @@ def test_draw_two_keys_is_a_heat_map_with_means(tmp_path: Path) -> None:
     figures["curves"].canvas.draw()
 
 
+def test_draw_two_keys_frames_the_best_and_what_seeds_cannot_tell_from_it(tmp_path: Path) -> None:
+    for seed, noise in enumerate((0.0, 0.01, 0.03)):
+        for lr in (0.01, 0.1):
+            for size in (5, 7):
+                accuracy = 0.5 * (lr == 0.1) + 0.3 + (noise + 0.005 if size == 7 else 0.02 - noise / 2)
+                words = f"optimizer.lr={lr}", f"model.conv1.kernel_size={size}", f"seed={seed}"
+                write_job(tmp_path, *words, accuracy=accuracy)
+    axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("model.conv1.kernel_size", "optimizer.lr")
+    frames = {frame.get_linestyle(): [round(x) for x in frame.get_center()] for frame in axis.patches}
+    assert frames == {"-": [1, 1], "--": [0, 1]}
+    assert "dashed: not distinguishable" in axis.get_title()
+
+
 def test_draw_one_key_has_error_bars_on_a_log_axis(tmp_path: Path) -> None:
     for n, lr in enumerate((0.001, 0.01, 0.1)):
         write_job(tmp_path, f"optimizer.lr={lr}", accuracy=n / 10)

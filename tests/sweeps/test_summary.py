@@ -21,7 +21,7 @@ from zfnet.runs.command import compose_raw
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.callback import summarize
-from zfnet.sweeps.summary import ABSENT, read_sweep, short_names, swept_keys, to_markdown, to_text
+from zfnet.sweeps.summary import ABSENT, p_against_best, read_sweep, short_names, swept_keys, to_markdown, to_text
 
 
 def write_job(
@@ -235,3 +235,21 @@ def test_to_text_reports_test_for_the_setting_that_validation_chose(tmp_path: Pa
     text = to_text(read_sweep(tmp_path), 80)
     assert "Test accuracy of the best setting by validation: 11.00 % (n = 1)" in text
     assert "99.00" not in text
+
+
+def test_to_text_tests_each_setting_against_the_best(tmp_path: Path) -> None:
+    """In pairs by seed: t is the mean difference by its standard error; p at two degrees of freedom is known."""
+    scores = {0.1: (0.80, 0.81, 0.83), 0.01: (0.70, 0.72, 0.72), 0.2: (0.81, 0.80, 0.80)}
+    for lr, accuracies in scores.items():
+        for seed, accuracy in enumerate(accuracies):
+            write_job(tmp_path, f"optimizer.lr={lr}", f"seed={seed}", accuracy=accuracy)
+    write_job(tmp_path, "optimizer.lr=0.5", "seed=0", accuracy=0.1)
+    sweep = read_sweep(tmp_path)
+    p = p_against_best(sweep.settings)
+    t = [statistics.fmean(d) / (statistics.stdev(d) / 3**0.5) for d in ((-0.01, 0.01, 0.03), (0.10, 0.09, 0.11))]
+    alone = [1 - x / (x * x + 2) ** 0.5 for x in t]  # Student's distribution at two degrees of freedom
+    assert p == [None, pytest.approx(alone[0]), pytest.approx(2 * alone[1]), None]
+    lines = to_text(sweep, 80).splitlines()[1:6]
+    ends = ["against the best", "best", f"unclear, p {p[1]:.2g}", f"lower, p {p[2]:.2g}", ABSENT]
+    assert [line.rstrip().endswith(end) for line, end in zip(lines, ends, strict=True)] == [True] * 5
+    assert max(map(len, lines)) <= 80

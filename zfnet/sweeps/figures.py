@@ -11,10 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from zfnet.plots.figures import BLUE, ORANGE, PALETTE, SOFT, epoch_axis, new_figure, plain, styled
-from zfnet.sweeps.summary import Setting, Sweep, format_value, group_name, short_names
+from zfnet.sweeps.significance import LEVEL
+from zfnet.sweeps.summary import Setting, Sweep, format_value, group_name, p_against_best, short_names
 
 NAMED = 8  # settings with a colour and a name of their own; the rest is grey
 _CELLS = 400  # a heat map with more cells is a search, and is drawn as points
@@ -151,7 +153,10 @@ def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
 
 @styled
 def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
-    """A heat map of the mean accuracy over two keys; points in their plane where values hardly repeat."""
+    """A heat map of the mean accuracy over two keys; points in their plane where values hardly repeat.
+
+    In the map a frame marks the best setting, and a dashed one each setting that the seeds cannot tell from it.
+    """
     x, y = (_Scale(key, settings, even=True) for key in keys)
     grid = np.full((len(y.values), len(x.values)), np.nan)
     is_map = grid.size <= min(_CELLS, 4 * len(settings))
@@ -159,8 +164,14 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     axis = figure.subplots()
     means = _means(settings)
     if is_map:
-        for setting, mean, column, row in zip(settings, means, x.places, y.places, strict=True):
+        p = p_against_best(settings)
+        unclear = [value is not None and value >= LEVEL for value in p]
+        for rank, (setting, mean, column, row) in enumerate(zip(settings, means, x.places, y.places, strict=True)):
             grid[int(row), int(column)] = mean
+            if rank == 0 or unclear[rank]:
+                dashes = "--" if rank else "-"
+                corner = (column - 0.46, row - 0.46)
+                axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=ORANGE, lw=2, linestyle=dashes))
             std = setting.mean_and_std()[1]
             text = f"{mean:.1%}" + (f"\n± {100 * std:.1f}" if std is not None else "")
             colour = "white" if mean > (min(means) + max(means)) / 2 else "black"
@@ -168,7 +179,8 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         colours: ScalarMappable = axis.imshow(grid, cmap="Blues", origin="lower", aspect="auto")
         axis.grid(False)
         axis.spines[:].set_visible(False)
-        axis.set_title(f"Validation accuracy\n({_spread(settings)})")
+        frames = "framed: the best" + ("; dashed: not distinguishable from it" if any(unclear) else "")
+        axis.set_title(f"Validation accuracy ({_spread(settings)})\n{frames}")
     else:
         x, y = (_Scale(key, settings) for key in keys)
         best_on_top: dict[str, Any] = {

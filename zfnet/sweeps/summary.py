@@ -21,6 +21,7 @@ from zfnet.config.errors import UserError
 from zfnet.config.schema import flatten, result_keys
 from zfnet.runs.directory import RunDirectory, find_folders
 from zfnet.runs.tables import format_table
+from zfnet.sweeps.significance import LEVEL, difference, holm
 
 ABSENT = "–"  # in place of a value that a job does not have, such as the momentum of an Adam
 STATES = ("done", "running", "stopped", "pruned", "failed", "none")
@@ -65,6 +66,10 @@ class Setting:
         """Return the accuracies of the finished jobs."""
         return [a for job in self.jobs if (a := job.metric(split)) is not None]
 
+    def scores_by_seed(self) -> dict[int, float]:
+        """Return the validation accuracy of each finished job that has a seed."""
+        return {job.seed: a for job in self.jobs if job.seed is not None and (a := job.metric()) is not None}
+
     def mean_and_std(self, split: str = "validation") -> tuple[float | None, float | None]:
         """Return mean and sample standard deviation over the seeds; None where there are too few."""
         scores = self.scores(split)
@@ -102,6 +107,18 @@ def read_sweep(folder: Path) -> Sweep:
         Setting({key: members[0].settings.get(key, ABSENT) for key in keys}, members) for members in groups.values()
     ]
     return Sweep(jobs, keys, sorted(settings, key=lambda s: -statistics.fmean(s.scores() or [-1])))
+
+
+def p_against_best(settings: Sequence[Setting]) -> list[float | None]:
+    """Return for each setting the p of its difference from the first, the best, corrected after Holm for being several.
+
+    None for the best itself, and where there is nothing to test by, such as a single seed. The best was chosen by the
+    same accuracies, so a p just below the level is weak evidence.
+    """
+    scores = [setting.scores_by_seed() for setting in settings]
+    tested = {i: found.p for i, other in enumerate(scores) if i and (found := difference(scores[0], other))}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return [corrected.get(i) for i in range(len(settings))]
 
 
 def _read_job(sweep: Path, folder: Path) -> SweepJob | None:
@@ -219,16 +236,30 @@ def job_rows(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def setting_rows(sweep: Sweep, keys: Sequence[str]) -> list[list[str]]:
-    """Return the header and a row a setting; the state has a column where a job is not done."""
+    """Return the header and a row a setting.
+
+    A column says whether its difference from the best is more than the spread of the seeds, where several seeds can
+    tell, and one names the state, where a job is not done.
+    """
     names = short_names(sweep.keys)
     states = [Counter(job.state for job in setting.jobs) for setting in sweep.settings]
     not_done = any(set(count) != {"done"} for count in states)
-    rows = [[*(names[key] for key in keys), "validation accuracy", "n"] + ["state"] * not_done]
-    for setting, count in zip(sweep.settings, states, strict=True):
+    p = p_against_best(sweep.settings)
+    tested = any(value is not None for value in p)
+    rows = [[*(names[key] for key in keys), "validation accuracy", "n"] + ["against the best"] * tested]
+    rows[0] += ["state"] * not_done
+    for rank, (setting, count) in enumerate(zip(sweep.settings, states, strict=True)):
         state = _count_states(count) if len(setting.jobs) > 1 else setting.jobs[0].state
         values = [format_value(setting.values[key]) for key in keys]
-        rows.append([*values, setting.score_text(), str(len(setting.scores()))] + [state] * not_done)
+        row = [*values, setting.score_text(), str(len(setting.scores()))]
+        rows.append(row + [_verdict(rank, p[rank])] * tested + [state] * not_done)
     return rows
+
+
+def _verdict(rank: int, p: float | None) -> str:
+    if p is None:
+        return ABSENT if rank else "best"
+    return f"{'lower' if p < LEVEL else 'unclear'}, p {p:.2g}"
 
 
 def to_markdown(sweep: Sweep) -> str:
