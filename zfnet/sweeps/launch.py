@@ -22,7 +22,7 @@ from hydra.core.utils import JobReturn, setup_globals
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError
@@ -56,6 +56,7 @@ class SweepJobs:
         self.folder = Path(str(config.hydra.sweep.dir))
         self.outcomes: dict[str, Outcome] = {}
         self.for_all_jobs: list[str] = []  # overrides
+        self.composed: dict[tuple[str, ...], DictConfig] = {}  # to compose takes longer than to check
         # `${hydra:…}` needs a job at work; within Hydra's own part `${hydra.…}` is the same
         unresolved = OmegaConf.to_container(config.hydra.sweep, resolve=False)
         self.subdir = str(unresolved["subdir"]).replace("${hydra:", "${hydra.")  # type: ignore[index,call-overload]
@@ -69,8 +70,11 @@ class SweepJobs:
 
     def compose(self, overrides: Sequence[str], number: int = 0) -> DictConfig:
         """Return the config of one job; raise HydraException if a key or a choice does not exist."""
-        config = self.context.config_loader.load_sweep_config(self.config, [*self.for_all_jobs, *overrides])
-        with open_dict(config):
+        words = (*self.for_all_jobs, *overrides)
+        config = self.composed.pop(words, None)  # launched after it was checked, with a number of its own
+        if config is None:
+            config = self.context.config_loader.load_sweep_config(self.config, list(words))
+        with open_dict(config), read_write(config.hydra):
             config.hydra.job.num = number
             config.hydra.job.id = str(number)
             config.hydra.sweep.subdir = self.subdir
@@ -83,6 +87,7 @@ class SweepJobs:
             for overrides in jobs:
                 try:
                     config = self.compose(overrides)
+                    self.composed[(*self.for_all_jobs, *overrides)] = config
                     HydraConfig.instance().set_config(config)  # it tells which folders the config came from
                     checked = read_command(_task(config), config.hydra.overrides.task)
                     if checked.job.trains:
