@@ -286,7 +286,7 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
     """Draw the filters of each run on one common scale, largest RMS first (paper, Fig. 6), and their measures below."""
     columns = 12 if len(measured) > 1 else 24
     rows = max(-(-len(filters.rms) // columns) for filters in measured.values())
-    tall = 0.6 + 13 / len(measured) * rows / columns
+    tall = 0.8 + 13 / len(measured) * rows / columns
     figure = new_figure(figsize=(13, tall + 3.9))
     figure.suptitle("First-layer filters, largest RMS first (grey: 0; red frame: dead)")
     upper, lower = figure.subfigures(2, 1, height_ratios=(tall, 3.6))  # type: ignore[misc]
@@ -304,7 +304,8 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
     for panel, colour, (name, filters) in zip(sheets, PALETTE, measured.items(), strict=False):
         _draw_sheet(panel, filters, columns)
         dead, flat = int(filters.dead.sum()), int(filters.flat.sum())
-        panel.set_title(f"{plain([name])[0]}: {filters}; {dead} dead, {flat} flat")
+        panel.set_title(f"{plain([name])[0]}\n{filters}; {dead} dead, {flat} flat")
+        name = name.partition(":")[0]
         axes[0].hist(filters.rms.clamp(min=1e-6).numpy(), bins, color=colour, alpha=0.55, label=name)
         centres = filters.frequencies - filters.frequencies[0] / 2
         axes[1].plot(centres, filters.spectrum.mean(0), ".-", color=colour, label=name)
@@ -335,7 +336,8 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
         ylabel="filters",
     )
     axes[2].xaxis.set_major_formatter("{x:.0%}")
-    axes[1].legend()
+    if len(measured) > 1:
+        axes[1].legend()
     return figure
 
 
