@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tests.explain.trained import Trained, train_some
-from tests.helpers import learned, train_minute, train_tiny
+from tests.helpers import learned, no_figures, train_minute, train_tiny
 from zfnet.runs.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,13 @@ def _switches_put_back():
     put_back()  # fixtures of a module or a session train before any test does
     yield
     put_back()
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Trainings draw nothing, which would take most of the time of a small one; `drawn` marks tests of their figures."""
+    with contextlib.nullcontext() if request.node.get_closest_marker("drawn") else no_figures():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -33,12 +33,6 @@ SMALL = (
 )
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings draw no figures, which take most of the time of one this small."""
-    monkeypatch.setattr("zfnet.jobs.train.save_figure", lambda *_: None)
-
-
 def everything_in(folder: Path) -> dict[str, tuple[bytes, int]]:
     """What each file below a folder holds, and when it was written."""
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
@@ -49,7 +43,7 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
         return {row["directory"]: row for row in csv.DictReader(file)}
 
 
-def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, undrawn, monkeypatch) -> None:
+def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(launch.SweepJobs, "check", lambda *_: None)  # as if only the jobs themselves could find out
     words = ("-m", *SMALL, "optimizer.lr=1e-3,-1", "seed=0,1")
     answer = run_py(*words)
@@ -86,7 +80,7 @@ def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, undr
     assert before == {**everything_in(sweep / "optimizer.lr=0.001,seed=0"), "m": (sweep / "multirun.yaml").read_bytes()}
 
 
-def test_a_sweeps_jobs_print_no_test_accuracy(run_py, tmp_path, undrawn) -> None:
+def test_a_sweeps_jobs_print_no_test_accuracy(run_py, tmp_path) -> None:
     """Who sees one beside each setting chooses by it."""
     answer = run_py("-m", *SMALL, "seed=0,1")
     assert answer.code == 0
@@ -98,7 +92,7 @@ def test_a_sweeps_jobs_print_no_test_accuracy(run_py, tmp_path, undrawn) -> None
     assert "Test accuracy of the best setting by validation" in summary
 
 
-def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path, undrawn) -> None:
+def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path) -> None:
     assert run_py("-m", *SMALL, "seed=0,1").code == 0
     before = everything_in(tmp_path / "s/seed=0")
     record = (tmp_path / "s/multirun.yaml").read_bytes()
@@ -111,7 +105,7 @@ def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path, undrawn) -
     assert rows(tmp_path / "s")["seed=2"]["state"] == "done"
 
 
-def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, undrawn, monkeypatch) -> None:
+def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, monkeypatch) -> None:
     words = ("-m", *SMALL, "trainer=exact", "trainer.epochs=2", "seed=0,1")
     assert run_py(*words[1:-1], "seed=0", "hydra.run.dir=whole").code == 0
     with monkeypatch.context() as patch:
@@ -141,7 +135,7 @@ def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, undrawn, monkey
     assert digests[0] == digests[1]
 
 
-def test_launch_job_of_a_mixed_sweep_equals_the_job_alone(run_py, tmp_path, undrawn) -> None:
+def test_launch_job_of_a_mixed_sweep_equals_the_job_alone(run_py, tmp_path) -> None:
     words = [word for word in SMALL if not word.startswith("trainer.threads")]
     alone = subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *words, "trainer=exact", "hydra.run.dir=alone"],

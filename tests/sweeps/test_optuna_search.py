@@ -33,15 +33,14 @@ SPACE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "data.batch_size=choice(20
 # run.py without the figures of each training, which take most of a small one's time
 PROGRAM = """
 import runpy, zfnet.jobs.train
+zfnet.jobs.train.draw_results = lambda *_: None
 zfnet.jobs.train.save_figure = zfnet.plots.figures.save_figure = lambda *_: None
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.fixture(autouse=True)
-def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither trainings nor sweeps draw figures, which would take most of the time here."""
-    monkeypatch.setattr("zfnet.jobs.train.save_figure", lambda *_: None)
+def _no_figures_of_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zfnet.plots.figures.save_figure", lambda *_: None)
 
 
