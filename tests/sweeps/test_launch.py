@@ -226,6 +226,7 @@ def test_grid_that_cannot_be_composed_is_one_line_and_writes_nothing(run_py, tmp
             "trainer.epochs=0: must be at least 1 (the job ",
         ),
         ("optimizer=sgd,adamw optimizer.momentum=0.5", "optimizer.momentum: AdamW has no such setting"),
+        ("model=small,null", "model=null: no such choice; known: "),
     ],
 )
 def test_a_bad_value_is_found_before_the_first_job_trains(run_py, tmp_path, monkeypatch, words, expected) -> None:

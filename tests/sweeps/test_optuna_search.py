@@ -218,6 +218,12 @@ def test_ask_is_a_function_of_the_seed_and_of_earlier_trials(run_py, tmp_path, m
         ([], "has nothing to search"),
         (["optimizer.lr=interval(2,1)"], "is no space to search"),
         (["optimizer.lrr=interval(1,2)"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
+        ([*SPACE, "trainer.epochs=0"], "no job has started: trainer.epochs=0: must be at least 1"),
+        ([*SPACE, "optimizer=sdg"], "optimizer=sdg: no such choice; did you mean 'sgd'?"),
+        (["model.dropout=interval(0.2,1)"], "model.dropout=1.0: must be less than 1 (the job model.dropout=1.0)"),
+        (["model.dropout=interval(-1,0.2)"], "model.dropout=-1.0: must be at least 0"),
+        ([*SPACE, "data.image_size=choice(64,20)"], "data.image_size=53 or more (it is 20), or lower"),
+        ([*SPACE, "trainer.epochs=range(2,0,step=-1)", "scheduler.warmup_epochs=1"], "scheduler.warmup_epochs=1: must"),
         ([*SPACE, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: must be at least 1"),
         ([*SPACE, "hydra/sweeper/sampler=tbe"], "hydra/sweeper/sampler=tbe: no such choice; did you mean 'tpe'?"),
         ([*SPACE, "hydra/sweeper/pruner=medium"], "did you mean 'median'?"),
@@ -240,6 +246,7 @@ def test_run_search_names_what_is_wrong_in_one_line(run_py, tmp_path, words, exp
     assert answer.err.startswith("error: ")
     assert answer.err.count("\n") == 1
     assert "secret" not in answer.err
+    assert not (tmp_path / "s").exists() or "storage" in expected
 
 
 @pytest.mark.parametrize("slot", ["sampler", "pruner"])

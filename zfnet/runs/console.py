@@ -92,8 +92,11 @@ def _fail(error: Exception) -> NoReturn:
     sys.exit(1)
 
 
-def explain(error: Exception) -> str:
-    """Return one line for an error; the user's own mistakes are named, the program's are pointed to."""
+def explain(error: Exception, words: Sequence[str] | None = None) -> str:
+    """Return one line for an error; the user's own mistakes are named, the program's are pointed to.
+
+    words: what was composed, if it is not the program's own command line
+    """
     if isinstance(error, UserError):
         return str(error)
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -101,7 +104,7 @@ def explain(error: Exception) -> str:
         word = printable(error.override)
         return f"the command line cannot be parsed ({word}): write key=value, and quote lists for the shell"
     if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):  # ValueError: model=null
-        if problem := misfit(sys.argv[1:]):
+        if problem := misfit(sys.argv[1:] if words is None else words):
             return problem
         if not isinstance(error, ValueError):
             cause = error.__cause__

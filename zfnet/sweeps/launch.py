@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError
 from zfnet.runs.command import read_command
-from zfnet.runs.console import explain, misfit
+from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, objective, write_atomically
 from zfnet.training.build import check_recipe
 
@@ -92,11 +92,11 @@ class SweepJobs:
                     checked = read_command(_task(config), config.hydra.overrides.task)
                     if checked.job.trains:
                         check_recipe(checked)
-                except (UserError, HydraException, OmegaConfBaseException) as error:
-                    problem = (not isinstance(error, UserError) and misfit(overrides)) or explain(error)
+                except (UserError, HydraException, OmegaConfBaseException, ValueError) as error:
                     shared = set(overrides).intersection(*jobs)
                     own = " ".join(word for word in overrides if word not in shared)
-                    raise UserError(f"no job has started: {problem}{f' (the job {own})' if own else ''}") from error
+                    problem = f"no job has started: {explain(error, overrides)}"
+                    raise UserError(f"{problem} (the job {own})" if own else problem) from error
         finally:
             HydraConfig.instance().cfg = before
 

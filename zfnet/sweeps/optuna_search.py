@@ -256,9 +256,11 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
     settings = read_settings(jobs.config.hydra.sweeper)
     space = search_space(overrides)
     fixed = {o.get_key_element(): o.get_value_element_as_str() for o in overrides if not o.is_sweep_override()}
-    # what cannot be composed or constructed is an error before there is a study
-    first = {k: d.choices[0] if isinstance(d, CategoricalDistribution) else d.low for k, d in space.items()}  # type: ignore[attr-defined]
-    jobs.compose(_as_overrides(fixed | first))
+    # what is wrong is an error before there is a study: every choice and both ends, beside the first of the others
+    ends = {k: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high) for k, d in space.items()}  # type: ignore[attr-defined]
+    first = fixed | {key: values[0] for key, values in ends.items()}
+    rest = [first | {key: value} for key, values in ends.items() for value in values[1:]]
+    jobs.check([_as_overrides(values) for values in [first, *rest]])
     make_sampler(settings, 0)
     study = open_study(settings, jobs.folder)
     _check_same_search(study, fixed)
