@@ -33,11 +33,11 @@ from typing import Any
 
 import torch
 
+from zfnet import compose
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.data import sources
 from zfnet.jobs import train as training
-from zfnet.runs.command import compose
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.provenance import describe_environment

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zfnet import compose
 from zfnet.config.randomness import make_key, random_bits
 from zfnet.config.schema import Config
 from zfnet.data import Batches, load_splits
@@ -43,7 +44,6 @@ from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.jobs.benchmark import Contender, TrainingSteps, alternatives, measure
 from zfnet.jobs.train import train
 from zfnet.model.layers import Dropout, LocalResponseNorm
-from zfnet.runs.command import compose
 from zfnet.runs.directory import RunDirectory, write_atomically
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.provenance import describe_environment

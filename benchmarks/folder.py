@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from zfnet import compose
 from zfnet.config.schema import DataConfig
 from zfnet.data import Batches
 from zfnet.data.folder import load_folder
-from zfnet.runs.command import compose
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.tables import format_table
 from zfnet.training.device import keep_memory, resolve_runtime, timed

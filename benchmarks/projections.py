@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from zfnet import compose
 from zfnet.config.errors import UserError
 from zfnet.data import load_splits, preprocess
 from zfnet.explain import Deconvnet
 from zfnet.model.chain import Chain
-from zfnet.runs.command import compose
 from zfnet.runs.directory import write_atomically
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.provenance import describe_environment

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from zfnet import compose
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.data import ImageSet, load_splits
 from zfnet.jobs.benchmark import Contender, TrainingSteps, measure, print_result, time_steps, write_result
-from zfnet.runs.command import compose
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.training.build import build_optimizer, initial_model
 from zfnet.training.device import Runtime, keep_memory, resolve_runtime, synchronize

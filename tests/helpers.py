@@ -17,7 +17,6 @@ from PIL import Image
 from zfnet.config.schema import DATA, AugmentConfig, Config, Conv, DataConfig, Linear, ModelConfig
 from zfnet.data.shapes import draw_shapes
 from zfnet.jobs.train import train
-from zfnet.runs import command
 from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
@@ -67,7 +66,8 @@ def compose(*words: str) -> Config:
 
 @functools.cache
 def _composed(words: tuple[str, ...]) -> Config:
-    return command.compose(words)
+    marked = allow_keys_of_record(words)
+    return read_command(compose_raw(marked), marked)
 
 
 def checked(*words: str) -> Config:

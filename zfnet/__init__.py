@@ -7,9 +7,8 @@ In Python, without a command line:
     run.model, run.results
 """
 
-from zfnet.jobs.train import fit
+from zfnet.jobs.train import compose, fit
 from zfnet.model.zfnet import ZFNet
-from zfnet.runs.command import compose
 from zfnet.runs.weights import load_run
 
 __all__ = ["ZFNet", "compose", "fit", "load_run"]

@@ -330,7 +330,7 @@ def test_build_optimizer_asks_for_fused_only_where_a_step_of_it_works() -> None:
         "zfnet.data.files.fetch",
         "zfnet.data.sources.load_cifar",
         "zfnet.config.instantiate._look_up",
-        "zfnet.runs.command.compose",
+        "zfnet.runs.command.compose_raw",
         "torchvision.models.get_model",
         "torchvision.models.segmentation.fcn_resnet50",
         "torchvision.models.detection.fasterrcnn_resnet50_fpn",

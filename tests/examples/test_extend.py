@@ -21,7 +21,7 @@ from tests.helpers import EVERY_STEP, MINUTE, Killed, dying_at, learned, no_figu
 from zfnet import load_run
 from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
-from zfnet.runs import command
+from zfnet.jobs.train import compose
 from zfnet.runs.directory import RunDirectory
 
 CONF = ROOT / "examples/extend/conf"
@@ -166,7 +166,7 @@ def test_the_page_has_a_command_for_each_slot() -> None:
 def test_the_python_of_the_page(tmp_path: Path, monkeypatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(zfnet, "compose", lambda words: command.compose([*words, *QUICK, *FEW]))
+    monkeypatch.setattr(zfnet, "compose", lambda words: compose([*words, *QUICK, *FEW]))
     names: dict[str, Any] = {}
     with no_figures():
         exec(code, names)

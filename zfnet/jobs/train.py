@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, DataConfig, Job, model_name
+from zfnet.config.schema import Config, DataConfig, Job, model_name, read_config
 from zfnet.data import Batches, Splits, load_splits
 from zfnet.data.images import image_set
 from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves, draw_results, log_per_class, log_result, results_of
-from zfnet.runs.command import compose
+from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
+from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, objective
 from zfnet.runs.hydra_record import record_data
 from zfnet.runs.provenance import describe_environment
@@ -74,15 +77,38 @@ def worked(config: Config, output: Path) -> bool:
     return True
 
 
+def compose(words: Sequence[str] = ()) -> Config:
+    """Return the checked config that these words would give on the command line, for use in Python:
+
+    config = compose(["experiment=quickstart", "optimizer.lr=3e-3"])
+
+    Raises UserError for a key, a choice or a value that is not acceptable.
+    """
+    if isinstance(words, str):
+        raise UserError(f"compose({words!r}): give a list of words, as in compose([{words!r}])")
+    words = allow_keys_of_record([str(word) for word in words])
+    try:
+        config = read_command(compose_raw(words), words)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(explain(error, words)) from error
+    if config.job.trains:
+        check_recipe(config)
+    return config
+
+
 def fit(config: Config, folder: str | Path) -> TrainedRun:
     """Train in Python what `compose` gave, in the directory `folder`, and return the finished run.
 
     The same call goes on with a run that was stopped, and returns one that is finished. Raises UserError.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"fit: a config is what compose(list of words) returns, and no {type(config).__name__}")
+    if not config.job.trains or config.job.name in ("resume", "reproduce"):
+        raise UserError(f"job={config.job.name}: fit trains only, by itself or by job=extend or job=fork")
+    read_config(config.to_dict(), config.imports)  # it may have been changed since
     check_recipe(config)
-    run = RunDirectory(folder)
-    train(config, run)
-    return load_run(run.folder, config.imports)
+    config.job.main(config, Path(folder))
+    return load_run(folder, config.imports)
 
 
 def train(

@@ -250,20 +250,6 @@ def _from_elsewhere() -> bool:
     return HydraConfig.initialized() and not only_own_folders(HydraConfig.get().runtime.config_sources)
 
 
-def compose(overrides: Sequence[str] = ()) -> Config:
-    """Return the checked config that these words would give on the command line, for use in Python:
-
-    config = compose(["experiment=quickstart", "optimizer.lr=3e-3"])
-
-    Raises UserError for a key, a choice or a value that is not acceptable.
-    """
-    words = allow_keys_of_record(overrides)
-    try:
-        return read_command(compose_raw(words), words)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
-
-
 def compose_raw(words: Sequence[str]) -> DictConfig:
     """Compose this project's `conf/` with these overrides; works inside and outside a Hydra program."""
     program = GlobalHydra.instance().hydra  # composing replaces a running program's own state for a moment
