@@ -19,7 +19,8 @@ import zfnet
 from tests.conftest import ROOT
 from tests.helpers import MINUTE, tiny_model_config, write_images
 from zfnet.config.schema import Config
-from zfnet.runs.command import allow_keys_of_record, compose, compose_raw, read_command
+from zfnet.jobs.train import compose
+from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
 from zfnet.training.build import check_recipe
 
 README = ROOT / "README.md"
@@ -57,6 +58,7 @@ PLACEHOLDERS = {
     "trainer.epochs=20": "trainer.epochs=3",
     "checkpoint_epochs=[5]": "checkpoint_epochs=[1]",
     "outputs/train/…": RUN,
+    "run=outputs/again": f"run={RUN}",
     ",https://…": "",
     ',"https://example.org/a.jpg"': "",
 }

@@ -152,12 +152,11 @@ def test_refusals(run_py, branch, tmp_path: Path) -> None:
     train_minute(tmp_path / "none", "trainer.epochs=1")
     for words, expected in (
         ("job=extend run=one", "job=extend needs trainer.epochs=N, more than the 2 epochs that run=one has trained"),
-        ("job=fork run=one", "job=fork needs job.epoch=N; of run=one: it keeps the state after epochs 1, 2"),
+        ("job=fork run=one", "job=fork needs job.epoch=N; run=one keeps the state of epochs 1, 2\n"),
         (
             "job=fork run=none job.epoch=2 trainer.epochs=4",
-            "job.epoch=2: run=none has no state of this epoch, it keeps the state after epochs 1; train with "
-            "trainer.checkpoint_epochs=[2], or train it again with it: python run.py job=reproduce run=none "
-            "trainer.checkpoint_epochs=[2]",
+            "job.epoch=2: run=none keeps the state of epoch 1; job=reproduce run=none trainer.checkpoint_epochs=[2] "
+            "makes a run to fork instead\n",
         ),
         ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: the run goes on with its"),
         (

@@ -95,16 +95,14 @@ class ForkJob(BranchJob):
             known = sorted({*known, len(parent.read_history())})
         if self.epoch in known and self.epoch < config.trainer.epochs:
             return self.epoch
-        there_is = f"it keeps the state after epochs {', '.join(map(str, known))}" if known else "it keeps no state"
+        epochs = f"epoch{'s' * (len(known) > 1)} {', '.join(map(str, known))}" if known else "no epoch"
+        keeps = f"run={parent.folder} keeps the state of {epochs}"
         if self.epoch is None:
-            raise UserError(f"job=fork needs job.epoch=N; of run={parent.folder}: {there_is}")
+            raise UserError(f"job=fork needs job.epoch=N; {keeps}")
         if self.epoch >= config.trainer.epochs:
             raise UserError(f"trainer.epochs={config.trainer.epochs}: must be more than job.epoch={self.epoch}")
-        words = f"trainer.checkpoint_epochs=[{self.epoch}]"
-        raise UserError(
-            f"job.epoch={self.epoch}: run={parent.folder} has no state of this epoch, {there_is}; train with {words}, "
-            f"or train it again with it: python run.py job=reproduce run={parent.folder} {words}"
-        )
+        again = f"job=reproduce run={parent.folder} trainer.checkpoint_epochs=[{self.epoch}]"
+        raise UserError(f"job.epoch={self.epoch}: {keeps}; {again} makes a run to fork instead")
 
 
 def _state_files(parent: RunDirectory, epoch: int) -> tuple[Path, Path]:
