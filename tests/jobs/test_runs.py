@@ -36,7 +36,7 @@ def test_runs_lists_states_newest_first(run_py, tiny_run, tmp_path: Path) -> Non
         ("killed", "outputs/train/killed"),
         ("stopped", "outputs/train/stopped"),
     ]
-    assert f"{tiny_run.read_json('results.json')['test']['accuracy']:.2%}" in lines[1]
+    assert f"{tiny_run.read_json('results.json')['test']['accuracy']:.2%} test" in answer.out
     assert RunDirectory(root / "killed").state == "running"  # only looked at
 
 
@@ -107,20 +107,24 @@ def test_describe_reads_size_and_accuracy_from_disk(tiny_run, tmp_path: Path) ->
     shutil.copytree(tiny_run.folder, tmp_path / "run")
     results = tiny_run.read_json("results.json")
     RunDirectory(tmp_path / "run").write_json("results.json", {**results, "test": None})
-    assert describe(RunDirectory(tmp_path / "run")).accuracy == results["validation"]["accuracy"]
+    assert describe(RunDirectory(tmp_path / "run")).accuracy == ("validation", results["validation"]["accuracy"])
+    compared = describe(tiny_run, {"job": {"name": "compare"}, "runs": ["a"], "model": {"name": "zfnet"}, "data": {}})
+    assert (compared.model, compared.data) == ("", "")
+    assert run_table([compared], 0, 80)[2:] == run_table([compared], 0, 80)[2:3]  # no line about a network
 
 
 def test_run_table_fits_80_columns() -> None:
     usual, long = "outputs/reproduce/2026-01-31_12-00-00-000000", "outputs/sweeps/" + "x" * 200
     rows = [
-        Row("running", 0.0, "reproduce", "small", "shapes", 1.0, 5 * 2**30, "seed=1", usual),
+        Row("running", 0.0, "reproduce", "small", "shapes", ("validation", 1.0), 5 * 2**30, "seed=1", usual),
         Row(
             "stopped", 0.0, "train", "zfnet", "cifar10", None, 900 * 2**20, "optimizer.lr=0.1 " * 20 + "\x1b[31m", long
         ),
     ]
     lines = run_table(rows, 59 * 60, 80)
     assert max(map(len, lines)) <= 80
-    assert lines[2].endswith(usual[-41:])
+    assert lines[2].endswith(usual[-34:])
+    assert "100.00% val." in lines[2]
     assert "5.0G" in lines[2]
     assert "59min" in lines[2]
     assert lines[3] == "  small on shapes: seed=1"

@@ -30,7 +30,8 @@ _TRAININGS = ("train", "extend", "fork", "reproduce", "?")
 class Row:
     """One run.
 
-    changed: seconds since 1970; accuracy: None where none is recorded; size: bytes on disk
+    changed: seconds since 1970; model, data: empty for a comparison of runs; size: bytes on disk
+    accuracy: the split and the accuracy on it; None where none is recorded
     overrides: the words of the command that made it, without those about Hydra and the job
     """
 
@@ -39,7 +40,7 @@ class Row:
     job: str
     model: str
     data: str
-    accuracy: float | None
+    accuracy: tuple[str, float] | None
     size: int
     overrides: str
     folder: str
@@ -92,7 +93,7 @@ class RunsJob(Job):
 def _rank(row: Row, by: str) -> Any:
     """Return what sorts the newest, best or largest run first, and names from a to z."""
     if by in ("age", "accuracy", "size"):
-        return -({"age": row.changed, "accuracy": row.accuracy or 0.0, "size": row.size}[by])
+        return -({"age": row.changed, "accuracy": row.accuracy[1] if row.accuracy else 0.0, "size": row.size}[by])
     return row.folder if by == "directory" else getattr(row, by)
 
 
@@ -103,14 +104,14 @@ def describe(run: RunDirectory, plain: Mapping[str, Any] | None = None) -> Row:
     if state == "running" and not run.in_use():
         state = "killed"
     changed, size = _on_disk(run.folder)
-    accuracy = recorded_accuracy(run)
+    one_network = plain.get("runs") is None  # only job=compare has `runs`; it names no network and no images
     return Row(
         state,
         changed,
         _job(plain),
-        _name(plain.get("model")),
-        _name(plain.get("data")),
-        None if accuracy is None else accuracy[1],
+        _name(plain.get("model")) if one_network else "",
+        _name(plain.get("data")) if one_network else "",
+        recorded_accuracy(run),
         size,
         " ".join(_overrides(run)),
         str(run.folder),
@@ -163,21 +164,23 @@ def _on_disk(folder: Path) -> tuple[float, int]:
 
 def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
     """Return a header and the runs: two lines each, shortened to `width`; for a file or a pipe (None) one long line."""
-    cells = [("state", "age", "job", "acc.", "size", "directory")]
+    cells = [("state", "age", "job", "accuracy", "size", "directory")]
     for row in rows:
-        accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%}"
+        split, value = row.accuracy or ("", 0.0)
+        accuracy = f"{value:.2%} {split.replace('validation', 'val.')}" if split else ""
         texts = (shorten(row.state, 8), _age(now - row.changed), shorten(row.job, 14), accuracy, _size(row.size))
         cells.append((*texts, row.folder))
     what = [("model", "data", "changed"), *((row.model, row.data, row.overrides) for row in rows)]
     if width is None:
         wide = [(*cell[:-1], *words, cell[-1]) for cell, words in zip(cells, what, strict=True)]
-        return format_table(wide, "<><>><<<<", gap=1)
-    align = "<><>><"
+        return format_table(wide, "<><<><<<<", gap=1)
+    align = "<><<><"
     if len({row.job for row in rows}) == 1:  # directories then fit more often
-        cells, align = [(*cell[:2], *cell[3:]) for cell in cells], "<>>><"  # type: ignore[misc]
+        cells, align = [(*cell[:2], *cell[3:]) for cell in cells], "<><><"  # type: ignore[misc]
     lines = format_table(cells, align, width, shrink=[len(align) - 1], gap=1)
-    below = [f"  {model} on {data}" + (f": {changed}" if changed else "") for model, data, changed in what]
-    return [line for pair in zip(lines, (_cut(text, width) for text in below), strict=True) for line in pair]
+    below = ["  " + ": ".join(filter(None, (model and f"{model} on {data}", changed))) for model, data, changed in what]
+    pairs = zip(lines, (_cut(text, width) for text in below), strict=True)
+    return [line for pair in pairs for line in pair if line.strip()]
 
 
 def _cut(text: str, width: int) -> str:
