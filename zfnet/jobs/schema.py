@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,9 @@ class SchemaJob(Job):
         folder.mkdir(parents=True, exist_ok=True)
         for group, schema in group_schemas().items():
             write_atomically(folder / f"{group}.json", json.dumps(schema, indent=1) + "\n")
-        print(f"written to {folder}; as the first line of a YAML file: # yaml-language-server: $schema=<path>")
+        path = os.path.relpath(folder / "optimizer.json", CONF / "optimizer")
+        print(f"written to {folder}; for an editor, begin a file in conf/optimizer, say, with the line")
+        print(f"# yaml-language-server: $schema={path}")
 
 
 def group_schemas() -> dict[str, dict[str, Any]]:

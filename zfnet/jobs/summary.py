@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torchinfo
 
-from zfnet.config.schema import Config, Job
+from zfnet.config.schema import Config, Job, model_name
 from zfnet.data import load_splits
 from zfnet.runs.tables import format_table
 from zfnet.training.build import initial_model
@@ -35,6 +35,8 @@ class SummaryJob(Job):
             depth=1,
             col_names=("output_size", "num_params", "mult_adds"),  # what torchinfo counts
         )
+        whose = f"run={config.run}: " if config.run else ""
+        print(f"{whose}model={model_name(config.model)} for {classes} classes ({config.data.name}), {size} px\n")
         rows: list[tuple[str, ...]] = [("layer", "type", "output shape", "parameters", "multiply-adds")]
         for layer in network.summary_list[1:]:  # the first is the whole network
             shape = " × ".join(str(n) for n in layer.output_size)
