@@ -14,6 +14,7 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.figure import Figure
+from PIL import Image
 
 import zfnet
 from tests.conftest import ROOT
@@ -210,6 +211,11 @@ def test_links_and_paths(page: Path) -> None:
         return
     paths = re.findall(r"`((?:tests|zfnet|conf|docs|benchmarks|examples)/[\w./]+)`", text)
     assert [path for path in paths if not (ROOT / path).exists() and path != "conf/local.yaml"] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/figures").iterdir()), ids=lambda path: path.name)
+def test_pictures_are_in_full_colour(path: Path) -> None:
+    assert Image.open(path).mode in ("RGB", "RGBA")
 
 
 def test_readme_is_short_and_begins_with_the_set_up() -> None:

@@ -65,6 +65,17 @@ def test_draw_one_key_of_a_search_is_a_scatter_on_a_log_axis(tmp_path: Path) -> 
     assert axis.get_title() == "Validation accuracy (one run each)"
 
 
+def test_draw_two_keys_of_a_search_has_the_axes_of_its_intervals(tmp_path: Path) -> None:
+    for n in range(15):
+        write_job(
+            tmp_path, f"optimizer.lr={10 ** (-4 + n / 5)}", f"model.dropout={0.03 + n * 7 % 15 / 30}", accuracy=n / 50
+        )
+    axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
+    scales = {axis.get_xlabel(): axis.get_xscale(), axis.get_ylabel(): axis.get_yscale()}
+    assert scales == {"optimizer.lr": "log", "model.dropout": "linear"}
+    axis.figure.canvas.draw()
+
+
 def test_figures_name_their_number_of_seeds(tmp_path: Path) -> None:
     for lr, seeds in (0.01, 2), (0.1, 3):
         for seed in range(seeds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,7 +75,10 @@ def draw_sweep_curves(sweep: Sweep) -> Figure:
 
 
 class _Scale:
-    """Places one key's values on an axis: numbers by size (by their logarithm, if they span much), others in a row."""
+    """Places one key's values on an axis: numbers by size (by their logarithm, if they span much), others in a row.
+
+    many: more numbers than an axis names, as a search has; `raw` are the numbers themselves, one for each setting
+    """
 
     def __init__(self, key: str, settings: Sequence[Setting], even: bool = False) -> None:
         values = [s.values[key] for s in settings]
@@ -82,7 +86,11 @@ class _Scale:
         values = values if self.numeric else [format_value(v) for v in values]
         self.values = sorted(set(values))
         self.even = even or not self.numeric
+        self.many, self.raw = self.numeric and len(self.values) > 12, values
         self.log = not self.even and self.values[0] > 0 and self.values[-1] / self.values[0] >= 8
+        if self.log and self.many:  # a search over an even interval has its median in the middle
+            low, high = self.values[0], self.values[-1]
+            self.log = statistics.median(self.values) < (math.sqrt(low * high) + (low + high) / 2) / 2
         self.places = [self._place(v) for v in values]  # one for each setting
 
     def _place(self, value: Any) -> float:
@@ -126,8 +134,8 @@ def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     figure = new_figure(figsize=(6.4, 4.2))
     axis = figure.subplots()
     scale = _Scale(keys[0], settings)
-    search = scale.numeric and len(scale.values) > 12
-    raw = [s.values[keys[0]] for s in settings] if search else scale.places
+    search = scale.many
+    raw = scale.raw if search else scale.places
     order = np.argsort(raw)
     places, ordered = [raw[i] for i in order], [settings[i] for i in order]
     repeated = max(len(s.scores()) for s in settings) > 1
@@ -190,12 +198,16 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
             "edgecolor": "white",
             "linewidth": 0.6,
         }
-        colours = axis.scatter(x.places[::-1], y.places[::-1], **best_on_top)
-        axis.scatter(x.places[0], y.places[0], s=170, facecolor="none", edgecolor=ORANGE, linewidth=1.8)
+        across, up = (scale.raw if scale.many else scale.places for scale in (x, y))
+        colours = axis.scatter(across[::-1], up[::-1], **best_on_top)
+        axis.scatter(across[0], up[0], s=170, facecolor="none", edgecolor=ORANGE, linewidth=1.8)
         axis.set_title("Validation accuracy (ring: the best)")
-    for scale, line, key in zip((x, y), (axis.xaxis, axis.yaxis), keys, strict=True):
-        line.set_ticks(*scale.ticks(20 if is_map else 8))
-        line.set_label_text(group_name(key))
+    for scale, name, key in zip((x, y), "xy", keys, strict=True):
+        if scale.many and not is_map:
+            axis.set(**{f"{name}scale": "log" if scale.log else "linear"})
+        else:
+            getattr(axis, f"{name}axis").set_ticks(*scale.ticks(20 if is_map else 8))
+        axis.set(**{f"{name}label": group_name(key)})
     _colour_bar(axis, colours)
     return figure
 
