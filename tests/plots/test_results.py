@@ -118,4 +118,5 @@ def test_draw_samples_of_chosen_images_names_their_probability() -> None:
     axis = draw_samples(images, evaluation, torch.tensor([3, 1])).axes[0]
     words = [text.get_text() for text in axis.texts]
     assert [word.split("(")[1] for word in words] == ["dog)", "dog)"]
-    assert [word.split()[1] for word in words] == [f"{evaluation.confidences[k]:.0%}" for k in (3, 1)]
+    assert [word.split()[0] for word in words] == ["3", "1"]  # the images' numbers
+    assert [word.split()[2] for word in words] == [f"{evaluation.confidences[k]:.0%}" for k in (3, 1)]

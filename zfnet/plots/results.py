@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from zfnet.plots.figures import (
     styled,
 )
 from zfnet.runs.directory import RunDirectory
+from zfnet.runs.tables import shorten
 from zfnet.training.metrics import Evaluation
 
 if TYPE_CHECKING:
@@ -155,21 +157,26 @@ def draw_samples(
 ) -> Figure:
     """Draw images with their predicted (true) class, green where these agree, as the blog does.
 
-    `evaluation` is that of `images`. With `index`, the images at these places are drawn, each with the probability of
-    its prediction; without, images that are evenly spread over the set.
+    `evaluation` is that of `images`. With `index`, the images at these places are drawn, each with its file's name or
+    its number, and the probability of its prediction; without, images that are evenly spread over the set.
     """
-    title, sure = "Predicted class (true class)", [""] * (rows * columns)
+    title, sure, names = "Predicted class (true class)", [""] * (rows * columns), [""] * (rows * columns)
     if index is None:
         index = torch.linspace(0, len(images) - 1, min(rows * columns, len(images))).round().long()
     else:
         index = index[: rows * columns]
-        title = "Mistakes, most confident first: predicted class, its probability (true class)"
+        title = "Mistakes, most confident first: image, predicted class, probability (true class)"
         sure = [f" {p:.0%}" for p in evaluation.confidences[index].tolist()]
+        names = [
+            shorten(f"{Path(images.files[images.rows[n]]).name if images.files else n}", 20) + "\n"
+            for n in index.tolist()
+        ]
     count = len(index)
-    title = title if count >= 4 else title.partition(":")[0]  # it would run off a narrow figure
+    title = title if count >= 5 else title.partition(":")[0]  # it would run off a narrow figure
     columns = min(columns, count)
     rows = -(-count // columns)
-    side, gap, head = 1.0, 0.3, 0.3  # of an image; above it, for its classes; above all, for the title
+    # of an image; above it, for its name and classes; above all, for the title
+    side, gap, head = 1.0, 0.42 if names[0] else 0.3, 0.3
     high = (side + gap) * rows + head
     figure = new_figure(figsize=(1.35 * 1.08 * columns, 1.35 * high), layout="none")
     axis = figure.add_axes((0, 0, 1, 1))
@@ -180,7 +187,7 @@ def draw_samples(
         row, column = divmod(number, columns)
         left, top = 1.08 * column * side, row * (side + gap)
         axis.imshow(image, extent=(left, left + side, top + side, top), interpolation="nearest")
-        words = f"{images.classes[prediction]}{sure[number]}\n({images.classes[label]})"
+        words = f"{names[number]}{images.classes[prediction]}{sure[number]}\n({images.classes[label]})"
         colour = GREEN if prediction == label else RED
         axis.text(
             left + side / 2, top - 0.02, words, fontsize=8, ha="center", va="bottom", color=colour, parse_math=False
