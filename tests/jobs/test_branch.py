@@ -150,13 +150,15 @@ def test_a_run_that_was_stopped_early_goes_on(branch, tmp_path: Path) -> None:
 def test_refusals(run_py, branch, tmp_path: Path) -> None:
     train_minute(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
     train_minute(tmp_path / "none", "trainer.epochs=1")
+    train_minute(tmp_path / "two-epochs")
     for words, expected in (
         ("job=extend run=one", "job=extend needs trainer.epochs=N, more than the 2 epochs that run=one has trained"),
         ("job=fork run=one", "job=fork needs job.epoch=N; run=one keeps the state of epochs 1, 2\n"),
+        ("job=fork run=none job.epoch=2 trainer.epochs=4", "job.epoch=2: run=none keeps the state of epoch 1\n"),
         (
-            "job=fork run=none job.epoch=2 trainer.epochs=4",
-            "job.epoch=2: run=none keeps the state of epoch 1; job=reproduce run=none trainer.checkpoint_epochs=[2] "
-            "makes a run to fork instead\n",
+            "job=fork run=two-epochs job.epoch=1",
+            "job.epoch=1: run=two-epochs keeps the state of epoch 2; job=reproduce run=two-epochs "
+            "trainer.checkpoint_epochs=[1] makes a run to fork instead\n",
         ),
         ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: the run goes on with its"),
         (

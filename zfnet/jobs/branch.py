@@ -102,7 +102,10 @@ class ForkJob(BranchJob):
         if self.epoch >= config.trainer.epochs:
             raise UserError(f"trainer.epochs={config.trainer.epochs}: must be more than job.epoch={self.epoch}")
         again = f"job=reproduce run={parent.folder} trainer.checkpoint_epochs=[{self.epoch}]"
-        raise UserError(f"job.epoch={self.epoch}: {keeps}; {again} makes a run to fork instead")
+        known_to_it = self.epoch <= len(parent.read_history())
+        raise UserError(
+            f"job.epoch={self.epoch}: {keeps}{f'; {again} makes a run to fork instead' if known_to_it else ''}"
+        )
 
 
 def _state_files(parent: RunDirectory, epoch: int) -> tuple[Path, Path]:

@@ -37,7 +37,7 @@ class SchemaJob(Job):
         for group, schema in group_schemas().items():
             write_atomically(folder / f"{group}.json", json.dumps(schema, indent=1) + "\n")
         path = os.path.relpath(folder / "optimizer.json", CONF / "optimizer")
-        print(f"written to {folder}; for an editor, begin a file in conf/optimizer, say, with the line")
+        print(f"written to {folder}; a file in conf/optimizer, say, names its own by the first line")
         print(f"# yaml-language-server: $schema={path}")
 
 
