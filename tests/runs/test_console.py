@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import logging
+import os
+import pty
+import re
 import shutil
+import struct
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 
-from tests.helpers import compose
+import zfnet
+from tests.helpers import MINUTE, compose
+from zfnet.config.errors import UserError
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory
+from zfnet.training.callbacks import ProgressBar
 
 SHAPES = ("experiment=quickstart", "trainer.epochs=1", "data.train_images=100", "data.test_images=20")
 
@@ -183,6 +200,112 @@ def test_words_are_taken_as_they_are(run_py, tmp_path: Path, monkeypatch) -> Non
     assert run_py("job=predict", f"run={run.name}", f"images=[{','.join(names[:6])}]").code == 0
     assert [c.images for c in seen] == [*([name] for name in names[:3]), names[:6]]
     assert {c.run for c in seen} == {run.name}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["expriment=quickstart"], "expriment: no such key; did you mean 'experiment'?"),
+        (["optimizer=sdg"], "optimizer=sdg: no such choice; did you mean 'sgd'?"),
+        (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number"),
+        (["optimizer.lr=0,001"], "a decimal number has a point: optimizer.lr=0.001"),
+        (["optimizer.lr"], "cannot be parsed (optimizer.lr): write key=value"),
+        (["model=null"], "model=null: no such choice; known: "),
+        ("experiment=quickstart", "give a list of words, as in compose(['experiment=quickstart'])"),
+    ],
+)
+def test_compose_says_in_python_what_the_command_line_says(words, expected: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ipykernel", "-f", "optimizer=adamm"])  # some other program's
+    with pytest.raises(UserError, match=re.escape(expected)) as caught:
+        zfnet.compose(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_fit_names_what_is_wrong_before_it_takes_a_directory(tmp_path: Path) -> None:
+    def changed(part: str, key: str, value: object):
+        config = compose(*MINUTE)
+        group = getattr(config, part)
+        group.__setitem__(key, value) if isinstance(group, dict) else setattr(group, key, value)
+        return config
+
+    for config, expected in (
+        (changed("optimizer", "lr", -1), "optimizer.lr=-1: must be a number greater than 0"),
+        (changed("trainer", "epochs", "x"), "trainer.epochs=x: must be a whole number"),
+        (compose("job=summary"), "job=summary: fit trains only"),
+        (["experiment=quickstart"], "fit: a config is what compose"),
+    ):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            zfnet.fit(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Return a function that calls another on a terminal of 80 columns and returns the lines that it showed."""
+
+    def show(call: Callable[[], object]) -> list[str]:
+        screen, program = pty.openpty()
+        fcntl.ioctl(program, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        shown = []
+
+        def read() -> None:
+            try:
+                while data := os.read(screen, 4096):
+                    shown.append(data)
+            except OSError:  # closed
+                return
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        with monkeypatch.context() as patch, open(program, "w") as file:
+            patch.setenv("COLUMNS", "80")  # shutil asks pytest's own terminal
+            patch.setattr(sys, "stdout", file)
+            patch.setattr(sys, "stderr", file)
+            call()
+        reader.join(10)
+        os.close(screen)
+        return re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", b"".join(shown).decode()))
+
+    return show
+
+
+def test_nothing_is_longer_than_a_line_of_80_columns(run_py, terminal, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr("zfnet.training.callbacks.tqdm", functools.partial(tqdm, mininterval=0))  # at each step
+    commands = (
+        [*MINUTE, "hydra.run.dir=run"],
+        ["-m", *MINUTE, "seed=0,1", "trainer.epochs=1", "hydra.sweep.dir=outputs/sweep"],
+        ["job=evaluate", "run=run"],
+        ["job=compare", "runs=[outputs/sweep]"],
+        ["job=runs"],
+        ["job=summary", "model=zfnet"],
+    )
+    for words in commands:
+        lines = terminal(lambda words=words: run_py(*words))
+        assert [line for line in lines if len(line) > 80] == []
+        assert len(lines) > 3, words
+        if words[-1] == "hydra.run.dir=run":
+            assert any("epoch 1/2:  50%|" in line and "/8, " in line for line in lines)
+
+
+def test_the_bar_shows_all_of_itself_in_80_columns(terminal) -> None:
+    """Of a long run: time left, loss and accuracy are the last words, which a narrow terminal would lose."""
+    settings = SimpleNamespace(trainer=SimpleNamespace(epochs=100), data=SimpleNamespace(batch_size=32))
+    state = SimpleNamespace(epoch=98, step=139_193, step_in_epoch=0, steps_per_epoch=1406, config=settings)
+    state.last_reading, state.epoch_seconds = (12.34, 1.0), 1.0
+    bar = ProgressBar()
+    bar.began = (time.perf_counter() - 193 * 60, 139_000)  # a minute a step
+
+    def run() -> None:
+        bar.on_epoch_start(state)
+        bar.on_step_end(state)
+        bar.bar.refresh()
+        bar.bar.close()
+
+    lines = terminal(run)
+    assert max(map(len, lines)) <= 80
+    whole = r"^epoch 99/100: .*\| 1/1406, 23 h 27 min left, loss 12.34, accuracy 100%$"
+    assert any(re.search(whole, line) for line in lines)
 
 
 def test_help_lists_the_groups(run_py) -> None:

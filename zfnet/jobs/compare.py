@@ -68,7 +68,7 @@ class CompareJob(Job):
             run.write_json("comparison.json", comparison.to_dict())
             write_atomically(run.folder / "index.html", to_page(comparison, picture))
             print(to_text(comparison, shutil.get_terminal_size().columns, bold=sys.stdout.isatty()))
-            print(f"written to {run.folder}: open {run.folder / 'index.html'} in a browser")
+            print(f"written to {run.folder}\nopen {run.folder / 'index.html'} in a browser")
 
 
 # -- what is compared

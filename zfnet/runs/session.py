@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -77,11 +80,15 @@ class StopRequest:
 
 
 class _Terminal(logging.Handler):
-    """Prints above a progress bar instead of through it."""
+    """Prints above a progress bar instead of through it, and breaks lines between words."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if sys.stdout.isatty():
+            fill = partial(textwrap.fill, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            text = "\n".join(fill(line, shutil.get_terminal_size().columns) for line in text.splitlines())
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            tqdm.write(text, file=sys.stdout)
         except OSError as error:
             if error.errno != errno.EIO:  # the terminal was closed; the run has still to be saved
                 raise

@@ -105,6 +105,8 @@ class ProgressBar(Callback):
             disable=None,
             leave=False,
             dynamic_ncols=True,
+            # the whole run's time is in the postfix; with the epoch's beside it, 80 columns would not do
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
         )
 
     def on_step_end(self, state: TrainingState) -> None:
