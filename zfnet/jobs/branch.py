@@ -101,11 +101,11 @@ class ForkJob(BranchJob):
             raise UserError(f"job=fork needs job.epoch=N; {keeps}")
         if self.epoch >= config.trainer.epochs:
             raise UserError(f"trainer.epochs={config.trainer.epochs}: must be more than job.epoch={self.epoch}")
-        again = f"job=reproduce run={parent.folder} trainer.checkpoint_epochs=[{self.epoch}]"
-        known_to_it = self.epoch <= len(parent.read_history())
-        raise UserError(
-            f"job.epoch={self.epoch}: {keeps}{f'; {again} makes a run to fork instead' if known_to_it else ''}"
-        )
+        problem = f"job.epoch={self.epoch}: {keeps}"
+        if self.epoch <= len(parent.read_history()):
+            words = f"job=reproduce run={parent.folder} trainer.checkpoint_epochs=[{self.epoch}]"
+            problem += f"; {words} makes a run to fork instead"
+        raise UserError(problem)
 
 
 def _state_files(parent: RunDirectory, epoch: int) -> tuple[Path, Path]:
