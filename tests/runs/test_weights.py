@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -18,7 +19,7 @@ from tests.helpers import data_config, random_images, tiny_model_config
 from zfnet import ZFNet, load_run
 from zfnet.config.errors import UserError
 from zfnet.data import preprocess
-from zfnet.model.build import build_model
+from zfnet.model.build import build_model, load_initial_weights
 from zfnet.runs.weights import ModelMetadata, load_model, save_model, weights_hash
 
 
@@ -208,6 +209,25 @@ def test_a_truncated_file_is_one_line(saved) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="or is damaged"):
         load_model(path)
+
+
+@pytest.mark.parametrize("more", [1, 2**31, 2**62, 2**64 - 1])
+def test_a_header_longer_than_its_file_is_one_line(saved, more: int) -> None:
+    path = saved[2]
+    content = path.read_bytes()
+    claimed = min(len(content) - 8 + more, 2**64 - 1)
+    path.write_bytes(claimed.to_bytes(8, "little") + content[8:])
+    expected = rf"or is damaged \(its header claims {claimed:,} bytes, the file has {len(content):,}\)$"
+    with pytest.raises(UserError, match=expected):
+        load_model(path)
+    with pytest.raises(UserError, match=expected):
+        load_initial_weights(saved[0], path)
+
+
+def test_a_pipe_in_place_of_weights_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="it is no file"):
+        load_model(tmp_path / "model.safetensors")
 
 
 def test_load_run(tiny_run) -> None:

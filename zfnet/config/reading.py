@@ -22,10 +22,15 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
+def refuse_pipe(path: Path) -> None:
+    """Raise ValueError for what is there and no file: to open a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+
+
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """Return a file's content; raise ValueError if it is larger than `most` bytes, and OSError."""
-    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-        raise ValueError("it is no file")
+    refuse_pipe(path)
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zfnet.config.errors import UserError, did_you_mean
 from zfnet.config.instantiate import instantiate, resolve
-from zfnet.config.reading import MOST_BYTES, parse_json
+from zfnet.config.reading import MOST_BYTES, parse_json, refuse_pipe
 from zfnet.config.schema import ModelConfig
 from zfnet.model.layers import replace_dropout
 from zfnet.model.zfnet import ZFNet
@@ -59,10 +59,14 @@ def build_model(
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return the metadata and the tensors of a safetensors file, which stay on the disk until they are used.
 
-    Raises OSError or SafetensorError, and ValueError for a name that is there twice, of which safetensors keeps one.
+    Raises OSError or SafetensorError, and ValueError for a name that is there twice, of which safetensors keeps one,
+    and for a header that claims to be longer than the file.
     """
+    refuse_pipe(path)
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+        if length > size - 8:
+            raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
         parse_json(file.read(min(length, MOST_BYTES)))
     with safe_open(path, "pt") as tensors:
         return tensors.metadata() or {}, {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 
 from zfnet.config.errors import UserError
+from zfnet.model.build import read_tensors
 from zfnet.runs.directory import write_atomically, write_tensors
 
 KEPT = 2
@@ -143,9 +144,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint, of this version or an earlier one; raise UserError if it is damaged or of another."""
     try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        facts, tensors = read_tensors(path)
         metadata = json.loads(facts["checkpoint"])
         if not isinstance(metadata, dict):
             raise ValueError("its header is no record")
