@@ -142,6 +142,20 @@ def test_a_cut_line_at_the_end_of_the_journal_costs_that_line(tmp_path: Path, cu
     assert [trial.value for trial in study().get_trials()] == [1.0, 4.0, 3.0]
 
 
+@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 500_000, "[" * 60 + "]" * 60, "x", None])
+def test_the_journal_is_bounded(tmp_path: Path, line: str | None) -> None:
+    settings = SimpleNamespace(storage=None)
+    journal = tmp_path / "study.journal"
+    if line is None:
+        os.mkfifo(journal)
+    else:
+        optuna.create_study(study_name="x", storage=_open_storage(settings, tmp_path))
+        journal.write_bytes(journal.read_bytes() + f"{line}\n".encode())
+    with pytest.raises(UserError, match=r"study\.journal cannot be read: ") as caught:
+        _open_storage(settings, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_trial_pruning_ends_trials_that_job_resume_can_finish(run_py, tmp_path, monkeypatch) -> None:
     trial, evaluate = -1, loop.evaluate
 

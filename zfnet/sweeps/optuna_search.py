@@ -30,6 +30,7 @@ from pydantic import BeforeValidator, ValidationInfo
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import instantiate
 from zfnet.config.randomness import make_key
+from zfnet.config.reading import parse_json, read_bytes
 from zfnet.config.schema import NOT_IDENTITY, Checked, NotNegative, Positive, check
 from zfnet.runs.directory import RunDirectory
 from zfnet.sweeps.launch import TRIAL, Outcome, SweepJobs
@@ -165,8 +166,16 @@ class _JournalLock(JournalFileSymlinkLock):
 
 def _open_storage(settings: SearchSettings, sweep: Path) -> BaseStorage:
     sweep.mkdir(parents=True, exist_ok=True)
+    if settings.storage:
+        return get_storage(settings.storage)
     path = sweep / "study.journal"
-    return get_storage(settings.storage or JournalStorage(JournalFileBackend(str(path), _JournalLock(path))))
+    try:
+        for line in read_bytes(path).splitlines(keepends=True) if path.exists() else ():
+            if line.endswith(b"\n"):  # another process may be writing the last one
+                parse_json(line)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
 
 
 def open_study(settings: SearchSettings, sweep: Path) -> Study:
@@ -180,6 +189,8 @@ def open_study(settings: SearchSettings, sweep: Path) -> Study:
             pruner=pruner,
             load_if_exists=True,
         )
+    except UserError:
+        raise
     except Exception as error:  # any of a database driver's, an address parser's, a file system's
         address = settings.storage or str(sweep / "study.journal")
         shown = address.partition("@")[2] or address  # without a password
