@@ -141,3 +141,8 @@ def test_a_map_larger_than_the_memory_allowed_streams(tmp_path: Path) -> None:
     seen, grown, size = map(int, answer.stdout.split())
     assert seen == 1024
     assert grown < size / 4
+
+
+def test_classes_without_images_are_those_that_no_label_names() -> None:
+    assert some_set(torch.tensor([0, 3, 3])).classes_without_images() == ["1", "2", "4"]
+    assert some_set(torch.arange(5)).classes_without_images() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,12 @@ def test_few_images_are_said_to_be_few(tiny_run: RunDirectory, tmp_path: Path) -
     log = (tiny_run.folder / "train.log").read_text()
     assert "few images: one of 20 validation images is 5.0 % of accuracy" in log
     assert "few images: one of 50 test images is 2.0 % of accuracy" in log
-    many = train_minute(tmp_path / "run", "trainer.epochs=1", "data.train_images=200", "data.validation=100")
-    assert "validation images is" not in (many.folder / "train.log").read_text()
+    assert "no test images" not in log
+    words = ("trainer.epochs=1", "data.train_images=200", "data.validation=100", "data.subset=7")
+    log = (train_minute(tmp_path / "run", *words).folder / "train.log").read_text()
+    assert "validation images is" not in log
+    absent = re.search(r"no training images in 3 of 10 classes: (\w+, \w+, \w+)\n.*epoch 1", log, re.DOTALL)
+    assert absent is not None  # said before the training and not after it
 
 
 @pytest.mark.parametrize(

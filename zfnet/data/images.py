@@ -39,6 +39,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def classes_without_images(self) -> list[str]:
+        """Return the names of the classes that no image of this set has."""
+        counts = self.labels.bincount(minlength=len(self.classes)).tolist()
+        return [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
+
     def take(self, index: Tensor) -> ImageSet:
         """Return the set of the images at `index`; the pixels are shared, not copied."""
         boxes = None if self.boxes is None else self.boxes[index]

@@ -53,6 +53,7 @@ log = logging.getLogger("zfnet")
 Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
 _FOR_CPUS, _LONG = "cifar10_small", 1200  # an experiment; seconds of a run that make one look for it
 _FEW = 100  # images, of which one is more than 1 % of accuracy
+_NAMED = 12  # classes in one line
 
 
 @dataclass(kw_only=True)
@@ -229,9 +230,12 @@ def _train(
     if config.run is not None and (changed := splits.difference(RunDirectory(config.run).environment)):
         log.warning("the images are not those of run=%s: %s", config.run, changed)
     record_data(run, config.data)
-    for name, part in (("validation", splits.validation), ("test", splits.test)):
-        if part is not None and len(part) < _FEW:
+    for name, part in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        if part is not None and name != "training" and len(part) < _FEW:
             log.warning("few images: one of %d %s images is %.1f %% of accuracy", len(part), name, 100 / len(part))
+        if part is not None and (absent := part.classes_without_images()):
+            shown = ", ".join(absent[:_NAMED]) + " …" * (len(absent) > _NAMED)
+            log.warning("no %s images in %d of %d classes: %s", name, len(absent), len(part.classes), shown)
     for name in state.new_weights:
         log.info("trainer.init_from: %s is new, since the number of classes differs", name)
     if saved is not None:
