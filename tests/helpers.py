@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import multiprocessing
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +118,8 @@ def dying_at(step: int) -> Iterator[None]:
 
     def dying(state, batch) -> None:
         if state.step == step:
+            if multiprocessing.parent_process() is not None:  # process 0 dies as well, and ends this one
+                time.sleep(60)
             raise Killed
         real(state, batch)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from safetensors.torch import load
 
 from tests.helpers import EVERY_STEP, STEPS, Killed, die_at, dying_at, learned, train_minute
 from zfnet.config.errors import UserError
@@ -200,10 +203,14 @@ class Fault:
 
 
 class Faults(RuleBasedStateMachine):
-    """A run that is killed, starved and damaged, and goes on, ends with the same bits as one that never was."""
+    """A run that is killed, starved and damaged, and goes on, ends with the same bits as one that never was.
+
+    Where two processes have trained a part of it, it ends with the same numbers but for the order of additions.
+    """
 
     whole: Any = None
     folder: Path
+    together: bool = False  # whether two processes have trained a part
 
     @initialize(step=st.integers(3, 2 * STEPS - 1))
     def begin(self, step: int) -> None:
@@ -211,11 +218,11 @@ class Faults(RuleBasedStateMachine):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.train(dying_at(step))
 
-    def train(self, fault: Any) -> None:
-        line = None
+    def train(self, fault: Any, devices: int = 1) -> None:
+        line, self.together = None, self.together or devices > 1
         try:
             with fault:
-                train_minute(self.folder, EVERY_STEP)
+                train_minute(self.folder, EVERY_STEP, f"trainer.devices={devices}")
         except Killed:
             pass
         except UserError as error:
@@ -225,9 +232,9 @@ class Faults(RuleBasedStateMachine):
         elif line is not None:
             assert line.endswith("cannot be written: No space left on device")
 
-    @rule(step=st.integers(0, 2 * STEPS - 1))
-    def killed_before_a_step(self, step: int) -> None:
-        self.train(dying_at(step))
+    @rule(step=st.integers(0, 2 * STEPS - 1), devices=st.sampled_from([1, 2]))
+    def killed_before_a_step(self, step: int, devices: int) -> None:
+        self.train(dying_at(step), devices)
 
     @rule(number=st.integers(1, 20), fraction=st.floats(0, 1), full=st.booleans())
     def killed_or_without_space_in_a_write(self, number: int, fraction: float, full: bool) -> None:
@@ -245,16 +252,47 @@ class Faults(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.train(contextlib.nullcontext())
         run = train_minute(self.folder, EVERY_STEP)  # if a line had asked for a start from the beginning
-        assert learned(run) == self.whole
+        if self.together:
+            assert_close(learned(run), self.whole)
+        else:
+            assert learned(run) == self.whole
         assert run.state == "done"
         assert not list(self.folder.rglob("*.partial"))
 
 
+def assert_close(run: Any, whole: Any) -> None:
+    """Equal within rounding: weights and history."""
+    (weights, rows), (expected, others) = run, whole
+    for name, value in load(expected).items():
+        assert torch.allclose(load(weights)[name], value, rtol=0, atol=1e-6), name
+    for row, other in zip(rows, others, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+@pytest.fixture
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start processes as copies of this one: in a moment, and they die where this one does."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+
+
+@pytest.mark.usefixtures("_forked")
 def test_any_sequence_of_faults_ends_with_the_same_bits(whole, tmp_path: Path) -> None:
     machine = type("Machine", (Faults,), {"whole": whole, "folder": tmp_path / "run"})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=4, stateful_step_count=4, deadline=None, phases=[Phase.generate])
     )
+
+
+@pytest.mark.usefixtures("_forked")
+def test_another_number_of_processes_goes_on_with_the_same_numbers(whole, tmp_path: Path) -> None:
+    for step, devices in ((3, 1), (STEPS + 3, 2)):
+        die_at(tmp_path / "run", step, f"trainer.devices={devices}")
+    run = train_minute(tmp_path / "run", EVERY_STEP)
+    assert "going on from epoch 2, step 11" in (run.folder / "train.log").read_text()
+    assert_close(learned(run), whole)
+    with pytest.raises(AssertionError):  # a difference of one part in a thousand is seen
+        assert_close(learned(train_minute(tmp_path / "other", "optimizer.lr=0.0010010")), whole)
 
 
 def test_the_faults_are_real(tmp_path: Path) -> None:
