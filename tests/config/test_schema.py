@@ -13,7 +13,7 @@ import yaml
 from tests.helpers import MINUTE, checked, compose, data_config
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import resolve
-from zfnet.config.schema import NOT_IDENTITY, Job, Parent, flatten, read_config, read_data
+from zfnet.config.schema import NOT_IDENTITY, Job, Parent, flatten, read_config, read_data, result_keys
 from zfnet.config.trust import CONF
 
 FILES = [
@@ -200,6 +200,17 @@ def test_identity_counts_all_that_matters_and_nothing_else() -> None:
     other = copy.deepcopy(base)
     other.optimizer["lr"] = 0.125
     assert other.identity() != base.identity()
+
+
+@pytest.mark.parametrize(("key", "now"), [("sampler", "balanced"), ("draft", True)])
+def test_a_record_without_a_later_key_means_what_there_was_before(key: str, now: Any) -> None:
+    new = checked("data=folder", "data.root=photos", f"data.{key}={now}").to_dict()
+    old = copy.deepcopy(new)
+    del old["data"][key]
+    before = read_config(old)
+    assert getattr(before.data, key) != now
+    assert before.identity() != read_config(new).identity()
+    assert key not in result_keys(before.to_dict())["data"]  # so its identity is what it was
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from zfnet.data import decode
 from zfnet.data.decode import FORMATS, SUFFIXES, UnreadableImage, fit_square, image_size, read_image
@@ -328,6 +328,21 @@ def test_image_size_reads_the_header_only(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(_png_header(300, 200))  # its pixels are missing
     assert image_size(path) == (300, 200)
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"), [(0, 800), (201, 800), (200, 400), (101, 400), (100, 200), (51, 200), (50, 100), (3, 100)]
+)
+def test_a_jpeg_is_decoded_no_larger_than_its_reader_needs(side: int, expected: int) -> None:
+    image = Image.fromarray(COLOUR).resize((1200, 800), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    drafted = read_image(encode(image, "JPEG", exif=exif), draft=side)
+    assert drafted.size == (expected, expected * 3 // 2)
+    full = read_image(encode(image, "JPEG", exif=exif))
+    squares = [fit_square(one, side or 8, "crop").astype(int) for one in (drafted, full)]
+    assert np.abs(squares[0] - squares[1]).max() <= 3
+    assert read_image(encode(image, "PNG"), draft=side).size == (1200, 800)
 
 
 def test_fit_square() -> None:

@@ -14,13 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import data_config, write_images
+from tests.helpers import checked, data_config, tiny_model_config, write_images
 from zfnet.config.errors import UserError
 from zfnet.config.schema import DataConfig
+from zfnet.data import decode, preprocess
 from zfnet.data import folder as folder_module
 from zfnet.data.folder import load_folder
 from zfnet.data.images import fingerprint
 from zfnet.data.sources import load_splits
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.weights import ModelMetadata, TrainedRun
 
 
 @pytest.fixture
@@ -307,7 +310,7 @@ def test_the_cache_is_used(config, photos: Path, monkeypatch) -> None:
     assert first.fingerprint == second.fingerprint
 
 
-@pytest.mark.parametrize("what", ["content", "label", "new", "size", "fit"])
+@pytest.mark.parametrize("what", ["content", "label", "new", "size", "fit", "draft"])
 def test_a_change_makes_a_new_cache(config, photos: Path, what: str) -> None:
     write_images(photos, {"a": 3, "b": 3})
     before = load_folder(config())
@@ -322,10 +325,12 @@ def test_a_change_makes_a_new_cache(config, photos: Path, what: str) -> None:
     elif what == "size":
         changes = {"store_size": 16}
     else:
-        changes = {"fit": "stretch"}
+        changes = {"fit": "stretch"} if what == "fit" else {"draft": False}
     after = load_folder(config(**changes))
     assert after.train.images.filename != before.train.images.filename
-    assert (after.fingerprint == before.fingerprint) == (what == "fit")  # the fingerprint is of what the images show
+    assert (after.fingerprint == before.fingerprint) == (
+        what in ("fit", "draft")
+    )  # the fingerprint is of what the images show
 
 
 @pytest.mark.parametrize("how", ["in place", "elsewhere"])
@@ -379,8 +384,8 @@ def test_files_that_change_while_they_are_read_are_named(config, photos: Path, t
     write_images(photos, {"a": 3, "b": 3})
     real = folder_module.read_image
 
-    def change(file: Path, max_pixels: int) -> Image.Image:
-        image = real(file, max_pixels)
+    def change(file: Path, *limits: int) -> Image.Image:
+        image = real(file, *limits)
         Image.new("RGB", (8, 8)).save(file)
         return image
 
@@ -476,6 +481,33 @@ def test_a_damaged_cache_is_named(config, photos: Path, name: str) -> None:
     damaged.write_bytes(b"[[")
     with pytest.raises(UserError, match=rf"the image cache {damaged.parent} is damaged .*: delete it"):
         load_folder(data)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"unreadable": [], "fingerprint": ' + "9" * 500_000 + "}"])
+def test_the_manifest_of_a_cache_is_bounded(config, photos: Path, content: str) -> None:
+    write_images(photos, {"a": 3, "b": 3})
+    load_folder(config())
+    (manifest,) = Path(str(config().cache_dir)).glob("*/manifest.json")
+    manifest.write_text(content)
+    with pytest.raises(UserError, match=r"the image cache .* is damaged .*: delete it"):
+        load_folder(config())
+
+
+@pytest.mark.parametrize("draft", [True, False])
+def test_large_jpegs_are_drafted_in_training_and_for_the_trained_network_alike(
+    config, photos: Path, monkeypatch, draft: bool
+) -> None:
+    write_images(photos, {"a": 3, "b": 3}, size=150, suffix="jpg")
+    data, sides = config(draft=draft, store_size=32, image_size=70), []
+    monkeypatch.setattr(Image.Image, "transpose", lambda image, _: image)
+    real = decode._to_rgb
+    monkeypatch.setattr(decode, "_to_rgb", lambda image: sides.append(image.width) or real(image))
+    trained = load_folder(data).train
+    assert set(sides) == {75 if draft else 150}
+    metadata = ModelMetadata(tiny_model_config(), ("a", "b"), data, stored_size=32)
+    run = TrainedRun(RunDirectory(photos), checked(), torch.nn.Linear(1, 1), metadata)
+    seen = run.inputs(*(photos / file for file in trained.files))
+    assert torch.equal(seen, preprocess(torch.from_numpy(trained.images.copy()), data, channels_last=False))
 
 
 def test_splits_that_hold_a_folder_of_their_own_name_are_found(config, photos: Path) -> None:

@@ -103,6 +103,7 @@ class DataConfig(Checked):
     store_size: Optional[Side] = None
     fit: Literal["crop", "stretch"] = "crop"
     max_pixels: Annotated[int, Field(ge=1, le=2**30)] = MAX_PIXELS
+    draft: bool = False  # what earlier records mean, which lack the key
     sampler: Literal["shuffle", "balanced"] = "shuffle"
 
 
@@ -302,7 +303,7 @@ NOT_IDENTITY: dict[str, tuple[str, ...]] = {
 _NOT_RESULT = ("job", "run", "images", "runs", "imports", "logger")
 # Keys that records of earlier versions lack, with the value that says what those did.
 _LATER: dict[str, dict[str, Any]] = {
-    "data": {"sampler": "shuffle"},
+    "data": {"sampler": "shuffle", "draft": False},
     "loss": {"weight": None},
     "trainer": {"version": 1},
 }

@@ -51,9 +51,9 @@ class NamedImage:
 
     name: str
 
-    def read(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
-        """Return the image in mode RGB, upright; raise UnreadableImage."""
-        return read_image(io.BytesIO(fetch(self.name)) if _is_address(self.name) else self.name, max_pixels)
+    def read(self, max_pixels: int = MAX_PIXELS, draft: int = 0) -> Image.Image:
+        """Return the image as `read_image` does; raise UnreadableImage."""
+        return read_image(io.BytesIO(fetch(self.name)) if _is_address(self.name) else self.name, max_pixels, draft)
 
 
 class LeftOut:

@@ -26,6 +26,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError, printable
+from zfnet.config.reading import read_json
 from zfnet.config.schema import FolderData
 from zfnet.data.decode import UnreadableImage, fit_square, image_size, read_image
 from zfnet.data.files import LeftOut, is_folder, is_hidden, list_images
@@ -246,7 +247,7 @@ def _cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, dict[int, 
             f"the image cache {printable(caches)} cannot be written ({error}): set data.cache_dir=…"
         ) from error
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(folder / "manifest.json")
         images = np.load(folder / "images.npy", mmap_mode="r")
         unreadable = {int(number): str(problem) for number, problem in manifest["unreadable"]}
         fingerprint = str(manifest["fingerprint"])
@@ -265,7 +266,7 @@ def _find_or_build(listing: _Listing, data: FolderData, caches: Path) -> Path:
     stats = _stats(listing)
     stored = [
         *(CACHE_VERSION, data.store_size, data.image_size, data.crop_size, data.fit, data.max_pixels),
-        listing.labels,
+        *(data.draft, listing.labels),
     ]
     known = caches / f"{_key([stored, os.path.abspath(listing.root), listing.files, stats])}.key"
     with FileLock(known.with_suffix(".lock")):  # of several runs that start together, one reads
@@ -333,7 +334,8 @@ def _build(listing: _Listing, data: FolderData, size: int, folder: Path, pool: T
 
     def decode(number: int) -> str | None:
         try:
-            images[number] = fit_square(read_image(Path(listing.files[number]), data.max_pixels), size, data.fit)
+            image = read_image(Path(listing.files[number]), data.max_pixels, size * data.draft)
+            images[number] = fit_square(image, size, data.fit)
             return None
         except UnreadableImage as error:
             return str(error)

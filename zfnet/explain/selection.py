@@ -190,10 +190,11 @@ def _from_files(loaded: LoadedRun, items: Sequence[str]) -> Chosen:
         raise UserError(f"{item}: {problem}")
     if not 1 <= len(images) <= _MOST_FILES:
         raise UserError(f"images: {len(images)} are named; a figure holds 1 to {_MOST_FILES}")
-    pixels = []
+    pixels, size = [], loaded.metadata.stored_size
     for image in images:
         try:
-            square = fit_square(image.read(loaded.data.max_pixels), loaded.metadata.stored_size, loaded.data.fit)
+            picture = image.read(loaded.data.max_pixels, size * loaded.data.draft)
+            square = fit_square(picture, size, loaded.data.fit)
         except UnreadableImage as error:
             raise UserError(f"{image.name} cannot be read as an image ({error})") from error
         pixels.append(torch.from_numpy(square.copy()))

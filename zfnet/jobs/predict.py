@@ -117,7 +117,7 @@ def predict(loaded: LoadedRun, images: Sequence[NamedImage], top: int, batch_siz
 
     def read(image: NamedImage, with_picture: bool) -> tuple[np.ndarray, np.ndarray | None] | str:
         try:
-            picture = image.read(loaded.data.max_pixels)
+            picture = image.read(loaded.data.max_pixels, size * loaded.data.draft)
         except UnreadableImage as error:
             return str(error)
         shown = fit_square(picture, max(size, PICTURE_SIZE), fit) if with_picture else None

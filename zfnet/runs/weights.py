@@ -180,7 +180,8 @@ class TrainedRun:
             try:
                 if len(found) != 1:
                     raise UnreadableImage(problems.get(str(image), f"names {len(found)} images; give one"))
-                pixels.append(torch.from_numpy(fit_square(found[0].read(), size, data.fit).copy()))
+                square = fit_square(found[0].read(draft=size * data.draft), size, data.fit)
+                pixels.append(torch.from_numpy(square.copy()))
             except UnreadableImage as error:
                 raise UserError(f"{image}: cannot be read as an image ({error})") from error
         device = next(iter(self.model.parameters())).device

@@ -22,7 +22,7 @@ from zfnet.training.device import resolve_runtime
 log = logging.getLogger("zfnet")
 
 # what the network sees of an image: a matter of the run, whatever data it is shown
-PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit")
+PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit", "draft")
 _FIXED = ("model", "loss", "optimizer", "scheduler", "augment", "callbacks")
 
 
