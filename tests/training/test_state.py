@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.helpers import MINUTE, compose, training_state
+from zfnet.config.errors import UserError
 from zfnet.training.build import initial_model
 from zfnet.training.state import TrainingState
 
@@ -51,3 +53,23 @@ def test_restore_is_the_inverse_of_checkpoint() -> None:
     assert b.should_stop
     assert b.step_in_epoch == 29 - 3 * 8
     assert b.elapsed() >= a.seconds
+
+
+@pytest.mark.parametrize("name", ["step", "epoch", "best", "history", "optimizer", "callbacks", "schedule"])
+def test_a_checkpoint_that_lacks_something_is_one_line(name: str) -> None:
+    """A checksum does not say who made it."""
+    saved = state().checkpoint()
+    del saved.metadata[name]
+    with pytest.raises(UserError, match=r"the checkpoint does not fit this run .*: delete it, and the one before"):
+        state().restore(saved)
+
+
+@pytest.mark.parametrize("name", ["metrics", "model.conv1.weight", "model.fc8.bias"])
+def test_a_checkpoint_with_other_tensors_is_one_line(name: str) -> None:
+    for others in ({}, {name: torch.ones(2, 3)}):
+        saved = state().checkpoint()
+        del saved.tensors[name]
+        saved.tensors |= others
+        with pytest.raises(UserError, match="the checkpoint does not fit this run") as caught:
+            state().restore(saved)
+        assert "\n" not in str(caught.value)

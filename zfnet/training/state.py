@@ -224,7 +224,20 @@ class TrainingState:
         return Checkpoint(tensors, metadata)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Become what `checkpoint` recorded, of this run or, where it branches, of its parent."""
+        """Become what `checkpoint` recorded, of this run or, where it branches, of its parent.
+
+        Raises UserError where it does not fit the run: one with a checksum may still have been made by somebody else.
+        """
+        try:
+            self._restore(saved)
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1].strip()}"
+            raise UserError(
+                f"step {saved.metadata.get('step')}: the checkpoint does not fit this run ({reason}): delete it, and "
+                "the one before it is used"
+            ) from error
+
+    def _restore(self, saved: Checkpoint) -> None:
         metadata = saved.metadata
         self.model.load_state_dict(under_prefix("model", saved.tensors))
         self.metrics.sums.copy_(saved.tensors["metrics"])
