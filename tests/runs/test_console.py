@@ -187,6 +187,23 @@ def test_a_search_path_adds_choices(run_py, tmp_path: Path) -> None:
     assert (answer.code, answer.err) == (0, "")
 
 
+@pytest.mark.parametrize("option", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
+def test_with_a_further_folder_its_choices_are_not_called_missing(run_py, tmp_path: Path, option: str) -> None:
+    (tmp_path / "more/model").mkdir(parents=True)
+    shutil.copy(CONF / "model/small.yaml", tmp_path / "more/model/mine.yaml")
+    answer = run_py(option.format(tmp_path / "more"), "job=summary", "model=mine", "model.nothing=80")
+    assert answer.code == 1
+    assert answer.err.startswith("error: Could not override 'model.nothing'")
+    assert answer.err.count("\n") == 1
+
+
+def test_a_reason_on_the_second_line_is_shown(run_py, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("hydra: {launcher: 3}\n")
+    answer = run_py("--config-path", tmp_path)
+    assert answer.code == 1
+    assert re.fullmatch(r"error: In 'config': \w+ raised while composing config: \S.*\n", answer.err), answer.err
+
+
 def test_words_are_taken_as_they_are(run_py, tmp_path: Path, monkeypatch) -> None:
     """Names for which Hydra's grammar has no place, or which it would read as something else."""
     seen = []

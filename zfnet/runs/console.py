@@ -99,7 +99,9 @@ def explain(error: Exception, words: Sequence[str] | None = None) -> str:
     """
     if isinstance(error, UserError):
         return str(error)
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    if first.endswith(":") and more:
+        first += f" {more[0].strip()}"
     if isinstance(error, OverrideParseException):
         word = printable(error.override)
         return f"the command line cannot be parsed ({word}): write key=value, and quote lists for the shell"
@@ -143,7 +145,10 @@ def _overrides(words: Sequence[str]) -> list[Override]:
 def misfit(words: Sequence[str]) -> str | None:
     """Return what is wrong with the first key=value that is wrong among the words of a command; None if none is."""
     overrides = _overrides(words)
-    folder = get_args_parser().parse_known_args(list(words))[0].config_path
+    options = get_args_parser().parse_known_args(list(words))[0]
+    if options.config_dir or any(o.key_or_group == "hydra.searchpath" for o in overrides):
+        return None  # what is no choice and no key of conf/ may be one of that folder
+    folder = options.config_path
     if folder and not any((place / "job").is_dir() for place in (Path(folder), CONF.parent / folder)):
         for o in overrides:  # a record, in which job is no group
             if o.key_or_group == "job":
