@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 
 from tests.explain.trained import Trained, train_some
 from tests.helpers import learned, no_figures, train_minute, train_tiny
@@ -79,6 +81,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return train_some(tmp_path_factory.mktemp("trained") / "run")
 
 
+def no_mode(*_: Any, **__: Any) -> None:
+    """Stand for Hydra's look for hydra.mode, which composes the config once more: nothing in conf/ sets it."""
+
+
 class Answer(NamedTuple):
     """Exit code and output of a command."""
 
@@ -96,10 +102,13 @@ def run_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
         monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *map(str, words)])
         capfd.readouterr()
         code = 0
-        try:
-            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
+        with monkeypatch.context() as patch:
+            if not any(re.match(r"-+c|hydra\.(mode|searchpath)", str(word)) for word in words):
+                patch.setattr(Hydra, "get_mode", no_mode)
+            try:
+                runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
         out, err = capfd.readouterr()
         return Answer(code, out, err)
 
