@@ -36,6 +36,8 @@ YAML = {
     "hexadecimal digits": (f"a: 0x{'f' * 500_000}", "more than 100 digits"),
     "a time of day": (f"a: 1{':1' * 200_000}", "more than 100 digits"),
     "a tagged number": (f"a: !!int '{'9' * 500_000}'", "more than 100 digits"),
+    "a key twice": ("b: {a: 1, c: 2, a: 3}", "holds 'a' twice"),
+    "a key twice at the top": ("a: 1\nb: 2\n'a': 3", "holds 'a' twice"),
     "size": (f"a: {'x' * 2**20}", "larger than 1,048,576 bytes"),
     "a tag of Python's": ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
     "a date that is none": ("a: 2026-99-99", "month must be in"),

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra._internal.hydra import Hydra
 
+from tests.conftest import no_mode
 from tests.helpers import MINUTE, compose
 from zfnet.config.errors import UserError
 from zfnet.config.trust import CONF, only_own_folders
@@ -125,6 +127,7 @@ def run_hostile(run_py, tmp_path: Path, monkeypatch):
     (tmp_path / "witness_module.py").write_text("open('witness', 'w').close()\nclass X: pass\n")
     monkeypatch.setenv("OUTSIDE", str(tmp_path.parent))
     before = set(tmp_path.parent.iterdir())
+    monkeypatch.setattr(Hydra, "get_mode", no_mode)  # composes, and checks, in the same way once more
 
     def run(files: dict[str, str], *words: str, option: str | None = None) -> str:
         folder = folder_of(tmp_path, files)
@@ -206,6 +209,28 @@ def test_aliases_of_a_folder_from_elsewhere_are_bounded(run_py, tmp_path: Path, 
     assert answer.err == f"error: {folder / place} cannot be read: it holds more than 100,000 values\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a: " + b"[" * 5000, "exceeded maximum nesting depth"),
+        (b"- " * 50_000, "exceeded maximum nesting depth"),
+        (b"a: \0", "control characters are not allowed"),
+        (b"\xff\xfe\xff", ""),
+        (b"a: 1\na: 2\n", "it holds 'a' twice"),
+    ],
+)
+def test_a_file_of_a_folder_from_elsewhere_that_is_no_config_is_named(
+    run_py, tmp_path: Path, content, expected
+) -> None:
+    folder = folder_of(tmp_path, {"experiment/x.yaml": ""})
+    (folder / "experiment/x.yaml").write_bytes(content)
+    answer = run_py("--config-dir", folder, "experiment=x")
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: {folder}/experiment/x.yaml cannot be read: ")
+    assert expected in answer.err
+    assert answer.err.count("\n") == 1
+
+
 def test_what_a_folder_from_elsewhere_may_say(run_py, tmp_path: Path) -> None:
     """Its own place below the current directory, Hydra's own choices, other numbers, and what to sweep over."""
     files = {
@@ -262,7 +287,10 @@ def test_imports_of_the_command_line_count_with_a_folder_from_elsewhere(run_py, 
     (tmp_path / "trusted_lab.py").write_text("import torch\nclass Mine(torch.optim.SGD): pass\n")
     (tmp_path / "ours/optimizer").mkdir(parents=True)
     (tmp_path / "ours/optimizer/mine.yaml").write_text("_target_: trusted_lab.Mine\nlr: 0.1\n")
-    answer = run_py("--config-dir", "ours", *MINUTE, "optimizer=mine", "imports=[trusted_lab]", "hydra.run.dir=run")
+    for name in ("train.draw_results", "train.save_figure", "evaluate.draw_results"):
+        monkeypatch.setattr(f"zfnet.jobs.{name}", lambda *_: None)
+    words = (*MINUTE, "trainer.epochs=1", "optimizer=mine", "imports=[trusted_lab]", "hydra.run.dir=run")
+    answer = run_py("--config-dir", "ours", *words)
     assert answer.code == 0, answer.err
     assert RunDirectory(tmp_path / "run").recorded()["imports"] == ["trusted_lab"]
     refused = run_py("job=reproduce", "run=run", "hydra.run.dir=again")

@@ -78,6 +78,7 @@ def header(path: Path) -> tuple[dict, dict]:
         (lambda h: h.update(classes="abc"), "its classes are no list"),
         (lambda h: h.update(stored_size=10**12), "stored_size=1000000000000: must be from 1 to 4096"),
         (lambda h: h.update(stored_size="32"), "stored_size=32: must be from"),
+        (lambda h: h.update(stored_size=True), "stored_size=True: must be from"),
         (lambda h: h["data"].update(mean=[1e300] * 3), "data.mean.0=1e+300: must be at most 1000"),
         (lambda h: h["data"].update(std=[1e-300] * 3), "data.std.0=1e-300: must be at least 1e-06"),
         (lambda h: h["data"].update(std=[float("nan")] * 3), "data.std.0=nan: must be a finite number"),
@@ -93,6 +94,7 @@ def test_a_changed_header_is_one_line(saved, change, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         load_model(path)
     assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

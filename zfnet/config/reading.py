@@ -7,6 +7,7 @@ within the bounds is read in a moment; anything else is a ValueError.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ def _check_nodes(root: yaml.Node) -> None:
             if node.tag in _NUMBERS and len(node.value) > _MOST_DIGITS:
                 raise ValueError(f"a number has more than {_MOST_DIGITS} digits")
         elif isinstance(node, yaml.MappingNode):
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if len(names) > len(set(names)):
+                raise ValueError(f"it holds {Counter(names).most_common(1)[0][0]!r:.80} twice")
             waiting += [(child, depth + 1) for pair in node.value for child in pair]
         else:
             waiting += [(child, depth + 1) for child in node.value]

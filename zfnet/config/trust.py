@@ -35,7 +35,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, yaml_problem
 from zfnet.config.instantiate import resolve
 from zfnet.config.reading import check_yaml
 
@@ -76,8 +76,10 @@ class FileConfigSource(file_config_source.FileConfigSource):
         if not _is_own("file", self.path):
             try:
                 check_yaml(path)
-            except (OSError, yaml.YAMLError):
+            except OSError:
                 pass  # Hydra names it
+            except yaml.YAMLError as error:  # Hydra's own parser would recurse without end
+                raise UserError(f"{path} cannot be read: {yaml_problem(error)}") from error
             except ValueError as error:
                 raise UserError(f"{path} cannot be read: {error}") from error
         return super().load_config(config_path)

@@ -67,12 +67,22 @@ def load_model(path: Path, imports: Sequence[str] = ()) -> tuple[Any, ModelMetad
         raise UserError(f"{path}: there are no weights; did the run finish?") from None
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a file of ZFNet weights, or is damaged ({error})") from error
+    except UserError as error:
+        raise _of(path, error) from error
     refuse_no_numbers(path, state)
-    model = _build(path, metadata, state, imports)
-    _load(path, model, state)
+    try:
+        model = _build(path, metadata, state, imports)
+        _load(path, model, state)
+    except UserError as error:
+        raise _of(path, error) from error
     if path.name == "model.safetensors":
         _compare_with_record(path, model)
     return model.eval(), metadata
+
+
+def _of(path: Path, error: UserError) -> UserError:
+    """Return an error that names the file: a key in it was not typed by who reads it."""
+    return error if str(path) in str(error) else UserError(f"{path}: {error}")
 
 
 def _metadata(path: Path, header: dict[str, Any]) -> ModelMetadata:
@@ -82,7 +92,7 @@ def _metadata(path: Path, header: dict[str, Any]) -> ModelMetadata:
     network, classes, stored_size = header["model"], header["classes"], header["stored_size"]
     if not isinstance(classes, list) or not classes:
         raise ValueError("its classes are no list")
-    if not isinstance(stored_size, int) or not 1 <= stored_size <= LARGEST_SIDE:
+    if type(stored_size) is not int or not 1 <= stored_size <= LARGEST_SIDE:
         raise ValueError(f"stored_size={stored_size}: must be from 1 to {LARGEST_SIDE}")
     is_own = isinstance(network, dict) and "_target_" in network
     return ModelMetadata(
