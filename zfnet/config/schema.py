@@ -7,6 +7,7 @@ run recorded, into these classes, or raises a UserError that names the key. Noth
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -380,6 +381,7 @@ def read_data(plain: Any) -> DataConfig:
 
 
 T = TypeVar("T")
+_adapter = functools.cache(TypeAdapter)  # it takes ten times as long to make one as to use it
 
 
 def check(schema: type[T], plain: Any, prefix: str) -> T:
@@ -388,7 +390,8 @@ def check(schema: type[T], plain: Any, prefix: str) -> T:
         raise UserError(f"{prefix}={plain!r:.40}: must hold keys and values")
     try:
         # as JSON, where pydantic is strict about numbers and text and still makes dataclasses of mappings
-        return TypeAdapter(schema).validate_json(json.dumps(plain, default=str))
+        checked: T = _adapter(schema).validate_json(json.dumps(plain, default=str))  # type: ignore[arg-type]
+        return checked
     except ValidationError as error:
         raise UserError(_problem(error, schema, plain, prefix)) from error
 
