@@ -79,7 +79,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
             except OSError:
                 pass  # Hydra names it
             except yaml.YAMLError as error:  # Hydra's own parser would recurse without end
-                raise UserError(f"{path} cannot be read: {yaml_problem(error)}") from error
+                raise UserError(f"{path}, {yaml_problem(error)}") from error
             except ValueError as error:
                 raise UserError(f"{path} cannot be read: {error}") from error
         return super().load_config(config_path)
