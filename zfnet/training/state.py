@@ -230,6 +230,8 @@ class TrainingState:
         """
         try:
             self._restore(saved)
+        except torch.OutOfMemoryError:
+            raise
         except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1].strip()}"
             raise UserError(
