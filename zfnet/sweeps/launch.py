@@ -87,7 +87,8 @@ class SweepJobs:
             for overrides in jobs:
                 try:
                     config = self.compose(overrides)
-                    self.composed[(*self.for_all_jobs, *overrides)] = config
+                    words = (*self.for_all_jobs, *overrides)
+                    self.composed[words] = config
                     HydraConfig.instance().set_config(config)  # it tells which folders the config came from
                     checked = read_command(_task(config), config.hydra.overrides.task)
                     if checked.job.trains:
