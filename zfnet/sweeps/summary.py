@@ -8,6 +8,7 @@ one that validation has chosen.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 import statistics
@@ -110,15 +111,16 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def p_against_best(settings: Sequence[Setting]) -> list[float | None]:
-    """Return for each setting the p of its difference from the first, the best, corrected after Holm for being several.
+    """Return for each setting the p of its difference from the first, the best; None where nothing can be tested.
 
-    None for the best itself, and where there is nothing to test by, such as a single seed. The best was chosen by the
-    same accuracies, so a p just below the level is weak evidence.
+    It is corrected after Holm for all pairs of settings, and not for these alone: the best was chosen by the same
+    accuracies.
     """
     scores = [setting.scores_by_seed() for setting in settings]
-    tested = {i: found.p for i, other in enumerate(scores) if i and (found := difference(scores[0], other))}
-    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return [corrected.get(i) for i in range(len(settings))]
+    pairs = itertools.combinations(range(len(settings)), 2)
+    p = {(i, j): found.p for i, j in pairs if (found := difference(scores[i], scores[j]))}
+    corrected = dict(zip(p, holm(list(p.values())), strict=True))
+    return [corrected.get((0, i)) for i in range(len(settings))]
 
 
 def _read_job(sweep: Path, folder: Path) -> SweepJob | None:
