@@ -12,14 +12,12 @@ import torch
 
 from benchmarks import first_gpu
 from benchmarks.first_gpu import STAGES, Setting, judge, read_report, run_stage, start_stage
-from tests.helpers import no_figures
 
 
 def test_a_rehearsal_writes_every_file_and_judges_every_target(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e12)  # the slowest part here
     stages = [name for name in STAGES if name != "tests"]  # pytest within pytest
-    with no_figures():
-        first_gpu.main([str(tmp_path), "--rehearse", "--stages", *stages])
+    first_gpu.main([str(tmp_path), "--rehearse", "--stages", *stages])
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert {name: found[name]["state"] for name in stages} == dict.fromkeys(stages, "done")
     assert found["summary"]["rehearsal"]

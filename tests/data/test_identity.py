@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.helpers import EVERY_STEP, MINUTE, Killed, compose, dying_at, no_figures, used, write_images
+from tests.helpers import EVERY_STEP, MINUTE, Killed, compose, dying_at, used, write_images
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.data import load_splits
@@ -20,12 +20,6 @@ from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
 
 FOLDER = (*(w for w in MINUTE if "_images=" not in w), "data=folder", "data.image_size=64", "data.validation=4")
-
-
-@pytest.fixture(autouse=True)
-def _no_figures():
-    with no_figures():
-        yield
 
 
 @pytest.fixture

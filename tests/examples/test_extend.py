@@ -17,7 +17,7 @@ import pytest
 
 import zfnet
 from tests.conftest import ROOT
-from tests.helpers import EVERY_STEP, MINUTE, Killed, dying_at, learned, no_figures
+from tests.helpers import EVERY_STEP, MINUTE, Killed, dying_at, learned
 from zfnet import load_run
 from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
@@ -44,10 +44,9 @@ SLOTS = {
 def train_and_kill(run_py, choice: str, step: int = 5) -> Path:
     """Train with an example in the folder `r`, killed before this step and resumed."""
     words = (*EXAMPLES, *SLOTS[choice], choice, EVERY_STEP, "hydra.run.dir=r")
-    with no_figures():
-        with dying_at(step), pytest.raises(Killed):
-            run_py(*words)
-        answer = run_py(*EXAMPLES, "job=resume", "run=r")
+    with dying_at(step), pytest.raises(Killed):
+        run_py(*words)
+    answer = run_py(*EXAMPLES, "job=resume", "run=r")
     assert answer.code == 0, answer.err
     assert f"going on from epoch 1, step {step}" in answer.out
     return Path("r").absolute()
@@ -56,12 +55,11 @@ def train_and_kill(run_py, choice: str, step: int = 5) -> Path:
 @pytest.mark.parametrize("choice", SLOTS)
 def test_killed_resumed_reproduced_and_evaluated(run_py, choice: str) -> None:
     folder = train_and_kill(run_py, choice)
-    with no_figures():
-        answer = run_py(*EXAMPLES, "job=reproduce", "run=r", "hydra.run.dir=again")
-        assert answer.code == 0, answer.err
-        assert "identical: every metric of" in answer.out
-        assert learned(RunDirectory("again")) == learned(RunDirectory(folder))
-        answer = run_py(*EXAMPLES, "job=evaluate", "run=r", "hydra.run.dir=measured")
+    answer = run_py(*EXAMPLES, "job=reproduce", "run=r", "hydra.run.dir=again")
+    assert answer.code == 0, answer.err
+    assert "identical: every metric of" in answer.out
+    assert learned(RunDirectory("again")) == learned(RunDirectory(folder))
+    answer = run_py(*EXAMPLES, "job=evaluate", "run=r", "hydra.run.dir=measured")
     assert answer.code == 0, answer.err
     before, after = (json.loads(Path(f, "results.json").read_text())["test"] for f in ("r", "measured"))
     assert after["accuracy"] == before["accuracy"]
@@ -71,16 +69,14 @@ def test_each_example_makes_another_run_than_without_it(run_py, whole) -> None:
     """A slot that had no effect would pass every other test."""
     weights = {}
     for choice in ("optimizer=lion", "loss=focal", "augment=speckle", "callbacks=lookahead", "logger=json_lines"):
-        with no_figures():
-            assert run_py(*EXAMPLES, *SLOTS[choice], choice, f"hydra.run.dir={choice.replace('=', '_')}").code == 0
+        assert run_py(*EXAMPLES, *SLOTS[choice], choice, f"hydra.run.dir={choice.replace('=', '_')}").code == 0
         weights[choice] = RunDirectory(choice.replace("=", "_")).weights.read_bytes()
     assert weights.pop("logger=json_lines") == whole[0]  # a logger changes nothing
     assert len({*weights.values(), whole[0]}) == 5
 
 
 def test_the_schedule_rises_and_falls(run_py) -> None:
-    with no_figures():
-        run_py(*EXAMPLES, *SLOTS["scheduler=linear_cosine"], "scheduler=linear_cosine", "hydra.run.dir=r")
+    run_py(*EXAMPLES, *SLOTS["scheduler=linear_cosine"], "scheduler=linear_cosine", "hydra.run.dir=r")
     rates = [row["lr"] for row in RunDirectory("r").read_history()]
     assert rates[:2] == pytest.approx([1e-4, 5.5e-4])
     assert rates[2] == pytest.approx(1e-3)  # the top; a cosine begins there
@@ -119,8 +115,7 @@ def test_the_loggers_lines(run_py) -> None:
 
 @pytest.mark.parametrize("choice", ["model=tiny_resnet", "loss=focal"])
 def test_the_job_explains_any_network(run_py, choice: str) -> None:
-    with no_figures():
-        assert run_py(*EXAMPLES, *SLOTS[choice], choice, "hydra.run.dir=r").code == 0
+    assert run_py(*EXAMPLES, *SLOTS[choice], choice, "hydra.run.dir=r").code == 0
     answer = run_py(*EXAMPLES, "job=saliency", "run=r", "job.count=2", "hydra.run.dir=maps")
     assert answer.code == 0, answer.err
     rows = list(csv.DictReader(Path("maps/saliency.csv").read_text(encoding="utf-8").splitlines()))
@@ -151,8 +146,7 @@ def test_each_command_of_the_page(run_py, tiny_run, line: str) -> None:
     assert words[:2] == ["python", "run.py"]
     trains = not any(word.startswith("job=") for word in words)
     few = (*QUICK, *(() if "data=gratings" in words else FEW)) if trains else ()
-    with no_figures():
-        answer = run_py(*words[2:], *few, "hydra.run.dir=r")
+    answer = run_py(*words[2:], *few, "hydra.run.dir=r")
     assert answer.code == 0, answer.err
     assert RunDirectory("r").state == "done"
 
@@ -168,8 +162,7 @@ def test_the_python_of_the_page(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(zfnet, "compose", lambda words: compose([*words, *QUICK, *FEW]))
     names: dict[str, Any] = {}
-    with no_figures():
-        exec(code, names)
+    exec(code, names)
     assert names["config"].loss == {"_target_": "examples.extend.focal_loss.FocalLoss", "gamma": 2.0, "weight": None}
     assert names["run"].results["epochs"] == 1
 

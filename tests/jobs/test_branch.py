@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import zfnet.training.loop
-from tests.helpers import EVERY_STEP, STEPS, Killed, dying_at, learned, no_figures, train_minute
+from tests.helpers import EVERY_STEP, STEPS, Killed, dying_at, learned, train_minute
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.checkpoint import read_newest, step_files
 
@@ -24,8 +24,7 @@ def branch(run_py) -> Callable[..., RunDirectory]:
     """Return a function that runs a command, which must succeed, and returns the run that it made in `to`."""
 
     def run(to: str, *words: str) -> RunDirectory:
-        with no_figures():
-            answer = run_py(*words, f"hydra.run.dir={to}")
+        answer = run_py(*words, f"hydra.run.dir={to}")
         assert answer.code == 0, answer.err
         run.out = answer.out
         return RunDirectory(to)
@@ -113,8 +112,7 @@ def test_a_chain_is_reproduced_from_its_start_without_its_parents(branch, run_py
         shutil.rmtree(name)
     with dying_at(9), pytest.raises(Killed):  # of 6 steps an epoch
         branch("again", "job=reproduce", "run=three")
-    with no_figures():
-        answer = run_py("job=resume", "run=again")
+    answer = run_py("job=resume", "run=again")
     assert answer.code == 0, answer.err
     assert "first its parent, two, to epoch 2" in answer.out
     assert "not those that are recorded" not in answer.out
@@ -132,8 +130,7 @@ def test_a_parent_that_comes_out_otherwise_is_named(branch, run_py, tmp_path: Pa
         state.model.fc8.bias.data[0] += 1e-3
 
     monkeypatch.setattr("zfnet.training.loop.train_step", other)
-    with no_figures():
-        answer = run_py("job=reproduce", "run=two")
+    answer = run_py("job=reproduce", "run=two")
     assert answer.code == 1
     assert "after epoch 1 the weights are not those that are recorded" in answer.out
     assert "not identical to two: epoch 1, train_loss was" in answer.err

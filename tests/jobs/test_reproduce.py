@@ -32,13 +32,6 @@ def exact_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return run
 
 
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing is most of so short a training, and is not what is tested here."""
-    monkeypatch.setattr("zfnet.jobs.train.draw_results", lambda *_: None)
-    monkeypatch.setattr("zfnet.jobs.train.save_figure", lambda *_: None)
-
-
 def contents(folder: Path) -> dict[str, str]:
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()

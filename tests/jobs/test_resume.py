@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import EVERY_STEP, MINUTE, STEPS, compose, die_at, learned, no_figures, train_minute
+from tests.helpers import EVERY_STEP, MINUTE, STEPS, compose, die_at, learned, train_minute
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
 from zfnet.runs.directory import RunDirectory
@@ -21,15 +21,14 @@ from zfnet.training.checkpoint import BEST, step_files
 
 def test_the_same_command_goes_on_in_the_same_directory(whole, tmp_path: Path, run_py) -> None:
     die_at(tmp_path / "r", 5)
-    with no_figures():
-        answer = run_py(*MINUTE, EVERY_STEP, "hydra.run.dir=r")
-        assert answer.code == 0
-        assert "r holds this run already" in answer.out
-        assert "going on from epoch 1, step 5" in answer.out
-        assert learned(RunDirectory(tmp_path / "r")) == whole
-        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*") if p.name != ".lock"}
-        assert "nothing to do: r is finished" in run_py(*MINUTE, "hydra.run.dir=r").out
-        assert "nothing to do: r is finished" in run_py("job=resume", "run=r").out
+    answer = run_py(*MINUTE, EVERY_STEP, "hydra.run.dir=r")
+    assert answer.code == 0
+    assert "r holds this run already" in answer.out
+    assert "going on from epoch 1, step 5" in answer.out
+    assert learned(RunDirectory(tmp_path / "r")) == whole
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*") if p.name != ".lock"}
+    assert "nothing to do: r is finished" in run_py(*MINUTE, "hydra.run.dir=r").out
+    assert "nothing to do: r is finished" in run_py("job=resume", "run=r").out
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.helpers import MINUTE, compose, learned, no_figures, train_minute
+from tests.helpers import MINUTE, compose, learned, train_minute
 from zfnet.config.errors import UserError
 from zfnet.jobs.train import train
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
@@ -97,8 +97,7 @@ def test_logging_and_boards_change_no_weights(tmp_path: Path) -> None:
 def test_the_objective_of_a_sweep_is_validations(tmp_path: Path) -> None:
     config, run = compose(*MINUTE), RunDirectory(tmp_path / "run")
     run.claim(config)
-    with no_figures():
-        value = train(config, run)
+    value = train(config, run)
     assert value == run.read_json("results.json")["validation"]["accuracy"]
 
 

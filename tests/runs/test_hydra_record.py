@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from tests.helpers import MINUTE, no_figures
+from tests.helpers import MINUTE
 from zfnet.runs.command import overlay
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import NAME_LIMIT, explain_job, short_dirname
@@ -33,8 +33,7 @@ def test_short_dirname_is_readable_and_unique() -> None:
 
 
 def test_write_hydra_record_is_what_hydra_writes(run_py, tmp_path: Path) -> None:
-    with no_figures():
-        assert run_py(*MINUTE, "hydra.run.dir=r", "seed=4").code == 0
+    assert run_py(*MINUTE, "hydra.run.dir=r", "seed=4").code == 0
     folder = tmp_path / "r/.hydra"
     assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
     assert yaml.safe_load((folder / "overrides.yaml").read_text()) == [*MINUTE, "seed=4"]

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import no_figures
 from zfnet.data.shapes import CLASSES
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.provenance import describe_environment
@@ -69,8 +68,7 @@ def test_finished_record_evaluates(finished: RunDirectory, run_py) -> None:
 
 
 def test_finished_record_reproduces(finished: RunDirectory, run_py) -> None:
-    with no_figures():
-        answer = run_py("job=reproduce", f"run={finished.folder}", "hydra.run.dir=again")
+    answer = run_py("job=reproduce", f"run={finished.folder}", "hydra.run.dir=again")
     comparison = RunDirectory("again").read_json("reproduction.json")
     assert_same(RunDirectory("again"), finished)
     assert comparison["variation"] == []
@@ -81,8 +79,7 @@ def test_finished_record_reproduces(finished: RunDirectory, run_py) -> None:
 
 def test_killed_record_goes_on(tmp_path: Path, run_py) -> None:
     run = RunDirectory(shutil.copytree(FIXTURES / "killed", tmp_path / "killed"))
-    with no_figures():
-        answer = run_py("job=resume", f"run={run.folder}")
+    answer = run_py("job=resume", f"run={run.folder}")
     assert answer.code == 0, answer.err
     assert "going on from epoch 2, step 11" in answer.out
     assert_same(run, RunDirectory(FIXTURES / "whole"))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import MINUTE, TINY, compose, no_figures, train_minute, used
+from tests.helpers import MINUTE, TINY, compose, train_minute, used
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory, write_atomically
 from zfnet.runs.session import Stopped, StopRequest, hold, own_directory
@@ -216,7 +216,7 @@ def test_who_writes_holds_the_directory(run_py, minute_run, tmp_path: Path, monk
             written.add(prefix)
         return real(suffix, prefix, folder)
 
-    with no_figures(), monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr("zfnet.runs.directory.tempfile.TemporaryDirectory", noted)
         answer = run_py(*words)
         assert answer.code == 0, answer.err

@@ -13,18 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import (
-    EVERY_STEP,
-    MINUTE,
-    STEPS,
-    Killed,
-    compose,
-    die_at,
-    dying_at,
-    learned,
-    no_figures,
-    train_minute,
-)
+from tests.helpers import EVERY_STEP, MINUTE, STEPS, Killed, compose, die_at, dying_at, learned, train_minute
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
 from zfnet.runs.directory import RunDirectory
@@ -175,18 +164,17 @@ def test_signals_stop_after_the_step_and_resume(
 
     monkeypatch.setattr(loop, "train_step", signalled)
     before = signal.getsignal(number)
-    with no_figures():
-        answer = run_py(*MINUTE, "hydra.run.dir=r")
-        assert answer.code == code
-        assert "stopping after this step" in answer.err
-        assert "Traceback" not in answer.err
-        assert "job=resume run=r" in answer.out
-        assert steps == [1, 2, 3, 4]
-        run = RunDirectory(tmp_path / "r")
-        status = run.read_json("status.json")
-        assert (status["state"], status["error"]) == ("stopped", f"stopped by {signal.Signals(number).name}")
-        assert signal.getsignal(number) is before
-        assert run_py("job=resume", "run=r").code == 0
+    answer = run_py(*MINUTE, "hydra.run.dir=r")
+    assert answer.code == code
+    assert "stopping after this step" in answer.err
+    assert "Traceback" not in answer.err
+    assert "job=resume run=r" in answer.out
+    assert steps == [1, 2, 3, 4]
+    run = RunDirectory(tmp_path / "r")
+    status = run.read_json("status.json")
+    assert (status["state"], status["error"]) == ("stopped", f"stopped by {signal.Signals(number).name}")
+    assert signal.getsignal(number) is before
+    assert run_py("job=resume", "run=r").code == 0
     assert steps == list(range(1, 2 * STEPS + 1))
     assert learned(run) == whole
 
@@ -266,8 +254,7 @@ def test_processes_that_are_really_killed(whole, tmp_path: Path) -> None:
     assert 10 <= first < second < 12 * STEPS
     longer = [w for w in words if not w.startswith("hydra")]
     config = compose(*longer)
-    with no_figures():
-        train_module.train(config, run)
+    train_module.train(config, run)
     assert f"going on from epoch {second // STEPS + 1}, step {second}" in (run.folder / "train.log").read_text()
     assert learned(run) == learned(train_minute(tmp_path / "whole", "trainer.epochs=12"))
 
