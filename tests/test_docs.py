@@ -45,7 +45,11 @@ EXTRA = {  # words that make a job cheap, or possible with 80 images
     "benchmark": [*SMALL, "job.rounds=1", "job.steps=1", "job.warmup=0"],
     "attribution": ["job.boxed_images=2"],
     "correspondence": ["job.split=train", "job.places=99"],
-    "deconvnet": ["job.maps=4"],
+    "deconvnet": ["job.maps=4", "job.ablation=2"],
+    "import": [  # `small_zfnet`
+        *(f"model.conv{n}.channels={channels}" for n, channels in enumerate((4, 6, 5, 5, 6), 1)),
+        *("model.fc6.features=12", "model.fc7.features=11", "data.image_size=64"),
+    ],
     "invariance": ["job.steps=5", "job.mean_images=10"],
     "occlusion": ["job.stride=12", "job.boxed_images=2"],
     "train": SMALL,
@@ -54,6 +58,7 @@ RUN = "outputs/train/first"
 PLACEHOLDERS = {
     "job.sweep=<dir>": "job.sweep=outputs/sweeps/lr",
     "<dir>": RUN,
+    **{f"source={name}": "source=zfnet.pth" for name in ("alexnet", "zfnet512.onnx", "zfnet.safetensors")},
     "job.epoch=5": "job.epoch=1",
     "trainer.epochs=15": "trainer.epochs=3",
     "trainer.epochs=20": "trainer.epochs=3",

@@ -58,15 +58,14 @@ JOBS = sorted((ROOT / "conf/job").glob("*.yaml"))
 def test_explain_job_names_every_key_with_its_comment(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     plain = yaml.safe_load(text)
-    keys = [f"job.{key}" for key in plain["job"] if key not in ("name", "_target_")] + (
-        ["runs"] if "runs" in plain else []
-    )
+    keys = [f"job.{key}" for key in plain["job"] if key not in ("name", "_target_")]
+    keys += [key for key in ("runs", "source") if key in plain]
     lines = explain_job(text, path.stem).splitlines()
     for key in keys:
         (line,) = [line for line in lines if line.startswith(f"  {key}=")]
         value = line.split("=", 1)[1].split("  ")[0]
         assert yaml.safe_load(value) == (plain["job"][key[4:]] if key.startswith("job.") else plain[key])
-    assert sum(line.startswith(("  job.", "  runs=")) for line in lines) == len(keys)
+    assert sum(line.startswith(("  job.", "  runs=", "  source=")) for line in lines) == len(keys)
     words = " ".join(" ".join(lines).split())
     for line in text.partition("\nhydra:")[0].splitlines():
         comment = line.partition("#")[2].split()

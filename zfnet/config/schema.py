@@ -27,6 +27,7 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 LARGEST_SIDE = 4096
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]  # of an image, in pixels
+NO_ROOT = "data.root is not set: name the folder that holds train/ and test/, as in data.root=photos"
 MAX_PIXELS = 89_478_485  # of an image file: the limit of Pillow's own warning, 256 MiB of RGB
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Folder = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder may be named 2024
@@ -271,6 +272,7 @@ class Config(Checked):
     run: Optional[str] = None
     images: Optional[list[str]] = None
     runs: Optional[list[str]] = None
+    source: Optional[str] = None
     parent: Optional[Parent] = None
     imports: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
@@ -279,8 +281,8 @@ class Config(Checked):
     def to_dict(self) -> dict[str, Any]:
         """Return what is recorded, as plain dicts, lists and numbers."""
         plain = dataclasses.asdict(dataclasses.replace(self, composed=None))  # which takes long to copy
-        # only job=compare has `runs`, only a run that goes on from another has `parent`
-        unsaid = ("overrides", "composed", *(key for key in ("runs", "parent") if plain[key] is None))
+        # only job=compare has `runs`, job=import `source`, and a run that goes on from another `parent`
+        unsaid = ("overrides", "composed", *(key for key in ("runs", "source", "parent") if plain[key] is None))
         return {key: value for key, value in plain.items() if key not in unsaid}
 
     def identity(self) -> str:
@@ -301,7 +303,7 @@ NOT_IDENTITY: dict[str, tuple[str, ...]] = {
     ),
     "parent": ("run", "config", "threads", "compiled"),  # its identity stands for its config
 }
-_NOT_RESULT = ("job", "run", "images", "runs", "imports", "logger")
+_NOT_RESULT = ("job", "run", "images", "runs", "source", "imports", "logger")
 # Keys that records of earlier versions lack, with the value that says what those did.
 _LATER: dict[str, dict[str, Any]] = {
     "data": {"sampler": "shuffle", "draft": False},
@@ -516,8 +518,8 @@ def upgrade_data(data: dict[str, Any]) -> dict[str, Any]:
 def _check_together(config: Config) -> None:
     """Checks that concern more than one key."""
     data, trainer = config.data, config.trainer
-    if data.name == "folder" and not data.root:
-        raise UserError("data.root is not set: name the folder that holds train/ and test/, as in data.root=photos")
+    if data.name == "folder" and not data.root and config.job.trains:  # others may not need images
+        raise UserError(NO_ROOT)
     if data.sampler == "balanced" and config.loss.get("weight") == "balanced":
         raise UserError("data.sampler=balanced and loss.weight=balanced: each makes up for uneven classes; choose one")
     if data.name == "shapes" and data.root:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError, printable
 from zfnet.config.reading import read_json
-from zfnet.config.schema import FolderData
+from zfnet.config.schema import NO_ROOT, FolderData
 from zfnet.data.decode import UnreadableImage, fit_square, image_size, read_image
 from zfnet.data.files import LeftOut, is_folder, is_hidden, list_images
 from zfnet.data.images import Splits, class_name, image_set, release, stratified
@@ -68,7 +68,9 @@ class _Listing:
 
 def load_folder(data: FolderData) -> Splits:
     """Return the images below `data.root`; raise UserError. What is left out is logged in a line."""
-    listing = _list_files(Path(str(data.root)).expanduser())
+    if not data.root:
+        raise UserError(NO_ROOT)
+    listing = _list_files(Path(data.root).expanduser())
     if listing.left_out.names:
         log.warning("%s: left out: %s", listing, listing.left_out)
         closed = listing.left_out.names.get(LeftOut.UNREADABLE)

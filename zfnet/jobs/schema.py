@@ -58,7 +58,7 @@ def group_schemas() -> dict[str, dict[str, Any]]:
     whole = {
         "type": "object",
         "properties": {
-            **{key: top[key] for key in ("seed", "run", "images", "runs", "imports")},
+            **{key: top[key] for key in ("seed", "run", "images", "runs", "source", "imports")},
             **parts,
             "job": _any_of(_jobs()),
             "hydra": {"type": "object"},

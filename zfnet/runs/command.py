@@ -60,7 +60,7 @@ def allow_keys_of_record(words: Sequence[str]) -> list[str]:
 
 
 # keys whose values are names of files and folders, and an item of a list
-_PATHS = ("run", "images", "data.root", "data.cache_dir", "trainer.init_from", "job.sweep")
+_PATHS = ("run", "images", "data.root", "data.cache_dir", "trainer.init_from", "source", "job.sweep")
 _ITEM = re.compile(r"""\s*(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+)""")
 
 

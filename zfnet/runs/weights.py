@@ -69,12 +69,7 @@ def load_model(path: Path, imports: Sequence[str] = ()) -> tuple[Any, ModelMetad
         raise UserError(f"{path} is not a file of ZFNet weights, or is damaged ({error})") from error
     except UserError as error:
         raise _of(path, error) from error
-    refuse_no_numbers(path, state)
-    try:
-        model = _build(path, metadata, state, imports)
-        _load(path, model, state)
-    except UserError as error:
-        raise _of(path, error) from error
+    model = network_with(path, metadata, state, imports)
     if path.name == "model.safetensors":
         _compare_with_record(path, model)
     return model.eval(), metadata
@@ -83,6 +78,20 @@ def load_model(path: Path, imports: Sequence[str] = ()) -> tuple[Any, ModelMetad
 def _of(path: Path, error: UserError) -> UserError:
     """Return an error that names the file: a key in it was not typed by who reads it."""
     return error if str(path) in str(error) else UserError(f"{path}: {error}")
+
+
+def network_with(path: Path, metadata: ModelMetadata, state: dict[str, Tensor], imports: Sequence[str] = ()) -> Any:
+    """Return the network that `metadata` describes with the weights of the file `path`; raise UserError.
+
+    The sizes that the metadata claims are compared with the tensors before memory is asked for.
+    """
+    refuse_no_numbers(path, state)
+    try:
+        model = _build(path, metadata, state, imports)
+        _load(path, model, state)
+    except UserError as error:
+        raise _of(path, error) from error
+    return model
 
 
 def _metadata(path: Path, header: dict[str, Any]) -> ModelMetadata:

@@ -94,14 +94,20 @@ class LoadedRun:
         if images.classes == self.classes:
             return images
         known = {class_name(name): number for number, name in enumerate(self.classes)}  # old records hold any form
-        for name in images.classes:
-            if name not in known:
+        plain = {_plain(name): number for name, number in known.items()}  # a folder may be named English_springer
+        numbers = [known.get(name, plain.get(_plain(name))) for name in images.classes]
+        for name, number in zip(images.classes, numbers, strict=True):
+            if number is None:
                 raise UserError(
                     f"data={self.data.name}: its class '{name}' is not one of run={self.source.folder}, "
                     f"which knows {_few(list(known))}"
                 )
-        numbers = torch.tensor([known[name] for name in images.classes])
-        return replace(images, labels=numbers[images.labels], classes=self.classes)
+        return replace(images, labels=torch.tensor(numbers)[images.labels], classes=self.classes)
+
+
+def _plain(name: str) -> str:
+    """Return a class's name in lower case, with spaces."""
+    return name.replace("_", " ").casefold()
 
 
 def _data_for(data: DataConfig, metadata: ModelMetadata, given: set[str]) -> DataConfig:

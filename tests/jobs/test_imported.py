@@ -1,0 +1,267 @@
+"""Importing: networks of other programs become runs; damaged, strange and other networks' files are refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from tests.helpers import MINUTE, compose, random_images, used, write_images
+from zfnet import ZFNet, load_run
+from zfnet.config.errors import UserError
+from zfnet.jobs import imported
+from zfnet.model.build import build_model
+from zfnet.model.chain import Chain
+from zfnet.model.onnx_graph import MOST_WEIGHTS, read_onnx
+from zfnet.runs.directory import RunDirectory
+
+OWN = tuple(word for word in MINUTE if word.startswith("model."))
+SEQUENCE = "zfnet.model.onnx_graph.Sequence"
+
+
+def import_(output: Path, source: object, *words: str) -> RunDirectory:
+    config = compose("job=import", f"source={source}", *words)
+    config.job.main(config, output)
+    return RunDirectory(output)
+
+
+def own_network(path: Path, classes: int = 4) -> ZFNet:
+    """Save a small ZFNet for images of 64 px; return it."""
+    model = ZFNet(classes, 64, compose("experiment=quickstart", *OWN).model).eval()
+    (torch.save if path.suffix == ".pth" else save_file)(model.state_dict(), path)
+    return model
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_a_state_dict_becomes_a_run_on_which_jobs_work(tmp_path: Path, name: str) -> None:
+    model = own_network(tmp_path / name)
+    (tmp_path / "names.txt").write_text("sea lion\ncat\nDog\nemu\n")
+    words = (*OWN, "data.image_size=64", "data.store_size=64", f"job.classes={tmp_path / 'names.txt'}")
+    run = import_(tmp_path / "run", tmp_path / name, "experiment=quickstart", *words)
+    images = torch.randn(2, 3, 64, 64)
+    loaded = load_run(run.folder)
+    assert torch.equal(loaded.model(images), model(images))
+    results, environment = run.read_json("results.json"), run.read_json("environment.json")
+    assert environment["imported"]["file_sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert run.state == "done"
+    assert run.job == "import"
+    assert len(results["weights_sha256"]) == 64
+    with pytest.raises(UserError, match=r"data\.root is not set: name the folder"):
+        used(run).splits()
+    root = write_images(tmp_path / "photos", {"Sea_Lion": 5, "dog": 5})  # as people name folders
+    assert used(run, f"data.root={root}").split("all").labels.unique().tolist() == [0, 2]
+    own = import_(tmp_path / "again", run.weights)  # its header says all that must be known
+    assert own.read_json("results.json")["weights_sha256"] == results["weights_sha256"]
+    assert load_run(own.folder).classes == ("sea lion", "cat", "Dog", "emu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("fc8.bias"), r"lacks fc8\.bias of model=small"),
+        (lambda s: s.update({"fc9.bias": torch.ones(1)}), r"fc9\.bias, which this network does not have"),
+        (lambda s: s.update({"conv2.bias": torch.ones(9)}), r"conv2\.bias is \[9\], this network's is \[4\]"),
+        (lambda s: s["conv1.bias"].fill_(torch.nan), r"conv1\.bias holds NaN"),
+        (lambda s: s.clear(), r"lacks conv1\.weight"),
+    ],
+)
+def test_weights_of_another_network_are_refused(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+    state = own_network(tmp_path / "x.pth").state_dict()
+    change(state)
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=message):
+        import_(tmp_path / "run", tmp_path / "x.pth", "experiment=quickstart", *OWN, "data.image_size=64")
+    assert not (tmp_path / "run").exists()
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("evil"),)
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Evil()}, "evil.pth")
+    torch.save([1, 2], "list.pth")
+    for name in ("torn.pth", "torn.safetensors", "torn.onnx"):
+        Path(name).write_bytes(b"\x08garbage")
+    pytest.importorskip("onnx")
+    for name in ("evil.pth", "list.pth", "torn.pth", "torn.safetensors", "torn.onnx"):
+        with pytest.raises(UserError, match=rf"^{name}\b.*(is no|holds no|is not|has 0 inputs)"):
+            import_(tmp_path / "run", name)
+    assert not Path("evil").exists()
+    with pytest.raises(UserError, match="source=alexnett: there is no such file; did you mean 'alexnet'"):
+        import_(tmp_path / "run", "alexnett")
+    with pytest.raises(UserError, match=r"job=import needs source=…: alexnet, vgg11 or a file"):
+        compose("job=import").job.main(compose("job=import"), tmp_path / "run")
+
+
+def test_torchvisions_weights_come_from_the_cache_if_their_hash_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is the published one in all but size: its large tensors are one number each."""
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in torchvision.models.alexnet().state_dict().items()}
+    small = {k: torch.randn(1).expand(s) if len(s) == 2 else torch.randn(s) for k, s in shapes.items()}
+    torch.save(small, tmp_path / "x.pth")
+    digest = hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest()
+    real = torchvision.models.AlexNet_Weights.DEFAULT
+    url = f"https://localhost:1/alexnet-{digest[:8]}.pth"
+    monkeypatch.setattr(imported, "_weights", lambda name: SimpleNamespace(url=url, meta=real.meta))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    cached = tmp_path / "hub/checkpoints" / f"alexnet-{digest[:8]}.pth"
+    with pytest.raises(UserError, match=rf"source=alexnet: {url} could not be .* put it at {cached}"):
+        import_(tmp_path / "run", "alexnet")
+    cached.write_bytes(b"another file")
+    with pytest.raises(UserError, match=f"must begin with {digest[:8]}"):
+        import_(tmp_path / "run", "alexnet")
+    (tmp_path / "x.pth").rename(cached)
+    run = import_(tmp_path / "run", "alexnet")
+    loaded = load_run(run.folder)
+    assert loaded.classes[:2] == ("tench", "goldfish")
+    assert len(loaded.classes) == 1000
+    # the pixels are those of torchvision's own preprocessing
+    pixels = random_images(1, 300, seed=3)[0]
+    from PIL import Image
+
+    Image.fromarray(pixels.numpy()).save(tmp_path / "x.png")
+    theirs = real.transforms()(Image.fromarray(pixels.numpy()))
+    assert (loaded.inputs(tmp_path / "x.png")[0] - theirs).abs().max() < 0.02  # one step of a byte
+    assert torch.equal(loaded.model.features[0].weight, small["features.0.weight"])
+
+
+# ---- ONNX
+
+
+def graph(path: Path, *nodes: Any, weights: dict[str, np.ndarray] | None = None, **values: Any) -> Path:
+    """Write an ONNX file: of each node its operation, its inputs after the image, and its attributes."""
+    onnx = pytest.importorskip("onnx")
+    made, at = [], "x"
+    for number, (kind, inputs, attributes) in enumerate(nodes):
+        output = f"y{number}"
+        made.append(onnx.helper.make_node(kind, [at, *inputs], [output], **attributes))
+        at = output
+    size = values.get("size", 19)
+    ends = [
+        onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in (("x", [1, 3, size, size]), (at, None))
+    ]
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in (weights or {}).items()]
+    content = onnx.helper.make_graph(made, "g", ends[:1], ends[1:], tensors)
+    onnx.save(onnx.helper.make_model(content, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return (np.random.default_rng(len(shape)).standard_normal(shape) / 4).astype(np.float32)
+
+
+CONV = ("Conv", ["w", "b"], {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]})
+WEIGHTS = {"w": numbers(6, 3, 3, 3), "b": numbers(6), "v": numbers(9, 2, 3, 3), "m": numbers(81, 5)}
+WEIGHTS |= {"c": numbers(5), "s": np.array([0, -1])}
+NODES = (
+    CONV,
+    ("Relu", [], {}),
+    ("LRN", [], {"size": 3, "alpha": 0.5, "beta": 0.6, "bias": 1.5}),
+    ("MaxPool", [], {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [0, 0, 1, 1]}),
+    ("Conv", ["v"], {"group": 3}),
+    ("Dropout", [], {}),
+    ("Reshape", ["s"], {}),
+    ("Gemm", ["m", "c"], {}),
+    ("Softmax", [], {}),
+)
+
+
+def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = graph(tmp_path / "x.onnx", *NODES, weights=WEIGHTS)
+    run = import_(tmp_path / "run", path, "job.channels=bgr")
+    loaded = load_run(run.folder)
+    images = torch.randn(1, 3, 19, 19)
+    expected = onnxruntime.InferenceSession(str(path)).run(None, {"x": images.numpy()})[0]
+    found = loaded.model(images.flip(1)).softmax(1).detach()  # the run takes RGB
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    chain = Chain(loaded.model, 19)
+    assert chain.layers == ["conv1", "conv2", "fc3"]
+    assert [step.module.__class__.__name__ for step in chain.steps[:5]] == [
+        *("Conv2d", "ReLU", "LocalResponseNorm", "MaxPool2d", "Conv2d")
+    ]
+    assert "outputs within" in (run.folder / "import.log").read_text()
+    assert loaded.classes == tuple("01234")
+    # the settings and the weights have the run's own checks, too
+    recorded = run.recorded()
+    recorded["model"]["layers"][0]["type"] = "Bilinear"
+    with pytest.raises(UserError, match=r"model\.layers\[0\]\.type=Bilinear: no such type"):
+        build_model(recorded["model"], 5, 19)
+    recorded["model"]["layers"][0].update(type="Conv2d", padding_mode="circular")
+    with pytest.raises(UserError, match=r"padding_mode=circular: must hold numbers"):
+        build_model(recorded["model"], 5, 19)
+
+
+def test_the_structure_of_the_zoos_zfnet512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`onnx` ships its graph, with constants in place of weights, which take no memory here."""
+    onnx = pytest.importorskip("onnx")
+    path = Path(onnx.__file__).parent / "backend/test/data/light/light_zfnet512.onnx"
+    layers, state, size = read_onnx(path, 64)
+    assert size == 224
+    assert sum(value.numel() for value in state.values()) == 87_250_536
+    with torch.device("meta"):
+        chain = Chain(build_model({"_target_": SEQUENCE, "layers": layers}, 1000, 224), 224)
+    assert chain.layers == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
+    shapes = {step.name: list(step.output_shape) for step in chain.steps}
+    assert [shapes[f"pool{n}"] for n in (1, 2, 3)] == [[96, 54, 54], [256, 12, 12], [512, 6, 6]]
+    assert next(layer for layer in layers if layer["name"] == "norm1")["alpha"] == pytest.approx(1e-4)  # of the sum
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([CONV, ("Elu", [], {})], r"has the operation Elu .*; known: Conv, Gemm"),
+        ([CONV, ("LRN", [], {"size": 4})], "LRN .*: size=4: must be odd"),
+        ([CONV, ("Relu", [], {})], r"gives \[1, 6, 10, 10\] for an image"),
+        ([("Conv", ["w"], {"pads": [9000] * 4})], r"padding=\[9000, 9000\]: must hold numbers within bounds"),
+        ([("Conv", ["w"], {"pads": [4000] * 4})], r"gives \[1, 6, 8017, 8017\] for an image: too large"),
+        ([("Conv", ["w"], {"auto_pad": "SAME_UPPER"})], "Conv .*auto_pad=SAME_UPPER"),
+        ([("Conv", ["w"], {"pads": [0, 0, 1, 1]})], r"Conv .*pads=\[0, 0, 1, 1\]: differ"),
+        ([("Conv", ["v"], {})], r"Conv \(y0\) cannot be read: .*channel"),
+        ([("Conv", ["nothing"], {})], "Conv .*nothing is no constant"),
+        ([("MaxPool", [], {"kernel_shape": [30, 30]})], "MaxPool .* cannot be read"),
+        ([("Relu", [], {}), ("Softmax", [], {}), ("Relu", [], {})], "Softmax .*must be the last"),
+        ([("Reshape", ["s2"], {})], r"Reshape .*shape=\[3, -1\]: must flatten"),
+        ([("Flatten", [], {})], "is no chain from its input to its output"),
+    ],
+)
+def test_onnx_graphs_of_other_kinds_are_refused(tmp_path: Path, nodes: list[Any], message: str) -> None:
+    path = graph(tmp_path / "x.onnx", *nodes, weights=WEIGHTS | {"s2": np.array([3, -1])})
+    with pytest.raises(UserError, match=message):
+        import_(tmp_path / "run", path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_onnx_files_cannot_claim_memory_or_other_peoples_files(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    (tmp_path / "a").mkdir()
+    path = graph(tmp_path / "a/x.onnx", CONV, weights=WEIGHTS)
+    model = onnx.load(path)
+    secret = tmp_path / "secret"
+    secret.write_bytes(WEIGHTS["w"].tobytes())
+    (tmp_path / "a/link").symlink_to(secret)
+    for place in ("../secret", str(secret), "link", "nowhere"):
+        tensor = model.graph.initializer[0]
+        tensor.raw_data = b""
+        onnx.external_data_helper.set_external_data(tensor, place)
+        path.write_bytes(model.SerializeToString())
+        with pytest.raises(UserError, match=r"which is no file beside x\.onnx"):
+            read_onnx(path, 19)
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.array([MOST_WEIGHTS, 3, 1, 1]), "shape"))
+    model.graph.node.insert(0, onnx.helper.make_node("ConstantOfShape", ["shape"], ["w"]))
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="more than 536,870,912 weights are not read"):
+        read_onnx(path, 19)

@@ -1,0 +1,239 @@
+"""job=import: a run directory of a network that was trained elsewhere, on which every other job works.
+
+What is read is safetensors, state dicts that `torch.load(weights_only=True)` accepts, and ONNX graphs. None of them can
+run code, and names and sizes are compared with the network before memory is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import torch
+from torch import Tensor
+
+from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.schema import Config, FolderData, Job, model_name
+from zfnet.data import preprocess
+from zfnet.data.images import class_name
+from zfnet.jobs.export import TOLERANCE
+from zfnet.model.build import build_model, read_tensors
+from zfnet.model.onnx_graph import read_onnx
+from zfnet.model.zfnet import ZFNet
+from zfnet.runs.provenance import describe_environment
+from zfnet.runs.session import own_directory
+from zfnet.runs.weights import ModelMetadata, load_model, network_with, save_model
+from zfnet.training.loaded import PREPROCESSING
+
+log = logging.getLogger("zfnet")
+
+PUBLISHED = ("alexnet", "vgg11")  # torchvision's, with weights that were trained on ImageNet
+_BATCH_SIZE = 64  # of jobs on the imported run
+_IMAGENET = 1000
+_COMPARED = 3  # images
+
+
+# a network's settings, its weights (the last layer's last) and the side of its images
+_Found = tuple[Any, dict[str, Tensor], int]
+
+
+@dataclass(kw_only=True)
+class ImportJob(Job):
+    """See conf/job/import.yaml."""
+
+    classes: Optional[str]
+    channels: Literal["rgb", "bgr"]
+
+    def main(self, config: Config, output: Path) -> None:
+        """Write a run directory with the network that `source=…` names. Raises UserError."""
+        if config.source is None:
+            raise UserError(f"job=import needs source=…: {', '.join(PUBLISHED)} or a file, as in source=zfnet512.onnx")
+        path = _published(config.source) if config.source in PUBLISHED else Path(config.source).expanduser()
+        if not path.is_file():
+            raise UserError(f"source={config.source}: there is no such file{did_you_mean(config.source, PUBLISHED)}")
+        kind = path.suffix.lower()
+        if kind == ".safetensors" and "zfnet" in _read(path)[0]:  # of this program: it says all that must be known
+            model, metadata = load_model(path, config.imports)
+            compared = None
+        else:
+            settings, state, size = _onnx(path, config) if kind == ".onnx" else _state_dict(path, config)
+            data, names = _data(config, size), _class_names(self.classes, len(next(reversed(state.values()))))
+            metadata = ModelMetadata(settings, names, data, data.store_size or data.image_size)
+            model = network_with(path, metadata, state, config.imports).eval()
+            compared = _compare(path, model, data) if kind == ".onnx" else None
+            if self.channels == "bgr":
+                first = next(p for p in model.parameters() if p.ndim == 4)
+                first.data = first.data.flip(1).contiguous()
+        config = replace(config, model=metadata.model, data=metadata.data)
+        with own_directory(config, output) as run:
+            if compared is not None:
+                log.info(compared)
+            digest = save_model(run.weights, model, metadata)
+            origin = {"source": config.source, "file": path.name, "file_sha256": _sha256(path)}
+            environment = describe_environment(torch.device("cpu"), "", config.trainer.name)
+            environment.pop("data_fingerprint")  # its training images are not at hand
+            run.write_json("environment.json", {**environment, "imported": origin})
+            run.write_json("results.json", {"validation": None, "test": None, "weights_sha256": digest, **origin})
+            count = sum(p.numel() for p in model.parameters())
+            log.info("%s, %s parameters, %s classes", model_name(metadata.model), f"{count:,}", len(metadata.classes))
+            log.info("written to %s; use it as run=%s", run.folder, run.folder)
+
+
+def _data(config: Config, image_size: int) -> FolderData:
+    """Return how images are prepared: as torchvision's evaluation does, except for the keys that the command sets."""
+    given = {word.split("=", 1)[0].lstrip("+~") for word in config.overrides}
+    base: dict[str, Any] = {
+        "image_size": image_size,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "crop_size": image_size,
+        "store_size": round(image_size * 256 / 224),
+        "batch_size": _BATCH_SIZE,
+        "validation": 0.1,
+    }
+    keys = (*PREPROCESSING, "batch_size", "validation", "root")
+    base |= {key: getattr(config.data, key) for key in keys if "data" in given or f"data.{key}" in given}
+    base["image_size"] = image_size
+    return FolderData(name="folder", split_seed=config.data.split_seed, **base)
+
+
+def _class_names(file: str | None, count: int) -> tuple[str, ...]:
+    """Return the names of the classes: those in a text file, one a line; ImageNet's for 1,000; else numbers."""
+    if file is None:
+        imagenet = _weights("alexnet").meta["categories"] if count == _IMAGENET else range(count)
+        return tuple(class_name(str(name)) for name in imagenet)
+    try:
+        names = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"job.classes={file}: cannot be read as text ({error})") from error
+    names = [class_name(name.strip()) for name in names if name.strip()]
+    if len(names) != count or len(set(names)) != count:
+        raise UserError(f"job.classes={file}: has {len(set(names))} different names; the network has {count} outputs")
+    return tuple(names)
+
+
+# ---- files of weights
+
+
+def _weights(name: str) -> Any:
+    from torchvision.models import get_model_weights  # half a second
+
+    return get_model_weights(name).DEFAULT
+
+
+def _published(name: str) -> Path:
+    """Return the file of torchvision's weights, downloaded where it is not cached, after its hash was compared."""
+    url = str(_weights(name).url)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    prefix = path.stem.rpartition("-")[2]  # of its SHA-256
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), prefix)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"source={name}: {url} could not be downloaded ({str(error).splitlines()[0]}): fetch it elsewhere and "
+                f"put it at {path}"
+            ) from error
+    if not _sha256(path).startswith(prefix):
+        raise UserError(f"{path} is damaged or another file: its SHA-256 must begin with {prefix}; delete it")
+    return path
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a file of weights, which stay on the disk until they are used."""
+    try:
+        if path.suffix.lower() == ".safetensors":
+            return read_tensors(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # of a damaged file PyTorch raises all kinds of errors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is no file of weights, or is damaged ({reason})") from error
+    for key in ("state_dict", "model"):  # of a checkpoint
+        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict: names and tensors")
+    return {}, {str(key): value for key, value in content.items()}
+
+
+def _state_dict(path: Path, config: Config) -> _Found:
+    """Return the weights of a file with their network: one of torchvision's if they fit it, else that of the config."""
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in _read(path)[1].items()}
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    chosen = any(word.split("=", 1)[0].lstrip("+").split(".")[0] == "model" for word in config.overrides)
+    for name in () if chosen else PUBLISHED:
+        settings = {"_target_": f"torchvision.models.{name}"}
+        own = _empty(settings, 224)
+        body = list(own)[:-2]  # less the last layer, which has a bias
+        if own.keys() == state.keys() and all(state[key].shape == own[key].shape for key in body):
+            return settings, {key: state[key] for key in own}, 224
+    if not isinstance(config.model, dict):
+        state = ZFNet.own_names(state)
+    order = _empty(config.model, config.data.image_size, config.imports)
+    for key in order:
+        if key not in state:
+            raise UserError(f"{path}: lacks {key} of model={model_name(config.model)}; has {', '.join([*state][:4])} …")
+    others = {key: value for key, value in state.items() if key not in order}  # refused later, by name
+    return config.model, others | {key: state[key] for key in order}, config.data.image_size
+
+
+def _empty(model: Any, image_size: int, imports: Sequence[str] = ()) -> Mapping[str, Tensor]:
+    """Return the names and shapes of a network's weights, with 10 classes."""
+    with torch.device("meta"):
+        state: Mapping[str, Tensor] = build_model(model, 10, image_size, imports, probe=False).state_dict()
+    return state
+
+
+# ---- ONNX
+
+
+def _onnx(path: Path, config: Config) -> _Found:
+    layers, state, image_size = read_onnx(path, config.data.image_size)
+    for name, value in state.items():
+        if value.numel() > 1 and name.endswith(".weight") and value.min() == value.max():
+            log.warning("%s: all values of %s are equal: it holds no trained weights", path, name)
+            break
+    return {"_target_": "zfnet.model.onnx_graph.Sequence", "layers": layers}, state, image_size
+
+
+@torch.no_grad()
+def _compare(path: Path, model: torch.nn.Module, data: FolderData) -> str:
+    """Compare probabilities, or logits, with onnxruntime's on random images; return what was found, in words.
+
+    Raises UserError where they differ by more than TOLERANCE (of the largest, if that is above 1).
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return "onnxruntime is not installed, so the outputs are not compared with the file's"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        largest, generator = 0.0, torch.Generator().manual_seed(0)
+        for _ in range(_COMPARED):
+            pixels = torch.randint(0, 256, (1, data.image_size, data.image_size, 3), generator=generator)
+            images = preprocess(pixels.to(torch.uint8), replace(data, crop_size=None), channels_last=False)
+            theirs = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+            logits = model(images)
+            ours = min((logits, logits.softmax(1)), key=lambda values: float((values - theirs).abs().max()))
+            largest = max(largest, float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max())))
+    except Exception as error:  # whatever it raises about a file
+        raise UserError(f"{path}: onnxruntime cannot run it ({str(error).strip().splitlines()[0]})") from error
+    if not largest <= TOLERANCE:
+        raise UserError(f"{path}: this network's outputs differ from onnxruntime's by {largest:.3g}")
+    return f"outputs within {largest:.1e} of onnxruntime's"
