@@ -1,11 +1,15 @@
-"""Deconvnet projections, batched and cut to receptive fields, beside captum's NeuronDeconvolution unit by unit.
+"""Deconvnet projections, batched and cut to receptive fields, beside three other ways to the same pictures:
+
+    captum     captum's NeuronDeconvolution, called unit by unit, as its interface suggests
+    repeated   the same with the image repeated for many units in one call
+    autograd   torch.autograd.grad(…, is_grads_batched=True) for many units at once, with the deconvnet's rule for ReLUs
 
     pip install -e '.[explain]'
     python benchmarks/projections.py data=shapes data.store_size=32 --maps 16 --rounds 3
 
 projects, with a freshly initialised network of the config, the strongest unit of each of `--maps` feature maps per
-layer in each of `--count` images; prints the time per projection and the largest difference between the two results,
-and writes projections.json to outputs/benchmarks/projections.
+layer in each of `--count` images, in turns; prints the time per projection, how much longer the fastest of the others
+takes, and the largest difference to any of them, and writes projections.json to outputs/benchmarks/projections.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from zfnet import compose
@@ -38,6 +42,7 @@ from zfnet.training.device import resolve_runtime, timed
 
 # of the largest pixel: more than the rounding of equal computations, less than what another switch does
 TOLERANCE = 1e-5
+RIVALS = ("captum", "repeated", "autograd")
 TOP = 9  # projections of each map in the paper's Figure 2
 
 
@@ -45,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maps", type=int, default=8, help="feature maps per layer, evenly spaced; 0: all")
     parser.add_argument("--count", type=int, default=9, help="images")
+    parser.add_argument("--chunk", type=int, default=32, help="units at once, where several go in one call")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each; medians are reported")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/projections"))
     parser.add_argument("overrides", nargs="*", help="of the config, as in data.image_size=64")
@@ -55,10 +61,12 @@ def main() -> None:
     model = initial_model(config, len(images.classes))[0].to(runtime.device).eval()
     pixels = images.pixels(range(min(options.count, len(images))))
     inputs = preprocess(pixels.to(runtime.device), config.data, channels_last=False)
-    rows = time_projections(model, inputs, options.maps or None, options.rounds)
+    rows = time_projections(model, inputs, options.maps or None, options.rounds, options.chunk)
     result = {
         "layers": rows,
         "all_maps_top_9": extrapolate(rows),
+        "chunk": options.chunk,
+        "rounds": options.rounds,
         "config": config.to_dict(),
         "environment": describe_environment(runtime.device, "", config.trainer.name),
     }
@@ -69,10 +77,13 @@ def main() -> None:
 
 
 @torch.no_grad()
-def time_projections(model: Any, images: Tensor, maps: int | None, rounds: int) -> list[dict[str, Any]]:
-    """Time both on the same units, in turns; return one row per layer, with median seconds per projection.
+def time_projections(
+    model: Any, images: Tensor, maps: int | None, rounds: int, chunk: int = 32
+) -> list[dict[str, Any]]:
+    """Time all on the same units, in turns; return one row per layer, with median seconds per projection.
 
-    images: [N, 3, S, S], normalised, on the model's device; maps: per layer, or None for all
+    images: [N, 3, S, S], normalised, on the model's device; maps: per layer, or None for all; chunk: units that a
+    rival projects at once
     Ours seed each unit with its activation; captum's seed is 1, and its result is multiplied by the activation.
 
     Raises UserError where none of a layer's maps is active, or captum is not installed.
@@ -93,17 +104,27 @@ def time_projections(model: Any, images: Tensor, maps: int | None, rounds: int) 
         calls = {
             "zfnet": partial(deconvnet.project, images, layer, units, seeds=seeds),
             "captum": partial(project_one_by_one, captum, images, units),
+            "repeated": partial(project_repeated, captum, images, units, chunk),
+            "autograd": partial(project_by_autograd, chain, images, layer, units, chunk),
         }
         seconds, projections = _take_turns(calls, rounds, images.device)
-        ratios = [theirs / ours for ours, theirs in zip(seconds["zfnet"], seconds["captum"], strict=True)]
+        medians = {name: statistics.median(s) for name, s in seconds.items()}
+        best = min(RIVALS, key=medians.__getitem__)
+        ratios = {
+            name: statistics.median(theirs / ours for ours, theirs in zip(seconds["zfnet"], seconds[name], strict=True))
+            for name in RIVALS
+        }
+        compared = [compare(projections["zfnet"], projections[r] * seeds[:, None, None, None]) for r in RIVALS]
         rows.append(
             {
                 "layer": layer,
                 "maps": chain.up_to(layer)[-1].output_shape[0],
                 "units": len(units),
-                **{f"{name}_seconds": statistics.median(s) / len(units) for name, s in seconds.items()},
-                "ratio": statistics.median(ratios),
-                **compare(projections["zfnet"], projections["captum"] * seeds[:, None, None, None]),
+                **{f"{name}_seconds": median / len(units) for name, median in medians.items()},
+                "ratio": ratios["captum"],
+                "best": best,
+                "ratio_to_best": ratios[best],
+                **{key: max(each[key] for each in compared) for key in compared[0]},
             }
         )
     return rows
@@ -134,6 +155,52 @@ def project_one_by_one(captum: Any, images: Tensor, units: Sequence[Sequence[int
     return torch.cat(projections)
 
 
+def project_repeated(captum: Any, images: Tensor, units: Sequence[Sequence[int]], chunk: int) -> Tensor:
+    """Project `chunk` units by one call: each has a copy of its image, and its own place in that copy's output."""
+    projections = []
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        for image, channel, y, x in (part.unbind(1) for part in torch.tensor(units).split(chunk)):
+            inputs, each = images[image].clone().requires_grad_(), torch.arange(len(image))
+            select = partial(_at, places=(each, channel, y, x))
+            projections.append(captum.attribute(inputs, select).detach())
+    return torch.cat(projections)
+
+
+def _at(output: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+    return output[places]
+
+
+class _DeconvReLU(torch.autograd.Function):
+    """A ReLU that passes back what is positive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(min=0)
+
+
+def project_by_autograd(chain: Chain, images: Tensor, layer: str, units: Sequence[Sequence[int]], chunk: int) -> Tensor:
+    """Project `chunk` units of an image at once by batched gradients; the forward pass is made once for each image."""
+    wanted = torch.tensor(units)
+    projections = images.new_zeros(len(units), *images.shape[1:])
+    for number in wanted[:, 0].unique().tolist():
+        with torch.enable_grad():
+            x = inputs = images[number : number + 1].clone().requires_grad_()
+            for step in chain.up_to(layer):
+                x = _DeconvReLU.apply(x) if isinstance(step.module, nn.ReLU) else step(x)
+        for rows in (wanted[:, 0] == number).nonzero().flatten().split(chunk):
+            seeds = x.new_zeros(len(rows), *x.shape)
+            channel, row, column = wanted[rows, 1:].unbind(1)
+            seeds[torch.arange(len(rows)), 0, channel, row, column] = 1
+            (grads,) = torch.autograd.grad(x, inputs, seeds, retain_graph=True, is_grads_batched=True)
+            projections[rows] = grads[:, 0]
+    return projections
+
+
 def _take_turns(
     calls: Mapping[str, Callable[[], Tensor]], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
@@ -161,26 +228,35 @@ def compare(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
 
 
 def extrapolate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the time of every map's TOP projections, by each layer's time for one, and the ratio of the sums."""
-    ours, theirs = (sum(row["maps"] * TOP * row[f"{name}_seconds"] for row in rows) for name in ("zfnet", "captum"))
-    projections = TOP * sum(row["maps"] for row in rows)
-    return {"projections": projections, "zfnet_seconds": ours, "captum_seconds": theirs, "ratio": theirs / ours}
+    """Return the time of every map's TOP projections, by each layer's time for one, and the ratios of the sums.
+
+    The best of the others is chosen layer by layer.
+    """
+    seconds = {n: sum(row["maps"] * TOP * row[f"{n}_seconds"] for row in rows) for n in ("zfnet", *RIVALS)}
+    best = sum(row["maps"] * TOP * row[f"{row['best']}_seconds"] for row in rows)
+    return {
+        "projections": TOP * sum(row["maps"] for row in rows),
+        **{f"{name}_seconds": value for name, value in seconds.items()},
+        "ratio": seconds["captum"] / seconds["zfnet"],
+        "ratio_to_best": best / seconds["zfnet"],
+    }
 
 
 def print_result(result: dict[str, Any]) -> None:
     """Print a table of layers, and the time of all maps."""
-    lines = [("layer", "units", "zfnet, ms each", "captum, ms each", "ratio", "difference", "apart")]
+    lines = [("layer", "units", "zfnet", *RIVALS, "best", "difference", "apart")]
     for row in result["layers"]:
-        ours, theirs = (f"{1000 * row[f'{name}_seconds']:.2f}" for name in ("zfnet", "captum"))
+        times = (f"{1000 * row[f'{name}_seconds']:.2f}" for name in ("zfnet", *RIVALS))
         differences = f"{row['difference']:.1e}", str(row["units_apart"])
-        lines.append((row["layer"], str(row["units"]), ours, theirs, f"{row['ratio']:.1f}×", *differences))
-    print("\n".join(format_table(lines, "<>>>>>>")))
+        lines.append((row["layer"], str(row["units"]), *times, f"{row['ratio_to_best']:.1f}×", *differences))
+    print("\n".join(format_table(lines, "<>>>>>>>>")))
     total = result["all_maps_top_9"]
     print(
+        f"\ntimes: ms for each projection; best: the fastest of the other three beside zfnet"
         f"\ndifference: the largest, of the largest pixel; apart: units with more than {TOLERANCE:.0e}\n"
         f"all {total['projections']:,} projections ({TOP} of each map), from the times above: "
         f"{total['zfnet_seconds']:.0f} s,\nunit by unit with captum {total['captum_seconds']:.0f} s: "
-        f"{total['ratio']:.1f} times as long"
+        f"{total['ratio']:.1f} times as long;\nby each layer's fastest other way {total['ratio_to_best']:.1f} times"
     )
 
 

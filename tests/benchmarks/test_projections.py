@@ -49,3 +49,6 @@ def test_main_times_projections_beside_captum_and_they_agree(tmp_path: Path, mon
     total = result["all_maps_top_9"]
     assert total["projections"] == 9 * (32 + 64 + 96 + 96 + 64)
     assert total["ratio"] == pytest.approx(total["captum_seconds"] / total["zfnet_seconds"])
+    for row in result["layers"]:
+        assert row[f"{row['best']}_seconds"] == min(row[f"{name}_seconds"] for name in projections.RIVALS)
+        assert row["ratio_to_best"] <= row["ratio"]
