@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.explain.networks import network, pictures
 from tests.explain.trained import read_csv
+from tests.helpers import random_images
 from zfnet import load_run
 from zfnet.analyses.deconvnet import (
     CONTROLS,
@@ -203,6 +206,8 @@ SMALL = (
     "job.top=3",
     "job.maps=5",
     "job.layers=[conv1,conv4]",
+    "job.sample=20",
+    "job.ablation=3",
     "trainer.device=cpu",
 )
 
@@ -215,6 +220,10 @@ def files(folder: Path) -> dict[str, bytes]:
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name not in skipped and ".hydra" not in p.parts and p.name != "config.yaml"
     }
+
+
+def save_photograph(path: Path) -> None:
+    Image.fromarray(random_images(1, 40, seed=5)[0].numpy()).save(path)
 
 
 def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tiny_run, tmp_path: Path, monkeypatch) -> None:
@@ -252,6 +261,31 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tiny_run, t
         assert drawn["projections"].abs().sum().item() == pytest.approx(ours.abs().sum().item(), rel=1e-4)
     maps = read_csv(whole / "maps.csv")
     assert [r["layer"] for r in maps] == ["conv1"] * 32 + ["conv4"] * 96
+    # a photograph's maps lead to this atlas
+    save_photograph(tmp_path / "cat.png")
+    words = ("images=[cat.png]", "job.maps=3", "job.pages=whole", "job.layers=[conv1,conv4]", "trainer.device=cpu")
+    answer = run_py("job=deconvnet", f"run={tiny_run.folder}", *words, "hydra.run.dir=photo")
+    assert answer.code == 0, answer.err
+    pixels = run.inputs("cat.png")
+    rows = read_csv(tmp_path / "photo/strongest.csv")
+    assert len(rows) == 6
+    for row in rows:
+        maps = run.model.activations(pixels, [row["layer"]])[row["layer"]][0].detach()
+        best = maps.amax((1, 2)).sort(descending=True)
+        assert int(row["map"]) == best.indices[int(row["rank"]) - 1]
+        assert maps[int(row["map"]), int(row["y"]), int(row["x"])].item() == pytest.approx(
+            float(row["activation"]), 1e-4
+        )
+    text = (tmp_path / "photo/index.html").read_text()
+    links = [f"../whole/atlas/index.html#{row['layer']}/{row['map']}" for row in rows]
+    assert re.findall(r'<a href="([^"]+)">', text) == links
+    assert (tmp_path / "photo/figures/photograph_1.png").stat().st_size > 10_000
+    assert read_csv(tmp_path / "photo/predictions.csv")[0]["predicted"] == next(iter(run.predict("cat.png")))
+    answer = run_py("job=deconvnet", f"run={tiny_run.folder}", "images=[cat.png]", "job.pages=.", "hydra.run.dir=y")
+    assert answer.err == "error: job.pages=.: holds no atlas of this network\n"
+    answer = run_py("job=deconvnet", f"run={tiny_run.folder}", "images=[dog.png]", "hydra.run.dir=y")
+    assert (answer.code, answer.err.count("\n")) == (1, 1)
+    assert "dog.png" in answer.err
     assert json.loads((whole / "controls.json").read_text())["conv4"].keys() == {
         "random_weights",
         "other_switches",

@@ -73,7 +73,7 @@ FIRST, SECOND, LAST = "blocks.0.0", "blocks.1.0", "head.0"
 @pytest.mark.parametrize(
     ("words", "table", "layers"),
     [
-        ("job=deconvnet job.top=2 job.maps=4", "top_activations.csv", {FIRST, SECOND, LAST}),
+        ("job=deconvnet job.top=2 job.maps=4 job.ablation=2", "top_activations.csv", {FIRST, SECOND, LAST}),
         ("job=evolution job.maps=2 job.probe_images=9", "strongest.csv", {FIRST, SECOND, LAST}),
         ("job=correspondence job.count=12 job.places=99", "correspondence.csv", {SECOND, LAST}),
         ("job=invariance job.count=2 job.mean_images=6 job.steps=3", "curves.csv", None),

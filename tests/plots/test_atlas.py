@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +16,19 @@ from PIL import Image
 from tests.explain.networks import config
 from tests.helpers import compose
 from tests.plots.browser import CHROMIUM, DRIVER, browser
+from zfnet.config.errors import UserError
 from zfnet.config.schema import Conv
 from zfnet.data import Batches
 from zfnet.data.images import image_set
 from zfnet.explain import Deconvnet, receptive_box
+from zfnet.explain.maps import MapFacts
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.zfnet import ZFNet
-from zfnet.plots.atlas import Atlas, write_atlas
+from zfnet.plots.atlas import Atlas, Photograph, Strongest, find_atlas, write_atlas, write_photographs, write_single
 
 CLASSES = ["<b>bold</b>", "</script>", "sea lion", "cat"]
-MAPS = 12 + 6
+MAPS = {"conv1": 12, "conv5": 6}
+ALL = sum(MAPS.values())
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,17 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
     result = collect(
         model, images, lambda part: Batches(part, data, torch.device("cpu")), ["conv1", "conv5"], TopActivations(4, 4)
     )
-    return Atlas("tiny <net>", "test", Deconvnet(model), images, data, result)
+    strongest = torch.rand(9, 12, generator=torch.Generator().manual_seed(0))
+    effect = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    facts = {"conv1": MapFacts(strongest, effect), "conv5": MapFacts(strongest[:, :6], effect[:6])}
+    nearest = {layer: [[("conv2", n, 0.9 - n / 100)] for n in range(count)] for layer, count in MAPS.items()}
+    return Atlas(
+        *("tiny <net>", "test", Deconvnet(model), images, data, result),
+        weights="abc",
+        facts=facts,
+        nearest=nearest,
+        other={"name": "other <run>", "atlas": "../other/index.html"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +78,15 @@ def test_atlas_numbers_are_the_searchs(atlas: Atlas, page: Path) -> None:
                 assert label == image % 4
                 seen = receptive_box(atlas.deconvnet.model, layer["name"], y, x)
                 assert [64 * side for side in box] == pytest.approx(seen, abs=0.05)
+        facts = atlas.facts[layer["name"]]
+        for number, entry in enumerate(layer["maps"]):
+            assert sum(entry["histogram"]) == 9
+            label, change = entry["effect"][0]
+            assert change == pytest.approx(facts.effect[number, label].item(), rel=1e-3)
+            assert abs(change) == pytest.approx(facts.effect[number].abs().max().item(), rel=1e-3)
+            assert entry["nearest"] == [["conv2", number, pytest.approx(0.9 - number / 100)]]
     assert metadata["layers"][0]["maps"][3]["top"] == []
+    assert json.loads((page.parent / "atlas.json").read_text()) == metadata
     assert not (page.parent / "maps/conv1/3.webp").exists()
 
 
@@ -106,6 +129,56 @@ def test_write_atlas_continues_after_a_stop(atlas: Atlas, page: Path, tmp_path: 
         assert (tmp_path / file).read_bytes() == (page.parent / file).read_bytes()
 
 
+def test_photographs_lead_to_the_atlas_and_hold_no_markup_of_names(tmp_path: Path) -> None:
+    tiles = torch.zeros(2, 7, 7, 3, dtype=torch.uint8)
+    none = Strongest([], [], tiles[:0], tiles[:0])
+    rows = {"conv<1>": Strongest([5, 2], [1.5, 0.25], tiles, tiles + 9), "conv5": none}
+    photograph = Photograph("<i>cat</i>.jpg", torch.zeros(64, 64, 3, dtype=torch.uint8), [("</ol>", 0.75)], rows)
+    write_photographs(tmp_path / "a.html", [photograph], "<run>", "../atlas/index.html")
+    text = (tmp_path / "a.html").read_text()
+    assert re.findall(r'<a href="([^"]+)">', text) == [f"../atlas/index.html#conv&lt;1&gt;/{n}" for n in (5, 2)]
+    assert "<i>" not in text
+    assert text.count("</ol>") == 1
+    assert "no map is active" in text
+    assert not re.search(r"https?:|//\w|<script", text)
+    write_photographs(tmp_path / "b.html", [photograph], "run", None)
+    assert "<a href" not in (tmp_path / "b.html").read_text()
+
+
+def test_find_atlas_by_its_networks_weights(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_atlas("abc") is None
+    for name in ("2026-01-01", "2026-01-02", "2026-01-03"):
+        shutil.copytree(page.parent, f"outputs/deconvnet/{name}/atlas")
+    numbers = Path("outputs/deconvnet/2026-01-03/atlas/atlas.json")
+    numbers.write_text(numbers.read_text().replace('"abc"', '"another"'))
+    assert find_atlas("abc") == Path("outputs/deconvnet/2026-01-02/atlas/index.html")
+    with pytest.raises(UserError, match=r"job\.pages=outputs/deconvnet/2026-01-03: holds no atlas of this network"):
+        find_atlas("abc", "outputs/deconvnet/2026-01-03")
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+def test_atlas_in_one_file(atlas: Atlas, page: Path, tmp_path: Path) -> None:
+    """Its pictures are the bytes of the files; nothing else is needed."""
+    folder = tmp_path / "atlas"
+    shutil.copytree(page.parent, folder)
+    single = write_single(folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["atlas.html", "atlas.json"]
+    assert find_atlas("abc", str(tmp_path)) == single
+    with browser(tmp_path / "profile") as b:
+        b.open(single)
+        b.run("location.hash = '#conv5/1'")
+        b.wait("document.querySelector('#tiles .view')")
+        name = "maps/conv5/1.webp"
+        assert b.run("return getComputedStyle(document.querySelector('#tiles .view')).backgroundImage").startswith(
+            'url("blob:'
+        )
+        text = b.run(f"return document.getElementById('{name}').textContent")
+        assert base64.b64decode(text) == (page.parent / name).read_bytes()
+        b.wait("document.getElementById('image').naturalWidth === 32")
+        assert not b.messages()
+
+
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
     with browser(tmp_path / "profile") as b:
@@ -122,26 +195,32 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
 
         b.open(page)
         b.wait("document.readyState === 'complete'")
-        assert len(cards()) == MAPS
+        assert len(cards()) == ALL
         assert b.run("return document.querySelectorAll('.card.dead').length") == 1
-        assert f"{MAPS} of {MAPS} maps, 1 never active" in b.run("return document.getElementById('count').textContent")
+        assert f"{ALL} of {ALL} maps, 1 never active" in b.run("return document.getElementById('count').textContent")
         # search: by number, by layer, by class (one with a space, one with markup), and for nothing
         assert put("search", "5") == ["#conv1/5", "#conv5/5"]
         assert put("search", "conv5 5") == ["#conv5/5"]
-        assert 0 < len(put("search", "sea lion")) <= MAPS
+        assert 0 < len(put("search", "sea lion")) <= ALL
         assert len(put("search", "<b>bold")) > 0
         assert put("search", "dead") == ["#conv1/3"]
         assert put("search", "zebra") == []
-        assert len(put("search", "")) == MAPS
+        assert put("search", "conv5 match>0.865") == [f"#conv5/{n}" for n in range(4)]
+        assert len(put("search", "effect>0.5")) + len(put("search", "effect<0.5")) == ALL
+        assert put("search", "images<0") == []
+        assert len(put("search", "images<101%")) == ALL
+        assert len(put("search", "")) == ALL
         # sort
         for key, script in {
             "activation": "-(m.dead ? -Infinity : m.top[0][0])",
             "selectivity": "-(m.selectivity - m.chance)",
             "sparsity": "m.dead ? 2 : m.positions",
+            "effect": "-Math.max(...m.effect.map((e) => Math.abs(e[1])))",
+            "match": "-m.nearest[0][2]",
         }.items():
             shown = put("sort", key)
             values = b.run(f"return state.shown.map((m) => {script})")
-            assert len(shown) == MAPS
+            assert len(shown) == ALL
             values = [float("inf") if v is None else v for v in values]  # JSON has no infinity
             assert values == sorted(values)
         put("sort", "number")

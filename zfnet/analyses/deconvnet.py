@@ -14,14 +14,16 @@ import copy
 import functools
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, ClassVar, Literal, Optional
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor, nn
@@ -32,20 +34,24 @@ from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation, uniform
 from zfnet.config.schema import Config, model_name
 from zfnet.data import ImageSet, preprocess
-from zfnet.explain.crops import frame_size, project_frames, view_maps
+from zfnet.data.images import image_set
+from zfnet.explain.crops import frame_size, project_frames, view_maps, view_units
 from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.maps import MapFacts, ablation_effects, nearest_maps, strongest_activations
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
-from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
+from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
 from zfnet.explain.statistics import describe, false_discovery_rate
 from zfnet.explain.switches import DEAD_WINDOWS
 from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
+from zfnet.jobs.predict import prediction_rows
 from zfnet.model.chain import Chain
-from zfnet.plots.atlas import Atlas, write_atlas
+from zfnet.plots.atlas import Atlas, Photograph, Strongest, find_atlas, write_atlas, write_photographs, write_single
 from zfnet.plots.figures import BLUE, INK, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
-from zfnet.plots.pictures import mosaic, show
-from zfnet.runs.directory import RunDirectory, write_tensors
-from zfnet.runs.session import StopRequest, claimed, recorded_state
-from zfnet.runs.weights import weights_hash
+from zfnet.plots.pictures import enlarge, mosaic, on_grey, show, show_mosaic, to_pixels
+from zfnet.runs.directory import RunDirectory, find_run, write_tensors
+from zfnet.runs.session import StopRequest, claimed, own_directory, recorded_state
+from zfnet.runs.tables import shorten
+from zfnet.runs.weights import ModelMetadata, load_model, weights_hash
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
 from zfnet.training.loaded import LoadedRun
 
@@ -75,10 +81,19 @@ class DeconvnetJob(Look):
     dead_windows: Literal["first", "mask", "all"]
     lrn: Literal["identity", "gradient"]
     controls: bool
-    atlas: bool
+    atlas: bool | Literal["single"]
+    sample: Annotated[int, Field(ge=2)]
+    ablation: Annotated[int, Field(ge=0)]
+    other: Optional[str]
+    pages: Optional[str]
+
+    reads_images: ClassVar[bool] = True
 
     def main(self, config: Config, output: Path) -> None:
-        """Explain the network of `run=…`; write all to `output`, where a stopped job continues."""
+        """Explain the network of `run=…`; write all to `output`, where a stopped job continues.
+
+        With `images=[…]` only these are looked at, and a search that was made before is linked to.
+        """
         run, loaded = RunDirectory(output), LoadedRun(config)
         chain = loaded.chain
         named = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
@@ -87,6 +102,10 @@ class DeconvnetJob(Look):
         for layer in layers:  # raise before the search what would be raised after it
             deconvnet.check(layer)
             frame_size(chain, layer)
+        if config.images is not None:
+            explain_photographs(self, config, output, loaded, deconvnet, layers)
+            return
+        other = None if self.other is None else load_model(find_run(self.other).weights, config.imports)
         splits = loaded.splits()
         split = chosen_split(loaded, splits)
         images = split.images
@@ -106,7 +125,7 @@ class DeconvnetJob(Look):
                 device = loaded.runtime.device
                 log.info("%s %s images on %s, rule %s", f"{len(images):,}", split.name, device, self.rule)
                 search = TopActivations(self.top, len(images.classes), images.labels)
-                origin = {
+                origin: dict[str, Any] = {
                     "weights": weights_hash(loaded.model.state_dict()),
                     "data": splits.fingerprint,
                     "shuffles": SHUFFLES,  # a search that an older version stopped has none
@@ -114,7 +133,7 @@ class DeconvnetJob(Look):
                 search = search_or_continue(search, loaded, images, layers, run, origin, stop)
                 write_tables(run, search, chain, images)
                 title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
-                atlas = Atlas(title, split.name, deconvnet, images, loaded.data, search)
+                atlas = Atlas(title, split.name, deconvnet, images, loaded.data, search, origin["weights"])
                 similarity, sensitivity = {}, {}
                 for layer in tqdm(layers, "figures", unit="layer", disable=None, leave=False):
                     units = draw_layer(atlas, layer, self.maps, config.seed, run)
@@ -138,8 +157,127 @@ class DeconvnetJob(Look):
                             cells = ", ".join(f"{kind} {_interval(row[kind])}" for kind in SIMILARITIES)
                             log.info("  %-8s %-15s n %-3s %s", layer, name, row["signed"]["n"], cells)
                 if self.atlas:
-                    log.info("open %s in a browser", write_atlas(atlas, run.folder / "atlas", stop.check))
+                    atlas = self._with_facts(atlas, loaded, layers, other, run.folder)
+                    page = write_atlas(atlas, run.folder / "atlas", stop.check)
+                    log.info("open %s in a browser", page if self.atlas is True else write_single(page.parent))
             log.info("written to %s", run.folder)
+
+    def _with_facts(
+        self,
+        atlas: Atlas,
+        loaded: LoadedRun,
+        layers: Sequence[str],
+        other: tuple[Any, ModelMetadata] | None,
+        folder: Path,
+    ) -> Atlas:
+        """Return the atlas with what `job.sample` of its images, evenly spread, tell about each map."""
+        chain, count = loaded.chain, min(self.sample, len(atlas.images))
+        chosen = torch.linspace(0, len(atlas.images) - 1, count).round().long()
+        pixels = [atlas.images.pixels(part) for part in chosen.split(loaded.data.batch_size)]
+        batches = [to_inputs(loaded, part) for part in pixels]
+        strongest = strongest_activations(chain, batches, layers)
+        effects: dict[str, Tensor] = {}
+        if self.ablation:
+            few = torch.cat(batches)[:: max(1, count // self.ablation)][: self.ablation]
+            effects = dict(ablation_effects(chain, few.split(loaded.data.batch_size), layers))
+        facts = {layer: MapFacts(strongest[layer], effects.get(layer)) for layer in layers}
+        if other is None:
+            return replace(atlas, facts=facts)
+        model, metadata = other
+        there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
+        theirs = []
+        for part in pixels:
+            side = metadata.stored_size
+            if part.shape[1] != side:  # the same images, as large as the other network's are stored
+                wide = F.interpolate(part.permute(0, 3, 1, 2).float(), (side, side), mode="bilinear", antialias=True)
+                part = wide.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+            theirs.append(preprocess(part.to(loaded.runtime.device), metadata.data, channels_last=False))
+        nearest = nearest_maps(strongest, strongest_activations(there, theirs, there.conv_layers))
+        page = find_atlas(weights_hash(model.state_dict()))
+        link = None if page is None else os.path.relpath(page, folder if self.atlas == "single" else folder / "atlas")
+        return replace(atlas, facts=facts, nearest=nearest, other={"name": Path(str(self.other)).name, "atlas": link})
+
+
+# ---- your own photographs
+
+
+def explain_photographs(
+    job: DeconvnetJob, config: Config, output: Path, loaded: LoadedRun, deconvnet: Deconvnet, layers: Sequence[str]
+) -> None:
+    """Write each layer's strongest maps in the images of `images=[…]`: a figure each, index.html and strongest.csv.
+
+    `job.maps` is how many. Maps that are not active have nothing to project.
+    """
+    pixels, names = read_files(loaded, config.images or ())
+    page = find_atlas(weights_hash(loaded.model.state_dict()), job.pages)
+    inputs = to_inputs(loaded, pixels)
+    probabilities = predict(loaded, inputs)
+    images = image_set(pixels.numpy(), torch.zeros(len(pixels)), loaded.classes)
+    with torch.no_grad():
+        activations = loaded.chain.activations(inputs, layers)
+    with own_directory(config, output) as run:
+        rows: list[dict[str, Any]] = []
+        photographs = []
+        for number, name in enumerate(names):
+            values, labels = probabilities[number].topk(min(5, len(loaded.classes)))
+            best = [(loaded.classes[c], p) for c, p in zip(labels.tolist(), values.tolist(), strict=True)]
+            found = Photograph(name, to_pixels(inputs[number : number + 1], loaded.data)[0], best, {})
+            for layer in layers:
+                maps = activations[layer][number].cpu()
+                value, place = maps.flatten(1).max(1)
+                order = value.argsort(descending=True, stable=True)[: job.maps]
+                order = order[value[order] > 0]
+                y, x = place[order] // maps.shape[2], place[order] % maps.shape[2]
+                units = torch.stack((torch.full_like(order, number), order, y, x), 1)
+                projections, patches = view_units(deconvnet, images, loaded.data, layer, units)
+                boxes = receptive_boxes(loaded.chain, layer, units[:, 2:])
+                found.layers[layer] = Strongest(order.tolist(), value[order].tolist(), on_grey(projections), patches)
+                rows += to_rows(
+                    image=[name] * len(order),
+                    layer=[layer] * len(order),
+                    rank=range(1, len(order) + 1),
+                    map=order.tolist(),
+                    activation=[f"{v:.6g}" for v in value[order].tolist()],
+                    y=y.tolist(),
+                    x=x.tolist(),
+                    **dict(zip(("top", "left", "bottom", "right"), boxes.T.tolist(), strict=True)),
+                )
+            photographs.append(found)
+            save_figure(draw_photograph(found), run.figures / f"photograph_{number + 1}.png")
+        run.write_csv("strongest.csv", rows, list(rows[0]) if rows else ["image", "layer", "rank", "map"])
+        run.write_csv("predictions.csv", prediction_rows(names, probabilities, loaded.classes))
+        link = None if page is None else os.path.relpath(page, run.folder)
+        write_photographs(run.folder / "index.html", photographs, str(loaded.source.folder), link)
+        if link is None:
+            log.info("no atlas of this network is found, so the tiles lead nowhere: job.pages=<dir of job=deconvnet>")
+        log.info("open %s in a browser", run.folder / "index.html")
+        log.info("written to %s", run.folder)
+
+
+@styled
+def draw_photograph(photograph: Photograph) -> Figure:
+    """Draw an image with its predictions, and beside it a row for each layer: projections above their patches."""
+    columns = max([1, *(len(row.maps) for row in photograph.layers.values())])
+    figure = new_figure(figsize=(2.6 + 0.95 * columns, max(3.4, 2.3 * len(photograph.layers)) + 0.4))
+    figure.suptitle(f"{shorten(photograph.name, 60)}: each layer's strongest maps, projected, and what they see")
+    grid = figure.add_gridspec(len(photograph.layers), 2, width_ratios=[2.4, 0.95 * columns])
+    picture = figure.add_subplot(grid[:, 0])
+    show(picture, photograph.pixels)
+    picture.set_anchor("N")
+    picture.set_xlabel("\n".join(f"{shorten(c, 24)}  {p:.1%}" for c, p in photograph.predictions), parse_math=False)
+    for number, (layer, row) in enumerate(photograph.layers.items()):
+        axis = figure.add_subplot(grid[number, 1])
+        what = "map and activation" if row.maps else "no map is active"
+        axis.set_title(f"{layer}: {what}", loc="left", parse_math=False)
+        if not row.maps:
+            axis.axis("off")
+            continue
+        tiles = enlarge(torch.cat((row.projections, row.patches)), 96)
+        blank = torch.full((columns - len(row.maps), *tiles.shape[1:]), 255, dtype=torch.uint8)
+        upper, lower = tiles.split(len(row.maps))
+        labels = [f"{m}\n{v:.3g}" for m, v in zip(row.maps, row.values, strict=True)]
+        show_mosaic(axis, torch.cat((upper, blank, lower, blank)), [*labels, *[""] * len(blank)], gap=4)
+    return figure
 
 
 # ---- search

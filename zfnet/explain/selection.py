@@ -184,7 +184,11 @@ def _correct_first(loaded: LoadedRun, images: ImageSet, count: int) -> Tensor:
     return torch.tensor(chosen)
 
 
-def _from_files(loaded: LoadedRun, items: Sequence[str]) -> Chosen:
+def read_files(loaded: LoadedRun, items: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Return the images that `images=[…]` names in stored pixels, uint8 [N, s, s, 3], and their names.
+
+    Raises UserError for one that cannot be read, and for more than a figure holds.
+    """
     images, problems = find_images(items)
     for item, problem in problems.items():
         raise UserError(f"{item}: {problem}")
@@ -198,10 +202,15 @@ def _from_files(loaded: LoadedRun, items: Sequence[str]) -> Chosen:
         except UnreadableImage as error:
             raise UserError(f"{image.name} cannot be read as an image ({error})") from error
         pixels.append(torch.from_numpy(square.copy()))
-    inputs = to_inputs(loaded, torch.stack(pixels))
+    return torch.stack(pixels), [image.name for image in images]
+
+
+def _from_files(loaded: LoadedRun, items: Sequence[str]) -> Chosen:
+    pixels, files = read_files(loaded, items)
+    inputs = to_inputs(loaded, pixels)
     labels = predict(loaded, inputs).argmax(1)
     names = (
-        f"{loaded.classes[c]}? ({shorten(i.name.rpartition('/')[2], 24)})"
-        for i, c in zip(images, labels.tolist(), strict=True)
+        f"{loaded.classes[c]}? ({shorten(name.rpartition('/')[2], 24)})"
+        for name, c in zip(files, labels.tolist(), strict=True)
     )
     return Chosen(inputs, labels.to(loaded.runtime.device), tuple(names), known=False)

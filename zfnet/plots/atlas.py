@@ -6,32 +6,41 @@ when they are shown:
     sheets/<layer>_<kind>.webp    a thumbnail of every map of a layer: the first view
     maps/<layer>/<number>.webp    one map's projections (upper row) and patches (lower row)
     images/<number>.webp          an image, as the network sees it, in stored pixels
+    atlas.json                    every number on the page
+
+`write_single` puts all of it into one file instead. `write_photographs` is the page of your own photographs, whose
+tiles lead to the atlas's pages of the maps: `index.html#conv5/12`.
 """
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from zfnet.config.errors import UserError
 from zfnet.config.schema import DataConfig
 from zfnet.data import ImageSet
 from zfnet.explain.crops import frame_size, view_maps
 from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.maps import MapFacts
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field
 from zfnet.explain.selection import to_rows
 from zfnet.explain.top_activations import LayerRecord, TopActivations
 from zfnet.plots.pictures import GREY, mosaic
-from zfnet.runs.directory import write_atomically
+from zfnet.runs.directory import OUTPUTS, RunDirectory, write_atomically
 
 _PAGE = Path(__file__).parent / "atlas_page"
 KINDS = ("projections", "patches")
@@ -51,6 +60,10 @@ class Atlas:
     images: ImageSet
     data: DataConfig
     search: TopActivations
+    weights: str = ""  # their hash
+    facts: Mapping[str, MapFacts] = field(default_factory=dict)
+    nearest: Mapping[str, Any] = field(default_factory=dict)  # see `nearest_maps`
+    other: Mapping[str, Any] | None = None  # the name of the other network, and its own atlas, if there is one
 
 
 def write_atlas(atlas: Atlas, folder: Path, after_file: Callable[[], None] = lambda: None) -> Path:
@@ -69,6 +82,7 @@ def write_atlas(atlas: Atlas, folder: Path, after_file: Callable[[], None] = lam
             after_file()
     _write_images(atlas, folder / "images", after_file)
     metadata = json.dumps(_page_data(atlas), separators=(",", ":")).replace("<", "\\u003c")
+    write_atomically(folder / "atlas.json", metadata)
     page = (_PAGE / "page.html").read_text(encoding="utf-8")
     for mark, text in (
         ("title", html.escape(atlas.title)),
@@ -79,6 +93,103 @@ def write_atlas(atlas: Atlas, folder: Path, after_file: Callable[[], None] = lam
         page = page.replace(f"<!-- {mark} -->", text)
     write_atomically(folder / "index.html", page)
     return folder / "index.html"
+
+
+@dataclass(frozen=True)
+class Strongest:
+    """A layer's strongest maps in one image, strongest first: their numbers, activations and pictures.
+
+    projections, patches: uint8 [maps, s, s, 3]
+    """
+
+    maps: list[int]
+    values: list[float]
+    projections: Tensor
+    patches: Tensor
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """An image: its name, its pixels, uint8 [S, S, 3], as the network sees it, (class, probability), and its maps."""
+
+    name: str
+    pixels: Tensor
+    predictions: Sequence[tuple[str, float]]
+    layers: dict[str, Strongest]
+
+
+def write_photographs(path: Path, photographs: Sequence[Photograph], title: str, link: str | None) -> None:
+    """Write a page of photographs that needs no other file; its tiles lead to the atlas at `link`, if there is one."""
+    parts = [f"<header><h1>Strongest maps · {html.escape(title)}</h1></header>"]
+    for photograph in photographs:
+        classes = "".join(f"<li>{html.escape(c)} {p:.1%}</li>" for c, p in photograph.predictions)
+        parts.append(
+            f'<section class="photograph"><h2>{html.escape(photograph.name)}</h2><div class="row">'
+            f"{_inline(photograph.pixels, 224)}<ol>{classes}</ol></div>"
+        )
+        for layer, row in photograph.layers.items():
+            tiles = []
+            for number, value, *views in zip(row.maps, row.values, row.projections, row.patches, strict=True):
+                label = f"{html.escape(layer)} · {number}"
+                there = "" if link is None else f' href="{html.escape(link)}#{html.escape(layer)}/{number}"'
+                pictures = "".join(_inline(view, 96) for view in views)
+                tiles.append(f"<a{there}>{pictures}<small>{label} · {value:.3g}</small></a>")
+            shown = "".join(tiles) or "no map is active"
+            parts.append(f'<h3>{html.escape(layer)}</h3><div class="row">{shown}</div>')
+        parts.append("</section>")
+    style = (_PAGE / "page.css").read_text(encoding="utf-8")
+    write_atomically(
+        path,
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Strongest maps</title><style>{style}</style></head><body>{''.join(parts)}</body></html>\n",
+    )
+
+
+def _inline(pixels: Tensor, side: int) -> str:
+    """Return an image of pixels, uint8 [h, w, 3], as HTML, `side` wide."""
+    text = base64.b64encode(_encode(pixels.numpy(), lossless=len(pixels) <= _LOSSLESS)).decode()
+    kind = ' class="pixels"' if len(pixels) < side // 2 else ""
+    return f'<img{kind} width="{side}" height="{side}" alt="" src="data:image/webp;base64,{text}">'
+
+
+def write_single(folder: Path) -> Path:
+    """Put an atlas into one file beside its folder, which then goes; return the file.
+
+    Each picture is a block of text that the browser reads when it is shown: thumbnails first, then the page's script.
+    """
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    blocks: dict[bool, list[str]] = {True: [], False: []}
+    for path in sorted(folder.rglob("*.webp")):
+        name = path.relative_to(folder).as_posix()
+        text = base64.b64encode(path.read_bytes()).decode()
+        blocks[name.startswith("sheets/")].append(
+            f'<script type="text/plain" id="{html.escape(name)}">{text}</script>\n'
+        )
+    before, _, rest = page.rpartition("<script>")
+    single = folder.with_suffix(".html")
+    script, _, end = rest.partition("</script>\n")
+    write_atomically(single, "".join((before, *blocks[True], "<script>", script, "</script>\n", *blocks[False], end)))
+    shutil.move(folder / "atlas.json", single.with_suffix(".json"))
+    shutil.rmtree(folder)
+    return single
+
+
+def find_atlas(weights: str, folder: str | None = None) -> Path | None:
+    """Return the page of the newest atlas in outputs/ of the network with these weights, or of the job in `folder`.
+
+    Raises UserError where that one is of another network.
+    """
+    folders = sorted((OUTPUTS / "deconvnet").glob("*"), reverse=True) if folder is None else [Path(folder)]
+    for place in folders:
+        pages = [page for page in (place / "atlas/index.html", place / "atlas.html") if page.is_file()]
+        if pages and place.is_dir():
+            numbers = RunDirectory(pages[0].parent).read_json("atlas.json")
+            if isinstance(numbers, dict) and numbers.get("weights") == weights:
+                return pages[0]
+    if folder is not None:
+        raise UserError(f"job.pages={folder}: holds no atlas of this network")
+    return None
 
 
 def _write_maps(atlas: Atlas, folder: Path, layer: str, after_file: Callable[[], None]) -> None:
@@ -137,15 +248,20 @@ def _write_images(atlas: Atlas, folder: Path, after_file: Callable[[], None]) ->
 
 
 def _save(path: Path, pixels: np.ndarray, lossless: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, _encode(pixels, lossless))
+
+
+def _encode(pixels: np.ndarray, lossless: bool) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "WEBP", lossless=lossless, quality=60 if lossless else 88, method=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _page_data(atlas: Atlas) -> dict[str, Any]:
     """Return every number on the page."""
     return {
+        "weights": atlas.weights,
         "title": atlas.title,
         "split": atlas.split,
         "images": atlas.search.images,
@@ -153,6 +269,8 @@ def _page_data(atlas: Atlas) -> dict[str, Any]:
         "top": atlas.search.top,
         "classes": list(atlas.images.classes),
         "imageSize": atlas.data.image_size,
+        "sample": len(next(iter(atlas.facts.values())).strongest) if atlas.facts else 0,
+        "other": atlas.other,
         "layers": [_layer_data(atlas, layer, record) for layer, record in atlas.search.layers.items()],
     }
 
@@ -171,6 +289,16 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
         tops[n].append([_short(value), where[0], label, *where[1:], *map(_short, box)])
     best = stats.class_means.topk(min(_CLASSES, stats.class_means.shape[1]), dim=1)
     means = [[_short(value) for value in row] for row in best.values.tolist()]
+    more: dict[str, Any] = {}
+    if facts := atlas.facts.get(layer):
+        counts, highest = facts.histogram()
+        more |= {"histogram": counts.tolist(), "highest": map(_short, highest.tolist())}
+        if facts.effect is not None:
+            most = facts.effect.abs().topk(min(_CLASSES, facts.effect.shape[1]), dim=1).indices
+            changes = [[_short(v) for v in row] for row in facts.effect.gather(1, most).tolist()]
+            more["effect"] = [list(zip(*row, strict=True)) for row in zip(most.tolist(), changes, strict=True)]
+    if layer in atlas.nearest:
+        more["nearest"] = [[(name, n, _short(r)) for name, n, r in row] for row in atlas.nearest[layer]]
     return {
         "name": layer,
         "frame": frame_size(chain, layer),
@@ -184,6 +312,7 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
             chance=map(_short, stats.chance.nan_to_num().tolist()),
             classes=[list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), means, strict=True)],
             top=tops,
+            **more,
         ),
     }
 

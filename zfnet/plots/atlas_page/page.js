@@ -17,10 +17,38 @@ const percent = (value) => (value > 0 && value < 0.001 ? "under 0.1" : (100 * va
 const favourite = (map) => classes[map.classes[0][0]];
 const address = (map) => `#${map.layer.name}/${map.number}`;
 
+// A picture's address: a file beside the page or, where the page is one file, a block of text in it.
+const made = new Map();
+function picture(path) {
+  const block = document.getElementById(path);
+  if (!block) return path;
+  if (!made.has(path)) {
+    const bytes = Uint8Array.from(atob(block.textContent), (letter) => letter.charCodeAt(0));
+    made.set(path, URL.createObjectURL(new Blob([bytes], { type: "image/webp" })));
+  }
+  return made.get(path);
+}
+
 // ---- the grid
+
+const largest = (entries, place) => Math.max(0, ...(entries || []).map((entry) => Math.abs(entry[place])));
+const NUMBERS = {
+  activation: (map) => (map.dead ? 0 : map.top[0][0]),
+  mean: (map) => map.mean,
+  images: (map) => map.images,
+  positions: (map) => map.positions,
+  selectivity: (map) => map.selectivity,
+  effect: (map) => largest(map.effect, 1),
+  match: (map) => (map.nearest && map.nearest.length ? map.nearest[0][2] : 0),
+};
 
 function matches(map, words) {
   return words.every((word) => {
+    const [, name, sign, bound] = word.match(/^([a-z]+)([<>])(-?[\d.]+)%?$/) || [];
+    if (name in NUMBERS) {
+      const value = NUMBERS[name](map), limit = Number(bound) / (word.endsWith("%") ? 100 : 1);
+      return sign === "<" ? value < limit : value > limit;
+    }
     if (word === map.layer.name.toLowerCase()) return true;
     if (/^\d+$/.test(word)) return Number(word) === map.number;
     if (word === "dead") return map.dead;
@@ -37,6 +65,8 @@ const ORDERS = {
   // a map that is seldom active looks selective by chance
   selectivity: (a, b) => (b.selectivity - b.chance) - (a.selectivity - a.chance),
   sparsity: (a, b) => (a.dead ? 2 : a.positions) - (b.dead ? 2 : b.positions),
+  effect: (a, b) => NUMBERS.effect(b) - NUMBERS.effect(a),
+  match: (a, b) => NUMBERS.match(b) - NUMBERS.match(a),
 };
 
 function card(map, kind) {
@@ -45,7 +75,7 @@ function card(map, kind) {
   if (!map.dead) {
     const columns = layer.columns, rows = Math.ceil(layer.maps.length / columns);
     const [row, column] = [Math.floor(number / columns), number % columns];
-    thumbnail.style.backgroundImage = `url("sheets/${layer.name}_${kind}.webp")`;
+    thumbnail.style.backgroundImage = `url("${picture(`sheets/${layer.name}_${kind}.webp`)}")`;
     thumbnail.style.backgroundSize = `${100 * columns}% ${100 * rows}%`;
     thumbnail.style.backgroundPosition =
       `${columns > 1 ? (100 * column) / (columns - 1) : 0}% ${rows > 1 ? (100 * row) / (rows - 1) : 0}%`;
@@ -89,7 +119,7 @@ function tile(map, entry, place) {
   const [value, image, label, y, x] = entry;
   const views = ["projections", "patches"].map((kind, row) => {
     const view = make("span", { className: map.layer.frame < 48 ? "view pixels" : "view" });
-    view.style.backgroundImage = `url("maps/${map.layer.name}/${map.number}.webp")`;
+    view.style.backgroundImage = `url("${picture(`maps/${map.layer.name}/${map.number}.webp`)}")`;
     view.style.backgroundSize = `${100 * metadata.top}% 200%`;
     view.style.backgroundPosition = `${metadata.top > 1 ? (100 * place) / (metadata.top - 1) : 0}% ${100 * row}%`;
     return view;
@@ -103,7 +133,7 @@ function tile(map, entry, place) {
 
 function showImage(map, place) {
   const [value, image, label, y, x, top, left, bottom, right] = map.top[place];
-  $("image").src = `images/${image}.webp`;
+  $("image").src = picture(`images/${image}.webp`);
   $("image").alt = `Image ${image} of class ${classes[label]}`;
   Object.assign($("box").style, {
     top: `${100 * top}%`, left: `${100 * left}%`, height: `${100 * (bottom - top)}%`, width: `${100 * (right - left)}%`,
@@ -111,6 +141,40 @@ function showImage(map, place) {
   $("caption").textContent = `${metadata.split} image ${image}, ${classes[label]}: activation ${value} `
     + `at (${y}, ${x}); outlined is what the unit sees`;
   [...$("tiles").children].forEach((item, n) => item.firstChild.setAttribute("aria-pressed", n === place));
+}
+
+// rows of a name, a bar and a number; a bar's length is its share of the largest
+function bars(id, rows) {
+  const highest = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-12);
+  $(id).replaceChildren(...rows.flatMap(([name, value]) => {
+    const bar = make("i", { className: value < 0 ? "negative" : "" });
+    bar.style.width = `${(100 * Math.abs(value)) / highest}%`;
+    return [typeof name === "string" ? make("span", { textContent: name }) : name, make("div", {}, bar),
+      make("span", { className: "number", textContent: value.toPrecision(3) })];
+  }));
+}
+
+function histogram(map) {
+  const counts = map.histogram || [], most = Math.max(...counts, 1);
+  $("histogram").replaceChildren(...counts.map((count, n) => {
+    const bar = make("i", { className: n ? "" : "zero" });
+    bar.style.height = `${(100 * count) / most}%`;
+    const width = map.highest / (counts.length - 1);
+    bar.title = `${n ? `${((n - 1) * width).toPrecision(2)} … ${(n * width).toPrecision(2)}` : "not active"}: ${count} images`;
+    return bar;
+  }));
+  $("scale").textContent = `grey: not active; then 0 … ${map.highest}, over ${metadata.sample} images`;
+}
+
+function numbers(map) {
+  const { layer, top, classes: means, effect, nearest, ...plain } = map;
+  const named = (entries) => entries && Object.fromEntries(entries.map(([label, value]) => [classes[label], value]));
+  const keys = ["activation", "image", "class", "y", "x", "top", "left", "bottom", "right"];
+  return {
+    weights: metadata.weights, layer: layer.name, ...plain, class_means: named(means), effect: named(effect),
+    nearest: nearest && nearest.map(([name, number, r]) => ({ layer: name, map: number, r })),
+    strongest: top.map((entry) => Object.fromEntries(keys.map((key, n) => [key, key === "class" ? classes[entry[n]] : entry[n]]))),
+  };
 }
 
 function showMap(map) {
@@ -125,13 +189,15 @@ function showMap(map) {
   $("tiles").replaceChildren(...map.top.map((entry, place) => tile(map, entry, place)));
   $("detail").classList.toggle("empty", map.dead);
   document.querySelector(".columns").hidden = map.dead;
-  const highest = Math.max(...map.classes.map((entry) => entry[1]), 1e-12);
-  $("bars").replaceChildren(...map.classes.flatMap(([number, mean]) => {
-    const bar = make("i");
-    bar.style.width = `${Math.max(0, (100 * mean) / highest)}%`;
-    return [make("span", { textContent: classes[number] }), make("div", {}, bar),
-      make("span", { className: "number", textContent: mean.toPrecision(3) })];
-  }));
+  bars("bars", map.classes.map(([label, mean]) => [classes[label], mean]));
+  for (const [id, has] of [["activity", map.histogram], ["effects", map.effect], ["matches", map.nearest]]) $(id).hidden = !has;
+  if (map.histogram) histogram(map);
+  bars("effect", (map.effect || []).map(([label, change]) => [classes[label], change]));
+  bars("nearest", (map.nearest || []).map(([layer, number, r]) => [make(metadata.other.atlas ? "a" : "span",
+    { textContent: `${layer} · ${number}`, href: `${metadata.other.atlas}#${layer}/${number}` }), r]));
+  $("link").href = address(map);
+  $("json").href = `data:application/json,${encodeURIComponent(JSON.stringify(numbers(map), null, 1))}`;
+  $("json").download = `${map.layer.name}_${map.number}.json`;
   if (!map.dead) showImage(map, 0);
   if (!$("detail").open) $("detail").showModal();
   $("detail").scrollTop = 0;
@@ -181,5 +247,11 @@ $("theme").onclick = () => {
   root.dataset.theme = dark ? "light" : "dark";
 };
 addEventListener("hashchange", follow);
+if (metadata.other) $("other").textContent = `Nearest maps in ${metadata.other.name}`;
+for (const [name, has] of [["effect", maps.some((map) => map.effect)], ["match", metadata.other]]) {
+  if (!has) $("sort").querySelector(`[value=${name}]`).remove();
+}
 chooseLayer("");
-follow();
+// in one file, what is shown may stand further down
+if (document.readyState === "loading") addEventListener("DOMContentLoaded", follow);
+else follow();

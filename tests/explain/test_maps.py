@@ -1,0 +1,60 @@
+"""Numbers about single maps: counted by hand, and beside a network whose map is really set to zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.explain.networks import chain, network, pictures
+from zfnet.explain.maps import BINS, MapFacts, ablation_effects, nearest_maps, strongest_activations
+
+
+def test_histogram_by_hand() -> None:
+    strongest = torch.tensor([[0.0, 0.0], [12.0, 0.0], [0.5, 0.0], [1.0, 0.0], [1.01, -1.0]])
+    counts, highest = MapFacts(strongest, None).histogram()
+    assert counts.shape == (2, 1 + BINS)
+    assert counts[0].tolist() == [1, 2, 1, *[0] * (BINS - 3), 1]  # the step is 1; 1.0 is within the first
+    assert counts[1].tolist() == [5, *[0] * BINS]  # never active
+    assert highest.tolist() == [12, 0]
+
+
+@pytest.mark.parametrize("name", ["pad", "mixed"])
+def test_ablation_is_the_change_of_the_mean_output(name: str) -> None:
+    own = network(name).chain if name == "pad" else chain(name)
+    images = pictures(own, 3)
+    layer = own.conv_layers[1]
+    ((found, effect),) = ablation_effects(own, images.split(2), [layer])
+    assert found == layer
+    channel = 2
+
+    def without(module, inputs, output):
+        output = output.clone()
+        output[:, channel] = 0
+        return output
+
+    with torch.no_grad():
+        before = own.model(images).mean(0)
+        if name == "pad":  # the mixed network has one ReLU for all layers
+            handle = own.end(layer).register_forward_hook(without)
+            after = own.model(images).mean(0)
+            handle.remove()
+            torch.testing.assert_close(effect[channel], after - before)
+    assert effect.shape == (len(own.activations(images, [layer])[layer][0]), len(before))
+    assert effect.abs().sum() > 0
+
+
+def test_nearest_maps_finds_each_maps_copy_in_another_network() -> None:
+    own = network("pad").chain
+    batches = pictures(own, 8).split(3)
+    strongest = strongest_activations(own, batches, ["conv1", "conv3"])
+    maps = own.activations(torch.cat(batches), ["conv3"])["conv3"]
+    torch.testing.assert_close(strongest["conv3"], maps.flatten(2).amax(2).detach())
+    others = {"a": strongest["conv3"].flip(1) * 3 + 1, "b": strongest["conv1"]}
+    others["b"][:, 0] = 5  # constant: no map's like
+    found = nearest_maps(strongest, others)
+    for number, row in enumerate(found["conv3"]):
+        if strongest["conv3"][:, number].std() > 0:
+            assert row[0][:2] == ("a", 6 - number)
+            assert row[0][2] == pytest.approx(1)
+    assert ("b", 0) not in [entry[:2] for rows in found.values() for row in rows for entry in row]
+    assert nearest_maps({"x": torch.ones(8, 1)}, others) == {"x": [[]]}

@@ -1,0 +1,105 @@
+"""Numbers about single feature maps: activations, what they do for the classes, and maps like them elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from zfnet.model.chain import Chain
+from zfnet.model.layers import full_precision
+
+BINS = 12
+NEAREST = 3  # maps of another network that are named
+
+
+@dataclass(frozen=True)
+class MapFacts:
+    """Numbers about the C maps of a layer over n images, on the CPU.
+
+    strongest: [n, C], each map's strongest activation in each image
+    effect: [C, classes], the change of each class's mean output if a map is set to zero; None where not measured
+    """
+
+    strongest: Tensor
+    effect: Tensor | None
+
+    def histogram(self) -> tuple[Tensor, Tensor]:
+        """Return counts, int64 [C, 1 + BINS], and the upper end [C]: images where a map is not active, then BINS
+        equal steps from 0 to its highest activation.
+        """
+        highest = self.strongest.amax(0).clamp(min=0)
+        step = (self.strongest * BINS / highest.clamp(min=1e-30)).ceil().long().clamp(0, BINS)
+        counts = torch.zeros(self.strongest.shape[1], 1 + BINS, dtype=torch.int64)
+        counts.scatter_add_(1, step.T, torch.ones_like(step.T))
+        return counts, highest
+
+
+@torch.no_grad()
+@full_precision()
+def strongest_activations(chain: Chain, batches: Sequence[Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
+    """Return each map's strongest activation in each image [n, C], on the CPU, of batches [b, 3, S, S]."""
+    found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for batch in batches:
+        for layer, maps in chain.activations(batch, layers).items():
+            found[layer].append(maps.flatten(2).amax(2).cpu())
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+@torch.no_grad()
+@full_precision()
+def ablation_effects(chain: Chain, batches: Sequence[Tensor], layers: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each layer and [C, classes]: how each class's mean output changes if one of its maps is set to zero.
+
+    Only images in which a map is active are run again: in the others nothing changes.
+    """
+    images = sum(len(batch) for batch in batches)
+    for layer in tqdm(layers, "ablation", unit="layer", disable=None, leave=False):
+        steps = chain.steps[len(chain.up_to(layer)) :]
+
+        def outputs(x: Tensor, steps: Sequence = steps) -> Tensor:
+            for step in steps:
+                x = step(x)
+            return x
+
+        effect = None
+        for batch in batches:
+            maps = chain.activations(batch, [layer])[layer]
+            before = outputs(maps)
+            effect = maps.new_zeros(maps.shape[1], before.shape[1]) if effect is None else effect
+            active = (maps != 0).flatten(2).any(2)
+            for channel in active.any(0).nonzero().flatten().tolist():
+                rows = active[:, channel]
+                without = maps[rows]
+                without[:, channel] = 0
+                effect[channel] += (outputs(without) - before[rows]).sum(0)
+        assert effect is not None
+        yield layer, effect.cpu() / images
+
+
+def nearest_maps(
+    own: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> dict[str, list[list[tuple[str, int, float]]]]:
+    """Return for each map of `own` the NEAREST of `others`, (layer, map, r), by the correlation over the same images.
+
+    own, others: layer → strongest activations [n, C]. Maps that are constant have none.
+    """
+
+    def standard(values: Tensor) -> Tensor:
+        centred = values.double() - values.double().mean(0)
+        return centred / centred.norm(dim=0)  # NaN where constant
+
+    names = [(layer, number) for layer, values in others.items() for number in range(values.shape[1])]
+    theirs = torch.cat([standard(values) for values in others.values()], 1)
+    found = {}
+    for layer, values in own.items():
+        r = (standard(values).T @ theirs).nan_to_num(-2)
+        best = r.topk(min(NEAREST, r.shape[1]), dim=1)
+        found[layer] = [
+            [(*names[k], value) for value, k in zip(row, places, strict=True) if value > -2]
+            for row, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+    return found
