@@ -17,7 +17,6 @@ from typing import Annotated, Any, ClassVar, Optional
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -29,6 +28,7 @@ from zfnet.config.schema import Config
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.selection import Chosen, Look, choose_images, in_boxes, pick_layers, to_rows
 from zfnet.explain.statistics import own_and_others, percent
+from zfnet.explain.targets import GRAD_CAM, grad_cam
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
 from zfnet.plots.figures import SOFT, new_figure, plain, save_figure, styled
@@ -39,7 +39,7 @@ from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
 
-INTEGRATED, GRAD_CAM = "integrated gradients", "Grad-CAM"
+INTEGRATED = "integrated gradients"
 METHODS = (*RULES, INTEGRATED, GRAD_CAM)
 _CLIP = 0.99  # quantile of the sizes of integrated gradients: larger ones are drawn as this value
 
@@ -125,12 +125,8 @@ def attribute(chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: i
         images, torch.zeros_like(images), labels, n_steps=steps, internal_batch_size=max(batch_size, len(images))
     )
     maps[INTEGRATED] = integrated.detach().float().cpu()
+    maps[GRAD_CAM] = grad_cam(chain, images, labels, layer).cpu()
     rows = torch.arange(len(labels), device=labels.device)
-    # not captum's, which hooks a module: networks may use one ReLU for all layers
-    outputs = chain.activations(images.clone().requires_grad_(), [layer, OUTPUT])
-    gradient = torch.autograd.grad(outputs[OUTPUT][rows, labels].sum(), outputs[layer])[0]
-    cam = (gradient.mean((2, 3), keepdim=True) * outputs[layer]).sum(1, keepdim=True).relu().detach()
-    maps[GRAD_CAM] = F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False).cpu()
     with torch.no_grad():
         output, baseline = (chain.model(x)[rows, labels].cpu() for x in (images, torch.zeros_like(images)))
     return Attributions(maps, output, baseline)

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Optional
@@ -40,7 +40,7 @@ from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import MapFacts, ablation_effects, nearest_maps, strongest_activations
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
 from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
-from zfnet.explain.statistics import describe, false_discovery_rate
+from zfnet.explain.statistics import describe, false_discovery_rate, rank_correlation
 from zfnet.explain.switches import DEAD_WINDOWS
 from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
 from zfnet.jobs.predict import prediction_rows
@@ -474,31 +474,24 @@ def dead_window_sensitivity(
 
 
 @torch.no_grad()
-def shuffle_weights(chain: Chain, layer: str, seed: int = 0, draw: int = 0) -> Chain:
-    """Return a copy whose weights up to `layer` are shuffled, layer by layer: the same numbers in random order."""
+def shuffle_weights(
+    chain: Chain, layer: str, seed: int = 0, draw: int = 0, only: Collection[str] | None = None
+) -> Chain:
+    """Return a copy whose weights up to `layer` are shuffled, layer by layer: the same numbers in random order.
+
+    only: names of the layers to shuffle; None: all of them
+    """
     twin = copy.deepcopy(chain)
-    weighted = [step.module for step in twin.up_to(layer) if step.name in twin.layers]
-    for number, module in enumerate(weighted):
+    weighted = [(step.name, step.module) for step in twin.up_to(layer) if step.name in twin.layers]
+    for number, (name, module) in enumerate(weighted):
+        if only is not None and name not in only:
+            continue
         if parametrize.is_parametrized(module, "weight"):  # by weight norm, say: its weight is computed
             parametrize.remove_parametrizations(module, "weight")
         weight: Any = module.weight
         order = permutation(make_key(seed, CONTROL, 0, number, draw), weight.numel()).to(weight.device)
         weight.copy_(weight.flatten()[order].view_as(weight))
     return twin
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return Spearman's correlation of each row pair of a, b [U, …] (ties: mean rank); NaN where one is constant."""
-    ranks = [torch.stack([_ranks(row) for row in x.flatten(1).cpu()]) for x in (a, b)]
-    centred = [r - r.mean(1, keepdim=True) for r in ranks]
-    norm = centred[0].norm(dim=1) * centred[1].norm(dim=1)
-    return (centred[0] * centred[1]).sum(1) / torch.where(norm > 0, norm, torch.nan)
-
-
-def _ranks(row: Tensor) -> Tensor:
-    _, group, counts = row.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[group]
 
 
 # ---- figures

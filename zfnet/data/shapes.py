@@ -32,7 +32,17 @@ def draw_shapes(count: int, size: int, part: int) -> ImageSet:
     return image_set(images, labels, CLASSES, boxes)
 
 
-def _draw(index: Tensor, labels: Tensor, size: int, part: int) -> tuple[Tensor, Tensor]:
+def draw_without(index: Tensor, size: int, part: int, sector: int, sectors: int) -> Tensor:
+    """Return the images at `index` [n] of a set once more, each shape without one of its `sectors` equal sectors.
+
+    Nothing else changes: the ground shows where the sector was. uint8 [n, size, size, 3].
+    """
+    return _draw(index, index % len(CLASSES), size, part, (sector, sectors))[0]
+
+
+def _draw(
+    index: Tensor, labels: Tensor, size: int, part: int, missing: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
     def between(number: int, low: float, high: float) -> Tensor:
         """One random number an image, shaped for broadcasting over its pixels."""
         return (low + (high - low) * uniform(make_key(SHAPES, part, number), index))[:, None, None]
@@ -50,6 +60,9 @@ def _draw(index: Tensor, labels: Tensor, size: int, part: int) -> tuple[Tensor, 
         distance[chosen] = inside(x[chosen], y[chosen])
     # one pixel of soft edge: `distance` is in units of the radius
     cover = (0.5 - distance * radius * size).clamp(0, 1)
+    if missing is not None:
+        sector, sectors = missing
+        cover = cover * ((torch.atan2(y, x) / (2 * math.pi) % 1 * sectors).floor() % sectors != sector)
 
     direction = between(4, 0.0, 2 * math.pi)
     ramp = (axis[None, None, :] - 0.5) * direction.cos() + (axis[None, :, None] - 0.5) * direction.sin()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _RESAMPLES = 2000
+_ROWS = 16  # that are ranked at once
 
 
 def describe(values: Tensor) -> dict[str, float | int | None]:
@@ -38,6 +39,53 @@ def own_and_others(table: Tensor) -> dict[str, dict[str, float | int | None]]:
     own = table.diagonal()
     others = table.masked_fill(torch.eye(len(table), dtype=torch.bool), torch.nan).nanmean(1)
     return {"own": describe(own), "others": describe(others), "difference": describe(own - others)}
+
+
+def clustered(values: Tensor, clusters: Tensor) -> dict[str, float | int | None]:
+    """Return mean, standard error, n and the number of clusters of values [n]; what is not finite does not count.
+
+    clusters: int64 [n], such as the image that a value is from: values of one image are not independent, so the error
+    is that of the clusters' sums (Liang & Zeger 1986). One cluster alone has none.
+    """
+    known = values.isfinite()
+    values, (_, group) = values[known].double(), clusters[known].unique(return_inverse=True)
+    row: dict[str, float | int | None] = {"n": len(values), "clusters": 0, "mean": None, "se": None}
+    if len(values):
+        count, mean = int(group.max()) + 1, values.mean()
+        row |= {"clusters": count, "mean": float(mean)}
+        if count > 1:
+            sums = torch.zeros(count, dtype=torch.float64).index_add(0, group, values - mean)
+            row["se"] = float((sums.square().sum() * count / (count - 1)).sqrt() / len(values))
+    return row
+
+
+def rank_correlation(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return Spearman's correlation of each row pair of a, b [U, …] (ties: mean rank); NaN where one is constant.
+
+    mask: bool [U, …], what counts (None: all). float64 [U], on the CPU.
+    """
+    found = []
+    for start in range(0, len(a), _ROWS):
+        rows = slice(start, start + _ROWS)
+        known = torch.ones_like(a[rows], dtype=torch.bool) if mask is None else mask[rows].expand_as(a[rows])
+        known = known.flatten(1).cpu()
+        centred = []
+        for x in (a[rows], b[rows]):
+            ranks = _ranks(x.flatten(1).cpu().double().masked_fill(~known, torch.inf))
+            mean = (ranks * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
+            centred.append((ranks - mean) * known)
+        norm = centred[0].norm(dim=1) * centred[1].norm(dim=1)
+        found.append((centred[0] * centred[1]).sum(1) / torch.where(norm > 0, norm, torch.nan))
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+
+
+def _ranks(x: Tensor) -> Tensor:
+    value, order = x.sort(1)
+    place, edge = torch.arange(x.shape[1]).expand_as(order), torch.ones(len(x), 1, dtype=torch.bool)
+    changes = value[:, 1:] != value[:, :-1]
+    first = torch.where(torch.cat([edge, changes], 1), place, 0).cummax(1).values
+    last = torch.where(torch.cat([changes, edge], 1), place, x.shape[1]).flip(1).cummin(1).values.flip(1)
+    return torch.empty_like(x).scatter(1, order, (first + last).to(x) / 2)
 
 
 def rank_p(values: Tensor, null: Tensor) -> Tensor:

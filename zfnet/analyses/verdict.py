@@ -1,0 +1,647 @@
+"""job=verdict: what an explanation is worth, measured by seven metrics, each between chance (0) and the best (1).
+
+The pictures are those of units of each convolution layer (deconvnet, guided, gradient) and of classes (these,
+integrated gradients and Grad-CAM); beside them stand pictures that know nothing of the network. `explain/targets.py`
+makes the pictures, `explain/faithfulness.py` holds the metrics; docs/verdict.md says what each asks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from zfnet.analyses.attribution import share_in_boxes
+from zfnet.analyses.deconvnet import shuffle_weights
+from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits, uniform
+from zfnet.config.schema import Config, ShapesData
+from zfnet.data.shapes import draw_without
+from zfnet.explain.crops import frame_size
+from zfnet.explain.deconvnet import RULES, Deconvnet
+from zfnet.explain.faithfulness import (
+    FILLINGS,
+    Removal,
+    box_cells,
+    cell_means,
+    own_percentile,
+    removal_scores,
+    structural_similarity,
+    support,
+)
+from zfnet.explain.selection import Look, Split, boxes_in_input, chosen_split, pick_layers, sample, to_inputs, to_rows
+from zfnet.explain.statistics import clustered, holm, rank_correlation
+from zfnet.explain.targets import BASELINES, GRAD_CAM, INTEGRATED, Target, blur
+from zfnet.explain.top_activations import MapStatistics, TopActivations, collect
+from zfnet.model.chain import OUTPUT, Chain
+from zfnet.model.layers import full_precision
+from zfnet.plots.figures import INK, PALE, PALETTE, SOFT, new_figure, save_figure, styled
+from zfnet.runs.directory import RunDirectory
+from zfnet.runs.session import claimed, recorded_state
+from zfnet.runs.weights import weights_hash
+from zfnet.sweeps.significance import LEVEL, t_test
+from zfnet.training.loaded import LoadedRun
+
+log = logging.getLogger("zfnet")
+
+Numbers = Mapping[tuple[str, str, str], Mapping[str, Any]]  # rows of verdict.csv by target, method and measure
+Looks = Mapping[str, dict[str, Any]]  # how each method is drawn
+
+CLASS, UNITS = "class", "units"  # targets beside the layers: the class, and the units of all layers together
+# the numbers that the table, the figure and the tests are about, in the order of the table
+SCORES = {
+    "weights": "depends on the weights",
+    "own": "own unit, or class, beside others",
+    "deletion": "deletion",
+    "insertion": "insertion",
+    "box": "inside the object's box",
+    "mosaic": "right quarter of a mosaic",
+    "parts": "predicts what a part does",
+    "stability": "stable under ±1/255",
+}
+
+
+@dataclass(kw_only=True)
+class VerdictJob(Look):
+    """See conf/job/verdict.yaml."""
+
+    metrics: Optional[list[str]]
+    layers: Optional[list[str]]
+    images: Annotated[int, Field(ge=4)]
+    units: Annotated[int, Field(ge=2)]
+    others: Annotated[int, Field(ge=1)]
+    cells: Annotated[int, Field(ge=2, le=12)]
+    support: Annotated[float, Field(gt=0, lt=1)]
+    sectors: Annotated[int, Field(ge=3)]
+    ablation_images: Annotated[int, Field(ge=1)]
+
+    def main(self, config: Config, output: Path) -> None:
+        """Measure the explanations of the network of `run=…`; a stopped job continues in its directory."""
+        run, loaded = RunDirectory(output), LoadedRun(config)
+        chain = loaded.chain
+        layers = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
+        for name in self.metrics or ():
+            if name not in METRICS:
+                raise UserError(f"job.metrics={name}: there is no such metric{did_you_mean(name, list(METRICS))}")
+        Deconvnet(chain).check(OUTPUT)
+        splits = loaded.splits()
+        split = chosen_split(loaded, splits)
+        message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
+        with claimed(run, config, "verdict.log") as stop:
+            if any(run.plain_config()[key] != config.to_dict()[key] for key in ("job", "run")):
+                raise UserError(
+                    f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)"
+                )
+            with recorded_state(run, message):
+                origin = {"weights": weights_hash(loaded.model.state_dict()), "data": splits.fingerprint}
+                study = prepare(self, loaded, split, layers)
+                found: list[Row] = []
+                for name in self.metrics or METRICS:
+                    path = run.folder / "metrics" / f"{name}.json"
+                    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+                    if saved.get("of") != origin:
+                        start = time.perf_counter()
+                        rows = []
+                        for row in METRICS[name](study):
+                            rows.append(row)
+                            stop.check()
+                        saved = {"of": origin, "seconds": round(time.perf_counter() - start, 1)}
+                        saved["rows"] = [row.plain() for row in rows]
+                        path.parent.mkdir(exist_ok=True)
+                        run.write_json(f"metrics/{name}.json", saved)
+                        log.info("%s: %.0f s", name, saved["seconds"])
+                    found += [Row.read(row) for row in saved["rows"]]
+                report(run, study, found, origin)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of each unit (or class, or map): `measure` of the pictures of `method`; NaN where there is none.
+
+    target: a layer, or `class`; clusters: the images that the numbers are from
+    """
+
+    target: str
+    method: str
+    measure: str
+    values: Tensor
+    clusters: Tensor
+
+    def plain(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        values = [None if math.isnan(v) else round(v, 5) for v in self.values.double().tolist()]
+        return vars(self) | {"values": values, "clusters": self.clusters.tolist()}
+
+    @staticmethod
+    def read(plain: Mapping[str, Any]) -> Row:
+        """Return what `plain` described."""
+        values = [math.nan if v is None else v for v in plain["values"]]
+        named = {key: plain[key] for key in ("target", "method", "measure")}
+        return Row(**named, values=torch.tensor(values).double(), clusters=torch.tensor(plain["clusters"]).long())
+
+
+# ---- what is explained
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A target by its name, and where its N images stand in the split: int64 [N]."""
+
+    name: str
+    target: Target
+    numbers: Tensor
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return (*self.target.methods, *BASELINES)
+
+    def row(self, method: str, measure: str, values: Tensor) -> Row:
+        return Row(self.name, method, measure, values, self.numbers[self.target.units[:, 0]])
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the metrics are given: the job's settings, its subjects (the class is the last), and the run's images."""
+
+    job: VerdictJob
+    loaded: LoadedRun
+    split: Split
+    subjects: list[Subject]
+    statistics: dict[str, MapStatistics]
+
+    @property
+    def chain(self) -> Chain:
+        return self.loaded.chain
+
+    @property
+    def seed(self) -> int:
+        return self.loaded.config.seed
+
+    def each(self, metric: str) -> Iterator[tuple[Subject, str]]:
+        """Yield each subject with each of its methods, and show how far this is."""
+        pairs = [(subject, method) for subject in self.subjects for method in subject.methods]
+        with tqdm(pairs, metric, disable=None, leave=False, dynamic_ncols=True) as bar:
+            for subject, method in bar:
+                bar.set_postfix_str(f"{subject.name}, {method}")
+                yield subject, method
+
+
+def prepare(job: VerdictJob, loaded: LoadedRun, split: Split, layers: Sequence[str]) -> Study:
+    """Choose units and images: of each map of a layer its strongest activations in the split, until there are enough.
+
+    Raises UserError where no map of any layer is ever active.
+    """
+    chain, images = loaded.chain, split.images
+    fewest = min(step.output_shape[0] for step in chain.steps if step.name in layers)
+    search = TopActivations(-(-job.units // fewest), len(images.classes), images.labels)
+    collect(chain, images, loaded.batches, layers, search)
+    subjects, whole = [], []
+    for layer in layers:
+        record = search.layers[layer]
+        order = permutation(make_key(loaded.config.seed, CONTROL, 20, chain.layers.index(layer)), len(record.values))
+        rank, place = record.filled.cpu()[order].T.nonzero()[: job.units].unbind(1)
+        if len(rank) < 2:
+            log.info("%s: no two maps are ever active, so its units are left out", layer)
+            continue
+        image, y, x = record.places().cpu()[order[place], rank].unbind(1)
+        numbers, item = image.unique(return_inverse=True)
+        inputs = to_inputs(loaded, images.pixels(numbers))
+        subjects.append(
+            Subject(layer, Target(chain, layer, inputs, torch.stack((item, order[place], y, x), 1)), numbers)
+        )
+        if frame_size(chain, layer) == chain.image_size:
+            whole.append(layer)
+    if not subjects:
+        raise UserError(f"job.layers: of {', '.join(layers)} no map is ever active, so there is no unit to explain")
+    if whole:
+        log.info("%s: the receptive field is larger than the image; units see all of it", ", ".join(whole))
+    numbers = sample(loaded, images, job.images)
+    labels = images.labels[numbers]
+    units = torch.stack([torch.arange(len(labels)), labels, *torch.zeros(2, len(labels), dtype=torch.int64)], 1)
+    subjects.append(Subject(CLASS, Target(chain, OUTPUT, to_inputs(loaded, images.pixels(numbers)), units), numbers))
+    statistics = {layer: search.statistics(layer) for layer in layers}
+    log.info(
+        "%s: %s units and %d classes of %s images",
+        loaded.source.folder,
+        sum(len(s.target.units) for s in subjects[:-1]),
+        len(labels),
+        split.name,
+    )
+    return Study(job, loaded, split, subjects, statistics)
+
+
+# ---- the metrics
+
+
+def measure_weights(study: Study) -> Iterator[Row]:
+    """Compare pictures with those of networks whose layers are shuffled, from the top down and from the bottom up."""
+    for subject, method in study.each("weights"):
+        target, inside = subject.target, subject.target.inside
+        own = target.picture(method)
+        names = [step.name for step in target.chain.up_to(target.layer) if step.name in target.chain.layers]
+        ways = {"top-down": names[::-1], "bottom-up": names} if method in target.methods else {"top-down": names[-1:]}
+        done: dict[frozenset[str], dict[str, Tensor]] = {}
+        for way, layers in ways.items():
+            for count, layer in enumerate(layers, 1):
+                only = frozenset(layers[:count])
+                if only not in done:
+                    twin = shuffle_weights(target.chain, target.layer, study.seed, only=only)
+                    other = target.picture(method, chain=twin, draw=1)
+                    sizes = own.abs().sum(1), other.abs().sum(1)
+                    done[only] = {
+                        "signed": rank_correlation(own, other, inside[:, None]),
+                        "unsigned": rank_correlation(sizes[0], sizes[1], inside),
+                        "ssim": structural_similarity(sizes[0], sizes[1], inside),
+                    }
+                for kind, values in done[only].items():
+                    yield subject.row(method, f"{way} {layer} {kind}", values)
+        yield subject.row(method, "weights", 1 - done[only]["unsigned"].abs())
+
+
+def measure_own(study: Study) -> Iterator[Row]:
+    """Rank what a unit keeps on the support of its own picture among what it keeps on those of other units."""
+    for subject, method in study.each("own"):
+        target, units = subject.target, subject.target.units
+        if method in BASELINES:  # the same for every unit of a place: all tie
+            yield subject.row(method, "own", torch.zeros(len(units)))
+            continue
+        others = _others(study, target)
+        every = torch.cat([units[:, 1:2], others], 1)
+        known, (inside, frames) = every >= 0, (target.inside, target.cut(target.images))
+        left = torch.full(every.shape, math.nan)
+        for rows in torch.arange(len(units)).split(16):
+            item, column = known[rows].nonzero().unbind(1)
+            item = rows[item]
+            asked = units[item].clone()
+            asked[:, 1] = every[item, column]
+            size = target.picture(method, units=asked).abs().sum(1)
+            kept = support(size, inside[item], study.job.support)
+            value = target.value(frames[item] * kept[:, None].to(frames), item).cpu()
+            left[item, column] = torch.where(size.flatten(1).any(1), value, torch.nan)
+        score = own_percentile(left[:, 0], left[:, 1:])
+        yield subject.row(method, "own", torch.where(left[:, 0].isfinite(), score, torch.nan))
+
+
+def _others(study: Study, target: Target) -> Tensor:
+    """Return other channels that are active at each unit's place, or other classes: int64 [U, others], −1: no more."""
+    count, channels = len(target.units), target.chain.num_classes
+    active = torch.ones(count, channels, dtype=torch.bool)
+    if not target.of_class:
+        with torch.no_grad():
+            maps = target.chain.activations(target.images, [target.layer])[target.layer].cpu()
+        active = maps[target.units[:, 0], :, target.units[:, 2], target.units[:, 3]] > 0
+    active[torch.arange(count), target.units[:, 1]] = False
+    chance = uniform(make_key(study.seed, CONTROL, 21), torch.arange(active.numel())).view(active.shape)
+    picked = torch.where(active, 1 + chance, 0).topk(min(study.job.others, active.shape[1] - 1), dim=1)
+    return torch.where(picked.values > 0, picked.indices, -1)
+
+
+def measure_removal(study: Study) -> Iterator[Row]:
+    """Delete and insert pixels in the order of the pictures, with three fillings."""
+    side = study.job.cells
+    pairs = list(itertools.product(study.subjects, FILLINGS))
+    means: dict[tuple[str, str, str], list[Tensor]] = {}
+    for subject, filling in tqdm(pairs, "removal", disable=None, leave=False, dynamic_ncols=True):
+        target, boxes = subject.target, subject.target.boxes
+        frames = target.cut(target.images)
+        cells = box_cells(boxes, (frames.shape[2], frames.shape[3]), side)
+        sizes = {method: target.picture(method).abs().sum(1, keepdim=True) for method in subject.methods}
+        relevance = {method: cell_means(size, cells, side**2)[0][:, 0] for method, size in sizes.items()}
+        blurred = target.cut(blur(target.images, frames.shape[2] // 4))
+        measure = Removal(frames, boxes, target.value, side, filling, blurred)
+        for method, scores in removal_scores(measure, relevance, side, study.seed).items():
+            for name, values in zip(("deletion", "insertion"), scores, strict=True):
+                yield subject.row(method, f"{name}, {filling}", values)
+                means.setdefault((subject.name, method, name), []).append(values)
+                if filling == FILLINGS[-1]:
+                    yield subject.row(method, name, torch.stack(means[subject.name, method, name]).nanmean(0))
+
+
+def measure_pointing(study: Study) -> Iterator[Row]:
+    """Measure the share of the class's picture in the object's box, and in its quarter of mosaics of four classes."""
+    subject = study.subjects[-1]
+    target, labels = subject.target, subject.target.units[:, 1]
+    boxes = study.split.images.boxes
+    if boxes is None:
+        log.info("the data have no boxes around the objects: pointing is measured on mosaics alone")
+    order = torch.stack([labels[:k].eq(label).sum() for k, label in enumerate(labels)])  # each class in turn
+    order = (order * len(study.loaded.classes) + labels).argsort()
+    fours = [four for four in order.split(4) if len(labels[four].unique()) == 4]
+    if not fours:
+        log.info("fewer than four classes: there are no mosaics")
+    else:
+        half = F.interpolate(target.images, scale_factor=0.5, mode="area")
+        edge = half.shape[-1]
+        mosaics = torch.zeros(len(fours), *target.images.shape[1:]).to(target.images)
+        corners = [(0, 0), (0, edge), (edge, 0), (edge, edge)]
+        for number, four in enumerate(fours):
+            for (top, left), image in zip(corners, four, strict=True):
+                mosaics[number, :, top : top + edge, left : left + edge] = half[image]
+        units = torch.tensor([[n, int(labels[i]), 0, 0] for n, four in enumerate(fours) for i in four])
+        mosaic = Target(target.chain, OUTPUT, mosaics, units)
+        areas = torch.tensor([[t, x, t + edge, x + edge] for t, x in corners]).float()
+        right = torch.arange(4).repeat(len(fours))
+    for method in tqdm(subject.methods, "pointing", disable=None, leave=False, dynamic_ncols=True):
+        if boxes is not None:
+            here = boxes_in_input(boxes[subject.numbers], study.split.images, study.loaded.data)
+            shares = share_in_boxes(target.picture(method), here)
+            own = shares.diagonal()
+            others = (shares.sum(1) - own) / (len(own) - 1)
+            yield subject.row(method, "box", (own - others) / (1 - others))
+        if fours:
+            shares = share_in_boxes(mosaic.picture(method), areas)
+            share = shares[torch.arange(len(right)), right] / shares.sum(1)
+            yield Row(CLASS, method, "mosaic", (share - 0.25) / 0.75, units[:, 0])
+
+
+def measure_parts(study: Study) -> Iterator[Row]:
+    """Draw each shape again without each sector, and compare the picture's mass there with the change of the number."""
+    data, split = study.loaded.data, study.split
+    if not isinstance(data, ShapesData):
+        log.info("only data=shapes can be drawn without a part: part removal is left out")
+        return
+    changes: dict[str, tuple[Tensor, Tensor]] = {}
+    for subject, method in study.each("parts"):
+        target, item = subject.target, torch.arange(len(subject.target.units))
+        if subject.name not in changes:
+            drops, where = [], []
+            whole = target.value(target.cut(target.images), item)
+            rows = split.images.rows[subject.numbers]
+            for sector in range(study.job.sectors):
+                pixels = draw_without(
+                    rows, split.images.images.shape[1], int(split.name == "test"), sector, study.job.sectors
+                )
+                altered = to_inputs(study.loaded, pixels)
+                drops.append((whole - target.value(target.cut(altered), item)).cpu())
+                where.append(target.cut((altered != target.images).any(1, keepdim=True).float())[:, 0].cpu() > 0)
+            changes[subject.name] = torch.stack(drops, 1), torch.stack(where, 1)
+        change, places = changes[subject.name]
+        mass = (target.picture(method).abs().sum(1)[:, None] * places).sum((2, 3))
+        seen = places.flatten(2).any(2)
+        values = rank_correlation(mass, change, seen)
+        yield subject.row(method, "parts", torch.where(seen.sum(1) >= 3, values, torch.nan))
+
+
+@torch.no_grad()
+@full_precision()
+def measure_ablation(study: Study) -> Iterator[Row]:
+    """Set each map to zero: the change of the accuracy and of the logits, beside the map's class selectivity."""
+    images, loaded, chain = study.split.images, study.loaded, study.chain
+    numbers = sample(loaded, images, study.job.ablation_images)
+    labels, classes = images.labels[numbers], len(loaded.classes)
+    present = torch.bincount(labels, minlength=classes)
+    for layer in tqdm(list(study.statistics), "ablation", unit="layer", disable=None, leave=False, dynamic_ncols=True):
+        stats, rest = study.statistics[layer], chain.steps[len(chain.up_to(layer)) :]
+        alive = (~stats.dead.cpu()).nonzero().flatten()
+        accuracy, logits = torch.zeros(len(alive)), torch.zeros(len(alive), classes)
+        for some in torch.arange(len(numbers)).split(100):
+            truth = labels[some]
+            maps = chain.activations(to_inputs(loaded, images.pixels(numbers[some])), [layer])[layer]
+
+            def ahead(x: Tensor, rest: Sequence[Any] = rest) -> Tensor:
+                for step in rest:
+                    x = step(x)
+                return x.cpu()
+
+            before = ahead(maps)
+            for place, channel in enumerate(alive.tolist()):
+                without = maps.clone()
+                without[:, channel] = 0
+                after = ahead(without)
+                hit = (after.argmax(1) == truth).float() - (before.argmax(1) == truth).float()
+                accuracy[place] += hit.sum() / len(numbers)
+                change = (after - before).gather(1, truth[:, None])[:, 0]
+                logits[place].index_add_(0, truth, change / present[truth])
+        lost = logits.masked_fill(present == 0, torch.inf).argmin(1)
+        best, selectivity = stats.best_class.cpu()[alive], stats.selectivity.cpu()[alive]
+        agrees = ((lost == best).double() - 1 / classes) / (1 - 1 / classes)
+        columns = {
+            "accuracy change": accuracy,
+            "largest logit loss": logits.amin(1),
+            "class of it": lost,
+            "selectivity": selectivity,
+            "best class": best,
+            "agreement": agrees,
+        }
+        for name, values in columns.items():
+            yield Row(layer, "ablation", name, values, alive)
+
+
+def measure_stability(study: Study) -> Iterator[Row]:
+    """Compare pictures with those of the images with every value one step of 1/255 up or down."""
+    step = 1 / 255 / torch.tensor(study.loaded.data.std).view(3, 1, 1)
+    for subject, method in study.each("stability"):
+        target = subject.target
+        bits = random_bits(make_key(study.seed, CONTROL, 22), torch.arange(target.images.numel())) & 1
+        noise = (2 * bits - 1).view(target.images.shape) * step
+        other = target.picture(method, images=target.images + noise.to(target.images), draw=1)
+        yield subject.row(method, "stability", rank_correlation(target.picture(method), other, target.inside[:, None]))
+
+
+METRICS: dict[str, Callable[[Study], Iterator[Row]]] = {
+    "removal": measure_removal,
+    "weights": measure_weights,
+    "own": measure_own,
+    "pointing": measure_pointing,
+    "ablation": measure_ablation,
+    "parts": measure_parts,
+    "stability": measure_stability,
+}
+
+
+# ---- the report
+
+
+def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping[str, str]) -> None:
+    """Write the tables and the figure, and print what holds."""
+    rows = [*rows, *_pooled(rows)]
+    table = [
+        {"target": r.target, "method": r.method, "measure": r.measure, **clustered(r.values, r.clusters)} for r in rows
+    ]
+    differences = compare_methods(rows)
+    run.write_csv("verdict.csv", table)
+    if differences:
+        run.write_csv("differences.csv", differences)
+    ablation = _ablation_table(rows, study.loaded.classes)
+    if ablation:
+        run.write_csv("ablation.csv", ablation)
+    scores = [row for row in table if row["measure"] in SCORES]
+    agreement: dict[str, dict[str, Any]] = {str(row["target"]): row for row in table if row["measure"] == "agreement"}
+    holds = [sentence for target in (UNITS, CLASS) for sentence in what_holds(target, differences)]
+    run.write_json(
+        "verdict.json",
+        {"run": str(study.loaded.source.folder), "split": study.split.name, **origin, "scores": scores}
+        | {"ablation": agreement, "holds": holds},
+    )
+    save_figure(draw_verdict(table, [s.name for s in study.subjects]), run.figures / "verdict.png")
+    for line in [*_lines(scores), *_ablation_lines(agreement), *holds]:
+        log.info(line)
+    log.info("written to %s", run.folder)
+
+
+def _pooled(rows: Sequence[Row]) -> list[Row]:
+    """Return the scores of the units of all layers together."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.target != CLASS and row.measure in SCORES:
+            groups.setdefault((row.method, row.measure), []).append(row)
+    return [
+        Row(UNITS, method, measure, torch.cat([r.values for r in of]), torch.cat([r.clusters for r in of]))
+        for (method, measure), of in groups.items()
+    ]
+
+
+def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Test the difference of each two methods in each score, unit by unit, with errors by image (paired t-test).
+
+    p_holm is corrected for the pairs of one score and target (Holm 1979).
+    """
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row.measure in SCORES:
+            groups.setdefault((row.target, row.measure), {})[row.method] = row
+    found = []
+    for (target, measure), methods in groups.items():
+        family = []
+        for first, second in itertools.combinations(methods, 2):
+            of = clustered(methods[first].values - methods[second].values, methods[first].clusters)
+            mean, error, clusters = of["mean"], of["se"], of["clusters"]
+            if error and clusters and mean is not None:
+                p = t_test(mean / error, clusters - 1)
+                named = {"target": target, "measure": measure, "first": first, "second": second}
+                family.append(named | {"difference": mean, "se": error, "n": of["n"], "clusters": clusters, "p": p})
+        corrected = holm(torch.tensor([row["p"] for row in family], dtype=torch.float64)).tolist()
+        found += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
+    return found
+
+
+def what_holds(target: str, differences: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return for each score the methods that beat the random picture, and which of these beat every baseline."""
+    lines = []
+    for measure in (
+        m for m in SCORES if m not in ("weights", "stability")
+    ):  # there the random picture is no chance level
+        of = [d for d in differences if (d["target"], d["measure"]) == (target, measure)]
+        names = dict.fromkeys(d[end] for d in of for end in ("first", "second"))
+        above: dict[str, set[str]] = {name: set() for name in names}
+        for d in (d for d in of if d["p_holm"] < LEVEL):
+            high, low = (d["first"], d["second"]) if d["difference"] > 0 else (d["second"], d["first"])
+            above[high].add(low)
+        good = [n for n in names if n not in BASELINES and "random" in above[n]]
+        better = [n for n in good if above[n] >= set(BASELINES) & set(names)]
+        if of:
+            every = ", all baselines: " + (", ".join(better) or "none")
+            lines.append(f"{target}, {measure}: above chance: {', '.join(good) or 'none'}{every if good else ''}")
+    return lines
+
+
+def _ablation_table(rows: Sequence[Row], classes: Sequence[str]) -> list[dict[str, Any]]:
+    of = [row for row in rows if row.method == "ablation"]
+    table = []
+    for layer in dict.fromkeys(row.target for row in of):
+        columns = {row.measure: row.values.tolist() for row in of if row.target == layer and row.measure != "agreement"}
+        for key in ("class of it", "best class"):
+            columns[key] = [classes[int(c)] for c in columns[key]]
+        maps = next(row.clusters.tolist() for row in of if row.target == layer)
+        table += to_rows(layer=[layer] * len(maps), map=maps, **columns)
+    return table
+
+
+def _lines(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the table of the terminal, at most 80 columns: scores in hundredths."""
+    for target in (UNITS, CLASS):
+        of = {(row["method"], row["measure"]): row for row in scores if row["target"] == target}
+        columns = [measure for measure in SCORES if any(key[1] == measure for key in of)]
+        if not columns:
+            continue
+        most = max(row["n"] for row in of.values())
+        yield f"{target}, n up to {most}: mean ± standard error, in hundredths; 0 chance, 100 best"
+        yield f"{'':10}" + "".join(f"{name[:8]:>8}" for name in columns)
+        for method in dict.fromkeys(key[0] for key in of):
+            cells = []
+            for measure in columns:
+                row = of.get((method, measure), {"mean": None, "se": None})
+                error = "" if row["se"] is None else f"±{100 * row['se']:.0f}"
+                cells.append("–" if row["mean"] is None else f"{100 * row['mean']:.0f}{error}")
+            yield f"{method:10}" + "".join(f"{cell:>8}" for cell in cells)
+
+
+def _ablation_lines(agreement: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    if agreement:
+        cells = (f"{layer} {100 * row['mean']:.0f}±{100 * (row['se'] or 0):.0f}" for layer, row in agreement.items())
+        yield "maps set to zero: the class that loses most is the one that the map selects:"
+        yield "  " + ", ".join(cells)
+
+
+@styled
+def draw_verdict(table: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> Figure:
+    """Draw a panel for each score, by layer and for the class, and the curves of shuffled weights.
+
+    table: rows of verdict.csv; targets: layers, and `class`
+    """
+    of = {(r["target"], r["method"], r["measure"]): r for r in table if r["mean"] is not None}
+    methods = [*RULES, INTEGRATED, GRAD_CAM, *BASELINES]
+    looks = {
+        method: {"color": PALETTE[n] if method not in BASELINES else SOFT, "marker": "osD^vP*Xd"[n]}
+        | ({} if method not in BASELINES else {"ls": ":", "mfc": "white", "alpha": 0.8})
+        for n, method in enumerate(methods)
+    }
+    panels = [m for m in SCORES if any(key[2] == m for key in of)]
+    figure = new_figure(figsize=(16, 8.6))
+    figure.suptitle("What the pictures are worth: mean ± standard error; 0: chance, 1: best")
+    axes = figure.subplots(2, 5).flatten()
+    for axis, measure in zip(axes, panels, strict=False):
+        _draw_score(axis, measure, targets, of, looks)
+    last = [t for t in targets if t != CLASS][-1:]
+    for axis, target in zip(axes[len(panels) :], [*last, CLASS], strict=False):
+        _draw_cascade(axis, target, of, looks)
+    for axis in axes[len(panels) + 2 :]:
+        axis.set_visible(False)
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=9)
+    return figure
+
+
+def _draw_score(axis: Axes, measure: str, targets: Sequence[str], of: Numbers, looks: Looks) -> None:
+    for number, (method, look) in enumerate(looks.items()):
+        at = [k for k, target in enumerate(targets) if (target, method, measure) in of]
+        found = [of[targets[k], method, measure] for k in at]
+        if found:
+            x = [k + (number - 4) * 0.06 for k in at]
+            style = look | ({} if look.get("ls") else {"ls": "none" if len(at) == 1 else "-"})
+            errors = [row["se"] or 0 for row in found]
+            axis.errorbar(x, [row["mean"] for row in found], errors, ms=5, lw=1, elinewidth=1, label=method, **style)
+    axis.axhline(0, color=INK, lw=0.8)
+    axis.axhline(1, color=PALE, lw=0.8)
+    axis.set_xticks(range(len(targets)), targets, rotation=45)
+    axis.set_title(f"{measure}: {SCORES[measure]}", fontsize=10)
+
+
+def _draw_cascade(axis: Axes, target: str, of: Numbers, looks: Looks) -> None:
+    """Draw the rank correlation with the picture of shuffled weights: unsigned in full, signed dashed."""
+    stages = list(dict.fromkeys(k[2].split()[1] for k in of if k[0] == target and k[2].startswith("top-down")))
+    for method, look in looks.items():
+        for kind, dashes in (("unsigned", "-"), ("signed", "--")):
+            rows = [of.get((target, method, f"top-down {stage} {kind}")) for stage in stages]
+            if all(rows):
+                style = {"color": look["color"], "ls": dashes, "label": method if kind == "unsigned" else None}
+                axis.plot(range(len(rows)), [row["mean"] for row in rows if row], **style)
+    axis.axhline(0, color=INK, lw=0.8)
+    axis.set_xticks(range(len(stages)), stages, rotation=45)
+    axis.set_title(f"{target}: rank correlation, weights shuffled\ndown to this layer (dashed: signed)", fontsize=10)

@@ -1,0 +1,232 @@
+"""How well a picture explains one number that a network computes: metrics, as functions of tensors.
+
+Of the network these know a `Measure`, the number that is left of item u when some cells of its frame are removed.
+Cells are a grid over the pixels that count, so that every method, the random order and the best order that is found
+remove equal amounts (as regions in Samek et al. 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zfnet.config.randomness import CONTROL, make_key, uniform
+
+Measure = Callable[[Tensor, Tensor], Tensor]  # (item int64 [B], removed bool [B, P]) → float [B]
+
+FILLINGS = ("mean colour", "blur", "noisy linear")
+_DRAWS = 4  # random orders, each read in both directions
+_FINE = 2  # points a cell, along each side, on which noisy linear imputation is solved
+_PULL = 1e-4  # towards the mean colour: where all is removed there is nothing to interpolate
+_NOISE = 0.01
+_CHUNK = 4 << 20  # pixels that are made at once
+
+
+# ---- deletion and insertion
+
+
+def removal_scores(
+    measure: Measure, relevance: Mapping[str, Tensor], steps: int, seed: int = 0
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (deletion, insertion) of each method's relevance of cells [U, P]: [U] each; 0: random order, 1: the best.
+
+    Deletion removes the most relevant cells first, in `steps` equal steps; its number is the area under the curve of
+    what is left. Insertion adds the most relevant first, which is the curve of removing the least relevant, read from
+    its end. The best are greedy: each step removes those cells that, alone, lower (or keep) the number most.
+    NaN where the best order hardly differs from a random one: there is nothing to be right about.
+    """
+    count, cells = next(iter(relevance.values())).shape
+    item = torch.arange(count)
+    nothing = torch.zeros(count, cells, dtype=torch.bool)
+    whole, empty = measure(item, nothing), measure(item, ~nothing)
+
+    def areas(scores: Tensor, key: int) -> tuple[Tensor, Tensor]:
+        rank, curves = ranks_of(scores, key), []
+        for place in (rank, cells - 1 - rank):
+            left = [measure(item, place < cells * step // steps) for step in range(1, steps)]
+            curves.append(_area([whole, *left, empty]))
+        return curves[0], curves[1]
+
+    number = torch.arange(count * cells).view(count, cells)
+    draws = [areas(uniform(make_key(seed, CONTROL, 10, k), number), k) for k in range(_DRAWS)]
+    chance = torch.stack([area for pair in draws for area in pair]).mean(0)
+    lowest, highest = greedy_areas(measure, whole, empty, cells, steps)
+    enough = 0.01 * whole.abs()
+    scores = {}
+    for method, given in relevance.items():
+        deletion, insertion = areas(given, make_key(seed, CONTROL, 11))
+        scores[method] = (
+            torch.where(chance - lowest > enough, (chance - deletion) / (chance - lowest), torch.nan),
+            torch.where(highest - chance > enough, (insertion - chance) / (highest - chance), torch.nan),
+        )
+    return scores
+
+
+def greedy_areas(measure: Measure, whole: Tensor, empty: Tensor, cells: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the areas [U] of the greedy orders that lower the number most, and that keep it highest."""
+    first: Tensor | None = None
+    found = []
+    for sign in (1, -1):
+        removed, curve = torch.zeros(len(whole), cells, dtype=torch.bool), [whole]
+        for step in range(1, steps):
+            item, cell = (~removed).nonzero().unbind(1)
+            if step == 1 and first is not None:
+                left = first
+            else:
+                trial = removed[item]
+                trial[torch.arange(len(item)), cell] = True
+                left = measure(item, trial)
+                first = left if step == 1 else first
+            table = torch.full(removed.shape, torch.inf).index_put((item, cell), sign * left.float())
+            amount = cells * step // steps - cells * (step - 1) // steps
+            removed = removed.scatter(1, table.topk(amount, largest=False).indices, True)
+            curve.append(measure(torch.arange(len(whole)), removed))
+        found.append(_area([*curve, empty]))
+    return found[0], found[1]
+
+
+def ranks_of(relevance: Tensor, key: int) -> Tensor:
+    """Return each cell's place in the order from the most to the least relevant, int64 [U, P]; ties at random."""
+    chance = uniform(key, torch.arange(relevance.numel()).view_as(relevance)).argsort(1)
+    order = chance.gather(1, relevance.gather(1, chance).argsort(dim=1, descending=True, stable=True))
+    return torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1]).expand_as(order))
+
+
+def _area(curve: list[Tensor]) -> Tensor:
+    return torch.trapezoid(torch.stack(curve), dim=0) / (len(curve) - 1)
+
+
+def box_cells(boxes: Tensor, extent: tuple[int, int], side: int) -> Tensor:
+    """Return which of the side² cells of its item's box [U, 4] each pixel is in: int64 [U, h, w]; −1 is outside."""
+    top, left, bottom, right = (boxes[:, k, None] for k in range(4))
+    lines = []
+    for first, end, size in ((top, bottom, extent[0]), (left, right, extent[1])):
+        place = torch.arange(size) - first
+        inside = (place >= 0) & (place < end - first)
+        lines.append(torch.where(inside, place * side // (end - first).clamp(min=1), -1))
+    rows, columns = lines[0][:, :, None], lines[1][:, None, :]
+    return torch.where((rows >= 0) & (columns >= 0), rows * side + columns, -1)
+
+
+def cell_means(values: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the mean of values [U, C, h, w] in each cell, [U, C, count], 0 without pixels, and which have some."""
+    index = torch.where(cells < 0, count, cells).flatten(1)
+    sums = values.new_zeros(*values.shape[:2], count + 1)
+    sums.scatter_add_(2, index[:, None].expand(-1, values.shape[1], -1), values.flatten(2))
+    pixels = values.new_zeros(len(values), count + 1).scatter_add_(1, index, values.new_ones(index.shape))[:, :count]
+    return sums[..., :count] / pixels[:, None].clamp(min=1), pixels > 0
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A `Measure`: removes cells of U items and reads what is left of their numbers.
+
+    frames: [U, 3, h, w], what the network sees of each item; boxes: int64 [U, 4], the pixels that count
+    value: (frames [B, 3, h, w], item [B]) → [B]; side: cells along each side
+    filling: `mean colour` (0), `blur` (needs `blurred` frames), or `noisy linear`: each removed point is the mean of
+        its neighbours (direct ones 1/6, diagonal ones 1/12) plus noise (Rong et al. 2022)
+    """
+
+    frames: Tensor
+    boxes: Tensor
+    value: Callable[[Tensor, Tensor], Tensor]
+    side: int
+    filling: str = FILLINGS[0]
+    blurred: Tensor | None = None
+
+    def __call__(self, item: Tensor, removed: Tensor) -> Tensor:
+        """Return the numbers, float [B], on the CPU."""
+        extent = (self.frames.shape[2], self.frames.shape[3])
+        fine = self.side * _FINE
+        cells = box_cells(self.boxes, extent, self.side)
+        linear = self.filling == FILLINGS[2]
+        if linear:
+            points, known = cell_means(self.frames.cpu(), box_cells(self.boxes, extent, fine), fine**2)
+            points, known = points.unflatten(2, (fine, fine)), known.unflatten(1, (fine, fine))
+            where = _places_in_boxes(self.boxes, extent)
+        out = []
+        for rows in torch.arange(len(item)).split(max(1, _CHUNK // (extent[0] * extent[1]))):
+            at, gone = item[rows], removed[rows]
+            mine = cells[at].flatten(1)
+            hidden = (gone.gather(1, mine.clamp(min=0)) & (mine >= 0)).view(-1, 1, *extent).to(self.frames.device)
+            frames = self.frames[at]
+            if self.filling == FILLINGS[0]:
+                fill = torch.zeros_like(frames)
+            elif not linear:
+                assert self.blurred is not None
+                fill = self.blurred[at]
+            else:
+                lost = gone.unflatten(1, (self.side, self.side)).repeat_interleave(_FINE, 1).repeat_interleave(_FINE, 2)
+                solved = impute(points[at], lost | ~known[at])
+                fill = F.grid_sample(solved, where[at], align_corners=False, padding_mode="border").to(frames)
+                noise = uniform(make_key(0, CONTROL, 12), torch.arange(frames[0].numel())).view_as(frames[0]) - 0.5
+                fill = fill + _NOISE * 12**0.5 * noise.to(frames)
+            out.append(self.value(torch.where(hidden, fill, frames), at).cpu())
+        return torch.cat(out)
+
+
+def _places_in_boxes(boxes: Tensor, extent: tuple[int, int]) -> Tensor:
+    """Return each pixel's (x, y) in its item's box, −1 … 1: [U, h, w, 2], as `grid_sample` wants it."""
+    top, left, bottom, right = (boxes[:, k, None].float() for k in range(4))
+    y = 2 * (torch.arange(extent[0]) + 0.5 - top) / (bottom - top) - 1
+    x = 2 * (torch.arange(extent[1]) + 0.5 - left) / (right - left) - 1
+    return torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
+
+
+def impute(points: Tensor, lost: Tensor) -> Tensor:
+    """Return points [B, C, g, g] with each lost one [B, g, g] the weighted mean of its neighbours, solved exactly."""
+    side = points.shape[-1]
+    line = torch.arange(side)
+    away = (line[:, None] - line).abs()
+    steps = away[:, None, :, None] + away[None, :, None, :]
+    near = (away[:, None, :, None] <= 1) & (away[None, :, None, :] <= 1)
+    weight = torch.where(near & (steps > 0), torch.where(steps == 1, 1 / 6, 1 / 12), 0.0).reshape(side**2, side**2)
+    weight = weight / weight.sum(1, keepdim=True) * (1 - _PULL)
+    gone = lost.flatten(1).to(points)[:, :, None]
+    system = torch.eye(side**2, dtype=points.dtype) - gone * weight.to(points)
+    solved = torch.linalg.solve(system, points.flatten(2).mT * (1 - gone))
+    return solved.mT.reshape(points.shape)
+
+
+# ---- support, and the likeness of pictures
+
+
+def support(size: Tensor, inside: Tensor, share: float) -> Tensor:
+    """Return the largest `share` of the pixels inside [U, h, w] by size [U, h, w]: bool [U, h, w]."""
+    ranked = size.masked_fill(~inside, -1).flatten(1)
+    amount = (inside.flatten(1).sum(1) * share).ceil().long().clamp(min=1)
+    place = ranked.argsort(dim=1, descending=True).argsort(1)
+    return (place < amount[:, None]).view_as(size) & inside
+
+
+def own_percentile(own: Tensor, others: Tensor) -> Tensor:
+    """Return how far above the others' [U, K] (NaN: none) each own value [U] is: 1 all, 0 as by chance, −1 none."""
+    known = others.isfinite()
+    higher = (own[:, None] > others).double() + 0.5 * (own[:, None] == others).double()
+    return 2 * (higher * known).sum(1) / torch.where(known.any(1), known.sum(1), torch.nan) - 1
+
+
+def structural_similarity(a: Tensor, b: Tensor, inside: Tensor, window: int = 7) -> Tensor:
+    """Return the SSIM (Wang et al. 2004) of pictures ≥ 0, [U, h, w], each scaled to 1, where windows are inside: [U].
+
+    NaN where one is 0 everywhere, or no window is inside.
+    """
+    side = min(window, *a.shape[1:])
+    scaled = [(x * inside)[:, None].double() for x in (a, b)]
+    peaks = [x.amax((1, 2, 3), keepdim=True) for x in scaled]
+    first, second = (x / torch.where(peak > 0, peak, torch.nan) for x, peak in zip(scaled, peaks, strict=True))
+    mean_a, mean_b, square_a, square_b, product = (
+        F.avg_pool2d(x, side, 1) for x in (first, second, first**2, second**2, first * second)
+    )
+    variance_a, variance_b = square_a - mean_a**2, square_b - mean_b**2
+    bright, contrast = 0.01**2, 0.03**2
+    likeness = (2 * mean_a * mean_b + bright) * (2 * (product - mean_a * mean_b) + contrast)
+    likeness = likeness / ((mean_a**2 + mean_b**2 + bright) * (variance_a + variance_b + contrast))
+    counts = F.avg_pool2d(inside[:, None].double(), side, 1) > 1 - 1e-9
+    return (likeness * counts).sum((1, 2, 3)) / torch.where(
+        counts.any(3).any(2)[:, 0], counts.sum((1, 2, 3)), torch.nan
+    )

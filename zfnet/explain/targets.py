@@ -1,0 +1,207 @@
+"""What is explained: units of a convolution layer, or classes; and pictures of these by every method.
+
+For each, the frame that the network sees of it, the pixels in it that count, and the number that is explained as a
+function of the frame. A unit's frame is its receptive field, of which `window_activations` reads the unit alone; where
+the field is larger than the image, the frame is the image.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zfnet.config.randomness import CONTROL, make_key, uniform
+from zfnet.explain.crops import frame_size
+from zfnet.explain.deconvnet import RULES, Deconvnet, inside_map, take_windows
+from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_of, window_steps
+from zfnet.model.chain import OUTPUT, Chain
+from zfnet.model.layers import full_precision
+
+INTEGRATED, GRAD_CAM = "integrated", "Grad-CAM"
+BASELINES = ("Sobel", "|input|", "centre", "random")
+_POINTS = 16  # of integrated gradients, between the mean colour and the image
+_IMAGES = 128  # at once
+
+
+@dataclass(frozen=True)
+class Target:
+    """U units or classes of N images.
+
+    layer: a convolution, or `OUTPUT` for classes; images: [N, 3, S, S]
+    units: int64 [U, 4], (image, channel, y, x), or (image, class, 0, 0)
+    """
+
+    chain: Chain
+    layer: str
+    images: Tensor
+    units: Tensor
+
+    @property
+    def of_class(self) -> bool:
+        return self.layer == OUTPUT
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return (*RULES, INTEGRATED, GRAD_CAM) if self.of_class else RULES
+
+    @functools.cached_property
+    def cut_out(self) -> bool:
+        """Whether frames are receptive fields, and not whole images."""
+        if self.of_class or frame_size(self.chain, self.layer) == self.chain.image_size:
+            return False
+        windowed = (nn.Conv2d, nn.MaxPool2d)  # averages divide by what lies inside the map
+        return all(isinstance(step.module, windowed) for step in window_steps(self.chain, self.layer))
+
+    @functools.cached_property
+    def boxes(self) -> Tensor:
+        """The pixels that count, (top, left, bottom, right) in the frame: int64 [U, 4]."""
+        if self.of_class:
+            return torch.tensor([0, 0, *self.images.shape[2:]]).expand(len(self.units), -1)
+        boxes = receptive_boxes(self.chain, self.layer, self.units[:, 2:])
+        return boxes - self._corners.repeat(1, 2)
+
+    @property
+    def inside(self) -> Tensor:
+        """`boxes` as bool [U, h, w]."""
+        top, left, bottom, right = (self.boxes[:, k, None] for k in range(4))
+        rows, columns = (torch.arange(size) for size in self._extent)
+        return ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
+
+    def cut(self, maps: Tensor) -> Tensor:
+        """Return each unit's frame of its image's maps [N, C, S, S]: [U, C, h, w]."""
+        item, corners = self.units[:, 0].to(maps.device), self._corners.to(maps.device)
+        return take_windows(maps, item, corners, self._extent)
+
+    def value(self, frames: Tensor, item: Tensor) -> Tensor:
+        """Return the activations or logits [B] of the units `item` [B] for frames [B, 3, h, w]."""
+        return torch.cat([self._value(f, i) for f, i in zip(frames.split(_IMAGES), item.split(_IMAGES), strict=True)])
+
+    @torch.no_grad()
+    def _value(self, frames: Tensor, item: Tensor) -> Tensor:
+        _, channel, y, x = self.units[item].unbind(1)
+        rows = torch.arange(len(item))
+        if self.cut_out:
+            return window_activations(self.chain, self.layer, frames, self.units[item, 2:])[rows, channel]
+        out = self.chain.activations(frames, [self.layer])[self.layer]
+        return out[rows, channel] if out.ndim == 2 else out[rows, channel, y, x]
+
+    def picture(
+        self,
+        method: str,
+        *,
+        chain: Chain | None = None,
+        images: Tensor | None = None,
+        units: Tensor | None = None,
+        draw: int = 0,
+    ) -> Tensor:
+        """Return the pictures of the units by a method, [U, C, h, w], on the CPU.
+
+        chain, images, units: others than the target's own, such as shuffled weights, noisy images, or other channels
+        at the same places; draw: number of the random picture
+        """
+        chain = self.chain if chain is None else chain
+        images = self.images if images is None else images
+        units = self.units if units is None else units
+        if method in RULES:
+            net = Deconvnet(chain, method)
+            project = net.project_fields if self.cut_out else net.project
+            return project(images, self.layer, units, seeds=torch.ones(len(units))).cpu()
+        if method in (INTEGRATED, GRAD_CAM):
+            explain = integrated_gradients if method == INTEGRATED else grad_cam
+            parts = [(images[part[:, 0]], part[:, 1].to(images.device)) for part in units.split(_IMAGES)]
+            return torch.cat([explain(chain, *part).cpu() for part in parts])
+        if method == "random":
+            shape = (len(units), 1, *self._extent)
+            numbers = torch.arange(len(units) * shape[2] * shape[3])
+            return uniform(make_key(draw, CONTROL, 13), numbers).view(shape)
+        if method == "centre":
+            top, left, bottom, right = (self.boxes[:, k, None].float() for k in range(4))
+            y = (torch.arange(self._extent[0]) + 0.5 - (top + bottom) / 2) / (bottom - top)
+            x = (torch.arange(self._extent[1]) + 0.5 - (left + right) / 2) / (right - left)
+            return (1 - torch.hypot(y[:, :, None], x[:, None, :])).clamp(min=0)[:, None]
+        maps = images.abs().sum(1, keepdim=True) if method == "|input|" else sobel(images)
+        return self.cut(maps).cpu()
+
+    @functools.cached_property
+    def _extent(self) -> tuple[int, int]:
+        if self.cut_out:
+            return receptive_field(self.chain, self.layer).sizes
+        return self.images.shape[2], self.images.shape[3]
+
+    @functools.cached_property
+    def _corners(self) -> Tensor:
+        places = self.units[:, 2:]
+        return receptive_field(self.chain, self.layer).corners(places) if self.cut_out else torch.zeros_like(places)
+
+
+@full_precision()
+def window_activations(chain: Chain, layer: str, frames: Tensor, places: Tensor) -> Tensor:
+    """Return all channels of `layer` at places (y, x) [B, 2] from the receptive fields [B, 3, h, w]: [B, channels].
+
+    Equal to the activations of the whole image: what lies outside a feature map counts as its padding. For layers
+    behind convolutions and max poolings only.
+    """
+    steps = chain.up_to(layer)
+    corner, corners = places.to(frames.device), []
+    for step in reversed(steps):
+        corners.append(corner)  # of the window of the step's output
+        if isinstance(step.module, (nn.Conv2d, nn.MaxPool2d)):
+            corner = window_of(step.module).corners(corner)
+    x, extent = frames, steps[0].input_shape[1:]
+    for step, after in zip(steps, reversed(corners), strict=True):
+        module = step.module
+        if isinstance(module, nn.Conv2d):
+            x = F.conv2d(x, module.weight, module.bias, module.stride, 0, module.dilation, module.groups)
+        elif isinstance(module, nn.MaxPool2d):
+            inside = inside_map(corner, (x.shape[2], x.shape[3]), extent)
+            x = F.max_pool2d(x.masked_fill(~inside, -torch.inf), module.kernel_size, module.stride, 0, module.dilation)
+        else:
+            x = step(x)
+        corner, extent = after, step.output_shape[1:]
+        x = x.masked_fill(~inside_map(corner, (x.shape[2], x.shape[3]), extent), 0)
+    return x[:, :, 0, 0]
+
+
+@full_precision()
+def grad_cam(chain: Chain, images: Tensor, labels: Tensor, layer: str | None = None) -> Tensor:
+    """Return Grad-CAM (Selvaraju et al. 2017) of the classes `labels` [N]: [N, 1, S, S].
+
+    layer: the convolution whose maps it weighs; None: the last
+    """
+    layer = chain.conv_layers[-1] if layer is None else layer
+    rows = torch.arange(len(labels), device=labels.device)
+    # not captum's, which hooks a module: networks may use one ReLU for all layers
+    outputs = chain.activations(images.clone().requires_grad_(), [layer, OUTPUT])
+    gradient = torch.autograd.grad(outputs[OUTPUT][rows, labels].sum(), outputs[layer])[0]
+    cam = (gradient.mean((2, 3), keepdim=True) * outputs[layer]).sum(1, keepdim=True).relu().detach()
+    return F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False)
+
+
+@full_precision()
+def integrated_gradients(chain: Chain, images: Tensor, labels: Tensor, points: int = _POINTS) -> Tensor:
+    """Return integrated gradients (Sundararajan et al. 2017) of the classes `labels` [N] from the mean colour."""
+    total = torch.zeros_like(images)
+    rows = torch.arange(len(labels), device=labels.device)
+    for point in range(points):
+        inputs = (images * ((point + 0.5) / points)).requires_grad_()
+        total += torch.autograd.grad(chain.activations(inputs, [OUTPUT])[OUTPUT][rows, labels].sum(), inputs)[0]
+    return total / points * images
+
+
+def sobel(images: Tensor) -> Tensor:
+    """Return the size of the grey image's slope, [N, 1, H, W] of [N, C, H, W]; borders are continued."""
+    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    slope = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=images.device, dtype=images.dtype)
+    return torch.hypot(F.conv2d(grey, slope[None, None]), F.conv2d(grey, slope.T[None, None]))
+
+
+def blur(images: Tensor, side: int) -> Tensor:
+    """Return images [N, C, H, W] blurred: three times the mean over `side` px, nearly a Gaussian."""
+    side = max(3, side // 2 * 2 + 1)
+    for _ in range(3):
+        images = F.avg_pool2d(images, side, 1, side // 2, count_include_pad=False)
+    return images
