@@ -1,0 +1,236 @@
+"""The verdict: methods that know the answer score 1, methods that know nothing 0; and the job as a command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.explain.trained import Trained, read_csv
+from tests.helpers import used
+from zfnet.analyses import verdict
+from zfnet.analyses.verdict import METRICS, SCORES, Row, Study, compare_methods, prepare, what_holds
+from zfnet.data.shapes import draw_without
+from zfnet.explain.selection import chosen_split
+from zfnet.explain.targets import BASELINES, Target
+from zfnet.runs.directory import RunDirectory
+
+WORDS = ("job.images=8", "job.units=4", "job.others=3", "job.cells=3", "job.sectors=4", "job.ablation_images=20")
+
+
+def study_of(run: RunDirectory, *words: str) -> Study:
+    loaded = used(run, "job=verdict", *WORDS, *words)
+    job: Any = loaded.config.job
+    layers = job.layers or loaded.chain.conv_layers
+    return prepare(job, loaded, chosen_split(loaded), layers)
+
+
+def scores(rows: list[Row]) -> dict[tuple[str, str, str], Row]:
+    return {(row.target, row.method, row.measure): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def study(trained: Trained) -> Study:
+    return study_of(trained.run, "job.split=test", "job.layers=[conv2,conv5]", "job.images=24")
+
+
+def test_prepare_takes_the_strongest_activations(study: Study) -> None:
+    target = study.subjects[0].target
+    maps = study.chain.activations(target.images, ["conv2"])["conv2"].detach()
+    image, channel, y, x = target.units.unbind(1)
+    assert maps[image, channel, y, x].tolist() == maps[image, channel].amax((1, 2)).tolist()
+    assert len(channel.unique()) == 4
+    assert [s.name for s in study.subjects] == ["conv2", "conv5", "class"]
+
+
+def test_weights_baselines_do_not_depend_on_them(study: Study) -> None:
+    found = scores(list(METRICS["weights"](study)))
+    for target in ("conv2", "conv5", "class"):
+        for method in ("Sobel", "|input|", "centre"):  # the control that must fail
+            assert found[target, method, "weights"].values.abs().max() < 1e-9
+        assert found[target, "random", "weights"].values.nanmean() > 0.9
+    assert found["conv2", "deconvnet", "weights"].values.nanmean() > 0.2
+    stages = {measure for target, method, measure in found if (target, method) == ("conv2", "gradient")}
+    assert {"top-down conv1 ssim", "bottom-up conv2 signed", "bottom-up conv1 unsigned"} <= stages
+    last = [found["conv2", "deconvnet", f"{way} unsigned"] for way in ("top-down conv1", "bottom-up conv2")]
+    assert torch.equal(last[0].values, last[1].values)  # in the end all layers are shuffled
+
+
+def test_pointing_of_pictures_that_know_the_place_and_that_do_not(study: Study, monkeypatch) -> None:
+    """A picture of the box scores 1 and, in mosaics, a picture that ignores the class exactly 0."""
+    subject = study.subjects[-1]
+    boxes = study.split.images.boxes
+    assert boxes is not None
+    known = Target.picture
+
+    def picture(self: Target, method: str, **settings: Any) -> torch.Tensor:
+        if method != "guided":
+            return known(self, method, **settings)
+        maps = torch.zeros(len(self.units), 1, *self.images.shape[2:])
+        if len(self.units) == len(subject.numbers):
+            for one, (top, left, bottom, right) in zip(maps, boxes[subject.numbers].tolist(), strict=True):
+                one[0, top:bottom, left:right] = 1
+        return maps + 1e-9
+
+    monkeypatch.setattr(Target, "picture", picture)
+    found = scores(list(METRICS["pointing"](study)))
+    assert found["class", "guided", "box"].values.min() > 0.99
+    assert abs(found["class", "centre", "box"].values.mean()) < 0.1
+    for method in ("Sobel", "|input|", "centre", "guided"):
+        assert found["class", method, "mosaic"].values.mean() == pytest.approx(0, abs=1e-6)
+    assert found["class", "gradient", "mosaic"].values.mean() > 0.03
+    assert (
+        len(found["class", "gradient", "mosaic"].clusters.unique())
+        == len(found["class", "gradient", "mosaic"].values) / 4
+    )
+
+
+def test_parts_of_the_true_effect_score_1(study: Study, monkeypatch) -> None:
+    """The number is the brightness of the frame, the picture how far each pixel is above the ground."""
+    monkeypatch.setattr(Target, "value", lambda self, frames, item: (frames.double() ** 2).mean((1, 2, 3)))
+    monkeypatch.setattr(Target, "methods", ())
+    class_alone = Study(study.job, study.loaded, study.split, study.subjects[-1:], study.statistics)
+    target = class_alone.subjects[0].target
+    rows = study.split.images.rows[class_alone.subjects[0].numbers]
+    size = study.split.images.images.shape[1]
+    bare = torch.stack([draw_without(rows, size, 1, k, 4) for k in range(4)])
+    true = [verdict.to_inputs(study.loaded, b) for b in bare]
+    effect = sum((target.images.double() ** 2 - b.double() ** 2) for b in true)
+    monkeypatch.setattr(
+        Target, "picture", lambda self, method, **_: effect if method == "centre" else -1 / (1 + effect.abs())
+    )
+    found = scores(list(METRICS["parts"](class_alone)))
+    rises = torch.stack([(target.images.double() ** 2 - b.double() ** 2).mean((1, 2, 3)) for b in true], 1)
+    all_rise = (rises >= 0).all(1)
+    values = found["class", "centre", "parts"].values
+    assert values[all_rise].nanmean() > 0.9
+    assert found["class", "Sobel", "parts"].values.nanmean() < 0.6
+
+
+def test_own_of_baselines_is_chance_and_of_ones_own_unit_is_not(study: Study) -> None:
+    found = scores(list(METRICS["own"](study)))
+    for method in BASELINES:
+        assert found["conv5", method, "own"].values.eq(0).all()
+    assert found["class", "gradient", "own"].values.nanmean() > 0.2
+    assert found["conv2", "gradient", "own"].values.isfinite().any()
+
+
+def test_ablation_of_a_map_is_the_network_without_it(study: Study) -> None:
+    found = scores(list(METRICS["ablation"](study)))
+    selected = found["conv5", "ablation", "class of it"].values
+    maps = found["conv5", "ablation", "class of it"].clusters
+    model, split, place = study.loaded.model, study.split.images, 1
+    numbers = verdict.sample(study.loaded, split, 20)
+    inputs, labels = verdict.to_inputs(study.loaded, split.pixels(numbers)), split.labels[numbers]
+    with torch.no_grad():
+        before = model(inputs)
+        hook = study.chain.end("conv5").register_forward_hook(
+            lambda module, given, out: out.index_fill(1, maps[place : place + 1], 0)
+        )
+        after = model(inputs)
+        hook.remove()
+    change = (after - before)[torch.arange(len(labels)), labels]
+    lost = torch.stack([change[labels == c].mean() for c in range(10)])
+    assert int(lost.argmin()) == selected[place]
+    torch.testing.assert_close(
+        float(found["conv5", "ablation", "largest logit loss"].values[place]), float(lost.min()), rtol=1e-3, atol=1e-5
+    )
+    hits = ((after.argmax(1) == labels).float() - (before.argmax(1) == labels).float()).mean()
+    assert float(found["conv5", "ablation", "accuracy change"].values[place]) == pytest.approx(float(hits), abs=1e-6)
+
+
+def test_compare_methods_tells_a_difference_from_none() -> None:
+    """Errors are those of images: fifty units of two images that differ by chance are two observations."""
+    generator = torch.Generator().manual_seed(0)
+    noise, clusters = torch.rand(40, generator=generator).double(), torch.arange(40)
+    rows = [Row("class", name, "deletion", noise + k, clusters) for k, name in enumerate(("random", "Sobel"))]
+    rows += [Row("class", "gradient", "deletion", torch.rand(40, generator=generator).double() + 3, clusters)]
+    rows[1] = Row("class", "Sobel", "deletion", torch.rand(40, generator=generator).double(), clusters)
+    found = {(d["first"], d["second"]): d for d in compare_methods(rows)}
+    assert found["random", "Sobel"]["p_holm"] > 0.05
+    assert found["random", "gradient"]["p_holm"] < 1e-6
+    assert what_holds("class", list(found.values())) == [
+        "class, deletion: above chance: gradient, all baselines: gradient"
+    ]
+    units = torch.cat([torch.full((25,), 0.0), torch.full((25,), 1.0)]).double() + 0.01 * torch.rand(
+        50, generator=generator
+    )
+    pair = [Row("class", n, "own", v, torch.arange(50) // 25) for n, v in (("random", 0 * units), ("guided", units))]
+    (one,) = compare_methods(pair)
+    assert (one["clusters"], one["p"] > 0.2) == (2, True)
+
+
+def test_row_survives_json() -> None:
+    row = Row("conv1", "guided", "own", torch.tensor([0.5, torch.nan]).double(), torch.tensor([3, 4]))
+    again = Row.read(json.loads(json.dumps(row.plain())))
+    assert torch.equal(again.values.nan_to_num(9), row.values.nan_to_num(9))
+    assert torch.equal(again.clusters, row.clusters)
+
+
+def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkeypatch) -> None:
+    words = (
+        "job=verdict",
+        f"run={tiny_run.folder}",
+        *WORDS,
+        "job.layers=[conv1,conv5]",
+        "hydra.run.dir=out",
+        "trainer.threads=1",
+    )
+
+    def refuse(study: Study) -> Any:
+        raise verdict.UserError("no")
+
+    monkeypatch.setitem(METRICS, "stability", refuse)
+    assert run_py(*words).code == 1
+    before = Path("out/metrics/removal.json").read_text()
+    assert not Path("out/metrics/stability.json").exists()
+    monkeypatch.setitem(METRICS, "stability", verdict.measure_stability)
+    monkeypatch.setitem(METRICS, "removal", lambda study: pytest.fail("measured again"))
+    answer = run_py(*words)
+    assert answer.code == 0, answer.err
+    assert Path("out/metrics/removal.json").read_text() == before
+    rows = read_csv(Path("out/verdict.csv"))
+    assert {row["measure"] for row in rows} >= set(SCORES)
+    assert {row["target"] for row in rows} == {"conv1", "conv5", "units", "class"}
+    assert {row["method"] for row in rows} == {
+        *("deconvnet", "guided", "gradient", "integrated", "Grad-CAM"),
+        *BASELINES,
+        "ablation",
+    }
+    summary = json.loads(Path("out/verdict.json").read_text())
+    assert set(summary["ablation"]) == {"conv1", "conv5"}
+    assert Path("out/figures/verdict.png").stat().st_size > 50_000
+    assert len(read_csv(Path("out/ablation.csv"))) > 8
+    assert read_csv(Path("out/differences.csv"))
+    assert [line for line in answer.out.splitlines() if len(line) > 80 and str(Path.cwd()) not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["job.layers=[conv9]"], "job.layers=conv9: the network has no such convolution"),
+        (["job.metrics=[delition]"], "job.metrics=delition: there is no such metric"),
+        (["job.split=validation", "data.validation=0"], "job.split=validation: data=shapes has no validation images"),
+        (["job.images=1"], "job.images=1: must be at least 4"),
+    ],
+)
+def test_verdict_refuses_bad_input_in_one_line(run_py, tiny_run: RunDirectory, words: list[str], expected: str) -> None:
+    answer = run_py("job=verdict", f"run={tiny_run.folder}", *words, "hydra.run.dir=out", "trainer.threads=1")
+    assert answer.code == 1
+    assert answer.err.count("\n") == 1, answer.err
+    assert expected in answer.err
+
+
+def test_prepare_without_any_active_map_is_one_line(trained: Trained) -> None:
+    loaded = used(trained.run, "job=verdict", *WORDS, "job.split=test")
+    job: Any = loaded.config.job
+    with torch.no_grad():
+        for step in loaded.chain.up_to("conv1"):
+            for parameter in step.module.parameters():
+                parameter.fill_(-1.0 if parameter.ndim == 1 else 0.0)
+    split = chosen_split(loaded)
+    with pytest.raises(verdict.UserError, match="job.layers: of conv1 no map is ever active"):
+        prepare(job, loaded, split, ["conv1"])
