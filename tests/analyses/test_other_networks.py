@@ -127,7 +127,7 @@ def test_analysis_of_torchvisions_alexnet(run_py, tmp_path: Path) -> None:
 
 def test_a_module_without_a_rule_is_refused_before_the_work(run_py, tmp_path: Path) -> None:
     run = train_other(tmp_path / "run", Smooth, "trainer.epochs=1")
-    for job in ("deconvnet", "evolution", "occlusion", "attribution"):
+    for job in ("deconvnet", "evolution", "occlusion", "attribution", "verdict"):
         answer = run_py(f"job={job}", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
         assert (answer.code, answer.err.count("\n")) == (1, 1)
         assert "1 (SiLU): the deconvnet has no rule for it" in answer.err
@@ -137,7 +137,7 @@ def test_a_module_without_a_rule_is_refused_before_the_work(run_py, tmp_path: Pa
 
 def test_a_residual_network_is_refused_by_name(run_py, tmp_path: Path) -> None:
     run = train_other(tmp_path / "run", Residual, "trainer.epochs=1")
-    for job in ("deconvnet", "evolution", "filters", "invariance", "occlusion", "attribution"):
+    for job in ("deconvnet", "evolution", "filters", "invariance", "occlusion", "attribution", "verdict"):
         answer = run_py(f"job={job}", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
         assert answer.code == 1
         assert answer.err.count("\n") == 1, answer.err

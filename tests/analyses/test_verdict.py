@@ -34,7 +34,7 @@ def scores(rows: list[Row]) -> dict[tuple[str, str, str], Row]:
 
 @pytest.fixture(scope="module")
 def study(trained: Trained) -> Study:
-    return study_of(trained.run, "job.split=test", "job.layers=[conv2,conv5]", "job.images=24")
+    return study_of(trained.run, "job.split=test", "job.layers=[conv2,conv5]", "job.images=16")
 
 
 def test_prepare_takes_the_strongest_activations(study: Study) -> None:
@@ -232,5 +232,5 @@ def test_prepare_without_any_active_map_is_one_line(trained: Trained) -> None:
             for parameter in step.module.parameters():
                 parameter.fill_(-1.0 if parameter.ndim == 1 else 0.0)
     split = chosen_split(loaded)
-    with pytest.raises(verdict.UserError, match="job.layers: of conv1 no map is ever active"):
+    with pytest.raises(verdict.UserError, match=r"job\.layers: of conv1 no map is ever active"):
         prepare(job, loaded, split, ["conv1"])

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zfnet.explain.statistics import describe, false_discovery_rate, holm, own_and_others, rank_p
+from zfnet.explain.statistics import (
+    clustered,
+    describe,
+    false_discovery_rate,
+    holm,
+    own_and_others,
+    rank_correlation,
+    rank_p,
+)
 
 
 def test_describe_one_convention_and_nothing_for_one_value() -> None:
@@ -42,3 +50,26 @@ def test_holm_and_false_discovery_rate_by_hand() -> None:
     assert holm(p).tolist() == pytest.approx([0.09, 0.04, 0.09, 0.5])
     assert false_discovery_rate(p).tolist() == pytest.approx([0.16 / 3, 0.04, 0.16 / 3, 0.5])
     assert holm(torch.full((30,), 0.2)).max() == 1
+
+
+def test_rank_correlation_counts_what_the_mask_shows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 20, 30, generator=generator)
+    mask = torch.rand(20, 30, generator=generator) < 0.5
+    found = rank_correlation(a, b, mask)
+    alone = torch.cat([rank_correlation(x[m][None], y[m][None]) for x, y, m in zip(a, b, mask, strict=True)])
+    torch.testing.assert_close(found, alone)
+    torch.testing.assert_close(rank_correlation(a, torch.where(mask, a.exp(), b), mask), torch.ones(20).double())
+    assert rank_correlation(a, mask.float(), mask).isnan().all()
+
+
+def test_clustered_error_is_that_of_the_clusters() -> None:
+    values, clusters = torch.tensor([1.0, 2.0, 4.0, 7.0]).double(), torch.tensor([5, 6, 7, 8])
+    row = clustered(values, clusters)
+    assert row["se"] == pytest.approx(float(values.std(correction=1)) / 2)  # each its own: the usual error
+    repeated = clustered(values.repeat_interleave(10), clusters.repeat_interleave(10))
+    assert repeated["se"] == pytest.approx(row["se"])  # ten copies tell nothing new
+    assert (repeated["n"], repeated["clusters"], repeated["mean"]) == (40, 4, 3.5)
+    gap = clustered(torch.tensor([1.0, torch.nan]), torch.tensor([0, 1]))
+    assert (gap["n"], gap["mean"], gap["se"]) == (1, 1.0, None)
+    assert clustered(torch.tensor([torch.nan]), torch.tensor([0]))["mean"] is None

@@ -44,7 +44,7 @@ from zfnet.explain.faithfulness import (
     support,
 )
 from zfnet.explain.selection import Look, Split, boxes_in_input, chosen_split, pick_layers, sample, to_inputs, to_rows
-from zfnet.explain.statistics import clustered, holm, rank_correlation
+from zfnet.explain.statistics import clustered, holm, rank_correlation, standard_ranks
 from zfnet.explain.targets import BASELINES, GRAD_CAM, INTEGRATED, Target, blur
 from zfnet.explain.top_activations import MapStatistics, TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
@@ -252,6 +252,8 @@ def measure_weights(study: Study) -> Iterator[Row]:
     for subject, method in study.each("weights"):
         target, inside = subject.target, subject.target.inside
         own = target.picture(method)
+        size = own.abs().sum(1)
+        ranks = {"signed": standard_ranks(own, inside[:, None]), "unsigned": standard_ranks(size, inside)}
         names = [step.name for step in target.chain.up_to(target.layer) if step.name in target.chain.layers]
         ways = {"top-down": names[::-1], "bottom-up": names} if method in target.methods else {"top-down": names[-1:]}
         done: dict[frozenset[str], dict[str, Tensor]] = {}
@@ -261,12 +263,10 @@ def measure_weights(study: Study) -> Iterator[Row]:
                 if only not in done:
                     twin = shuffle_weights(target.chain, target.layer, study.seed, only=only)
                     other = target.picture(method, chain=twin, draw=1)
-                    sizes = own.abs().sum(1), other.abs().sum(1)
-                    done[only] = {
-                        "signed": rank_correlation(own, other, inside[:, None]),
-                        "unsigned": rank_correlation(sizes[0], sizes[1], inside),
-                        "ssim": structural_similarity(sizes[0], sizes[1], inside),
-                    }
+                    others = {"signed": standard_ranks(other, inside[:, None])}
+                    others["unsigned"] = standard_ranks(other.abs().sum(1), inside)
+                    done[only] = {kind: (ranks[kind] * others[kind]).sum(1) for kind in ranks}
+                    done[only]["ssim"] = structural_similarity(size, other.abs().sum(1), inside)
                 for kind, values in done[only].items():
                     yield subject.row(method, f"{way} {layer} {kind}", values)
         yield subject.row(method, "weights", 1 - done[only]["unsigned"].abs())

@@ -62,25 +62,34 @@ def clustered(values: Tensor, clusters: Tensor) -> dict[str, float | int | None]
 def rank_correlation(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return Spearman's correlation of each row pair of a, b [U, …] (ties: mean rank); NaN where one is constant.
 
-    mask: bool [U, …], what counts (None: all). float64 [U], on the CPU.
+    mask: bool, broadcast to [U, …], what counts (None: all). float64 [U], on the CPU.
+    """
+    return (standard_ranks(a, mask) * standard_ranks(b, mask)).sum(1)
+
+
+def standard_ranks(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the ranks of each row of x [U, …], of mean 0 and length 1: their products are rank correlations.
+
+    float64 [U, …flat], on the CPU; 0 where the mask is False, NaN where a row is constant.
     """
     found = []
-    for start in range(0, len(a), _ROWS):
-        rows = slice(start, start + _ROWS)
-        known = torch.ones_like(a[rows], dtype=torch.bool) if mask is None else mask[rows].expand_as(a[rows])
-        known = known.flatten(1).cpu()
-        centred = []
-        for x in (a[rows], b[rows]):
-            ranks = _ranks(x.flatten(1).cpu().double().masked_fill(~known, torch.inf))
-            mean = (ranks * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
-            centred.append((ranks - mean) * known)
-        norm = centred[0].norm(dim=1) * centred[1].norm(dim=1)
-        found.append((centred[0] * centred[1]).sum(1) / torch.where(norm > 0, norm, torch.nan))
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+    for start in range(0, len(x), _ROWS):  # some at a time: each step keeps several copies
+        part = x[start : start + _ROWS].detach().cpu()
+        known = torch.ones_like(part, dtype=torch.bool)
+        if mask is not None:
+            known = mask[start : start + _ROWS].expand_as(part)
+        part, known = part.flatten(1).double(), known.flatten(1)
+        ranks = _ranks(part.masked_fill(~known, torch.inf))
+        mean = (ranks * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
+        centred = (ranks - mean) * known
+        norm = centred.norm(dim=1, keepdim=True)
+        found.append(centred / torch.where(norm > 0, norm, torch.nan))
+    return torch.cat(found) if found else torch.zeros(0, 0, dtype=torch.float64)
 
 
 def _ranks(x: Tensor) -> Tensor:
-    value, order = x.sort(1)
+    order = torch.from_numpy(x.numpy().argsort(1))  # twice as fast as PyTorch's on a CPU
+    value = x.gather(1, order)
     place, edge = torch.arange(x.shape[1]).expand_as(order), torch.ones(len(x), 1, dtype=torch.bool)
     changes = value[:, 1:] != value[:, :-1]
     first = torch.where(torch.cat([edge, changes], 1), place, 0).cummax(1).values
