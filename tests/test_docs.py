@@ -53,7 +53,9 @@ EXTRA = {  # words that make a job cheap, or possible with 80 images
     "invariance": ["job.steps=5", "job.mean_images=10"],
     "occlusion": ["job.stride=12", "job.boxed_images=2"],
     "train": SMALL,
-    "verdict": [f"job.{key}" for key in ("images=8", "units=2", "others=1", "cells=2", "sectors=3", "ablation_images=8")],
+    "verdict": [
+        f"job.{key}" for key in ("images=8", "units=2", "others=1", "cells=2", "sectors=3", "ablation_images=8")
+    ],
 }
 RUN = "outputs/train/first"
 PLACEHOLDERS = {

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,12 +115,13 @@ class VerdictJob(Look):
                     path = run.folder / "metrics" / f"{name}.json"
                     saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
                     if saved.get("of") != origin:
-                        start = time.perf_counter()
+                        start, used = time.perf_counter(), time.process_time()
                         rows = []
                         for row in METRICS[name](study):
                             rows.append(row)
                             stop.check()
                         saved = {"of": origin, "seconds": round(time.perf_counter() - start, 1)}
+                        saved["cpu_seconds"] = round(time.process_time() - used, 1)
                         saved["rows"] = [row.plain() for row in rows]
                         path.parent.mkdir(exist_ok=True)
                         run.write_json(f"metrics/{name}.json", saved)
@@ -234,13 +236,8 @@ def prepare(job: VerdictJob, loaded: LoadedRun, split: Split, layers: Sequence[s
     units = torch.stack([torch.arange(len(labels)), labels, *torch.zeros(2, len(labels), dtype=torch.int64)], 1)
     subjects.append(Subject(CLASS, Target(chain, OUTPUT, to_inputs(loaded, images.pixels(numbers)), units), numbers))
     statistics = {layer: search.statistics(layer) for layer in layers}
-    log.info(
-        "%s: %s units and %d classes of %s images",
-        loaded.source.folder,
-        sum(len(s.target.units) for s in subjects[:-1]),
-        len(labels),
-        split.name,
-    )
+    count = sum(len(s.target.units) for s in subjects[:-1])
+    log.info("%d units, and the classes of %d images; %s", count, len(labels), split.name)
     return Study(job, loaded, split, subjects, statistics)
 
 
@@ -488,8 +485,10 @@ def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping
         | {"ablation": agreement, "holds": holds},
     )
     save_figure(draw_verdict(table, [s.name for s in study.subjects]), run.figures / "verdict.png")
-    for line in [*_lines(scores), *_ablation_lines(agreement), *holds]:
-        log.info(line)
+    log.info("\n".join([*_lines(scores), *_ablation_lines(agreement)]))
+    log.info("What holds (paired t-tests by image, p < %g after Holm):", LEVEL)
+    for line in holds:
+        log.info(textwrap.fill(line, 80, subsequent_indent="  "))
     log.info("written to %s", run.folder)
 
 
