@@ -67,8 +67,8 @@ CLASS, UNITS = "class", "units"  # targets beside the layers: the class, and the
 SCORES = {
     "weights": "depends on the weights",
     "own": "own unit, or class, beside others",
-    "deletion": "deletion",
-    "insertion": "insertion",
+    "deletion": "removed, it lowers the number",
+    "insertion": "alone, it restores it",
     "box": "inside the object's box",
     "mosaic": "right quarter of a mosaic",
     "parts": "predicts what a part does",
@@ -569,7 +569,7 @@ def _lines(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             continue
         most = max(row["n"] for row in of.values())
         yield f"{target}, n up to {most}: mean ± standard error, in hundredths; 0 chance, 100 best"
-        yield f"{'':10}" + "".join(f"{name[:8]:>8}" for name in columns)
+        yield f"{'':10}" + "".join(f"{name[:7]:>8}" for name in columns)
         for method in dict.fromkeys(key[0] for key in of):
             cells = []
             for measure in columns:
@@ -628,7 +628,9 @@ def _draw_score(axis: Axes, measure: str, targets: Sequence[str], of: Numbers, l
             axis.errorbar(x, [row["mean"] for row in found], errors, ms=5, lw=1, elinewidth=1, label=method, **style)
     axis.axhline(0, color=INK, lw=0.8)
     axis.axhline(1, color=PALE, lw=0.8)
-    axis.set_xticks(range(len(targets)), targets, rotation=45)
+    shown = [k for k, target in enumerate(targets) if (target, "random", measure) in of]
+    axis.set_xticks(shown, [targets[k] for k in shown], rotation=45)
+    axis.set_xlim(min(shown, default=0) - 0.5, max(shown, default=0) + 0.5)
     axis.set_title(f"{measure}: {SCORES[measure]}", fontsize=10)
 
 
