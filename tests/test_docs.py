@@ -54,7 +54,7 @@ EXTRA = {  # words that make a job cheap, or possible with 80 images
     "occlusion": ["job.stride=12", "job.boxed_images=2"],
     "train": SMALL,
     "verdict": [
-        f"job.{key}" for key in ("images=8", "units=2", "others=1", "cells=2", "sectors=3", "ablation_images=8")
+        f"job.{key}" for key in ("images=4", "units=2", "others=1", "cells=2", "sectors=3", "ablation_images=8")
     ],
 }
 RUN = "outputs/train/first"
@@ -63,6 +63,8 @@ PLACEHOLDERS = {
     "<dir>": RUN,
     **{f"source={name}": "source=zfnet.pth" for name in ("alexnet", "zfnet512.onnx", "zfnet.safetensors")},
     "job.epoch=5": "job.epoch=1",
+    "job.images=24 job.units=12": "job.images=4 job.units=2",
+    "job.images=16 job.units=10": "job.images=4 job.units=2",
     "trainer.epochs=15": "trainer.epochs=3",
     "trainer.epochs=20": "trainer.epochs=3",
     "checkpoint_epochs=[5]": "checkpoint_epochs=[1]",
