@@ -393,8 +393,6 @@ def measure_parts(study: Study) -> Iterator[Row]:
         yield subject.row(method, "parts", torch.where(seen.sum(1) >= 3, values, torch.nan))
 
 
-@torch.no_grad()
-@full_precision()
 def measure_ablation(study: Study) -> Iterator[Row]:
     """Set each map to zero: the change of the accuracy and of the logits, beside the map's class selectivity."""
     images, loaded, chain = study.split.images, study.loaded, study.chain
@@ -407,8 +405,10 @@ def measure_ablation(study: Study) -> Iterator[Row]:
         accuracy, logits = torch.zeros(len(alive)), torch.zeros(len(alive), classes)
         for some in torch.arange(len(numbers)).split(100):
             truth = labels[some]
-            maps = chain.activations(to_inputs(loaded, images.pixels(numbers[some])), [layer])[layer]
+            maps = chain.activations(to_inputs(loaded, images.pixels(numbers[some])), [layer])[layer].detach()
 
+            @torch.no_grad()
+            @full_precision()
             def ahead(x: Tensor, rest: Sequence[Any] = rest) -> Tensor:
                 for step in rest:
                     x = step(x)
