@@ -42,11 +42,12 @@ from zfnet.explain.selection import (
     to_inputs,
     to_rows,
 )
-from zfnet.explain.statistics import holm, rank_p
+from zfnet.explain.statistics import rank_p
 from zfnet.model.chain import Chain
 from zfnet.plots.figures import LIGHT_BLUE, PALE, SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
+from zfnet.sweeps.significance import holm
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
@@ -310,7 +311,7 @@ def measure(chain: Chain, marked: Marked, layers: Sequence[str], masks: Masks, p
     count = len(marked.parts)
     same = {layer: rows[count + 1 :] for layer, rows in found.items()}
     p = torch.stack([rank_p(_kappas(found[layer][:count]), _kappas(same[layer])[:, None]) for layer in layers])
-    corrected, table = holm(p.flatten()).view_as(p), {}
+    corrected, table = torch.tensor(holm(p.flatten().tolist()), dtype=p.dtype).view_as(p), {}
     for (layer, rows), alone, by_holm in zip(found.items(), p.tolist(), corrected.tolist(), strict=True):
         tests = zip(marked.parts, rows[:count], alone, by_holm, strict=True)
         parts = {part: dataclasses.replace(row, p=one, p_holm=all_) for part, row, one, all_ in tests}

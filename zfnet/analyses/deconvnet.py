@@ -179,7 +179,7 @@ class DeconvnetJob(Look):
         effects: dict[str, Tensor] = {}
         if self.ablation:
             few = torch.cat(batches)[:: max(1, count // self.ablation)][: self.ablation]
-            effects = dict(ablation_effects(chain, few.split(loaded.data.batch_size), layers))
+            effects = ablation_effects(chain, few.split(loaded.data.batch_size), layers)
         facts = {layer: MapFacts(strongest[layer], effects.get(layer)) for layer in layers}
         if other is None:
             return replace(atlas, facts=facts)

@@ -44,17 +44,17 @@ from zfnet.explain.faithfulness import (
     structural_similarity,
     support,
 )
+from zfnet.explain.maps import Ablation
 from zfnet.explain.selection import Look, Split, boxes_in_input, chosen_split, pick_layers, sample, to_inputs, to_rows
-from zfnet.explain.statistics import clustered, holm, rank_correlation, standard_ranks
+from zfnet.explain.statistics import clustered, rank_correlation, standard_ranks
 from zfnet.explain.targets import BASELINES, GRAD_CAM, INTEGRATED, Target, blur
 from zfnet.explain.top_activations import MapStatistics, TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
-from zfnet.model.layers import full_precision
 from zfnet.plots.figures import INK, PALE, PALETTE, SOFT, new_figure, save_figure, styled
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import claimed, recorded_state
 from zfnet.runs.weights import weights_hash
-from zfnet.sweeps.significance import LEVEL, t_test
+from zfnet.sweeps.significance import LEVEL, holm, t_test
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
@@ -400,29 +400,19 @@ def measure_ablation(study: Study) -> Iterator[Row]:
     labels, classes = images.labels[numbers], len(loaded.classes)
     present = torch.bincount(labels, minlength=classes)
     for layer in tqdm(list(study.statistics), "ablation", unit="layer", disable=None, leave=False, dynamic_ncols=True):
-        stats, rest = study.statistics[layer], chain.steps[len(chain.up_to(layer)) :]
+        stats = study.statistics[layer]
         alive = (~stats.dead.cpu()).nonzero().flatten()
-        accuracy, logits = torch.zeros(len(alive)), torch.zeros(len(alive), classes)
+        accuracy, logits = torch.zeros(len(stats.dead)), torch.zeros(len(stats.dead), classes)
         for some in torch.arange(len(numbers)).split(100):
-            truth = labels[some]
-            maps = chain.activations(to_inputs(loaded, images.pixels(numbers[some])), [layer])[layer].detach()
-
-            @torch.no_grad()
-            @full_precision()
-            def ahead(x: Tensor, rest: Sequence[Any] = rest) -> Tensor:
-                for step in rest:
-                    x = step(x)
-                return x.cpu()
-
-            before = ahead(maps)
-            for place, channel in enumerate(alive.tolist()):
-                without = maps.clone()
-                without[:, channel] = 0
-                after = ahead(without)
+            ablation = Ablation(chain, to_inputs(loaded, images.pixels(numbers[some])), layer)
+            for number in ablation.active.any(0).nonzero().flatten().tolist():
+                rows, after = (values.cpu() for values in ablation.without(number))
+                truth, before = labels[some][rows], ablation.before.cpu()[rows]
                 hit = (after.argmax(1) == truth).float() - (before.argmax(1) == truth).float()
-                accuracy[place] += hit.sum() / len(numbers)
+                accuracy[number] += hit.sum() / len(numbers)
                 change = (after - before).gather(1, truth[:, None])[:, 0]
-                logits[place].index_add_(0, truth, change / present[truth])
+                logits[number].index_add_(0, truth, change / present[truth])
+        accuracy, logits = accuracy[alive], logits[alive]
         lost = logits.masked_fill(present == 0, torch.inf).argmin(1)
         best, selectivity = stats.best_class.cpu()[alive], stats.selectivity.cpu()[alive]
         agrees = ((lost == best).double() - 1 / classes) / (1 - 1 / classes)
@@ -515,7 +505,7 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
             groups.setdefault((row.target, row.measure), {})[row.method] = row
     found = []
     for (target, measure), methods in groups.items():
-        family = []
+        family: list[dict[str, Any]] = []
         for first, second in itertools.combinations(methods, 2):
             of = clustered(methods[first].values - methods[second].values, methods[first].clusters)
             mean, error, clusters = of["mean"], of["se"], of["clusters"]
@@ -523,7 +513,7 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 p = t_test(mean / error, clusters - 1)
                 named = {"target": target, "measure": measure, "first": first, "second": second}
                 family.append(named | {"difference": mean, "se": error, "n": of["n"], "clusters": clusters, "p": p})
-        corrected = holm(torch.tensor([row["p"] for row in family], dtype=torch.float64)).tolist()
+        corrected = holm([row["p"] for row in family])
         found += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
     return found
 

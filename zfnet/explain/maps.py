@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,35 +49,50 @@ def strongest_activations(chain: Chain, batches: Sequence[Tensor], layers: Seque
     return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
-@torch.no_grad()
-@full_precision()
-def ablation_effects(chain: Chain, batches: Sequence[Tensor], layers: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield each layer and [C, classes]: how each class's mean output changes if one of its maps is set to zero.
+class Ablation:
+    """What a network gives for images [B, 3, S, S] when single maps of one layer are set to zero.
 
-    Only images in which a map is active are run again: in the others nothing changes.
+    before: [B, classes], with all maps; active: bool [B, C], where a map holds anything but zeros
     """
-    images = sum(len(batch) for batch in batches)
-    for layer in tqdm(layers, "ablation", unit="layer", disable=None, leave=False):
-        steps = chain.steps[len(chain.up_to(layer)) :]
 
-        def outputs(x: Tensor, steps: Sequence = steps) -> Tensor:
-            for step in steps:
-                x = step(x)
-            return x
+    @torch.no_grad()
+    @full_precision()
+    def __init__(self, chain: Chain, images: Tensor, layer: str) -> None:
+        self.maps, self._steps = chain.activations(images, [layer])[layer], chain.steps[len(chain.up_to(layer)) :]
+        self.before = self._ahead(self.maps)
+        self.active = (self.maps != 0).flatten(2).any(2)
 
-        effect = None
+    def _ahead(self, x: Tensor) -> Tensor:
+        for step in self._steps:
+            x = step(x)
+        return x
+
+    @torch.no_grad()
+    @full_precision()
+    def without(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the images in which this map is active, bool [B], and what the network then gives for them; for all
+        others nothing changes.
+        """
+        rows = self.active[:, number]
+        maps = self.maps[rows]
+        maps[:, number] = 0
+        return rows, self._ahead(maps)
+
+
+def ablation_effects(chain: Chain, batches: Sequence[Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
+    """Return for each layer [C, classes]: how each class's mean output changes if one of its maps is set to zero."""
+    effects: dict[str, Tensor] = {}
+    for layer in tqdm(layers, "ablation", unit="layer", disable=None, leave=False, dynamic_ncols=True):
+        sums = []
         for batch in batches:
-            maps = chain.activations(batch, [layer])[layer]
-            before = outputs(maps)
-            effect = maps.new_zeros(maps.shape[1], before.shape[1]) if effect is None else effect
-            active = (maps != 0).flatten(2).any(2)
-            for channel in active.any(0).nonzero().flatten().tolist():
-                rows = active[:, channel]
-                without = maps[rows]
-                without[:, channel] = 0
-                effect[channel] += (outputs(without) - before[rows]).sum(0)
-        assert effect is not None
-        yield layer, effect.cpu() / images
+            ablation = Ablation(chain, batch, layer)
+            change = batch.new_zeros(ablation.active.shape[1], ablation.before.shape[1])
+            for number in ablation.active.any(0).nonzero().flatten().tolist():
+                rows, after = ablation.without(number)
+                change[number] = (after - ablation.before[rows]).sum(0)
+            sums.append(change)
+        effects[layer] = torch.stack(sums).sum(0).cpu() / sum(len(batch) for batch in batches)
+    return effects
 
 
 def nearest_maps(

@@ -102,13 +102,6 @@ def rank_p(values: Tensor, null: Tensor) -> Tensor:
     return (1 + (null >= values - 1e-12).sum(0)).double() / (1 + len(null))
 
 
-def holm(p: Tensor) -> Tensor:
-    """Return p values [n] corrected for n tests (Holm 1979): below 0.05 all are true, in 19 of 20 such families."""
-    order = p.argsort(stable=True)
-    steps = (p[order] * torch.arange(len(p), 0, -1)).clamp(max=1)
-    return torch.empty_like(p).scatter(0, order, steps.cummax(0).values) if len(p) else p
-
-
 def false_discovery_rate(p: Tensor) -> Tensor:
     """Return q values [n] (Benjamini & Hochberg 1995): of the tests with q ≤ 0.05, 5 % are expected to be false."""
     order = p.argsort(stable=True)
