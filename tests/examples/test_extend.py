@@ -99,8 +99,8 @@ def test_a_network_of_ones_own(run_py) -> None:
     answer = run_py("job=evaluate", "run=r")
     assert answer.code == 1
     assert answer.err == (
-        "error: model._target_=examples.extend.tiny_resnet.TinyResNet: the package examples is not one that this "
-        "command imports; if you trust it, add imports=[examples]\n"
+        "error: r/model.safetensors: model._target_=examples.extend.tiny_resnet.TinyResNet: the package examples is "
+        "not one that this command imports; if you trust it, add imports=[examples]\n"
     )
     with pytest.raises(UserError, match=r"blocks\.0\.conv2 .* is not the output of blocks\.0\.norm1"):
         Deconvnet(load_run(folder, ["examples"]).model, image_size=64)

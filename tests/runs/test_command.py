@@ -8,6 +8,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import zfnet
 from tests.helpers import MINUTE, TINY, compose
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
@@ -97,7 +98,7 @@ def test_todays_defaults_have_no_say(onecycle: RunDirectory, tmp_path: Path, mon
         assert old in text
         (conf / name).write_text(text.replace(old, new))
     monkeypatch.setattr(composing, "CONF", conf)
-    assert compose("optimizer=adamw").optimizer["lr"] == 0.777
+    assert zfnet.compose(["optimizer=adamw"]).optimizer["lr"] == 0.777  # composed anew
     before = onecycle.read_config()
     for words in ([], ["trainer.epochs=9"]):
         config = overlay(onecycle, words, OWN)
