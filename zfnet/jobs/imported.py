@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from zfnet.config.errors import UserError, did_you_mean
@@ -156,13 +158,19 @@ def _sha256(path: Path) -> str:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return the metadata and the tensors of a file of weights, which stay on the disk until they are used."""
-    try:
-        if path.suffix.lower() == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
+        try:
             return read_tensors(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # of a damaged file PyTorch raises all kinds of errors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no file of weights, or is damaged ({reason})") from error
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{path} is no file of weights, or is damaged ({error})") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # of a damaged file PyTorch raises all kinds of errors, and advises to run code from it
+        raise UserError(
+            f"{path} is damaged, or holds more than torch.save(model.state_dict()) writes: tensors by name"
+        ) from error
     for key in ("state_dict", "model"):  # of a checkpoint
         content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
