@@ -249,7 +249,10 @@ def explain_photographs(
         link = None if page is None else os.path.relpath(page, run.folder)
         write_photographs(run.folder / "index.html", photographs, str(loaded.source.folder), link)
         if link is None:
-            log.info("no atlas of this network is found, so the tiles lead nowhere: job.pages=<dir of job=deconvnet>")
+            log.info(
+                "no atlas of this network is found, so the tiles have no links: make one by job=deconvnet run=%s",
+                loaded.source.folder,
+            )
         log.info("open %s in a browser", run.folder / "index.html")
         log.info("written to %s", run.folder)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import yaml
 
+_LISTED = 24  # names that a message lists
+
 
 class UserError(Exception):
     """Something outside the program is wrong: a key, a file, the network, a device. Shown as one line."""
@@ -23,7 +25,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; known: {', '.join(names)}" if names else ""
+    more = len(names) - _LISTED
+    return f"; known: {', '.join(names[:_LISTED])}{f' and {more} more' if more > 0 else ''}" if names else ""
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:

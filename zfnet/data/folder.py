@@ -106,7 +106,10 @@ def load_folder(data: FolderData) -> Splits:
 
 def _list_files(root: Path) -> _Listing:
     if not root.is_dir():
-        raise UserError(f"data.root={printable(root)}: there is no such folder")
+        problem = (
+            "is a file; name the folder that holds train/ and test/" if root.is_file() else "there is no such folder"
+        )
+        raise UserError(f"data.root={printable(root)}: {problem}")
     listing = _Listing(root)
     folders = _split_folders(root, listing)
     learned_from, below = folders.get("train") or folders["all"]

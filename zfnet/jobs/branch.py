@@ -99,7 +99,7 @@ class ForkJob(BranchJob):
         keeps = f"run={parent.folder} keeps the state of {epochs}"
         if self.epoch is None:
             raise UserError(f"job=fork needs job.epoch=N; {keeps}")
-        if self.epoch >= config.trainer.epochs:
+        if self.epoch in known:
             raise UserError(f"trainer.epochs={config.trainer.epochs}: must be more than job.epoch={self.epoch}")
         problem = f"job.epoch={self.epoch}: {keeps}"
         if self.epoch <= len(parent.read_history()):

@@ -465,6 +465,10 @@ def _print_results(config: Config, run: RunDirectory, results: dict[str, Any]) -
     names = [name for name in ("validation", "test") if results[name] and not (name == "test" and in_sweep())]
     for name in names:
         log_result(name, results[name])
+    best, last = results["best_epoch"], results["epochs"]
+    if best is not None and best < last:
+        parents = config.parent is not None and best <= config.parent.epoch
+        log.info("the weights are of epoch %d%s, the best of %d", best, " (the parent's)" * parents, last)
     if names:
         log_per_class(results[names[-1]])
     if config.trainer.test_each_epoch:

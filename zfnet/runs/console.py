@@ -198,7 +198,10 @@ def _misfit(override: Override, groups: Sequence[str], sweeps: bool) -> str | No
             return f"{key}: is not in conf/{group}/, but {str(target).rpartition('.')[2]} takes it: write +{word}"
     parent, _, last = key.rpartition(".")
     beside = {k.removeprefix(f"{parent}."): k for k in known if k.rpartition(".")[0] == parent}
-    if parent and beside:  # `optimizer.` itself is no likeness
+    longer = sorted((k for k in known if k.endswith(f".{key}")), key=len)
+    if longer:
+        suggestion = f"; did you mean '{longer[0]}'?"
+    elif parent and beside:  # `optimizer.` itself is no likeness
         close = difflib.get_close_matches(last, beside, n=1, cutoff=0.6)
         suggestion = f"; did you mean '{beside[close[0]]}'?" if close else did_you_mean("", beside.values())
     else:

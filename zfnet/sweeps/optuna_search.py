@@ -111,6 +111,9 @@ def make_sampler(settings: SearchSettings, trial: int) -> optuna.samplers.BaseSa
 
 def search_space(overrides: Sequence[Override]) -> dict[str, BaseDistribution]:
     """Return a distribution for each override that names several values; raise UserError if none does."""
+    for o in overrides:  # with a bound that is no number it is plain text to Hydra
+        if not o.is_sweep_override() and re.match(r"\W?(tag|interval|range)\(", o.get_value_element_as_str()):
+            raise UserError(f"{o.input_line}: is no space to search; its bounds must be numbers")
     space = {o.get_key_element(): _distribution(o) for o in overrides if o.is_sweep_override()}
     if not space:
         raise UserError(
