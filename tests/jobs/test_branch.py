@@ -81,6 +81,7 @@ def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, mon
     accuracies[1] = 0.3
     other = branch("three", "job=fork", "run=one", "job.epoch=1", "optimizer.lr=0.1", "trainer.epochs=3")
     assert other.read_json("results.json")["best_epoch"] == 1  # and not the parent's second
+    assert "the weights are of epoch 1 (the parent's), the best of 3" in branch.out
 
 
 @pytest.mark.parametrize("rule", ["stretch", "continue", "restart"])

@@ -43,6 +43,7 @@ hydra: {run: {dir: 'x/${job.name}'}}
     ("words", "expected"),
     [
         (["optimizer.lrr=0.1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
+        (["lr=0.1"], "lr: no such key; did you mean 'optimizer.lr'?"),
         (["trainer.epoch=3"], "trainer.epoch: no such key; did you mean 'trainer.epochs'?"),
         (["optimzer=sgd"], "optimzer: no such key; did you mean 'optimizer'?"),
         (["expriment=quickstart"], "expriment: no such key; did you mean 'experiment'?"),
