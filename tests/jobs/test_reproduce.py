@@ -52,7 +52,7 @@ def test_identical_whatever_todays_defaults_are(run_py, exact_run, tmp_path: Pat
     before = contents(exact_run.folder)
     answer = run_py("--config-path", tmp_path / "conf", "job=reproduce", f"run={exact_run.folder}")
     assert answer.code == 0, answer.err
-    assert "identical: every metric of 1 epochs" in answer.out
+    assert "identical: every metric of 1 epoch," in answer.out
     assert contents(exact_run.folder) == before
     (folder,) = tmp_path.glob("outputs/reproduce/*")
     comparison = json.loads((folder / "reproduction.json").read_text())

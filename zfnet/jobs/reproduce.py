@@ -100,7 +100,8 @@ def _log(comparison: dict[str, Any]) -> None:
         log.info("a variation of %s:", comparison["run"])
         _log_differences(variation)
     if comparison["identical"]:
-        log.info("identical: every metric of %d epochs, the results and the weights", comparison["epochs"])
+        epochs = f"{comparison['epochs']} epoch" + "s" * (comparison["epochs"] != 1)
+        log.info("identical: every metric of %s, the results and the weights", epochs)
         log.info("sha256 of the weights: %s…", comparison["weights_sha256"]["now"][:48])
     else:
         log.info("%s: %s", "differs" if variation else "NOT identical", _first(comparison))
