@@ -63,8 +63,6 @@ PLACEHOLDERS = {
     "<dir>": RUN,
     **{f"source={name}": "source=zfnet.pth" for name in ("alexnet", "zfnet512.onnx", "zfnet.safetensors")},
     "job.epoch=5": "job.epoch=1",
-    "job.images=24 job.units=12": "job.metrics=[stability]",
-    "job.images=16 job.units=10": "job.metrics=[stability]",
     "trainer.epochs=15": "trainer.epochs=3",
     "trainer.epochs=20": "trainer.epochs=3",
     "checkpoint_epochs=[5]": "checkpoint_epochs=[1]",

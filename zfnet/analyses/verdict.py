@@ -74,6 +74,7 @@ SCORES = {
     "parts": "predicts what a part does",
     "stability": "stable under ±1/255",
 }
+_SHORT = {"deletion": "delete", "insertion": "insert", "stability": "stable"}  # in 80 columns
 
 
 @dataclass(kw_only=True)
@@ -559,7 +560,7 @@ def _lines(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             continue
         most = max(row["n"] for row in of.values())
         yield f"{target}, n up to {most}: mean ± standard error, in hundredths; 0 chance, 100 best"
-        yield f"{'':10}" + "".join(f"{name[:7]:>8}" for name in columns)
+        yield f"{'':10}" + "".join(f"{_SHORT.get(name, name):>8}" for name in columns)
         for method in dict.fromkeys(key[0] for key in of):
             cells = []
             for measure in columns:
