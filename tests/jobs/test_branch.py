@@ -84,6 +84,14 @@ def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, mon
     assert "the weights are of epoch 1 (the parent's), the best of 3" in branch.out
 
 
+def test_fit_extends_a_run_in_python(tmp_path: Path) -> None:
+    train_minute(tmp_path / "one")
+    config = zfnet.compose(["job=extend", f"run={tmp_path / 'one'}", "trainer.epochs=3"])
+    run = zfnet.fit(config, tmp_path / "two")
+    assert [row["epoch"] for row in RunDirectory(tmp_path / "two").read_history()] == [1, 2, 3]
+    assert run.results["epochs"] == 3
+
+
 @pytest.mark.parametrize("rule", ["stretch", "continue", "restart"])
 def test_what_becomes_of_the_schedule_is_chosen_and_said(branch, tmp_path: Path, rule: str) -> None:
     words = ("scheduler=cosine", "optimizer.lr=0.04")
