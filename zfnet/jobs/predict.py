@@ -92,8 +92,9 @@ class PredictJob(Job):
                 "unreadable": [{"image": name, "error": error} for name, error in errors.items()],
             }
             run.write_json("predictions.json", content)
-            for name, error in errors.items():
-                log.warning("not read: %s: %s", shorten(name, 200), error)
+            if len(errors) > 1 or predictions:  # a single one is named below
+                for name, error in errors.items():
+                    log.warning("not read: %s: %s", shorten(name, 200), error)
             if not predictions:
                 raise _none_readable(errors)
             names, known = [p.name for p in predictions], [p.probabilities for p in predictions]
