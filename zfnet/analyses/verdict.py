@@ -406,9 +406,10 @@ def measure_ablation(study: Study) -> Iterator[Row]:
         accuracy, logits = torch.zeros(len(stats.dead)), torch.zeros(len(stats.dead), classes)
         for some in torch.arange(len(numbers)).split(100):
             ablation = Ablation(chain, to_inputs(loaded, images.pixels(numbers[some])), layer)
+            outputs = ablation.before.cpu()
             for number in ablation.active.any(0).nonzero().flatten().tolist():
                 rows, after = (values.cpu() for values in ablation.without(number))
-                truth, before = labels[some][rows], ablation.before.cpu()[rows]
+                truth, before = labels[some][rows], outputs[rows]
                 hit = (after.argmax(1) == truth).float() - (before.argmax(1) == truth).float()
                 accuracy[number] += hit.sum() / len(numbers)
                 change = (after - before).gather(1, truth[:, None])[:, 0]
@@ -522,9 +523,9 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def what_holds(target: str, differences: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return for each score the methods that beat the random picture, and which of these beat every baseline."""
     lines = []
-    for measure in (
-        m for m in SCORES if m not in ("weights", "stability")
-    ):  # there the random picture is no chance level
+    for measure in SCORES:
+        if measure in ("weights", "stability"):  # there the random picture is no chance level
+            continue
         of = [d for d in differences if (d["target"], d["measure"]) == (target, measure)]
         names = dict.fromkeys(d[end] for d in of for end in ("first", "second"))
         above: dict[str, set[str]] = {name: set() for name in names}

@@ -7,6 +7,7 @@ remove equal amounts (as regions in Samek et al. 2017).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -138,28 +139,37 @@ class Removal:
     filling: str = FILLINGS[0]
     blurred: Tensor | None = None
 
+    @property
+    def _extent(self) -> tuple[int, int]:
+        return self.frames.shape[2], self.frames.shape[3]
+
+    @functools.cached_property
+    def _cells(self) -> Tensor:
+        return box_cells(self.boxes, self._extent, self.side)
+
+    @functools.cached_property
+    def _points(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The points of noisy linear imputation, which of them hold pixels, and each pixel's place among them."""
+        fine = self.side * _FINE
+        points, known = cell_means(self.frames.cpu(), box_cells(self.boxes, self._extent, fine), fine**2)
+        places = _places_in_boxes(self.boxes, self._extent)
+        return points.unflatten(2, (fine, fine)), known.unflatten(1, (fine, fine)), places
+
     def __call__(self, item: Tensor, removed: Tensor) -> Tensor:
         """Return the numbers, float [B], on the CPU."""
-        extent = (self.frames.shape[2], self.frames.shape[3])
-        fine = self.side * _FINE
-        cells = box_cells(self.boxes, extent, self.side)
-        linear = self.filling == FILLINGS[2]
-        if linear:
-            points, known = cell_means(self.frames.cpu(), box_cells(self.boxes, extent, fine), fine**2)
-            points, known = points.unflatten(2, (fine, fine)), known.unflatten(1, (fine, fine))
-            where = _places_in_boxes(self.boxes, extent)
-        out = []
+        extent, out = self._extent, []
         for rows in torch.arange(len(item)).split(max(1, _CHUNK // (extent[0] * extent[1]))):
             at, gone = item[rows], removed[rows]
-            mine = cells[at].flatten(1)
+            mine = self._cells[at].flatten(1)
             hidden = (gone.gather(1, mine.clamp(min=0)) & (mine >= 0)).view(-1, 1, *extent).to(self.frames.device)
             frames = self.frames[at]
             if self.filling == FILLINGS[0]:
                 fill = torch.zeros_like(frames)
-            elif not linear:
+            elif self.filling == FILLINGS[1]:
                 assert self.blurred is not None
                 fill = self.blurred[at]
             else:
+                points, known, where = self._points
                 lost = gone.unflatten(1, (self.side, self.side)).repeat_interleave(_FINE, 1).repeat_interleave(_FINE, 2)
                 solved = impute(points[at], lost | ~known[at])
                 fill = F.grid_sample(solved, where[at], align_corners=False, padding_mode="border").to(frames)
