@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from tests.helpers import compose, tiny_model_config
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Conv, Linear, ModelConfig
-from zfnet.model.zfnet import ZFNet, feature_sizes, pool_of
+from zfnet.model.zfnet import CONV_LAYERS, ZFNet, feature_sizes, pool_of
 
 
 class BlogZFNet(nn.Module):
@@ -83,6 +84,19 @@ NONE34 = {"conv3": None, "conv4": None}
 def test_zfnet_table_3_variants(changes: dict, ten: int, thousand: int) -> None:
     assert parameters(10, ModelConfig(**changes)) == ten
     assert parameters(1000, ModelConfig(**changes)) == thousand
+
+
+@pytest.mark.parametrize(("width", "maps"), [(0.25, (24, 64, 96, 96, 64, 1024)), (1e-6, (1, 1, 1, 1, 1, 1))])
+def test_zfnet_width_scales_every_layer_but_the_classes(width: float, maps: tuple[int, ...]) -> None:
+    scaled = ModelConfig(fc6=Linear(maps[5]), fc7=Linear(maps[5]), norm="batch")
+    for layer, channels in zip(CONV_LAYERS, maps, strict=False):
+        setattr(scaled, layer, dataclasses.replace(getattr(scaled, layer), channels=channels))
+    shapes = [
+        {name: weight.shape for name, weight in ZFNet(10, 64, config).state_dict().items()}
+        for config in (ModelConfig(width=width, norm="batch"), scaled)
+    ]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["fc8.weight"] == (10, maps[5])
 
 
 def test_load_weights_of_the_blog_gives_its_logits() -> None:

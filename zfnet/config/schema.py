@@ -67,7 +67,10 @@ class Linear(Checked):
 
 @dataclass
 class ModelConfig(Checked):
-    """ZFNet (paper, Fig. 3). The defaults are the blog's; a null layer is left out (paper, Table 3)."""
+    """ZFNet (paper, Fig. 3). The defaults are the blog's; a null layer is left out (paper, Table 3).
+
+    width: factor of every layer's channels and features, but for the classes
+    """
 
     name: str = "zfnet"
     conv1: Conv = field(default_factory=lambda: Conv(96, 7, 2, 1, True))
@@ -82,6 +85,7 @@ class ModelConfig(Checked):
     pooling: Literal["pad", "ceil"] = "pad"
     init: Literal["default", "normal", "he"] = "default"
     rms_limit: Optional[Annotated[float, Field(gt=0)]] = None
+    width: Annotated[float, Field(gt=0, le=100)] = 1.0
 
 
 @dataclass(kw_only=True)

@@ -59,10 +59,11 @@ class ZFNet(nn.Module):
         for layer in FC_LAYERS:
             if (settings := getattr(config, layer)) is not None:
                 number = layer[-1]
-                self.add_module(layer, nn.Linear(features, settings.features))
+                width = self._wide(settings.features)
+                self.add_module(layer, nn.Linear(features, width))
                 self.add_module(f"relu{number}", nn.ReLU())
                 self.add_module(f"dropout{number}", Dropout(config.dropout))
-                features = settings.features
+                features = width
         self.fc8 = nn.Linear(features, num_classes)
         # the order of registration is the order of the forward pass
         self.steps = [name for name, _ in self.named_children()]
@@ -71,18 +72,20 @@ class ZFNet(nn.Module):
     def _add_convolution(self, layer: str, channels: int) -> int:
         """Register a layer's modules in forward order: convolution, [batch norm], ReLU, [pooling], [LRN]."""
         settings, number = getattr(self.config, layer), layer[-1]
-        self.add_module(
-            layer, nn.Conv2d(channels, settings.channels, settings.kernel_size, settings.stride, settings.padding)
-        )
+        width = self._wide(settings.channels)
+        self.add_module(layer, nn.Conv2d(channels, width, settings.kernel_size, settings.stride, settings.padding))
         if self.config.norm == "batch":
-            self.add_module(f"norm{number}", nn.BatchNorm2d(settings.channels))
+            self.add_module(f"norm{number}", nn.BatchNorm2d(width))
         self.add_module(f"relu{number}", nn.ReLU())
         if (pool := pool_of(self.config, layer)) is not None:
             self.add_module(f"pool{number}", pool)
         # the paper's Fig. 3: pool, then normalise
         if self.config.norm == "lrn" and layer in ("conv1", "conv2"):
             self.add_module(f"norm{number}", LocalResponseNorm())
-        return settings.channels
+        return width
+
+    def _wide(self, size: int) -> int:
+        return max(1, round(size * self.config.width))
 
     def _initialise(self) -> None:
         if self.config.init == "default":
