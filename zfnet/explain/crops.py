@@ -55,11 +55,12 @@ def project_frames(deconvnet: Deconvnet, inputs: Tensor, layer: str, units: Tens
 
 
 def view_units(
-    deconvnet: Deconvnet, images: ImageSet, data: DataConfig, layer: str, units: Tensor
+    deconvnet: Deconvnet, images: ImageSet, data: DataConfig, layer: str, units: Tensor, project: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Return projections [U, 3, s, s] and patches, uint8 [U, s, s, 3], of units (image, channel, y, x) of a set.
 
     A patch is grey outside the image. A field that is not square fills the upper left of its frame.
+    project: False leaves the projections at 0.
     """
     chain = deconvnet.chain
     device, side = next(chain.model.parameters()).device, frame_size(chain, layer)
@@ -77,7 +78,8 @@ def view_units(
         inputs = preprocess(images.pixels(group).to(device), data, channels_last=False)
         here = units[members].clone()
         here[:, 0] = torch.searchsorted(group, here[:, 0].contiguous())
-        projections[members, :, rows, columns] = project_frames(deconvnet, inputs, layer, here).cpu()
+        if project:
+            projections[members, :, rows, columns] = project_frames(deconvnet, inputs, layer, here).cpu()
         cut = take_windows(inputs.cpu(), here[:, 0], corners[members], extent)
         windows[members, :, rows, columns] = cut
     return projections, torch.where(inside, to_pixels(windows, data), GREY)

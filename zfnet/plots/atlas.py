@@ -15,6 +15,7 @@ tiles lead to the atlas's pages of the maps: `index.html#conv5/12`.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import json
@@ -81,18 +82,24 @@ def write_atlas(atlas: Atlas, folder: Path, after_file: Callable[[], None] = lam
                 _save(path, _sheet(atlas, folder / "maps" / layer, layer, kind), lossless=False)
             after_file()
     _write_images(atlas, folder / "images", after_file)
-    metadata = json.dumps(_page_data(atlas), separators=(",", ":")).replace("<", "\\u003c")
-    write_atomically(folder / "atlas.json", metadata)
-    page = (_PAGE / "page.html").read_text(encoding="utf-8")
+    metadata = _page_data(atlas)
+    write_atomically(folder / "atlas.json", json.dumps(metadata, separators=(",", ":")))
+    _write_page(folder / "index.html", "page", atlas.title, metadata)
+    return folder / "index.html"
+
+
+def _write_page(path: Path, name: str, title: str, metadata: Any) -> None:
+    """Fill in the template `name` and its script."""
+    page = (_PAGE / f"{name}.html").read_text(encoding="utf-8")
     for mark, text in (
-        ("title", html.escape(atlas.title)),
+        ("title", html.escape(title)),
         ("style", (_PAGE / "page.css").read_text(encoding="utf-8")),
-        ("script", (_PAGE / "page.js").read_text(encoding="utf-8")),
-        ("metadata", metadata),  # last: no text in the data is taken for a mark
+        ("script", (_PAGE / f"{name}.js").read_text(encoding="utf-8")),
+        # last: no text in the data is taken for a mark
+        ("metadata", json.dumps(metadata, separators=(",", ":")).replace("<", "\\u003c")),
     ):
         page = page.replace(f"<!-- {mark} -->", text)
-    write_atomically(folder / "index.html", page)
-    return folder / "index.html"
+    write_atomically(path, page)
 
 
 @dataclass(frozen=True)
@@ -148,9 +155,30 @@ def write_photographs(path: Path, photographs: Sequence[Photograph], title: str,
 
 def _inline(pixels: Tensor, side: int) -> str:
     """Return an image of pixels, uint8 [h, w, 3], as HTML, `side` wide."""
-    text = base64.b64encode(_encode(pixels.numpy(), lossless=len(pixels) <= _LOSSLESS)).decode()
     kind = ' class="pixels"' if len(pixels) < side // 2 else ""
-    return f'<img{kind} width="{side}" height="{side}" alt="" src="data:image/webp;base64,{text}">'
+    return f'<img{kind} width="{side}" height="{side}" alt="" src="{_address(pixels.numpy())}">'
+
+
+def _address(pixels: np.ndarray) -> str:
+    """Return an image of pixels, uint8 [h, w, 3], as an address that holds it."""
+    text = base64.b64encode(_encode(pixels, lossless=len(pixels) <= _LOSSLESS)).decode()
+    return f"data:image/webp;base64,{text}"
+
+
+def write_quiz(path: Path, trials: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> Path:
+    """Write the page that asks people, with its pictures in it, and return it.
+
+    trials: see `quiz_trials` of job=forced_choice, in the order in which they are asked
+    about: what the page says of them
+    """
+    asked = [
+        {**trial, "references": [[kind, _address(p)] for kind, p in trial["references"]]}
+        | {"queries": [_address(p) for p in trial["queries"]]}
+        for trial in trials
+    ]
+    number = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]  # a browser keeps the answers under it
+    _write_page(path, "quiz", str(about["title"]), {"id": number, **about, "trials": asked})
+    return path
 
 
 def write_single(folder: Path) -> Path:

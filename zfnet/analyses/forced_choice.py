@@ -1,0 +1,484 @@
+"""job=forced_choice: can somebody predict, from pictures of a feature map, which of two other images excites it more?
+
+The task is Borowski et al.'s (2021), who asked people; that a machine chooses, by the similarity of the pictures, is
+Zimmermann et al.'s (2024). Here the pictures are the deconvnet's projections and the patches that they come from, the
+machine is another network, and pictures of another map of the layer are the control. docs/verdict.md has the protocol.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from zfnet.config.errors import UserError
+from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits
+from zfnet.config.schema import Config, DataConfig, model_name
+from zfnet.data import Batches, ImageSet, preprocess
+from zfnet.explain.crops import frame_size, view_units
+from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
+from zfnet.explain.statistics import clustered
+from zfnet.model.chain import Chain
+from zfnet.model.layers import full_precision
+from zfnet.plots.atlas import find_atlas, write_quiz
+from zfnet.plots.figures import INK, PALETTE, SOFT, new_figure, save_figure, styled
+from zfnet.plots.pictures import mosaic, on_grey
+from zfnet.runs.directory import find_run
+from zfnet.runs.session import own_directory
+from zfnet.runs.tables import shorten
+from zfnet.runs.weights import load_model, weights_hash
+from zfnet.sweeps.significance import holm, t_test
+from zfnet.training.loaded import LoadedRun
+
+log = logging.getLogger("zfnet")
+
+ALL = "all"  # the layers together
+CHANCE = "chance"
+# what is shown of a map, and whether it is another map's
+CONDITIONS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "projections": (("projections",), False),
+    "patches": (("patches",), False),
+    "both": (("projections", "patches"), False),
+    "other_projections": (("projections",), True),
+    "other_patches": (("patches",), True),
+}
+NAMES = {"other_projections": "another map's projections", "other_patches": "another map's patches"}
+PAIRS = [
+    ("projections", "other_projections"),
+    ("patches", "other_patches"),
+    ("patches", "projections"),
+    ("both", "patches"),
+    ("both", "projections"),
+]
+_REGIONS = 3  # along each side of a map: the machine knows roughly where in a picture something is
+_QUIZ_SIDE = 128  # of a picture in the quiz, at most
+# people, on other images and another network (GoogLeNet, ImageNet): Borowski et al. 2021
+PUBLISHED: list[dict[str, Any]] = [
+    {"name": "people, natural images", "accuracy": 0.92, "error": 0.02, "source": "Borowski et al., ICLR 2021"},
+    {"name": "people, synthetic images", "accuracy": 0.82, "error": 0.04, "source": "Borowski et al., ICLR 2021"},
+]
+
+
+@dataclass(kw_only=True)
+class ForcedChoiceJob(Look):
+    """See conf/job/forced_choice.yaml."""
+
+    other: Optional[str]
+    layers: Optional[list[str]]
+    features: Optional[list[str]]
+    maps: Annotated[int, Field(ge=2)]
+    references: Annotated[int, Field(ge=1, le=100)]
+    trials: Annotated[int, Field(ge=1)]
+    extreme: Annotated[float, Field(gt=0, le=0.5)]
+    quiz: Annotated[int, Field(ge=0)]
+    pages: Optional[str]
+
+    def main(self, config: Config, output: Path) -> None:
+        """Ask the network `job.other` about the maps of `run=…`; write all to `output`, which must be new."""
+        if self.other is None:
+            raise UserError(
+                "job.other is not set: name a run that was trained independently, such as with another seed"
+            )
+        loaded = LoadedRun(config)
+        chain, deconvnet, weights = loaded.chain, Deconvnet(loaded.chain), weights_hash(loaded.model.state_dict())
+        layers = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
+        for layer in layers:
+            deconvnet.check(layer)
+        model, metadata = load_model(find_run(self.other).weights, config.imports)
+        if weights_hash(model.state_dict()) == weights:
+            raise UserError(
+                f"job.other={self.other}: has the weights of run={config.run}; who predicts must be another network"
+            )
+        there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
+        observer = Observer(there, metadata.data, pick_layers(there, "job.features", self.features, there.conv_layers))
+        page = find_atlas(weights, self.pages) if self.quiz else None
+        split = chosen_split(loaded)
+        images = split.images
+        order = permutation(make_key(config.seed, CONTROL, 30), len(images))
+        first, second = order[: len(images) // 2], order[len(images) // 2 :]
+        tenth = int(self.extreme * len(second))
+        if len(first) < self.references or tenth < self.trials:
+            needed = max(2 * self.references, 2 * math.ceil(self.trials / self.extreme))
+            raise UserError(
+                f"job.trials={self.trials}: needs {needed} images, half of them for references and {self.extreme:g} of "
+                f"the other half for each side of a pair; there are {len(images)} {split.name} images: choose another "
+                "job.split, fewer job.trials, or a larger job.extreme"
+            )
+        with own_directory(config, output) as run:
+            log.info("%s: %s; the choice is by %s", loaded.source.folder, ", ".join(layers), self.other)
+            whole = [layer for layer in layers if frame_size(chain, layer) == chain.image_size]
+            if whole:
+                log.info("%s: the receptive field is larger than the image; units see all of it", ", ".join(whole))
+            strongest = strongest_places(chain, loaded.batches(images), layers)
+            rows: list[dict[str, Any]] = []
+            quiz: list[dict[str, Any]] = []
+            for number, layer in enumerate(layers):
+                key = make_key(config.seed, CONTROL, 31, number)
+                trials = draw_trials(*strongest[layer], first, second, self, key)
+                if len(trials.maps) < 2:
+                    log.info("%s: no two maps are active in enough images, so it is left out", layer)
+                    continue
+                shown = Shown(deconvnet, images, loaded.data, layer, trials)
+                rows += trial_rows(layer, trials, choices(shown, observer))
+                quiz += quiz_trials(shown, self.quiz, key)
+            if not rows:
+                raise UserError(f"job.layers: in {', '.join(layers)} no two maps are active in enough images")
+            table, differences = accuracies(rows), compare_conditions(rows)
+            run.write_csv("forced_choice.csv", rows)
+            run.write_json(
+                "forced_choice.json",
+                {
+                    "run": str(loaded.source.folder),
+                    "weights": weights,
+                    "other": str(self.other),
+                    "split": split.name,
+                    "accuracy": table,
+                    "differences": differences,
+                    "published": PUBLISHED,
+                },
+            )
+            save_figure(draw_forced_choice(table), run.figures / "forced_choice.png")
+            log.info("\n".join([*_lines(table), *_holds(differences)]))
+            if quiz:
+                quiz = [quiz[n] for n in permutation(make_key(config.seed, CONTROL, 32), len(quiz)).tolist()]
+                title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
+                about: dict[str, Any] = {"title": title, "weights": weights, "layers": layers, "split": split.name}
+                about |= {"conditions": {name: NAMES.get(name, name) for name in CONDITIONS}, "published": PUBLISHED}
+                about |= {"atlas": None if page is None else os.path.relpath(page, run.folder)}
+                path = write_quiz(run.folder / "quiz.html", quiz, about)
+                log.info("try it yourself: open %s in a browser", path)
+            log.info("written to %s", run.folder)
+
+
+# ---- trials
+
+
+@torch.no_grad()
+@full_precision()
+def strongest_places(chain: Chain, batches: Batches, layers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return each map's strongest activation in each image, [N, C], and where it is, (y, x), int64 [N, C, 2]."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+    for batch in tqdm(batches.in_order(), "strongest places", len(batches), unit="batch", disable=None, leave=False):
+        for layer, maps in chain.activations(batch.images, layers).items():
+            value, place = maps.flatten(2).max(2)
+            width = maps.shape[3]
+            found[layer].append((value.cpu(), torch.stack((place // width, place % width), 2).cpu()))
+    return {layer: (torch.cat([v for v, _ in of]), torch.cat([p for _, p in of])) for layer, of in found.items()}
+
+
+@dataclass(frozen=True)
+class Trials:
+    """T pairs of queries for each of M maps of a layer, and the R references of each map.
+
+    maps: int64 [M]; references: int64 [M, R, 4], units (image, map, y, x), the strongest first
+    queries: int64 [M, T, 2, 4], the strong image and the weak one, both where the strong one is strongest
+    values: [M, T, 2], the map's strongest activation in the whole of each query
+    """
+
+    maps: Tensor
+    references: Tensor
+    queries: Tensor
+    values: Tensor
+
+
+def draw_trials(
+    values: Tensor, places: Tensor, first: Tensor, second: Tensor, job: ForcedChoiceJob, key: int
+) -> Trials:
+    """Draw up to `job.maps` maps, with references from the images `first` and queries from the images `second`.
+
+    values [N, C], places [N, C, 2]: see `strongest_places`. A map counts if it is active in all its references, and
+    in at least `job.trials` images of the strongest tenth (`job.extreme`) more than in any of the weakest. Of these
+    its strong queries are drawn, and the weak ones of the weakest tenth; of equal activations any may be in it.
+    """
+    tenth = int(job.extreme * len(second))
+    maps, references, queries, shown = [], [], [], []
+    for number in permutation(make_key(key, 0), values.shape[1]).tolist():
+        best = first[values[first, number].argsort(descending=True, stable=True)[: job.references]]
+        mixed = second[permutation(make_key(key, 1, number), len(second))]
+        order = mixed[values[mixed, number].argsort(descending=True, stable=True)]
+        strong, weak = order[:tenth], order[-tenth:]
+        strong = strong[values[strong, number] > values[weak, number].amax().clamp(min=0)]
+        if not bool((values[best, number] > 0).all()) or len(strong) < job.trials:
+            continue
+        strong = strong[permutation(make_key(key, 2, number), len(strong))[: job.trials]]
+        weak = weak[permutation(make_key(key, 3, number), len(weak))[: job.trials]]
+        pairs = torch.stack((strong, weak), 1)
+        at = places[strong, number][:, None].expand(-1, 2, -1)
+        maps.append(number)
+        references.append(_units(best, number, places[best, number]))
+        queries.append(_units(pairs, number, at))
+        shown.append(values[pairs, number])
+        if len(maps) == job.maps:
+            break
+    if not maps:
+        empty = torch.zeros(0, dtype=torch.int64)
+        return Trials(empty, empty, empty, empty)
+    return Trials(torch.tensor(maps), torch.stack(references), torch.stack(queries), torch.stack(shown))
+
+
+def _units(images: Tensor, number: int, places: Tensor) -> Tensor:
+    return torch.cat((images[..., None], torch.full_like(images, number)[..., None], places), -1)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The trials of a layer as pictures, uint8 [n, s, s, 3] with s the side of what a unit sees."""
+
+    deconvnet: Deconvnet
+    images: ImageSet
+    data: DataConfig
+    layer: str
+    trials: Trials
+
+    def references(self, place: int) -> dict[str, Tensor]:
+        """Return the projections and the patches of the map at `place` of the trials, [R, s, s, 3] each."""
+        units = self.trials.references[place]
+        projections, patches = view_units(self.deconvnet, self.images, self.data, self.layer, units)
+        return {"projections": on_grey(projections), "patches": patches}
+
+    def queries(self, place: int) -> Tensor:
+        """Return the queries of the map at `place`: [T, 2, s, s, 3]."""
+        units = self.trials.queries[place]
+        patches = view_units(self.deconvnet, self.images, self.data, self.layer, units.flatten(0, 1), project=False)[1]
+        return patches.unflatten(0, units.shape[:2])
+
+
+# ---- the machine that chooses
+
+
+class Observer:
+    """A network that compares pictures by its features: each map of a layer, averaged over 3×3 regions."""
+
+    def __init__(self, chain: Chain, data: DataConfig, layers: Sequence[str]) -> None:
+        self.chain, self.layers = chain, layers
+        self.data = replace(data, crop_size=None)  # it sees the whole picture
+        self.device = next(chain.model.parameters()).device
+
+    @torch.no_grad()
+    @full_precision()
+    def features(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Return each layer's features [n, 9 · channels] of pictures, uint8 [n, s, s, 3]; of a linear layer all."""
+        inputs = preprocess(pictures.to(self.device), self.data, channels_last=False)
+        outputs = self.chain.activations(inputs, self.layers)
+        return {
+            layer: (F.adaptive_avg_pool2d(maps, _REGIONS) if maps.ndim > 2 else maps).flatten(1).cpu()
+            for layer, maps in outputs.items()
+        }
+
+
+def choices(shown: Shown, observer: Observer) -> dict[str, Tensor]:
+    """Return for each condition whether each choice is right: [M, T], 1 or 0, and 0.5 where both are alike."""
+    found: dict[str, list[dict[str, Tensor]]] = {"projections": [], "patches": [], "queries": []}
+    count = len(shown.trials.maps)
+    for place in tqdm(range(count), f"choices: {shown.layer}", unit="map", disable=None, leave=False):
+        for kind, pictures in shown.references(place).items():
+            found[kind].append(observer.features(pictures))
+        found["queries"].append(observer.features(shown.queries(place).flatten(0, 1)))
+    stacked = {
+        kind: {layer: torch.stack([of[layer] for of in every]) for layer in observer.layers}
+        for kind, every in found.items()
+    }
+    return choose(stacked)
+
+
+def choose(features: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Choose, in each condition, the query whose features are more like those of the references; see `choices`.
+
+    features: of `projections` and `patches` [M, R, D], and of `queries` [M, 2·T, D], by layer of the observer. The
+    similarity is the cosine, averaged over references and layers, of features less the mean of all pictures of their
+    kind (projections; patches and queries): what all pictures share tells nothing.
+    """
+    similar: dict[str, Tensor] = {}
+    for layer, queries in features["queries"].items():
+        patches = features["patches"][layer]
+        natural = torch.cat((queries.flatten(0, 1), patches.flatten(0, 1))).mean(0)
+        asked = F.normalize(queries - natural, dim=-1)
+        for kind, mean in (("patches", natural), ("projections", features["projections"][layer].mean((0, 1)))):
+            own = F.normalize(features[kind][layer] - mean, dim=-1).mean(1)
+            for name, shown in ((kind, own), (f"other_{kind}", own.roll(-1, 0))):
+                value = (asked * shown[:, None]).sum(-1).unflatten(1, (-1, 2))
+                similar[name] = similar.get(name, 0) + value
+    similar["both"] = similar["projections"] + similar["patches"]
+    return {name: 0.5 + 0.5 * (similar[name][..., 0] - similar[name][..., 1]).sign() for name in CONDITIONS}
+
+
+# ---- the report
+
+
+def trial_rows(layer: str, trials: Trials, right: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Return a row for each trial: its queries, and whether the choice is right in each condition."""
+    count, each = right["both"].shape
+    strong, weak = trials.queries.flatten(0, 1).unbind(1)
+    values = trials.values.flatten(0, 1)
+    return to_rows(
+        layer=[layer] * len(strong),
+        map=strong[:, 1].tolist(),
+        trial=list(range(1, each + 1)) * count,
+        strong=strong[:, 0].tolist(),
+        weak=weak[:, 0].tolist(),
+        y=strong[:, 2].tolist(),
+        x=strong[:, 3].tolist(),
+        strong_activation=[f"{v:.6g}" for v in values[:, 0].tolist()],
+        weak_activation=[f"{v:.6g}" for v in values[:, 1].tolist()],
+        **{name: right[name].flatten().tolist() for name in CONDITIONS},
+    )
+
+
+def _targets(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
+    """Return, for each layer and for all, each condition's values and the maps that they are of, which are clusters."""
+    names = list(dict.fromkeys(row["layer"] for row in rows))
+    targets = {}
+    for target in [*names, ALL] if len(names) > 1 else names:
+        of = [row for row in rows if target in (ALL, row["layer"])]
+        known = {pair: n for n, pair in enumerate(dict.fromkeys((row["layer"], row["map"]) for row in of))}
+        values = {name: torch.tensor([row[name] for row in of]).double() for name in CONDITIONS}
+        targets[target] = values, torch.tensor([known[row["layer"], row["map"]] for row in of])
+    return targets
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return accuracy and standard error of each layer and condition; the errors are those of maps."""
+    table = []
+    for target, (values, maps) in _targets(rows).items():
+        for name in CONDITIONS:
+            row = clustered(values[name], maps)
+            table.append(
+                {"layer": target, "condition": name, "accuracy": row["mean"], "se": row["se"]}
+                | {"trials": row["n"], "maps": row["clusters"]}
+            )
+    return table
+
+
+def compare_conditions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Test each condition against chance and the pairs of PAIRS, map by map (paired t-tests).
+
+    p_holm is corrected for the tests of one layer (Holm 1979).
+    """
+    found = []
+    for target, (values, maps) in _targets(rows).items():
+        family: list[dict[str, Any]] = []
+        for first, second in [*((name, CHANCE) for name in CONDITIONS), *PAIRS]:
+            of = clustered(values[first] - (0.5 if second == CHANCE else values[second]), maps)
+            mean, error, clusters = of["mean"], of["se"], of["clusters"]
+            if error and clusters and mean is not None:
+                p = t_test(mean / error, clusters - 1)
+                family.append(
+                    {"layer": target, "first": first, "second": second, "difference": mean, "se": error, "p": p}
+                )
+        corrected = holm([row["p"] for row in family])
+        found += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
+    return found
+
+
+def _lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the table of the terminal, at most 80 columns wide."""
+    of = {(row["layer"], row["condition"]): row for row in table}
+    layers = list(dict.fromkeys(row["layer"] for row in table))
+    lines = ["right choices in percent ± standard error (by maps); 50 is chance"]
+    lines.append(f"{'':26}" + "".join(f"{shorten(layer, 8):>9}" for layer in layers))
+    for name in CONDITIONS:
+        cells = []
+        for layer in layers:
+            row = of[layer, name]
+            error = "" if row["se"] is None else f"±{100 * row['se']:.0f}"
+            cells.append(f"{100 * row['accuracy']:.0f}{error}")
+        lines.append(f"{NAMES.get(name, name):26}" + "".join(f"{cell:>9}" for cell in cells))
+    lines += [f"{p['name']:26}{100 * p['accuracy']:.0f}±{100 * p['error']:.0f} ({p['source']})" for p in PUBLISHED]
+    return lines
+
+
+def _holds(differences: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what the paired tests of the last target, which is all layers where there are several, say."""
+    lines = [f"paired t-tests by map, p after Holm ({differences[-1]['layer']}):"] if differences else []
+    for row in differences:
+        if row["layer"] == differences[-1]["layer"]:
+            names = " − ".join(NAMES.get(row[end], row[end]) for end in ("first", "second"))
+            lines.append(f"  {names}: {100 * row['difference']:+.1f} ± {100 * row['se']:.1f}, p {row['p_holm']:.2g}")
+    return lines
+
+
+@styled
+def draw_forced_choice(table: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the accuracy of each condition by layer, with standard errors, beside chance and people's."""
+    layers = [name for name in dict.fromkeys(row["layer"] for row in table) if name != ALL]
+    figure = new_figure(figsize=(9, 5))
+    axis = figure.subplots()
+    for number, name in enumerate(CONDITIONS):
+        rows = [row for row in table if row["condition"] == name and row["layer"] in layers]
+        control = CONDITIONS[name][1]
+        colour = PALETTE[list(CONDITIONS).index(name.removeprefix("other_"))]
+        x = [k + (number - 2) * 0.05 for k in range(len(layers))]
+        axis.errorbar(
+            *(x, [100 * row["accuracy"] for row in rows], [100 * (row["se"] or 0) for row in rows]),
+            color=colour,
+            marker="o",
+            ls=":" if control else "-",
+            mfc="white" if control else colour,
+            label=NAMES.get(name, name),
+        )
+    axis.axhline(50, color=INK, lw=0.8, ls="--")
+    end = len(layers) - 0.4
+    axis.text(end, 50, "chance", va="center")
+    for row in PUBLISHED:
+        axis.axhline(100 * row["accuracy"], color=SOFT, lw=0.8, ls="--")
+        words = f"{row['name']},\n{100 * row['accuracy']:.0f} ± {100 * row['error']:.0f} %\n({row['source']})"
+        axis.text(end, 100 * row["accuracy"], words, va="center", color=SOFT, fontsize=8)
+    axis.set_xticks(range(len(layers)), layers)
+    axis.set(xlim=(-0.5, len(layers) - 0.5), ylim=(30, 101), ylabel="right choices, % ± standard error by maps")
+    axis.set_title("Which of two images excites the map more? Chosen by another network, given")
+    figure.legend(loc="outside lower center", ncols=5)
+    return figure
+
+
+# ---- the quiz
+
+
+def quiz_trials(shown: Shown, count: int, key: int) -> list[dict[str, Any]]:
+    """Return `count` trials of each condition for the page: different maps as long as there are some.
+
+    Each has its layer, map, condition, the pictures that are shown, which query excites the map more (0: left,
+    1: right), and the activations, left and right.
+    """
+    trials, found = shown.trials, []
+    maps, pairs = trials.queries.shape[:2]
+    wanted = [name for name in CONDITIONS for _ in range(count)]
+    right = (random_bits(make_key(key, 4), torch.arange(len(wanted))) & 1).tolist()
+    for number, (name, answer) in enumerate(zip(wanted, right, strict=True)):
+        place, pair = number % maps, number // maps % pairs
+        kinds, of_other = CONDITIONS[name]
+        references = shown.references((place + 1) % maps if of_other else place)
+        columns = math.ceil(math.sqrt(len(references["patches"])))
+        queries, values = shown.queries(place)[pair], trials.values[place, pair]
+        order = [answer, 1 - answer]  # the strong one is the first
+        found.append(
+            {
+                "layer": shown.layer,
+                "map": int(trials.maps[place]),
+                "condition": name,
+                "references": [(kind, mosaic(_shrink(references[kind]), columns, gap=2)) for kind in kinds],
+                "queries": list(_shrink(queries)[order].numpy()),
+                "answer": answer,
+                "values": [float(f"{v:.3g}") for v in values[order].tolist()],
+            }
+        )
+    return found
+
+
+def _shrink(pictures: Tensor) -> Tensor:
+    """Return pictures, uint8 [n, s, s, 3], with sides of at most _QUIZ_SIDE."""
+    if pictures.shape[1] <= _QUIZ_SIDE:
+        return pictures
+    planes = pictures.permute(0, 3, 1, 2)
+    return F.interpolate(planes, (_QUIZ_SIDE, _QUIZ_SIDE), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
