@@ -108,14 +108,16 @@ class ForcedChoiceJob(Look):
         images = split.images
         order = permutation(make_key(config.seed, CONTROL, 30), len(images))
         first, second = order[: len(images) // 2], order[len(images) // 2 :]
-        tenth = int(self.extreme * len(second))
-        if len(first) < self.references or tenth < self.trials:
-            needed = max(2 * self.references, 2 * math.ceil(self.trials / self.extreme))
-            raise UserError(
-                f"job.trials={self.trials}: needs {needed} images, half of them for references and {self.extreme:g} of "
-                f"the other half for each side of a pair; there are {len(images)} {split.name} images: choose another "
-                "job.split, fewer job.trials, or a larger job.extreme"
-            )
+        for name, needed in (
+            (f"job.references={self.references}", 2 * self.references),
+            (f"job.trials={self.trials}", 2 * math.ceil(self.trials / self.extreme)),
+        ):
+            if needed > len(images):
+                raise UserError(
+                    f"{name}: needs {needed} images, half of them for references and, of the other half, "
+                    f"{self.extreme:g} for each side of the pairs; there are {len(images)} {split.name} images: choose "
+                    "another job.split, a smaller number or, of trials, a larger job.extreme"
+                )
         with own_directory(config, output) as run:
             log.info("%s: %s; the choice is by %s", loaded.source.folder, ", ".join(layers), self.other)
             whole = [layer for layer in layers if frame_size(chain, layer) == chain.image_size]
@@ -202,7 +204,7 @@ def draw_trials(
     in at least `job.trials` images of the strongest tenth (`job.extreme`) more than in any of the weakest. Of these
     its strong queries are drawn, and the weak ones of the weakest tenth; of equal activations any may be in it.
     """
-    tenth = int(job.extreme * len(second))
+    tenth = round(job.extreme * len(second))
     maps, references, queries, shown = [], [], [], []
     for number in permutation(make_key(key, 0), values.shape[1]).tolist():
         best = first[values[first, number].argsort(descending=True, stable=True)[: job.references]]
@@ -437,7 +439,7 @@ def draw_forced_choice(table: Sequence[Mapping[str, Any]]) -> Figure:
         axis.text(end, 100 * row["accuracy"], words, va="center", color=SOFT, fontsize=8)
     axis.set_xticks(range(len(layers)), layers)
     axis.set(xlim=(-0.5, len(layers) - 0.5), ylim=(30, 101), ylabel="right choices, % ± standard error by maps")
-    axis.set_title("Which of two images excites the map more? Chosen by another network, given")
+    axis.set_title("Which of two images excites the map more? Chosen by another network from its pictures")
     figure.legend(loc="outside lower center", ncols=5)
     return figure
 

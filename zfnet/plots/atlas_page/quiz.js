@@ -81,7 +81,7 @@ function show() {
     return;
   }
   $("number").textContent = `Question ${answers.length + 1} of ${quiz.trials.length}: `
-    + "these are a map's strongest. Which image below excites it more?";
+    + "these are a map's strongest. Which of the two excites it more?";
   for (const [kind, source] of trial.references) {
     const figure = make("figure", {});
     const image = make("img", { alt: kind });
