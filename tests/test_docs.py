@@ -22,6 +22,7 @@ from tests.helpers import MINUTE, tiny_model_config, write_images
 from zfnet.config.schema import Config
 from zfnet.jobs.train import compose
 from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
+from zfnet.runs.weights import save_model
 from zfnet.training.build import check_recipe
 
 README = ROOT / "README.md"
@@ -46,6 +47,9 @@ EXTRA = {  # words that make a job cheap, or possible with 80 images
     "attribution": ["job.boxed_images=2"],
     "correspondence": ["job.split=train", "job.places=99"],
     "deconvnet": ["job.maps=4", "job.ablation=2"],
+    "forced_choice": [
+        *("job.split=train", "job.maps=2", "job.references=2", "job.trials=2", "job.extreme=0.5", "job.quiz=1")
+    ],
     "import": [  # `small_zfnet`
         *(f"model.conv{n}.channels={channels}" for n, channels in enumerate((4, 6, 5, 5, 6), 1)),
         *("model.fc6.features=12", "model.fc7.features=11", "data.image_size=64"),
@@ -61,6 +65,7 @@ RUN = "outputs/train/first"
 PLACEHOLDERS = {
     "job.sweep=<dir>": "job.sweep=outputs/sweeps/lr",
     "<dir>": RUN,
+    "<other>": "other",
     **{f"source={name}": "source=zfnet.pth" for name in ("alexnet", "zfnet512.onnx", "zfnet.safetensors")},
     "job.epoch=5": "job.epoch=1",
     "trainer.epochs=15": "trainer.epochs=3",
@@ -145,7 +150,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(sys, "argv", [str(ROOT / "run.py"), *SMALL, f"hydra.run.dir={RUN}"])
         runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
     shutil.copytree(folder / RUN, folder / "outputs/sweeps/lr/seed=0")
-    classes = zfnet.load_run(folder / RUN).classes[:2]
+    shutil.copytree(folder / RUN, folder / "other")
+    other = zfnet.load_run(folder / "other")  # stands for another seed's
+    with torch.no_grad():
+        other.model.conv1.weight.neg_()
+    (folder / "other/results.json").unlink()
+    save_model(folder / "other/model.safetensors", other.model, other.metadata)
+    classes = other.classes[:2]
     for split, count in (("train", 2), ("test", 1)):
         write_images(folder / "photos" / split, dict.fromkeys(classes, count), size=70)
     for name in ("scans", "dogs"):

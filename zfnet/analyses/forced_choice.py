@@ -96,6 +96,7 @@ class ForcedChoiceJob(Look):
         layers = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
         for layer in layers:
             deconvnet.check(layer)
+        whole = [layer for layer in layers if frame_size(chain, layer) == chain.image_size]
         model, metadata = load_model(find_run(self.other).weights, config.imports)
         if weights_hash(model.state_dict()) == weights:
             raise UserError(
@@ -120,7 +121,6 @@ class ForcedChoiceJob(Look):
                 )
         with own_directory(config, output) as run:
             log.info("%s: %s; the choice is by %s", loaded.source.folder, ", ".join(layers), self.other)
-            whole = [layer for layer in layers if frame_size(chain, layer) == chain.image_size]
             if whole:
                 log.info("%s: the receptive field is larger than the image; units see all of it", ", ".join(whole))
             strongest = strongest_places(chain, loaded.batches(images), layers)
@@ -139,18 +139,9 @@ class ForcedChoiceJob(Look):
                 raise UserError(f"job.layers: in {', '.join(layers)} no two maps are active in enough images")
             table, differences = accuracies(rows), compare_conditions(rows)
             run.write_csv("forced_choice.csv", rows)
-            run.write_json(
-                "forced_choice.json",
-                {
-                    "run": str(loaded.source.folder),
-                    "weights": weights,
-                    "other": str(self.other),
-                    "split": split.name,
-                    "accuracy": table,
-                    "differences": differences,
-                    "published": PUBLISHED,
-                },
-            )
+            origin = {"run": str(loaded.source.folder), "weights": weights, "other": self.other, "split": split.name}
+            numbers = {"accuracy": table, "differences": differences, "published": PUBLISHED}
+            run.write_json("forced_choice.json", {**origin, **numbers})
             save_figure(draw_forced_choice(table), run.figures / "forced_choice.png")
             log.info("\n".join([*_lines(table), *_holds(differences)]))
             if quiz:
@@ -407,7 +398,8 @@ def _holds(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in differences:
         if row["layer"] == differences[-1]["layer"]:
             names = " − ".join(NAMES.get(row[end], row[end]) for end in ("first", "second"))
-            lines.append(f"  {names}: {100 * row['difference']:+.1f} ± {100 * row['se']:.1f}, p {row['p_holm']:.2g}")
+            p = f"= {row['p_holm']:.2g}" if row["p_holm"] >= 0.001 else "< 0.001"
+            lines.append(f"  {names}: {100 * row['difference']:+.1f} ± {100 * row['se']:.1f}, p {p}")
     return lines
 
 
