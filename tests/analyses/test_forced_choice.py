@@ -39,8 +39,11 @@ from zfnet.plots.atlas import write_quiz
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import load_model, save_model
 
-GENERATOR = torch.Generator().manual_seed(0)
 SIZE = 8
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def settings(**changes) -> SimpleNamespace:
@@ -65,7 +68,7 @@ def colour_network(signs: Tensor) -> Chain:
 @pytest.fixture(scope="module")
 def colours() -> Shown:
     """Trials of the three maps of a network that sees red, green and blue, on 400 images of one colour each."""
-    pixels = torch.randint(0, 256, (400, 1, 1, 3), dtype=torch.uint8, generator=GENERATOR)
+    pixels = torch.randint(0, 256, (400, 1, 1, 3), dtype=torch.uint8, generator=generator())
     images = image_set(pixels.expand(-1, SIZE, SIZE, -1).numpy(), torch.zeros(400), ["one"])
     data = data_config(image_size=SIZE, batch_size=50, mean=[0.5] * 3, std=[0.5] * 3)
     chain = colour_network(torch.ones(3))
@@ -96,11 +99,11 @@ def test_shown_pictures_are_what_the_units_see(colours: Shown) -> None:
 
 
 def test_draw_trials_keeps_references_and_queries_apart() -> None:
-    values = torch.rand(300, 6, generator=GENERATOR)
+    values = torch.rand(300, 6, generator=generator())
     values[:, 1] = 0  # never active
     values[19::2, 2] = 0  # active in nine of the images for queries, too few for ten trials
     values[torch.arange(300) % 7 != 0, 3] = 0  # active in few, and the weakest tenth is zero
-    places = torch.randint(0, 5, (300, 6, 2), generator=GENERATOR)
+    places = torch.randint(0, 5, (300, 6, 2), generator=generator())
     first, second = torch.arange(300).view(150, 2).T
     trials = draw_trials(values, places, first, second, settings(), 0)
     assert sorted(trials.maps.tolist()) == [0, 3, 4, 5]
@@ -126,11 +129,11 @@ def test_draw_trials_keeps_references_and_queries_apart() -> None:
 @pytest.fixture
 def features() -> dict[str, dict[str, Tensor]]:
     """40 maps with a direction each, of which the strong queries and the patches have a share."""
-    own = torch.eye(40)
+    own, numbers = torch.eye(40), generator()
     found = {
-        "projections": torch.randn(40, 9, 40, generator=GENERATOR),  # these know nothing
-        "patches": 3 * own[:, None] + 0.1 * torch.randn(40, 9, 40, generator=GENERATOR),
-        "queries": 0.2 * torch.randn(40, 20, 40, generator=GENERATOR),
+        "projections": torch.randn(40, 9, 40, generator=numbers),  # these know nothing
+        "patches": 3 * own[:, None] + 0.1 * torch.randn(40, 9, 40, generator=numbers),
+        "queries": 0.2 * torch.randn(40, 20, 40, generator=numbers),
     }
     found["queries"][:, ::2] += own[:, None]
     return {kind: {"layer": values} for kind, values in found.items()}
@@ -271,7 +274,7 @@ def another(tiny_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) ->
     model, metadata = load_model(tiny_run.weights)
     with torch.no_grad():
         for value in model.parameters():
-            value.copy_(value.flatten()[torch.randperm(value.numel(), generator=GENERATOR)].view_as(value))
+            value.copy_(value.flatten()[torch.randperm(value.numel(), generator=generator())].view_as(value))
     (folder / "results.json").unlink()
     save_model(folder / "model.safetensors", model, metadata)
     return folder
