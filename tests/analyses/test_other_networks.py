@@ -94,6 +94,13 @@ def test_analysis_of_a_users_network(
     assert list(Path("out/figures").glob("*.png"))
 
 
+def test_forced_choice_of_a_users_network_by_ours(run_py, nested: RunDirectory, tiny_run: RunDirectory) -> None:
+    few = ("job.split=train", "job.maps=2", "job.references=2", "job.trials=2", "job.quiz=1", "imports=[tests]")
+    answer = run_py("job=forced_choice", f"run={nested.folder}", f"job.other={tiny_run.folder}", *few)
+    assert answer.code == 0, answer.err
+    assert f"{FIRST}: " not in answer.out  # no layer is left out
+
+
 def test_analysis_without_the_import_asks_for_it(run_py, nested: RunDirectory) -> None:
     answer = run_py("job=filters", f"run={nested.folder}", "hydra.run.dir=out")
     assert answer.code == 1
@@ -135,7 +142,7 @@ def test_a_module_without_a_rule_is_refused_before_the_work(run_py, tmp_path: Pa
     assert run_py("job=filters", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out").code == 0
 
 
-def test_a_residual_network_is_refused_by_name(run_py, tmp_path: Path) -> None:
+def test_a_residual_network_is_refused_by_name(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:
     run = train_other(tmp_path / "run", Residual, "trainer.epochs=1")
     for job in ("deconvnet", "evolution", "filters", "invariance", "occlusion", "attribution", "verdict"):
         answer = run_py(f"job={job}", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
@@ -143,4 +150,6 @@ def test_a_residual_network_is_refused_by_name(run_py, tmp_path: Path) -> None:
         assert answer.err.count("\n") == 1, answer.err
         assert f"job={job}: Residual is not a chain of layers: the input of head.0" in answer.err
         assert not Path("out").exists()
+    words = (f"run={tiny_run.folder}", f"job.other={run.folder}", "imports=[tests]")
+    assert f"job.other={run.folder}: is not a chain of layers: the input" in run_py("job=forced_choice", *words).err
     assert run_py("job=evaluate", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out").code == 0

@@ -102,7 +102,10 @@ class ForcedChoiceJob(Look):
             raise UserError(
                 f"job.other={self.other}: has the weights of run={config.run}; who predicts must be another network"
             )
-        there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
+        try:
+            there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
+        except UserError as error:
+            raise UserError(f"job.other={self.other}: is not a chain of layers: {error}") from error
         observer = Observer(there, metadata.data, pick_layers(there, "job.features", self.features, there.conv_layers))
         page = find_atlas(weights, self.pages) if self.quiz else None
         split = chosen_split(loaded)
