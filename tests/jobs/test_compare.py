@@ -10,22 +10,13 @@ import pytest
 
 from tests.sweeps.test_summary import write_job
 from zfnet.config.errors import UserError
-from zfnet.jobs.compare import (
-    Comparison,
-    Trained,
-    compare,
-    draw_comparison,
-    find_trainings,
-    group,
-    read_run,
-    to_page,
-    to_text,
-)
+from zfnet.jobs.compare import Comparison, compare, draw_comparison, find_trainings, group, to_page, to_text
 from zfnet.runs.directory import RunDirectory
+from zfnet.sweeps.summary import Trained, read_training
 
 
 def comparison_of(*folders: Path) -> Comparison:
-    return compare(group([read_run(run) for run in find_trainings([str(f) for f in folders])]))
+    return compare(group([read_training(run, str(run.folder)) for run in find_trainings([str(f) for f in folders])]))
 
 
 def rows_of(comparison: Comparison, title: str) -> list[list[str]]:
@@ -37,7 +28,7 @@ def trained(lr: float, seed: int, accuracy: float) -> Trained:
     history = [{"epoch": e, "train_loss": lr / e, "validation_accuracy": accuracy} for e in (1, 2)]
     settings = {"optimizer.lr": lr}
     results = {"validation": {"accuracy": accuracy}}
-    return Trained(f"lr={lr}", "done", {**settings, "seed": seed}, settings, seed, {}, results, history)
+    return Trained(f"lr={lr}", "done", None, {**settings, "seed": seed}, settings, seed, {}, results, history)
 
 
 def test_compare_shows_only_what_differs(tmp_path: Path) -> None:
@@ -103,7 +94,7 @@ def test_compare_of_many_settings_tests_all_pairs_and_shows_the_best() -> None:
 
 def test_test_accuracies_are_compared_only_where_asked(tmp_path: Path) -> None:
     runs = [write_job(tmp_path, f"optimizer.lr={n}", accuracy=0.5, test=n / 10) for n in (1, 2)]
-    groups = group([read_run(run) for run in runs])
+    groups = group([read_training(run, str(run.folder)) for run in runs])
     assert "test" not in json.dumps(compare(groups).to_dict()["sections"][2])
     assert rows_of(compare(groups, "test"), "Results")[1] == ["test accuracy", "10.00 %", "20.00 %"]
 

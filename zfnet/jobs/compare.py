@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import glob
 import html
 import itertools
@@ -19,22 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, Job, flatten, result_keys
-from zfnet.plots.figures import PALETTE, new_figure, plain, save_figure, styled
-from zfnet.runs.compare import first_difference, surroundings
+from zfnet.config.schema import Config, Job
+from zfnet.plots.figures import PALETTE, epoch_axis, new_figure, plain, plot_history, save_figure, styled
+from zfnet.runs.compare import first_difference
 from zfnet.runs.directory import RunDirectory, find_run, list_runs, remove_if_empty, write_atomically
 from zfnet.runs.session import own_directory
 from zfnet.runs.tables import format_table, shorten
 from zfnet.sweeps.callback import summarize
 from zfnet.sweeps.significance import LEVEL, Difference, difference, holm
-from zfnet.sweeps.summary import ABSENT, format_value, swept_keys
+from zfnet.sweeps.summary import ABSENT, Trained, format_value, read_training, swept_keys
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_PAIRS = 10  # tests that are shown; of more, those of the best group
-_NO_SETTING = ("job", "run", "runs", "parent", "images", "imports", "logger")
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -60,7 +58,7 @@ class CompareJob(Job):
                 raise UserError(f"job.sweep={folder}: there is no training run in it")
             print(text)
             return
-        groups = group([read_run(run) for run in find_trainings(config.runs)])
+        groups = group([read_training(run, str(run.folder)) for run in find_trainings(config.runs)])
         comparison = compare(groups, self.split)
         with own_directory(config, output) as run:
             figure = draw_comparison(groups, comparison.split)
@@ -72,25 +70,6 @@ class CompareJob(Job):
 
 
 # -- what is compared
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One training. `config`: flat dotted keys; `settings`: those that its result depends on, without the seed."""
-
-    folder: str
-    state: str
-    config: dict[str, Any]
-    settings: dict[str, Any]
-    seed: Any
-    environment: dict[str, Any]
-    results: dict[str, Any]
-    history: list[dict[str, float | None]]
-
-    def metric(self, split: str, name: str) -> float | None:
-        metrics = self.results.get(split)
-        value = metrics.get(name) if isinstance(metrics, dict) else None
-        return float(value) if isinstance(value, (int, float)) else None
 
 
 @dataclass(frozen=True)
@@ -133,27 +112,6 @@ def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
     return list(found.values())
 
 
-def read_run(run: RunDirectory) -> Trained:
-    """Read a training's record; a file that is damaged or not there yet counts as empty."""
-    recorded = run.plain_config()
-    history: list[dict[str, float | None]] = []
-    results: Any = {}
-    with contextlib.suppress(UserError):
-        history = run.read_history()
-        results = run.read_json("results.json")
-    settings = flatten(result_keys({key: value for key, value in recorded.items() if key != "parent"}))
-    return Trained(
-        str(run.folder),
-        run.state,
-        flatten({key: value for key, value in recorded.items() if key not in _NO_SETTING}),
-        {key: value for key, value in settings.items() if key != "seed"},
-        settings.get("seed"),
-        surroundings(run),
-        results if isinstance(results, dict) else {},
-        history,
-    )
-
-
 def group(runs: Sequence[Trained]) -> list[Group]:
     """Put runs together that differ in nothing but the seed, if there are at least two such settings.
 
@@ -162,7 +120,8 @@ def group(runs: Sequence[Trained]) -> list[Group]:
     """
     settings: dict[str, list[Trained]] = {}
     for run in runs:
-        settings.setdefault(json.dumps(run.settings, sort_keys=True, default=str), []).append(run)
+        own = {key: value for key, value in run.settings.items() if not key.startswith("parent.")}
+        settings.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(run)
     groups = list(settings.values())
     if len(groups) < 2 or any(len({str(r.seed) for r in members}) < len(members) for members in groups):
         groups = [[run] for run in runs]
@@ -248,9 +207,9 @@ def _short_hash(text: str) -> str:
 def _describe(g: Group) -> str:
     if len(g.runs) == 1:
         state = g.runs[0].state
-        return g.runs[0].folder + ("" if state == "done" else f" ({state})")
+        return g.runs[0].name + ("" if state == "done" else f" ({state})")
     seeds = ", ".join(str(r.seed) for r in g.runs)
-    return f"{g.runs[0].folder} and {len(g.runs) - 1} more: seeds {seeds}"
+    return f"{g.runs[0].name} and {len(g.runs) - 1} more: seeds {seeds}"
 
 
 def _results(groups: Sequence[Group], split: str) -> list[list[str]]:
@@ -436,16 +395,13 @@ def draw_comparison(groups: Sequence[Group], split: str) -> Figure:
         style: dict[str, Any] = {"color": PALETTE[number % len(PALETTE)], "label": g.letter}
         style["linestyle"] = ("-", "--", ":")[number // len(PALETTE)]
         for run in g.runs:
-            for axis, key in zip(axes, ("train_loss", f"{split}_accuracy"), strict=True):
-                points = [(row["epoch"], row[key]) for row in run.history if row.get(key) is not None]
-                marker = "." if len(points) < 15 else None
-                axis.plot([e for e, _ in points], [v for _, v in points], marker=marker, **style)
+            plot_history(axes, run.history, ("train_loss", f"{split}_accuracy"), **style)
             style.pop("label", None)  # one entry of the legend for all seeds
-    axes[0].set(title="Training loss", ylabel="training loss", xlabel="epoch")
-    axes[1].set(title=f"{split.capitalize()} accuracy", ylabel="correctly classified images", xlabel="epoch")
+    axes[0].set(title="Training loss", ylabel="training loss")
+    axes[1].set(title=f"{split.capitalize()} accuracy", ylabel="correctly classified images")
     axes[1].yaxis.set_major_formatter("{x:.0%}")
     for axis in axes:
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        epoch_axis(axis, [row["epoch"] for g in groups for run in g.runs for row in run.history])
     names = plain(f"{g.letter}  {shorten(_describe(g), 90)}" for g in groups)
     figure.legend(axes[0].get_legend_handles_labels()[0], names, loc="outside lower center")
     return figure

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -52,6 +52,16 @@ def epoch_axis(axis: Axes, epochs: Sequence[Any]) -> None:
         axis.set(xlim=(epochs[0] - 1, epochs[0] + 1), xticks=epochs[:1])
     else:
         axis.locator_params(axis="x", integer=True)
+
+
+def plot_history(
+    axes: Sequence[Axes], history: Sequence[Mapping[str, Any]], columns: Sequence[str], **style: Any
+) -> None:
+    """Draw one column of a history in each of the axes, by epoch; `style` is that of `Axes.plot`."""
+    for axis, column in zip(axes, columns, strict=True):
+        points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
+        marker = "." if len(points) < 15 else None
+        axis.plot([epoch for epoch, _ in points], [value for _, value in points], marker=marker, **style)
 
 
 def _style() -> AbstractContextManager[None]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from zfnet.plots.figures import BLUE, ORANGE, PALETTE, SOFT, epoch_axis, new_figure, plain, styled
+from zfnet.plots.figures import BLUE, ORANGE, PALETTE, SOFT, epoch_axis, new_figure, plain, plot_history, styled
 from zfnet.sweeps.significance import LEVEL
 from zfnet.sweeps.summary import Setting, Sweep, format_value, group_name, p_against_best, short_names
 
@@ -54,12 +54,8 @@ def draw_sweep_curves(sweep: Sweep) -> Figure:
         if rank < NAMED:
             style = {"color": PALETTE[rank], "label": labels[rank]}
         for job in setting.jobs:
-            for axis, key in zip(axes, ("train_loss", "validation_accuracy"), strict=True):
-                points = [(row["epoch"], row[key]) for row in job.history if row.get(key) is not None]
-                marker = "." if len(points) < 15 else None
-                line = "--" if job.state in ("pruned", "failed", "stopped") else "-"
-                epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
-                axis.plot(epochs, values, marker=marker, linestyle=line, **style)
+            line = "--" if job.state in ("pruned", "failed", "stopped") else "-"
+            plot_history(axes, job.history, ("train_loss", "validation_accuracy"), linestyle=line, **style)
             style.pop("label", None)  # one entry of the legend for all seeds
     axes[0].set(title="Training loss", ylabel="training loss")
     axes[1].set(title="Validation accuracy (dashed: not finished)", ylabel=_ACCURACY)

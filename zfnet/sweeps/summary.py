@@ -14,12 +14,13 @@ import shutil
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import flatten, result_keys
+from zfnet.runs.compare import surroundings
 from zfnet.runs.directory import RunDirectory, find_folders
 from zfnet.runs.tables import format_table
 from zfnet.sweeps.significance import LEVEL, difference, holm
@@ -27,33 +28,35 @@ from zfnet.sweeps.significance import LEVEL, difference, holm
 ABSENT = "–"  # in place of a value that a job does not have, such as the momentum of an Adam
 STATES = ("done", "running", "stopped", "pruned", "failed", "none")
 MOST_ROWS = 40  # of a terminal
+_NO_SETTING = ("job", "run", "runs", "parent", "images", "imports", "logger")
 
 
 # -- reading
 
 
 @dataclass(frozen=True)
-class SweepJob:
-    """One run of a sweep.
+class Trained:
+    """One training, as its directory records it; what is damaged or not there yet is empty.
 
-    settings: what its result depends on, as flat dotted keys, without the seed
-    root, fingerprint: where its data lay and what that held; None where that is not recorded
+    config: what was said about the training, as flat dotted keys; environment: what surrounded it, likewise
+    settings: the keys that its result depends on, without the seed
     """
 
     name: str
     state: str
     error: str | None
+    config: dict[str, Any]
     settings: dict[str, Any]
-    seed: int | None
+    seed: Any
+    environment: dict[str, Any]
     results: dict[str, Any]
     history: list[dict[str, float | None]]
-    root: str | None = None
-    fingerprint: str | None = None
 
     def metric(self, split: str = "validation", name: str = "accuracy") -> float | None:
-        """Return a result on `validation` or `test`; None for a run that is not finished, or has no such images."""
+        """Return a result on `validation` or `test`; None where there is none."""
         metrics = self.results.get(split)
-        return metrics.get(name) if self.state == "done" and isinstance(metrics, dict) else None
+        value = metrics.get(name) if isinstance(metrics, dict) else None
+        return float(value) if isinstance(value, (int, float)) else None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Setting:
     """Jobs that differ in nothing but the seed. `values`: the swept keys and what they are here."""
 
     values: dict[str, Any]
-    jobs: list[SweepJob]
+    jobs: list[Trained]
 
     def scores(self, split: str = "validation") -> list[float]:
         """Return the accuracies of the finished jobs."""
@@ -89,18 +92,20 @@ class Setting:
 class Sweep:
     """A whole sweep. `settings` is sorted by validation accuracy, best first; those without one come last."""
 
-    jobs: list[SweepJob]
+    jobs: list[Trained]
     keys: list[str]
     settings: list[Setting]
 
 
 def read_sweep(folder: Path) -> Sweep:
     """Read every training run below a sweep directory. A run that cannot be read counts as one without results."""
-    folders = find_folders(folder, "status.json", 3)
-    jobs = [job for path in folders if (job := _read_job(folder, path)) is not None]
+    runs = [RunDirectory(path) for path in find_folders(folder, "status.json", 3)]
+    runs = [run for run in runs if run.job in ("train", None)]  # None: cannot be read
+    jobs = [read_training(run, run.folder.relative_to(folder).as_posix()) for run in runs]
+    jobs = [job if job.state == "done" else replace(job, results={}) for job in jobs]
     _tell_data_apart(jobs)
     keys = swept_keys([job.settings for job in jobs if job.settings])
-    groups: dict[str, list[SweepJob]] = {}
+    groups: dict[str, list[Trained]] = {}
     for job in sorted(jobs, key=lambda job: -1 if job.seed is None else job.seed):
         if job.settings:
             groups.setdefault(_group(job), []).append(job)
@@ -123,49 +128,57 @@ def p_against_best(settings: Sequence[Setting]) -> list[float | None]:
     return [corrected.get((0, i)) for i in range(len(settings))]
 
 
-def _read_job(sweep: Path, folder: Path) -> SweepJob | None:
-    run = RunDirectory(folder)
-    plain = run.plain_config()
-    if plain and run.job != "train":
-        return None
+def read_training(run: RunDirectory, name: str) -> Trained:
+    """Read a training's record; `name` is what tables call it."""
+    recorded = run.plain_config()
     history: list[dict[str, float | None]] = []
     results: Any = {}
-    with contextlib.suppress(UserError, ValueError):  # not there yet
+    with contextlib.suppress(UserError):
         history = run.read_history()
         results = run.read_json("results.json")
-    settings = flatten(result_keys(plain))
-    seed = settings.pop("seed", None)
-    name = folder.relative_to(sweep).as_posix()
-    results = results if isinstance(results, dict) else {}
-    recorded = flatten(plain).get("data.root"), run.environment.get("data_fingerprint")
-    root, fingerprint = (value if isinstance(value, str) else None for value in recorded)
-    return SweepJob(name, *run.state_and_error(), settings, seed, results, history, root, fingerprint)
+    settings = flatten(result_keys(recorded))
+    return Trained(
+        name,
+        *run.state_and_error(),
+        flatten({key: value for key, value in recorded.items() if key not in _NO_SETTING}),
+        {key: value for key, value in settings.items() if key != "seed"},
+        settings.get("seed"),
+        surroundings(run),
+        results if isinstance(results, dict) else {},
+        history,
+    )
 
 
-def _tell_data_apart(jobs: Sequence[SweepJob]) -> None:
+def _tell_data_apart(jobs: Sequence[Trained]) -> None:
     """Add `data.root` to the settings where the jobs were trained on several data sets.
 
     What the data holds counts, not where it lies: a folder that was moved is one, and one whose content was exchanged
     between two jobs is two, told apart by their fingerprints.
     """
-    root_of: dict[str, str | None] = {}  # by fingerprint
-    for job in jobs:
-        if job.fingerprint is not None:
-            root_of.setdefault(job.fingerprint, job.root)
-    roots = [job.root if job.fingerprint is None else root_of[job.fingerprint] for job in jobs]
-    held: dict[tuple[str, str | None], set[str]] = {}  # fingerprints, by settings and root
-    for job, root in zip(jobs, roots, strict=True):
-        held.setdefault((_group(job), root), set()).update([job.fingerprint] if job.fingerprint else [])
+    fingerprints = [_text(job.environment.get("data_fingerprint")) for job in jobs]
+    roots = [_text(job.config.get("data.root")) for job in jobs]
+    root_of: dict[str | None, str | None] = {}
+    for fingerprint, root in zip(fingerprints, roots, strict=True):
+        root_of.setdefault(fingerprint, root)
+    roots = [root if held is None else root_of[held] for held, root in zip(fingerprints, roots, strict=True)]
+    places = [(_group(job), root) for job, root in zip(jobs, roots, strict=True)]
+    sets: dict[tuple[str, str | None], set[str]] = {place: set() for place in places}
+    for place, fingerprint in zip(places, fingerprints, strict=True):
+        sets[place].update([fingerprint] if fingerprint else [])
     names = [
-        f"{root or 'data'} ({str(job.fingerprint)[:8]})" if len(held[_group(job), root]) > 1 else root
-        for job, root in zip(jobs, roots, strict=True)
+        f"{place[1] or 'data'} ({str(fingerprint)[:8]})" if len(sets[place]) > 1 else place[1]
+        for place, fingerprint in zip(places, fingerprints, strict=True)
     ]
     if len(set(names)) > 1:
         for job, name in zip(jobs, names, strict=True):
             job.settings.update({"data.root": name} if job.settings else {})
 
 
-def _group(job: SweepJob) -> str:
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _group(job: Trained) -> str:
     return json.dumps(job.settings, sort_keys=True)
 
 
