@@ -86,6 +86,11 @@ class NoGradient(nn.Module):
         return (logits.argmax(1) != labels).float().mean()
 
 
+class Wordless(nn.Module):
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        raise RuntimeError
+
+
 class OneForEach(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none")

@@ -85,6 +85,7 @@ def test_class_weights_of_another_number_of_classes_are_named(tmp_path: Path) ->
         ("OneForEach", "loss (OneForEach): must give one number with a gradient, not [2]"),
         ("Learned", "loss (Learned): has parameters of its own"),
         ("Squash", "loss (Squash): fails on logits [2, 2] and labels [2]: "),
+        ("Wordless", "loss (Wordless): fails on logits [2, 2] and labels [2]: RuntimeError"),
         ("Counter", "loss._target_=tests.own.Counter: must name a subclass of torch.nn.modules.module.Module"),
     ],
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args, get_type_hints
 
 import yaml
+from pydantic import ValidationError
 
 _LISTED = 24  # names that a message lists
 
@@ -17,6 +20,11 @@ class UserError(Exception):
 def printable(text: object) -> str:
     """Return a name as one line: characters that a terminal obeys or cannot show are escaped, as in Python."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def one_line(error: BaseException, line: int = 0) -> str:
+    """Return one line of an error's message, the first if not another; the error's kind where it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[line].strip()
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -33,6 +41,69 @@ def yaml_problem(error: yaml.YAMLError) -> str:
     """Return one line for a syntax error: the place, with the file where it is known, and what is wrong there."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return str(error).strip().splitlines()[0]
+        return one_line(error)
     file = "" if mark.name.startswith("<") else f"{mark.name}, "
     return f"{file}line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'no YAML'}"
+
+
+# pydantic's kinds of error, in the words of this program's other messages
+_MESSAGES = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "must be a whole number of at most 4,300 digits",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list, as in [1,2]",
+    "dict_type": "must hold keys and values",
+    "dataclass_type": "must hold keys and values",
+    "literal_error": "must be one of {expected}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be greater than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
+    "too_short": "must have {min_length} values",
+    "too_long": "must have {max_length} values",
+}
+
+
+def schema_problem(error: ValidationError, schema: Any, plain: dict[str, Any], prefix: str) -> str:
+    """Return one line about the first bad key of `plain`, below `prefix`: all that pydantic says of it."""
+
+    def path(loc: tuple[int | str, ...]) -> tuple[list[str], Any]:
+        keys, node = [], plain  # pydantic's places also name the members of a union
+        for key in loc:
+            if (isinstance(node, dict) and key in node) or (isinstance(node, list) and isinstance(key, int)):
+                node = node[key]
+                keys.append(str(key))
+        return keys, node
+
+    first = error.errors()[0]
+    keys, value = path(first["loc"])
+    where = ".".join([prefix, *keys] if prefix else keys)
+    last = str(first["loc"][-1])
+    if first["type"] == "missing":
+        key = f"{where}.{last}" if where else last
+        return f"{key} is missing from the config: give it a value, as in {key}=…"
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{where}: no such key{did_you_mean(last, _fields_at(schema, keys[:-1]))}"
+    reasons = dict.fromkeys(
+        _MESSAGES.get(e["type"], e["msg"].removeprefix("Value error, ")).format(**e.get("ctx", {})).replace("'", "")
+        for e in error.errors()
+        if path(e["loc"])[0] == keys
+    )
+    shown = "null" if value is None else " ".join(str(value).split())
+    return f"{where}={shown}: {', or '.join(reasons)}"
+
+
+def _fields_at(schema: Any, keys: Sequence[str]) -> list[str]:
+    """Return the names of the fields of the dataclass that stands at `keys` below `schema`; empty for none."""
+    node = schema
+    for key in keys:
+        hint = get_type_hints(node).get(key)
+        node = next((part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part)), None)
+        if node is None:
+            return []
+    return [f.name for f in dataclasses.fields(node)]

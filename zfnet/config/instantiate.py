@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError, did_you_mean, one_line
 
 # Modules whose classes a slot may use without `imports`. A class counts by where it is defined.
 BUILT_IN: dict[str, tuple[str, ...]] = {
@@ -152,8 +152,7 @@ def instantiate(
         raise
     except Exception as error:  # whatever the class raises about its arguments
         values = ", ".join(f"{k}={v}" for k, v in settings.items() if k != "_target_")
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{slot} ({cls.__name__}): {reason} ({values or 'no arguments'})") from error
+        raise UserError(f"{slot} ({cls.__name__}): {one_line(error)} ({values or 'no arguments'})") from error
     if not isinstance(made, base):
         raise UserError(f"{slot}._target_={settings['_target_']}: makes a {type(made).__name__}, no {base.__name__}")
     return made

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError, did_you_mean, one_line, schema_problem
 from zfnet.config.instantiate import resolve
 
 Positive = Annotated[int, Field(ge=1)]
@@ -399,74 +399,11 @@ def check(schema: type[T], plain: Any, prefix: str) -> T:
         checked: T = _adapter(schema).validate_json(json.dumps(plain, default=str))  # type: ignore[arg-type]
         return checked
     except ValidationError as error:
-        raise UserError(_problem(error, schema, plain, prefix)) from error
-
-
-# pydantic's kinds of error, in the words of this program's other messages
-_MESSAGES = {
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "int_parsing_size": "must be a whole number of at most 4,300 digits",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "bool_type": "must be true or false",
-    "string_type": "must be text",
-    "list_type": "must be a list, as in [1,2]",
-    "dict_type": "must hold keys and values",
-    "dataclass_type": "must hold keys and values",
-    "literal_error": "must be one of {expected}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "greater_than": "must be greater than {gt:g}",
-    "less_than_equal": "must be at most {le:g}",
-    "less_than": "must be less than {lt:g}",
-    "too_short": "must have {min_length} values",
-    "too_long": "must have {max_length} values",
-}
-
-
-def _problem(error: ValidationError, schema: Any, plain: dict[str, Any], prefix: str) -> str:
-    """Return one line about the first bad key: all that pydantic says of it."""
-
-    def path(loc: tuple[int | str, ...]) -> tuple[list[str], Any]:
-        keys, node = [], plain  # pydantic's places also name the members of a union
-        for key in loc:
-            if (isinstance(node, dict) and key in node) or (isinstance(node, list) and isinstance(key, int)):
-                node = node[key]
-                keys.append(str(key))
-        return keys, node
-
-    first = error.errors()[0]
-    if not first["loc"]:  # no JSON, which holds text; a file's name may hold any bytes
-        odd = next(k for k, v in flatten(plain).items() if str(v) != str(v).encode(errors="replace").decode())
-        return f"{prefix}.{odd}: holds bytes that are no text in UTF-8; name it by a link with a plain name".lstrip(".")
-    keys, value = path(first["loc"])
-    where = ".".join([prefix, *keys] if prefix else keys)
-    last = str(first["loc"][-1])
-    if first["type"] == "missing":
-        key = f"{where}.{last}" if where else last
-        return f"{key} is missing from the config: give it a value, as in {key}=…"
-    if first["type"] == "unexpected_keyword_argument":
-        return f"{where}: no such key{did_you_mean(last, _fields_at(schema, keys[:-1]))}"
-    reasons = dict.fromkeys(
-        _MESSAGES.get(e["type"], e["msg"].removeprefix("Value error, ")).format(**e.get("ctx", {})).replace("'", "")
-        for e in error.errors()
-        if path(e["loc"])[0] == keys
-    )
-    shown = "null" if value is None else " ".join(str(value).split())
-    return f"{where}={shown}: {', or '.join(reasons)}"
-
-
-def _fields_at(schema: Any, keys: Sequence[str]) -> list[str]:
-    """Return the names of the fields of the dataclass that stands at `keys` below `schema`."""
-    node = schema
-    for key in keys:
-        hints = {f.name: f.default_factory for f in dataclasses.fields(node)}
-        made = hints.get(key)
-        node = type(made()) if callable(made) else {"augment": AugmentConfig, "trainer": TrainerConfig}.get(key)
-        if not dataclasses.is_dataclass(node):
-            return []
-    return [f.name for f in dataclasses.fields(node)]
+        if not error.errors()[0]["loc"]:  # no JSON, which holds text; a file's name may hold any bytes
+            odd = next(k for k, v in flatten(plain).items() if str(v) != str(v).encode(errors="replace").decode())
+            key, advice = f"{prefix}.{odd}".lstrip("."), "name it by a link with a plain name"
+            raise UserError(f"{key}: holds bytes that are no text in UTF-8; {advice}") from error
+        raise UserError(schema_problem(error, schema, plain, prefix)) from error
 
 
 def _plain(raw: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -474,7 +411,7 @@ def _plain(raw: DictConfig | dict[str, Any]) -> dict[str, Any]:
         try:
             composed: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
-            reason = str(error).strip().splitlines()[0].rpartition("resolving interpolation: ")[2].strip('"')
+            reason = one_line(error).rpartition("resolving interpolation: ")[2].strip('"')
             raise UserError(f"{error.full_key or 'config'}: {reason}") from error
         return dict(composed)
     refuse_interpolation(raw)

@@ -35,7 +35,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from zfnet.config.errors import UserError, yaml_problem
+from zfnet.config.errors import UserError, one_line, yaml_problem
 from zfnet.config.instantiate import resolve
 from zfnet.config.reading import check_yaml
 
@@ -176,8 +176,7 @@ def _own_config(choices: Mapping[str, Any], overrides: Sequence[Override]) -> Di
         return _compose_own(CONF, (*words, *typed))
     except HydraException as error:
         raise UserError(
-            f"{' '.join(typed or words)}: not accepted with a config folder from elsewhere "
-            f"({str(error).strip().splitlines()[0]})"
+            f"{' '.join(typed or words)}: not accepted with a config folder from elsewhere ({one_line(error)})"
         ) from error
 
 

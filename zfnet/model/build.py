@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError, did_you_mean, one_line
 from zfnet.config.instantiate import instantiate, resolve
 from zfnet.config.reading import MOST_BYTES, parse_json, refuse_pipe
 from zfnet.config.schema import ModelConfig
@@ -48,8 +48,8 @@ def build_model(
         with torch.no_grad():
             logits = network.eval()(torch.zeros(2, 3, image_size, image_size))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model ({name}): fails on images [2, 3, {image_size}, {image_size}]: {reason}") from error
+        size = [2, 3, image_size, image_size]
+        raise UserError(f"model ({name}): fails on images {size}: {one_line(error)}") from error
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"model ({name}): gives {shape} for 2 images; must be [2, {num_classes}]")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError, did_you_mean, one_line
 from zfnet.model.layers import DROPOUTS, full_precision
 
 WEIGHTED = (nn.Conv2d, nn.Linear)  # these are the layers; all other modules belong to the layer before them
@@ -182,9 +182,8 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
         output = model(images)
     except RuntimeError as error:
         place = f"after {steps[-1]}" if steps else "at the first module"
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"the network cannot take {channels}×{image_size}×{image_size} images: {place}: {reason}"
+            f"the network cannot take {channels}×{image_size}×{image_size} images: {place}: {one_line(error)}"
         ) from error
     finally:
         for hook in hooks:

@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, one_line
 from zfnet.config.instantiate import resolve
 from zfnet.config.reading import read_yaml
 from zfnet.config.schema import Config, Job, flatten, read_config, upgrade
@@ -172,7 +172,7 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
             else:
                 OmegaConf.update(base, override.key_or_group, override.value(), force_add=True)
         except (OmegaConfBaseException, TypeError, KeyError) as error:
-            raise UserError(f"{override.input_line}: cannot be set ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{override.input_line}: cannot be set ({one_line(error)})") from error
     for key, value in own.items():
         base[key] = value
     return read_config(base, imports)

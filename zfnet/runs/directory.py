@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zfnet.config.errors import UserError, yaml_problem
+from zfnet.config.errors import UserError, one_line, yaml_problem
 from zfnet.config.reading import read_bytes, read_json, read_yaml
 from zfnet.config.schema import Config, read_config, upgrade
 from zfnet.runs.tables import csv_cell
@@ -227,7 +227,7 @@ class RunDirectory:
         except yaml.YAMLError as error:
             raise UserError(f"{path} cannot be read: {yaml_problem(error)}") from error
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
     def plain_config(self) -> dict[str, Any]:
         """Return what `recorded` does; empty where it cannot be read."""
@@ -258,7 +258,7 @@ class RunDirectory:
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: has no {name}; did it finish?") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
     @property
     def environment(self) -> dict[str, Any]:

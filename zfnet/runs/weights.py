@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, one_line
 from zfnet.config.reading import parse_json
 from zfnet.config.schema import (
     LARGEST_SIDE,
@@ -127,8 +127,9 @@ def _build(path: Path, metadata: ModelMetadata, state: Mapping[str, Tensor], imp
     except (UserError, RuntimeError, OverflowError, TypeError) as error:
         if trusted or isinstance(error.__cause__, NotImplementedError):  # a class need not work there: RegNet does not
             return build_model(settings, *sizes)
-        reason = str(error).strip().splitlines()[0]
-        raise error if isinstance(error, UserError) else UserError(f"{path}: no such network ({reason})") from error
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: no such network ({one_line(error)})") from error
     _load(path, empty, {name: value.to("meta") for name, value in state.items()})
     return build_model(settings, *sizes, probe=False)
 
@@ -148,7 +149,7 @@ def _load(path: Path, model: Any, state: dict[str, Tensor]) -> None:
     try:
         getattr(model, "load_weights", model.load_state_dict)(state)
     except RuntimeError as error:
-        raise UserError(f"{path}: does not fit its network ({str(error).splitlines()[-1].strip()})") from error
+        raise UserError(f"{path}: does not fit its network ({one_line(error, -1)})") from error
 
 
 def _compare_with_record(path: Path, model: nn.Module) -> None:

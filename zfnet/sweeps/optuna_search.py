@@ -27,7 +27,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import BeforeValidator, ValidationInfo
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, one_line
 from zfnet.config.instantiate import instantiate
 from zfnet.config.randomness import make_key
 from zfnet.config.reading import parse_json, read_bytes
@@ -141,8 +141,7 @@ def _distribution(override: Override) -> BaseDistribution:
                 return FloatDistribution(low, high, step=second - low, log=log)
         return CategoricalDistribution(texts)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{override.input_line}: is no space to search ({reason})") from error
+        raise UserError(f"{override.input_line}: is no space to search ({one_line(error)})") from error
 
 
 # -- the study in its storage
@@ -197,7 +196,7 @@ def open_study(settings: SearchSettings, sweep: Path) -> Study:
     except Exception as error:  # any of a database driver's, an address parser's, a file system's
         address = settings.storage or str(sweep / "study.journal")
         shown = address.partition("@")[2] or address  # without a password
-        raise UserError(f"hydra.sweeper.storage={shown}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"hydra.sweeper.storage={shown}: {one_line(error)}") from error
     if study.direction.name.lower() != settings.direction:
         raise UserError(
             f"hydra.sweeper.direction={settings.direction}: the study {settings.study_name} has "
@@ -364,7 +363,7 @@ def ask(
                 trial = study.ask(dict(space))
             except ValueError as error:
                 raise UserError(
-                    f"the study {settings.study_name} has another search space ({str(error).splitlines()[0]}): "
+                    f"the study {settings.study_name} has another search space ({one_line(error)}): "
                     "choose another hydra.sweep.dir or hydra.sweeper.study_name"
                 ) from error
             trial.set_user_attr("worker", str(worker.path))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, one_line
 from zfnet.config.instantiate import arguments, instantiate, is_number, resolve
 from zfnet.config.schema import Config, ModelConfig
 from zfnet.data import Batches, ImageSet
@@ -231,7 +231,7 @@ def check_recipe(config: Config) -> None:
     try:
         value = loss(logits, torch.tensor([0, logits.shape[1] - 1]))
     except Exception as error:  # whatever somebody's class raises
-        raise UserError(f"{name}: fails on logits [2, 2] and labels [2]: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name}: fails on logits [2, 2] and labels [2]: {one_line(error)}") from error
     if value.ndim or not value.requires_grad:
         raise UserError(f"{name}: must give one number with a gradient, not {list(value.shape)}")
     list(parameter_groups(config, model, 1.0))
@@ -273,7 +273,7 @@ def _check_step(config: Config) -> None:
         optimizer.step()
     except Exception as error:  # LBFGS wants a closure, SparseAdam sparse gradients; others raise what they like
         raise UserError(
-            f"optimizer._target_={plain['_target_']}: cannot take a plain step ({str(error).splitlines()[0]})"
+            f"optimizer._target_={plain['_target_']}: cannot take a plain step ({one_line(error)})"
         ) from error
     build_scheduler(config.scheduler, optimizer, 100, config.imports)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from zfnet.config.errors import one_line
 from zfnet.data import Batch, Batches
 from zfnet.training.device import timed
 from zfnet.training.loop import train_step
@@ -72,7 +73,7 @@ def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
         except Exception as error:  # no C compiler, no Triton …: nobody asked for it by name
             state.use_compiled(False)
             state.optimizer.zero_grad(set_to_none=True)
-            words = f"torch.compile: off, it fails here ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            words = f"torch.compile: off, it fails here ({one_line(error)})"
         else:
             state.use_compiled(trial.pays)
             words = trial.describe(steps, state.steps_per_epoch)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, one_line
 from zfnet.config.schema import flatten
 from zfnet.runs.directory import write_atomically
 
@@ -135,7 +135,7 @@ class TensorBoardLogger(Logger):
                     run.model.eval(), torch.zeros(1, 3, run.image_size, run.image_size, device=device)
                 )
         except Exception as error:  # the tracer is PyTorch's; a picture less is no reason to stop a training
-            log.warning("TensorBoard: the graph could not be drawn (%s)", str(error).splitlines()[0])
+            log.warning("TensorBoard: the graph could not be drawn (%s)", one_line(error))
         finally:
             run.model.train(training)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, one_line
 from zfnet.config.schema import Config
 from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_prefix, unpack, with_prefix
 from zfnet.training.device import Runtime
@@ -233,7 +233,7 @@ class TrainingState:
         except torch.OutOfMemoryError:
             raise
         except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1].strip()}"
+            reason = f"{type(error).__name__}: {one_line(error, -1)}"
             raise UserError(
                 f"step {saved.metadata.get('step')}: the checkpoint does not fit this run ({reason}): delete it, and "
                 "the one before it is used"
