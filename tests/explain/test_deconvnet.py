@@ -15,8 +15,7 @@ from tests.explain.oracles import by_autograd, by_mirror, close
 from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
 from zfnet.explain.deconvnet import RULES
-from zfnet.explain.receptive_field import window_of
-from zfnet.explain.switches import DEAD_WINDOWS, pool_with_switches, unpool
+from zfnet.explain.windows import DEAD_WINDOWS, pool_with_switches, unpool, window_of
 
 
 class Scaled(nn.Conv2d):

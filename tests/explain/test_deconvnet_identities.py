@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.explain.networks import NETWORKS, alive, chain, network, pictures, some_units
 from tests.explain.oracles import close
 from zfnet.explain import Deconvnet, receptive_box, receptive_field
-from zfnet.explain.deconvnet import RULES, Signal, take_windows, transposed
-from zfnet.explain.receptive_field import Window
+from zfnet.explain.deconvnet import RULES
+from zfnet.explain.windows import Signal, Window, take_windows, transposed
 from zfnet.model.zfnet import ZFNet
 
 

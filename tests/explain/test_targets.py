@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.explain.networks import VARIANTS, network, pictures
-from zfnet.explain.deconvnet import take_windows
 from zfnet.explain.receptive_field import receptive_field
 from zfnet.explain.targets import BASELINES, GRAD_CAM, INTEGRATED, Target, blur, sobel, window_activations
+from zfnet.explain.windows import take_windows
 from zfnet.model.chain import OUTPUT
 
 

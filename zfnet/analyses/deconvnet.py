@@ -41,8 +41,8 @@ from zfnet.explain.maps import MapFacts, ablation_effects, nearest_maps, stronge
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
 from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
 from zfnet.explain.statistics import describe, false_discovery_rate, rank_correlation
-from zfnet.explain.switches import DEAD_WINDOWS
 from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
+from zfnet.explain.windows import DEAD_WINDOWS
 from zfnet.jobs.predict import prediction_rows
 from zfnet.model.chain import Chain
 from zfnet.plots.atlas import Atlas, Photograph, Strongest, find_atlas, write_atlas, write_photographs, write_single

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from zfnet.config.schema import DataConfig
 from zfnet.data import ImageSet, preprocess
-from zfnet.explain.deconvnet import Deconvnet, inside_map, take_windows
+from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.receptive_field import receptive_field
 from zfnet.explain.top_activations import LayerRecord
+from zfnet.explain.windows import inside_map, take_windows
 from zfnet.model.chain import Chain
 from zfnet.plots.pictures import GREY, on_grey, to_pixels
 

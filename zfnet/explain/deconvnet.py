@@ -1,7 +1,7 @@
 """The deconvnet: one unit's activation, projected back down to the pixels (paper, section 2.1).
 
 From the unit down, each module is undone by its adjoint: a pooling sends the signal back to the places of its
-maxima (`switches.py`), a ReLU rectifies it, a convolution filters it with the transposed filters. Biases have no
+maxima (`windows.py`), a ReLU rectifies it, a convolution filters it with the transposed filters. Biases have no
 part in it. Except for the ReLU this is the gradient (Simonyan et al. 2013, section 4), so that one
 implementation has three rules, which differ in what the ReLU lets through:
 
@@ -12,7 +12,7 @@ implementation has three rules, which differ in what the ReLU lets through:
 A projection shows what in *this* image excited the unit, through this image's switches. It is no sample of
 what the unit would respond to, and says little about the class (Nie et al. 2018): compare it with controls.
 
-In this file: `Deconvnet`; the table of rules by module type; signals and their windows; the transposed convolution.
+In this file: `Deconvnet`, and the table of rules by module type.
 """
 
 from __future__ import annotations
@@ -27,8 +27,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError
-from zfnet.explain.receptive_field import Pair, ReceptiveField, Window, adaptive_windows, receptive_field, window_of
-from zfnet.explain.switches import DEAD_WINDOWS, MOST_CELLS, pool_with_switches, unpool
+from zfnet.explain.receptive_field import ReceptiveField, receptive_field
+from zfnet.explain.windows import (
+    DEAD_WINDOWS,
+    MOST_CELLS,
+    Signal,
+    adaptive_windows,
+    as_maps,
+    pool_with_switches,
+    transposed,
+    unpool,
+    window_of,
+)
 from zfnet.model.chain import BATCH_NORMS, NEUTRAL, Chain, Step
 from zfnet.model.layers import LocalResponseNorm, full_precision
 
@@ -222,7 +232,7 @@ class Deconvnet:
         On its way down a signal is a window of the feature map, just what the unit sees.
         """
         item, channel, y, x = units.unbind(1)
-        top = _as_maps(trace.output)
+        top = as_maps(trace.output)
         values = top.new_zeros(len(units), top.shape[1], 1, 1)
         values[torch.arange(len(units), device=units.device), channel, 0, 0] = (
             top[item, channel, y, x] if seeds is None else seeds
@@ -253,79 +263,6 @@ def _check_range(values: Tensor, limit: int, name: str, layer: str) -> None:
     wrong = values[(values < 0) | (values >= limit)]
     if len(wrong):
         raise UserError(f"{layer}: {name} {int(wrong[0])} is out of range, 0 … {limit - 1}")
-
-
-# -- signals: windows of feature maps
-
-
-@dataclass
-class Signal:
-    """The signals of some units at one level of the network: of each, the window of the map that it reaches.
-
-    values: [u, C, h, w]; item: int64 [u], each unit's image; corner: int64 [u, 2], the window's first row and
-    column in the map, which may lie outside. What lies outside the map is 0.
-    """
-
-    values: Tensor
-    item: Tensor
-    corner: Tensor
-
-    def gather(self, maps: Tensor) -> Tensor:
-        """Return what `maps` [N, C, H, W] (or [N, C]) hold at the places of the windows."""
-        return take_windows(_as_maps(maps), self.item, self.corner, (self.values.shape[2], self.values.shape[3]))
-
-    def move_down(self, values: Tensor, window: Window, shape: torch.Size) -> None:
-        """Set the values to those under the windows of a convolution or pooling, whose input has this shape."""
-        self.values = values
-        self.corner = window.corners(self.corner)
-        self.keep_inside((shape[1], shape[2]))
-
-    def keep_inside(self, extent: Pair) -> None:
-        """Drop what lies outside a map of `extent`, and cut windows that are larger than it."""
-        height, width = self.values.shape[2:]
-        if height > extent[0] or width > extent[1]:
-            self.values = self.cut(torch.zeros_like(self.corner), extent)
-            self.corner = torch.zeros_like(self.corner)
-        else:
-            inside = inside_map(self.corner, (height, width), extent)
-            if not bool(inside.all()):
-                self.values = self.values * inside
-
-    def cut(self, corner: Tensor, size: Pair) -> Tensor:
-        """Return the signals within other windows, at `corner` [u, 2] and of `size`."""
-        each = torch.arange(len(self.values), device=self.values.device)
-        return take_windows(self.values, each, corner - self.corner, size)
-
-
-def _as_maps(x: Tensor) -> Tensor:
-    """Return features [N, C] as maps of one cell."""
-    return x[:, :, None, None] if x.ndim == 2 else x
-
-
-def take_windows(maps: Tensor, item: Tensor, corner: Tensor, size: Pair) -> Tensor:
-    """Cut one window out of one item for each row of `item`; what lies outside a map is 0 (or False).
-
-    maps: [N, C, H, W]; item: int64 [U]; corner: int64 [U, 2], first row and column, perhaps outside the map;
-    size: (h, w). Returns [U, C, h, w].
-    """
-    rows = corner[:, :1] + torch.arange(size[0], device=maps.device)
-    columns = corner[:, 1:] + torch.arange(size[1], device=maps.device)
-    windows = maps.permute(0, 2, 3, 1)[
-        item[:, None, None],
-        rows.clamp(0, maps.shape[2] - 1)[:, :, None],
-        columns.clamp(0, maps.shape[3] - 1)[:, None, :],
-    ].permute(0, 3, 1, 2)
-    inside = inside_map(corner, size, maps.shape[2:])
-    if bool(inside.all()):
-        return windows
-    return windows * inside.to(windows.dtype)
-
-
-def inside_map(corner: Tensor, size: Pair, extent: torch.Size | Pair) -> Tensor:
-    """Return bool [U, 1, h, w]: which cells of the windows at `corner` [U, 2] lie within a map of `extent`."""
-    lines = [corner[:, axis, None] + torch.arange(size[axis], device=corner.device) for axis in (0, 1)]
-    rows, columns = ((line >= 0) & (line < end) for line, end in zip(lines, extent, strict=True))
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 # -- the rules: how each type of module is passed, up and down
@@ -479,31 +416,3 @@ def _check_support(step: Step) -> None:
         problem = "must flatten all dimensions but the first"
     if problem:
         raise UserError(f"{step}: {problem}")
-
-
-# -- the adjoint of a convolution
-
-
-_FEW_CHANNELS = 4
-
-
-def transposed(signal: Tensor, weight: Tensor, window: Window, groups: int = 1) -> Tensor:
-    """Return what `F.conv_transpose2d` does without padding, with the stride and the spacing of `window`.
-
-    signal: [N, C, h, w]; weight: [C, I / groups, k, l]. Returns [N, I, (h−1)·stride + extent, …]. Down to few
-    channels, such as an image's three, that function is slow on a CPU. There each of the stride² phases of the
-    output becomes channels of an ordinary convolution with every stride-th row and column of the filters.
-    """
-    stride, kernel = window.stride[0], window.kernel
-    plain = groups == 1 and window.spacing == (1, 1) and window.stride == (stride, stride)
-    if weight.shape[1] > _FEW_CHANNELS or signal.device.type != "cpu" or not plain:
-        signal = signal.contiguous(memory_format=torch.channels_last)
-        return F.conv_transpose2d(signal, weight, stride=window.stride, groups=groups, dilation=window.spacing)
-    # taps of the filter for one phase
-    rows, columns = (-(-k // stride) for k in kernel)
-    filters = F.pad(weight, (0, columns * stride - kernel[1], 0, rows * stride - kernel[0]))
-    phases = filters.view(*weight.shape[:2], rows, stride, columns, stride).permute(1, 3, 5, 0, 2, 4)
-    phases = phases.flip(4, 5).reshape(-1, len(weight), rows, columns)
-    out = F.pixel_shuffle(F.conv2d(signal, phases, padding=(rows - 1, columns - 1)), stride)
-    height, width = ((n - 1) * stride + k for n, k in zip(signal.shape[2:], kernel, strict=True))
-    return out[:, :, :height, :width]

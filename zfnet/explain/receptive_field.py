@@ -6,16 +6,14 @@ For the paper's network at 224 px the fields are 7, 27, 75, 107 and 139 px wide 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError, did_you_mean
+from zfnet.explain.windows import Pair, Window, adaptive_windows, affine, window_of
 from zfnet.model.chain import ACTIVATIONS, BATCH_NORMS, NEUTRAL, Chain, Step
 from zfnet.model.layers import LocalResponseNorm
-
-Pair = tuple[int, int]  # rows, columns
 
 _WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _POINTWISE = (*ACTIVATIONS, *BATCH_NORMS, *NEUTRAL, LocalResponseNorm, nn.LocalResponseNorm)
@@ -44,53 +42,6 @@ class ReceptiveField:
     def corners(self, places: Tensor) -> Tensor:
         """Return `corner` of many units: int64 [U, 2] for places (y, x) [U, 2]."""
         return affine(places, self.strides, self.offsets)
-
-
-class Window(NamedTuple):
-    """How a convolution or a pooling looks at its input; each pair is (rows, columns).
-
-    kernel: cells that it reads; spacing: between these, which is the dilation; stride: between windows; padding:
-    before the first row and the first column
-    """
-
-    kernel: Pair
-    spacing: Pair
-    stride: Pair
-    padding: Pair
-
-    @property
-    def extent(self) -> Pair:
-        """From the first cell to the last."""
-        rows, columns = ((k - 1) * d + 1 for k, d in zip(self.kernel, self.spacing, strict=True))
-        return rows, columns
-
-    def corners(self, places: Tensor) -> Tensor:
-        """Return the first row and column of the windows numbered (y, x): int64 [U, 2] for [U, 2]."""
-        return affine(places, self.stride, (-self.padding[0], -self.padding[1]))
-
-
-def affine(places: Tensor, scale: Pair, shift: Pair) -> Tensor:
-    """Return (y·scale + shift, x·scale + shift), int64 [U, 2], for places (y, x) [U, 2]."""
-    # numbers, not tensors, so that nothing is copied to the device
-    return torch.stack([places[:, axis] * scale[axis] + shift[axis] for axis in (0, 1)], 1)
-
-
-def window_of(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> Window:
-    """Return a module's window; raise ValueError for a padding that is not of zeros (of −inf for maxima)."""
-    kernel, stride = _pair(module.kernel_size), _pair(module.stride)
-    spacing = _pair(getattr(module, "dilation", 1))
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        raise ValueError(f"padding_mode={module.padding_mode}: only zeros are supported")
-    if module.padding == "same":
-        rows, columns = ((k - 1) * d // 2 for k, d in zip(kernel, spacing, strict=True))
-        return Window(kernel, spacing, stride, (rows, columns))
-    return Window(kernel, spacing, stride, _pair(0 if module.padding == "valid" else module.padding))
-
-
-def _pair(value: Any) -> Pair:
-    """PyTorch keeps kernel sizes, strides and paddings as a number or as a pair."""
-    rows, columns = value if isinstance(value, (tuple, list)) else (value, value)
-    return int(rows), int(columns)
 
 
 def window_steps(model: nn.Module | Chain, layer: str) -> list[Step]:
@@ -187,10 +138,3 @@ def _cells_read(step: Step, axis: int) -> Tensor:
     first = torch.arange(windows)[:, None] * window.stride[axis] - window.padding[axis]
     place = torch.arange(cells) - first
     return (place >= 0) & (place < window.extent[axis]) & (place % window.spacing[axis] == 0)
-
-
-def adaptive_windows(windows: int, cells: int) -> Tensor:
-    """Return bool [windows, cells]: which cells each window of an adaptive pooling covers along an axis."""
-    window, cell = torch.arange(windows)[:, None], torch.arange(cells)
-    # as PyTorch does it: ⌊i·cells/windows⌋ … ⌈(i + 1)·cells/windows⌉ − 1
-    return (cell >= window * cells // windows) & (cell < -(-(window + 1) * cells // windows))

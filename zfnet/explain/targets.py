@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from zfnet.config.randomness import CONTROL, make_key, uniform
 from zfnet.explain.crops import frame_size
-from zfnet.explain.deconvnet import RULES, Deconvnet, inside_map, take_windows
-from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_of, window_steps
+from zfnet.explain.deconvnet import RULES, Deconvnet
+from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
+from zfnet.explain.windows import inside_map, take_windows, window_of
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
 

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from zfnet.explain.receptive_field import window_of
-from zfnet.explain.switches import DEAD_WINDOWS, pool_with_switches, unpool
+from zfnet.explain.windows import DEAD_WINDOWS, pool_with_switches, unpool, window_of
 
 
 def test_pool_with_switches_worked_example() -> None:

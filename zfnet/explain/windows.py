@@ -1,0 +1,247 @@
+"""The windows of convolutions and poolings: how they lie, how a signal goes back through them, and how maps are cut.
+
+A pooling's switches are bits, one for each cell of a window, set where the maximum was (paper, section 2.1 and Fig. 1).
+With ZFNet's 3×3 windows at stride 2 the windows overlap, and a quarter to a third of them share a maximum with a
+neighbour: the way back must add what they bring. (`nn.MaxUnpool2d` keeps one and drops the others, which puts a
+projection of conv5 off by 60 %.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pair = tuple[int, int]  # rows, columns
+
+DEAD_WINDOWS = ("first", "mask", "all")
+MOST_CELLS = 63  # that an int64 has bits for
+_FEW_CHANNELS = 4  # down to which a transposed convolution is slow on a CPU
+
+
+class Window(NamedTuple):
+    """How a convolution or a pooling looks at its input; each pair is (rows, columns).
+
+    kernel: cells that it reads; spacing: between these, which is the dilation; stride: between windows; padding:
+    before the first row and the first column
+    """
+
+    kernel: Pair
+    spacing: Pair
+    stride: Pair
+    padding: Pair
+
+    @property
+    def extent(self) -> Pair:
+        """From the first cell to the last."""
+        rows, columns = ((k - 1) * d + 1 for k, d in zip(self.kernel, self.spacing, strict=True))
+        return rows, columns
+
+    def corners(self, places: Tensor) -> Tensor:
+        """Return the first row and column of the windows numbered (y, x): int64 [U, 2] for [U, 2]."""
+        return affine(places, self.stride, (-self.padding[0], -self.padding[1]))
+
+
+def affine(places: Tensor, scale: Pair, shift: Pair) -> Tensor:
+    """Return (y·scale + shift, x·scale + shift), int64 [U, 2], for places (y, x) [U, 2]."""
+    # numbers, not tensors, so that nothing is copied to the device
+    return torch.stack([places[:, axis] * scale[axis] + shift[axis] for axis in (0, 1)], 1)
+
+
+def window_of(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> Window:
+    """Return a module's window; raise ValueError for a padding that is not of zeros (of −inf for maxima)."""
+    kernel, stride = _pair(module.kernel_size), _pair(module.stride)
+    spacing = _pair(getattr(module, "dilation", 1))
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        raise ValueError(f"padding_mode={module.padding_mode}: only zeros are supported")
+    if module.padding == "same":
+        rows, columns = ((k - 1) * d // 2 for k, d in zip(kernel, spacing, strict=True))
+        return Window(kernel, spacing, stride, (rows, columns))
+    return Window(kernel, spacing, stride, _pair(0 if module.padding == "valid" else module.padding))
+
+
+def _pair(value: Any) -> Pair:
+    """PyTorch keeps kernel sizes, strides and paddings as a number or as a pair."""
+    rows, columns = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(rows), int(columns)
+
+
+def adaptive_windows(windows: int, cells: int) -> Tensor:
+    """Return bool [windows, cells]: which cells each window of an adaptive pooling covers along an axis."""
+    window, cell = torch.arange(windows)[:, None], torch.arange(cells)
+    # as PyTorch does it: ⌊i·cells/windows⌋ … ⌈(i + 1)·cells/windows⌉ − 1
+    return (cell >= window * cells // windows) & (cell < -(-(window + 1) * cells // windows))
+
+
+# -- back through windows
+
+
+def pool_with_switches(x: Tensor, pool: nn.MaxPool2d, dead_windows: str = "first") -> tuple[Tensor, Tensor]:
+    """Return (pooled, switches), both [N, C, h, w], for x [N, C, H, W]; switches are integers, bit dy·columns + dx.
+
+    dead_windows: what becomes of windows without an active cell (none above 0), whose maximum may be anywhere:
+        `first` takes the first of equal cells, as autograd does; `mask` gives them no switch; `all` sets the bit of
+        each cell that equals the maximum, in live windows too, as cuda-convnet does
+    """
+    window = window_of(pool)
+    pooled, index = F.max_pool2d(
+        x, window.kernel, window.stride, window.padding, window.spacing, pool.ceil_mode, return_indices=True
+    )
+    size = (pooled.shape[2], pooled.shape[3])
+    cells = math.prod(window.kernel)
+    dtype = next(d for d in (torch.int16, torch.int32, torch.int64) if cells < torch.iinfo(d).bits)
+    if dead_windows == "all":
+        high = [max(0, n - m - p) for n, m, p in zip(_covered(window, size), x.shape[2:], window.padding, strict=True)]
+        padded = F.pad(x, (window.padding[1], high[1], window.padding[0], high[0]), value=float("-inf"))
+        switches = torch.zeros_like(index, dtype=dtype)
+        for place, cell in _cells(window, size):
+            switches |= (padded[cell] == pooled).to(dtype) << place
+        return pooled, switches
+    top, left = (
+        torch.arange(n, device=x.device, dtype=torch.int32) * stride - padding
+        for n, stride, padding in zip(size, window.stride, window.padding, strict=True)
+    )
+    index = index.int()  # divides in half the time
+    row = index.div(x.shape[3], rounding_mode="floor")
+    down, right = row - top[:, None], index - row * x.shape[3] - left
+    if window.spacing != (1, 1):
+        down, right = down // window.spacing[0], right // window.spacing[1]
+    places = down * window.kernel[1] + right
+    switches = torch.ones_like(places, dtype=dtype) << places.to(dtype)
+    if dead_windows == "mask":
+        switches *= pooled > 0
+    return pooled, switches
+
+
+def unpool(signal: Tensor, switches: Tensor | None, window: Window) -> Tensor:
+    """Send each value of `signal` [N, C, h, w] to the cells that its switch names; what meets there is added.
+
+    switches: [N, C, h, w], or None for all cells of every window, which is the way back from a sum
+    Returns the cells under all windows, [N, C, (h−1)·stride + extent, (w−1)·stride + extent]: the first window's
+    first cell is at (0, 0), so with padding the map itself starts at (padding, padding).
+    """
+    size = (signal.shape[2], signal.shape[3])
+    out = torch.zeros(
+        (*signal.shape[:2], *_covered(window, size)), dtype=signal.dtype, device=signal.device
+    ).contiguous(memory_format=torch.channels_last)
+    for place, cell in _cells(window, size):
+        out[cell] += signal if switches is None else signal * (switches >> place & 1)
+    return out
+
+
+def _covered(window: Window, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and the columns under `size` windows."""
+    rows, columns = ((n - 1) * s + e for n, s, e in zip(size, window.stride, window.extent, strict=True))
+    return rows, columns
+
+
+def _cells(window: Window, size: tuple[int, int]) -> Iterator[tuple[int, tuple]]:
+    """Yield each place of a window, and the index of that cell of each window in the cells under all windows."""
+    for place in range(math.prod(window.kernel)):
+        rows, columns = (
+            slice(d * spacing, d * spacing + (n - 1) * stride + 1, stride)
+            for d, spacing, n, stride in zip(
+                divmod(place, window.kernel[1]), window.spacing, size, window.stride, strict=True
+            )
+        )
+        yield place, (slice(None), slice(None), rows, columns)
+
+
+def transposed(signal: Tensor, weight: Tensor, window: Window, groups: int = 1) -> Tensor:
+    """Return what `F.conv_transpose2d` does without padding, with the stride and the spacing of `window`.
+
+    signal: [N, C, h, w]; weight: [C, I / groups, k, l]. Returns [N, I, (h−1)·stride + extent, …]. Down to few
+    channels, such as an image's three, that function is slow on a CPU. There each of the stride² phases of the
+    output becomes channels of an ordinary convolution with every stride-th row and column of the filters.
+    """
+    stride, kernel = window.stride[0], window.kernel
+    plain = groups == 1 and window.spacing == (1, 1) and window.stride == (stride, stride)
+    if weight.shape[1] > _FEW_CHANNELS or signal.device.type != "cpu" or not plain:
+        signal = signal.contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(signal, weight, stride=window.stride, groups=groups, dilation=window.spacing)
+    # taps of the filter for one phase
+    rows, columns = (-(-k // stride) for k in kernel)
+    filters = F.pad(weight, (0, columns * stride - kernel[1], 0, rows * stride - kernel[0]))
+    phases = filters.view(*weight.shape[:2], rows, stride, columns, stride).permute(1, 3, 5, 0, 2, 4)
+    phases = phases.flip(4, 5).reshape(-1, len(weight), rows, columns)
+    out = F.pixel_shuffle(F.conv2d(signal, phases, padding=(rows - 1, columns - 1)), stride)
+    height, width = ((n - 1) * stride + k for n, k in zip(signal.shape[2:], kernel, strict=True))
+    return out[:, :, :height, :width]
+
+
+# -- windows of feature maps
+
+
+@dataclass
+class Signal:
+    """The signals of some units at one level of the network: of each, the window of the map that it reaches.
+
+    values: [u, C, h, w]; item: int64 [u], each unit's image; corner: int64 [u, 2], the window's first row and
+    column in the map, which may lie outside. What lies outside the map is 0.
+    """
+
+    values: Tensor
+    item: Tensor
+    corner: Tensor
+
+    def gather(self, maps: Tensor) -> Tensor:
+        """Return what `maps` [N, C, H, W] (or [N, C]) hold at the places of the windows."""
+        return take_windows(as_maps(maps), self.item, self.corner, (self.values.shape[2], self.values.shape[3]))
+
+    def move_down(self, values: Tensor, window: Window, shape: torch.Size) -> None:
+        """Set the values to those under the windows of a convolution or pooling, whose input has this shape."""
+        self.values = values
+        self.corner = window.corners(self.corner)
+        self.keep_inside((shape[1], shape[2]))
+
+    def keep_inside(self, extent: Pair) -> None:
+        """Drop what lies outside a map of `extent`, and cut windows that are larger than it."""
+        height, width = self.values.shape[2:]
+        if height > extent[0] or width > extent[1]:
+            self.values = self.cut(torch.zeros_like(self.corner), extent)
+            self.corner = torch.zeros_like(self.corner)
+        else:
+            inside = inside_map(self.corner, (height, width), extent)
+            if not bool(inside.all()):
+                self.values = self.values * inside
+
+    def cut(self, corner: Tensor, size: Pair) -> Tensor:
+        """Return the signals within other windows, at `corner` [u, 2] and of `size`."""
+        each = torch.arange(len(self.values), device=self.values.device)
+        return take_windows(self.values, each, corner - self.corner, size)
+
+
+def as_maps(x: Tensor) -> Tensor:
+    """Return features [N, C] as maps of one cell."""
+    return x[:, :, None, None] if x.ndim == 2 else x
+
+
+def take_windows(maps: Tensor, item: Tensor, corner: Tensor, size: Pair) -> Tensor:
+    """Cut one window out of one item for each row of `item`; what lies outside a map is 0 (or False).
+
+    maps: [N, C, H, W]; item: int64 [U]; corner: int64 [U, 2], first row and column, perhaps outside the map;
+    size: (h, w). Returns [U, C, h, w].
+    """
+    rows = corner[:, :1] + torch.arange(size[0], device=maps.device)
+    columns = corner[:, 1:] + torch.arange(size[1], device=maps.device)
+    windows = maps.permute(0, 2, 3, 1)[
+        item[:, None, None],
+        rows.clamp(0, maps.shape[2] - 1)[:, :, None],
+        columns.clamp(0, maps.shape[3] - 1)[:, None, :],
+    ].permute(0, 3, 1, 2)
+    inside = inside_map(corner, size, maps.shape[2:])
+    if bool(inside.all()):
+        return windows
+    return windows * inside.to(windows.dtype)
+
+
+def inside_map(corner: Tensor, size: Pair, extent: torch.Size | Pair) -> Tensor:
+    """Return bool [U, 1, h, w]: which cells of the windows at `corner` [U, 2] lie within a map of `extent`."""
+    lines = [corner[:, axis, None] + torch.arange(size[axis], device=corner.device) for axis in (0, 1)]
+    rows, columns = ((line >= 0) & (line < end) for line, end in zip(lines, extent, strict=True))
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
