@@ -58,7 +58,7 @@ def _switches_put_back():
 
 @pytest.fixture(autouse=True)
 def _undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Trainings draw nothing: it would take most of the time of a small one. `drawn` marks tests of their figures."""
+    """Trainings, evaluations and sweeps draw nothing, which takes most of a small one's time; `drawn` marks others."""
     with contextlib.nullcontext() if request.node.get_closest_marker("drawn") else no_figures():
         yield
 

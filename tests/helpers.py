@@ -138,8 +138,13 @@ def die_at(folder: Path, step: int, *words: str) -> None:
 def no_figures() -> Iterator[None]:
     """Draw no figures, and draw each set of built-in images once: they are a function of three numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zfnet.jobs.train.draw_results", lambda *_: None)
-        patch.setattr("zfnet.jobs.train.save_figure", lambda *_: None)
+        for job, names in (
+            ("train", ("draw_results", "save_figure")),
+            ("evaluate", ("draw_results", "draw_samples", "save_figure")),
+        ):
+            for name in names:
+                patch.setattr(f"zfnet.jobs.{job}.{name}", lambda *_: None)
+        patch.setattr("zfnet.sweeps.figures.draw_sweep", lambda *_: {})
         patch.setattr("zfnet.data.sources.draw_shapes", _drawn_once)
         yield
 

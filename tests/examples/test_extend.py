@@ -41,15 +41,21 @@ SLOTS = {
 }
 
 
-def train_and_kill(run_py, choice: str, step: int = 5) -> Path:
-    """Train with an example in the folder `r`, killed before this step and resumed."""
-    words = (*EXAMPLES, *SLOTS[choice], choice, EVERY_STEP, "hydra.run.dir=r")
+_TRAINED: dict[str, Path] = {}
+
+
+def train_and_kill(run_py, choice: str, folder: str = "r", step: int = 5) -> Path:
+    """Return a folder with a training with an example, killed before this step and resumed; once for all tests."""
+    if choice in _TRAINED:
+        return shutil.copytree(_TRAINED[choice], Path(folder).absolute())
+    words = (*EXAMPLES, *SLOTS[choice], choice, EVERY_STEP, f"hydra.run.dir={folder}")
     with dying_at(step), pytest.raises(Killed):
         run_py(*words)
-    answer = run_py(*EXAMPLES, "job=resume", "run=r")
+    answer = run_py(*EXAMPLES, "job=resume", f"run={folder}")
     assert answer.code == 0, answer.err
     assert f"going on from epoch 1, step {step}" in answer.out
-    return Path("r").absolute()
+    _TRAINED[choice] = Path(folder).absolute()
+    return _TRAINED[choice]
 
 
 @pytest.mark.parametrize("choice", SLOTS)
@@ -69,15 +75,14 @@ def test_each_example_makes_another_run_than_without_it(run_py, whole) -> None:
     """A slot that had no effect would pass every other test."""
     weights = {}
     for choice in ("optimizer=lion", "loss=focal", "augment=speckle", "callbacks=lookahead", "logger=json_lines"):
-        assert run_py(*EXAMPLES, *SLOTS[choice], choice, f"hydra.run.dir={choice.replace('=', '_')}").code == 0
-        weights[choice] = RunDirectory(choice.replace("=", "_")).weights.read_bytes()
+        weights[choice] = RunDirectory(train_and_kill(run_py, choice, choice.replace("=", "_"))).weights.read_bytes()
     assert weights.pop("logger=json_lines") == whole[0]  # a logger changes nothing
     assert len({*weights.values(), whole[0]}) == 5
 
 
 def test_the_schedule_rises_and_falls(run_py) -> None:
-    run_py(*EXAMPLES, *SLOTS["scheduler=linear_cosine"], "scheduler=linear_cosine", "hydra.run.dir=r")
-    rates = [row["lr"] for row in RunDirectory("r").read_history()]
+    folder = train_and_kill(run_py, "scheduler=linear_cosine")
+    rates = [row["lr"] for row in RunDirectory(folder).read_history()]
     assert rates[:2] == pytest.approx([1e-4, 5.5e-4])
     assert rates[2] == pytest.approx(1e-3)  # the top; a cosine begins there
 
@@ -115,7 +120,7 @@ def test_the_loggers_lines(run_py) -> None:
 
 @pytest.mark.parametrize("choice", ["model=tiny_resnet", "loss=focal"])
 def test_the_job_explains_any_network(run_py, choice: str) -> None:
-    assert run_py(*EXAMPLES, *SLOTS[choice], choice, "hydra.run.dir=r").code == 0
+    train_and_kill(run_py, choice)
     answer = run_py(*EXAMPLES, "job=saliency", "run=r", "job.count=2", "hydra.run.dir=maps")
     assert answer.code == 0, answer.err
     rows = list(csv.DictReader(Path("maps/saliency.csv").read_text(encoding="utf-8").splitlines()))

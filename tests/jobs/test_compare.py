@@ -151,6 +151,7 @@ def test_find_trainings_takes_directories_sweeps_and_patterns(tmp_path: Path) ->
             find_trainings(items)
 
 
+@pytest.mark.drawn
 def test_compare_writes_the_summary_again(run_py, tmp_path: Path) -> None:
     for n, lr in enumerate((0.01, 0.1)):
         write_job(tmp_path, f"optimizer.lr={lr}", accuracy=n / 10)

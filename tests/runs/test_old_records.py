@@ -60,6 +60,7 @@ def test_finished_record_loads(finished: RunDirectory) -> None:
     assert (config.data.train_images, config.trainer.ema) == (80, 0.8)
 
 
+@pytest.mark.drawn
 def test_finished_record_evaluates(finished: RunDirectory, run_py) -> None:
     answer = run_py("job=evaluate", f"run={finished.folder}", "hydra.run.dir=evaluation")
     assert answer.code == 0, answer.err

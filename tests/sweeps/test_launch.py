@@ -19,6 +19,7 @@ from tests.conftest import ROOT
 from tests.helpers import MINUTE, TINY, compose
 from zfnet.config.errors import UserError
 from zfnet.sweeps import launch
+from zfnet.sweeps.figures import draw_sweep
 from zfnet.training.device import resolve_runtime
 
 SMALL = (
@@ -44,6 +45,7 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.sweeps.figures.draw_sweep", draw_sweep)
     monkeypatch.setattr(launch.SweepJobs, "check", lambda *_: None)  # as if only the jobs themselves could find out
     words = ("-m", *SMALL, "optimizer.lr=1e-3,-1", "seed=0,1")
     answer = run_py(*words)

@@ -39,11 +39,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.fixture(autouse=True)
-def _no_figures_of_searches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zfnet.plots.figures.save_figure", lambda *_: None)
-
-
 def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     """Start run.py in a process of its own."""
     code = f"import sys; sys.argv[:] = {[str(ROOT / 'run.py'), *words]!r}{PROGRAM}"
