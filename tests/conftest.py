@@ -17,10 +17,9 @@ import torch
 from hydra._internal.hydra import Hydra
 
 from tests.explain.trained import Trained, train_some
-from tests.helpers import learned, no_figures, train_minute, train_tiny
+from tests.helpers import ROOT, learned, no_figures, train_minute, train_tiny
 from zfnet.runs.directory import RunDirectory
 
-ROOT = Path(__file__).resolve().parent.parent
 os.environ["MPLBACKEND"] = "Agg"
 # PyTorch looks at it once, at the first product on a GPU: of whatever test, and `trainer=exact` needs it there
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

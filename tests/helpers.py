@@ -6,6 +6,9 @@ import copy
 import dataclasses
 import functools
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +30,8 @@ from zfnet.training.callbacks import EMA, Callback, FilterRenormalization
 from zfnet.training.device import resolve_runtime, set_switches
 from zfnet.training.loaded import LoadedRun
 from zfnet.training.state import TrainingState
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # The built-in images at a size that trains in a second or two; on the CPU, wherever the tests run.
 TINY = (
@@ -147,6 +152,21 @@ def no_figures() -> Iterator[None]:
         patch.setattr("zfnet.sweeps.figures.draw_sweep", lambda *_: {})
         patch.setattr("zfnet.data.sources.draw_shapes", _drawn_once)
         yield
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
+    """Start run.py with these words in a process of its own, in `folder`; its training draws nothing."""
+    code = f"import sys; sys.argv[:] = {[str(ROOT / 'run.py'), *words]!r}{_PROGRAM}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+
+
+_PROGRAM = """
+import runpy, zfnet.jobs.train
+zfnet.jobs.train.draw_results = lambda *_: None
+zfnet.jobs.train.save_figure = zfnet.plots.figures.save_figure = lambda *_: None
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @functools.cache

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from tests.helpers import checked
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import arguments, instantiate, resolve
-from zfnet.config.schema import Job, read_config
+from zfnet.config.reading import read_config
+from zfnet.config.schema import Job
 from zfnet.training.build import build_optimizer, build_scheduler, check_recipe
 from zfnet.training.callbacks import Callback
 from zfnet.training.loggers import Logger

@@ -13,7 +13,8 @@ import yaml
 from tests.helpers import MINUTE, checked, compose, data_config
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import resolve
-from zfnet.config.schema import NOT_IDENTITY, Job, Parent, flatten, read_config, read_data, result_keys
+from zfnet.config.reading import read_config, read_data
+from zfnet.config.schema import NOT_IDENTITY, Job, Parent, flatten, result_keys
 from zfnet.config.trust import CONF
 
 FILES = [

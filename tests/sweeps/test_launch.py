@@ -7,8 +7,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.helpers import MINUTE, TINY, compose
+from tests.helpers import MINUTE, TINY, compose, start
 from zfnet.config.errors import UserError
 from zfnet.sweeps import launch
 from zfnet.sweeps.figures import draw_sweep
@@ -139,11 +138,7 @@ def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, monkeypatch) ->
 
 def test_launch_job_of_a_mixed_sweep_equals_the_job_alone(run_py, tmp_path) -> None:
     words = [word for word in SMALL if not word.startswith("trainer.threads")]
-    alone = subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *words, "trainer=exact", "hydra.run.dir=alone"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-    )
+    alone = start(tmp_path, *words, "trainer=exact", "hydra.run.dir=alone")
     assert run_py("-m", *words, "trainer.threads=1,null", "trainer=auto,exact").code == 0
     assert alone.wait(timeout=200) == 0
     last = tmp_path / "s/trainer.threads=null,trainer=exact"
@@ -348,29 +343,26 @@ def test_launch_with_joblib_gives_the_same_numbers(run_py, tmp_path: Path, monke
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_launch_with_submitit_requeues_a_job(tmp_path: Path) -> None:
+def test_launch_with_submitit_requeues_a_job(run_py, tmp_path: Path, monkeypatch) -> None:
     """Its local executor stands for SLURM; SIGUSR2 is how it hears that its time is up."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    words = ["-m", *MINUTE, "hydra/launcher=submitit_local"]
-    words += ["trainer.epochs=25", "trainer.checkpoint_minutes=1e-5", "seed=3", "hydra.sweep.dir=s"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},  # for the processes of the jobs
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (checkpoints := list(tmp_path.glob("s/*/checkpoints/step-*"))) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    folder = checkpoints[0].parents[1]
-    status = folder / "status.json"
-    os.kill(json.loads(status.read_text())["pid"], signal.SIGUSR2)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    assert json.loads(status.read_text())["state"] == "done"
-    log = (folder / "train.log").read_text()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the processes of the jobs
+    status: list[Path] = []
+
+    def end_its_time() -> None:
+        deadline = time.monotonic() + 120
+        while not (checkpoints := list(tmp_path.glob("s/*/checkpoints/step-*"))) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        status.append(checkpoints[0].parents[1] / "status.json")
+        os.kill(json.loads(status[0].read_text())["pid"], signal.SIGUSR2)
+
+    words = ("-m", *MINUTE, "hydra/launcher=submitit_local", "trainer.epochs=25", "trainer.checkpoint_minutes=1e-5")
+    other = threading.Thread(target=end_its_time)
+    other.start()
+    answer = run_py(*words, "seed=3", "hydra.sweep.dir=s")
+    other.join()
+    assert answer.code == 0, answer.err
+    assert json.loads(status[0].read_text())["state"] == "done"
+    log = status[0].with_name("train.log").read_text()
     assert log.count("epoch 25/25") == 1
     assert "going on from epoch" in log

@@ -9,7 +9,6 @@ import pwd
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.helpers import start
 from tests.sweeps.test_launch import SMALL, rows
 from zfnet.config.errors import UserError
 from zfnet.runs.command import CONF
@@ -30,20 +29,6 @@ from zfnet.sweeps.optuna_search import _open_storage, construct, other_images  #
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *SMALL)
 SPACE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "data.batch_size=choice(20,30)")
-# run.py without the figures of each training, which take most of a small one's time
-PROGRAM = """
-import runpy, zfnet.jobs.train
-zfnet.jobs.train.draw_results = lambda *_: None
-zfnet.jobs.train.save_figure = zfnet.plots.figures.save_figure = lambda *_: None
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
-    """Start run.py in a process of its own."""
-    code = f"import sys; sys.argv[:] = {[str(ROOT / 'run.py'), *words]!r}{PROGRAM}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
 
 
 def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:

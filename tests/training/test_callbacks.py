@@ -30,7 +30,7 @@ from tests.helpers import (
 )
 from tests.own import Counter, Witness
 from zfnet.config.errors import UserError
-from zfnet.config.schema import read_config
+from zfnet.config.reading import read_config
 from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Stopped

@@ -1,18 +1,26 @@
-"""Files that may be a stranger's, as plain values: YAML and JSON of bounded size, depth and numbers.
+"""From a composed config or a record to a checked `Config`; and files that may be a stranger's, as plain values.
 
-A kilobyte of YAML can stand for gigabytes (aliases of aliases), and a number of a million digits takes minutes. What is
-within the bounds is read in a moment; anything else is a ValueError.
+YAML and JSON are read with bounds on size, depth and numbers: a kilobyte of YAML can stand for gigabytes (aliases of
+aliases), and a number of a million digits takes minutes. What is within the bounds is read in a moment; anything else
+is a ValueError.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zfnet.config.errors import UserError, did_you_mean, one_line
+from zfnet.config.instantiate import resolve
+from zfnet.config.schema import DATA, NO_ROOT, Config, DataConfig, Job, ModelConfig, check, flatten
 
 MOST_BYTES = 64 * 2**20
 _MOST_YAML_BYTES = 2**20
@@ -119,3 +127,123 @@ def _integer(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"a number has more than {_MOST_DIGITS} digits")
     return int(digits)
+
+
+# -- configs
+
+
+def read_config(raw: DictConfig | dict[str, Any], imports: Sequence[str] = ()) -> Config:
+    """Return the typed and checked form of a composed config or of a record; raise UserError naming the bad key.
+
+    imports: the packages that this command trusts; what `raw` itself says about them has no effect
+    """
+    plain = _plain(raw)
+    for key in ("images", "runs"):
+        if isinstance(plain.get(key), str):
+            plain[key] = [plain[key]]
+    config = check(Config, upgrade(plain) | {"imports": list(imports)}, "")
+    settings = config.job if isinstance(config.job, dict) else {"name": str(config.job)}
+    if "_target_" in settings:
+        kind = resolve("job", settings["_target_"], Job, imports)
+        config.job = check(kind, {k: v for k, v in settings.items() if k != "_target_"}, "job")
+    else:  # of a record only the name counts
+        config.job = Job(name=str(settings.get("name")))
+    if not isinstance(config.model, dict):
+        raise UserError(f"model={config.model}: must hold keys and values")
+    if "_target_" not in config.model:
+        config.model = check(ModelConfig, config.model, "model")
+    config.data = read_data(config.data)
+    _check_together(config)
+    return config
+
+
+def read_data(plain: Any) -> DataConfig:
+    """Return the checked settings of a data set; raise UserError."""
+    name = plain.get("name") if isinstance(plain, dict) else plain
+    if name not in DATA:
+        raise UserError(f"data.name={name}: no such data set{did_you_mean(str(name), DATA)}")
+    return check(DATA[name], plain, "data")
+
+
+def _plain(raw: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(raw, DictConfig):
+        try:
+            composed: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            reason = one_line(error).rpartition("resolving interpolation: ")[2].strip('"')
+            raise UserError(f"{error.full_key or 'config'}: {reason}") from error
+        return dict(composed)
+    refuse_interpolation(raw)
+    return dict(raw)
+
+
+def refuse_interpolation(plain: Mapping[str, Any]) -> None:
+    """Raise UserError if a record, perhaps a stranger's, holds `${…}`, which could read environment variables."""
+    for key, value in flatten(plain).items():
+        if "${" in str(value):
+            raise UserError(f"{key}={value}: a recorded config may not contain an interpolation")
+
+
+# What the one class for all data sets held in earlier records.
+_OLD_DATA_KEYS = ("root", "store_size", "fit", "on_error", "cache_dir", "train_images", "test_images")
+
+
+def upgrade(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of an earlier version as this version would have written it; others come back unchanged."""
+    trainer, data = plain.get("trainer"), plain.get("data")
+    if not isinstance(trainer, dict) or not isinstance(data, dict) or "loss" in plain:
+        return plain
+    trainer = dict(trainer)
+    plain = {**plain, "trainer": trainer}
+    plain["loss"] = {"_target_": "torch.nn.CrossEntropyLoss", "label_smoothing": trainer.pop("label_smoothing", 0.0)}
+    plain["logger"] = {}
+    if trainer.pop("tensorboard", False):
+        plain["logger"] = {"tensorboard": {"_target_": "zfnet.training.loggers.TensorBoardLogger"}}
+    plain["data"] = upgrade_data(data)
+    return plain
+
+
+def upgrade_data(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a data set without those that earlier versions recorded for every other one."""
+    if data.get("name") not in DATA:
+        return data
+    known = {f.name for f in dataclasses.fields(DATA[data["name"]])}
+    return {
+        k: v
+        for k, v in data.items()
+        if not (k in _OLD_DATA_KEYS and (k not in known or (v is None and k.endswith("_images"))))
+    }
+
+
+def _check_together(config: Config) -> None:
+    """Checks that concern more than one key."""
+    data, trainer = config.data, config.trainer
+    if data.name == "folder" and not data.root and config.job.trains:  # others may not need images
+        raise UserError(NO_ROOT)
+    if data.sampler == "balanced" and config.loss.get("weight") == "balanced":
+        raise UserError("data.sampler=balanced and loss.weight=balanced: each makes up for uneven classes; choose one")
+    if data.name == "shapes" and data.root:
+        raise UserError(
+            f"data.root={data.root}: data=shapes draws its images and reads no files; choose data=folder for your own"
+        )
+    if data.batch_size % trainer.accumulate:
+        raise UserError(
+            f"trainer.accumulate={trainer.accumulate}: must divide data.batch_size={data.batch_size} without remainder"
+        )
+    if data.validation == 0 and data.name not in ("folder", "dataset") and trainer.monitor == "validation_loss":
+        raise UserError(
+            "data.validation=0 leaves no images for trainer.monitor=validation_loss: "
+            "hold some out, or set trainer.monitor=train_loss"
+        )
+    for key in ("snapshots", "checkpoint_epochs"):
+        if not all(epoch <= trainer.epochs for epoch in getattr(trainer, key)):
+            raise UserError(
+                f"trainer.{key}={getattr(trainer, key)}: epochs are counted from 1 to trainer.epochs={trainer.epochs}"
+            )
+    if config.parent is not None:
+        if config.parent.epoch >= trainer.epochs:
+            raise UserError(f"trainer.epochs={trainer.epochs}: the run begins after epoch {config.parent.epoch}")
+        try:
+            read_config(config.parent.config)
+        except UserError as error:
+            raise UserError(f"parent.config: {error}") from error

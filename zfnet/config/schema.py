@@ -1,7 +1,8 @@
 """What a config may say: the classes behind the YAML files, with types and ranges checked by pydantic.
 
-The values live in `conf/`; here are their types and their meaning. `read_config` turns what Hydra composed, or what a
-run recorded, into these classes, or raises a UserError that names the key. Nothing below sees an unchecked value.
+The values live in `conf/`; here are their types and their meaning. `read_config` (`reading.py`) turns what Hydra
+composed, or what a run recorded, into these classes, or raises a UserError that names the key. Nothing below sees an
+unchecked value.
 """
 
 from __future__ import annotations
@@ -11,17 +12,14 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Optional, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from zfnet.config.errors import UserError, did_you_mean, one_line, schema_problem
-from zfnet.config.instantiate import resolve
+from zfnet.config.errors import UserError, schema_problem
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -350,42 +348,6 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# -- reading
-
-
-def read_config(raw: DictConfig | dict[str, Any], imports: Sequence[str] = ()) -> Config:
-    """Return the typed and checked form of a composed config or of a record; raise UserError naming the bad key.
-
-    imports: the packages that this command trusts; what `raw` itself says about them has no effect
-    """
-    plain = _plain(raw)
-    for key in ("images", "runs"):
-        if isinstance(plain.get(key), str):
-            plain[key] = [plain[key]]
-    config = check(Config, upgrade(plain) | {"imports": list(imports)}, "")
-    settings = config.job if isinstance(config.job, dict) else {"name": str(config.job)}
-    if "_target_" in settings:
-        kind = resolve("job", settings["_target_"], Job, imports)
-        config.job = check(kind, {k: v for k, v in settings.items() if k != "_target_"}, "job")
-    else:  # of a record only the name counts
-        config.job = Job(name=str(settings.get("name")))
-    if not isinstance(config.model, dict):
-        raise UserError(f"model={config.model}: must hold keys and values")
-    if "_target_" not in config.model:
-        config.model = check(ModelConfig, config.model, "model")
-    config.data = read_data(config.data)
-    _check_together(config)
-    return config
-
-
-def read_data(plain: Any) -> DataConfig:
-    """Return the checked settings of a data set; raise UserError."""
-    name = plain.get("name") if isinstance(plain, dict) else plain
-    if name not in DATA:
-        raise UserError(f"data.name={name}: no such data set{did_you_mean(str(name), DATA)}")
-    return check(DATA[name], plain, "data")
-
-
 T = TypeVar("T")
 _adapter = functools.cache(TypeAdapter)  # it takes ten times as long to make one as to use it
 
@@ -404,87 +366,3 @@ def check(schema: type[T], plain: Any, prefix: str) -> T:
             key, advice = f"{prefix}.{odd}".lstrip("."), "name it by a link with a plain name"
             raise UserError(f"{key}: holds bytes that are no text in UTF-8; {advice}") from error
         raise UserError(schema_problem(error, schema, plain, prefix)) from error
-
-
-def _plain(raw: DictConfig | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(raw, DictConfig):
-        try:
-            composed: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
-        except OmegaConfBaseException as error:
-            reason = one_line(error).rpartition("resolving interpolation: ")[2].strip('"')
-            raise UserError(f"{error.full_key or 'config'}: {reason}") from error
-        return dict(composed)
-    refuse_interpolation(raw)
-    return dict(raw)
-
-
-def refuse_interpolation(plain: Mapping[str, Any]) -> None:
-    """Raise UserError if a record, perhaps a stranger's, holds `${…}`, which could read environment variables."""
-    for key, value in flatten(plain).items():
-        if "${" in str(value):
-            raise UserError(f"{key}={value}: a recorded config may not contain an interpolation")
-
-
-# What the one class for all data sets held in earlier records.
-_OLD_DATA_KEYS = ("root", "store_size", "fit", "on_error", "cache_dir", "train_images", "test_images")
-
-
-def upgrade(plain: dict[str, Any]) -> dict[str, Any]:
-    """Return a record of an earlier version as this version would have written it; others come back unchanged."""
-    trainer, data = plain.get("trainer"), plain.get("data")
-    if not isinstance(trainer, dict) or not isinstance(data, dict) or "loss" in plain:
-        return plain
-    trainer = dict(trainer)
-    plain = {**plain, "trainer": trainer}
-    plain["loss"] = {"_target_": "torch.nn.CrossEntropyLoss", "label_smoothing": trainer.pop("label_smoothing", 0.0)}
-    plain["logger"] = {}
-    if trainer.pop("tensorboard", False):
-        plain["logger"] = {"tensorboard": {"_target_": "zfnet.training.loggers.TensorBoardLogger"}}
-    plain["data"] = upgrade_data(data)
-    return plain
-
-
-def upgrade_data(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a data set without those that earlier versions recorded for every other one."""
-    if data.get("name") not in DATA:
-        return data
-    known = {f.name for f in dataclasses.fields(DATA[data["name"]])}
-    return {
-        k: v
-        for k, v in data.items()
-        if not (k in _OLD_DATA_KEYS and (k not in known or (v is None and k.endswith("_images"))))
-    }
-
-
-def _check_together(config: Config) -> None:
-    """Checks that concern more than one key."""
-    data, trainer = config.data, config.trainer
-    if data.name == "folder" and not data.root and config.job.trains:  # others may not need images
-        raise UserError(NO_ROOT)
-    if data.sampler == "balanced" and config.loss.get("weight") == "balanced":
-        raise UserError("data.sampler=balanced and loss.weight=balanced: each makes up for uneven classes; choose one")
-    if data.name == "shapes" and data.root:
-        raise UserError(
-            f"data.root={data.root}: data=shapes draws its images and reads no files; choose data=folder for your own"
-        )
-    if data.batch_size % trainer.accumulate:
-        raise UserError(
-            f"trainer.accumulate={trainer.accumulate}: must divide data.batch_size={data.batch_size} without remainder"
-        )
-    if data.validation == 0 and data.name not in ("folder", "dataset") and trainer.monitor == "validation_loss":
-        raise UserError(
-            "data.validation=0 leaves no images for trainer.monitor=validation_loss: "
-            "hold some out, or set trainer.monitor=train_loss"
-        )
-    for key in ("snapshots", "checkpoint_epochs"):
-        if not all(epoch <= trainer.epochs for epoch in getattr(trainer, key)):
-            raise UserError(
-                f"trainer.{key}={getattr(trainer, key)}: epochs are counted from 1 to trainer.epochs={trainer.epochs}"
-            )
-    if config.parent is not None:
-        if config.parent.epoch >= trainer.epochs:
-            raise UserError(f"trainer.epochs={trainer.epochs}: the run begins after epoch {config.parent.epoch}")
-        try:
-            read_config(config.parent.config)
-        except UserError as error:
-            raise UserError(f"parent.config: {error}") from error

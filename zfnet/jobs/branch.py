@@ -12,7 +12,8 @@ from typing import Annotated, ClassVar, Literal, Optional
 from pydantic import Field
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, Job, Parent, flatten, read_config
+from zfnet.config.reading import read_config
+from zfnet.config.schema import Config, Job, Parent, flatten
 from zfnet.jobs.train import train, train_and_test, worked
 from zfnet.runs.directory import RunDirectory, find_run
 from zfnet.runs.session import StopRequest

@@ -16,7 +16,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, DataConfig, Job, model_name, read_config
+from zfnet.config.reading import read_config
+from zfnet.config.schema import Config, DataConfig, Job, model_name
 from zfnet.data import Batches, Splits, load_splits
 from zfnet.data.images import image_set
 from zfnet.plots.figures import save_figure

@@ -26,8 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError, one_line
 from zfnet.config.instantiate import resolve
-from zfnet.config.reading import read_yaml
-from zfnet.config.schema import Config, Job, flatten, read_config, upgrade
+from zfnet.config.reading import read_config, read_yaml, upgrade
+from zfnet.config.schema import Config, Job, flatten
 from zfnet.config.trust import CONF, imported_packages, only_own_folders
 from zfnet.runs.directory import RunDirectory, find_run
 

@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zfnet.config.errors import UserError, one_line, yaml_problem
-from zfnet.config.reading import read_bytes, read_json, read_yaml
-from zfnet.config.schema import Config, read_config, upgrade
+from zfnet.config.reading import read_bytes, read_config, read_json, read_yaml, upgrade
+from zfnet.config.schema import Config
 from zfnet.runs.tables import csv_cell
 
 HISTORY_COLUMNS = (

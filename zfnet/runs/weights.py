@@ -19,18 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError, one_line
-from zfnet.config.reading import parse_json
-from zfnet.config.schema import (
-    LARGEST_SIDE,
-    Config,
-    DataConfig,
-    ModelConfig,
-    check,
-    model_name,
-    read_data,
-    refuse_interpolation,
-    upgrade_data,
-)
+from zfnet.config.reading import parse_json, read_data, refuse_interpolation, upgrade_data
+from zfnet.config.schema import LARGEST_SIDE, Config, DataConfig, ModelConfig, check, model_name
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images
