@@ -153,7 +153,7 @@ def test_explanations(waits: list[str], in_full_precision: None) -> None:
     inputs = pictures(model, 4).to("cuda")
     deconvnet = Deconvnet(model, "guided", "all", "gradient")
     units = torch.tensor([[0, 0, 1, 1], [1, 2, 0, 1], [3, 1, 0, 0]])
-    assert deconvnet.project_fields(inputs, "conv2", units).device.type == "cuda"
+    assert deconvnet.project(inputs, "conv2", units, fields=True).device.type == "cuda"
     inside = inside_frames(model.chain, "conv3", units)
     assert compare_controls(project_controls(deconvnet, inputs, "conv3", units), inside)
     assert dead_window_sensitivity(deconvnet, inputs, "conv2", units)

@@ -47,8 +47,8 @@ def test_view_epoch_finds_and_projects_the_strongest_activation_of_all(trained: 
             trained.model.chain, layer, seen.strongest[layer], torch.tensor([number]), lambda i: trained.inputs[i]
         )
         deconvnet = Deconvnet(trained.model)
-        project = deconvnet.project_fields if layer == "conv2" else deconvnet.project
-        expected = project(trained.inputs[image : image + 1], layer, [(0, number, int(y), int(x))])
+        units = [(0, number, int(y), int(x))]
+        expected = deconvnet.project(trained.inputs[image : image + 1], layer, units, fields=layer == "conv2")
         torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
 
 

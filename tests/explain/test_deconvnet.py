@@ -224,15 +224,21 @@ def test_project_names_bad_units(layer: str, units: list, message: str) -> None:
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("project", [Deconvnet.project, Deconvnet.project_fields])
-def test_project_refuses_seeds_and_switches_that_do_not_fit(project) -> None:
+@pytest.mark.parametrize("fields", [False, True])
+def test_project_refuses_seeds_and_switches_that_do_not_fit(fields: bool) -> None:
     """Too many seeds would otherwise go by unseen."""
     model = network()
     deconvnet, images, units = Deconvnet(model), pictures(model), [(0, 1, 2, 3), (1, 1, 2, 3)]
     with pytest.raises(UserError, match=r"seeds of shape \[3\]: must be \[2\], one for each unit"):
-        project(deconvnet, images, "conv1", units, seeds=torch.ones(3))
+        deconvnet.project(images, "conv1", units, seeds=torch.ones(3), fields=fields)
     with pytest.raises(UserError, match=r"switches_from of shape \[1, 3, 64, 64\]: must be \[2, 3, 64, 64\]"):
-        project(deconvnet, images, "conv1", units, switches_from=images[:1])
+        deconvnet.project(images, "conv1", units, switches_from=images[:1], fields=fields)
+
+
+def test_project_cuts_no_fields_of_linear_layers() -> None:
+    model = network()
+    with pytest.raises(UserError, match="fc7: its units see the whole image"):
+        Deconvnet(model).project(pictures(model), "fc7", [(0, 0)], fields=True)
 
 
 def test_deconvnet_names_bad_choices() -> None:

@@ -119,7 +119,7 @@ def test_project_fields_are_projections_cut_out(name: str, layer: str, rule: str
     units = some_units(model, images, layer)
     deconvnet, extent = Deconvnet(model, rule), receptive_field(model, layer)
     whole = F.pad(deconvnet.project(images, layer, units), (extent.size,) * 4)
-    fields = deconvnet.project_fields(images, layer, units)
+    fields = deconvnet.project(images, layer, units, fields=True)
     assert fields.shape == (len(units), model.channels, *extent.sizes)
     for unit, projection, cut in zip(units, whole, fields, strict=True):
         top, left = (place + extent.size for place in extent.corner(unit[2], unit[3]))

@@ -50,9 +50,8 @@ def project_frames(deconvnet: Deconvnet, inputs: Tensor, layer: str, units: Tens
     """Return the projections of units, cut to their receptive fields: [U, 3, h, w]; where these are larger than the
     image, the whole. `settings` are those of `Deconvnet.project`.
     """
-    whole = frame_size(deconvnet.chain, layer) == deconvnet.chain.image_size
-    project = deconvnet.project if whole else deconvnet.project_fields
-    return project(inputs, layer, units, **settings)
+    fields = frame_size(deconvnet.chain, layer) < deconvnet.chain.image_size
+    return deconvnet.project(inputs, layer, units, fields=fields, **settings)
 
 
 def view_units(

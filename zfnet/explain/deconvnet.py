@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError
-from zfnet.explain.receptive_field import ReceptiveField, receptive_field
+from zfnet.explain.receptive_field import receptive_field
 from zfnet.explain.windows import (
     DEAD_WINDOWS,
     MOST_CELLS,
@@ -102,6 +102,7 @@ class Deconvnet:
         *,
         switches_from: Tensor | None = None,
         seeds: Tensor | None = None,
+        fields: bool = False,
     ) -> Tensor:
         """Return the projection of each unit, [len(units), 3, H, W], on the model's device.
 
@@ -111,29 +112,41 @@ class Deconvnet:
             for linear layers (image, feature) or (image, feature, 0, 0)
         switches_from: images [N, 3, H, W] whose pooling switches are used instead (a control)
         seeds: [len(units)], what to project instead of each unit's own activation
+        fields: cut the projections of a convolution's units to their receptive fields, [len(units), 3, *sizes];
+            `receptive_field(model, layer).corner(y, x)` tells where one lies, and its cells outside the image are 0
 
         Raises UserError for a layer or a unit that the network does not have, for shapes that do not fit, and for
         a module on the way that has no rule.
         """
-        return self._project(images, layer, units, None, switches_from, seeds)
-
-    def project_fields(
-        self,
-        images: Tensor,
-        layer: str,
-        units: Sequence[Sequence[int]] | Tensor,
-        *,
-        switches_from: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
-        """Return projections cut to the units' receptive fields: [len(units), 3, *sizes], for convolutions.
-
-        `receptive_field(model, layer).corner(y, x)` tells where one lies; its cells outside the image are 0.
-        """
-        self.check(layer)
-        if layer not in self.chain.conv_layers:
-            raise UserError(f"{layer}: its units see the whole image; use project")
-        return self._project(images, layer, units, receptive_field(self.chain, layer), switches_from, seeds)
+        units = self._check(images, layer, units, switches_from, seeds)
+        if fields and layer not in self.chain.conv_layers:
+            raise UserError(f"{layer}: its units see the whole image, and have no receptive fields")
+        field = receptive_field(self.chain, layer) if fields else None
+        weight, steps = (next(self.model.parameters()), self.chain.up_to(layer))  # `weight` tells dtype and device
+        extent = (images.shape[2], images.shape[3]) if field is None else field.sizes
+        corners = torch.zeros_like(units[:, 2:]) if field is None else field.corners(units[:, 2:])
+        out = weight.new_zeros(len(units), self.chain.channels, *extent)
+        images = images.to(weight)
+        _check_range(units[:, 0], len(images), "image", layer)
+        for group in units[:, 0].unique().split(_IMAGES):
+            trace = self._forward(images[group.to(weight.device)], steps)
+            if switches_from is not None:
+                other = self._forward(switches_from.to(weight)[group.to(weight.device)], steps)
+                for number, step in enumerate(steps):
+                    if isinstance(step.module, nn.MaxPool2d):
+                        trace.kept[number] = other.kept[number]
+            shape = trace.output.shape[1:]
+            mine = torch.isin(units[:, 0], group).nonzero().flatten()
+            for column, name in enumerate(("channel" if len(shape) > 1 else "feature", "y", "x"), 1):
+                limit = shape[column - 1] if column <= len(shape) else 1
+                _check_range(units[mine, column], limit, name, layer)
+            for chosen in mine.split(_chunk(steps, trace)):
+                unit = units[chosen].to(weight.device)
+                unit[:, 0] = torch.searchsorted(group, units[chosen, 0]).to(weight.device)
+                seed = None if seeds is None else seeds[chosen].to(weight)
+                signal = self._backward(steps, trace, unit, seed)
+                out[chosen.to(weight.device)] = signal.cut(corners[chosen].to(weight.device), extent)
+        return out
 
     def check(self, layer: str) -> None:
         """Raise UserError, naming the module, unless there is a rule for each one up to `layer`."""
@@ -168,43 +181,6 @@ class Deconvnet:
         if seeds is not None and seeds.shape != (len(wanted),):
             raise UserError(f"seeds of shape {list(seeds.shape)}: must be [{len(wanted)}], one for each unit")
         return wanted
-
-    def _project(
-        self,
-        images: Tensor,
-        layer: str,
-        wanted: Sequence[Sequence[int]] | Tensor,
-        field: ReceptiveField | None,
-        switches_from: Tensor | None,
-        seeds: Tensor | None,
-    ) -> Tensor:
-        """Return the projections of units, some at a time, cut to their field (None: whole images)."""
-        units = self._check(images, layer, wanted, switches_from, seeds)
-        weight, steps = (next(self.model.parameters()), self.chain.up_to(layer))  # `weight` tells dtype and device
-        extent = (images.shape[2], images.shape[3]) if field is None else field.sizes
-        corners = torch.zeros_like(units[:, 2:]) if field is None else field.corners(units[:, 2:])
-        out = weight.new_zeros(len(units), self.chain.channels, *extent)
-        images = images.to(weight)
-        _check_range(units[:, 0], len(images), "image", layer)
-        for group in units[:, 0].unique().split(_IMAGES):
-            trace = self._forward(images[group.to(weight.device)], steps)
-            if switches_from is not None:
-                other = self._forward(switches_from.to(weight)[group.to(weight.device)], steps)
-                for number, step in enumerate(steps):
-                    if isinstance(step.module, nn.MaxPool2d):
-                        trace.kept[number] = other.kept[number]
-            shape = trace.output.shape[1:]
-            mine = torch.isin(units[:, 0], group).nonzero().flatten()
-            for column, name in enumerate(("channel" if len(shape) > 1 else "feature", "y", "x"), 1):
-                limit = shape[column - 1] if column <= len(shape) else 1
-                _check_range(units[mine, column], limit, name, layer)
-            for chosen in mine.split(_chunk(steps, trace)):
-                unit = units[chosen].to(weight.device)
-                unit[:, 0] = torch.searchsorted(group, units[chosen, 0]).to(weight.device)
-                seed = None if seeds is None else seeds[chosen].to(weight)
-                signal = self._backward(steps, trace, unit, seed)
-                out[chosen.to(weight.device)] = signal.cut(corners[chosen].to(weight.device), extent)
-        return out
 
     # -- up
 

@@ -108,9 +108,8 @@ class Target:
         images = self.images if images is None else images
         units = self.units if units is None else units
         if method in RULES:
-            net = Deconvnet(chain, method)
-            project = net.project_fields if self.cut_out else net.project
-            return project(images, self.layer, units, seeds=torch.ones(len(units))).cpu()
+            net, seeds = Deconvnet(chain, method), torch.ones(len(units))
+            return net.project(images, self.layer, units, seeds=seeds, fields=self.cut_out).cpu()
         if method in (INTEGRATED, GRAD_CAM):
             explain = integrated_gradients if method == INTEGRATED else grad_cam
             parts = [(images[part[:, 0]], part[:, 1].to(images.device)) for part in units.split(_IMAGES)]
