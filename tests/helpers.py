@@ -94,7 +94,12 @@ def train_tiny(folder: Path, *words: str) -> RunDirectory:
 
 def train_minute(folder: Path, *words: str) -> RunDirectory:
     """Train the run of MINUTE in `folder`, or go on with it there; without figures, which take the most time."""
-    config, run = compose(*MINUTE, *words), RunDirectory(folder)
+    return train_undrawn(folder, compose(*MINUTE, *words))
+
+
+def train_undrawn(folder: Path, config: Config) -> RunDirectory:
+    """Train a config in `folder`, or go on with it there, without figures."""
+    run = RunDirectory(folder)
     run.claim(config)
     with no_figures():
         train(config, run)

@@ -12,9 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 from tests.explain.trained import read_csv
-from tests.helpers import TINY, compose, no_figures
+from tests.helpers import TINY, compose, train_undrawn
 from zfnet.data import load_splits
-from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import ModelMetadata, save_model
 
@@ -53,13 +52,9 @@ class Residual(nn.Module):
 
 
 def train_other(folder: Path, network: type[nn.Module], *words: str) -> RunDirectory:
-    config, run = compose(*TINY, *words), RunDirectory(folder)
     target = f"{network.__module__}.{network.__name__}"
-    config = dataclasses.replace(config, model={"_target_": target}, imports=["tests"])
-    run.claim(config)
-    with no_figures():
-        train(config, run)
-    return run
+    config = dataclasses.replace(compose(*TINY, *words), model={"_target_": target}, imports=["tests"])
+    return train_undrawn(folder, config)
 
 
 @pytest.fixture(scope="module")

@@ -287,8 +287,6 @@ def test_imports_of_the_command_line_count_with_a_folder_from_elsewhere(run_py, 
     (tmp_path / "trusted_lab.py").write_text("import torch\nclass Mine(torch.optim.SGD): pass\n")
     (tmp_path / "ours/optimizer").mkdir(parents=True)
     (tmp_path / "ours/optimizer/mine.yaml").write_text("_target_: trusted_lab.Mine\nlr: 0.1\n")
-    for name in ("train.draw_results", "train.save_figure", "evaluate.draw_results"):
-        monkeypatch.setattr(f"zfnet.jobs.{name}", lambda *_: None)
     words = (*MINUTE, "trainer.epochs=1", "optimizer=mine", "imports=[trusted_lab]", "hydra.run.dir=run")
     answer = run_py("--config-dir", "ours", *words)
     assert answer.code == 0, answer.err

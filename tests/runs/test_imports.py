@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import EVERY_STEP, MINUTE, STEPS, Killed, compose, dying_at, learned, no_figures
+from tests.helpers import EVERY_STEP, MINUTE, STEPS, Killed, compose, dying_at, learned, train_undrawn
 from zfnet.config.errors import UserError
-from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import load_run
 
@@ -29,11 +28,7 @@ REFUSAL = "_target_=tests.own.{}: the package tests is not one that this command
 
 
 def train_own(folder: Path, *words: str) -> RunDirectory:
-    config, run = compose(*WORDS, *words), RunDirectory(folder)
-    run.claim(config)
-    with no_figures():
-        train(config, run)
-    return run
+    return train_undrawn(folder, compose(*WORDS, *words))
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +55,11 @@ def test_jobs_import_only_what_the_command_trusts(own: RunDirectory, run_py, tmp
         folder = tmp_path / "killed"
         with dying_at(STEPS + 3), pytest.raises(Killed):
             train_own(folder, EVERY_STEP)
-    with no_figures():
-        refused = run_py(f"job={job}", f"run={folder}")
-        assert refused.code == 1
-        assert "the package tests is not one that this command imports" in refused.err
-        assert refused.err.count("\n") == 1
-        done = run_py(f"job={job}", f"run={folder}", TRUST)
+    refused = run_py(f"job={job}", f"run={folder}")
+    assert refused.code == 1
+    assert "the package tests is not one that this command imports" in refused.err
+    assert refused.err.count("\n") == 1
+    done = run_py(f"job={job}", f"run={folder}", TRUST)
     assert done.code == 0, done.err
     if job == "resume":
         assert "going on from epoch 2" in done.out

@@ -22,7 +22,7 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def one_line(error: BaseException, line: int = 0) -> str:
+def one_line(error: object, line: int = 0) -> str:
     """Return one line of an error's message, the first if not another; the error's kind where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[line].strip()
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, one_line
 from zfnet.config.instantiate import instantiate
 from zfnet.config.randomness import DATASET, SUBSET, make_key, seeded_generators
 from zfnet.config.schema import DataConfig, DatasetData, FolderData, ShapesData
@@ -189,13 +189,10 @@ def _download(cls: type, name: str, folder: Path, **settings: Any) -> Any:
     try:
         return cls(str(folder), download=True, **settings)
     except (OSError, RuntimeError) as error:
+        reason = one_line(getattr(error, "reason", None) or error)
         raise UserError(
-            f"{name} is not in {folder.absolute()} and could not be downloaded ({_reason(error)}): set data.root=… to "
-            "a folder that holds it, or try the built-in images with experiment=quickstart"
+            f"{name} is not in {folder.absolute()} and could not be downloaded ({reason}): set data.root=… to a folder "
+            "that holds it, or try the built-in images with experiment=quickstart"
         ) from error
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "reason", None) or error).strip().splitlines()[0]
