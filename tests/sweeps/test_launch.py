@@ -351,7 +351,7 @@ def test_launch_with_submitit_requeues_a_job(run_py, tmp_path: Path, monkeypatch
     status: list[Path] = []
 
     def end_its_time() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (checkpoints := list(tmp_path.glob("s/*/checkpoints/step-*"))) and time.monotonic() < deadline:
             time.sleep(0.02)
         status.append(checkpoints[0].parents[1] / "status.json")
