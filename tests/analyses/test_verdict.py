@@ -17,6 +17,7 @@ from zfnet.analyses.verdict import METRICS, SCORES, Row, Study, compare_methods,
 from zfnet.data.shapes import draw_without
 from zfnet.explain.selection import chosen_split
 from zfnet.explain.targets import BASELINES, Target
+from zfnet.plots.atlas import find_verdict
 from zfnet.runs.directory import RunDirectory
 
 WORDS = ("job.images=4", "job.units=4", "job.others=3", "job.cells=3", "job.sectors=4", "job.ablation_images=20")
@@ -177,6 +178,9 @@ def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkey
         "trainer.threads=1",
     )
 
+    def keep(row: dict[str, Any]) -> bool:
+        return (row["target"], row["method"]) == ("conv1", "guided")
+
     def refuse(study: Study) -> Any:
         raise verdict.UserError("no")
 
@@ -202,6 +206,16 @@ def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkey
     assert Path("out/figures/verdict.png").stat().st_size > 50_000
     assert len(read_csv(Path("out/ablation.csv"))) >= 2
     assert read_csv(Path("out/differences.csv"))
+    # a map's scores are the means over its units, and lead to its page of the atlas
+    weights = summary["weights"]
+    found = find_verdict(weights, "guided", "out")
+    assert found is not None
+    rows = {r["measure"]: r for r in json.loads(Path("out/metrics/removal.json").read_text())["rows"] if keep(r)}
+    units = study_of(tiny_run, "job.layers=[conv1]").subjects[0].target.units[:, 1].tolist()
+    for number in set(units):
+        values = [v for v, n in zip(rows["deletion"]["values"], units, strict=True) if n == number]
+        mean, _, n = found.scores["conv1", number]["deletion"]
+        assert (mean, n) == (pytest.approx(sum(values) / len(values), abs=1e-4), len(values))
     assert [line for line in answer.out.splitlines() if len(line) > 80 and str(Path.cwd()) not in line] == []
 
 

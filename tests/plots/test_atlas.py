@@ -24,11 +24,22 @@ from zfnet.explain import Deconvnet, receptive_box
 from zfnet.explain.maps import MapFacts
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.zfnet import ZFNet
-from zfnet.plots.atlas import Atlas, Photograph, Strongest, find_atlas, write_atlas, write_photographs, write_single
+from zfnet.plots.atlas import (
+    Atlas,
+    Photograph,
+    Strongest,
+    Verdict,
+    find_atlas,
+    find_verdict,
+    write_atlas,
+    write_photographs,
+    write_single,
+)
 
 CLASSES = ["<b>bold</b>", "</script>", "sea lion", "cat"]
 MAPS = {"conv1": 12, "conv5": 6}
 ALL = sum(MAPS.values())
+SCORES = {("conv1", 0): {"own": (0.8, 0.021, 4)}, ("conv5", 2): {"own": (-0.25, None, 1), "deletion": (1.5, None, 1)}}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +66,7 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
         facts=facts,
         nearest=nearest,
         other={"name": "other <run>", "atlas": "../other/index.html"},
+        verdict=Verdict("2026", "validation", SCORES),
     )
 
 
@@ -84,6 +96,7 @@ def test_atlas_numbers_are_the_searchs(atlas: Atlas, page: Path) -> None:
             label, change = entry["effect"][0]
             assert change == pytest.approx(facts.effect[number, label].item(), rel=1e-3)
             assert abs(change) == pytest.approx(facts.effect[number].abs().max().item(), rel=1e-3)
+            assert entry["scores"] == {k: list(v) for k, v in SCORES.get((layer["name"], number), {}).items()}
             assert entry["nearest"] == [["conv2", number, pytest.approx(0.9 - number / 100)]]
     assert metadata["layers"][0]["maps"][3]["top"] == []
     assert json.loads((page.parent / "atlas.json").read_text()) == metadata
@@ -157,6 +170,31 @@ def test_find_atlas_by_its_networks_weights(page: Path, tmp_path: Path, monkeypa
         find_atlas("abc", "outputs/deconvnet/2026-01-03")
 
 
+def test_find_verdict_by_its_networks_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_verdict("abc", "guided") is None
+    table = "layer,map,method,measure,n,clusters,mean,se\nconv1,3,guided,own,1,1,0.5,\nconv1,3,gradient,own,1,1,0.1,\n"
+    for name, weights in (("2026-01-01", "abc"), ("2026-01-02", "abc"), ("2026-01-03", "another"), ("old", "abc")):
+        Path("outputs/verdict", name).mkdir(parents=True)
+        Path("outputs/verdict", name, "verdict.json").write_text(json.dumps({"weights": weights, "split": "test"}))
+        if name != "old":
+            Path("outputs/verdict", name, "maps.csv").write_text(table)
+    Path("outputs/verdict/z").mkdir()
+    Path("outputs/verdict/z/verdict.json").write_text("{")  # damaged, of whatever network
+    found = find_verdict("abc", "guided")
+    assert found == Verdict("2026-01-02", "test", {("conv1", 3): {"own": (0.5, None, 1)}})
+    for name in ("2026-01-03", "old", "nowhere"):
+        with pytest.raises(UserError, match=rf"job\.verdict=outputs/verdict/{name}: holds no verdict with maps\.csv"):
+            find_verdict("abc", "guided", f"outputs/verdict/{name}")
+    with pytest.raises(UserError, match=r"z/verdict\.json cannot be read"):
+        find_verdict("abc", "guided", "outputs/verdict/z")
+    path = Path("outputs/verdict/2026-01-01/maps.csv")
+    for damage in (table.replace("0.5", "nan"), table[:60], table.replace("mean", "x"), "\0", "layer\nconv1\n"):
+        path.write_text(damage)
+        with pytest.raises(UserError, match=r"maps\.csv cannot be read as the scores of maps"):
+            find_verdict("abc", "guided", "outputs/verdict/2026-01-01")
+
+
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 def test_atlas_in_one_file(atlas: Atlas, page: Path, tmp_path: Path) -> None:
     """Its pictures are the bytes of the files; nothing else is needed."""
@@ -208,6 +246,8 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
         assert put("search", "conv5 match>0.865") == [f"#conv5/{n}" for n in range(4)]
         assert len(put("search", "effect>0.5")) + len(put("search", "effect<0.5")) == ALL
         assert put("search", "images<0") == []
+        assert put("search", "own>0.5") == ["#conv1/0"]
+        assert put("search", "own<0.5") == ["#conv5/2"]
         assert len(put("search", "images<101%")) == ALL
         assert len(put("search", "")) == ALL
         # sort
@@ -223,6 +263,7 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
             assert len(shown) == ALL
             values = [float("inf") if v is None else v for v in values]  # JSON has no infinity
             assert values == sorted(values)
+        assert put("sort", "own")[:2] == ["#conv1/0", "#conv5/2"]
         put("sort", "number")
         # a layer alone, and its pictures
         b.run("[...document.querySelectorAll('#layers button')].find((e) => e.value === 'conv5').click()")
@@ -240,6 +281,16 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
         b.press("\ue00c")  # escape
         b.wait("!document.getElementById('detail').open")
         b.wait("document.activeElement.dataset.map === '#conv5/1'")
+        # its scores, on the page and among its numbers
+        b.run("location.hash = '#conv1/0'")
+        b.wait("document.getElementById('scores').textContent === 'own80 ± 2'")
+        assert "4 of its activations, validation" in b.run("return document.getElementById('judged').textContent")
+        numbers = "document.getElementById('json').href.replace('data:application/json,', '')"
+        assert b.run(f"return JSON.parse(decodeURIComponent({numbers}))")["scores"] == {
+            "own": {"mean": 0.8, "error": 0.021, "n": 4}
+        }
+        b.run("location.hash = '#conv1/1'")
+        b.wait("document.getElementById('judged').textContent.startsWith('not among')")
         # a dead map, by its address
         b.run("location.hash = '#conv1/3'")
         b.wait("document.getElementById('statistics').textContent.startsWith('Never active')")

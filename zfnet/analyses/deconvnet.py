@@ -45,7 +45,16 @@ from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
 from zfnet.explain.windows import DEAD_WINDOWS
 from zfnet.jobs.predict import prediction_rows
 from zfnet.model.chain import Chain
-from zfnet.plots.atlas import Atlas, Photograph, Strongest, find_atlas, write_atlas, write_photographs, write_single
+from zfnet.plots.atlas import (
+    Atlas,
+    Photograph,
+    Strongest,
+    find_atlas,
+    find_verdict,
+    write_atlas,
+    write_photographs,
+    write_single,
+)
 from zfnet.plots.figures import BLUE, INK, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
 from zfnet.plots.pictures import enlarge, mosaic, on_grey, show, show_mosaic, to_pixels
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
@@ -86,6 +95,7 @@ class DeconvnetJob(Look):
     ablation: Annotated[int, Field(ge=0)]
     other: Optional[str]
     pages: Optional[str]
+    verdict: Optional[str]
 
     reads_images: ClassVar[bool] = True
 
@@ -106,6 +116,8 @@ class DeconvnetJob(Look):
             explain_photographs(self, config, output, loaded, deconvnet, layers)
             return
         other = None if self.other is None else load_model(find_run(self.other).weights, config.imports)
+        weights = weights_hash(loaded.model.state_dict())
+        verdict = find_verdict(weights, self.rule, self.verdict)
         splits = loaded.splits()
         split = chosen_split(loaded, splits)
         images = split.images
@@ -126,14 +138,14 @@ class DeconvnetJob(Look):
                 log.info("%s %s images on %s, rule %s", f"{len(images):,}", split.name, device, self.rule)
                 search = TopActivations(self.top, len(images.classes), images.labels)
                 origin: dict[str, Any] = {
-                    "weights": weights_hash(loaded.model.state_dict()),
+                    "weights": weights,
                     "data": splits.fingerprint,
                     "shuffles": SHUFFLES,  # a search that an older version stopped has none
                 }
                 search = search_or_continue(search, loaded, images, layers, run, origin, stop)
                 write_tables(run, search, chain, images)
                 title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
-                atlas = Atlas(title, split.name, deconvnet, images, loaded.data, search, origin["weights"])
+                atlas = Atlas(title, split.name, deconvnet, images, loaded.data, search, weights, verdict=verdict)
                 similarity, sensitivity = {}, {}
                 for layer in tqdm(layers, "figures", unit="layer", disable=None, leave=False):
                     units = draw_layer(atlas, layer, self.maps, config.seed, run)

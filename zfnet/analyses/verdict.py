@@ -461,8 +461,10 @@ def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping
     table = [
         {"target": r.target, "method": r.method, "measure": r.measure, **clustered(r.values, r.clusters)} for r in rows
     ]
-    differences = compare_methods(rows)
+    differences, of_maps = compare_methods(rows), map_scores(study, rows)
     run.write_csv("verdict.csv", table)
+    if of_maps:
+        run.write_csv("maps.csv", of_maps)
     if differences:
         run.write_csv("differences.csv", differences)
     ablation = _ablation_table(rows, study.loaded.classes)
@@ -482,6 +484,21 @@ def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping
     for line in holds:
         log.info(textwrap.fill(line, 80, subsequent_indent="  "))
     log.info("written to %s", run.folder)
+
+
+def map_scores(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return each map's scores, which its page in the atlas shows: `clustered` of its units, for each method."""
+    channels = {subject.name: subject.target.units[:, 1] for subject in study.subjects[:-1]}
+    table = []
+    for row in rows:
+        if row.target in channels and row.measure in SCORES and row.method in RULES:
+            for number in channels[row.target].unique().tolist():
+                of = channels[row.target] == number
+                found = clustered(row.values[of], row.clusters[of])
+                if found["n"]:
+                    named = {"layer": row.target, "map": number, "method": row.method, "measure": row.measure}
+                    table.append(named | found)
+    return table
 
 
 def _pooled(rows: Sequence[Row]) -> list[Row]:

@@ -15,12 +15,14 @@ tiles lead to the atlas's pages of the maps: `index.html#conv5/12`.
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import html
 import io
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
+from zfnet.config.reading import read_bytes
 from zfnet.config.schema import DataConfig
 from zfnet.data import ImageSet
 from zfnet.explain.crops import frame_size, view_maps
@@ -48,7 +51,21 @@ KINDS = ("projections", "patches")
 _MAPS = 32  # projected at once
 _THUMBNAIL, _CELL = 96, 32  # a thumbnail shows 3×3 cells
 _CLASSES = 5  # of a map, how many are shown
+Score = tuple[float, float | None, int]  # the mean over a map's units, its standard error (one unit has none), units
 _LOSSLESS = 32  # frames up to this side are too small for a lossy format
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a job=verdict says of single maps.
+
+    name: of its directory; split: whose images it used
+    scores: of (layer, map), those of its pictures by one method
+    """
+
+    name: str
+    split: str
+    scores: Mapping[tuple[str, int], Mapping[str, Score]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,7 @@ class Atlas:
     facts: Mapping[str, MapFacts] = field(default_factory=dict)
     nearest: Mapping[str, Any] = field(default_factory=dict)  # see `nearest_maps`
     other: Mapping[str, Any] | None = None  # the name of the other network, and its own atlas, if there is one
+    verdict: Verdict | None = None
 
 
 def write_atlas(atlas: Atlas, folder: Path, after_file: Callable[[], None] = lambda: None) -> Path:
@@ -208,16 +226,65 @@ def find_atlas(weights: str, folder: str | None = None) -> Path | None:
 
     Raises UserError where that one is of another network.
     """
-    folders = sorted((OUTPUTS / "deconvnet").glob("*"), reverse=True) if folder is None else [Path(folder)]
-    for place in folders:
-        pages = [page for page in (place / "atlas/index.html", place / "atlas.html") if page.is_file()]
-        if pages and place.is_dir():
-            numbers = RunDirectory(pages[0].parent).read_json("atlas.json")
-            if isinstance(numbers, dict) and numbers.get("weights") == weights:
-                return pages[0]
+    for path, _ in _records("deconvnet", ("atlas/atlas.json", "atlas.json"), weights, folder):
+        for page in (path.with_name("index.html"), path.with_suffix(".html")):
+            if page.is_file():
+                return page
     if folder is not None:
         raise UserError(f"job.pages={folder}: holds no atlas of this network")
     return None
+
+
+def find_verdict(weights: str, method: str, folder: str | None = None) -> Verdict | None:
+    """Return what the newest job=verdict in outputs/, or that in `folder`, says of `method` and these weights.
+
+    None where outputs/ has none. Raises UserError where `folder` holds none of this network, or is damaged.
+    """
+    for record, content in _records("verdict", ("verdict.json",), weights, folder):
+        path = record.with_name("maps.csv")  # which earlier versions did not write
+        if path.is_file():
+            return Verdict(path.parent.name, str(content.get("split")), _read_scores(path, method))
+    if folder is not None:
+        raise UserError(f"job.verdict={folder}: holds no verdict with maps.csv of this network")
+    return None
+
+
+def _read_scores(path: Path, method: str) -> dict[tuple[str, int], dict[str, Score]]:
+    scores: dict[tuple[str, int], dict[str, Score]] = {}
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_bytes(path).decode(), newline="")))
+        if not rows:
+            raise ValueError("it has no rows")
+        for row in rows:
+            mean, error = (float(row[key]) if row[key] else None for key in ("mean", "se"))
+            if mean is None or not math.isfinite(mean) or not math.isfinite(error or 0):
+                raise ValueError(f"mean={mean}, se={error}")
+            if row["method"] == method:
+                of_map = scores.setdefault((row["layer"], int(row["map"])), {})
+                of_map[row["measure"]] = mean, error, int(row["n"])
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as the scores of maps ({type(error).__name__}: {error})") from error
+    return scores
+
+
+def _records(
+    job: str, names: Sequence[str], weights: str, folder: str | None
+) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Yield the JSON files of a job's directories, the newest first, that are of the network with these weights.
+
+    folder: look into this one alone, where a damaged file is an error, and elsewhere passed over
+    """
+    places = sorted((OUTPUTS / job).glob("*"), reverse=True) if folder is None else [Path(folder)]
+    for path in (place / name for place in places for name in names):
+        if path.is_file():
+            try:
+                record = RunDirectory(path.parent).read_json(path.name)
+            except UserError:
+                if folder is not None:
+                    raise
+                continue
+            if isinstance(record, dict) and record.get("weights") == weights:
+                yield path, record
 
 
 def _write_maps(atlas: Atlas, folder: Path, layer: str, after_file: Callable[[], None]) -> None:
@@ -299,6 +366,7 @@ def _page_data(atlas: Atlas) -> dict[str, Any]:
         "imageSize": atlas.data.image_size,
         "sample": len(next(iter(atlas.facts.values())).strongest) if atlas.facts else 0,
         "other": atlas.other,
+        "verdict": None if atlas.verdict is None else {"name": atlas.verdict.name, "split": atlas.verdict.split},
         "layers": [_layer_data(atlas, layer, record) for layer, record in atlas.search.layers.items()],
     }
 
@@ -327,6 +395,11 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
             more["effect"] = [list(zip(*row, strict=True)) for row in zip(most.tolist(), changes, strict=True)]
     if layer in atlas.nearest:
         more["nearest"] = [[(name, n, _short(r)) for name, n, r in row] for row in atlas.nearest[layer]]
+    if atlas.verdict is not None:
+        known = (atlas.verdict.scores.get((layer, n), {}) for n in range(len(values)))
+        more["scores"] = [
+            {k: (_short(mean), error and _short(error), n) for k, (mean, error, n) in row.items()} for row in known
+        ]
     return {
         "name": layer,
         "frame": frame_size(chain, layer),

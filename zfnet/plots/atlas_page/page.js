@@ -41,6 +41,9 @@ const NUMBERS = {
   effect: (map) => largest(map.effect, 1),
   match: (map) => (map.nearest && map.nearest.length ? map.nearest[0][2] : 0),
 };
+// those of job=verdict; a map without one is not found by a bound, and sorted to the end
+const scores = [...new Set(maps.flatMap((map) => Object.keys(map.scores || {})))];
+for (const name of scores) NUMBERS[name] = (map) => (name in map.scores ? map.scores[name][0] : NaN);
 
 function matches(map, words) {
   return words.every((word) => {
@@ -68,6 +71,8 @@ const ORDERS = {
   effect: (a, b) => NUMBERS.effect(b) - NUMBERS.effect(a),
   match: (a, b) => NUMBERS.match(b) - NUMBERS.match(a),
 };
+const known = (value) => (Number.isNaN(value) ? -Number.MAX_VALUE : value);
+for (const name of scores) ORDERS[name] = (a, b) => known(NUMBERS[name](b)) - known(NUMBERS[name](a));
 
 function card(map, kind) {
   const { layer, number } = map;
@@ -143,16 +148,18 @@ function showImage(map, place) {
   [...$("tiles").children].forEach((item, n) => item.firstChild.setAttribute("aria-pressed", n === place));
 }
 
-// rows of a name, a bar and a number; a bar's length is its share of the largest
-function bars(id, rows) {
-  const highest = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-12);
-  $(id).replaceChildren(...rows.flatMap(([name, value]) => {
+// rows of a name, a bar and a number; a bar's length is its share of the largest, or of `highest`
+function bars(id, rows, highest = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-12)) {
+  $(id).replaceChildren(...rows.flatMap(([name, value, text]) => {
     const bar = make("i", { className: value < 0 ? "negative" : "" });
-    bar.style.width = `${(100 * Math.abs(value)) / highest}%`;
+    bar.style.width = `${Math.min(100, (100 * Math.abs(value)) / highest)}%`;
     return [typeof name === "string" ? make("span", { textContent: name }) : name, make("div", {}, bar),
-      make("span", { className: "number", textContent: value.toPrecision(3) })];
+      make("span", { className: "number", textContent: text || value.toPrecision(3) })];
   }));
 }
+
+const hundredths = (value) => (100 * value).toFixed(0);
+const scored = ([mean, error]) => hundredths(mean) + (error === null ? "" : ` ± ${hundredths(error)}`);
 
 function histogram(map) {
   const counts = map.histogram || [], most = Math.max(...counts, 1);
@@ -167,11 +174,12 @@ function histogram(map) {
 }
 
 function numbers(map) {
-  const { layer, top, classes: means, effect, nearest, ...plain } = map;
+  const { layer, top, classes: means, effect, nearest, scores: found, ...plain } = map;
   const named = (entries) => entries && Object.fromEntries(entries.map(([label, value]) => [classes[label], value]));
   const keys = ["activation", "image", "class", "y", "x", "top", "left", "bottom", "right"];
   return {
     weights: metadata.weights, layer: layer.name, ...plain, class_means: named(means), effect: named(effect),
+    scores: found && Object.fromEntries(Object.entries(found).map(([name, [mean, error, n]]) => [name, { mean, error, n }])),
     nearest: nearest && nearest.map(([name, number, r]) => ({ layer: name, map: number, r })),
     strongest: top.map((entry) => Object.fromEntries(keys.map((key, n) => [key, key === "class" ? classes[entry[n]] : entry[n]]))),
   };
@@ -190,11 +198,18 @@ function showMap(map) {
   $("detail").classList.toggle("empty", map.dead);
   document.querySelector(".columns").hidden = map.dead;
   bars("bars", map.classes.map(([label, mean]) => [classes[label], mean]));
-  for (const [id, has] of [["activity", map.histogram], ["effects", map.effect], ["matches", map.nearest]]) $(id).hidden = !has;
+  for (const [id, has] of [["activity", map.histogram], ["effects", map.effect], ["matches", map.nearest],
+    ["verdict", metadata.verdict]]) $(id).hidden = !has;
   if (map.histogram) histogram(map);
   bars("effect", (map.effect || []).map(([label, change]) => [classes[label], change]));
   bars("nearest", (map.nearest || []).map(([layer, number, r]) => [make(metadata.other.atlas ? "a" : "span",
     { textContent: `${layer} · ${number}`, href: `${metadata.other.atlas}#${layer}/${number}` }), r]));
+  const found = Object.entries(map.scores || {});
+  bars("scores", found.map(([name, score]) => [name, score[0], scored(score)]), 1);
+  if (metadata.verdict) $("judged").textContent = (found.length
+    ? `in hundredths, 0: chance, 100: best; ${found.some(([, score]) => score[1] !== null) ? "± standard error over" : "over"} `
+      + `${Math.max(...found.map(([, score]) => score[2]))} of its activations`
+    : "not among the units measured") + `, ${metadata.verdict.split} images, ${metadata.rule}; ${metadata.verdict.name}`;
   $("link").href = address(map);
   $("json").href = `data:application/json,${encodeURIComponent(JSON.stringify(numbers(map), null, 1))}`;
   $("json").download = `${map.layer.name}_${map.number}.json`;
@@ -251,6 +266,8 @@ if (metadata.other) $("other").textContent = `Nearest maps in ${metadata.other.n
 for (const [name, has] of [["effect", maps.some((map) => map.effect)], ["match", metadata.other]]) {
   if (!has) $("sort").querySelector(`[value=${name}]`).remove();
 }
+for (const name of scores) $("sort").append(make("option", { value: name, textContent: `verdict: ${name}` }));
+if (scores.length) $("search").title += `; and the verdict's scores, 0 … 1: ${scores.join(", ")}`;
 chooseLayer("");
 // in one file, what is shown may stand further down
 if (document.readyState === "loading") addEventListener("DOMContentLoaded", follow);
