@@ -43,6 +43,27 @@ def test_removal_of_a_linear_model_is_known() -> None:
     assert all(0.2 < found.mean() < 0.8 for found in scores["half"])
 
 
+@pytest.mark.parametrize("filling", FILLINGS)
+def test_insertion_is_the_deletion_of_the_least_relevant_first_read_backwards(filling: str) -> None:
+    """To the bit, with each filling, and likewise the other way round: two curves, of which each has two names."""
+    frames, boxes = torch.randn(1, 3, 8, 8), torch.tensor([[0, 0, 8, 8]])
+    kernel = torch.randn(3, 8, 8)
+    removal = Removal(frames, boxes, lambda f, _: (f * kernel).relu().sum((1, 2, 3)), 4, filling, frames / 2)
+    relevance = {"a": torch.randn(1, 16), "b": torch.randn(1, 16)}
+    order = relevance["a"][0].argsort(descending=True)  # the most relevant first
+    for first in (order, order.flip(0)):
+        deletion, insertion = torch.zeros(5, 16, dtype=torch.bool), torch.ones(5, 16, dtype=torch.bool)
+        for step in range(5):
+            deletion[step, first[: 4 * step]] = True
+            insertion[step, first.flip(0)[: 4 * step]] = False
+        item = torch.zeros(5, dtype=torch.int64)
+        assert torch.equal(removal(item, insertion), removal(item, deletion).flip(0))
+    # the scores are of these: the areas are equal, and one scale serves all methods
+    found = removal_scores(removal, relevance | {f"{k} last": -v for k, v in relevance.items()}, 4)
+    ratios = [float(found[name][1] / found[f"{name} last"][0]) for name in relevance]
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
+
+
 def test_greedy_areas_of_a_linear_model_are_those_of_the_sorted_weights() -> None:
     every = torch.arange(ITEMS)
     nothing = torch.zeros(ITEMS, CELLS, dtype=torch.bool)
