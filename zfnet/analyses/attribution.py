@@ -1,9 +1,8 @@
 """job=attribution: which pixels of an image speak for its class, by five methods.
 
 All five explain one number, the class's output before the softmax. The deconvnet (Zeiler & Fergus 2013), guided
-backpropagation (Springenberg et al. 2014) and the gradient (Simonyan et al. 2013) are this project's own
-(`explain/deconvnet.py`), and so is Grad-CAM (Selvaraju et al. 2017); integrated gradients (Sundararajan et al. 2017)
-are captum's.
+backpropagation (Springenberg et al. 2014) and the gradient (Simonyan et al. 2013) are in `explain/deconvnet.py`,
+integrated gradients (Sundararajan et al. 2017) and Grad-CAM (Selvaraju et al. 2017) in `explain/targets.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, ClassVar, Optional
 
 import numpy as np
@@ -23,12 +21,11 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 
-from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.selection import Chosen, Look, choose_images, in_boxes, pick_layers, to_rows
 from zfnet.explain.statistics import own_and_others, percent
-from zfnet.explain.targets import GRAD_CAM, grad_cam
+from zfnet.explain.targets import GRAD_CAM, grad_cam, integrated_gradients
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
 from zfnet.plots.figures import SOFT, new_figure, plain, save_figure, styled
@@ -57,7 +54,6 @@ class AttributionJob(Look):
 
     def main(self, config: Config, output: Path) -> None:
         """Write figures/attribution.png, the maps themselves (maps.safetensors) and attribution.csv."""
-        load_captum()  # raises before anything is read
         loaded = LoadedRun(config)
         chain = loaded.chain
         (layer,) = pick_layers(chain, "job.layer", self.layer, chain.conv_layers[-1:], only_conv=True)
@@ -101,30 +97,17 @@ class Attributions:
     baseline_output: Tensor
 
 
-def load_captum() -> ModuleType:
-    """Return captum.attr; raise UserError where captum is not installed."""
-    try:
-        import captum.attr
-    except ImportError as error:
-        raise UserError("job=attribution needs captum: pip install -e '.[explain]'") from error
-    module: ModuleType = captum.attr
-    return module
-
-
 @full_precision()
 def attribute(chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: int, batch_size: int) -> Attributions:
     """Return the five attributions of images [N, 3, S, S] to their classes `labels` [N].
 
-    layer: the convolution layer whose output Grad-CAM weighs. Raises UserError without captum.
+    layer: the convolution layer whose output Grad-CAM weighs; steps: points of integrated gradients
     """
-    captum = load_captum()
     units = torch.stack([torch.arange(len(labels)), labels.cpu()], 1)
     ones = torch.ones(len(labels))  # the class's own output may be negative, and would only scale the projection
     maps = {rule: Deconvnet(chain, rule).project(images, OUTPUT, units, seeds=ones).cpu() for rule in RULES}
-    integrated = captum.IntegratedGradients(chain.model).attribute(
-        images, torch.zeros_like(images), labels, n_steps=steps, internal_batch_size=max(batch_size, len(images))
-    )
-    maps[INTEGRATED] = integrated.detach().float().cpu()
+    parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    maps[INTEGRATED] = torch.cat([integrated_gradients(chain, *part, steps).cpu() for part in parts])
     maps[GRAD_CAM] = grad_cam(chain, images, labels, layer).cpu()
     rows = torch.arange(len(labels), device=labels.device)
     with torch.no_grad():
