@@ -167,6 +167,20 @@ def test_row_survives_json() -> None:
     assert torch.equal(again.clusters, row.clusters)
 
 
+@pytest.mark.parametrize(
+    "damage", ["", "[]", '{"of": {}}', '{"of": {}, "rows": [{}]}', '{"of": {}, "rows": [{"values": "x"}]}']
+)
+def test_damaged_rows_of_a_metric_are_one_line(tmp_path: Path, damage: str) -> None:
+    run = RunDirectory(tmp_path)
+    assert verdict.saved_rows(run, "own", {}) is None
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/own.json").write_text(damage)
+    with pytest.raises(verdict.UserError, match=r"metrics/own\.json is damaged: delete it"):
+        verdict.saved_rows(run, "own", {})
+    (tmp_path / "metrics/own.json").write_text('{"of": {"weights": "others"}, "rows": []}')
+    assert verdict.saved_rows(run, "own", {}) is None
+
+
 def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkeypatch) -> None:
     words = (
         "job=verdict",
@@ -229,6 +243,8 @@ def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkey
             "job.split=validation: data=shapes has no validation images",
         ),
         (["job.images=1"], "job.images=1: must be at least 4"),
+        (["job.layers=[fc6]"], "job.layers=fc6: the network has no such convolution; known: conv1"),
+        (["job.others=0"], "job.others=0: must be at least 1"),
     ],
 )
 def test_verdict_refuses_bad_input_in_one_line(run_py, tiny_run: RunDirectory, words: list[str], expected: str) -> None:

@@ -85,7 +85,7 @@ class VerdictJob(Look):
     layers: Optional[list[str]]
     images: Annotated[int, Field(ge=4)]
     units: Annotated[int, Field(ge=2)]
-    others: Annotated[int, Field(ge=1)]
+    others: Optional[Annotated[int, Field(ge=1)]]
     cells: Annotated[int, Field(ge=2, le=12)]
     support: Annotated[float, Field(gt=0, lt=1)]
     sectors: Annotated[int, Field(ge=3)]
@@ -113,21 +113,19 @@ class VerdictJob(Look):
                 study = prepare(self, loaded, split, layers)
                 found: list[Row] = []
                 for name in self.metrics or METRICS:
-                    path = run.folder / "metrics" / f"{name}.json"
-                    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-                    if saved.get("of") != origin:
-                        start, used = time.perf_counter(), time.process_time()
-                        rows = []
+                    rows = saved_rows(run, name, origin)
+                    if rows is None:
+                        start, used, plain = time.perf_counter(), time.process_time(), []
                         for row in METRICS[name](study):
-                            rows.append(row)
+                            plain.append(row.plain())
                             stop.check()
-                        saved = {"of": origin, "seconds": round(time.perf_counter() - start, 1)}
-                        saved["cpu_seconds"] = round(time.process_time() - used, 1)
-                        saved["rows"] = [row.plain() for row in rows]
-                        path.parent.mkdir(exist_ok=True)
-                        run.write_json(f"metrics/{name}.json", saved)
-                        log.info("%s: %.0f s", name, saved["seconds"])
-                    found += [Row.read(row) for row in saved["rows"]]
+                        seconds = {"seconds": round(time.perf_counter() - start, 1)}
+                        seconds["cpu_seconds"] = round(time.process_time() - used, 1)
+                        (run.folder / "metrics").mkdir(exist_ok=True)
+                        run.write_json(f"metrics/{name}.json", {"of": origin, **seconds, "rows": plain})
+                        log.info("%s: %.0f s", name, seconds["seconds"])
+                        rows = [Row.read(row) for row in plain]  # as a job that continues reads them
+                    found += rows
                 report(run, study, found, origin)
 
 
@@ -155,6 +153,21 @@ class Row:
         values = [math.nan if v is None else v for v in plain["values"]]
         named = {key: plain[key] for key in ("target", "method", "measure")}
         return Row(**named, values=torch.tensor(values).double(), clusters=torch.tensor(plain["clusters"]).long())
+
+
+def saved_rows(run: RunDirectory, metric: str, origin: Mapping[str, str]) -> list[Row] | None:
+    """Return what this directory holds of a metric already; None where it holds nothing, or of other weights or data.
+
+    Raises UserError where the file is damaged.
+    """
+    path = run.folder / "metrics" / f"{metric}.json"
+    if not path.exists():
+        return None
+    try:
+        saved = run.read_json(f"metrics/{metric}.json")
+        return [Row.read(row) for row in saved["rows"]] if saved["of"] == origin else None
+    except (KeyError, TypeError, ValueError, RuntimeError, UserError) as error:
+        raise UserError(f"{path} is damaged: delete it, and the metric is measured again") from error
 
 
 # ---- what is explained
@@ -304,7 +317,8 @@ def _others(study: Study, target: Target) -> Tensor:
         active = maps[target.units[:, 0], :, target.units[:, 2], target.units[:, 3]] > 0
     active[torch.arange(count), target.units[:, 1]] = False
     chance = uniform(make_key(study.seed, CONTROL, 21), torch.arange(active.numel())).view(active.shape)
-    picked = torch.where(active, 1 + chance, 0).topk(min(study.job.others, active.shape[1] - 1), dim=1)
+    most = int(active.sum(1).max())  # of all: the same, in a random order
+    picked = torch.where(active, 1 + chance, 0).topk(min(study.job.others or most, most), dim=1)
     return torch.where(picked.values > 0, picked.indices, -1)
 
 
