@@ -65,16 +65,16 @@ def test_lrn_and_ceil_pooling_can_be_exported(tmp_path) -> None:
     path = tmp_path / f"model.{name}"
     path.write_bytes(export._WRITE[name](program, "{}"))
     with torch.no_grad():
-        assert export.check(model, export._READ[name](path)) < 1e-4
+        assert export.check(model, export._READ[name](path), 64) < 1e-4
 
 
 def test_check_refuses_other_logits() -> None:
     model = ZFNet(10, 64, compose(*TINY).model).eval()
     with torch.no_grad():
-        assert export.check(model, model) == 0
+        assert export.check(model, model, 64) == 0
         for wrong in (lambda x: model(x) + 1e-2, lambda x: model(x) * float("nan")):
             with pytest.raises(UserError, match="differ from the network's by"):
-                export.check(model, wrong)
+                export.check(model, wrong, 64)
 
 
 def test_export_names_the_missing_extra(run_py, tiny_run, tmp_path, monkeypatch) -> None:

@@ -179,6 +179,14 @@ NODES = (
 )
 
 
+@pytest.fixture(scope="module")
+def imported_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The run of a small ONNX graph, beside photos/ with images of two of its classes."""
+    folder = tmp_path_factory.mktemp("imported")
+    write_images(folder / "photos", {"0": 2, "3": 2}, size=24)
+    return import_(folder / "run", graph(folder / "x.onnx", *NODES, weights=WEIGHTS))
+
+
 def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     path = graph(tmp_path / "x.onnx", *NODES, weights=WEIGHTS)
@@ -203,6 +211,24 @@ def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> 
     recorded["model"]["layers"][0].update(type="Conv2d", padding_mode="circular")
     with pytest.raises(UserError, match=r"padding_mode=circular: must hold numbers"):
         build_model(recorded["model"], 5, 19)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "job.format=pt2"),
+        ("predict", "images=[photos]"),
+        ("evaluate", "job.split=train", "data.root=photos", "data.validation=0"),
+        ("deconvnet", "images=[photos]", "job.maps=2"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_jobs_work_on_a_network_that_is_no_zfnet(
+    imported_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(imported_run.folder.parent)
+    config = used(imported_run, f"job={words[0]}", *words[1:]).config
+    config.job.main(config, tmp_path / "out")
 
 
 def test_the_structure_of_the_zoos_zfnet512(monkeypatch: pytest.MonkeyPatch) -> None:

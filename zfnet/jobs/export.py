@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
-from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import write_atomically
 from zfnet.runs.session import own_directory
 from zfnet.runs.weights import weights_hash
@@ -57,7 +56,7 @@ class ExportJob(Job):
             for name in formats:
                 path = run.folder / f"model.{name}"
                 write_atomically(path, _WRITE[name](program, embedded))
-                difference = metadata[f"largest_difference_{name}"] = check(model, _READ[name](path))
+                difference = metadata[f"largest_difference_{name}"] = check(model, _READ[name](path), size)
                 megabytes = path.stat().st_size / 1e6
                 log.info("%s: %.1f MB, within %.1e of the network's logits", path.name, megabytes, difference)
             run.write_json("model.json", metadata)
@@ -93,14 +92,14 @@ def describe(loaded: LoadedRun) -> dict[str, Any]:
     }
 
 
-def check(model: ZFNet, exported: Callable[[Tensor], Tensor]) -> float:
+def check(model: nn.Module, exported: Callable[[Tensor], Tensor], side: int) -> float:
     """Return the largest difference of logits between the two on random images, in batches of several sizes.
 
     Raises UserError where it is more than TOLERANCE of the largest logit.
     """
     generator, largest = torch.Generator().manual_seed(0), 0.0
     for count in _BATCH_SIZES:
-        images = torch.randn(count, 3, model.image_size, model.image_size, generator=generator)
+        images = torch.randn(count, 3, side, side, generator=generator)
         expected, logits = model(images), exported(images)
         difference = (logits - expected).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
