@@ -51,8 +51,14 @@ QUICK = ("trainer.threads=1",)
             "job.layers=conv6: the network has no such convolution; did you mean",
         ),
         (["job=deconvnet", "job.layers=[fc7]"], "job.layers=fc7: the network has no such convolution; known: conv1"),
-        (["job=deconvnet", "job.layers=[pool1]"], "job.layers=pool1: the network has no such convolution; known: conv1"),
-        (["job=deconvnet", "job.verdict=nowhere"], "job.verdict=nowhere: holds no verdict with maps.csv of this network"),
+        (
+            ["job=deconvnet", "job.layers=[pool1]"],
+            "job.layers=pool1: the network has no such convolution; known: conv1",
+        ),
+        (
+            ["job=deconvnet", "job.verdict=nowhere"],
+            "job.verdict=nowhere: holds no verdict with maps.csv of this network",
+        ),
         (["job=deconvnet", "job.layers=[]"], "job.layers=[]: names no layer"),
         (["job=deconvnet", "job.top=0"], "job.top=0: must be at least 1"),
         (["job=deconvnet", "job.rule=relu"], "job.rule=relu: must be one of deconvnet, guided or gradient"),

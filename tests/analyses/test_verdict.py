@@ -115,6 +115,21 @@ def test_own_of_baselines_is_chance_and_of_ones_own_unit_is_not(study: Study) ->
     assert found["conv2", "gradient", "own"].values.isfinite().any()
 
 
+def test_others_are_all_that_are_active_at_the_same_place(study: Study) -> None:
+    target, job = study.subjects[0].target, dataclasses.replace(study.job, others=None)
+    maps = study.chain.activations(target.images, ["conv2"])["conv2"]
+    found, few = verdict._others(dataclasses.replace(study, job=job), target), verdict._others(study, target)
+    for (image, channel, y, x), row, drawn in zip(target.units.tolist(), found.tolist(), few.tolist(), strict=True):
+        active = set((maps[image, :, y, x] > 0).nonzero().flatten().tolist()) - {channel}
+        assert set(row) - {-1} == active
+        assert set(drawn) <= active
+        assert len(set(drawn)) == 3
+    classes = study.subjects[-1].target
+    assert verdict._others(dataclasses.replace(study, job=job), classes)[0].sort().values.tolist() == [
+        c for c in range(10) if c != classes.units[0, 1]
+    ]
+
+
 def test_ablation_of_a_map_is_the_network_without_it(study: Study) -> None:
     found = scores(list(METRICS["ablation"](study)))
     selected = found["conv5", "ablation", "class of it"].values

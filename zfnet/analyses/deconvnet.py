@@ -58,7 +58,7 @@ from zfnet.plots.atlas import (
 from zfnet.plots.figures import BLUE, INK, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
 from zfnet.plots.pictures import enlarge, mosaic, on_grey, show, show_mosaic, to_pixels
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
-from zfnet.runs.session import StopRequest, claimed, own_directory, recorded_state
+from zfnet.runs.session import StopRequest, continued_directory, own_directory
 from zfnet.runs.tables import shorten
 from zfnet.runs.weights import ModelMetadata, load_model, weights_hash
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
@@ -104,7 +104,7 @@ class DeconvnetJob(Look):
 
         With `images=[…]` only these are looked at, and a search that was made before is linked to.
         """
-        run, loaded = RunDirectory(output), LoadedRun(config)
+        loaded = LoadedRun(config)
         chain = loaded.chain
         named = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
         layers = [layer for layer in chain.conv_layers if layer in named]
@@ -123,55 +123,50 @@ class DeconvnetJob(Look):
         images = split.images
         if self.max_images is not None and self.max_images < len(images):
             images = images.take(torch.linspace(0, len(images) - 1, self.max_images).round().long())
-        message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
-        with claimed(run, config, "deconvnet.log") as stop:
-            if any(run.plain_config()[key] != config.to_dict()[key] for key in ("job", "run")):
-                raise UserError(
-                    f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)"
-                )
-            if run.state == "done":
+        finished = RunDirectory(output).state == "done"
+        with continued_directory(config, output) as (run, stop):
+            if finished:
                 print(f"nothing to do: {run.folder} is finished")
                 return
-            with recorded_state(run, message):
-                log.info("%s: %s", loaded.source.folder, ", ".join(layers))
-                device = loaded.runtime.device
-                log.info("%s %s images on %s, rule %s", f"{len(images):,}", split.name, device, self.rule)
-                search = TopActivations(self.top, len(images.classes), images.labels)
-                origin: dict[str, Any] = {
-                    "weights": weights,
-                    "data": splits.fingerprint,
-                    "shuffles": SHUFFLES,  # a search that an older version stopped has none
-                }
-                search = search_or_continue(search, loaded, images, layers, run, origin, stop)
-                write_tables(run, search, chain, images)
-                title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
-                atlas = Atlas(title, split.name, deconvnet, images, loaded.data, search, weights, verdict=verdict)
-                similarity, sensitivity = {}, {}
-                for layer in tqdm(layers, "figures", unit="layer", disable=None, leave=False):
-                    units = draw_layer(atlas, layer, self.maps, config.seed, run)
-                    if self.controls and len(units) > 1:
-                        numbers, units[:, 0] = units[:, 0].unique(return_inverse=True)
-                        inputs = preprocess(images.pixels(numbers).to(device), loaded.data)
-                        similarity[layer] = compare_controls(
-                            project_controls(deconvnet, inputs, layer, units, config.seed),
-                            inside_frames(chain, layer, units),
-                        )
-                        sensitivity[layer] = dead_window_sensitivity(deconvnet, inputs, layer, units)
-                    stop.check()
-                if similarity:
-                    run.write_json("controls.json", similarity)
-                    run.write_json("dead_windows.json", sensitivity)
-                    save_figure(draw_controls(similarity), run.figures / "controls.png")
-                    log.info("rank correlation of projections with those of controls, mean [95 % interval]")
-                    log.info("(near 1: the pictures do not depend on the unit):")
-                    for layer, rows in similarity.items():
-                        for name, row in rows.items():
-                            cells = ", ".join(f"{kind} {_interval(row[kind])}" for kind in SIMILARITIES)
-                            log.info("  %-8s %-15s n %-3s %s", layer, name, row["signed"]["n"], cells)
-                if self.atlas:
-                    atlas = self._with_facts(atlas, loaded, layers, other, run.folder)
-                    page = write_atlas(atlas, run.folder / "atlas", stop.check)
-                    log.info("open %s in a browser", page if self.atlas is True else write_single(page.parent))
+            log.info("%s: %s", loaded.source.folder, ", ".join(layers))
+            device = loaded.runtime.device
+            log.info("%s %s images on %s, rule %s", f"{len(images):,}", split.name, device, self.rule)
+            search = TopActivations(self.top, len(images.classes), images.labels)
+            origin: dict[str, Any] = {
+                "weights": weights,
+                "data": splits.fingerprint,
+                "shuffles": SHUFFLES,  # a search that an older version stopped has none
+            }
+            search = search_or_continue(search, loaded, images, layers, run, origin, stop)
+            write_tables(run, search, chain, images)
+            title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
+            atlas = Atlas(title, split.name, deconvnet, images, loaded.data, search, weights, verdict=verdict)
+            similarity, sensitivity = {}, {}
+            for layer in tqdm(layers, "figures", unit="layer", disable=None, leave=False):
+                units = draw_layer(atlas, layer, self.maps, config.seed, run)
+                if self.controls and len(units) > 1:
+                    numbers, units[:, 0] = units[:, 0].unique(return_inverse=True)
+                    inputs = preprocess(images.pixels(numbers).to(device), loaded.data)
+                    similarity[layer] = compare_controls(
+                        project_controls(deconvnet, inputs, layer, units, config.seed),
+                        inside_frames(chain, layer, units),
+                    )
+                    sensitivity[layer] = dead_window_sensitivity(deconvnet, inputs, layer, units)
+                stop.check()
+            if similarity:
+                run.write_json("controls.json", similarity)
+                run.write_json("dead_windows.json", sensitivity)
+                save_figure(draw_controls(similarity), run.figures / "controls.png")
+                log.info("rank correlation of projections with those of controls, mean [95 % interval]")
+                log.info("(near 1: the pictures do not depend on the unit):")
+                for layer, rows in similarity.items():
+                    for name, row in rows.items():
+                        cells = ", ".join(f"{kind} {_interval(row[kind])}" for kind in SIMILARITIES)
+                        log.info("  %-8s %-15s n %-3s %s", layer, name, row["signed"]["n"], cells)
+            if self.atlas:
+                atlas = self._with_facts(atlas, loaded, layers, other, run.folder)
+                page = write_atlas(atlas, run.folder / "atlas", stop.check)
+                log.info("open %s in a browser", page if self.atlas is True else write_single(page.parent))
             log.info("written to %s", run.folder)
 
     def _with_facts(

@@ -8,7 +8,6 @@ makes the pictures, `explain/faithfulness.py` holds the metrics; docs/verdict.md
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import textwrap
@@ -52,7 +51,7 @@ from zfnet.explain.top_activations import MapStatistics, TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.figures import INK, PALE, PALETTE, SOFT, new_figure, save_figure, styled
 from zfnet.runs.directory import RunDirectory
-from zfnet.runs.session import claimed, recorded_state
+from zfnet.runs.session import continued_directory
 from zfnet.runs.weights import weights_hash
 from zfnet.sweeps.significance import LEVEL, holm, t_test
 from zfnet.training.loaded import LoadedRun
@@ -74,6 +73,7 @@ SCORES = {
     "parts": "predicts what a part does",
     "stability": "stable under ±1/255",
 }
+_PAIRS = 256  # of a unit with another unit's picture, at once
 _SHORT = {"deletion": "delete", "insertion": "insert", "stability": "stable"}  # in 80 columns
 
 
@@ -93,7 +93,7 @@ class VerdictJob(Look):
 
     def main(self, config: Config, output: Path) -> None:
         """Measure the explanations of the network of `run=…`; a stopped job continues in its directory."""
-        run, loaded = RunDirectory(output), LoadedRun(config)
+        loaded = LoadedRun(config)
         chain = loaded.chain
         layers = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
         for name in self.metrics or ():
@@ -102,31 +102,25 @@ class VerdictJob(Look):
         Deconvnet(chain).check(OUTPUT)
         splits = loaded.splits()
         split = chosen_split(loaded, splits)
-        message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
-        with claimed(run, config, "verdict.log") as stop:
-            if any(run.plain_config()[key] != config.to_dict()[key] for key in ("job", "run")):
-                raise UserError(
-                    f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)"
-                )
-            with recorded_state(run, message):
-                origin = {"weights": weights_hash(loaded.model.state_dict()), "data": splits.fingerprint}
-                study = prepare(self, loaded, split, layers)
-                found: list[Row] = []
-                for name in self.metrics or METRICS:
-                    rows = saved_rows(run, name, origin)
-                    if rows is None:
-                        start, used, plain = time.perf_counter(), time.process_time(), []
-                        for row in METRICS[name](study):
-                            plain.append(row.plain())
-                            stop.check()
-                        seconds = {"seconds": round(time.perf_counter() - start, 1)}
-                        seconds["cpu_seconds"] = round(time.process_time() - used, 1)
-                        (run.folder / "metrics").mkdir(exist_ok=True)
-                        run.write_json(f"metrics/{name}.json", {"of": origin, **seconds, "rows": plain})
-                        log.info("%s: %.0f s", name, seconds["seconds"])
-                        rows = [Row.read(row) for row in plain]  # as a job that continues reads them
-                    found += rows
-                report(run, study, found, origin)
+        with continued_directory(config, output) as (run, stop):
+            origin = {"weights": weights_hash(loaded.model.state_dict()), "data": splits.fingerprint}
+            study = prepare(self, loaded, split, layers)
+            found: list[Row] = []
+            for name in self.metrics or METRICS:
+                rows = saved_rows(run, name, origin)
+                if rows is None:
+                    start, used, plain = time.perf_counter(), time.process_time(), []
+                    for row in METRICS[name](study):
+                        plain.append(row.plain())
+                        stop.check()
+                    seconds = {"seconds": round(time.perf_counter() - start, 1)}
+                    seconds["cpu_seconds"] = round(time.process_time() - used, 1)
+                    (run.folder / "metrics").mkdir(exist_ok=True)
+                    run.write_json(f"metrics/{name}.json", {"of": origin, **seconds, "rows": plain})
+                    log.info("%s: %.0f s", name, seconds["seconds"])
+                    rows = [Row.read(row) for row in plain]  # as a job that continues reads them
+                found += rows
+            report(run, study, found, origin)
 
 
 @dataclass(frozen=True)
@@ -290,19 +284,17 @@ def measure_own(study: Study) -> Iterator[Row]:
         if method in BASELINES:  # the same for every unit of a place: all tie
             yield subject.row(method, "own", torch.zeros(len(units)))
             continue
-        others = _others(study, target)
-        every = torch.cat([units[:, 1:2], others], 1)
-        known, (inside, frames) = every >= 0, (target.inside, target.cut(target.images))
-        left = torch.full(every.shape, math.nan)
-        for rows in torch.arange(len(units)).split(16):
-            item, column = known[rows].nonzero().unbind(1)
-            item = rows[item]
-            asked = units[item].clone()
-            asked[:, 1] = every[item, column]
-            size = target.picture(method, units=asked).abs().sum(1)
-            kept = support(size, inside[item], study.job.support)
-            value = target.value(frames[item] * kept[:, None].to(frames), item).cpu()
-            left[item, column] = torch.where(size.flatten(1).any(1), value, torch.nan)
+        every = torch.cat([units[:, 1:2], _others(study, target)], 1)
+        inside, frames, left = target.inside, target.cut(target.images), torch.full(every.shape, math.nan)
+        item, column = (every >= 0).nonzero().unbind(1)
+        asked = units[item]
+        asked[:, 1] = every[item, column]
+        for part in torch.arange(len(item)).split(_PAIRS):
+            at = item[part]
+            size = target.picture(method, units=asked[part]).abs().sum(1)
+            kept = support(size, inside[at], study.job.support)
+            value = target.value(frames[at] * kept[:, None].to(frames), at).cpu()
+            left[at, column[part]] = torch.where(size.flatten(1).any(1), value, torch.nan)
         score = own_percentile(left[:, 0], left[:, 1:])
         yield subject.row(method, "own", torch.where(left[:, 0].isfinite(), score, torch.nan))
 

@@ -137,6 +137,21 @@ def own_directory(config: Config, output: Path) -> Iterator[RunDirectory]:
 
 
 @contextlib.contextmanager
+def continued_directory(config: Config, output: Path) -> Iterator[tuple[RunDirectory, StopRequest]]:
+    """Do what `own_directory` does, and go on with the same job where it was stopped; yield its StopRequest as well.
+
+    Raises UserError where the directory holds something else.
+    """
+    run = RunDirectory(output)
+    message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
+    with claimed(run, config, f"{config.job.name}.log") as stop:
+        if any(run.plain_config()[key] != config.to_dict()[key] for key in ("job", "run")):
+            raise UserError(f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)")
+        with recorded_state(run, message):
+            yield run, stop
+
+
+@contextlib.contextmanager
 def claimed(
     run: RunDirectory, config: Config, log_name: str, composed: DictConfig | None = None, new: bool = False
 ) -> Iterator[StopRequest]:
