@@ -12,7 +12,15 @@ from PIL import Image
 from tests.helpers import random_images
 from zfnet.data.images import image_set
 from zfnet.plots.figures import save_figure
-from zfnet.plots.results import draw_confusion, draw_curves, draw_per_class, draw_samples, log_result, results_of
+from zfnet.plots.results import (
+    draw_confusion,
+    draw_curves,
+    draw_per_class,
+    draw_samples,
+    log_per_class,
+    log_result,
+    results_of,
+)
 from zfnet.training.metrics import Evaluation, EvaluationSums
 
 
@@ -62,6 +70,19 @@ def test_draw_per_class_leaves_out_classes_without_images() -> None:
     assert heights[:2] == [0.5, 1]
     assert np.isnan(heights[2:]).all()
     assert axis.lines[1].get_xdata()[0] == 0.75  # the mean of two classes, not of four
+
+
+def test_of_many_classes_those_with_images_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """An imported network may have 1,000 classes, and the images only ten."""
+    evaluation, names = evaluation_of(4, 100), [f"class {k}" for k in range(100)]
+    present = evaluation.labels.unique().tolist()
+    axis = draw_per_class(evaluation, names).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == [names[k] for k in present]
+    with caplog.at_level("INFO", logger="zfnet"):
+        log_per_class({"per_class": dict(zip(names, evaluation.per_class(), strict=True))})
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split()[1] for line in lines[:-1]] == [str(k) for k in present]
+    assert lines[-1] == f"  the other {100 - len(present)} classes have no images"
 
 
 def test_draw_curves_shows_what_there_is() -> None:

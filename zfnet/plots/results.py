@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zfnet")
 
+_FEW = 40  # classes, of which each can be named
+
 
 def results_of(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
     """Return one split's entry of results.json."""
@@ -60,10 +62,14 @@ def log_result(name: str, result: Mapping[str, Any]) -> None:
 
 
 def log_per_class(result: Mapping[str, Any]) -> None:
-    """Log one line for each class."""
-    width = max(len(c) for c in result["per_class"])
-    for name, accuracy in result["per_class"].items():
+    """Log one line for each class; of many classes, for those that have images."""
+    classes = result["per_class"]
+    shown = {name: value for name, value in classes.items() if value is not None or len(classes) <= _FEW}
+    width = max(map(len, shown), default=0)
+    for name, accuracy in shown.items():
         log.info("  %-*s %s", width, name, "no images" if accuracy is None else f"{accuracy:7.2%}")
+    if len(shown) < len(classes):
+        log.info("  the other %d classes have no images", len(classes) - len(shown))
 
 
 def draw_results(run: RunDirectory, evaluation: Evaluation, images: ImageSet) -> None:
@@ -115,7 +121,7 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     cell = "% of the true class's images" + (", and their number" if count <= 12 else "")
     title = f"Confusion matrix: {evaluation.accuracy:.2%} of {counts.sum():,} images are correct\neach cell: {cell}"
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
-    ticks = list(range(count) if count <= 40 else range(0, count, 5))
+    ticks = list(range(count) if count <= _FEW else range(0, count, 5))
     axis.set_xticks(
         ticks, [classes[t] for t in ticks], rotation=90 if count > 12 else 45, ha="right" if count <= 12 else "center"
     )
@@ -131,7 +137,10 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
 @styled
 def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     """Draw the accuracy of each class that has images as a bar; dashed: over all images, dotted: the classes' mean."""
-    values, few = evaluation.per_class(), len(classes) <= 40
+    values, few = evaluation.per_class(), len(classes) <= _FEW
+    if not few:
+        classes = [name for name, value in zip(classes, values, strict=True) if value is not None]
+        values = [value for value in values if value is not None]
     figure = new_figure(figsize=(7, min(1.4 + 0.3 * len(classes), 24)))
     axis = figure.subplots()
     axis.barh(range(len(classes)), [np.nan if v is None else v for v in values], color=LIGHT_BLUE)
@@ -141,7 +150,7 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     mean = evaluation.mean_class_accuracy()
     axis.axvline(evaluation.accuracy, color=SOFT, linestyle="--", linewidth=1)
     axis.axvline(mean, color=SOFT, linestyle=":", linewidth=1)
-    axis.set_yticks(range(len(classes)), plain(classes), fontsize=8 if few else 5)
+    axis.set_yticks(range(len(classes)), plain(classes), fontsize=8 if len(classes) <= _FEW else 5)
     axis.invert_yaxis()
     title = f"Accuracy by class (dashed: all images, {evaluation.accuracy:.2%}; dotted: mean of classes, {mean:.2%})"
     axis.set(xlim=(0, 1.14), title=title, xlabel="correctly classified images")
