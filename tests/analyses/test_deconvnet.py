@@ -32,6 +32,7 @@ from zfnet.explain import Deconvnet, receptive_box
 from zfnet.explain.top_activations import TopActivations
 from zfnet.plots import atlas
 from zfnet.runs.session import Stopped
+from zfnet.runs.weights import weights_hash
 
 
 def test_rank_correlation_by_hand() -> None:
@@ -227,7 +228,13 @@ def save_photograph(path: Path) -> None:
 
 
 def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tiny_run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.analyses.deconvnet._CONTROL_UNITS", 8)  # as good here, and faster
     before = files(tiny_run.folder)
+    judged = tmp_path / "outputs/verdict/1"  # the newest of this network is found
+    judged.mkdir(parents=True)
+    weights = weights_hash(load_run(tiny_run.folder).model.state_dict())
+    (judged / "verdict.json").write_text(json.dumps({"weights": weights, "split": "test"}))
+    (judged / "maps.csv").write_text("layer,map,method,measure,n,mean,se\nconv4,5,deconvnet,own,2,0.5,0.1\n")
     answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=whole")
     assert (answer.code, answer.err) == (0, "")
     assert "60 train images" in answer.out
@@ -236,6 +243,8 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tiny_run, t
     for name in ("controls", "deconvnet_conv1", "deconvnet_conv4"):
         assert (whole / f"figures/{name}.png").stat().st_size > 10_000
     assert (whole / "atlas/index.html").is_file()
+    layers = json.loads((whole / "atlas/atlas.json").read_text())["layers"]
+    assert [m["scores"] for m in layers[1]["maps"][4:6]] == [{}, {"own": [0.5, 0.1, 2]}]
 
     # every number of the table holds, recomputed one by one
     run = load_run(tiny_run.folder)

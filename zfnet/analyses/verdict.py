@@ -254,27 +254,36 @@ def prepare(job: VerdictJob, loaded: LoadedRun, split: Split, layers: Sequence[s
 
 def measure_weights(study: Study) -> Iterator[Row]:
     """Compare pictures with those of networks whose layers are shuffled, from the top down and from the bottom up."""
-    for subject, method in study.each("weights"):
-        target, inside = subject.target, subject.target.inside
-        own = target.picture(method)
-        size = own.abs().sum(1)
-        ranks = {"signed": standard_ranks(own, inside[:, None]), "unsigned": standard_ranks(size, inside)}
+    for subject in study.subjects:
+        target = subject.target
+        own = {method: _ranked(target, method) for method in subject.methods}
         names = [step.name for step in target.chain.up_to(target.layer) if step.name in target.chain.layers]
-        ways = {"top-down": names[::-1], "bottom-up": names} if method in target.methods else {"top-down": names[-1:]}
-        done: dict[frozenset[str], dict[str, Tensor]] = {}
-        for way, layers in ways.items():
-            for count, layer in enumerate(layers, 1):
-                only = frozenset(layers[:count])
-                if only not in done:
-                    twin = shuffle_weights(target.chain, target.layer, study.seed, only=only)
-                    other = target.picture(method, chain=twin, draw=1)
-                    others = {"signed": standard_ranks(other, inside[:, None])}
-                    others["unsigned"] = standard_ranks(other.abs().sum(1), inside)
-                    done[only] = {kind: (ranks[kind] * others[kind]).sum(1) for kind in ranks}
-                    done[only]["ssim"] = structural_similarity(size, other.abs().sum(1), inside)
-                for kind, values in done[only].items():
-                    yield subject.row(method, f"{way} {layer} {kind}", values)
-        yield subject.row(method, "weights", 1 - done[only]["unsigned"].abs())
+        ways = {"top-down": names[::-1], "bottom-up": names}
+        stages = {
+            (way, layers[k]): frozenset(layers[: k + 1]) for way, layers in ways.items() for k in range(len(names))
+        }
+        top, every = frozenset(names[-1:]), frozenset(names)
+        found: dict[tuple[str, frozenset[str]], dict[str, Tensor]] = {}
+        for only in tqdm(dict.fromkeys(stages.values()), f"weights: {subject.name}", disable=None, leave=False):
+            twin = shuffle_weights(target.chain, target.layer, study.seed, only=only)  # seconds, in a large network
+            for method in (m for m in subject.methods if m in target.methods or only == top):
+                (size, ranks), (other_size, others) = own[method], _ranked(target, method, chain=twin, draw=1)
+                found[method, only] = {kind: (ranks[kind] * others[kind]).sum(1) for kind in ranks}
+                found[method, only]["ssim"] = structural_similarity(size, other_size, target.inside)
+        for method in subject.methods:
+            known = method in target.methods
+            for (way, layer), only in stages.items():
+                if known or (way, only) == ("top-down", top):
+                    for kind, values in found[method, only].items():
+                        yield subject.row(method, f"{way} {layer} {kind}", values)
+            yield subject.row(method, "weights", 1 - found[method, every if known else top]["unsigned"].abs())
+
+
+def _ranked(target: Target, method: str, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the sizes of the pictures by a method, and their ranks: of the values, and of the sizes."""
+    picture, inside = target.picture(method, **settings), target.inside
+    size = picture.abs().sum(1)
+    return size, {"signed": standard_ranks(picture, inside[:, None]), "unsigned": standard_ranks(size, inside)}
 
 
 def measure_own(study: Study) -> Iterator[Row]:
