@@ -203,15 +203,18 @@ def test_identity_counts_all_that_matters_and_nothing_else() -> None:
     assert other.identity() != base.identity()
 
 
-@pytest.mark.parametrize(("key", "now"), [("sampler", "balanced"), ("draft", True)])
-def test_a_record_without_a_later_key_means_what_there_was_before(key: str, now: Any) -> None:
-    new = checked("data=folder", "data.root=photos", f"data.{key}={now}").to_dict()
+@pytest.mark.parametrize(
+    ("group", "key", "now"),
+    [("data", "sampler", "balanced"), ("data", "draft", True), ("augment", "flips", "alternating")],
+)
+def test_a_record_without_a_later_key_means_what_there_was_before(group: str, key: str, now: Any) -> None:
+    new = checked("data=folder", "data.root=photos", f"{group}.{key}={now}").to_dict()
     old = copy.deepcopy(new)
-    del old["data"][key]
+    del old[group][key]
     before = read_config(old)
-    assert getattr(before.data, key) != now
+    assert getattr(getattr(before, group), key) != now
     assert before.identity() != read_config(new).identity()
-    assert key not in result_keys(before.to_dict())["data"]  # so its identity is what it was
+    assert key not in result_keys(before.to_dict())[group]  # so its identity is what it was
 
 
 @pytest.mark.parametrize(

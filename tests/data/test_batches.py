@@ -182,6 +182,23 @@ def test_flip_reverses_columns_at_its_rate() -> None:
     assert flipped.double().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
+def test_alternating_flips_show_each_image_both_ways_in_two_epochs() -> None:
+    pixels, index, data = numbered(2000), torch.arange(2000), data_config(mean=[0.0] * 3)
+
+    def flipped(seed: int, epoch: int, flips: str = "alternating") -> torch.Tensor:
+        out = augment(pixels, index, augment_config(flip=0.5, flips=flips), data, seed, epoch)
+        return (out == pixels.flip(2)).flatten(1).all(1)
+
+    first = flipped(0, 0)
+    assert first.double().mean().item() == pytest.approx(0.5, abs=0.05)
+    for epoch in range(5):
+        assert torch.equal(flipped(0, epoch), first ^ (epoch % 2 == 1))
+    assert flipped(1, 0).logical_xor(first).sum() > 800  # another seed, another half
+    assert torch.equal(flipped(0, 0, flips="random"), first)
+    assert flipped(0, 1, flips="random").logical_xor(~first).sum() > 800
+    assert not draw(index, 6, augment_config(cutout=1, flips="alternating"), data, 0, 1)[2].any()  # flip is 0
+
+
 def test_crop_is_a_window_of_the_padded_image() -> None:
     pad, size, count = 2, 6, 3000
     data = data_config(mean=[0.0] * 3)

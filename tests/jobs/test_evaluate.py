@@ -107,7 +107,7 @@ def test_split_all_is_every_image_once(tiny_run) -> None:
         (["optimizer=sgd"], "optimizer=…: job=evaluate uses"),
         (["data.image_size=128"], "data.image_size=128: the run's network takes images of 64 px"),
         (["job.split=dev"], "job.split=dev: must be one of test, validation, train or all"),
-        (["job.tta=mirror"], "job.tta=mirror: must be one of none, flip or tencrop"),
+        (["job.tta=mirror"], "job.tta=mirror: must be one of none, flip, flip_shift or tencrop"),
         (["data=folder", "data.root=strange"], "its class 'cat' is not one of run="),
     ],
 )
@@ -156,6 +156,18 @@ def test_flip_gives_mirror_images_equal_outputs() -> None:
         expected = (model(images).softmax(1) + model(images.flip(3)).softmax(1)) / 2
         torch.testing.assert_close(flip(images), expected.log())
         assert not torch.allclose(model(images), model(images.flip(3)))
+
+
+@pytest.mark.parametrize("shift", [1, 3])
+def test_flip_shift_weighs_two_diagonal_shifts_as_much_as_none(shift: int) -> None:
+    model, images = network(), torch.randn(2, 3, 64, 64)
+    reflected = torch.cat([images[:, :, 1 : shift + 1].flip(2), images, images[:, :, -shift - 1 : -1].flip(2)], 2)
+    padded = torch.cat([reflected[..., 1 : shift + 1].flip(3), reflected, reflected[..., -shift - 1 : -1].flip(3)], 3)
+    moved = [padded[:, :, :64, :64], padded[:, :, 2 * shift :, 2 * shift :]]
+    with torch.no_grad():
+        plain, *others = (sum(model(v).softmax(1) / 2 for v in (x, x.flip(3))) for x in (images, *moved))
+        expected = (plain / 2 + sum(others) / 4).log()
+        torch.testing.assert_close(MeanOfViews(model, "flip_shift", 64, shift)(images), expected)
 
 
 def test_data_for_tencrop_enlarges_images_by_the_crop() -> None:

@@ -161,12 +161,14 @@ DATA: dict[str, type[DataConfig]] = {
 class AugmentConfig(Checked):
     """Random changes of training images, in stored pixels. `flip` is a probability.
 
+    flips: `random` draws anew in each epoch; `alternating` draws once, and takes the opposite in every second epoch
     transforms: further operations, in order, each a `_target_` with its arguments
     """
 
     name: str
     crop_padding: NotNegative = 0
     flip: Fraction = 0.0
+    flips: Literal["random", "alternating"] = "random"
     cutout: NotNegative = 0
     transforms: list[dict[str, Any]] = field(default_factory=list)
 
@@ -308,6 +310,7 @@ NOT_IDENTITY: dict[str, tuple[str, ...]] = {
 _NOT_RESULT = ("job", "run", "images", "runs", "source", "imports", "logger")
 # Keys that records of earlier versions lack, with the value that says what those did.
 _LATER: dict[str, dict[str, Any]] = {
+    "augment": {"flips": "random"},
     "data": {"sampler": "shuffle", "draft": False},
     "loss": {"weight": None},
     "trainer": {"version": 1},

@@ -260,7 +260,10 @@ def draw(index: Tensor, height: int, how: AugmentConfig, data: DataConfig, seed:
         return randint(make_key(seed, purpose, epoch), index, high)
 
     windows = height + 2 * how.crop_padding - size + 1
-    flipped = uniform(make_key(seed, FLIP, epoch), index) < how.flip
+    alternating = how.flips == "alternating" and how.flip > 0
+    flipped = uniform(make_key(seed, FLIP, 0 if alternating else epoch), index) < how.flip
+    if alternating and epoch % 2:
+        flipped = ~flipped
     drawn: tuple[Tensor, ...] = (integers(CROP_Y, windows), integers(CROP_X, windows), flipped)
     if how.cutout:
         drawn += tuple(integers(purpose, size) - how.cutout // 2 for purpose in (CUTOUT_Y, CUTOUT_X))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision.transforms.functional import hflip, ten_crop
@@ -34,7 +35,7 @@ class EvaluateJob(Job):
     reads_run: ClassVar[str] = "needed"
 
     split: Literal["test", "validation", "train", "all"]
-    tta: Literal["none", "flip", "tencrop"]
+    tta: Literal["none", "flip", "flip_shift", "tencrop"]
     crop_ratio: Annotated[float, Field(gt=0, le=1)]
 
     def main(self, config: Config, output: Path) -> None:
@@ -44,7 +45,8 @@ class EvaluateJob(Job):
         images, data = loaded.split(self.split, splits), loaded.data
         model: nn.Module = loaded.model
         if self.tta != "none":
-            model = MeanOfViews(model, self.tta, data.image_size).eval()
+            stored = data.crop_size or images.images.shape[1]
+            model = MeanOfViews(model, self.tta, data.image_size, max(1, round(data.image_size / stored))).eval()
         if self.tta == "tencrop":
             data = data_for_tencrop(data, images.images.shape[1], self.crop_ratio)
         with own_directory(config, output) as run:
@@ -88,28 +90,38 @@ def _rows(evaluation: Evaluation, images: ImageSet, split: str, root: str | None
 class MeanOfViews(nn.Module):
     """Test-time augmentation: the log of the mean probabilities over several views of each image.
 
-    Source: Krizhevsky et al. 2012, section 4.1; the paper, section 3.
+    Source: Krizhevsky et al. 2012, section 4.1; the paper, section 3. flip_shift: Jordan 2024 (airbench).
 
-    views: `flip` (the image and its mirror image) or `tencrop` (four corners and the centre, and their mirror
-        images; inputs must be larger than the network's, see `data_for_tencrop`)
+    views: `flip` (the image and its mirror image), `flip_shift` (these, and both moved by `shift` pixels to the upper
+        left and to the lower right, with reflected edges; the moved ones weigh as much as the others together) or
+        `tencrop` (four corners and the centre, and their mirror images; inputs must be larger than the network's, see
+        `data_for_tencrop`)
     image_size: side S of the network's input, in pixels
+    shift: of flip_shift, in pixels of the network's input
     """
 
-    def __init__(self, model: nn.Module, views: str, image_size: int) -> None:
+    def __init__(self, model: nn.Module, views: str, image_size: int, shift: int = 1) -> None:
         super().__init__()
-        self.model, self.views, self.image_size = model, views, image_size
+        self.model, self.views, self.image_size, self.shift = model, views, image_size, shift
 
     def forward(self, images: Tensor) -> Tensor:
         """Return log-probabilities [N, classes] for images [N, 3, h, w]."""
         # one view at a time, since ten would multiply the memory by ten
         views = [self.model(view).float().softmax(1) for view in self._views(images)]
         mean = torch.stack(views).mean(0)
+        if self.views == "flip_shift":
+            mean = (torch.stack(views[:2]).mean(0) + torch.stack(views[2:]).mean(0)) / 2
         return mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
 
     def _views(self, images: Tensor) -> Iterator[Tensor]:
-        if self.views == "flip":
+        if self.views != "tencrop":
             yield from (images, hflip(images))
-        else:
+        if self.views == "flip_shift":
+            padded = F.pad(images, (self.shift,) * 4, mode="reflect")
+            for first in (0, 2 * self.shift):
+                moved = padded[:, :, first : first + self.image_size, first : first + self.image_size]
+                yield from (moved, hflip(moved))
+        if self.views == "tencrop":
             yield from ten_crop(images, [self.image_size, self.image_size])
 
 
