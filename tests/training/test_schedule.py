@@ -74,6 +74,22 @@ def test_cosine() -> None:
     assert seen == pytest.approx(expected, rel=1e-9)
 
 
+CYCLIC = ("_target_=torch.optim.lr_scheduler.CyclicLR", "+base_lr=0.1", "+max_lr=0.5", "+cycle_momentum=false")
+
+
+@pytest.mark.parametrize("words", [("scheduler=onecycle",), ("scheduler=constant", "~scheduler.factor", *CYCLIC)])
+def test_schedules_that_name_rates_keep_the_proportions_of_groups(words: tuple[str, ...]) -> None:
+    words = tuple(w.replace("+", "+scheduler.").replace("_target_", "scheduler._target_") for w in words)
+    plain = schedule(*words)
+    scaled = schedule(*words, "+optimizer.param_groups=[{match: bias, lr_scale: 64}]")
+    for step in range(60):
+        for one in (plain, scaled):
+            one.optimizer.step()
+            one.step()
+        rate = plain.lr_now(step)
+        assert [group["lr"] for group in scaled.optimizer.param_groups] == pytest.approx([64 * rate, rate])
+
+
 def test_onecycle() -> None:
     seen = rates("scheduler=onecycle", "scheduler.pct_start=0.3")
     assert max(seen) == pytest.approx(0.5)

@@ -187,13 +187,26 @@ def build_scheduler(
     """Return the learning-rate schedule; the value `auto` stands for the run's length in the schedule's own unit.
 
     A schedule that chains others (`SequentialLR`, `ChainedScheduler`) names them in `schedulers`, each by `_target_`.
+    Rates that it is given (`max_lr`, `base_lr`) are those of groups without an `lr_scale`; others have theirs in
+    proportion, where PyTorch would give all groups the same.
     """
+    usual = optimizer.defaults.get("lr")
+    scales = [group["lr"] / usual for group in optimizer.param_groups] if usual else [1.0]
+
+    def for_each_group(keywords: dict[str, Any]) -> dict[str, Any]:
+        rates = {k: keywords[k] for k in ("max_lr", "base_lr") if is_number(keywords.get(k)) and {*scales} != {1.0}}
+        return keywords | {key: [rate * scale for scale in scales] for key, rate in rates.items()}
 
     def build(slot: str, part: Mapping[str, Any]) -> LRScheduler:
         values = {key: length if value == "auto" else value for key, value in part.items()}
         chain = values.get("schedulers")
         if not isinstance(chain, list):
-            return instantiate(slot, values, LRScheduler, imports, given=(optimizer,), own=OWN_KEYS)
+            return instantiate(
+                *(slot, values, LRScheduler, imports),
+                given=(optimizer,),
+                own=OWN_KEYS,
+                construct=lambda cls, keywords: cls(optimizer, **for_each_group(keywords)),
+            )
         values["schedulers"] = [build(f"{slot}.schedulers.{n}", inner) for n, inner in enumerate(chain)]
 
         def construct(cls: Any, keywords: dict[str, Any]) -> LRScheduler:
