@@ -60,6 +60,12 @@ def test_finished_record_loads(finished: RunDirectory) -> None:
     assert (config.data.train_images, config.trainer.ema) == (80, 0.8)
 
 
+def test_identity_of_a_record_stays_what_its_checkpoints_and_branches_say(finished: RunDirectory) -> None:
+    """A key that comes later must be in `_LATER`: else no run of today can be continued or branched by tomorrow's code."""
+    identity = "49a1582cf3fa34e275564dec55fd5997de6664567d4e55e1fb1ef8f11846cfb7"
+    assert finished.read_config().identity() == identity
+
+
 @pytest.mark.drawn
 def test_finished_record_evaluates(finished: RunDirectory, run_py) -> None:
     answer = run_py("job=evaluate", f"run={finished.folder}", "hydra.run.dir=evaluation")

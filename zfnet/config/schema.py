@@ -313,6 +313,7 @@ _LATER: dict[str, dict[str, Any]] = {
     "augment": {"flips": "random"},
     "data": {"sampler": "shuffle", "draft": False},
     "loss": {"weight": None},
+    "model": {"width": 1.0},
     "trainer": {"version": 1},
 }
 
