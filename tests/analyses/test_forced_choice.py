@@ -31,6 +31,7 @@ from zfnet.analyses.forced_choice import (
     strongest_places,
     trial_rows,
 )
+from zfnet.config.errors import UserError
 from zfnet.data import Batches
 from zfnet.data.images import image_set
 from zfnet.explain import Deconvnet
@@ -86,6 +87,24 @@ def test_maps_that_see_a_colour_are_predicted_by_a_network_that_sees_colours(col
     rows = trial_rows("a", colours.trials, right)
     assert [row["patches"] for row in rows] == [1.0] * 30
     assert all(float(row["strong_activation"]) > float(row["weak_activation"]) for row in rows)
+
+
+def test_an_observer_whose_weights_are_no_numbers_is_no_guesser(colours: Shown) -> None:
+    diverged = colour_network(torch.tensor([1.0, torch.nan]))
+    with pytest.raises(UserError, match=r"^job\.other: a of that network is not finite"):
+        choices(colours, Observer(diverged, colours.data, ["a"]))
+
+
+def test_observer_takes_some_pictures_at_a_time(colours: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    observer, pictures = (
+        Observer(colour_network(torch.ones(3)), colours.data, ["a", "b"]),
+        colours.references(0)["patches"],
+    )
+    whole = observer.features(pictures)
+    assert [whole[layer].shape for layer in ("a", "b")] == [(20, 27), (20, 3)]
+    monkeypatch.setattr(forced_choice, "_PICTURES", 3)
+    for layer, values in observer.features(pictures).items():
+        torch.testing.assert_close(values, whole[layer])
 
 
 def test_shown_pictures_are_what_the_units_see(colours: Shown) -> None:

@@ -31,6 +31,7 @@ from zfnet.plots.atlas import (
     Verdict,
     find_atlas,
     find_verdict,
+    link_to,
     write_atlas,
     write_photographs,
     write_single,
@@ -193,6 +194,21 @@ def test_find_verdict_by_its_networks_weights(tmp_path: Path, monkeypatch: pytes
         path.write_text(damage)
         with pytest.raises(UserError, match=r"maps\.csv cannot be read as the scores of maps"):
             find_verdict("abc", "guided", "outputs/verdict/2026-01-01")
+    assert find_verdict("abc", "guided") == found
+    Path("outputs/verdict/2026-01-02/maps.csv").write_text("\0")
+    assert find_verdict("abc", "guided") is None  # nobody named one, so damaged ones are passed over
+
+
+@pytest.mark.parametrize(
+    ("page", "link"),
+    [
+        ("outputs/50% #1?/atlas.html", "../outputs/50%25%20%231%3F/atlas.html"),
+        ("a/javascript:1/atlas.html", "javascript%3A1/atlas.html"),
+        ("a/\udcff/atlas.html", "%FF/atlas.html"),
+    ],
+)
+def test_link_to_a_folder_of_any_name(page: str, link: str) -> None:
+    assert link_to(Path(page), Path("a")) == link
 
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")

@@ -14,7 +14,6 @@ import copy
 import functools
 import logging
 import math
-import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +50,7 @@ from zfnet.plots.atlas import (
     Strongest,
     find_atlas,
     find_verdict,
+    link_to,
     write_atlas,
     write_photographs,
     write_single,
@@ -201,7 +201,7 @@ class DeconvnetJob(Look):
             theirs.append(preprocess(part.to(loaded.runtime.device), metadata.data, channels_last=False))
         nearest = nearest_maps(strongest, strongest_activations(there, theirs, there.conv_layers))
         page = find_atlas(weights_hash(model.state_dict()))
-        link = None if page is None else os.path.relpath(page, folder if self.atlas == "single" else folder / "atlas")
+        link = None if page is None else link_to(page, folder if self.atlas == "single" else folder / "atlas")
         return replace(atlas, facts=facts, nearest=nearest, other={"name": Path(str(self.other)).name, "atlas": link})
 
 
@@ -253,7 +253,7 @@ def explain_photographs(
             save_figure(draw_photograph(found), run.figures / f"photograph_{number + 1}.png")
         run.write_csv("strongest.csv", rows, list(rows[0]) if rows else ["image", "layer", "rank", "map"])
         run.write_csv("predictions.csv", prediction_rows(names, probabilities, loaded.classes))
-        link = None if page is None else os.path.relpath(page, run.folder)
+        link = None if page is None else link_to(page, run.folder)
         write_photographs(run.folder / "index.html", photographs, str(loaded.source.folder), link)
         if link is None:
             log.info(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
 from zfnet.explain.statistics import clustered
 from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
-from zfnet.plots.atlas import find_atlas, write_quiz
+from zfnet.plots.atlas import find_atlas, link_to, write_quiz
 from zfnet.plots.figures import INK, PALETTE, SOFT, new_figure, save_figure, styled
 from zfnet.plots.pictures import mosaic, on_grey
 from zfnet.runs.directory import find_run
@@ -63,6 +62,7 @@ PAIRS = [
     ("both", "projections"),
 ]
 _REGIONS = 3  # along each side of a map: the machine knows roughly where in a picture something is
+_PICTURES = 128  # on the device at once
 _QUIZ_SIDE = 128  # of a picture in the quiz, at most
 # people, on other images and another network (GoogLeNet, ImageNet): Borowski et al. 2021
 PUBLISHED: list[dict[str, Any]] = [
@@ -152,7 +152,7 @@ class ForcedChoiceJob(Look):
                 title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
                 about: dict[str, Any] = {"title": title, "weights": weights, "layers": layers, "split": split.name}
                 about |= {"conditions": {name: NAMES.get(name, name) for name in CONDITIONS}, "published": PUBLISHED}
-                about |= {"atlas": None if page is None else os.path.relpath(page, run.folder)}
+                about |= {"atlas": None if page is None else link_to(page, run.folder)}
                 path = write_quiz(run.folder / "quiz.html", quiz, about)
                 log.info("try it yourself: open %s in a browser", path)
             log.info("written to %s", run.folder)
@@ -265,13 +265,23 @@ class Observer:
     @torch.no_grad()
     @full_precision()
     def features(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Return each layer's features [n, 9 · channels] of pictures, uint8 [n, s, s, 3]; of a linear layer all."""
-        inputs = preprocess(pictures.to(self.device), self.data, channels_last=False)
-        outputs = self.chain.activations(inputs, self.layers)
-        return {
-            layer: (F.adaptive_avg_pool2d(maps, _REGIONS) if maps.ndim > 2 else maps).flatten(1).cpu()
-            for layer, maps in outputs.items()
-        }
+        """Return each layer's features [n, 9 · channels] of pictures, uint8 [n, s, s, 3]; of a linear layer all.
+
+        Raises UserError where one is not finite: every choice would be half right, as if by chance.
+        """
+        found: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+        for part in pictures.split(_PICTURES):
+            inputs = preprocess(part.to(self.device), self.data, channels_last=False)
+            for layer, maps in self.chain.activations(inputs, self.layers).items():
+                pooled = F.adaptive_avg_pool2d(maps, _REGIONS) if maps.ndim > 2 else maps
+                found[layer].append(pooled.flatten(1).cpu())
+        features = {layer: torch.cat(parts) for layer, parts in found.items()}
+        for layer, values in features.items():
+            if not bool(values.isfinite().all()):
+                raise UserError(
+                    f"job.other: {layer} of that network is not finite (NaN or infinite); choose another run"
+                )
+        return features
 
 
 def choices(shown: Shown, observer: Observer) -> dict[str, Tensor]:

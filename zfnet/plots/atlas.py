@@ -21,11 +21,13 @@ import html
 import io
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -235,6 +237,11 @@ def find_atlas(weights: str, folder: str | None = None) -> Path | None:
     return None
 
 
+def link_to(page: Path, folder: Path) -> str:
+    """Return the address of `page` in a page of `folder`; a folder's name may hold #, ? or %."""
+    return quote(os.fsencode(os.path.relpath(page, folder)))
+
+
 def find_verdict(weights: str, method: str, folder: str | None = None) -> Verdict | None:
     """Return what the newest job=verdict in outputs/, or that in `folder`, says of `method` and these weights.
 
@@ -243,7 +250,11 @@ def find_verdict(weights: str, method: str, folder: str | None = None) -> Verdic
     for record, content in _records("verdict", ("verdict.json",), weights, folder):
         path = record.with_name("maps.csv")  # which earlier versions did not write
         if path.is_file():
-            return Verdict(path.parent.name, str(content.get("split")), _read_scores(path, method))
+            try:
+                return Verdict(path.parent.name, str(content.get("split")), _read_scores(path, method))
+            except UserError:
+                if folder is not None:
+                    raise
     if folder is not None:
         raise UserError(f"job.verdict={folder}: holds no verdict with maps.csv of this network")
     return None
