@@ -21,7 +21,16 @@ from zfnet.runs.command import compose_raw
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.callback import summarize
-from zfnet.sweeps.summary import ABSENT, p_against_best, read_sweep, short_names, swept_keys, to_markdown, to_text
+from zfnet.sweeps.summary import (
+    ABSENT,
+    p_against_best,
+    read_sweep,
+    read_training,
+    short_names,
+    swept_keys,
+    to_markdown,
+    to_text,
+)
 
 
 def write_job(
@@ -127,12 +136,17 @@ def test_read_sweep_takes_damaged_files_and_other_jobs(tmp_path: Path) -> None:
     for name, damage in (("a", "config.yaml"), ("b", "results.json"), ("c", "history.csv"), ("d", "status.json")):
         run = write_job(tmp_path, f"optimizer.lr=0.{ord(name)}", accuracy=0.4)
         (run.folder / damage).write_bytes(b"\xff{: [")
+    for number, seed in enumerate(("x", "[2]", "1.5")):
+        run = write_job(tmp_path, "seed=9", f"optimizer.lr=0.{number}1", accuracy=0.4)
+        text = (run.folder / "config.yaml").read_text()
+        (run.folder / "config.yaml").write_text(text.replace("seed: 9", f"seed: {seed}"))
+        assert read_training(run, "").seed is None
     other = write_job(tmp_path, "seed=7", accuracy=0.4)
     text = (other.folder / "config.yaml").read_text()
     (other.folder / "config.yaml").write_text(text.replace("name: train", "name: evaluate"))
     sweep = read_sweep(tmp_path)
     assert "seed=7" not in {job.name for job in sweep.jobs}
-    assert len(sweep.jobs) == 5
+    assert len(sweep.jobs) == 8
     assert {len(s.scores()) for s in sweep.settings} == {0, 1}
 
 

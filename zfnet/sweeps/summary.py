@@ -47,7 +47,7 @@ class Trained:
     error: str | None
     config: dict[str, Any]
     settings: dict[str, Any]
-    seed: Any
+    seed: int | None
     environment: dict[str, Any]
     results: dict[str, Any]
     history: list[dict[str, float | None]]
@@ -137,12 +137,13 @@ def read_training(run: RunDirectory, name: str) -> Trained:
         history = run.read_history()
         results = run.read_json("results.json")
     settings = flatten(result_keys(recorded))
+    seed = settings.get("seed")
     return Trained(
         name,
         *run.state_and_error(),
         flatten({key: value for key, value in recorded.items() if key not in _NO_SETTING}),
         {key: value for key, value in settings.items() if key != "seed"},
-        settings.get("seed"),
+        seed if isinstance(seed, int) else None,
         surroundings(run),
         results if isinstance(results, dict) else {},
         history,
