@@ -26,6 +26,7 @@ from zfnet.analyses.forced_choice import (
     choices,
     choose,
     compare_conditions,
+    draw_forced_choice,
     draw_trials,
     quiz_trials,
     strongest_places,
@@ -209,6 +210,18 @@ def test_errors_are_those_of_maps_and_tests_are_paired() -> None:
     assert difference["p"] == pytest.approx(0.391, abs=1e-3)  # t = 1 with three degrees of freedom
     assert difference["p_holm"] >= difference["p"]
     assert ("a", "both", "projections") not in found  # without any spread there is no test
+
+
+def test_figure_shows_every_accuracy() -> None:
+    table = [
+        {"layer": "a", "condition": name, "accuracy": 0.05 + number / 5, "se": None, "trials": 4, "maps": 1}
+        for number, name in enumerate(CONDITIONS)
+    ]
+    axis = draw_forced_choice(table).axes[0]
+    shown = [y for line in axis.lines for y in line.get_ydata()]
+    low, high = axis.get_ylim()
+    assert low < min(shown) == pytest.approx(5)
+    assert max(shown) < high
 
 
 # ---- the quiz

@@ -141,12 +141,15 @@ def test_read_sweep_takes_damaged_files_and_other_jobs(tmp_path: Path) -> None:
         text = (run.folder / "config.yaml").read_text()
         (run.folder / "config.yaml").write_text(text.replace("seed: 9", f"seed: {seed}"))
         assert read_training(run, "").seed is None
+    run = write_job(tmp_path, "optimizer.lr=0.4", accuracy=0.4)
+    text = (run.folder / "config.yaml").read_text()
+    (run.folder / "config.yaml").write_text(text.replace("lr: 0.4", "lr: 2020-01-01"))  # YAML has dates
     other = write_job(tmp_path, "seed=7", accuracy=0.4)
     text = (other.folder / "config.yaml").read_text()
     (other.folder / "config.yaml").write_text(text.replace("name: train", "name: evaluate"))
     sweep = read_sweep(tmp_path)
     assert "seed=7" not in {job.name for job in sweep.jobs}
-    assert len(sweep.jobs) == 8
+    assert len(sweep.jobs) == 9
     assert {len(s.scores()) for s in sweep.settings} == {0, 1}
 
 

@@ -443,7 +443,8 @@ def draw_forced_choice(table: Sequence[Mapping[str, Any]]) -> Figure:
         words = f"{row['name']},\n{100 * row['accuracy']:.0f} ± {100 * row['error']:.0f} %\n({row['source']})"
         axis.text(end, 100 * row["accuracy"], words, va="center", color=SOFT, fontsize=8)
     axis.set_xticks(range(len(layers)), layers)
-    axis.set(xlim=(-0.5, len(layers) - 0.5), ylim=(30, 101), ylabel="right choices, % ± standard error by maps")
+    lowest = min([30, *(100 * (row["accuracy"] - (row["se"] or 0)) - 1 for row in table)])
+    axis.set(xlim=(-0.5, len(layers) - 0.5), ylim=(lowest, 101), ylabel="right choices, % ± standard error by maps")
     axis.set_title("Which of two images excites the map more? Chosen by another network from its pictures")
     figure.legend(loc="outside lower center", ncols=5)
     return figure

@@ -180,7 +180,7 @@ def _text(value: Any) -> str | None:
 
 
 def _group(job: Trained) -> str:
-    return json.dumps(job.settings, sort_keys=True)
+    return json.dumps(job.settings, sort_keys=True, default=str)
 
 
 def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
