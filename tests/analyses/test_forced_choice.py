@@ -284,6 +284,7 @@ def test_quiz_in_a_browser(page: Path, tmp_path: Path) -> None:
             else:
                 b.press("\ue006")  # enter
         assert read("number").startswith("All 10 questions")
+        assert b.run("return document.getElementById('trial').offsetHeight") == 0  # no gap above the score
         assert read("score").count("50 ± 50 (2)") == 2  # in the layer, and in all
         assert read("score").count("100 ± 0 (2)") == 8
         assert "92 ± 2" in read("published")

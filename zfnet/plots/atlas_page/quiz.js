@@ -68,10 +68,10 @@ function record() {
 function show() {
   const trial = quiz.trials[answers.length];
   open = Boolean(trial);
+  $("trial").hidden = $("after").hidden = !trial;
   $("next").hidden = true;
   $("answer").textContent = "";
   buttons.forEach((button, n) => {
-    button.hidden = !trial;
     button.className = "";
     if (trial) picture(button.querySelector("img"), trial.queries[n]);
   });
@@ -81,7 +81,7 @@ function show() {
     return;
   }
   $("number").textContent = `Question ${answers.length + 1} of ${quiz.trials.length}: `
-    + "these are a map's strongest. Which of the two excites it more?";
+    + "these pictures are of what excites a map most. Which of the two images excites it more?";
   for (const [kind, source] of trial.references) {
     const figure = make("figure", {});
     const image = make("img", { alt: kind });
