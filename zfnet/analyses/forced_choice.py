@@ -82,7 +82,7 @@ class ForcedChoiceJob(Look):
     references: Annotated[int, Field(ge=1, le=100)]
     trials: Annotated[int, Field(ge=1)]
     extreme: Annotated[float, Field(gt=0, le=0.5)]
-    quiz: Annotated[int, Field(ge=0)]
+    quiz: Annotated[int, Field(ge=0, le=100)]
     pages: Optional[str]
 
     def main(self, config: Config, output: Path) -> None:

@@ -207,7 +207,7 @@ function showMap(map) {
   const found = Object.entries(map.scores || {});
   bars("scores", found.map(([name, score]) => [name, score[0], scored(score)]), 1);
   if (metadata.verdict) $("judged").textContent = (found.length
-    ? `in hundredths, 0: chance, 100: best; ${found.some(([, score]) => score[1] !== null) ? "± standard error over" : "over"} `
+    ? `in hundredths, 0: chance (but of parts), 100: best; ${found.some(([, score]) => score[1] !== null) ? "± standard error over" : "over"} `
       + `${Math.max(...found.map(([, score]) => score[2]))} of its activations`
     : "not among the units measured") + `, ${metadata.verdict.split} images, ${metadata.rule}; ${metadata.verdict.name}`;
   $("link").href = address(map);
