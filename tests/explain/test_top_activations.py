@@ -96,6 +96,24 @@ def test_selectivity_by_chance_tells_rare_noise_from_a_class() -> None:
     assert alone.statistics("fc6").chance.isnan().all()
 
 
+def test_classes_without_images_take_no_memory_and_change_nothing() -> None:
+    labels, maps = torch.arange(40) % 4, torch.rand(40, 3)
+    few, many = TopActivations(1, 4, labels), TopActivations(1, 1000, labels * 300 + 7)
+    few.add({"fc6": maps}, torch.arange(40), labels)
+    many.add({"fc6": maps}, torch.arange(40), labels * 300 + 7)
+    assert few.layers["fc6"].sums.shape == many.layers["fc6"].sums.shape
+    expected, found = few.statistics("fc6"), many.statistics("fc6")
+    for key in ("mean", "selectivity", "chance", "p"):
+        assert torch.equal(getattr(found, key), getattr(expected, key))
+    assert torch.equal(found.best_class, expected.best_class * 300 + 7)
+    assert torch.equal(found.class_means[:, 7::300], expected.class_means)
+    assert found.class_means.count_nonzero() == 12
+    old, metadata = few.state()  # of a search that an older version stopped
+    del old["known"]
+    again = TopActivations.from_state(old, metadata, torch.device("cpu"))
+    assert torch.equal(again.statistics("fc6").class_means, expected.class_means)
+
+
 def test_selectivity_by_hand() -> None:
     means = torch.tensor([[3.0, 1, 1, 9], [2, 2, 2, 0], [0, 4, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
     index, best = selectivity(means, torch.tensor([True, True, True, False]))

@@ -31,8 +31,8 @@ class LayerRecord:
 
     values: [C, top], descending, −inf where there were fewer images; index: int64 [C, top], which image;
     position: int64 [C, top], y·width + x
-    sums: float64 [1 + shuffles, classes, C], over images of each class, of the map's mean activation; those after the
-        first with shuffled labels
+    sums: float64 [1 + shuffles, known classes, C], over images of each class, of the map's mean activation; those after
+        the first with shuffled labels
     active_images, active_positions: int64 [C], how many had an activation above 0
     """
 
@@ -80,7 +80,8 @@ class TopActivations:
     """Collects, batch by batch, the `top` strongest activations of every map of some layers.
 
     labels: int64 [images], of the whole set: then the selectivity by chance is measured, too, with these labels
-    shuffled among the images SHUFFLES times
+    shuffled among the images SHUFFLES times; only classes that they name are counted (of ImageNet's 1,000, a folder of
+    photographs has few, and sums for all take hundreds of megabytes)
     """
 
     def __init__(self, top: int, num_classes: int, labels: Tensor | None = None) -> None:
@@ -88,6 +89,7 @@ class TopActivations:
         labels = torch.zeros(0, dtype=torch.int64) if labels is None else labels.cpu()
         orders = [permutation(make_key(0, CONTROL, 3, k), len(labels)) for k in range(SHUFFLES if len(labels) else 0)]
         self.shuffled = torch.stack([labels[order] for order in orders]) if orders else labels.view(0, 0)
+        self.known = labels.unique() if orders else torch.arange(num_classes)
         self.layers: dict[str, LayerRecord] = {}
         self.images = 0
         self.class_counts = torch.zeros(num_classes, dtype=torch.int64)
@@ -102,7 +104,7 @@ class TopActivations:
         index, labels = index.to(device), labels.to(device)
         exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         every = torch.stack([labels, *(other[index] for other in self.shuffled.to(device))])
-        members = torch.nn.functional.one_hot(every, self.num_classes).to(exact)  # [1 + shuffles, B, classes]
+        members = (every[..., None] == self.known.to(device)).to(exact)  # [1 + shuffles, B, known classes]
         for layer, maps in activations.items():
             maps = maps.detach()[:, :, None, None] if maps.ndim == 2 else maps.detach()
             record = self.layers.get(layer) or self._new(layer, maps, exact)
@@ -123,7 +125,7 @@ class TopActivations:
             values=torch.full((channels, self.top), float("-inf"), dtype=maps.dtype, device=device),
             index=torch.full((channels, self.top), _NONE, device=device),
             position=torch.zeros(channels, self.top, dtype=torch.int64, device=device),
-            sums=torch.zeros(1 + len(self.shuffled), self.num_classes, channels, dtype=exact, device=device),
+            sums=torch.zeros(1 + len(self.shuffled), len(self.known), channels, dtype=exact, device=device),
             active_images=whole,
             active_positions=whole.clone(),
             size=(maps.shape[2], maps.shape[3]),
@@ -146,18 +148,20 @@ class TopActivations:
     def statistics(self, layer: str) -> MapStatistics:
         """Return the statistics of a layer's maps over all images added so far (at least one)."""
         record = self.layers[layer]
-        counts = self.class_counts.to(record.sums)
+        known = self.known.to(record.sums.device)
+        counts = self.class_counts.to(record.sums)[known]
         class_means = (record.sums / counts.clamp(min=1)[:, None]).mT
         selective, best = selectivity(class_means[0], counts > 0)
         shuffled = torch.stack([selective, *(selectivity(means, counts > 0)[0] for means in class_means[1:])])[1:]
+        whole = record.sums.new_zeros(len(best), self.num_classes)
         positions = self.images * record.size[0] * record.size[1]
         return MapStatistics(
             mean=record.sums[0].sum(0) / self.images,
-            class_means=class_means[0],
+            class_means=whole.index_copy(1, known, class_means[0]),
             image_share=record.active_images / self.images,
             position_share=record.active_positions / positions,
             selectivity=selective,
-            best_class=best,
+            best_class=known[best],
             dead=record.active_images == 0,
             chance=shuffled.mean(0),
             p=rank_p(selective, shuffled),
@@ -168,7 +172,7 @@ class TopActivations:
         tensors = {"class_counts": self.class_counts}
         for layer, record in self.layers.items():
             tensors |= {f"{layer}.{k}": v for k, v in vars(record).items() if isinstance(v, Tensor)}
-        tensors["shuffled"] = self.shuffled
+        tensors |= {"shuffled": self.shuffled, "known": self.known}
         sizes = {layer: list(record.size) for layer, record in self.layers.items()}
         return tensors, {"top": self.top, "num_classes": self.num_classes, "images": self.images, "sizes": sizes}
 
@@ -180,6 +184,7 @@ class TopActivations:
         self = cls(metadata["top"], metadata["num_classes"])
         self.images, self.class_counts = metadata["images"], tensors["class_counts"]
         self.shuffled = tensors["shuffled"]
+        self.known = tensors.get("known", torch.arange(self.num_classes))  # absent: of an older version
         for layer, size in metadata["sizes"].items():
             fields = {
                 key.removeprefix(f"{layer}."): value.to(device)
