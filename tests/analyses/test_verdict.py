@@ -154,6 +154,21 @@ def test_ablation_of_a_map_is_the_network_without_it(study: Study) -> None:
     assert float(found["conv5", "ablation", "accuracy change"].values[place]) == pytest.approx(float(hits), abs=1e-6)
 
 
+@pytest.mark.parametrize(("classes", "scores_of_agreement"), [([2, 5], {-1.0, 1.0}), ([2], set())])
+def test_ablation_guesses_among_the_classes_that_have_images(
+    study: Study, classes: list[int], scores_of_agreement: set[float]
+) -> None:
+    images = study.split.images
+    known = torch.isin(images.labels, torch.tensor(classes)).nonzero().flatten()
+    split = dataclasses.replace(study.split, images=images.take(known))
+    job = dataclasses.replace(study.job, ablation_images=len(known))
+    found = scores(list(METRICS["ablation"](dataclasses.replace(study, split=split, job=job))))
+    values = found["conv5", "ablation", "agreement"].values
+    assert set(values[values.isfinite()].tolist()) <= scores_of_agreement
+    line = list(verdict._ablation_lines({"conv5": verdict.clustered(values, torch.arange(len(values)))}))
+    assert bool(line) == (len(classes) > 1)
+
+
 def test_compare_methods_tells_a_difference_from_none() -> None:
     """Errors are those of images: fifty units of two images that differ by chance are two observations."""
     generator = torch.Generator().manual_seed(0)

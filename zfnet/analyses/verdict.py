@@ -432,7 +432,8 @@ def measure_ablation(study: Study) -> Iterator[Row]:
         accuracy, logits = accuracy[alive], logits[alive]
         lost = logits.masked_fill(present == 0, torch.inf).argmin(1)
         best, selectivity = stats.best_class.cpu()[alive], stats.selectivity.cpu()[alive]
-        agrees = ((lost == best).double() - 1 / classes) / (1 - 1 / classes)
+        guessed = 1 / int((present > 0).sum())  # nothing is known of absent classes; of one class all agree: NaN
+        agrees = ((lost == best).double() - guessed) / (1 - guessed or math.nan)
         columns = {
             "accuracy change": accuracy,
             "largest logit loss": logits.amin(1),
@@ -604,8 +605,9 @@ def _lines(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _ablation_lines(agreement: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    if agreement:
-        cells = (f"{layer} {100 * row['mean']:.0f}±{100 * (row['se'] or 0):.0f}" for layer, row in agreement.items())
+    known = {layer: row for layer, row in agreement.items() if row["mean"] is not None}
+    if known:
+        cells = (f"{layer} {100 * row['mean']:.0f}±{100 * (row['se'] or 0):.0f}" for layer, row in known.items())
         yield "maps set to zero: the class that loses most is the one that the map selects:"
         yield "  " + ", ".join(cells)
 
