@@ -179,11 +179,16 @@ NODES = (
 )
 
 
+PHOTOS = ("data.root=photos", "job.split=train")
+PAIRS = ("job.maps=2", "job.references=1", "job.trials=1", "job.extreme=0.5", "job.quiz=1")
+
+
 @pytest.fixture(scope="module")
 def imported_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """The run of a small ONNX graph, beside photos/ with images of two of its classes."""
     folder = tmp_path_factory.mktemp("imported")
-    write_images(folder / "photos", {"0": 2, "3": 2}, size=24)
+    write_images(folder / "photos", {"0": 4, "3": 4}, size=24)
+    import_(folder / "other", graph(folder / "y.onnx", *NODES, weights=WEIGHTS | {"w": -WEIGHTS["w"]}))
     return import_(folder / "run", graph(folder / "x.onnx", *NODES, weights=WEIGHTS))
 
 
@@ -220,6 +225,13 @@ def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> 
         ("predict", "images=[photos]"),
         ("evaluate", "job.split=train", "data.root=photos", "data.validation=0"),
         ("deconvnet", "images=[photos]", "job.maps=2"),
+        ("verdict", *PHOTOS, "job.images=4", "job.units=2", "job.layers=[conv1]", "job.metrics=[ablation,stability]"),
+        ("forced_choice", *PHOTOS, "job.other=other", *PAIRS),
+        ("filters", *PHOTOS, "job.other=other"),
+        ("occlusion", *PHOTOS, "job.count=1", "job.patch=10", "job.stride=10"),
+        ("attribution", "images=[photos]", "job.steps=2"),
+        ("summary",),
+        ("invariance", *PHOTOS, "job.count=1", "job.mean_images=2", "job.steps=3"),
     ],
     ids=lambda words: words[0],
 )
@@ -229,6 +241,12 @@ def test_jobs_work_on_a_network_that_is_no_zfnet(
     monkeypatch.chdir(imported_run.folder.parent)
     config = used(imported_run, f"job={words[0]}", *words[1:]).config
     config.job.main(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize("job", ["resume", "reproduce", "extend", "fork"])
+def test_jobs_that_train_refuse_an_imported_run(imported_run: RunDirectory, job: str) -> None:
+    with pytest.raises(UserError, match=f"was made by job=import: job={job} needs a run that this program trained"):
+        used(imported_run, f"job={job}")
 
 
 def test_the_structure_of_the_zoos_zfnet512(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,8 @@ class FiltersJob(Look):
             recorded = dataclasses.replace(
                 other.read_config(config.imports), job=self, trainer=config.trainer, run=str(other.folder), images=None
             )
+            if recorded.data.root is None:  # imported: of none, so it sees the images of this command
+                recorded = dataclasses.replace(recorded, data=dataclasses.replace(recorded.data, root=config.data.root))
             runs.append(LoadedRun(recorded))
         chains = [loaded.chain for loaded in runs]  # raise before any image is read
         sets = [chosen_split(loaded).images for loaded in runs]

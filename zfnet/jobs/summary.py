@@ -10,7 +10,9 @@ import torchinfo
 
 from zfnet.config.schema import Config, Job, model_name
 from zfnet.data import load_splits
+from zfnet.runs.directory import find_run
 from zfnet.runs.tables import format_table
+from zfnet.runs.weights import load_model
 from zfnet.training.build import initial_model
 
 # of data that a table of layers need not download
@@ -25,7 +27,9 @@ class SummaryJob(Job):
     def main(self, config: Config, output: Path) -> None:
         """Print each layer's output shape, parameters and multiply-adds for BATCH images, and the sums."""
         size, classes = config.data.image_size, NUM_CLASSES.get(config.data.name)
-        if classes is None:
+        if classes is None and config.run and (weights := find_run(str(config.run)).weights).is_file():
+            classes = len(load_model(weights, config.imports)[1].classes)
+        elif classes is None:
             classes = len(load_splits(config.data).train.classes)
         network = torchinfo.summary(
             initial_model(config, classes)[0].eval(),

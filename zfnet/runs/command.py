@@ -135,6 +135,8 @@ def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
         )
     else:
         found = find_run(str(run))
+        if kind.trains and found.job == "import":
+            raise UserError(f"run={found.folder} was made by job=import: {job} needs a run that this program trained")
         own = {key: OmegaConf.to_container(raw, resolve=True)[key] for key in _OWN}  # type: ignore[index,call-overload]
         config = overlay(found, words, {**own, "run": str(found.folder)}, imports)
     config.overrides, config.composed = list(words), raw
