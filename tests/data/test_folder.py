@@ -80,7 +80,7 @@ def test_other_names_of_the_splits(config, photos: Path, names: tuple[str, ...])
     [
         (("train", "val", "valid"), "val/ and valid/ both name the split val: remove one, or join them"),
         (("Train", "train"), "Train/ and train/ both name the split train"),
-        (("Validation", "dogs"), "has Validation/ but no train/ folder; found: Validation, dogs"),
+        (("Validation", "dogs"), "has Validation/ but no train/ folder; found: Validation, dogs; data.root="),
         (("my_train", "holdout"), "my_train/ is not clearly a class or a split"),
         (("cats/train", "cats/test", "dogs/train", "dogs/test"), "cats/ is not clearly a class or a split"),
     ],

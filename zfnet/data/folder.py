@@ -163,7 +163,10 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
             path, inner = inner[0], _folders_in(inner[0], listing)
         folders[split] = path, inner
     if folders and "train" not in folders:
-        raise UserError(f"{listing}: has {_names(named)} but no train/ folder{_found(root)}")
+        alone = printable(str(next(iter(named))))  # as of ImageNet, for an imported network
+        raise UserError(
+            f"{listing}: has {_names(named)} but no train/ folder{_found(root)}; data.root={alone} reads that alone"
+        )
     for path in below:
         if folders and path not in named:
             listing.left_out.add(LeftOut.BESIDE, path.name)
