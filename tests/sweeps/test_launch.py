@@ -201,8 +201,8 @@ def test_callback_removes_the_directory_of_a_job_that_writes_nothing(run_py, tmp
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("optimizer.lrr=1,2", "optimizer.lrr: no such key; did you mean"),
-        ("optimizer=sgd,sdg", "optimizer=sdg: no such choice; did you mean 'sgd'?"),
+        ("optimizer.lrr=1,2", "no job has started: optimizer.lrr: no such key; did you mean"),
+        ("optimizer=sgd,sdg", "no job has started: optimizer=sdg: no such choice; did you mean 'sgd'?"),
         ("seed=0,1 optimizer.lr", ""),
         ("optimizer.lr=interval(1e-4,1e-2)", "optimizer.lr=interval(1e-4,1e-2): a grid needs single values"),
     ],
