@@ -245,8 +245,8 @@ def test_quiz_trials_know_the_answer_and_come_from_different_maps(colours: Shown
 @pytest.fixture
 def page(colours: Shown, tmp_path: Path) -> Path:
     about = {"title": "tiny <net>", "weights": "abc", "layers": ["a", "z"], "split": "test", "published": PUBLISHED}
-    about |= {"conditions": dict.fromkeys(CONDITIONS, "</script><b>"), "atlas": "atlas/index.html"}
-    return write_quiz(tmp_path / "quiz.html", quiz_trials(colours, 2, key=0), about)
+    about |= {"conditions": dict.fromkeys(CONDITIONS, "</script><b>")}
+    return write_quiz(tmp_path, quiz_trials(colours, 2, key=0), about)
 
 
 def test_quiz_fetches_nothing_and_its_tooltips_tell_nothing(page: Path) -> None:
@@ -334,6 +334,24 @@ def test_forced_choice_job_writes_all(run_py, tiny_run: RunDirectory, another: P
     assert len(quiz["trials"]) == 2 * len(CONDITIONS)
     assert [t["condition"] for t in quiz["trials"]] != list(CONDITIONS) * 2  # mixed
     assert quiz["atlas"] is None
+
+
+@pytest.mark.parametrize("kind", ["true", "single"])
+def test_the_quiz_becomes_a_page_of_the_atlas(run_py, tiny_run: RunDirectory, another: Path, kind: str) -> None:
+    few = (f"run={tiny_run.folder}", "job.layers=[conv5]", "job.maps=2")
+    words = ("job=deconvnet", *few, "job.top=1", "job.sample=2", "job.ablation=0", "job.controls=false")
+    answer = run_py(*words, f"job.atlas={kind}", "hydra.run.dir=outputs/deconvnet/1")
+    assert answer.code == 0, answer.err
+    folder = Path("outputs/deconvnet/1")
+    page = folder / ("atlas/index.html" if kind == "true" else "atlas.html")
+    before = page.read_text()
+    assert len(re.findall(r'<a id="quiz" href="quiz.html" hidden>', before)) == 1
+    answer = run_py(*WORDS, f"job.other={another}", *few, "job.trials=1", "job.quiz=1")
+    assert answer.code == 0, answer.err
+    assert page.read_text() == before.replace('href="quiz.html" hidden', 'href="quiz.html"')
+    quiz = json.loads(re.search(r'id="metadata">(.*?)</script>', page.with_name("quiz.html").read_text(), re.S)[1])
+    assert page.with_name(quiz["atlas"]) == page
+    assert not Path("out/quiz.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
 from zfnet.explain.statistics import clustered
 from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
-from zfnet.plots.atlas import find_atlas, link_to, write_quiz
+from zfnet.plots.atlas import find_atlas, write_quiz
 from zfnet.plots.figures import INK, PALETTE, SOFT, new_figure, save_figure, styled
 from zfnet.plots.pictures import mosaic, on_grey
 from zfnet.runs.directory import find_run
@@ -152,8 +152,7 @@ class ForcedChoiceJob(Look):
                 title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
                 about: dict[str, Any] = {"title": title, "weights": weights, "layers": layers, "split": split.name}
                 about |= {"conditions": {name: NAMES.get(name, name) for name in CONDITIONS}, "published": PUBLISHED}
-                about |= {"atlas": None if page is None else link_to(page, run.folder)}
-                path = write_quiz(run.folder / "quiz.html", quiz, about)
+                path = write_quiz(run.folder, quiz, about, page)
                 log.info("try it yourself: open %s in a browser", path)
             log.info("written to %s", run.folder)
 

@@ -49,6 +49,8 @@ from zfnet.plots.pictures import GREY, mosaic
 from zfnet.runs.directory import OUTPUTS, RunDirectory, write_atomically
 
 _PAGE = Path(__file__).parent / "atlas_page"
+# in the atlas's page, before there is a quiz and after
+_QUIZ_LINK = ('<a id="quiz" href="quiz.html" hidden>', '<a id="quiz" href="quiz.html">')
 KINDS = ("projections", "patches")
 _MAPS = 32  # projected at once
 _THUMBNAIL, _CELL = 96, 32  # a thumbnail shows 3×3 cells
@@ -185,11 +187,15 @@ def _address(pixels: np.ndarray) -> str:
     return f"data:image/webp;base64,{text}"
 
 
-def write_quiz(path: Path, trials: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> Path:
-    """Write the page that asks people, with its pictures in it, and return it.
+def write_quiz(
+    folder: Path, trials: Sequence[Mapping[str, Any]], about: Mapping[str, Any], atlas: Path | None = None
+) -> Path:
+    """Write quiz.html, the page that asks people, with its pictures in it, and return it.
 
+    folder: where, if there is no atlas; otherwise it becomes a page of the atlas, and the two link to each other
     trials: see `quiz_trials` of job=forced_choice, in the order in which they are asked
     about: what the page says of them
+    atlas: the page of the network's atlas
     """
     asked = [
         {**trial, "references": [[kind, _address(p)] for kind, p in trial["references"]]}
@@ -197,7 +203,12 @@ def write_quiz(path: Path, trials: Sequence[Mapping[str, Any]], about: Mapping[s
         for trial in trials
     ]
     number = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]  # a browser keeps the answers under it
-    _write_page(path, "quiz", str(about["title"]), {"id": number, **about, "trials": asked})
+    name = None if atlas is None else atlas.name
+    path = (folder if atlas is None else atlas.parent) / "quiz.html"
+    _write_page(path, "quiz", str(about["title"]), {"id": number, **about, "atlas": name, "trials": asked})
+    if atlas is not None:
+        page = atlas.read_text(encoding="utf-8")
+        write_atomically(atlas, page.replace(*_QUIZ_LINK, 1))
     return path
 
 
