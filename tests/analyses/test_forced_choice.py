@@ -256,6 +256,10 @@ def test_quiz_fetches_nothing_and_its_tooltips_tell_nothing(page: Path) -> None:
     assert [p.name for p in page.parent.iterdir()] == ["quiz.html"]
 
 
+ENTER_ON_A_LINK = """const press = new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, cancelable: true});
+return document.getElementById('save').dispatchEvent(press)"""
+
+
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 def test_quiz_in_a_browser(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -282,6 +286,8 @@ def test_quiz_in_a_browser(page: Path, tmp_path: Path) -> None:
                 b.open(page)
                 b.wait("document.getElementById('number').textContent.startsWith('Question 5')")
             else:
+                assert b.run(ENTER_ON_A_LINK)  # it is followed
+                assert read("answer")
                 b.press("\ue006")  # enter
         assert read("number").startswith("All 10 questions")
         assert b.run("return document.getElementById('trial').offsetHeight") == 0  # no gap above the score
@@ -387,3 +393,17 @@ def test_maps_that_are_seldom_active_are_an_error(run_py, tiny_run, another: Pat
     answer = run_py(*WORDS, f"run={tiny_run.folder}", f"job.other={another}", "job.trials=3", "job.layers=[conv2]")
     assert answer.code == 1
     assert "job.layers: in conv2 no two maps are active in enough images" in answer.err
+
+
+def test_a_layer_whose_maps_are_seldom_active_is_left_out(run_py, tiny_run, another: Path, monkeypatch) -> None:
+    real = forced_choice.strongest_places
+
+    def some(chain, batches, layers):
+        return {k: (v * (k != "conv2"), place) for k, (v, place) in real(chain, batches, layers).items()}
+
+    monkeypatch.setattr(forced_choice, "strongest_places", some)
+    words = ("job.layers=[conv1,conv2]", "job.maps=2", "job.trials=1", "job.quiz=1")
+    answer = run_py(*WORDS, f"run={tiny_run.folder}", f"job.other={another}", *words)
+    assert answer.code == 0, answer.err
+    assert "conv2: no two maps are active in enough images, so it is left out" in answer.out
+    assert '"layers":["conv1"]' in Path("out/quiz.html").read_text()

@@ -150,7 +150,8 @@ class ForcedChoiceJob(Look):
             if quiz:
                 quiz = [quiz[n] for n in permutation(make_key(config.seed, CONTROL, 32), len(quiz)).tolist()]
                 title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
-                about: dict[str, Any] = {"title": title, "weights": weights, "layers": layers, "split": split.name}
+                asked = list(dict.fromkeys(row["layer"] for row in rows))
+                about: dict[str, Any] = {"title": title, "weights": weights, "layers": asked, "split": split.name}
                 about |= {"conditions": {name: NAMES.get(name, name) for name in CONDITIONS}, "published": PUBLISHED}
                 path = write_quiz(run.folder, quiz, about, page)
                 log.info("try it yourself: open %s in a browser", path)

@@ -120,7 +120,7 @@ document.onkeydown = (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const choice = { ArrowLeft: 0, 1: 0, ArrowRight: 1, 2: 1 }[event.key];
   if (choice !== undefined && open) choose(choice);
-  else if (event.key === "Enter" && !$("next").hidden) show();
+  else if (event.key === "Enter" && !$("next").hidden && event.target.tagName !== "A") show();
   else return;
   event.preventDefault(); // a focused button would be pressed as well
 };
