@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from tests.explain.trained import Trained, read_csv
 from tests.helpers import used
 from zfnet.analyses import verdict
-from zfnet.analyses.verdict import METRICS, SCORES, Row, Study, compare_methods, prepare, what_holds
+from zfnet.analyses.deconvnet import shuffle_weights
+from zfnet.analyses.verdict import METRICS, SCORES, Row, Study, Subject, compare_methods, prepare, what_holds
 from zfnet.data.shapes import draw_without
 from zfnet.explain.selection import chosen_split
 from zfnet.explain.targets import BASELINES, Target
+from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.atlas import find_verdict
 from zfnet.runs.directory import RunDirectory
 
@@ -58,6 +61,80 @@ def test_weights_baselines_do_not_depend_on_them(study: Study) -> None:
     assert {"top-down conv1 ssim", "bottom-up conv2 signed", "bottom-up conv1 unsigned"} <= stages
     last = [found["conv2", "deconvnet", f"{way} unsigned"] for way in ("top-down conv1", "bottom-up conv2")]
     assert torch.equal(last[0].values, last[1].values)  # in the end all layers are shuffled
+
+
+@pytest.fixture
+def linear(study: Study, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A linear network of four classes, of which each sums its own quarter of a white image by weights of its own.
+
+    Its gradient is those weights. `guided` stands for the control: the picture of the next class.
+    """
+    network = nn.Sequential(nn.Conv2d(3, 4, 12, bias=False), nn.Flatten())
+    weight = network[0].weight.detach().zero_()
+    for k, quarter in enumerate(weight):
+        place = (..., slice(k // 2 * 6, k // 2 * 6 + 6), slice(k % 2 * 6, k % 2 * 6 + 6))
+        quarter[place] = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(k)) + 0.1
+    units = torch.tensor([[k, k, 0, 0] for k in range(4)])
+    target, picture = Target(Chain(network.eval(), 12), OUTPUT, torch.ones(4, 3, 12, 12), units), Target.picture
+
+    def of_next(self: Target, method: str, **settings: Any) -> Tensor:
+        if method == "guided":
+            asked = settings.get("units", units)
+            settings["units"] = torch.cat([asked[:, :1], (asked[:, 1:2] + 1) % 4, asked[:, 2:]], 1)
+        return picture(self, method, **settings)
+
+    monkeypatch.setattr(Target, "picture", of_next)
+    monkeypatch.setattr(Target, "methods", ("gradient", "guided"))
+    job = dataclasses.replace(study.job, others=None)
+    return dataclasses.replace(study, job=job, subjects=[Subject("class", target, torch.arange(4))])
+
+
+def test_own_picture_of_a_linear_class_is_above_all_others_and_the_next_ones_is_not(linear: Study) -> None:
+    found = scores(list(METRICS["own"](linear)))
+    assert found["class", "gradient", "own"].values.tolist() == [1] * 4
+    # one other class shows what this one sums, and two show nothing, as the own picture does
+    assert found["class", "guided", "own"].values.tolist() == pytest.approx([-1 / 3] * 4)
+
+
+def test_removal_by_the_weights_of_a_linear_class_is_the_best_order(linear: Study, monkeypatch) -> None:
+    monkeypatch.setattr(verdict, "BASELINES", ())
+    monkeypatch.setattr(verdict, "FILLINGS", ("mean colour", "blur"))
+    found = scores(list(METRICS["removal"](linear)))
+    for name in ("deletion", "insertion"):
+        assert found["class", "gradient", f"{name}, mean colour"].values.tolist() == pytest.approx([1] * 4)
+        assert found["class", "guided", f"{name}, mean colour"].values.mean() < 0
+        assert found["class", "gradient", f"{name}, blur"].values.isnan().all()  # of a white image it removes nothing
+
+
+def test_weights_of_a_linear_class_are_compared_with_its_shuffled_ones(linear: Study) -> None:
+    target = linear.subjects[0].target
+    twin: Any = shuffle_weights(target.chain, OUTPUT, linear.seed).model
+    own: Any = target.chain.model
+    found = scores(list(METRICS["weights"](linear)))["class", "gradient", "weights"].values
+    for k, value in enumerate(found.tolist()):
+        sizes = [net[0].weight[k].sum(0).flatten() for net in (own, twin)]
+        ranks = [(s[:, None] > s).double().sum(1) - (s[:, None] < s).double().sum(1) for s in sizes]  # ties share one
+        assert value == pytest.approx(1 - abs(float(torch.corrcoef(torch.stack(ranks))[0, 1])))
+    assert found.min() > 0.7  # there is nothing left of them
+
+
+def test_stability_is_1_where_the_picture_ignores_the_image_and_0_where_it_is_drawn_anew(
+    linear: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, given, picture = linear.subjects[0].target, [], Target.picture
+
+    def spy(self: Target, method: str, **settings: Any) -> Tensor:
+        given.append(settings.get("images", target.images) - target.images)
+        return picture(self, method, **settings)
+
+    monkeypatch.setattr(Target, "picture", spy)
+    found = scores(list(METRICS["stability"](linear)))
+    assert found["class", "gradient", "stability"].values.tolist() == pytest.approx([1] * 4)
+    assert found["class", "centre", "stability"].values.tolist() == pytest.approx([1] * 4)
+    assert abs(found["class", "random", "stability"].values.mean()) < 4 / (4 * 144) ** 0.5  # the control
+    noise = given[0] * torch.tensor(linear.loaded.data.std).view(3, 1, 1) * 255
+    torch.testing.assert_close(noise.abs(), torch.ones(4, 3, 12, 12))
+    assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
 
 
 def test_pointing_of_pictures_that_know_the_place_and_that_do_not(study: Study, monkeypatch) -> None:
@@ -154,6 +231,19 @@ def test_ablation_of_a_map_is_the_network_without_it(study: Study) -> None:
     assert float(found["conv5", "ablation", "accuracy change"].values[place]) == pytest.approx(float(hits), abs=1e-6)
 
 
+def test_ablation_agrees_with_the_class_that_loses_and_with_no_other(study: Study) -> None:
+    def agreement(best: Tensor) -> list[float]:
+        stats = dataclasses.replace(study.statistics["conv5"], best_class=best, dead=torch.zeros(len(best)).bool())
+        rows = scores(list(METRICS["ablation"](dataclasses.replace(study, statistics={"conv5": stats}))))
+        found.append(rows["conv5", "ablation", "class of it"].values)
+        return rows["conv5", "ablation", "agreement"].values.tolist()
+
+    found: list[Tensor] = []
+    agreement(study.statistics["conv5"].best_class)
+    assert agreement(found[0]) == [1] * len(found[0])
+    assert agreement((found[0] + 1) % 10) == pytest.approx([-1 / 9] * len(found[0]))  # a guess of ten is 0
+
+
 @pytest.mark.parametrize(("classes", "scores_of_agreement"), [([2, 5], {-1.0, 1.0}), ([2], set())])
 def test_ablation_guesses_among_the_classes_that_have_images(
     study: Study, classes: list[int], scores_of_agreement: set[float]
@@ -162,7 +252,8 @@ def test_ablation_guesses_among_the_classes_that_have_images(
     known = torch.isin(images.labels, torch.tensor(classes)).nonzero().flatten()
     split = dataclasses.replace(study.split, images=images.take(known))
     job = dataclasses.replace(study.job, ablation_images=len(known))
-    found = scores(list(METRICS["ablation"](dataclasses.replace(study, split=split, job=job))))
+    statistics = {"conv5": study.statistics["conv5"]}
+    found = scores(list(METRICS["ablation"](dataclasses.replace(study, split=split, job=job, statistics=statistics))))
     values = found["conv5", "ablation", "agreement"].values
     assert set(values[values.isfinite()].tolist()) <= scores_of_agreement
     line = list(verdict._ablation_lines({"conv5": verdict.clustered(values, torch.arange(len(values)))}))
