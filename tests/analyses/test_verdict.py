@@ -281,6 +281,18 @@ def test_compare_methods_tells_a_difference_from_none() -> None:
     assert (one["clusters"], one["p"] > 0.2) == (2, True)
 
 
+def test_every_number_of_the_figure_has_its_error() -> None:
+    measures = [*SCORES, *(f"top-down {layer} {kind}" for layer in ("fc8", "conv1") for kind in ("signed", "unsigned"))]
+    row = {"method": "guided", "n": 4, "clusters": 4, "mean": 0.5, "se": 0.1}
+    table = [{**row, "target": target, "measure": measure} for target in ("conv1", "class") for measure in measures]
+    axes = [axis for axis in verdict.draw_verdict(table, ["conv1", "class"]).axes if axis.get_visible()]
+    assert [len(axis.containers) for axis in axes] == [1] * len(SCORES) + [2, 2]
+    for axis in axes:
+        for points in axis.containers:
+            (bars,) = points.lines[2]
+            assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[0.4, 0.6]] * 2
+
+
 def test_row_survives_json() -> None:
     row = Row("conv1", "guided", "own", torch.tensor([0.5, torch.nan]).double(), torch.tensor([3, 4]))
     again = Row.read(json.loads(json.dumps(row.plain())))

@@ -665,10 +665,10 @@ def _draw_cascade(axis: Axes, target: str, of: Numbers, looks: Looks) -> None:
     stages = list(dict.fromkeys(k[2].split()[1] for k in of if k[0] == target and k[2].startswith("top-down")))
     for method, look in looks.items():
         for kind, dashes in (("unsigned", "-"), ("signed", "--")):
-            rows = [of.get((target, method, f"top-down {stage} {kind}")) for stage in stages]
-            if all(rows):
-                style = {"color": look["color"], "ls": dashes, "label": method if kind == "unsigned" else None}
-                axis.plot(range(len(rows)), [row["mean"] for row in rows if row], **style)
+            rows = [row for stage in stages if (row := of.get((target, method, f"top-down {stage} {kind}")))]
+            if len(rows) == len(stages):
+                mean, error = [row["mean"] for row in rows], [row["se"] or 0 for row in rows]
+                axis.errorbar(range(len(rows)), mean, error, color=look["color"], ls=dashes, elinewidth=1)
     axis.axhline(0, color=INK, lw=0.8)
     axis.set_xticks(range(len(stages)), stages, rotation=45)
     axis.set_title(f"{target}: rank correlation, weights shuffled\ndown to this layer (dashed: signed)", fontsize=10)
