@@ -138,6 +138,19 @@ def test_torchvisions_weights_come_from_the_cache_if_their_hash_is_right(
     assert torch.equal(loaded.model.features[0].weight, small["features.0.weight"])
 
 
+@pytest.mark.parametrize("name", imported.PUBLISHED)
+def test_state_dicts_of_torchvisions_networks_are_known_by_their_shapes(tmp_path: Path, name: str) -> None:
+    """Trained on classes of one's own; each tensor is one number in the file, so that it is small."""
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(num_classes=7)
+    state = {f"module.{key}": torch.randn(1).expand(value.shape) for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "x.pth")
+    settings, found, size = imported._state_dict(tmp_path / "x.pth", compose("job=import"))
+    assert (settings, size) == ({"_target_": f"torchvision.models.{name}"}, 224)
+    assert [*found] == [*model.state_dict()]
+    assert all(torch.equal(value, state[f"module.{key}"]) for key, value in found.items())
+
+
 # ---- ONNX
 
 
@@ -225,6 +238,7 @@ def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> 
         ("predict", "images=[photos]"),
         ("evaluate", "job.split=train", "data.root=photos", "data.validation=0"),
         ("deconvnet", "images=[photos]", "job.maps=2"),
+        ("deconvnet", *PHOTOS, "job.maps=2", "job.top=1", "job.sample=2", "job.ablation=1"),
         ("verdict", *PHOTOS, "job.images=4", "job.units=2", "job.layers=[conv1]", "job.metrics=[ablation,stability]"),
         ("forced_choice", *PHOTOS, "job.other=other", *PAIRS),
         ("filters", *PHOTOS, "job.other=other"),
