@@ -1,35 +1,51 @@
-"""What every test starts from: no display, no user cache, and the command line as a function."""
+"""What every test starts from: no display, no user cache, and the command line as a function.
+
+The process that hands the tests out to the others imports this file as well, while they wait: PyTorch and the package
+are imported where they are used.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hypothesis
 import pytest
-import torch
-from hydra._internal.hydra import Hydra
 
-from tests.explain.trained import Trained, train_some
-from tests.helpers import ROOT, learned, no_figures, train_minute, train_tiny
-from zfnet.runs.directory import RunDirectory
+if TYPE_CHECKING:
+    from tests.explain.trained import Trained
+    from zfnet.runs.directory import RunDirectory
 
+ROOT = Path(__file__).resolve().parent.parent
 os.environ["MPLBACKEND"] = "Agg"
 # PyTorch looks at it once, at the first product on a GPU: of whatever test, and `trainer=exact` needs it there
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-THREADS = torch.get_num_threads()
 # the same examples every time, and no complaint about a busy machine
 hypothesis.settings.register_profile("zfnet", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("zfnet")
 
 
+def pytest_configure() -> None:
+    gc.disable()  # while all is imported, of which nothing is garbage
+
+
+def pytest_collection_finish() -> None:
+    """Collect the garbage of the tests alone: each look through all that is imported takes a quarter of a second."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+    gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu") is not None:  # not the keywords, which hold the folder's name
@@ -43,8 +59,20 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @pytest.fixture(autouse=True)
+def _no_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write as the package does, but wait for no disk: what dies here is a process, after which the files remain.
+
+    Shared runs are trained before this, and other processes, too: they do wait.
+    """
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
 def _switches_put_back():
     """`trainer=exact` and `trainer.threads` set process-wide switches; one test's must not reach the next."""
+    import torch
+
+    from zfnet.training.device import THREADS
 
     def put_back() -> None:
         torch.use_deterministic_algorithms(False)
@@ -58,6 +86,8 @@ def _switches_put_back():
 @pytest.fixture(autouse=True)
 def _undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
     """Trainings, evaluations and sweeps draw nothing, which takes most of a small one's time; `drawn` marks others."""
+    from tests.helpers import no_figures
+
     with contextlib.nullcontext() if request.node.get_closest_marker("drawn") else no_figures():
         yield
 
@@ -65,18 +95,24 @@ def _undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A finished run of the small network on 200 built-in images. Tests read it and never write to it."""
+    from tests.helpers import train_tiny
+
     return train_tiny(tmp_path_factory.mktemp("tiny") / "run")
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[dict[str, Any]]]:
     """What the run of MINUTE learns without any interruption, with checkpoints only at its end."""
+    from tests.helpers import learned, train_minute
+
     return learned(train_minute(tmp_path_factory.mktemp("whole") / "run"))
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A network that classifies most built-in images correctly. Tests read its run and never write to it."""
+    from tests.explain.trained import train_some
+
     return train_some(tmp_path_factory.mktemp("trained") / "run")
 
 
@@ -95,6 +131,8 @@ class Answer(NamedTuple):
 @pytest.fixture
 def run_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     """Return a function that does what `python run.py …` does, in this process and in an empty folder."""
+    from hydra._internal.hydra import Hydra
+
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> Answer:

@@ -53,6 +53,15 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch) -> None:
     assert path.read_text() == "third"
 
 
+def test_a_file_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch) -> None:
+    done: list[object] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "replace", lambda *paths: (replace(*paths), done.append("named")))
+    write_atomically(tmp_path / "results.json", "first")
+    assert done == [(tmp_path / "results.json").stat().st_ino, "named", tmp_path.stat().st_ino]
+
+
 def _full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
