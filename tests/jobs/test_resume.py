@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.helpers import EVERY_STEP, MINUTE, STEPS, compose, die_at, learned, train_minute
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
@@ -49,28 +49,26 @@ def test_resume_takes_no_other_settings(tmp_path: Path, run_py) -> None:
     assert "optimizer.lr=0.5" in answer.err
 
 
+def _hold(folder: Path, held: Any) -> None:
+    with RunDirectory(folder).lock():
+        held.set()
+        time.sleep(600)
+
+
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     config, run = compose(*MINUTE), RunDirectory(tmp_path / "r")
     run.claim(config)
-    child = (
-        "import sys; from zfnet.runs.directory import RunDirectory\n"
-        "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", child, str(run.folder)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    fork = multiprocessing.get_context("fork")  # a new interpreter would take two seconds to import PyTorch
+    held = fork.Event()
+    process = fork.Process(target=_hold, args=(run.folder, held))
+    process.start()
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+        assert held.wait(60)
         with pytest.raises(UserError, match="is in use by another process"):
             train_module.train(config, run)
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     with run.lock():  # the system let go
         pass
 
