@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.explain.networks import network, pictures
 from tests.explain.trained import read_csv
-from tests.helpers import random_images
+from tests.helpers import random_images, train_tiny
 from zfnet import load_run
 from zfnet.analyses.deconvnet import (
     CONTROLS,
@@ -227,18 +227,20 @@ def save_photograph(path: Path) -> None:
     Image.fromarray(random_images(1, 40, seed=5)[0].numpy()).save(path)
 
 
-def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tiny_run, tmp_path: Path, monkeypatch) -> None:
+def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.analyses.deconvnet._CONTROL_UNITS", 8)  # as good here, and faster
-    before = files(tiny_run.folder)
+    few = ("model.conv1.channels=12", "model.conv4.channels=12", "trainer.epochs=1")
+    own = train_tiny(tmp_path / "own", *few).folder
+    before = files(own)
     judged = tmp_path / "outputs/verdict/1"  # the newest of this network is found
     judged.mkdir(parents=True)
-    weights = weights_hash(load_run(tiny_run.folder).model.state_dict())
+    weights = weights_hash(load_run(own).model.state_dict())
     (judged / "verdict.json").write_text(json.dumps({"weights": weights, "split": "test"}))
     (judged / "maps.csv").write_text("layer,map,method,measure,n,mean,se\nconv4,5,deconvnet,own,2,0.5,0.1\n")
-    answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=whole")
+    answer = run_py(*SMALL, f"run={own}", "hydra.run.dir=whole")
     assert (answer.code, answer.err) == (0, "")
     assert "60 train images" in answer.out
-    assert files(tiny_run.folder) == before
+    assert files(own) == before
     whole = tmp_path / "whole"
     for name in ("controls", "deconvnet_conv1", "deconvnet_conv4"):
         assert (whole / f"figures/{name}.png").stat().st_size > 10_000
@@ -247,13 +249,13 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tiny_run, t
     assert [m["scores"] for m in layers[1]["maps"][4:6]] == [{}, {"own": [0.5, 0.1, 2]}]
 
     # every number of the table holds, recomputed one by one
-    run = load_run(tiny_run.folder)
+    run = load_run(own)
     images = load_splits(run.config.data).train.take(torch.linspace(0, 179, 60).round().long())
     inputs = preprocess(images.pixels(range(len(images))), run.config.data)
     for layer in ("conv1", "conv4"):
         activations = run.model.activations(inputs, [layer])[layer].detach()
         table = [r for r in read_csv(whole / "top_activations.csv") if r["layer"] == layer]
-        assert len(table) > 80
+        assert len(table) > 20
         for row in table:
             n, c, y, x = (int(row[k]) for k in ("image", "map", "y", "x"))
             assert activations[n, c, y, x].item() == pytest.approx(float(row["activation"]), rel=1e-4)
@@ -269,11 +271,11 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tiny_run, t
         ours = Deconvnet(run.model).project(inputs, layer, drawn["units"])
         assert drawn["projections"].abs().sum().item() == pytest.approx(ours.abs().sum().item(), rel=1e-4)
     maps = read_csv(whole / "maps.csv")
-    assert [r["layer"] for r in maps] == ["conv1"] * 32 + ["conv4"] * 96
+    assert [r["layer"] for r in maps] == ["conv1"] * 12 + ["conv4"] * 12
     # a photograph's maps lead to this atlas
     save_photograph(tmp_path / "cat.png")
     words = ("images=[cat.png]", "job.maps=3", "job.pages=whole", "job.layers=[conv1,conv4]", "trainer.device=cpu")
-    answer = run_py("job=deconvnet", f"run={tiny_run.folder}", *words, "hydra.run.dir=photo")
+    answer = run_py("job=deconvnet", f"run={own}", *words, "hydra.run.dir=photo")
     assert answer.code == 0, answer.err
     pixels = run.inputs("cat.png")
     rows = read_csv(tmp_path / "photo/strongest.csv")
@@ -290,9 +292,9 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tiny_run, t
     assert re.findall(r'<a href="([^"]+)">', text) == links
     assert (tmp_path / "photo/figures/photograph_1.png").stat().st_size > 10_000
     assert read_csv(tmp_path / "photo/predictions.csv")[0]["predicted"] == next(iter(run.predict("cat.png")))
-    answer = run_py("job=deconvnet", f"run={tiny_run.folder}", "images=[cat.png]", "job.pages=.", "hydra.run.dir=y")
+    answer = run_py("job=deconvnet", f"run={own}", "images=[cat.png]", "job.pages=.", "hydra.run.dir=y")
     assert answer.err == "error: job.pages=.: holds no atlas of this network\n"
-    answer = run_py("job=deconvnet", f"run={tiny_run.folder}", "images=[dog.png]", "hydra.run.dir=y")
+    answer = run_py("job=deconvnet", f"run={own}", "images=[dog.png]", "hydra.run.dir=y")
     assert (answer.code, answer.err.count("\n")) == (1, 1)
     assert "dog.png" in answer.err
     assert json.loads((whole / "controls.json").read_text())["conv4"].keys() == {
@@ -312,18 +314,18 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tiny_run, t
 
         patch.setattr(TopActivations, "add", stop_at_once)
         patch.setattr("zfnet.analyses.deconvnet._SAVE_SECONDS", 0.0)
-        assert run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part").code == 143
+        assert run_py(*SMALL, f"run={own}", "hydra.run.dir=part").code == 143
     with monkeypatch.context() as patch:
         patch.setattr(atlas, "_sheet", lambda *_: (_ for _ in ()).throw(Stopped(15)))
-        answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part")
+        answer = run_py(*SMALL, f"run={own}", "hydra.run.dir=part")
         assert answer.code == 143
         assert "going on after 4 images" in answer.out
     assert json.loads((tmp_path / "part/status.json").read_text())["state"] == "stopped"
-    assert run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part").code == 0
+    assert run_py(*SMALL, f"run={own}", "hydra.run.dir=part").code == 0
     assert files(tmp_path / "part") == files(whole)
-    answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part")
+    answer = run_py(*SMALL, f"run={own}", "hydra.run.dir=part")
     assert "nothing to do" in answer.out
-    answer = run_py(*SMALL, f"run={tiny_run.folder}", "hydra.run.dir=part", "job.top=2")
+    answer = run_py(*SMALL, f"run={own}", "hydra.run.dir=part", "job.top=2")
     assert answer.err == ("error: part holds a job with other settings: choose another directory (hydra.run.dir=…)\n")
 
 
