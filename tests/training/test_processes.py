@@ -64,17 +64,18 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(alone: RunDire
     words = [*WORDS, "trainer.devices=2", "trainer.epochs=2", f"hydra.run.dir={folder}"]
     words += ["experiment=quickstart", "data.test_images=50", "logger=none", "trainer.log_every=1"]
     slow = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # the parent pauses after its first steps, so that the other process can be killed in mid-training
+    # the parent waits after its first steps until the other process has been killed, in mid-training
     code = (
-        "import sys, time, runpy; sys.argv[0] = sys.argv.pop(1)\n"
+        "import sys, runpy; sys.argv[0] = sys.argv.pop(1)\n"
         "import zfnet.training.loop as loop; step = loop.train_step\n"
         "def paused(state, batch):\n    step(state, batch)\n    print('step', state.step, flush=True)\n"
-        "    time.sleep(3 if state.step == 2 else 0)\n"
+        "    state.step == 2 and sys.stdin.readline()\n"
         "loop.train_step = paused\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT / "run.py"), *words],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -87,7 +88,7 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(alone: RunDire
             break
     os.kill(other_process(process.pid), signal.SIGKILL)
     started = time.monotonic()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate("go on\n", timeout=60)
     assert process.returncode == 1
     assert err.startswith("error: training process 2 of 2 was ended by SIGKILL: go on from the last checkpoint")
     assert err.count("\n") == 1, err
