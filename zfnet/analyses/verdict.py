@@ -264,12 +264,15 @@ def measure_weights(study: Study) -> Iterator[Row]:
         }
         top, every = frozenset(names[-1:]), frozenset(names)
         found: dict[tuple[str, frozenset[str]], dict[str, Tensor]] = {}
-        for only in tqdm(dict.fromkeys(stages.values()), f"weights: {subject.name}", disable=None, leave=False):
-            twin = shuffle_weights(target.chain, target.layer, study.seed, only=only)  # seconds, in a large network
+        twin = target.chain
+        for (_, layer), only in tqdm(stages.items(), f"weights: {subject.name}", disable=None, leave=False):
+            # one layer more than before, since to shuffle a large one takes seconds
+            twin = shuffle_weights(target.chain if len(only) == 1 else twin, target.layer, study.seed, only=[layer])
             for method in (m for m in subject.methods if m in target.methods or only == top):
-                (size, ranks), (other_size, others) = own[method], _ranked(target, method, chain=twin, draw=1)
-                found[method, only] = {kind: (ranks[kind] * others[kind]).sum(1) for kind in ranks}
-                found[method, only]["ssim"] = structural_similarity(size, other_size, target.inside)
+                if (method, only) not in found:  # all layers are shuffled in both ways
+                    (size, ranks), (other_size, others) = own[method], _ranked(target, method, chain=twin, draw=1)
+                    found[method, only] = {kind: (ranks[kind] * others[kind]).sum(1) for kind in ranks}
+                    found[method, only]["ssim"] = structural_similarity(size, other_size, target.inside)
         for method in subject.methods:
             known = method in target.methods
             for (way, layer), only in stages.items():
