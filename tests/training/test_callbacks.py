@@ -130,7 +130,7 @@ def test_early_stopping_ends_after_its_patience_and_says_so(tmp_path: Path, judg
     assert run.state == "done"
     assert run.read_json("results.json")["epochs"] == 6
     log = (run.folder / "train.log").read_text()
-    assert "early stopping after epoch 6: validation_loss has not improved on 0.8000 for 2 epochs" in log
+    assert "early stopping after epoch 6: validation_loss did not improve for 2 epochs, best 0.8000" in log
 
 
 def test_early_stopping_takes_min_delta_and_metrics_that_rise() -> None:

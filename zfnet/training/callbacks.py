@@ -334,11 +334,11 @@ class EarlyStopping(Callback):
         if self.waited >= self.patience:
             state.should_stop = True
             log.info(
-                "early stopping after epoch %d: %s has not improved on %.4f for %d epochs",
+                "early stopping after epoch %d: %s did not improve for %d epochs, best %.4f",
                 row["epoch"],
                 self.monitor,
-                self.best,
                 self.waited,
+                self.best,
             )
 
     def state_dict(self) -> dict[str, Any]:
