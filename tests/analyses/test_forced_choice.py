@@ -260,6 +260,14 @@ ENTER_ON_A_LINK = """const press = new KeyboardEvent('keydown', {key: 'Enter', b
 return document.getElementById('save').dispatchEvent(press)"""
 
 
+def test_a_quiz_is_linked_from_an_atlas_whose_page_is_no_text(page: Path, colours: Shown) -> None:
+    atlas = page.with_name("atlas.html")
+    atlas.write_bytes(b'\xff<a id="quiz" href="quiz.html" hidden>')
+    about = {"title": "", "weights": "abc", "layers": ["a"], "split": "test", "published": [], "conditions": {}}
+    write_quiz(page.parent / "nowhere", quiz_trials(colours, 1, key=0), about, atlas)
+    assert atlas.read_bytes() == b'\xff<a id="quiz" href="quiz.html">'
+
+
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 def test_quiz_in_a_browser(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -50,7 +50,7 @@ from zfnet.runs.directory import OUTPUTS, RunDirectory, write_atomically
 
 _PAGE = Path(__file__).parent / "atlas_page"
 # in the atlas's page, before there is a quiz and after
-_QUIZ_LINK = ('<a id="quiz" href="quiz.html" hidden>', '<a id="quiz" href="quiz.html">')
+_QUIZ_LINK = (b'<a id="quiz" href="quiz.html" hidden>', b'<a id="quiz" href="quiz.html">')
 KINDS = ("projections", "patches")
 _MAPS = 32  # projected at once
 _THUMBNAIL, _CELL = 96, 32  # a thumbnail shows 3×3 cells
@@ -207,8 +207,7 @@ def write_quiz(
     path = (folder if atlas is None else atlas.parent) / "quiz.html"
     _write_page(path, "quiz", str(about["title"]), {"id": number, **about, "atlas": name, "trials": asked})
     if atlas is not None:
-        page = atlas.read_text(encoding="utf-8")
-        write_atomically(atlas, page.replace(*_QUIZ_LINK, 1))
+        write_atomically(atlas, atlas.read_bytes().replace(*_QUIZ_LINK, 1))
     return path
 
 
