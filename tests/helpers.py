@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import ROOT
 from zfnet.config.schema import DATA, AugmentConfig, Config, Conv, DataConfig, Linear, ModelConfig
 from zfnet.data.shapes import draw_shapes
 from zfnet.jobs.train import train
@@ -30,8 +31,6 @@ from zfnet.training.callbacks import EMA, Callback, FilterRenormalization
 from zfnet.training.device import resolve_runtime, set_switches
 from zfnet.training.loaded import LoadedRun
 from zfnet.training.state import TrainingState
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # The built-in images at a size that trains in a second or two; on the CPU, wherever the tests run.
 TINY = (
