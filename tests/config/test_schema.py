@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,18 @@ def test_every_job_file_names_its_class(name: str) -> None:
     assert {f.name for f in dataclasses.fields(cls)} == job.keys() - {"_target_"}
 
 
-@pytest.mark.parametrize(("group", "name"), FILES, ids=lambda v: v)
-def test_every_file_opens_with_what_it_is_for_and_a_command(group: str, name: str) -> None:
-    lines = (CONF / group / f"{name}.yaml").read_text().splitlines()
-    opening = [line for line in lines[:12] if line.startswith("#") and "@package" not in line]
-    assert len(opening) >= 2
-    assert any("python run.py" in line for line in opening)
+@pytest.mark.parametrize(
+    "path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.relative_to(CONF).with_suffix("").as_posix()
+)
+def test_every_file_opens_with_its_source_a_command_and_what_to_expect(path: Path) -> None:
+    if path == CONF / "local.yaml":
+        pytest.skip("the user's own")
+    lines = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n").splitlines()
+    opening = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    starts = ("# Source: ", "#   python run.py ", "# Expected: ")
+    assert not opening[0].startswith(starts)  # what it is for
+    assert [start for start in starts if not any(f"{line} ".startswith(start) for line in opening)] == []
+    assert [line for line in opening if re.match(r"# (Sources|Expect|Result|Results):", line)] == []
 
 
 def test_the_default_is_the_blogs_recipe() -> None:
