@@ -24,7 +24,6 @@ from torch import Tensor
 from zfnet.config.schema import Config
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.selection import Chosen, Look, choose_images, in_boxes, pick_layers, to_rows
-from zfnet.explain.statistics import own_and_others, percent
 from zfnet.explain.targets import GRAD_CAM, grad_cam, integrated_gradients
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
@@ -32,6 +31,7 @@ from zfnet.plots.figures import SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.directory import write_tensors
 from zfnet.runs.session import own_directory
+from zfnet.runs.statistics import own_and_others, percent
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")

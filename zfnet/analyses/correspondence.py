@@ -42,12 +42,11 @@ from zfnet.explain.selection import (
     to_inputs,
     to_rows,
 )
-from zfnet.explain.statistics import rank_p
 from zfnet.model.chain import Chain
 from zfnet.plots.figures import LIGHT_BLUE, PALE, SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
-from zfnet.sweeps.significance import holm
+from zfnet.runs.statistics import holm, rank_p
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")

@@ -39,7 +39,6 @@ from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import MapFacts, ablation_effects, nearest_maps, strongest_activations
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
 from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
-from zfnet.explain.statistics import describe, false_discovery_rate, rank_correlation
 from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
 from zfnet.explain.windows import DEAD_WINDOWS
 from zfnet.jobs.predict import prediction_rows
@@ -59,6 +58,7 @@ from zfnet.plots.figures import BLUE, INK, ORANGE, PURPLE, SOFT, new_figure, sav
 from zfnet.plots.pictures import enlarge, mosaic, on_grey, show, show_mosaic, to_pixels
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
 from zfnet.runs.session import StopRequest, continued_directory, own_directory
+from zfnet.runs.statistics import describe, false_discovery_rate, rank_correlation
 from zfnet.runs.tables import shorten
 from zfnet.runs.weights import ModelMetadata, load_model, weights_hash
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint

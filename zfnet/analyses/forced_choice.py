@@ -28,7 +28,6 @@ from zfnet.data import Batches, ImageSet, preprocess
 from zfnet.explain.crops import frame_size, view_units
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
-from zfnet.explain.statistics import clustered
 from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
 from zfnet.plots.atlas import find_atlas, write_quiz
@@ -36,9 +35,9 @@ from zfnet.plots.figures import INK, PALETTE, SOFT, new_figure, save_figure, sty
 from zfnet.plots.pictures import mosaic, on_grey
 from zfnet.runs.directory import find_run
 from zfnet.runs.session import own_directory
+from zfnet.runs.statistics import clustered, holm, t_test
 from zfnet.runs.tables import shorten
 from zfnet.runs.weights import load_model, weights_hash
-from zfnet.sweeps.significance import holm, t_test
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")

@@ -39,12 +39,12 @@ from zfnet.explain.selection import (
     to_inputs,
     to_rows,
 )
-from zfnet.explain.statistics import own_and_others, percent
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.figures import RED, class_colours, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.session import own_directory
+from zfnet.runs.statistics import own_and_others, percent
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")

@@ -45,15 +45,14 @@ from zfnet.explain.faithfulness import (
 )
 from zfnet.explain.maps import Ablation
 from zfnet.explain.selection import Look, Split, boxes_in_input, chosen_split, pick_layers, sample, to_inputs, to_rows
-from zfnet.explain.statistics import clustered, rank_correlation, standard_ranks
 from zfnet.explain.targets import BASELINES, GRAD_CAM, INTEGRATED, Target, blur
 from zfnet.explain.top_activations import MapStatistics, TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.figures import INK, PALE, PALETTE, SOFT, new_figure, save_figure, styled
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import continued_directory
+from zfnet.runs.statistics import LEVEL, clustered, holm, rank_correlation, standard_ranks, t_test
 from zfnet.runs.weights import weights_hash
-from zfnet.sweeps.significance import LEVEL, holm, t_test
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")

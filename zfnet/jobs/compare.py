@@ -23,9 +23,9 @@ from zfnet.plots.figures import PALETTE, epoch_axis, new_figure, plain, plot_his
 from zfnet.runs.compare import first_difference
 from zfnet.runs.directory import RunDirectory, find_run, list_runs, remove_if_empty, write_atomically
 from zfnet.runs.session import own_directory
+from zfnet.runs.statistics import LEVEL, Difference, difference, holm
 from zfnet.runs.tables import format_table, shorten
 from zfnet.sweeps.callback import summarize
-from zfnet.sweeps.significance import LEVEL, Difference, difference, holm
 from zfnet.sweeps.summary import ABSENT, Trained, format_value, read_training, swept_keys
 
 if TYPE_CHECKING:

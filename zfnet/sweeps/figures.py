@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from zfnet.plots.figures import BLUE, ORANGE, PALETTE, SOFT, epoch_axis, new_figure, plain, plot_history, styled
-from zfnet.sweeps.significance import LEVEL
+from zfnet.runs.statistics import LEVEL
 from zfnet.sweeps.summary import Setting, Sweep, format_value, group_name, p_against_best, short_names
 
 NAMED = 8  # settings with a colour and a name of their own; the rest is grey

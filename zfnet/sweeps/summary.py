@@ -22,8 +22,8 @@ from zfnet.config.errors import UserError
 from zfnet.config.schema import flatten, result_keys
 from zfnet.runs.compare import surroundings
 from zfnet.runs.directory import RunDirectory, find_folders
+from zfnet.runs.statistics import LEVEL, difference, holm
 from zfnet.runs.tables import format_table
-from zfnet.sweeps.significance import LEVEL, difference, holm
 
 ABSENT = "–"  # in place of a value that a job does not have, such as the momentum of an Adam
 STATES = ("done", "running", "stopped", "pruned", "failed", "none")
