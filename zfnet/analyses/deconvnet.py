@@ -34,16 +34,7 @@ from zfnet.config.randomness import CONTROL, make_key, permutation, uniform
 from zfnet.config.schema import Config, model_name
 from zfnet.data import ImageSet, preprocess
 from zfnet.data.images import image_set
-from zfnet.explain.crops import frame_size, project_frames, view_maps, view_units
-from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.maps import MapFacts, ablation_effects, nearest_maps, strongest_activations
-from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
-from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
-from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
-from zfnet.explain.windows import DEAD_WINDOWS
-from zfnet.jobs.predict import prediction_rows
-from zfnet.model.chain import Chain
-from zfnet.plots.atlas import (
+from zfnet.explain.atlas import (
     Atlas,
     Photograph,
     Strongest,
@@ -54,6 +45,15 @@ from zfnet.plots.atlas import (
     write_photographs,
     write_single,
 )
+from zfnet.explain.crops import frame_size, project_frames, view_maps, view_units
+from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.maps import MapFacts, ablation_effects, nearest_maps, strongest_activations
+from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
+from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
+from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
+from zfnet.explain.windows import DEAD_WINDOWS
+from zfnet.jobs.predict import prediction_rows
+from zfnet.model.chain import Chain
 from zfnet.plots.figures import BLUE, INK, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
 from zfnet.plots.pictures import enlarge, mosaic, on_grey, show, show_mosaic, to_pixels
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors

@@ -25,12 +25,12 @@ from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits
 from zfnet.config.schema import Config, DataConfig, model_name
 from zfnet.data import Batches, ImageSet, preprocess
+from zfnet.explain.atlas import find_atlas, write_quiz
 from zfnet.explain.crops import frame_size, view_units
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
 from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
-from zfnet.plots.atlas import find_atlas, write_quiz
 from zfnet.plots.figures import INK, PALETTE, SOFT, new_figure, save_figure, styled
 from zfnet.plots.pictures import mosaic, on_grey
 from zfnet.runs.directory import find_run

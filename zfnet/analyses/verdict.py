@@ -25,7 +25,6 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from zfnet.analyses.attribution import share_in_boxes
 from zfnet.analyses.deconvnet import shuffle_weights
 from zfnet.config.errors import UserError, did_you_mean
 from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits, uniform
@@ -44,7 +43,17 @@ from zfnet.explain.faithfulness import (
     support,
 )
 from zfnet.explain.maps import Ablation
-from zfnet.explain.selection import Look, Split, boxes_in_input, chosen_split, pick_layers, sample, to_inputs, to_rows
+from zfnet.explain.selection import (
+    Look,
+    Split,
+    boxes_in_input,
+    chosen_split,
+    pick_layers,
+    sample,
+    share_in_boxes,
+    to_inputs,
+    to_rows,
+)
 from zfnet.explain.targets import BASELINES, GRAD_CAM, INTEGRATED, Target, blur
 from zfnet.explain.top_activations import MapStatistics, TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
