@@ -70,10 +70,10 @@ class AttributionJob(Look):
             _log_completeness(result)
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images)
-                found = box_evidence(attribute(chain, many.inputs, many.labels, *settings).maps, many.boxes)
-                run.write_json("boxes.json", found)
+                evidence = box_evidence(attribute(chain, many.inputs, many.labels, *settings).maps, many.boxes)
+                run.write_json("boxes.json", evidence)
                 log.info(f"attribution inside the object's box and inside other images' boxes, {len(many)} images:")
-                for method, row in found.items():
+                for method, row in evidence.items():
                     own, others, difference = (percent(row[key]) for key in ("own", "others", "difference"))
                     log.info(f"  {method:<20} {own}, {others}; difference {difference}")
             log.info("written to %s", run.folder)

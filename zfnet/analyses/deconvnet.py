@@ -228,7 +228,7 @@ def explain_photographs(
         for number, name in enumerate(names):
             values, labels = probabilities[number].topk(min(5, len(loaded.classes)))
             best = [(loaded.classes[c], p) for c, p in zip(labels.tolist(), values.tolist(), strict=True)]
-            found = Photograph(name, to_pixels(inputs[number : number + 1], loaded.data)[0], best, {})
+            photograph = Photograph(name, to_pixels(inputs[number : number + 1], loaded.data)[0], best, {})
             for layer in layers:
                 maps = activations[layer][number].cpu()
                 value, place = maps.flatten(1).max(1)
@@ -238,7 +238,9 @@ def explain_photographs(
                 units = torch.stack((torch.full_like(order, number), order, y, x), 1)
                 projections, patches = view_units(deconvnet, images, loaded.data, layer, units)
                 boxes = receptive_boxes(loaded.chain, layer, units[:, 2:])
-                found.layers[layer] = Strongest(order.tolist(), value[order].tolist(), on_grey(projections), patches)
+                photograph.layers[layer] = Strongest(
+                    order.tolist(), value[order].tolist(), on_grey(projections), patches
+                )
                 rows += to_rows(
                     image=[name] * len(order),
                     layer=[layer] * len(order),
@@ -249,15 +251,15 @@ def explain_photographs(
                     x=x.tolist(),
                     **dict(zip(("top", "left", "bottom", "right"), boxes.T.tolist(), strict=True)),
                 )
-            photographs.append(found)
-            save_figure(draw_photograph(found), run.figures / f"photograph_{number + 1}.png")
+            photographs.append(photograph)
+            save_figure(draw_photograph(photograph), run.figures / f"photograph_{number + 1}.png")
         run.write_csv("strongest.csv", rows, list(rows[0]) if rows else ["image", "layer", "rank", "map"])
         run.write_csv("predictions.csv", prediction_rows(names, probabilities, loaded.classes))
         link = None if page is None else link_to(page, run.folder)
         write_photographs(run.folder / "index.html", photographs, str(loaded.source.folder), link)
         if link is None:
             log.info(
-                "no atlas of this network is found, so the tiles have no links: make one by job=deconvnet run=%s",
+                "no atlas of this network is photograph, so the tiles have no links: make one by job=deconvnet run=%s",
                 loaded.source.folder,
             )
         log.info("open %s in a browser", run.folder / "index.html")
@@ -575,12 +577,12 @@ def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (kind, of_what) in zip(axes, SIMILARITIES.items(), strict=True):
         for place, ((name, meaning), colour) in enumerate(zip(CONTROLS.items(), (BLUE, ORANGE, PURPLE), strict=True)):
-            found = [(k, similarity[layer][name][kind]) for k, layer in enumerate(layers) if name in similarity[layer]]
-            found = [(k, row) for k, row in found if row["mean"] is not None]
-            at = [k + (place - (len(CONTROLS) - 1) / 2) * width for k, _ in found]
-            means = [row["mean"] for _, row in found]
+            rows = [(k, similarity[layer][name][kind]) for k, layer in enumerate(layers) if name in similarity[layer]]
+            rows = [(k, row) for k, row in rows if row["mean"] is not None]
+            at = [k + (place - (len(CONTROLS) - 1) / 2) * width for k, _ in rows]
+            means = [row["mean"] for _, row in rows]
             axis.bar(at, means, width * 0.92, color=colour, label=meaning)
-            for x, (_, row) in zip(at, found, strict=True):
+            for x, (_, row) in zip(at, rows, strict=True):
                 if row["low"] is not None:
                     axis.plot([x, x], [row["low"], row["high"]], color=INK, lw=1.2)
         axis.axhline(0, color=SOFT, linewidth=0.8)
