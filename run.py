@@ -32,7 +32,7 @@ def main(raw: DictConfig) -> float | None:
     output = Path(os.path.relpath(hydra_config.runtime.output_dir))
     with errors_pass_hydra():
         try:
-            config = read_command(raw, words)
+            config = read_command(raw, words, hydra_config.runtime.config_sources)
             if config.job.trains:
                 check_recipe(config)
             return config.job.main(config, output)
@@ -43,5 +43,6 @@ def main(raw: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     register_resolvers()
+    # Hydra reads sys.argv itself, and has no hook for words that need quotes or `++` before it parses them
     sys.argv[1:] = allow_keys_of_record(sys.argv[1:])
     run_with_clear_errors(main)

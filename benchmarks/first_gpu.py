@@ -37,7 +37,7 @@ from zfnet import compose
 from zfnet.config.randomness import make_key, random_bits
 from zfnet.config.schema import Config
 from zfnet.data import Batches, load_splits
-from zfnet.data.batches import _resize, draw
+from zfnet.data.batches import draw, resize
 from zfnet.explain import Deconvnet
 from zfnet.explain.crops import view_maps
 from zfnet.explain.top_activations import TopActivations, collect
@@ -85,8 +85,8 @@ class Setting:
 
     def read(self, stage: str) -> dict[str, Any]:
         path = self.output / f"{stage}.json"
-        found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        return found
+        results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return results
 
 
 # -- the stages: each yields its result as it grows
@@ -224,9 +224,9 @@ def pieces(setting: Setting, device: torch.device, batch: int, side: int) -> Ite
         yield f"conv1 of {channels} channels", forward_and_backward(conv, x)
     pixels = there(batch, 3, 32, 32)
     nhwc = pixels.contiguous(memory_format=torch.channels_last)
-    yield "resize, NCHW", lambda: _resize(pixels, side + 1)
-    yield "resize, NHWC", lambda: _resize(nhwc, side + 1)
-    yield "resize, NHWC, bf16", lambda: _resize(nhwc.bfloat16(), side + 1)
+    yield "resize, NCHW", lambda: resize(pixels, side + 1)
+    yield "resize, NHWC", lambda: resize(nhwc, side + 1)
+    yield "resize, NHWC, bf16", lambda: resize(nhwc.bfloat16(), side + 1)
     features, keyed = there(batch, setting.size(4096, 16), dtype=torch.bfloat16), Dropout(0.5).train().to(device)
     keyed.set_key(1, 0)
     yield "dropout, ours", lambda: keyed(features)
@@ -359,7 +359,7 @@ STAGES: dict[str, tuple[Callable[[Setting], Iterator[dict[str, Any]]], int]] = {
 
 
 def run_stage(setting: Setting, name: str) -> None:
-    """Run one stage in this process, and keep what it has found if it fails."""
+    """Run one stage in this process, and keep its results so far if it fails."""
     result: dict[str, Any] = {}
     try:
         for result in STAGES[name][0](setting):
@@ -391,23 +391,23 @@ def start_stage(setting: Setting, name: str, limit: float) -> None:
 
 def verdicts(setting: Setting) -> list[dict[str, Any]]:
     """Return each target with what was predicted without a GPU, what was measured, and met, missed or open."""
-    found = {name: setting.read(name) for name in STAGES}
-    ours, others = (found["choices"].get(key, []) for key in ("contenders", "beside_other_loops"))
+    results = {name: setting.read(name) for name in STAGES}
+    ours, others = (results["choices"].get(key, []) for key in ("contenders", "beside_other_loops"))
     rows = {row["name"]: row for row in [*ours, *others]}
-    times = {name: found["epochs"][name] for name in ("eager", "compiled") if name in found["epochs"]}
+    times = {name: results["epochs"][name] for name in ("eager", "compiled") if name in results["epochs"]}
     last = {name: row["measured_seconds"][-1] for name, row in times.items()}
     off = [
         abs(recorded / measured - 1)
         for row in times.values()
         for recorded, measured in zip(row["recorded_seconds"], row["measured_seconds"], strict=True)
     ]
-    step = [row for name, row in found["kernels"].items() if isinstance(row, dict)]
-    searched, projected = found["atlas"].get("search_seconds"), found["atlas"].get("projection_seconds")
-    tests = found["tests"]
+    step = [row for name, row in results["kernels"].items() if isinstance(row, dict)]
+    searched, projected = results["atlas"].get("search_seconds"), results["atlas"].get("projection_seconds")
+    tests = results["tests"]
     failed = len(tests["failed"]) if tests.get("tests", 0) > tests.get("skipped", 0) else None
-    bits = [row["equal"] for row in found["exactness"].values() if isinstance(row, dict) and "equal" in row]
+    bits = [row["equal"] for row in results["exactness"].values() if isinstance(row, dict) and "equal" in row]
 
-    losses = list(found["exactness"].get("loss_of_20_steps", {}).values())
+    losses = list(results["exactness"].get("loss_of_20_steps", {}).values())
 
     def faster(name: str) -> float | None:
         return rows[name]["first_is_faster_by"] if name in rows else None
@@ -425,9 +425,9 @@ def verdicts(setting: Setting) -> list[dict[str, Any]]:
         judge("20 steps: the CPU's loss (relative difference)", "", abs(losses[-1] / losses[0] - 1) if losses else None,
               lambda x: x <= 1e-3),
         *(judge(f"≥ 3× {name} (×)", "", faster(name), lambda x: x >= 3) for name in ("timm", "Lightning")),
-        judge("waiting for data < 2 %", "< 1 %", found["choices"].get("waiting_share"), lambda x: x < 0.02),
+        judge("waiting for data < 2 %", "< 1 %", results["choices"].get("waiting_share"), lambda x: x < 0.02),
         judge("10,000 images evaluated in ≤ 0.15 s, warm (s)", "0.145",
-              min(found["epochs"].get("evaluation_seconds", []), default=None), lambda s: s <= 0.15),
+              min(results["epochs"].get("evaluation_seconds", []), default=None), lambda s: s <= 0.15),
         judge("all maps × top 9 in ≤ 60 s, search of 6,000 images included (s)", "",
               min(searched) + sum(projected.values()) if searched and projected else None, lambda s: s <= 60),
     ]  # fmt: skip

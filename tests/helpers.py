@@ -73,7 +73,7 @@ def compose(*words: str) -> Config:
 @functools.cache
 def _composed(words: tuple[str, ...]) -> Config:
     marked = allow_keys_of_record(words)
-    return read_command(compose_raw(marked), marked)
+    return read_command(compose_raw(marked), marked, sources=())
 
 
 def checked(*words: str) -> Config:
@@ -262,4 +262,4 @@ def write_images(folder: Path, counts: dict[str, int], size: int = 8, suffix: st
 def used(run: RunDirectory, *words: str) -> LoadedRun:
     """Return a run as the jobs that read one see it, with these overrides on the command line."""
     words = ("job=evaluate", f"run={run.folder}", *words)
-    return LoadedRun(read_command(compose_raw(allow_keys_of_record(words)), words))
+    return LoadedRun(read_command(compose_raw(allow_keys_of_record(words)), words, sources=()))

@@ -126,7 +126,7 @@ def checked(words: list[str]) -> Config:
     """Return the config of these words on the command line; raise UserError for what cannot work."""
     words = allow_keys_of_record(words)
     own = [w for w in words if not w.lstrip("+").startswith("hydra")]
-    config = read_command(compose_raw(words), own)
+    config = read_command(compose_raw(words), own, sources=())
     if config.job.trains:
         check_recipe(config)
     return config

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.explain.browser import CHROMIUM, DRIVER, browser
 from tests.explain.trained import read_csv
 from tests.helpers import data_config
-from tests.plots.browser import CHROMIUM, DRIVER, browser
 from zfnet.analyses import forced_choice
 from zfnet.analyses.forced_choice import (
     CONDITIONS,
@@ -36,8 +36,8 @@ from zfnet.config.errors import UserError
 from zfnet.data import Batches
 from zfnet.data.images import image_set
 from zfnet.explain import Deconvnet
+from zfnet.explain.atlas import write_quiz
 from zfnet.model.chain import Chain
-from zfnet.plots.atlas import write_quiz
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import load_model, save_model
 

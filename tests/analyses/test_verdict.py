@@ -17,10 +17,10 @@ from zfnet.analyses import verdict
 from zfnet.analyses.deconvnet import shuffle_weights
 from zfnet.analyses.verdict import METRICS, SCORES, Row, Study, Subject, compare_methods, prepare, what_holds
 from zfnet.data.shapes import draw_without
+from zfnet.explain.atlas import find_verdict
 from zfnet.explain.selection import chosen_split
 from zfnet.explain.targets import BASELINES, Target
 from zfnet.model.chain import OUTPUT, Chain
-from zfnet.plots.atlas import find_verdict
 from zfnet.runs.directory import RunDirectory
 
 WORDS = ("job.images=4", "job.units=4", "job.others=3", "job.cells=3", "job.sectors=4", "job.ablation_images=20")

@@ -24,11 +24,11 @@ from zfnet.data.batches import (
     _crop_on_cpu,
     _crop_on_gpu,
     _normalise,
-    _resize,
     balanced_draws,
     draw,
     preprocess,
     resident,
+    resize,
 )
 from zfnet.data.images import image_set
 
@@ -116,7 +116,7 @@ def test_floats_are_resized_as_pytorch_does() -> None:
     """By the same kernel in deterministic mode, where `F.interpolate` takes a slow way on a GPU."""
     images = torch.rand(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.interpolate(images, size=(20, 20), mode="bilinear")
-    assert torch.equal(_resize(images, 20), expected)
+    assert torch.equal(resize(images, 20), expected)
 
 
 def test_batch_k_without_the_ones_before() -> None:
@@ -292,7 +292,7 @@ def test_resizing_is_exact_to_a_grey_level(stored: int, wanted: int) -> None:
 def test_resizing_last_as_on_a_gpu_is_within_a_grey_level(stored: int, wanted: int) -> None:
     data = data_config(image_size=wanted, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
     pixels = random_images(4, stored)
-    last = _resize(_normalise(pixels.permute(0, 3, 1, 2), data), wanted)
+    last = resize(_normalise(pixels.permute(0, 3, 1, 2), data), wanted)
     apart = (preprocess(pixels, data) - last).abs() * torch.tensor(data.std).view(3, 1, 1) * 255
     assert apart.max() <= 1.001
 

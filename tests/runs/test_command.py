@@ -264,19 +264,20 @@ def test_values_that_hydra_would_misread_are_quoted(tmp_path: Path, monkeypatch,
 
 def test_an_interpolation_on_the_command_line_follows_the_record(onecycle: RunDirectory) -> None:
     words = ["job=summary", f"run={onecycle.folder}", "optimizer.lr=0.25", "data.std=[1.0,1.0,${optimizer.lr}]"]
-    assert read_command(composing.compose_raw(allow_keys_of_record(words)), words).data.std == [1.0, 1.0, 0.25]
+    raw = composing.compose_raw(allow_keys_of_record(words))
+    assert read_command(raw, words, sources=()).data.std == [1.0, 1.0, 0.25]
 
 
 @pytest.mark.parametrize("word", ["model={}", "optimizer={}", "model.conv2={}", "+data.root={}"])
 def test_an_empty_group_says_nothing(word: str) -> None:
     with pytest.raises(UserError, match=r"=\{\}: holds nothing; set keys, as in "):
-        read_command(composing.compose_raw(["job=summary"]), ["job=summary", word])
+        read_command(composing.compose_raw(["job=summary"]), ["job=summary", word], sources=())
 
 
 def test_read_command_lays_words_on_the_named_run(onecycle: RunDirectory) -> None:
     words = ["job=summary", f"run={onecycle.folder}", "model.dropout=0.3"]
     raw = composing.compose_raw(allow_keys_of_record(words))
-    config = read_command(raw, words)
+    config = read_command(raw, words, sources=())
     assert config.job.name == "summary"
     assert config.run == str(onecycle.folder)
     assert config.model.dropout == 0.3

@@ -131,9 +131,9 @@ def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(tried, tmp_path: Path, 
     # the outcome of a trial is kept: neither by a resume (the checkpoint knows it) nor by a reproduction
     monkeypatch.setattr(Trial, "pays", property(lambda _: not faster))
     settled = []
-    real = train.settle_auto
+    real = train.resolve_compile
     monkeypatch.setattr(
-        train, "settle_auto", lambda state, *rest: (real(state, *rest), settled.append(state.compiled))[0]
+        train, "resolve_compile", lambda state, *rest: (real(state, *rest), settled.append(state.compiled))[0]
     )
     config = run.read_config()
     (run.folder / "results.json").unlink()

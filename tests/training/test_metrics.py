@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zfnet.training.metrics import LOST, EvaluationSums, RunningMetrics
+from zfnet.training.metrics import DIVERGED_LOSS, EvaluationSums, RunningMetrics
 
 CPU = torch.device("cpu")
 
@@ -66,10 +66,10 @@ def test_running_means_weigh_batches_by_their_size() -> None:
     assert metrics.read() == (0.0, 0.0, None)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2 * LOST])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2 * DIVERGED_LOSS])
 def test_the_first_lost_step_is_remembered(value: float) -> None:
     metrics = RunningMetrics(CPU)
-    for step, loss in enumerate((1.0, 0.99 * LOST, value, 1.0, value)):
+    for step, loss in enumerate((1.0, 0.99 * DIVERGED_LOSS, value, 1.0, value)):
         metrics.add(torch.tensor(5 * loss), torch.tensor(3), 5, step)
     metrics.reset()  # a new epoch forgets the sums, and not that
     assert metrics.read()[2] == 2

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from zfnet.config.schema import Config
 from zfnet.explain.deconvnet import RULES, Deconvnet
-from zfnet.explain.selection import Chosen, Look, choose_images, in_boxes, pick_layers, to_rows
-from zfnet.explain.statistics import own_and_others, percent
+from zfnet.explain.selection import Chosen, Look, choose_images, in_boxes, pick_layers, share_in_boxes, to_rows
 from zfnet.explain.targets import GRAD_CAM, grad_cam, integrated_gradients
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
@@ -32,12 +31,12 @@ from zfnet.plots.figures import SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.directory import write_tensors
 from zfnet.runs.session import own_directory
+from zfnet.runs.statistics import own_and_others, percent
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
 
 INTEGRATED = "integrated gradients"
-METHODS = (*RULES, INTEGRATED, GRAD_CAM)
 _CLIP = 0.99  # quantile of the sizes of integrated gradients: larger ones are drawn as this value
 
 
@@ -71,10 +70,10 @@ class AttributionJob(Look):
             _log_completeness(result)
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images)
-                found = box_evidence(attribute(chain, many.inputs, many.labels, *settings).maps, many.boxes)
-                run.write_json("boxes.json", found)
+                evidence = box_evidence(attribute(chain, many.inputs, many.labels, *settings).maps, many.boxes)
+                run.write_json("boxes.json", evidence)
                 log.info(f"attribution inside the object's box and inside other images' boxes, {len(many)} images:")
-                for method, row in found.items():
+                for method, row in evidence.items():
                     own, others, difference = (percent(row[key]) for key in ("own", "others", "difference"))
                     log.info(f"  {method:<20} {own}, {others}; difference {difference}")
             log.info("written to %s", run.folder)
@@ -113,17 +112,6 @@ def attribute(chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: i
     with torch.no_grad():
         output, baseline = (chain.model(x)[rows, labels].cpu() for x in (images, torch.zeros_like(images)))
     return Attributions(maps, output, baseline)
-
-
-def share_in_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Return the share of the attributions' sizes, |maps| [N, C, S, S], inside each box [M, 4]: float64 [N, M].
-
-    NaN where all attributions of an image are 0.
-    boxes: (top, left, bottom, right) in pixels; a pixel counts if its centre is inside.
-    """
-    size = maps.abs().sum(1).flatten(1).double()
-    inside = in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes).flatten(1).double()
-    return size @ inside.T / size.sum(1, keepdim=True)
 
 
 def box_evidence(maps: Mapping[str, Tensor], boxes: Tensor | None) -> dict[str, dict[str, Any]]:

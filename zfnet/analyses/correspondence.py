@@ -42,12 +42,11 @@ from zfnet.explain.selection import (
     to_inputs,
     to_rows,
 )
-from zfnet.explain.statistics import rank_p
 from zfnet.model.chain import Chain
 from zfnet.plots.figures import LIGHT_BLUE, PALE, SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
-from zfnet.sweeps.significance import holm
+from zfnet.runs.statistics import holm, rank_p
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
@@ -302,17 +301,17 @@ def measure(chain: Chain, marked: Marked, layers: Sequence[str], masks: Masks, p
     anywhere = marked.on_objects(torch.rand(1, len(marked.groups), 2, generator=generator))[0]
     same_places = torch.rand(places, 2, generator=generator)
     every = torch.cat([torch.stack([*marked.parts.values(), anywhere]), marked.on_objects(same_places[:, None])])
-    found: dict[str, list[Agreement]] = {layer: [] for layer in layers}
+    agreements: dict[str, list[Agreement]] = {layer: [] for layer in layers}
     with tqdm(total=len(every), desc="correspondence", unit="place", disable=None, leave=False) as bar:
         for centres in every.split(_TOGETHER):
             for layer, signs in sign_changes(chain, marked.inputs, centres, masks, layers).items():
-                found[layer] += [agreement(one, marked.groups) for one in signs]
+                agreements[layer] += [agreement(one, marked.groups) for one in signs]
             bar.update(len(centres))
     count = len(marked.parts)
-    same = {layer: rows[count + 1 :] for layer, rows in found.items()}
-    p = torch.stack([rank_p(_kappas(found[layer][:count]), _kappas(same[layer])[:, None]) for layer in layers])
+    same = {layer: rows[count + 1 :] for layer, rows in agreements.items()}
+    p = torch.stack([rank_p(_kappas(agreements[layer][:count]), _kappas(same[layer])[:, None]) for layer in layers])
     corrected, table = torch.tensor(holm(p.flatten().tolist()), dtype=p.dtype).view_as(p), {}
-    for (layer, rows), alone, by_holm in zip(found.items(), p.tolist(), corrected.tolist(), strict=True):
+    for (layer, rows), alone, by_holm in zip(agreements.items(), p.tolist(), corrected.tolist(), strict=True):
         tests = zip(marked.parts, rows[:count], alone, by_holm, strict=True)
         parts = {part: dataclasses.replace(row, p=one, p_holm=all_) for part, row, one, all_ in tests}
         table[layer] = {**parts, SAME: _mean(same[layer]), RANDOM: rows[count]}
@@ -320,18 +319,18 @@ def measure(chain: Chain, marked: Marked, layers: Sequence[str], masks: Masks, p
     return Measured(table, same_places, same, shown)
 
 
-def _kappas(found: Sequence[Agreement]) -> Tensor:
+def _kappas(agreements: Sequence[Agreement]) -> Tensor:
     """Return κ of each, float64 [K]; −inf where nothing changed."""
-    return torch.tensor([-torch.inf if a.kappa is None else a.kappa for a in found], dtype=torch.float64)
+    return torch.tensor([-torch.inf if a.kappa is None else a.kappa for a in agreements], dtype=torch.float64)
 
 
-def _mean(found: Sequence[Agreement]) -> Agreement:
-    kappas = [a.kappa for a in found if a.kappa is not None]
+def _mean(agreements: Sequence[Agreement]) -> Agreement:
+    kappas = [a.kappa for a in agreements if a.kappa is not None]
     return Agreement(
-        delta=statistics.fmean(a.delta for a in found),
+        delta=statistics.fmean(a.delta for a in agreements),
         std=None,
-        pairs=found[0].pairs,
-        changed=statistics.fmean(a.changed for a in found),
+        pairs=agreements[0].pairs,
+        changed=statistics.fmean(a.changed for a in agreements),
         kappa=statistics.fmean(kappas) if kappas else None,
     )
 
@@ -395,10 +394,10 @@ def agreement(signs: Tensor, groups: Tensor) -> Agreement:
 def _place_rows(measured: Measured) -> list[dict[str, Any]]:
     """One row for each layer and same place."""
     rows = []
-    for layer, found in measured.same.items():
-        columns = {key: [getattr(a, key) for a in found] for key in ("delta", "changed", "kappa")}
+    for layer, agreements in measured.same.items():
+        columns = {key: [getattr(a, key) for a in agreements] for key in ("delta", "changed", "kappa")}
         y, x = measured.places.T.tolist()
-        rows += to_rows(layer=[layer] * len(found), y_in_box=y, x_in_box=x, **columns)
+        rows += to_rows(layer=[layer] * len(agreements), y_in_box=y, x_in_box=x, **columns)
     return rows
 
 

@@ -34,17 +34,7 @@ from zfnet.config.randomness import CONTROL, make_key, permutation, uniform
 from zfnet.config.schema import Config, model_name
 from zfnet.data import ImageSet, preprocess
 from zfnet.data.images import image_set
-from zfnet.explain.crops import frame_size, project_frames, view_maps, view_units
-from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.maps import MapFacts, ablation_effects, nearest_maps, strongest_activations
-from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
-from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
-from zfnet.explain.statistics import describe, false_discovery_rate, rank_correlation
-from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
-from zfnet.explain.windows import DEAD_WINDOWS
-from zfnet.jobs.predict import prediction_rows
-from zfnet.model.chain import Chain
-from zfnet.plots.atlas import (
+from zfnet.explain.atlas import (
     Atlas,
     Photograph,
     Strongest,
@@ -55,10 +45,20 @@ from zfnet.plots.atlas import (
     write_photographs,
     write_single,
 )
+from zfnet.explain.crops import frame_size, project_frames, view_maps, view_units
+from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.maps import MapFacts, ablation_effects, nearest_maps, strongest_activations
+from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
+from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
+from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
+from zfnet.explain.windows import DEAD_WINDOWS
+from zfnet.jobs.predict import prediction_rows
+from zfnet.model.chain import Chain
 from zfnet.plots.figures import BLUE, INK, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
 from zfnet.plots.pictures import enlarge, mosaic, on_grey, show, show_mosaic, to_pixels
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
 from zfnet.runs.session import StopRequest, continued_directory, own_directory
+from zfnet.runs.statistics import describe, false_discovery_rate, rank_correlation
 from zfnet.runs.tables import shorten
 from zfnet.runs.weights import ModelMetadata, load_model, weights_hash
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
@@ -228,7 +228,7 @@ def explain_photographs(
         for number, name in enumerate(names):
             values, labels = probabilities[number].topk(min(5, len(loaded.classes)))
             best = [(loaded.classes[c], p) for c, p in zip(labels.tolist(), values.tolist(), strict=True)]
-            found = Photograph(name, to_pixels(inputs[number : number + 1], loaded.data)[0], best, {})
+            photograph = Photograph(name, to_pixels(inputs[number : number + 1], loaded.data)[0], best, {})
             for layer in layers:
                 maps = activations[layer][number].cpu()
                 value, place = maps.flatten(1).max(1)
@@ -238,7 +238,9 @@ def explain_photographs(
                 units = torch.stack((torch.full_like(order, number), order, y, x), 1)
                 projections, patches = view_units(deconvnet, images, loaded.data, layer, units)
                 boxes = receptive_boxes(loaded.chain, layer, units[:, 2:])
-                found.layers[layer] = Strongest(order.tolist(), value[order].tolist(), on_grey(projections), patches)
+                photograph.layers[layer] = Strongest(
+                    order.tolist(), value[order].tolist(), on_grey(projections), patches
+                )
                 rows += to_rows(
                     image=[name] * len(order),
                     layer=[layer] * len(order),
@@ -249,15 +251,15 @@ def explain_photographs(
                     x=x.tolist(),
                     **dict(zip(("top", "left", "bottom", "right"), boxes.T.tolist(), strict=True)),
                 )
-            photographs.append(found)
-            save_figure(draw_photograph(found), run.figures / f"photograph_{number + 1}.png")
+            photographs.append(photograph)
+            save_figure(draw_photograph(photograph), run.figures / f"photograph_{number + 1}.png")
         run.write_csv("strongest.csv", rows, list(rows[0]) if rows else ["image", "layer", "rank", "map"])
         run.write_csv("predictions.csv", prediction_rows(names, probabilities, loaded.classes))
         link = None if page is None else link_to(page, run.folder)
         write_photographs(run.folder / "index.html", photographs, str(loaded.source.folder), link)
         if link is None:
             log.info(
-                "no atlas of this network is found, so the tiles have no links: make one by job=deconvnet run=%s",
+                "no atlas of this network is photograph, so the tiles have no links: make one by job=deconvnet run=%s",
                 loaded.source.folder,
             )
         log.info("open %s in a browser", run.folder / "index.html")
@@ -575,12 +577,12 @@ def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (kind, of_what) in zip(axes, SIMILARITIES.items(), strict=True):
         for place, ((name, meaning), colour) in enumerate(zip(CONTROLS.items(), (BLUE, ORANGE, PURPLE), strict=True)):
-            found = [(k, similarity[layer][name][kind]) for k, layer in enumerate(layers) if name in similarity[layer]]
-            found = [(k, row) for k, row in found if row["mean"] is not None]
-            at = [k + (place - (len(CONTROLS) - 1) / 2) * width for k, _ in found]
-            means = [row["mean"] for _, row in found]
+            rows = [(k, similarity[layer][name][kind]) for k, layer in enumerate(layers) if name in similarity[layer]]
+            rows = [(k, row) for k, row in rows if row["mean"] is not None]
+            at = [k + (place - (len(CONTROLS) - 1) / 2) * width for k, _ in rows]
+            means = [row["mean"] for _, row in rows]
             axis.bar(at, means, width * 0.92, color=colour, label=meaning)
-            for x, (_, row) in zip(at, found, strict=True):
+            for x, (_, row) in zip(at, rows, strict=True):
                 if row["low"] is not None:
                     axis.plot([x, x], [row["low"], row["high"]], color=INK, lw=1.2)
         axis.axhline(0, color=SOFT, linewidth=0.8)

@@ -25,20 +25,19 @@ from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits
 from zfnet.config.schema import Config, DataConfig, model_name
 from zfnet.data import Batches, ImageSet, preprocess
+from zfnet.explain.atlas import find_atlas, write_quiz
 from zfnet.explain.crops import frame_size, view_units
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
-from zfnet.explain.statistics import clustered
 from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
-from zfnet.plots.atlas import find_atlas, write_quiz
-from zfnet.plots.figures import INK, PALETTE, SOFT, new_figure, save_figure, styled
+from zfnet.plots.figures import INK, PALETTE, SOFT, WHITE, new_figure, save_figure, styled
 from zfnet.plots.pictures import mosaic, on_grey
 from zfnet.runs.directory import find_run
 from zfnet.runs.session import own_directory
+from zfnet.runs.statistics import clustered, holm, t_test
 from zfnet.runs.tables import shorten
 from zfnet.runs.weights import load_model, weights_hash
-from zfnet.sweeps.significance import holm, t_test
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
@@ -165,13 +164,13 @@ class ForcedChoiceJob(Look):
 @full_precision()
 def strongest_places(chain: Chain, batches: Batches, layers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return each map's strongest activation in each image, [N, C], and where it is, (y, x), int64 [N, C, 2]."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+    strongest: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     for batch in tqdm(batches.in_order(), "strongest places", len(batches), unit="batch", disable=None, leave=False):
         for layer, maps in chain.activations(batch.images, layers).items():
             value, place = maps.flatten(2).max(2)
             width = maps.shape[3]
-            found[layer].append((value.cpu(), torch.stack((place // width, place % width), 2).cpu()))
-    return {layer: (torch.cat([v for v, _ in of]), torch.cat([p for _, p in of])) for layer, of in found.items()}
+            strongest[layer].append((value.cpu(), torch.stack((place // width, place % width), 2).cpu()))
+    return {layer: (torch.cat([v for v, _ in of]), torch.cat([p for _, p in of])) for layer, of in strongest.items()}
 
 
 @dataclass(frozen=True)
@@ -269,13 +268,13 @@ class Observer:
 
         Raises UserError where one is not finite: every choice would be half right, as if by chance.
         """
-        found: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+        batches: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
         for part in pictures.split(_PICTURES):
             inputs = preprocess(part.to(self.device), self.data, channels_last=False)
             for layer, maps in self.chain.activations(inputs, self.layers).items():
                 pooled = F.adaptive_avg_pool2d(maps, _REGIONS) if maps.ndim > 2 else maps
-                found[layer].append(pooled.flatten(1).cpu())
-        features = {layer: torch.cat(parts) for layer, parts in found.items()}
+                batches[layer].append(pooled.flatten(1).cpu())
+        features = {layer: torch.cat(parts) for layer, parts in batches.items()}
         for layer, values in features.items():
             if not bool(values.isfinite().all()):
                 raise UserError(
@@ -286,15 +285,15 @@ class Observer:
 
 def choices(shown: Shown, observer: Observer) -> dict[str, Tensor]:
     """Return for each condition whether each choice is right: [M, T], 1 or 0, and 0.5 where both are alike."""
-    found: dict[str, list[dict[str, Tensor]]] = {"projections": [], "patches": [], "queries": []}
+    features: dict[str, list[dict[str, Tensor]]] = {"projections": [], "patches": [], "queries": []}
     count = len(shown.trials.maps)
     for place in tqdm(range(count), f"choices: {shown.layer}", unit="map", disable=None, leave=False):
         for kind, pictures in shown.references(place).items():
-            found[kind].append(observer.features(pictures))
-        found["queries"].append(observer.features(shown.queries(place).flatten(0, 1)))
+            features[kind].append(observer.features(pictures))
+        features["queries"].append(observer.features(shown.queries(place).flatten(0, 1)))
     stacked = {
         kind: {layer: torch.stack([of[layer] for of in every]) for layer in observer.layers}
-        for kind, every in found.items()
+        for kind, every in features.items()
     }
     return choose(stacked)
 
@@ -372,7 +371,7 @@ def compare_conditions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
     p_holm is corrected for the tests of one layer (Holm 1979).
     """
-    found = []
+    tests = []
     for target, (values, maps) in _targets(rows).items():
         family: list[dict[str, Any]] = []
         for first, second in [*((name, CHANCE) for name in CONDITIONS), *PAIRS]:
@@ -384,8 +383,8 @@ def compare_conditions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
                     {"layer": target, "first": first, "second": second, "difference": mean, "se": error, "p": p}
                 )
         corrected = holm([row["p"] for row in family])
-        found += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
-    return found
+        tests += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
+    return tests
 
 
 def _lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -432,7 +431,7 @@ def draw_forced_choice(table: Sequence[Mapping[str, Any]]) -> Figure:
             color=colour,
             marker="o",
             ls=":" if control else "-",
-            mfc="white" if control else colour,
+            mfc=WHITE if control else colour,
             label=NAMES.get(name, name),
         )
     axis.axhline(50, color=INK, lw=0.8, ls="--")
@@ -459,7 +458,7 @@ def quiz_trials(shown: Shown, count: int, key: int) -> list[dict[str, Any]]:
     Each has its layer, map, condition, the pictures that are shown, which query excites the map more (0: left,
     1: right), and the activations, left and right.
     """
-    trials, found = shown.trials, []
+    trials, quiz = shown.trials, []
     maps, pairs = trials.queries.shape[:2]
     wanted = [name for name in CONDITIONS for _ in range(count)]
     right = (random_bits(make_key(key, 4), torch.arange(len(wanted))) & 1).tolist()
@@ -470,7 +469,7 @@ def quiz_trials(shown: Shown, count: int, key: int) -> list[dict[str, Any]]:
         columns = math.ceil(math.sqrt(len(references["patches"])))
         queries, values = shown.queries(place)[pair], trials.values[place, pair]
         order = [answer, 1 - answer]  # the strong one is the first
-        found.append(
+        quiz.append(
             {
                 "layer": shown.layer,
                 "map": int(trials.maps[place]),
@@ -481,7 +480,7 @@ def quiz_trials(shown: Shown, count: int, key: int) -> list[dict[str, Any]]:
                 "values": [float(f"{v:.3g}") for v in values[order].tolist()],
             }
         )
-    return found
+    return quiz
 
 
 def _shrink(pictures: Tensor) -> Tensor:

@@ -39,12 +39,12 @@ from zfnet.explain.selection import (
     to_inputs,
     to_rows,
 )
-from zfnet.explain.statistics import own_and_others, percent
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
-from zfnet.plots.figures import RED, class_colours, new_figure, plain, save_figure, styled
+from zfnet.plots.figures import RED, WHITE, class_colours, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.session import own_directory
+from zfnet.runs.statistics import own_and_others, percent
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
@@ -337,7 +337,7 @@ def draw_occlusion(
         show(image, pictures[row])
         y, x = divmod(int(result.occluded.probability[row].argmin()), len(result.starts))
         corner = (float(result.starts[x]) - 0.5, float(result.starts[y]) - 0.5)
-        image.add_patch(Rectangle(corner, result.patch, result.patch, fc=tuple(fill), ec="white", lw=0.8))
+        image.add_patch(Rectangle(corner, result.patch, result.patch, fc=tuple(fill), ec=WHITE, lw=0.8))
         image.set_ylabel(plain(chosen.names)[row])
         heat = show(activation, result.occluded.activation[row], cmap="magma", extent=extent, vmin=0)
         whole = float(result.whole.activation[row])
@@ -352,7 +352,7 @@ def draw_occlusion(
         for panel in (image, activation, probability, predicted):
             panel.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
             if boxes is not None and panel is not image:
-                outline_box(panel, boxes[row], "white")
+                outline_box(panel, boxes[row], WHITE)
     return figure
 
 

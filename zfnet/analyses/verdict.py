@@ -25,7 +25,6 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from zfnet.analyses.attribution import share_in_boxes
 from zfnet.analyses.deconvnet import shuffle_weights
 from zfnet.config.errors import UserError, did_you_mean
 from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits, uniform
@@ -44,16 +43,25 @@ from zfnet.explain.faithfulness import (
     support,
 )
 from zfnet.explain.maps import Ablation
-from zfnet.explain.selection import Look, Split, boxes_in_input, chosen_split, pick_layers, sample, to_inputs, to_rows
-from zfnet.explain.statistics import clustered, rank_correlation, standard_ranks
+from zfnet.explain.selection import (
+    Look,
+    Split,
+    boxes_in_input,
+    chosen_split,
+    pick_layers,
+    sample,
+    share_in_boxes,
+    to_inputs,
+    to_rows,
+)
 from zfnet.explain.targets import BASELINES, GRAD_CAM, INTEGRATED, Target, blur
 from zfnet.explain.top_activations import MapStatistics, TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
-from zfnet.plots.figures import INK, PALE, PALETTE, SOFT, new_figure, save_figure, styled
+from zfnet.plots.figures import INK, PALE, PALETTE, SOFT, WHITE, new_figure, save_figure, styled
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import continued_directory
+from zfnet.runs.statistics import LEVEL, clustered, holm, rank_correlation, standard_ranks, t_test
 from zfnet.runs.weights import weights_hash
-from zfnet.sweeps.significance import LEVEL, holm, t_test
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
@@ -105,7 +113,7 @@ class VerdictJob(Look):
         with continued_directory(config, output) as (run, stop):
             origin = {"weights": weights_hash(loaded.model.state_dict()), "data": splits.fingerprint}
             study = prepare(self, loaded, split, layers)
-            found: list[Row] = []
+            all_rows: list[Row] = []
             for name in self.metrics or METRICS:
                 rows = saved_rows(run, name, origin)
                 if rows is None:
@@ -119,8 +127,8 @@ class VerdictJob(Look):
                     run.write_json(f"metrics/{name}.json", {"of": origin, **seconds, "rows": plain})
                     log.info("%s: %.0f s", name, seconds["seconds"])
                     rows = [Row.read(row) for row in plain]  # as a job that continues reads them
-                found += rows
-            report(run, study, found, origin)
+                all_rows += rows
+            report(run, study, all_rows, origin)
 
 
 @dataclass(frozen=True)
@@ -263,23 +271,23 @@ def measure_weights(study: Study) -> Iterator[Row]:
             (way, layers[k]): frozenset(layers[: k + 1]) for way, layers in ways.items() for k in range(len(names))
         }
         top, every = frozenset(names[-1:]), frozenset(names)
-        found: dict[tuple[str, frozenset[str]], dict[str, Tensor]] = {}
+        correlations: dict[tuple[str, frozenset[str]], dict[str, Tensor]] = {}
         twin = target.chain
         for (_, layer), only in tqdm(stages.items(), f"weights: {subject.name}", disable=None, leave=False):
             # one layer more than before, since to shuffle a large one takes seconds
             twin = shuffle_weights(target.chain if len(only) == 1 else twin, target.layer, study.seed, only=[layer])
             for method in (m for m in subject.methods if m in target.methods or only == top):
-                if (method, only) not in found:  # all layers are shuffled in both ways
+                if (method, only) not in correlations:  # all layers are shuffled in both ways
                     (size, ranks), (other_size, others) = own[method], _ranked(target, method, chain=twin, draw=1)
-                    found[method, only] = {kind: (ranks[kind] * others[kind]).sum(1) for kind in ranks}
-                    found[method, only]["ssim"] = structural_similarity(size, other_size, target.inside)
+                    correlations[method, only] = {kind: (ranks[kind] * others[kind]).sum(1) for kind in ranks}
+                    correlations[method, only]["ssim"] = structural_similarity(size, other_size, target.inside)
         for method in subject.methods:
             known = method in target.methods
             for (way, layer), only in stages.items():
                 if known or (way, only) == ("top-down", top):
-                    for kind, values in found[method, only].items():
+                    for kind, values in correlations[method, only].items():
                         yield subject.row(method, f"{way} {layer} {kind}", values)
-            yield subject.row(method, "weights", 1 - found[method, every if known else top]["unsigned"].abs())
+            yield subject.row(method, "weights", 1 - correlations[method, every if known else top]["unsigned"].abs())
 
 
 def _ranked(target: Target, method: str, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -513,10 +521,10 @@ def map_scores(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
         if row.target in channels and row.measure in SCORES and row.method in RULES:
             for number in channels[row.target].unique().tolist():
                 of = channels[row.target] == number
-                found = clustered(row.values[of], row.clusters[of])
-                if found["n"]:
+                summary = clustered(row.values[of], row.clusters[of])
+                if summary["n"]:
                     named = {"layer": row.target, "map": number, "method": row.method, "measure": row.measure}
-                    table.append(named | found)
+                    table.append(named | summary)
     return table
 
 
@@ -541,7 +549,7 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         if row.measure in SCORES:
             groups.setdefault((row.target, row.measure), {})[row.method] = row
-    found = []
+    tests = []
     for (target, measure), methods in groups.items():
         family: list[dict[str, Any]] = []
         for first, second in itertools.combinations(methods, 2):
@@ -552,8 +560,8 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 named = {"target": target, "measure": measure, "first": first, "second": second}
                 family.append(named | {"difference": mean, "se": error, "n": of["n"], "clusters": clusters, "p": p})
         corrected = holm([row["p"] for row in family])
-        found += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
-    return found
+        tests += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
+    return tests
 
 
 def what_holds(target: str, differences: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -625,7 +633,7 @@ def draw_verdict(table: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> 
     methods = [*RULES, INTEGRATED, GRAD_CAM, *BASELINES]
     looks = {
         method: {"color": PALETTE[n] if method not in BASELINES else SOFT, "marker": "osD^vP*Xd"[n]}
-        | ({} if method not in BASELINES else {"ls": ":", "mfc": "white", "alpha": 0.8})
+        | ({} if method not in BASELINES else {"ls": ":", "mfc": WHITE, "alpha": 0.8})
         for n, method in enumerate(methods)
     }
     panels = [m for m in SCORES if any(key[2] == m for key in of)]
@@ -649,12 +657,12 @@ def draw_verdict(table: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> 
 def _draw_score(axis: Axes, measure: str, targets: Sequence[str], of: Numbers, looks: Looks) -> None:
     for number, (method, look) in enumerate(looks.items()):
         at = [k for k, target in enumerate(targets) if (target, method, measure) in of]
-        found = [of[targets[k], method, measure] for k in at]
-        if found:
+        scores = [of[targets[k], method, measure] for k in at]
+        if scores:
             x = [k + (number - 4) * 0.06 for k in at]
             style = look | ({} if look.get("ls") else {"ls": "none" if len(at) == 1 else "-"})
-            errors = [row["se"] or 0 for row in found]
-            axis.errorbar(x, [row["mean"] for row in found], errors, ms=5, lw=1, elinewidth=1, label=method, **style)
+            errors = [row["se"] or 0 for row in scores]
+            axis.errorbar(x, [row["mean"] for row in scores], errors, ms=5, lw=1, elinewidth=1, label=method, **style)
     axis.axhline(0, color=INK, lw=0.8)
     axis.axhline(1, color=PALE, lw=0.8)
     shown = [k for k, target in enumerate(targets) if (target, "random", measure) in of]

@@ -1,7 +1,7 @@
 """Safe instantiation of what a config names by `_target_`: models, data sets, losses, optimizers, callbacks …
 
 A `_target_` is only a name. It is looked up in this package, in the parts of PyTorch and torchvision that belong to the
-slot, and in the packages that the command imports (`imports=[my_lab]`, see `trust.py`); nothing else is ever imported
+slot, and in the packages that the command imports (`imports=[my_lab]`); nothing else is ever imported
 because a config said so. What it resolves to must be a class of the slot's kind, defined in one of those places,
 whatever path led there: `torch.optim.sgd.torch.hub.load` is a function, so it is refused. Arguments are plain numbers,
 booleans, strings, lists and mappings of them, checked against the class's own signature.
@@ -56,8 +56,8 @@ def resolve(slot: str, target: Any, base: type, imports: Sequence[str] = ()) -> 
             f"{slot}._target_={target}: the package {package} is not one that this command imports; if you trust it, "
             f"add imports=[{package}]"
         )
-    found = _look_up(target, [place for place in places if _below(place, package)], package in imports)
-    if found is None:
+    obj = _look_up(target, [place for place in places if _below(place, package)], package in imports)
+    if obj is None:
         module = target.rpartition(".")[0]
         names = [
             f"{module}.{name}"
@@ -67,13 +67,13 @@ def resolve(slot: str, target: Any, base: type, imports: Sequence[str] = ()) -> 
         ]
         hint = did_you_mean(target, names)
         raise UserError(f"{wanted}; there is no such name{hint if 'did you mean' in hint else ''}")
-    where = str(getattr(found, "__module__", ""))
+    where = str(getattr(obj, "__module__", ""))
     if any(_below(where, place) for place in places):
-        if isinstance(found, type) and issubclass(found, base) and found is not base:
-            return found
-        if group in _FUNCTIONS and inspect.isfunction(found) and _makes_models(found, where, imports):
-            return found
-    raise UserError(f"{wanted}, not {found.__name__ if isinstance(found, type) else type(found).__name__}")
+        if isinstance(obj, type) and issubclass(obj, base) and obj is not base:
+            return obj
+        if group in _FUNCTIONS and inspect.isfunction(obj) and _makes_models(obj, where, imports):
+            return obj
+    raise UserError(f"{wanted}, not {obj.__name__ if isinstance(obj, type) else type(obj).__name__}")
 
 
 def _makes_models(function: Any, where: str, imports: Sequence[str]) -> bool:
@@ -93,13 +93,13 @@ def _below(module: str, place: str) -> bool:
 
 def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
     """Import the module part of `target`, no other than those at or below `places`, and return what it names there."""
-    parts, found, rest = target.split("."), None, 0
+    parts, obj, rest = target.split("."), None, 0
     for cut in range(1, len(parts)):
         name = ".".join(parts[:cut])
         if not any(_below(name, place) or _below(place, name) for place in places):
             break
         try:
-            found, rest = sys.modules.get(name) or importlib.import_module(name), cut
+            obj, rest = sys.modules.get(name) or importlib.import_module(name), cut
         except ModuleNotFoundError as error:
             if error.name != name and not name.startswith(f"{error.name}."):  # a package of its own is missing
                 raise UserError(f"{target} cannot be imported: {error}; install it first") from error
@@ -109,11 +109,11 @@ def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
         except Exception as error:
             raise UserError(f"{target} cannot be imported: {type(error).__name__}: {error}") from error
     for part in parts[rest:]:
-        if found is None:
+        if obj is None:
             return None
         # vars() and not getattr(): a module's __getattr__ may run something
-        found = getattr(found, part, None) if trusted else vars(found).get(part) if hasattr(found, "__dict__") else None
-    return found
+        obj = getattr(obj, part, None) if trusted else vars(obj).get(part) if hasattr(obj, "__dict__") else None
+    return obj
 
 
 def instantiate(

@@ -144,8 +144,8 @@ def read_config(raw: DictConfig | dict[str, Any], imports: Sequence[str] = ()) -
     config = check(Config, upgrade(plain) | {"imports": list(imports)}, "")
     settings = config.job if isinstance(config.job, dict) else {"name": str(config.job)}
     if "_target_" in settings:
-        kind = resolve("job", settings["_target_"], Job, imports)
-        config.job = check(kind, {k: v for k, v in settings.items() if k != "_target_"}, "job")
+        job_class = resolve("job", settings["_target_"], Job, imports)
+        config.job = check(job_class, {k: v for k, v in settings.items() if k != "_target_"}, "job")
     else:  # of a record only the name counts
         config.job = Job(name=str(settings.get("name")))
     if not isinstance(config.model, dict):

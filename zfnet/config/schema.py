@@ -1,8 +1,7 @@
 """What a config may say: the classes behind the YAML files, with types and ranges checked by pydantic.
 
-The values live in `conf/`; here are their types and their meaning. `read_config` (`reading.py`) turns what Hydra
-composed, or what a run recorded, into these classes, or raises a UserError that names the key. Nothing below sees an
-unchecked value.
+The values are in `conf/`; here are their types and their meaning. What Hydra composed, or what a run recorded, is
+checked once, when it becomes an object of these classes: no other code sees an unchecked value.
 """
 
 from __future__ import annotations
@@ -175,7 +174,7 @@ class AugmentConfig(Checked):
 
 @dataclass(kw_only=True)
 class TrainerConfig(Checked):
-    """How the loop runs. `auto` values are decided by the hardware (`zfnet/training/device.py`).
+    """How the loop runs. The hardware decides `auto` values.
 
     version: of the loop's rules. In 2 the decay of `ema` grows, of two epochs of equal accuracy the one with the lower
         loss is the better, and history.csv has the learning rate of the epoch's last step. In 1 the decay is constant,
@@ -235,7 +234,7 @@ class Parent(Checked):
 
     run: that run's directory at the time; config: its whole config, its own parent included
     identity, weights_sha256: of that config and of the weights at that step
-    schedule: how the learning rate goes on (`zfnet/training/schedule.py`)
+    schedule: how the learning rate continues
     threads, compiled: what that run used and its config left open
     """
 

@@ -1,6 +1,6 @@
 """Which packages a command trusts, and what a config folder from elsewhere may say to Hydra.
 
-Trust is what somebody types (`imports=[lion_pytorch]`) or keeps in the project's own `conf/`, such as conf/local.yaml.
+Trust is what the user types (`imports=[lion_pytorch]`) or keeps in the project's own `conf/`, such as conf/local.yaml.
 A run's record, and a folder given by `--config-path`, `--config-dir` or `hydra.searchpath`, may name packages too; that
 has no effect.
 
@@ -181,6 +181,7 @@ def _own_config(choices: Mapping[str, Any], overrides: Sequence[Override]) -> Di
 
 
 def _own_loader() -> ConfigLoaderImpl:
+    # `hydra.compose` would replace the running program's GlobalHydra and job name; Hydra has no other public way
     return ConfigLoaderImpl(create_config_search_path(f"file://{CONF}"))
 
 

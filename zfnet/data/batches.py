@@ -73,14 +73,14 @@ def preprocess(pixels: Tensor, data: DataConfig, channels_last: bool = True) -> 
     top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
     images = pixels[:, top : top + size, left : left + size].permute(0, 3, 1, 2)
     if images.device.type == "cpu":
-        images = _normalise(_resize(images, data.image_size), data)
+        images = _normalise(resize(images, data.image_size), data)
     else:
-        images = _resize(_normalise(images, data), data.image_size)
+        images = resize(_normalise(images, data), data.image_size)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return images.contiguous(memory_format=layout)
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
+def resize(images: Tensor, size: int) -> Tensor:
     """Resize images [B, 3, h, h], bytes or floats, to side `size`."""
     if images.shape[-1] == size:
         return images
@@ -315,7 +315,7 @@ def apply_transforms(
             for place, transform in enumerate(transforms):
                 try:
                     image = transform(image)
-                except Exception as error:  # whatever somebody's class raises
+                except Exception as error:  # user code may raise anything
                     name, reason = type(transform).__name__, (str(error).splitlines() or [type(error).__name__])[0]
                     raise UserError(
                         f"augment.transforms.{place} ({name}): fails on an image {list(image.shape)}: {reason}"

@@ -110,8 +110,8 @@ def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> 
         at = (folders or links).popleft()
         try:
             place = _place(at)
-            with os.scandir(at) if place not in seen else contextlib.nullcontext(()) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            with os.scandir(at) if place not in seen else contextlib.nullcontext(()) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
             left_out.add(LeftOut.UNREADABLE, f"{at}: {error.strerror}")
             continue

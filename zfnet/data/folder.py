@@ -118,7 +118,7 @@ def _list_files(root: Path) -> _Listing:
     if len(classes) < 2:
         raise UserError(
             f"{listing}: {printable(learned_from)} needs at least two class folders with images, has {len(classes)}"
-            f"{_found(learned_from)}"
+            f"{_folder_names(learned_from)}"
         )
     for split, (folder, below) in folders.items():
         for name, path in _by_class(below, listing).items():
@@ -165,7 +165,8 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
     if folders and "train" not in folders:
         alone = printable(str(next(iter(named))))  # as of ImageNet, for an imported network
         raise UserError(
-            f"{listing}: has {_names(named)} but no train/ folder{_found(root)}; data.root={alone} reads that alone"
+            f"{listing}: has {_names(named)} but no train/ folder{_folder_names(root)}; data.root={alone} reads that "
+            "alone"
         )
     for path in below:
         if folders and path not in named:
@@ -174,7 +175,7 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
         elif not folders and (names := _scan(path)[0]) and (_split_word(path.name) or _named_splits(map(Path, names))):
             raise UserError(
                 f"{listing}: {_names([path])} is not clearly a class or a split: name the splits train/, val/ and "
-                f"test/, with the class folders in them{_found(root)}"
+                f"test/, with the class folders in them{_folder_names(root)}"
             )
     return {split: folders[split] for split in _WORDS if split in folders} or {"all": (root, below)}
 
@@ -182,9 +183,9 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
 def _split_word(name: str) -> tuple[str, tuple[str, ...]] | None:
     """Return the split that a folder's name names, in any case, and its other words; None if it names none."""
     words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
-    found = [split for word in words for split, known in _WORDS.items() if word in known]
+    named = [split for word in words for split, known in _WORDS.items() if word in known]
     rest = tuple(w for w in words if w not in _FILLERS and not any(w in known for known in _WORDS.values()))
-    return (found[0], rest) if len(found) == 1 else None
+    return (named[0], rest) if len(named) == 1 else None
 
 
 def _named_splits(folders: Iterable[Path]) -> dict[Path, str]:
@@ -192,7 +193,7 @@ def _named_splits(folders: Iterable[Path]) -> dict[Path, str]:
 
     (A single train_station is no split.)
     """
-    words = {path: found for path in folders if (found := _split_word(path.name))}
+    words = {path: parsed for path in folders if (parsed := _split_word(path.name))}
     rests = {rest: {split for split, other in words.values() if other == rest} for _, rest in words.values()}
     return {path: split for path, (split, rest) in words.items() if not rest or len(rests[rest]) > 1}
 
@@ -210,8 +211,8 @@ def _folders_in(folder: Path, listing: _Listing) -> list[Path]:
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of the folders and of the other files in a folder, sorted; raise UserError."""
     try:
-        with os.scandir(folder) as found:
-            kinds = {entry.name: is_folder(entry) for entry in found}
+        with os.scandir(folder) as entries:
+            kinds = {entry.name: is_folder(entry) for entry in entries}
     except OSError as error:
         raise UserError(f"{printable(folder)} cannot be read ({error.strerror})") from error
     return sorted(n for n in kinds if kinds[n]), sorted(n for n in kinds if not kinds[n])
@@ -231,7 +232,7 @@ def _names(folders: Iterable[Path]) -> str:
     return " and ".join(f"{printable(path.name)}/" for path in folders)
 
 
-def _found(root: Path, most: int = 12) -> str:
+def _folder_names(root: Path, most: int = 12) -> str:
     """Return what lies in `root`, for an error about it."""
     names = [*map(printable, _scan(root)[0])]
     return f"; found: {', '.join(names[:most])}{' …' if len(names) > most else ''}" if names else "; found no folder"

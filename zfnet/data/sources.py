@@ -101,7 +101,7 @@ def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
                 image, label = dataset[number]
                 images.append(_to_image(image))
                 labels.append(int(label))
-            except Exception as error:  # whatever somebody's code raises
+            except Exception as error:  # user code may raise anything
                 raise UserError(
                     f"data.{name}: item {number} is not an image and a label ({type(error).__name__}: {error})"
                 ) from error
@@ -175,9 +175,9 @@ def load_imagenette(data: FolderData) -> Splits:
     root = folder / "imagenette2-320"
     splits = load_folder(replace(data, root=str(root)))
     train, test = splits.train, splits.validation
-    found = len(train), len(test or ())
-    if test is None or found != IMAGENETTE_IMAGES:  # an interrupted extraction leaves a part
-        raise UserError(f"{root}: {found[0]} + {found[1]} images, Imagenette has 9469 + 3925; delete it and try again")
+    sizes = len(train), len(test or ())
+    if test is None or sizes != IMAGENETTE_IMAGES:  # an interrupted extraction leaves a part
+        raise UserError(f"{root}: {sizes[0]} + {sizes[1]} images, Imagenette has 9469 + 3925; delete it and try again")
     names = tuple(names[0] for names in published.classes)
     train, test = replace(train, classes=names), replace(test, classes=names)
     return replace(splits, train=train, validation=None, test=test)

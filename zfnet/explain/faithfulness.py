@@ -70,7 +70,7 @@ def removal_scores(
 def greedy_areas(measure: Measure, whole: Tensor, empty: Tensor, cells: int, steps: int) -> tuple[Tensor, Tensor]:
     """Return the areas [U] of the greedy orders that lower the number most, and that keep it highest."""
     first: Tensor | None = None
-    found = []
+    areas = []
     for sign in (1, -1):
         removed, curve = torch.zeros(len(whole), cells, dtype=torch.bool), [whole]
         for step in range(1, steps):
@@ -86,8 +86,8 @@ def greedy_areas(measure: Measure, whole: Tensor, empty: Tensor, cells: int, ste
             amount = cells * step // steps - cells * (step - 1) // steps
             removed = removed.scatter(1, table.topk(amount, largest=False).indices, True)
             curve.append(measure(torch.arange(len(whole)), removed))
-        found.append(_area([*curve, empty]))
-    return found[0], found[1]
+        areas.append(_area([*curve, empty]))
+    return areas[0], areas[1]
 
 
 def ranks_of(relevance: Tensor, key: int) -> Tensor:

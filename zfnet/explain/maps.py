@@ -42,11 +42,11 @@ class MapFacts:
 @full_precision()
 def strongest_activations(chain: Chain, batches: Sequence[Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
     """Return each map's strongest activation in each image [n, C], on the CPU, of batches [b, 3, S, S]."""
-    found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    strongest: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for batch in batches:
         for layer, maps in chain.activations(batch, layers).items():
-            found[layer].append(maps.flatten(2).amax(2).cpu())
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+            strongest[layer].append(maps.flatten(2).amax(2).cpu())
+    return {layer: torch.cat(parts) for layer, parts in strongest.items()}
 
 
 class Ablation:
@@ -109,12 +109,12 @@ def nearest_maps(
 
     names = [(layer, number) for layer, values in others.items() for number in range(values.shape[1])]
     theirs = torch.cat([standard(values) for values in others.values()], 1)
-    found = {}
+    nearest = {}
     for layer, values in own.items():
         r = (standard(values).T @ theirs).nan_to_num(-2)
         best = r.topk(min(NEAREST, r.shape[1]), dim=1)
-        found[layer] = [
+        nearest[layer] = [
             [(*names[k], value) for value, k in zip(row, places, strict=True) if value > -2]
             for row, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-    return found
+    return nearest

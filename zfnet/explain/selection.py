@@ -159,6 +159,17 @@ def in_boxes(centres: Tensor, boxes: Tensor) -> Tensor:
     return rows[:, :, None] & columns[:, None, :]
 
 
+def share_in_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
+    """Return the share of the attributions' sizes, |maps| [N, C, S, S], inside each box [M, 4]: float64 [N, M].
+
+    NaN where all attributions of an image are 0.
+    boxes: (top, left, bottom, right) in pixels; a pixel counts if its centre is inside.
+    """
+    size = maps.abs().sum(1).flatten(1).double()
+    inside = in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes).flatten(1).double()
+    return size @ inside.T / size.sum(1, keepdim=True)
+
+
 def mean_colour(loaded: LoadedRun, grey: float | None) -> Tensor:
     """Return a grey value, 0 … 255, as network input, [3]; None is the data's mean colour, which is 0 there."""
     if grey is None:

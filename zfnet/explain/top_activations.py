@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation
 from zfnet.data import Batches, ImageSet
-from zfnet.explain.statistics import rank_p
 from zfnet.model.chain import Chain
+from zfnet.runs.statistics import rank_p
 
 SHUFFLES = 19  # of the labels: p is at least 0.05
 _NONE = torch.iinfo(torch.int64).max  # the index of a place that no image has taken yet: sorts last

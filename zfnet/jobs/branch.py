@@ -14,7 +14,7 @@ from pydantic import Field
 from zfnet.config.errors import UserError
 from zfnet.config.reading import read_config
 from zfnet.config.schema import Config, Job, Parent, flatten
-from zfnet.jobs.train import train, train_and_test, worked
+from zfnet.jobs.train import run_as_worker, train, train_and_test
 from zfnet.runs.directory import RunDirectory, find_run
 from zfnet.runs.session import StopRequest
 from zfnet.runs.weights import weights_hash
@@ -55,7 +55,7 @@ class BranchJob(Job):
         The new run is recorded as a training whose config holds its parent's. Raises UserError where the parent has no
         such state, or the settings do not fit it.
         """
-        if worked(config, output):
+        if run_as_worker(config, output):
             return None
         parent = find_run(str(config.run))
         epoch = self.epoch_of(parent, config)

@@ -19,13 +19,25 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
-from zfnet.plots.figures import PALETTE, epoch_axis, new_figure, plain, plot_history, save_figure, styled
+from zfnet.plots.figures import (
+    INK,
+    PALE,
+    PALEST,
+    PALETTE,
+    SOFT,
+    epoch_axis,
+    new_figure,
+    plain,
+    plot_history,
+    save_figure,
+    styled,
+)
 from zfnet.runs.compare import first_difference
 from zfnet.runs.directory import RunDirectory, find_run, list_runs, remove_if_empty, write_atomically
 from zfnet.runs.session import own_directory
+from zfnet.runs.statistics import LEVEL, Difference, difference, holm
 from zfnet.runs.tables import format_table, shorten
 from zfnet.sweeps.callback import summarize
-from zfnet.sweeps.significance import LEVEL, Difference, difference, holm
 from zfnet.sweeps.summary import ABSENT, Trained, format_value, read_training, swept_keys
 
 if TYPE_CHECKING:
@@ -95,7 +107,7 @@ def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
 
     Raises UserError for an item without a training, and where there are fewer than two.
     """
-    found: dict[Path, RunDirectory] = {}
+    by_path: dict[Path, RunDirectory] = {}
     for item in items:
         folders = [Path(item).expanduser()]
         if not folders[0].exists() and glob.has_magic(item):
@@ -106,10 +118,10 @@ def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
         runs = [run for run in runs if (run.folder / "history.csv").is_file()]
         if not runs:
             raise UserError(f"runs: {item}: there is no training run (no history.csv)")
-        found |= {run.folder.resolve(): run for run in runs}
-    if len(found) < 2:
+        by_path |= {run.folder.resolve(): run for run in runs}
+    if len(by_path) < 2:
         raise UserError(f"runs: {', '.join(items)}: names one training; it takes two to compare")
-    return list(found.values())
+    return list(by_path.values())
 
 
 def group(runs: Sequence[Trained]) -> list[Group]:
@@ -265,15 +277,15 @@ def _tests(groups: Sequence[Group], split: str) -> tuple[list[dict[str, Any]], S
     ranked = sorted((g for g in groups if g.values(split)), key=lambda g: -statistics.fmean(g.values(split).values()))
     pairs: list[tuple[Group, Group, Difference]] = []
     for better, other in itertools.combinations(ranked, 2):
-        if (found := difference(better.values(split), other.values(split))) is not None:
-            pairs.append((better, other, found))
+        if (result := difference(better.values(split), other.values(split))) is not None:
+            pairs.append((better, other, result))
     if not pairs:
         note = "not tested: that takes two or more seeds of each setting, as in -m seed=0,1,2"
         return [], Section(title, [], notes=(note,))
-    corrected = holm([found.p for _, _, found in pairs])
+    corrected = holm([result.p for _, _, result in pairs])
     tests = [
-        {"better": better.letter, "other": other.letter, **asdict(found), "p_holm": p, "holds": p < LEVEL}
-        for (better, other, found), p in zip(pairs, corrected, strict=True)
+        {"better": better.letter, "other": other.letter, **asdict(result), "p_holm": p, "holds": p < LEVEL}
+        for (better, other, result), p in zip(pairs, corrected, strict=True)
     ]
     shown = tests if len(tests) <= MOST_PAIRS else [t for t in tests if t["better"] == ranked[0].letter]
     rows = [["", "difference", "95 % interval", "test", "p"]]
@@ -353,10 +365,11 @@ def _sparklines(comparison: Comparison, width: int) -> list[str]:
     return lines
 
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#24292f}
-table{border-collapse:collapse;margin:.5em 0}th,td{border:1px solid #d0d7de;padding:.2em .7em;text-align:left}
-th{background:#f6f8fa}td:first-child{font-weight:500}tr.bold td{font-weight:700}tr:not(.bold) td{font-weight:400}
-p{margin:.2em 0;color:#57606a}img{max-width:100%}h2{font-size:1.1em;margin-top:1.6em}.wide{overflow-x:auto}"""
+_COLOURS = f":root{{--ink:{INK};--soft:{SOFT};--pale:{PALE};--palest:{PALEST}}}"
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:var(--ink)}
+table{border-collapse:collapse;margin:.5em 0}th,td{border:1px solid var(--pale);padding:.2em .7em;text-align:left}
+th{background:var(--palest)}td:first-child{font-weight:500}tr.bold td{font-weight:700}tr:not(.bold) td{font-weight:400}
+p{margin:.2em 0;color:var(--soft)}img{max-width:100%}h2{font-size:1.1em;margin-top:1.6em}.wide{overflow-x:auto}"""
 
 
 def to_page(comparison: Comparison, picture: bytes) -> str:
@@ -381,7 +394,7 @@ def to_page(comparison: Comparison, picture: bytes) -> str:
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
         f'<meta name="viewport" content="width=device-width"><title>Comparison of {names}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>Comparison of {names}</h1>{''.join(parts)}</body></html>\n"
+        f"<style>{_COLOURS}{_STYLE}</style></head><body><h1>Comparison of {names}</h1>{''.join(parts)}</body></html>\n"
     )
 
 

@@ -40,7 +40,7 @@ from zfnet.training.build import (
     training_batches,
 )
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, read_newest
-from zfnet.training.compiling import settle_auto
+from zfnet.training.compiling import resolve_compile
 from zfnet.training.device import resolve_runtime, timed
 from zfnet.training.loggers import LoggedRun, Logger
 from zfnet.training.loop import evaluate, train_step
@@ -65,15 +65,15 @@ class TrainJob(Job):
 
     def main(self, config: Config, output: Path) -> float | None:
         """Train `config` in the directory `output`; go on there if it holds the same run, unfinished."""
-        return None if worked(config, output) else train(config, RunDirectory(output), trial_report())
+        return None if run_as_worker(config, output) else train(config, RunDirectory(output), trial_report())
 
 
-def worked(config: Config, output: Path) -> bool:
-    """Do the work of a process with rank > 0 of those that torchrun started; return whether this is one."""
+def run_as_worker(config: Config, output: Path) -> bool:
+    """Train as a process with rank > 0, if torchrun started this one as such; return whether it did."""
     world = torchrun_world()
     if world is None or world.is_main:
         return False
-    run_worker(world, partial(_work, imports=config.imports, data=config.data))
+    run_worker(world, partial(_train_worker, imports=config.imports, data=config.data))
     with contextlib.suppress(OSError):
         output.rmdir()  # Hydra made it for this process; process 0 has another
     return True
@@ -90,7 +90,7 @@ def compose(words: Sequence[str] = ()) -> Config:
         raise UserError(f"compose({words!r}): give a list of words, as in compose([{words!r}])")
     words = allow_keys_of_record([str(word) for word in words])
     try:
-        config = read_command(compose_raw(words), words)
+        config = read_command(compose_raw(words), words, sources=())
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(explain(error, words)) from error
     if config.job.trains:
@@ -162,15 +162,15 @@ def train_and_test(
     compiled: what trainer.compile=auto became in the run that this one repeats
     epochs: train no further than this, and measure nothing
     """
-    work = partial(_work, imports=config.imports, data=config.data, epochs=epochs)
+    work = partial(_train_worker, imports=config.imports, data=config.data, epochs=epochs)
     with processes(config.trainer.devices, work, run.folder) as world:
         return _train(config, run, stop, world, report, compiled, epochs)
 
 
-def _work(world: World, folder: Path, imports: list[str], data: DataConfig, epochs: int | None = None) -> None:
-    """Do what the processes with rank > 0 do: the same, without writing files or logs.
+def _train_worker(world: World, folder: Path, imports: list[str], data: DataConfig, epochs: int | None = None) -> None:
+    """Train in a process with rank > 0: as process 0 does, without writing files or logs.
 
-    data: where the images lie now; the record may hold where they lay
+    data: says where the images are now; the record may name another place
     """
     log.addHandler(logging.NullHandler())
     log.propagate = False
@@ -223,25 +223,25 @@ def _train(
             state.restore(saved)
         run_loop(state, train, each_epoch, stop, epochs)
         return {}
-    for problem in problems:
-        log.warning("%s; using an earlier one", problem)
+    for message in problems:
+        log.warning("%s; using an earlier one", message)
     log.info("%s on %s: %s", model_name(config.model), config.data.name, _sizes(splits))
     if splits.validation_reports:
         log.warning("no test images: validation chooses the epoch and reports as well, so its accuracy is optimistic")
     if config.run is not None and (changed := splits.difference(RunDirectory(config.run).environment)):
         log.warning("the images are not those of run=%s: %s", config.run, changed)
     record_data(run, config.data)
-    for name, part in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        if part is not None and name != "training" and len(part) < _FEW:
-            log.warning("few images: one of %d %s images is %.1f %% of accuracy", len(part), name, 100 / len(part))
-        if part is not None and (absent := part.classes_without_images()):
+    for name, images in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        if images is not None and name != "training" and len(images) < _FEW:
+            log.warning("few images: one of %d %s images is %.1f %% of accuracy", len(images), name, 100 / len(images))
+        if images is not None and (absent := images.classes_without_images()):
             shown = ", ".join(absent[:_NAMED]) + " …" * (len(absent) > _NAMED)
-            log.warning("no %s images in %d of %d classes: %s", name, len(absent), len(part.classes), shown)
+            log.warning("no %s images in %d of %d classes: %s", name, len(absent), len(images.classes), shown)
     for name in state.new_weights:
         log.info("trainer.init_from: %s is new, since the number of classes differs", name)
     if saved is not None:
         compiled = saved.metadata.get("compiled", compiled)
-    if (words := settle_auto(state, train, compiled)) is not None:
+    if (words := resolve_compile(state, train, compiled)) is not None:
         log.info(words)
     _write_environment(config, run, state, splits, resumed=saved is not None)
     if saved is not None:
@@ -251,8 +251,8 @@ def _train(
             log.info(_describe_schedule(state))
             if not state.optimizer.state:
                 log.info("the optimizer begins anew: the parent's was another")
-        if state.epoch < config.trainer.epochs and (lost := _best(run, state)[1]):
-            log.warning("%s; unless a later epoch is better, the run will have to start again", lost)
+        if state.epoch < config.trainer.epochs and (problem := _best(run, state)[1]):
+            log.warning("%s; unless a later epoch is better, the run will have to start again", problem)
     samples = splits.train.pixels(range(min(16, len(splits.train))))
     started = LoggedRun(run.folder, config.to_dict(), state.step, state.model, config.data.image_size, samples)
     try:
@@ -263,10 +263,10 @@ def _train(
             return {}
         # the best on validation; without validation, the last
         if state.best is not None and state.best["epoch"] != state.epoch:
-            best, lost = _best(run, state)
-            if best is None:  # no worse ones take their place
+            best, problem = _best(run, state)
+            if best is None:  # weights of a worse epoch must not replace them
                 raise UserError(
-                    f"{lost}: delete {run.checkpoints} and give job=resume run={run.folder} to train from the "
+                    f"{problem}: delete {run.checkpoints} and give job=resume run={run.folder} to train from the "
                     "start again"
                 )
             state.eval_model.load_state_dict(best.tensors)
@@ -318,7 +318,7 @@ def _advise(state: TrainingState, seconds: float) -> str:
     words = f"about {cb.duration(seconds)} on {device}, by its first steps"
     if state.runtime.device.type != "cpu" or state.world.size > 1 or seconds < _LONG:
         return words
-    with contextlib.suppress(UserError):  # somebody's own defaults may not fit it
+    with contextlib.suppress(UserError):  # the user's own defaults may not fit it
         config = compose([f"experiment={_FOR_CPUS}"])
         size = config.data.batch_size
         images = image_set(np.zeros((size, 32, 32, 3), np.uint8), torch.arange(size) % 10, [str(n) for n in range(10)])
@@ -385,9 +385,9 @@ def _check_against(splits: Splits, config: Config) -> None:
 
 
 def _best(run: RunDirectory, state: TrainingState) -> tuple[Checkpoint | None, str | None]:
-    """Return the weights of the best epoch so far, or None and how they were lost.
+    """Return the weights of the best epoch so far, or None and a message about what is wrong with them.
 
-    Where a killed process had come further than its last checkpoint, they may be of a later and better epoch.
+    If a process was killed after its last checkpoint, they may be those of a later and better epoch.
     """
     if state.best is None:
         return None, None

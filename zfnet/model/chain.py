@@ -30,7 +30,7 @@ class Step:
     output_shape: torch.Size
 
     def __call__(self, x: Tensor) -> Tensor:
-        # an in-place module would change a tensor that somebody keeps
+        # an in-place module would change a tensor that the caller keeps
         return self.module(x.clone() if getattr(self.module, "inplace", False) else x)
 
     def __str__(self) -> str:

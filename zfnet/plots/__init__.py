@@ -1,1 +1,1 @@
-"""Figures and pages."""
+"""One figure style and palette, drawing that several files share, and the figures of a training."""

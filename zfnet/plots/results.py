@@ -19,6 +19,7 @@ from zfnet.plots.figures import (
     RED,
     SOFT,
     SPLIT_COLOURS,
+    WHITE,
     epoch_axis,
     new_figure,
     plain,
@@ -128,7 +129,7 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     axis.set_yticks(ticks, [classes[t] for t in ticks])
     for row, column in np.argwhere(rates >= 0.005) if count <= 20 else ():
         rate = rates[row, column]
-        colour = "white" if rate > 0.5 else INK
+        colour = WHITE if rate > 0.5 else INK
         text = f"{100 * rate:.0f}" + (f"\n({counts[row, column]:,})" if count <= 12 else "")
         axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     return figure

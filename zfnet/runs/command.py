@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
@@ -77,9 +76,9 @@ def _quote(word: str) -> str:
     def quoted(text: str) -> str:
         """Return the text, quoted if need be."""
         text = text.strip()
-        found = _value(f"{key}={text}")
+        parsed = _value(f"{key}={text}")
         exists = is_path and os.path.exists(os.path.expanduser(text))
-        plain = found == text or (found is not None and not exists)
+        plain = parsed == text or (parsed is not None and not exists)
         return text if plain else QuotedString(text, Quote.double).with_quotes()
 
     if is_path and os.path.exists(os.path.expanduser(value)):
@@ -104,41 +103,45 @@ def _value(word: str) -> Any:
     return "null" if value is None else value
 
 
-def read_command(raw: DictConfig, words: Sequence[str]) -> Config:
+def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) -> Config:
     """Return the checked config of a command: `raw` is what Hydra composed, `words` the overrides given to it.
 
+    sources: where `raw` came from, Hydra's `runtime.config_sources`; none if `compose_raw` composed it
     Raises UserError for anything that is not acceptable.
     """
+    from_elsewhere = not only_own_folders(sources)
     for override in _parse(words):
         if override.value() == {}:
             raise UserError(f"{override.input_line}: holds nothing; set keys, as in {override.key_or_group}.KEY=VALUE")
     if isinstance(raw.get("job"), str):  # in a record given as --config-path, job is no group
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
-    imports = trusted_imports(raw, words)
+    # a command trusts the packages of its own words, and those of the project's own `conf/`
+    own_imports = [w for w in words if w.lstrip("+").startswith("imports=")]
+    imports = imported_packages(compose_raw(own_imports) if from_elsewhere else raw)
     target = OmegaConf.select(raw, "job._target_")
     if target is None:
         name = OmegaConf.select(raw, "job.name")
         raise UserError(f"job.name={name}: choose a job by job=NAME, such as job=train")
-    kind = resolve("job", target, Job, imports)
+    job_class = resolve("job", target, Job, imports)
     job, run = f"job={raw.job.name}", raw.get("run")
-    if raw.get("images") is not None and not kind.reads_images:
+    if raw.get("images") is not None and not job_class.reads_images:
         raise UserError(f"{job} reads no image files: leave images=… out")
     if run is None:
-        if kind.reads_run == "needed":
+        if job_class.reads_run == "needed":
             raise UserError(f"{job} needs run=<dir>: the directory of a run, or run=last for the newest one")
         config = read_config(raw, imports)
-        if _from_elsewhere():
+        if from_elsewhere:
             _refuse_to_send(config.logger, words, "a config folder from elsewhere:")
-    elif kind.reads_run == "refused":
+    elif job_class.reads_run == "refused":
         raise UserError(
             f"{job} reads no run: job=resume goes on with one, job=reproduce runs one again, in a new directory"
         )
     else:
-        found = find_run(str(run))
-        if kind.trains and found.job == "import":
-            raise UserError(f"run={found.folder} was made by job=import: {job} needs a run that this program trained")
+        base = find_run(str(run))
+        if job_class.trains and base.job == "import":
+            raise UserError(f"run={base.folder} was made by job=import: {job} needs a run that this program trained")
         own = {key: OmegaConf.to_container(raw, resolve=True)[key] for key in _OWN}  # type: ignore[index,call-overload]
-        config = overlay(found, words, {**own, "run": str(found.folder)}, imports)
+        config = overlay(base, words, {**own, "run": str(base.folder)}, imports)
     config.overrides, config.composed = list(words), raw
     return config
 
@@ -238,18 +241,6 @@ def _names_a_value(text: Any, values: Mapping[str, Any]) -> bool:
     """Return whether `text` is `${a.b}` alone, and `a.b` one of these values, itself without an interpolation."""
     key = text[2:-1] if isinstance(text, str) and text.startswith("${") and text.endswith("}") else ""
     return all(part.isidentifier() for part in key.split(".")) and "${" not in str(values.get(key, "${"))
-
-
-def trusted_imports(raw: DictConfig, words: Sequence[str]) -> list[str]:
-    """Return the packages that a command trusts: those of its own words, and those of the project's own `conf/`."""
-    if _from_elsewhere():
-        raw = compose_raw([w for w in words if w.lstrip("+").startswith("imports=")])
-    return imported_packages(raw)
-
-
-def _from_elsewhere() -> bool:
-    """Return whether Hydra composed the command's config with a folder other than the project's own."""
-    return HydraConfig.initialized() and not only_own_folders(HydraConfig.get().runtime.config_sources)
 
 
 def compose_raw(words: Sequence[str]) -> DictConfig:

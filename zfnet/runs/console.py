@@ -122,7 +122,7 @@ def explain(error: Exception, words: Sequence[str] | None = None) -> str:
 
 def check_options(words: Sequence[str]) -> None:
     """Raise UserError for an option that Hydra does not have; some it would take for an abbreviation of its own."""
-    known = [o for o in get_args_parser()._option_string_actions if o.startswith("--")]
+    known = re.findall(r"--[a-z-]+", get_args_parser().format_usage())
     for number, word in enumerate(words):
         name, _, value = word.removeprefix("--").partition("=")
         is_key = (CONF / name).is_dir() or name in ("seed", "run", "images", "imports")

@@ -1,8 +1,7 @@
-"""The run directory: every file in it is written and read through here.
+"""The run directory: every file in it, but for the weights, is written and read through here.
 
 A file is written beside its final place, synced and renamed, so it is whole or absent. Who writes holds the
-directory's lock. Configs are YAML without interpolation: nothing that is read back can run code. (`weights.py` reads
-and writes the weights.)
+directory's lock. Configs are YAML without interpolation: nothing that is read back can run code.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ HISTORY_COLUMNS = (
 OUTPUTS = Path("outputs")
 _MOST_THREADS = 1024  # a record with more is damaged
 # what a directory may hold before its run: a lock, and the record of an attempt whose config was refused
-_NO_RUN = (".lock", "status.json", "train.log")
+BEFORE_RUN = (".lock", "status.json", "train.log")
 _PARTIAL = re.compile(r"\..+\.\w+\.partial")  # what a process that was killed has left half written
 
 
@@ -168,7 +167,7 @@ class RunDirectory:
             return False
         except OSError as error:
             raise UserError(f"{self.folder} cannot be read: {error.strerror or error}") from error
-        if any(name not in (*_NO_RUN, *_by_hydra()) and not _PARTIAL.fullmatch(name) for name in names):
+        if any(name not in (*BEFORE_RUN, *_by_hydra()) and not _PARTIAL.fullmatch(name) for name in names):
             content = "holds a run" if recorded else "holds no run"
             raise UserError(f"{self.folder} is not empty and {content}: choose another directory (hydra.run.dir=…)")
         return False
@@ -369,11 +368,11 @@ def find_folders(root: Path, name: str, depth: int) -> list[Path]:
             print(f"{folder} cannot be read and is left out: {error.strerror or error}", file=sys.stderr)
             return
         if level > 0 and any(entry.name == name for entry in entries):
-            found.append(folder)
+            folders.append(folder)
         for entry in entries if level < depth else ():
             if os.path.isdir(entry):
                 look(folder / entry.name, level + 1)
 
-    found: list[Path] = []
+    folders: list[Path] = []
     look(root, 0)
-    return sorted(found)
+    return sorted(folders)

@@ -149,18 +149,18 @@ def explain_job(text: str, job: str, width: int = 80) -> str:
 
 def described_keys(text: str) -> Iterator[tuple[str, str, str, str]]:
     """Yield (key, `job.` or nothing, default as written, comment) of a YAML file in conf/, without a job's name."""
-    found: list[list[str]] = []
+    rows: list[list[str]] = []
     prefix = ""
     for line in text.splitlines():
         key = re.match(r"( *)(\w+):(?: ([^#]*?))?\s*(?:# ?(.*))?$", line)
         if key is None:
             more = re.match(r"\s+# ?(.*)$", line)
-            if more and found:
-                found[-1][3] += f" {more[1].strip()}"
+            if more and rows:
+                rows[-1][3] += f" {more[1].strip()}"
         elif key[1] == "":
             prefix = f"{key[2]}."
             if key[3]:
-                found.append([key[2], "", key[3], key[4] or ""])
+                rows.append([key[2], "", key[3], key[4] or ""])
         elif prefix == "job." and len(key[1]) == 2 and key[2] not in ("name", "_target_"):
-            found.append([key[2], prefix, key[3] or "", key[4] or ""])
-    yield from ((k, p, v, c) for k, p, v, c in found)
+            rows.append([key[2], prefix, key[3] or "", key[4] or ""])
+    yield from ((k, p, v, c) for k, p, v, c in rows)

@@ -186,11 +186,11 @@ class TrainedRun:
         """
         size, data, pixels = self.metadata.stored_size, self.metadata.data, []
         for image in images:
-            found, problems = find_images([str(image)])
+            files, problems = find_images([str(image)])
             try:
-                if len(found) != 1:
-                    raise UnreadableImage(problems.get(str(image), f"names {len(found)} images; give one"))
-                square = fit_square(found[0].read(draft=size * data.draft), size, data.fit)
+                if len(files) != 1:
+                    raise UnreadableImage(problems.get(str(image), f"names {len(files)} images; give one"))
+                square = fit_square(files[0].read(draft=size * data.draft), size, data.fit)
                 pixels.append(torch.from_numpy(square.copy()))
             except UnreadableImage as error:
                 raise UserError(f"{image}: cannot be read as an image ({error})") from error

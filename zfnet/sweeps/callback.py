@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from zfnet.runs.console import explain
-from zfnet.runs.directory import RunDirectory, write_atomically
+from zfnet.runs.directory import BEFORE_RUN, RunDirectory, write_atomically
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.launch import TRIAL, take_one_gpu, value_or_error
 from zfnet.sweeps.summary import job_rows, read_sweep, to_markdown, to_text
@@ -73,7 +73,7 @@ class SweepReport(Callback):
 def _record_failure(run: RunDirectory, error: Exception) -> None:
     """Write status and log of a job whose config was refused; a directory that holds a run is not touched."""
     names = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
-    if names - {".lock", "status.json", "train.log"}:
+    if names - set(BEFORE_RUN):
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     run.set_status("failed", explain(error))

@@ -15,8 +15,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from zfnet.plots.figures import BLUE, ORANGE, PALETTE, SOFT, epoch_axis, new_figure, plain, plot_history, styled
-from zfnet.sweeps.significance import LEVEL
+from zfnet.plots.figures import (
+    BLUE,
+    INK,
+    ORANGE,
+    PALETTE,
+    SOFT,
+    WHITE,
+    epoch_axis,
+    new_figure,
+    plain,
+    plot_history,
+    styled,
+)
+from zfnet.runs.statistics import LEVEL
 from zfnet.sweeps.summary import Setting, Sweep, format_value, group_name, p_against_best, short_names
 
 NAMED = 8  # settings with a colour and a name of their own; the rest is grey
@@ -178,7 +190,7 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
                 axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=ORANGE, lw=2, linestyle=dashes))
             std = setting.mean_and_std()[1]
             text = f"{mean:.1%}" + (f"\n± {100 * std:.1f}" if std is not None else "")
-            colour = "white" if mean > (min(means) + max(means)) / 2 else "black"
+            colour = WHITE if mean > (min(means) + max(means)) / 2 else INK
             axis.text(column, row, text, ha="center", va="center", color=colour)
         colours: ScalarMappable = axis.imshow(grid, cmap="Blues", origin="lower", aspect="auto")
         axis.grid(False)
@@ -191,7 +203,7 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
             "c": means[::-1],
             "cmap": "viridis",
             "s": 55,
-            "edgecolor": "white",
+            "edgecolor": WHITE,
             "linewidth": 0.6,
         }
         across, up = (scale.raw if scale.many else scale.places for scale in (x, y))
@@ -234,7 +246,7 @@ def draw_parallel(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         axis.axvline(column, color=SOFT, linewidth=0.8, zorder=1)
         is_key = column < len(keys)
         place, side = (column - 0.03, "right") if is_key else (column + 0.04, "left")
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
+        box = {"facecolor": WHITE, "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
         for value, text in zip(places, texts, strict=True):
             axis.text(place, height(value, column), text, ha=side, va="center", fontsize=8, bbox=box, zorder=5)
     axis.set_xticks(range(len(ticks)), [*short_names(keys).values(), "validation\naccuracy"])

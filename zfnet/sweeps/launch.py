@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError
+from zfnet.config.schema import Config
 from zfnet.runs.command import read_command
 from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, objective, write_atomically
@@ -89,8 +90,8 @@ class SweepJobs:
                     config = self.compose(overrides)
                     words = (*self.for_all_jobs, *overrides)
                     self.composed[words] = config
-                    HydraConfig.instance().set_config(config)  # it tells which folders the config came from
-                    checked = read_command(_task(config), config.hydra.overrides.task)
+                    HydraConfig.instance().set_config(config)  # in it, `${hydra:…}` is that of this job
+                    checked = _read(config)
                     if checked.job.trains:
                         check_recipe(checked)
                 except (UserError, HydraException, OmegaConfBaseException, ValueError) as error:
@@ -157,7 +158,7 @@ class SweepJobs:
         if run.state != "done" or config.job.name != "train":
             return None
         try:
-            recorded, wanted = run.read_config(), read_command(_task(config), config.hydra.overrides.task)
+            recorded, wanted = run.read_config(), _read(config)
             if (recorded.identity(), recorded.data.root) != (wanted.identity(), wanted.data.root):
                 return None  # with data elsewhere, the job itself compares what it holds
             return Outcome(name, "done", objective(run.read_json("results.json")))
@@ -176,9 +177,10 @@ class SweepJobs:
         return Outcome(name, state, result)
 
 
-def _task(config: DictConfig) -> DictConfig:
-    """Return a job's config without Hydra's own part."""
-    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+def _read(config: DictConfig) -> Config:
+    """Return the checked config of a job that Hydra composed; raise UserError."""
+    raw = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    return read_command(raw, config.hydra.overrides.task, config.hydra.runtime.config_sources)
 
 
 def value_or_error(returned: JobReturn) -> float | Exception | None:

@@ -22,8 +22,8 @@ from zfnet.config.errors import UserError
 from zfnet.config.schema import flatten, result_keys
 from zfnet.runs.compare import surroundings
 from zfnet.runs.directory import RunDirectory, find_folders
+from zfnet.runs.statistics import LEVEL, difference, holm
 from zfnet.runs.tables import format_table
-from zfnet.sweeps.significance import LEVEL, difference, holm
 
 ABSENT = "–"  # in place of a value that a job does not have, such as the momentum of an Adam
 STATES = ("done", "running", "stopped", "pruned", "failed", "none")
@@ -123,7 +123,7 @@ def p_against_best(settings: Sequence[Setting]) -> list[float | None]:
     """
     scores = [setting.scores_by_seed() for setting in settings]
     pairs = itertools.combinations(range(len(settings)), 2)
-    p = {(i, j): found.p for i, j in pairs if (found := difference(scores[i], scores[j]))}
+    p = {(i, j): test.p for i, j in pairs if (test := difference(scores[i], scores[j]))}
     corrected = dict(zip(p, holm(list(p.values())), strict=True))
     return [corrected.get((0, i)) for i in range(len(settings))]
 

@@ -243,7 +243,7 @@ def check_recipe(config: Config) -> None:
     name = f"loss ({type(loss.loss).__name__})"
     try:
         value = loss(logits, torch.tensor([0, logits.shape[1] - 1]))
-    except Exception as error:  # whatever somebody's class raises
+    except Exception as error:  # user code may raise anything
         raise UserError(f"{name}: fails on logits [2, 2] and labels [2]: {one_line(error)}") from error
     if value.ndim or not value.requires_grad:
         raise UserError(f"{name}: must give one number with a gradient, not {list(value.shape)}")

@@ -39,7 +39,7 @@ class FilterRenormalization(Callback):
 
 
 class EMA(Callback):
-    """Keeps an exponential moving average of the weights, and has it evaluated and saved instead of them.
+    """Keeps an exponential moving average of the weights, which is evaluated and saved instead of them.
 
     grows: after t steps the decay is at most (1 + t) / (10 + t), so that a short run does not average its first weights
     """
@@ -87,8 +87,8 @@ class EMA(Callback):
 class ProgressBar(Callback):
     """A bar for each epoch on a terminal, a line a minute elsewhere, with the time that the whole run has left.
 
-    advice: is asked once, after the first steps of a run of more than a minute, with the seconds that it will take;
-    returns words to print
+    advice: called once, after the first steps of a run of more than a minute, with its estimated seconds; returns text
+    to print
     """
 
     def __init__(self, advice: Callable[[TrainingState, float], str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""torch.compile where it pays: tried with this network on this device, before the first step."""
+"""trainer.compile=auto: time torch.compile with this network on this device, before the first step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHERE = ("cuda",)  # on CPUs, compiled steps of this network are slower
 
 @dataclass(frozen=True)
 class Trial:
-    """What was measured, in seconds: a step as it is, a compiled one, and the compiling."""
+    """Measured seconds: of an eager step, of a compiled step, and of compiling."""
 
     eager: float
     compiled: float
@@ -26,11 +26,11 @@ class Trial:
 
     @property
     def pays(self) -> bool:
-        """Whether to go on compiled, now that compiling is paid for."""
+        """Whether a compiled step is faster, now that compiling is done."""
         return self.compiled < self.eager
 
     def describe(self, steps: int, steps_per_epoch: int) -> str:
-        """Two lines for people about a run of `steps`."""
+        """Return two lines of text about a run of `steps`."""
         measured = (
             f"torch.compile: took {self.cost:.1f} s; a step takes {1000 * self.compiled:.2f} ms with it, "
             f"{1000 * self.eager:.2f} without:\n"
@@ -41,10 +41,10 @@ class Trial:
         return f"{measured}it pays after {even / steps_per_epoch:.1f} epochs, of {steps / steps_per_epoch:.0f}; on"
 
 
-def settle_auto(state: TrainingState, batches: Batches, recorded: bool | None) -> str | None:
-    """Make of trainer.compile=auto what a record of the same run says, or a trial; return words about a trial.
+def resolve_compile(state: TrainingState, batches: Batches, recorded: bool | None) -> str | None:
+    """Resolve trainer.compile=auto: as recorded for the same run, else by a trial; return a message about a trial.
 
-    Of a run on several processes, or elsewhere than on a GPU, `auto` is off.
+    With several processes, or on a device other than a GPU, `auto` is off.
     """
     if state.config.trainer.compile != "auto" or state.runtime.device.type not in WHERE or state.world.size > 1:
         return None
@@ -55,39 +55,39 @@ def settle_auto(state: TrainingState, batches: Batches, recorded: bool | None) -
 
 
 def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
-    """Leave `state` as it was, but for whether its steps are compiled; return the reason in words."""
+    """Compile the steps of `state` if it pays, and leave its state unchanged; return a message with the reason."""
     trainer = state.config.trainer
     steps = trainer.epochs * state.steps_per_epoch
     before = state.checkpoint()
     before.tensors = {name: tensor.clone() for name, tensor in before.tensors.items()}
     before.metadata["seconds"] = state.seconds
     examples = _one_of_each_size(batches)
-    eager = _seconds(state, examples[0])
+    eager = _step_seconds(state, examples[0])
     if eager * steps * trainer.compile_gain < trainer.compile_seconds:
-        words = f"torch.compile: off, {steps:,} steps of {1000 * eager:.2f} ms are too few for it to pay"
+        message = f"torch.compile: off, {steps:,} steps of {1000 * eager:.2f} ms are too few for it to pay"
     else:
         state.use_compiled(True)
         try:
             cost = timed(partial(_train_on, state, examples), state.runtime.device)
-            trial = Trial(eager, _seconds(state, examples[0]), cost)
-        except Exception as error:  # no C compiler, no Triton …: nobody asked for it by name
+            trial = Trial(eager, _step_seconds(state, examples[0]), cost)
+        except Exception as error:  # no C compiler, no Triton …: auto must not fail
             state.use_compiled(False)
             state.optimizer.zero_grad(set_to_none=True)
-            words = f"torch.compile: off, it fails here ({one_line(error)})"
+            message = f"torch.compile: off, it fails here ({one_line(error)})"
         else:
             state.use_compiled(trial.pays)
-            words = trial.describe(steps, state.steps_per_epoch)
+            message = trial.describe(steps, state.steps_per_epoch)
     state.restore(before)
-    return words
+    return message
 
 
 def _one_of_each_size(batches: Batches) -> list[Batch]:
-    """Return a full batch and, if it is smaller, the last: each size is compiled for itself."""
+    """Return a full batch and, if it is smaller, the last: each size is compiled separately."""
     full, last = (next(batches.epoch(0, start)) for start in (0, len(batches) - 1))
     return [full] if len(last.labels) == len(full.labels) else [full, last]
 
 
-def _seconds(state: TrainingState, batch: Batch) -> float:
+def _step_seconds(state: TrainingState, batch: Batch) -> float:
     _train_on(state, [batch] * WARMUP)
     return timed(partial(_train_on, state, [batch] * STEPS), state.runtime.device) / STEPS
 

@@ -29,7 +29,7 @@ log = logging.getLogger("zfnet")
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a logger is told when a run starts.
+    """The run that a logger gets in `start`.
 
     folder: the run directory; config: as recorded, nested; step: 0, or the step from which a stopped run goes on;
     model: on the CPU or a GPU, not to be changed; image_size: side of its input in pixels; samples: uint8 [N, h, w, 3]

@@ -95,7 +95,7 @@ def train_step(state: TrainingState, batch: Batch) -> None:
 def measure(state: TrainingState, evaluations: Mapping[str, Batches], stop: StopRequest) -> dict[str, float]:
     """Return loss and accuracy of each set, as columns of the history; the same in all processes."""
     row: dict[str, float] = {}
-    getattr(state.optimizer, "eval", bool)()  # some optimizers evaluate other weights than they train
+    getattr(state.optimizer, "eval", bool)()  # schedule-free optimizers swap in their averaged weights
     if state.world.is_main:
         for name, batches in evaluations.items():
             result = evaluate(state.eval_model, batches, state.runtime, f"{name} {state.epoch + 1}", stop)

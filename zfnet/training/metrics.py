@@ -1,4 +1,4 @@
-"""Sums that stay on the device until somebody asks."""
+"""Loss and accuracy accumulators kept on the device; `read()` and `result()` are the only host syncs."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A mean cross-entropy this large comes from logits beyond 10⁵: no recipe comes back from there.
-LOST = 1e5
+# A mean cross-entropy this large comes from logits beyond 10⁵; no training recovers from that.
+DIVERGED_LOSS = 1e5
 
 
 class RunningMetrics:
     """Loss and accuracy over the images seen since `reset`, without synchronising per step.
 
-    Also notes the first step whose loss was lost (not a number, or beyond LOST), so that it can be named later.
+    Also keeps the first step that diverged: whose mean loss is not a number, or DIVERGED_LOSS or more.
     """
 
     def __init__(self, device: torch.device) -> None:
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        # loss sum, correct, images, first bad step (−1: none)
-        self.sums = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=kind, device=device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        # loss sum, correct, images, first step that diverged (−1: none)
+        self.sums = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=dtype, device=device)
 
     def reset(self) -> None:
         self.sums[:3] = 0
 
     @torch.no_grad()
     def add(self, losses: Tensor, correct: Tensor, count: int, step: int) -> None:
-        """Add one batch: the sum of its losses, how many of its images were right, and how many it has."""
+        """Add one batch: the sum of its losses, the number of its images classified correctly, and of all."""
         self.sums[0] += losses
         self.sums[1] += correct
         self.sums[2] += count
         bad = self.sums[3]
-        # a tensor made on the device: `where` would copy a plain number there, and wait for it
+        # a tensor on the device: `where` would copy a Python number there and synchronise
         now = torch.full_like(bad, step)
-        bad.copy_(torch.where((bad < 0) & ~(losses < LOST * count), now, bad))
+        bad.copy_(torch.where((bad < 0) & ~(losses < DIVERGED_LOSS * count), now, bad))
 
     def read(self) -> tuple[float, float, int | None]:
-        """Return (mean loss, accuracy, first bad step or None). This waits for the device."""
+        """Return (mean loss, accuracy, first step that diverged or None). This waits for the device."""
         loss, correct, count, bad = self.sums.tolist()
         count = max(count, 1.0)
         return loss / count, correct / count, None if bad < 0 else int(bad)
@@ -46,10 +46,10 @@ class RunningMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a set says about a network. `predictions` [N] and `confidences` [N] are in the set's order.
+    """The metrics of a network on a set of images. `predictions` [N] and `confidences` [N] are in the set's order.
 
-    top5: None with fewer than six classes, where it would always be 1
-    probabilities: [N, classes], where they were asked for
+    top5: None with fewer than six classes, since it would always be 1
+    probabilities: [N, classes], if they were kept
     """
 
     loss: float
@@ -110,7 +110,7 @@ class EvaluationSums:
         self.labels.append(labels)
 
     def result(self) -> Evaluation:
-        """Return the figures. This waits for the device."""
+        """Return the metrics. This waits for the device."""
         predictions, labels = torch.cat(self.predictions).cpu(), torch.cat(self.labels).cpu()
         return Evaluation(
             loss=torch.cat(self.losses).cpu().double().mean().item(),

@@ -56,12 +56,12 @@ class Schedule:
             )
         self.count = 0  # of the scheduler's steps
         self._rates: list[float] | None = None  # the scheduler's own, while warmed-up ones are in force
-        self._used: deque[tuple[int, float]] = deque(maxlen=1000)  # the last steps and their rates
+        self._recent_rates: deque[tuple[int, float]] = deque(maxlen=1000)  # the last steps and their rates
 
     def lr(self, step: int) -> float:
-        """Return the learning rate (of the first parameter group) that step `step` has used, or would use now."""
-        used = dict(self._used)
-        return used[step] if step in used else self.lr_now(step)
+        """Return the learning rate (of the first parameter group) of step `step`, or what it would be now."""
+        recent = dict(self._recent_rates)
+        return recent[step] if step in recent else self.lr_now(step)
 
     def lr_now(self, step: int) -> float:
         """Return the learning rate that step `step` would use now, after the schedule has advanced."""
@@ -77,7 +77,7 @@ class Schedule:
             self._rates = [group["lr"] for group in self.optimizer.param_groups]
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
-        self._used.append((step, float(self.optimizer.param_groups[0]["lr"])))
+        self._recent_rates.append((step, float(self.optimizer.param_groups[0]["lr"])))
 
     def step(self) -> None:
         """End an optimizer step: undo warm-up, and advance a schedule that counts steps."""
@@ -110,14 +110,14 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what changes as the schedule advances, as plain numbers; the rest follows from the config."""
-        last = [list(used) for used in self._used][-1:]  # what an epoch that has just ended records
+        last = [list(pair) for pair in self._recent_rates][-1:]  # what an epoch that has just ended records
         return {"taken": self.count, "scheduler": _plain_state(self.scheduler), "used": last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`; the rates themselves belong to the optimizer."""
+        """Restore what `state_dict()` returned; the rates themselves are in the optimizer's state."""
         self.count = state["taken"]
-        self._used.clear()
-        self._used.extend((step, rate) for step, rate in state.get("used", []))
+        self._recent_rates.clear()
+        self._recent_rates.extend((step, rate) for step, rate in state.get("used", []))
         _load_plain_state(self.scheduler, state["scheduler"])
 
 

@@ -22,14 +22,14 @@ from zfnet.training.schedule import Schedule, schedule_span
 
 
 class Callback:
-    """Hooks of a training; each is given the `TrainingState`. Derive from it, and override what you need.
+    """Hooks of a training; each gets the `TrainingState`. Derive from it, and override what you need.
 
     name: the key under which a config names it; the state that `state_dict` returns is kept under this name
     monitor: a column of history.csv that it needs in each epoch, such as validation_loss; a run that does not measure
-        it ends before its first step
+        it stops before its first step
 
     A callback must be a function of the config, the step and its own state: then a resumed run equals one that never
-    stopped. What it keeps from step to step (numbers, lists, tensors) belongs into `state_dict`.
+    stopped. What it keeps from step to step (numbers, lists, tensors) belongs in `state_dict`.
     """
 
     name = ""
@@ -54,14 +54,14 @@ class Callback:
         """Called after the last epoch."""
 
     def on_exception(self, state: TrainingState, error: BaseException) -> None:
-        """Called when the training ends by an error, a signal or pruning, before the error goes on."""
+        """Called when the training ends by an error, a signal or pruning, before the error is raised again."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold: tensors, numbers, text, and lists, tuples and dicts of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+        """Restore what `state_dict()` returned."""
 
 
 def measured_columns(sets: Iterable[str]) -> list[str]:
@@ -70,7 +70,7 @@ def measured_columns(sets: Iterable[str]) -> list[str]:
 
 
 def check_monitors(callbacks: Iterable[Callback], columns: Sequence[str]) -> None:
-    """Raise UserError if a callback monitors something else than these columns."""
+    """Raise UserError if a callback monitors a column other than these."""
     for callback in callbacks:
         if callback.monitor is not None and callback.monitor not in columns:
             raise UserError(
@@ -79,11 +79,11 @@ def check_monitors(callbacks: Iterable[Callback], columns: Sequence[str]) -> Non
 
 
 class TrainingState:
-    """One training: its parts, and how far it has come.
+    """One training: model, optimizer, schedule, metrics, and its progress.
 
     There is no random state: order, augmentation and dropout are functions of (seed, epoch, step).
 
-    callbacks: are called in this order; those that add to the state put it into its checkpoints
+    callbacks: called in this order; their `state_dict`s are saved in the checkpoints
     eval_model: the weights to evaluate and keep: the model's, unless a callback averages them
     new_weights: names of weights that `trainer.init_from` did not set
     """
@@ -103,7 +103,7 @@ class TrainingState:
     ) -> None:
         self.config, self.runtime, self.steps_per_epoch, self.world = config, runtime, steps_per_epoch, world
         self.model, self.criterion, self.optimizer, self.schedule = model, criterion, optimizer, schedule
-        # wrapping and compiling make other modules; the state dict is always the plain one's
+        # wrapping and compiling create new modules; the state dict is always that of the plain model
         self.parallel = world.wrap(self.model, runtime.device, config.trainer.gradients)
         self.use_compiled(runtime.compile)
         self.metrics = RunningMetrics(runtime.device)
@@ -138,11 +138,11 @@ class TrainingState:
         getattr(self.optimizer, "train", bool)()
 
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager:
-        """Return the context of a backward pass: processes average their gradients after the last of a step."""
+        """Return the context of a backward pass: processes average their gradients after the last one of a step."""
         if last or self.world.size == 1:
             return contextlib.nullcontext()
-        waiting: contextlib.AbstractContextManager = self.parallel.no_sync()  # type: ignore[operator]
-        return waiting
+        no_sync: contextlib.AbstractContextManager = self.parallel.no_sync()  # type: ignore[operator]
+        return no_sync
 
     @property
     def step_in_epoch(self) -> int:
@@ -224,9 +224,9 @@ class TrainingState:
         return Checkpoint(tensors, metadata)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Become what `checkpoint` recorded, of this run or, where it branches, of its parent.
+        """Restore a checkpoint of this run or, if it is a branch, of its parent.
 
-        Raises UserError where it does not fit the run: one with a checksum may still have been made by somebody else.
+        Raises UserError if it does not fit the run: a valid checksum does not say which run wrote it.
         """
         try:
             self._restore(saved)
@@ -261,11 +261,11 @@ class TrainingState:
     def _branch(
         self, optimizer: dict[str, Any], callbacks: dict[str, Any]
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """Settle what differs from the parent, once weights and history are its own; return what it hands on.
+        """Adapt the parent's state to this run, whose weights and history are restored; return the adapted states.
 
-        The optimizer's settings are this run's, and the learning rate is what this run's schedule gives now. The
-        optimizer's state (momentum, say) goes on unless another optimizer takes over. A callback goes on if its
-        settings are the parent's; none does if one had stopped the parent early.
+        The optimizer's settings are this run's, and the learning rate is that of this run's schedule. The optimizer's
+        state (such as momentum) is kept unless the optimizer is another one. A callback keeps its state if its settings
+        are unchanged; none does if one had stopped the parent early.
         """
         assert self.config.parent is not None
         before = self.config.parent.config
@@ -276,11 +276,11 @@ class TrainingState:
             raise UserError(f"trainer.monitor={monitor}: the parent did not measure it")
         self.schedule.replay([row[monitor] for row in self.history[first:]])
         unchanged = {k for k, v in self.config.callbacks.items() if before["callbacks"].get(k) == v}
-        goes_on = set() if self.should_stop else unchanged
-        callbacks = {k: v for k, v in callbacks.items() if k in goes_on or k not in self.config.callbacks}
+        kept = set() if self.should_stop else unchanged
+        callbacks = {k: v for k, v in callbacks.items() if k in kept or k not in self.config.callbacks}
         self.should_stop = False
-        kinds = [_without_numbers(c) for c in (before["optimizer"], self.config.optimizer)]
-        if kinds[0] != kinds[1] or before["trainer"].get("freeze", []) != self.config.trainer.freeze:
+        settings = [_without_numbers(c) for c in (before["optimizer"], self.config.optimizer)]
+        if settings[0] != settings[1] or before["trainer"].get("freeze", []) != self.config.trainer.freeze:
             return None, callbacks
         return {**optimizer, "param_groups": [{} for _ in optimizer["param_groups"]]}, callbacks
 

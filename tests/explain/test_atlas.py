@@ -13,18 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.explain.browser import CHROMIUM, DRIVER, browser
 from tests.explain.networks import config
 from tests.helpers import compose
-from tests.plots.browser import CHROMIUM, DRIVER, browser
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Conv
 from zfnet.data import Batches
 from zfnet.data.images import image_set
 from zfnet.explain import Deconvnet, receptive_box
-from zfnet.explain.maps import MapFacts
-from zfnet.explain.top_activations import TopActivations, collect
-from zfnet.model.zfnet import ZFNet
-from zfnet.plots.atlas import (
+from zfnet.explain.atlas import (
     Atlas,
     Photograph,
     Strongest,
@@ -36,6 +33,9 @@ from zfnet.plots.atlas import (
     write_photographs,
     write_single,
 )
+from zfnet.explain.maps import MapFacts
+from zfnet.explain.top_activations import TopActivations, collect
+from zfnet.model.zfnet import ZFNet
 
 CLASSES = ["<b>bold</b>", "</script>", "sea lion", "cat"]
 MAPS = {"conv1": 12, "conv5": 6}
