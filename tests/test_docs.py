@@ -1,7 +1,12 @@
-"""README and docs/: every command composes, the cheap ones run at a tiny size, Python runs, links lead somewhere."""
+"""README, CONTRIBUTING and docs/: every command composes, Python runs, links lead somewhere.
+
+Jobs, trainings in one process and README's sweeps also run, at a tiny size and on built-in images in place of
+downloads; other sweeps, several processes and the compiler are composed only.
+"""
 
 from __future__ import annotations
 
+import csv
 import re
 import runpy
 import shlex
@@ -25,9 +30,10 @@ from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
 from zfnet.runs.weights import save_model
 from zfnet.training.build import check_recipe
 
+SHELL = (". .venv/bin/activate", "ruff check .", "ruff format --check .", "mypy")  # of CONTRIBUTING; .ci/run does them
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
-TESTED_ELSEWHERE = "extend.md"  # the tests of examples/extend follow it
+PAGES = [README, ROOT / "README.zh-CN.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TESTED_ELSEWHERE = "extend.md"  # the tests of examples/extend run its commands
 SET_UP = [
     "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python run.py experiment=quickstart",
     ".venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest",
@@ -36,6 +42,8 @@ SET_UP = [
 # every layer of the network, a few maps wide: the pages name layers
 SMALL = [word for word in MINUTE if not word.endswith("=null")]
 SMALL += [
+    "model=small",
+    "data.image_size=64",
     "model.conv3.channels=4",
     "model.conv4.channels=4",
     "model.fc7.features=16",
@@ -75,6 +83,10 @@ PLACEHOLDERS = {
     "checkpoint_epochs=[5]": "checkpoint_epochs=[1]",
     "outputs/train/…": RUN,
     "run=outputs/again": f"run={RUN}",
+    "run=outputs/sweeps/price/all_$seed": f"run={RUN}",
+    "job.sweep=outputs/sweeps/price": "job.sweep=outputs/sweeps/lr",
+    "$views": "flip",
+    r"${name}_\${seed}": "all_${seed}",
     ",https://…": "",
     ',"https://example.org/a.jpg"': "",
 }
@@ -84,16 +96,25 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
 
 
+def plain(block: str) -> str:
+    """Return a block without what spreads a command: lines that go on, loops, and functions that end in "$@"."""
+    text = re.sub(r"^ *(for .*; do|done)$", "", block.replace("\\\n", " "), flags=re.M)
+    for name, command in re.findall(r"^(\w+)\(\) \{\n.*?(python .*?) *\"\$@\"\n\}$", text, re.S | re.M):
+        text = re.sub(rf"^{name}\(\) \{{.*?^\}}$", "", text, flags=re.S | re.M)
+        text = re.sub(rf"^{name} \w+", lambda _, c=command: c, text, flags=re.M)  # the first word is its name
+    return text
+
+
 def commands(page: Path) -> list[str]:
     """Return what stands in bash blocks, and `python …` and `pip …` within the text."""
-    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    lines = "\n".join(map(plain, blocks(page, "bash"))).splitlines()
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     inline = re.findall(r"`((?:python|pip|tensorboard) [^`]+)`", prose)
     return [" ".join(line.partition(" #")[0].split()) for line in lines + inline if line.strip()]
 
 
 def all_commands() -> list[str]:
-    found = [c for page in PAGES if page.name != TESTED_ELSEWHERE for c in commands(page)]
+    found = [c for page in PAGES for c in commands(page) if page.name != TESTED_ELSEWHERE or "run.py" not in c]
     single = [part.removeprefix(".venv/bin/") for command in found for part in command.split(" && ")]
     once = {re.sub(r" run=\S+", " run=…", command): command for command in reversed(single)}
     return list(once.values())[::-1]
@@ -110,10 +131,10 @@ def settings(words: list[str]) -> dict[str, str]:
 
 
 def first_and_last_job(words: list[str]) -> Iterator[list[str]]:
-    """Yield the words of two jobs of a sweep, or the words themselves."""
+    """Yield the words of two jobs of a sweep, of one if only seeds differ, or the words themselves."""
     swept = [o for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
     kept = [word for word in words if word not in [o.input_line for o in swept]]
-    for end in (0, -1) if swept else (0,):
+    for end in (0, -1) if any(o.key_or_group != "seed" for o in swept) else (0,):
         chosen = []
         for o in swept:
             interval = not o.is_discrete_sweep()
@@ -141,6 +162,34 @@ def is_cheap(words: list[str]) -> bool:
     if "-m" in words or given.get("job.subject") == "choices":  # many runs, or a compiler
         return False
     return "job" in given or given.get("experiment") == "quickstart" or "--help" in words or "--config-name" in words
+
+
+def is_training(words: list[str]) -> bool:
+    """Whether these words train once, in one process, and need neither later epochs nor weights of their own size."""
+    keys = ("devices", "snapshots", "checkpoint_epochs", "init_from")
+    other = {"job", "hydra.run.dir", *(f"trainer.{key}" for key in keys)}
+    return not (other & settings(words).keys() or "-m" in words)
+
+
+def at_tiny_size(words: list[str]) -> list[str]:
+    """Return the words of a training, on the built-in images if it names others than the folder `photos`."""
+    small = [*MINUTE[1:], "trainer.epochs=1", "model=small", "data.image_size=112", "trainer.snapshots=[]"]
+    if "data.root=photos" in words:  # two images a class
+        small = [word for word in small if not word.startswith("data.t")]
+        return with_small(words, ["data.validation=0.5", "data.batch_size=2", *small])
+    kept = [word for word in words if not re.match(r"data(\.root)?=", word)]
+    return with_small(kept, ["data=shapes", "data.store_size=64", *small])
+
+
+def two_jobs(words: list[str]) -> list[str]:
+    """Return the words of a sweep of two jobs: the first two values of the first key, and the first of the others."""
+    kept, most = [], 2
+    for word in words:
+        key, _, values = word.partition("=")
+        if "," in values and "(" not in values:
+            word, most = f"{key}={','.join(values.split(',')[:most])}", 1
+        kept.append(word)
+    return [*kept, *(["hydra.sweeper.n_trials=2"] if "hydra/sweeper=optuna" in words else [])]
 
 
 @pytest.fixture(scope="session")
@@ -189,10 +238,15 @@ def test_command(workspace: Callable, command: str) -> None:
     if "run.py" in words:
         assert head in ("python", "torchrun")
         check_run_py(workspace, words[words.index("run.py") + 1 :])
+        if "-m" in words and command in commands(README):
+            check_sweep(workspace, words[1:])
     elif head == "pip":
-        known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
-        assert words[:2] == ["install", "-e"]
-        assert set(re.findall(r"\w+", words[2])) <= set(known)
+        project = (ROOT / "pyproject.toml").read_text()
+        assert words[0] == "install"
+        if words[1] == "-e":
+            assert set(re.findall(r"\w+", words[2])) <= set(re.findall(r"^(\w+) = \[", project, re.M))
+        else:
+            assert all(f'"{word}>=' in project for word in words[1:])
     elif words[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
     elif words and words[0].startswith("benchmarks/"):
@@ -201,7 +255,7 @@ def test_command(workspace: Callable, command: str) -> None:
         if settings(words):
             checked(["job=benchmark", *(w for w in words if "=" in w)])
     else:
-        assert command in ("python3 -m venv .venv", "tensorboard --logdir outputs")
+        assert command in (*SHELL, "python3 -m venv .venv", "tensorboard --logdir outputs")
 
 
 def check_run_py(run_py: Callable, words: list[str]) -> None:
@@ -214,6 +268,16 @@ def check_run_py(run_py: Callable, words: list[str]) -> None:
         extra = [] if given else EXTRA.get(settings(words).get("job", "train"), [])
         answer = run_py(*with_small(words, extra))
         assert answer.code == 0, answer.err
+    elif is_training(words):
+        answer = run_py(*at_tiny_size(words))
+        assert answer.code == 0, answer.err
+
+
+def check_sweep(run_py: Callable, words: list[str]) -> None:
+    answer = run_py(*with_small(two_jobs(words), [*MINUTE, "trainer.epochs=1", "hydra.sweep.dir=two"]))
+    assert answer.code == 0, answer.err
+    with open("two/summary.csv", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 2
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name)
