@@ -56,7 +56,7 @@ def cycles(graph: dict[str, set[str]]) -> list[str]:
     return sorted(remaining)
 
 
-def test_imports_through_a_folder_count_as_those_of_the_file_that_defines_the_name(graph: dict[str, set[str]]) -> None:
+def test_imports_through_a_folder_count_as_those_of_the_file(graph: dict[str, set[str]]) -> None:
     assert "zfnet.data.batches" in graph["zfnet.training.loop"]  # from zfnet.data import Batch, Batches
 
 

@@ -79,7 +79,7 @@ def colours() -> Shown:
     return Shown(Deconvnet(chain), images, data, "a", trials)
 
 
-def test_maps_that_see_a_colour_are_predicted_by_a_network_that_sees_colours(colours: Shown) -> None:
+def test_maps_of_a_colour_are_predicted_by_a_network_with_colours(colours: Shown) -> None:
     assert sorted(colours.trials.maps.tolist()) == [0, 1, 2]
     right = choices(colours, Observer(colour_network(torch.tensor([1.0, 1, 1, -1, -1, -1])), colours.data, ["a"]))
     assert right["patches"].eq(1).all()

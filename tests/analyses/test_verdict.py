@@ -89,7 +89,7 @@ def linear(study: Study, monkeypatch: pytest.MonkeyPatch) -> Study:
     return dataclasses.replace(study, job=job, subjects=[Subject("class", target, torch.arange(4))])
 
 
-def test_own_picture_of_a_linear_class_is_above_all_others_and_the_next_ones_is_not(linear: Study) -> None:
+def test_own_picture_of_a_linear_class_is_above_all_others(linear: Study) -> None:
     found = scores(list(METRICS["own"](linear)))
     assert found["class", "gradient", "own"].values.tolist() == [1] * 4
     # one other class shows what this one sums, and two show nothing, as the own picture does
@@ -118,7 +118,7 @@ def test_weights_of_a_linear_class_are_compared_with_its_shuffled_ones(linear: S
     assert found.min() > 0.7  # there is nothing left of them
 
 
-def test_stability_is_1_where_the_picture_ignores_the_image_and_0_where_it_is_drawn_anew(
+def test_stability_is_1_if_the_image_is_ignored_and_0_if_drawn_anew(
     linear: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, given, picture = linear.subjects[0].target, [], Target.picture

@@ -13,7 +13,11 @@ from tests.helpers import checked
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_can_be_trained(name: str) -> None:
-    checked(*SMALL, *RECIPES[name])
+    config = checked(*SMALL, *RECIPES[name])
+    assert config.trainer.deterministic
+    optimizer, scheduler = name.split(", ")[:2]
+    assert config.optimizer["_target_"].lower().endswith(f".{optimizer}")
+    assert scheduler in config.scheduler["_target_"].lower()
 
 
 def test_the_record_holds_no_difference() -> None:

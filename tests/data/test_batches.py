@@ -82,7 +82,7 @@ def test_a_balanced_epoch_shows_each_class_equally_often(sizes: list[int], epoch
         assert not len(times) or times.max() - times.min() <= 1
 
 
-def test_balanced_epochs_differ_and_repetitions_have_random_changes_of_their_own() -> None:
+def test_balanced_epochs_differ_and_repetitions_are_augmented_anew() -> None:
     images = image_set(random_images(30, 16).numpy(), (torch.arange(30) > 27).long(), "ab")
     how, data = augment_config(crop_padding=2, flip=0.5), data_config(batch_size=7, image_size=16, sampler="balanced")
     parts = Batches(images, data, CPU, augment=how)

@@ -355,7 +355,7 @@ def test_equal_names_sizes_and_times_are_not_equal_content(config, photos: Path,
     assert first.fingerprint != second.fingerprint
 
 
-def test_the_cache_is_found_wherever_the_files_lie_and_files_are_hashed_once(config, photos: Path, monkeypatch) -> None:
+def test_the_cache_is_found_wherever_the_files_lie(config, photos: Path, monkeypatch) -> None:
     write_images(photos, {"a": 3, "b": 3})
     first = load_folder(config())
     monkeypatch.setattr(folder_module, "read_image", lambda *_: pytest.fail("decoded again"))
@@ -494,9 +494,7 @@ def test_the_manifest_of_a_cache_is_bounded(config, photos: Path, content: str) 
 
 
 @pytest.mark.parametrize("draft", [True, False])
-def test_large_jpegs_are_drafted_in_training_and_for_the_trained_network_alike(
-    config, photos: Path, monkeypatch, draft: bool
-) -> None:
+def test_large_jpegs_are_drafted_in_training_and_afterwards(config, photos: Path, monkeypatch, draft: bool) -> None:
     write_images(photos, {"a": 3, "b": 3}, size=150, suffix="jpg")
     data, sides = config(draft=draft, store_size=32, image_size=70), []
     monkeypatch.setattr(Image.Image, "transpose", lambda image, _: image)

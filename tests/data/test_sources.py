@@ -98,7 +98,7 @@ def test_load_datasets_fits_images_that_are_not_squares() -> None:
     assert load_splits(data_config("dataset", train=own("wide")), ["tests"]).train.images.shape[1] == 64
 
 
-def test_load_datasets_seeds_what_an_item_draws_and_leaves_the_generators_alone() -> None:
+def test_load_datasets_seeds_items_and_leaves_the_generators_alone() -> None:
     data = data_config("dataset", train=own("random"))
     np.random.seed(1)
     before = np.random.get_state()[1].tolist(), torch.random.get_rng_state()

@@ -44,7 +44,7 @@ def test_removal_of_a_linear_model_is_known() -> None:
 
 
 @pytest.mark.parametrize("filling", FILLINGS)
-def test_insertion_is_the_deletion_of_the_least_relevant_first_read_backwards(filling: str) -> None:
+def test_insertion_is_the_reversed_deletion_of_the_least_relevant(filling: str) -> None:
     """To the bit, with each filling, and likewise the other way round: two curves, of which each has two names."""
     frames, boxes = torch.randn(1, 3, 8, 8), torch.tensor([[0, 0, 8, 8]])
     kernel = torch.randn(3, 8, 8)

@@ -232,7 +232,7 @@ def test_no_step_waits_for_the_device(words: tuple[str, ...]) -> None:
     state.train()
     for batch in batches.epoch(0):  # memory is taken, kernels are chosen
         loop.train_step(state, batch)
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # a step that waits raises
     try:
         for batch in batches.epoch(1):
             loop.train_step(state, batch)
@@ -252,7 +252,7 @@ def test_no_step_after_a_resume_waits_for_the_device(name: str) -> None:
         loop.train_step(state, batch)
     state.restore(state.checkpoint())
     loop.train_step(state, next(batches.epoch(1)))
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # a step that waits raises
     try:
         for batch in batches.epoch(1, 1):
             loop.train_step(state, batch)

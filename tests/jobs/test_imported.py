@@ -15,16 +15,15 @@ import torchvision
 from safetensors.torch import save_file
 
 from tests.helpers import MINUTE, compose, random_images, used, write_images
+from tests.model.graphs import NODES, WEIGHTS, graph
 from zfnet import ZFNet, load_run
 from zfnet.config.errors import UserError
 from zfnet.jobs import imported
 from zfnet.model.build import build_model
 from zfnet.model.chain import Chain
-from zfnet.model.onnx_graph import MOST_WEIGHTS, read_onnx
 from zfnet.runs.directory import RunDirectory
 
 OWN = tuple(word for word in MINUTE if word.startswith("model."))
-SEQUENCE = "zfnet.model.onnx_graph.Sequence"
 
 
 def import_(output: Path, source: object, *words: str) -> RunDirectory:
@@ -154,44 +153,6 @@ def test_state_dicts_of_torchvisions_networks_are_known_by_their_shapes(tmp_path
 # ---- ONNX
 
 
-def graph(path: Path, *nodes: Any, weights: dict[str, np.ndarray] | None = None, **values: Any) -> Path:
-    """Write an ONNX file: of each node its operation, its inputs after the image, and its attributes."""
-    onnx = pytest.importorskip("onnx")
-    made, at = [], "x"
-    for number, (kind, inputs, attributes) in enumerate(nodes):
-        output = f"y{number}"
-        made.append(onnx.helper.make_node(kind, [at, *inputs], [output], **attributes))
-        at = output
-    size = values.get("size", 19)
-    ends = [
-        onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in (("x", [1, 3, size, size]), (at, None))
-    ]
-    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in (weights or {}).items()]
-    content = onnx.helper.make_graph(made, "g", ends[:1], ends[1:], tensors)
-    onnx.save(onnx.helper.make_model(content, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), path)
-    return path
-
-
-def numbers(*shape: int) -> np.ndarray:
-    return (np.random.default_rng(len(shape)).standard_normal(shape) / 4).astype(np.float32)
-
-
-CONV = ("Conv", ["w", "b"], {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]})
-WEIGHTS = {"w": numbers(6, 3, 3, 3), "b": numbers(6), "v": numbers(9, 2, 3, 3), "m": numbers(81, 5)}
-WEIGHTS |= {"c": numbers(5), "s": np.array([0, -1])}
-NODES = (
-    CONV,
-    ("Relu", [], {}),
-    ("LRN", [], {"size": 3, "alpha": 0.5, "beta": 0.6, "bias": 1.5}),
-    ("MaxPool", [], {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [0, 0, 1, 1]}),
-    ("Conv", ["v"], {"group": 3}),
-    ("Dropout", [], {}),
-    ("Reshape", ["s"], {}),
-    ("Gemm", ["m", "c"], {}),
-    ("Softmax", [], {}),
-)
-
-
 PHOTOS = ("data.root=photos", "job.split=train")
 PAIRS = ("job.maps=2", "job.references=1", "job.trials=1", "job.extreme=0.5", "job.quiz=1")
 
@@ -261,65 +222,3 @@ def test_jobs_work_on_a_network_that_is_no_zfnet(
 def test_jobs_that_train_refuse_an_imported_run(imported_run: RunDirectory, job: str) -> None:
     with pytest.raises(UserError, match=f"was made by job=import: job={job} needs a run that this program trained"):
         used(imported_run, f"job={job}")
-
-
-def test_the_structure_of_the_zoos_zfnet512(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`onnx` ships its graph, with constants in place of weights, which take no memory here."""
-    onnx = pytest.importorskip("onnx")
-    path = Path(onnx.__file__).parent / "backend/test/data/light/light_zfnet512.onnx"
-    layers, state, size = read_onnx(path, 64)
-    assert size == 224
-    assert sum(value.numel() for value in state.values()) == 87_250_536
-    with torch.device("meta"):
-        chain = Chain(build_model({"_target_": SEQUENCE, "layers": layers}, 1000, 224), 224)
-    assert chain.layers == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
-    shapes = {step.name: list(step.output_shape) for step in chain.steps}
-    assert [shapes[f"pool{n}"] for n in (1, 2, 3)] == [[96, 54, 54], [256, 12, 12], [512, 6, 6]]
-    assert next(layer for layer in layers if layer["name"] == "norm1")["alpha"] == pytest.approx(1e-4)  # of the sum
-
-
-@pytest.mark.parametrize(
-    ("nodes", "message"),
-    [
-        ([CONV, ("Elu", [], {})], r"has the operation Elu .*; known: Conv, Gemm"),
-        ([CONV, ("LRN", [], {"size": 4})], "LRN .*: size=4: must be odd"),
-        ([CONV, ("Relu", [], {})], r"gives \[1, 6, 10, 10\] for an image"),
-        ([("Conv", ["w"], {"pads": [9000] * 4})], r"padding=\[9000, 9000\]: must hold numbers within bounds"),
-        ([("Conv", ["w"], {"pads": [4000] * 4})], r"gives \[1, 6, 8017, 8017\] for an image: too large"),
-        ([("Conv", ["w"], {"auto_pad": "SAME_UPPER"})], "Conv .*auto_pad=SAME_UPPER"),
-        ([("Conv", ["w"], {"pads": [0, 0, 1, 1]})], r"Conv .*pads=\[0, 0, 1, 1\]: differ"),
-        ([("Conv", ["v"], {})], r"Conv \(y0\) cannot be read: .*channel"),
-        ([("Conv", ["nothing"], {})], "Conv .*nothing is no constant"),
-        ([("MaxPool", [], {"kernel_shape": [30, 30]})], "MaxPool .* cannot be read"),
-        ([("Relu", [], {}), ("Softmax", [], {}), ("Relu", [], {})], "Softmax .*must be the last"),
-        ([("Reshape", ["s2"], {})], r"Reshape .*shape=\[3, -1\]: must flatten"),
-        ([("Flatten", [], {})], "is no chain from its input to its output"),
-    ],
-)
-def test_onnx_graphs_of_other_kinds_are_refused(tmp_path: Path, nodes: list[Any], message: str) -> None:
-    path = graph(tmp_path / "x.onnx", *nodes, weights=WEIGHTS | {"s2": np.array([3, -1])})
-    with pytest.raises(UserError, match=message):
-        import_(tmp_path / "run", path)
-    assert not (tmp_path / "run").exists()
-
-
-def test_onnx_files_cannot_claim_memory_or_other_peoples_files(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    (tmp_path / "a").mkdir()
-    path = graph(tmp_path / "a/x.onnx", CONV, weights=WEIGHTS)
-    model = onnx.load(path)
-    secret = tmp_path / "secret"
-    secret.write_bytes(WEIGHTS["w"].tobytes())
-    (tmp_path / "a/link").symlink_to(secret)
-    for place in ("../secret", str(secret), "link", "nowhere"):
-        tensor = model.graph.initializer[0]
-        tensor.raw_data = b""
-        onnx.external_data_helper.set_external_data(tensor, place)
-        path.write_bytes(model.SerializeToString())
-        with pytest.raises(UserError, match=r"which is no file beside x\.onnx"):
-            read_onnx(path, 19)
-    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.array([MOST_WEIGHTS, 3, 1, 1]), "shape"))
-    model.graph.node.insert(0, onnx.helper.make_node("ConstantOfShape", ["shape"], ["w"]))
-    path.write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="more than 536,870,912 weights are not read"):
-        read_onnx(path, 19)

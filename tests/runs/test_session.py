@@ -14,11 +14,9 @@ import tempfile
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from tests.helpers import MINUTE, TINY, compose, train_minute, used
+from tests.helpers import MINUTE, TINY, compose, train_minute
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory, write_atomically
 from zfnet.runs.session import Stopped, StopRequest, hold, own_directory
@@ -59,21 +57,6 @@ def test_only_a_training_can_go_on(run_py, tiny_run, tmp_path: Path) -> None:
     assert run_py("job=predict", f"run={tiny_run.folder}", "images=cat.png", "hydra.run.dir=p").code == 1
     answer = run_py("job=resume", "run=p")
     assert (answer.code, answer.err) == (1, "error: run=p was made by job=predict: only a training can go on\n")
-
-
-def test_photos_of_any_size_are_stored_as_the_runs_images_were(tiny_run, tmp_path: Path) -> None:
-    for kind, sizes in (("disc", [(100, 100)] * 5), ("star", [(90, 120), (30, 20), (64, 64), (65, 64), (9, 9)])):
-        (tmp_path / kind).mkdir()
-        for n, (width, height) in enumerate(sizes):
-            pixels = np.full((height, width, 3), 20 * n, dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / kind / f"{n}.png")
-    run = used(tiny_run, "data=folder", f"data.root={tmp_path}")
-    part = run.split("all")
-    assert part.images.shape[1:] == (64, 64, 3)
-    assert sorted(part.labels.tolist()) == [0] * 5 + [6] * 5  # the run's numbers: disc and star
-    # what the command line says key by key wins
-    assert used(tiny_run, "data=folder", f"data.root={tmp_path}", "data.fit=stretch").data.fit == "stretch"
-    assert used(tiny_run, "data.subset=9").data.store_size == tiny_run.read_config().data.store_size
 
 
 def test_a_sweeps_directory_is_named_as_it_is(run_py, tiny_run, tmp_path: Path) -> None:
@@ -117,8 +100,10 @@ def test_signal_handlers_are_put_back() -> None:
 def test_nohup_holds() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopRequest():
+        with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert stop.number is None
     finally:
         signal.signal(signal.SIGHUP, before)
 

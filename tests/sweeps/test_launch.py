@@ -191,13 +191,6 @@ def test_grid_of_one_job_and_of_experiments(run_py, tmp_path, monkeypatch) -> No
     }
 
 
-def test_callback_removes_the_directory_of_a_job_that_writes_nothing(run_py, tmp_path) -> None:
-    answer = run_py("-m", "job=summary", "model=small,alexnet_stem", "hydra.sweep.dir=s")
-    assert answer.code == 0
-    assert answer.out.count("conv1") >= 2
-    assert [p.name for p in (tmp_path / "s").iterdir()] == ["multirun.yaml"]
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -244,7 +237,7 @@ def test_a_bad_value_is_found_before_the_first_job_trains(run_py, tmp_path, monk
     assert not (tmp_path / "s").exists()
 
 
-def test_the_check_of_a_sweep_imports_nothing_that_a_folder_from_elsewhere_names(run_py, tmp_path, monkeypatch) -> None:
+def test_the_check_of_a_sweep_imports_nothing_from_elsewhere(run_py, tmp_path, monkeypatch) -> None:
     (tmp_path / "theirs/model").mkdir(parents=True)
     (tmp_path / "theirs/model/own.yaml").write_text(
         "# @package _global_\nimports: [hostile]\nmodel:\n  _target_: hostile.Net\n"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import csv
 import functools
-import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,17 +18,7 @@ from zfnet.config.schema import flatten
 from zfnet.runs.command import compose_raw
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import register_resolvers
-from zfnet.sweeps.callback import summarize
-from zfnet.sweeps.summary import (
-    ABSENT,
-    p_against_best,
-    read_sweep,
-    read_training,
-    short_names,
-    swept_keys,
-    to_markdown,
-    to_text,
-)
+from zfnet.sweeps.summary import ABSENT, p_against_best, read_sweep, read_training, short_names, swept_keys, to_text
 
 
 def write_job(
@@ -227,23 +215,6 @@ def test_to_text_counts_columns_and_rows_that_do_not_fit(tmp_path: Path, monkeyp
     assert "not shown, but in summary.csv: 2 swept keys" in text
     assert max(map(len, text.splitlines()[:-1])) <= 60
     assert "5.00 %" in text  # the best; the objective itself is never left out
-
-
-def test_summarize_writes_every_job_and_its_error(tmp_path: Path) -> None:
-    write_job(tmp_path, "seed=0", accuracy=0.25, test=0.75)
-    run = write_job(tmp_path, "seed=1", state="failed")
-    error = 'a "quoted", broken\nmessage'
-    run.set_status("failed", error)
-    sweep = read_sweep(tmp_path)
-    summarize(tmp_path)
-    text = (tmp_path / "summary.csv").read_text()
-    rows = list(csv.DictReader(io.StringIO(text)))
-    assert [row["state"] for row in rows] == ["done", "failed"]
-    assert rows[0]["validation_accuracy"] == "0.25"
-    assert rows[1]["error"] == error
-    assert "0.75" not in text  # no setting may be chosen by the test set
-    assert "- failed: `seed=1`" in to_markdown(sweep)
-    assert (tmp_path / "summary.md").read_text() == to_markdown(sweep)
 
 
 def test_to_text_reports_test_for_the_setting_that_validation_chose(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_class_weights() -> None:
     assert state.metrics.read()[0] == pytest.approx(losses.item() / len(batch.labels), rel=1e-5)
 
 
-def test_balanced_class_weights_are_inverse_to_the_counts_of_the_training_images(tmp_path: Path, monkeypatch) -> None:
+def test_balanced_class_weights_are_inverse_to_the_counts(tmp_path: Path, monkeypatch) -> None:
     assert balanced_weights([6, 2, 0, 4]) == [12 / 18, 12 / 6, 0, 12 / 12]  # their mean over the images is 1
     given: list[list[int]] = []
     monkeypatch.setattr("zfnet.training.build.balanced_weights", lambda c: given.append(c) or balanced_weights(c))

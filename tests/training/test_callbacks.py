@@ -307,9 +307,7 @@ def test_a_run_says_how_long_it_takes_and_each_minute_what_is_left(tmp_path: Pat
     ]
 
 
-def test_a_long_run_on_a_cpu_names_an_experiment_for_cpus_and_learns_the_same(
-    whole, tmp_path: Path, monkeypatch
-) -> None:
+def test_a_long_run_on_a_cpu_names_a_faster_experiment(whole, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.training.callbacks.time", Clock(600))
     run = train_minute(tmp_path / "run")
     log = (run.folder / "train.log").read_text()

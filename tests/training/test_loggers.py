@@ -75,7 +75,7 @@ def test_logger_of_ones_own_is_told_everything(tmp_path: Path, notes: Notes) -> 
     assert notes.calls[-2:] == [("finish", accuracies), ("close",)]
 
 
-def test_logger_is_told_where_a_resumed_run_goes_on_and_closed_when_it_dies(tmp_path: Path, notes: Notes) -> None:
+def test_logger_is_told_where_a_resumed_run_goes_on(tmp_path: Path, notes: Notes) -> None:
     die_at(tmp_path / "run", 5, *OWN)
     assert notes.calls[-1] == ("close",)
     notes.calls.clear()

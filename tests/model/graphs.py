@@ -1,0 +1,47 @@
+"""Small ONNX files: chains of layers with weights of noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+def graph(path: Path, *nodes: Any, weights: dict[str, np.ndarray] | None = None, **values: Any) -> Path:
+    """Write an ONNX file: of each node its operation, its inputs after the image, and its attributes."""
+    onnx = pytest.importorskip("onnx")
+    made, at = [], "x"
+    for number, (kind, inputs, attributes) in enumerate(nodes):
+        output = f"y{number}"
+        made.append(onnx.helper.make_node(kind, [at, *inputs], [output], **attributes))
+        at = output
+    size = values.get("size", 19)
+    ends = [
+        onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in (("x", [1, 3, size, size]), (at, None))
+    ]
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in (weights or {}).items()]
+    content = onnx.helper.make_graph(made, "g", ends[:1], ends[1:], tensors)
+    onnx.save(onnx.helper.make_model(content, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return (np.random.default_rng(len(shape)).standard_normal(shape) / 4).astype(np.float32)
+
+
+CONV = ("Conv", ["w", "b"], {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]})
+WEIGHTS = {"w": numbers(6, 3, 3, 3), "b": numbers(6), "v": numbers(9, 2, 3, 3), "m": numbers(81, 5)}
+WEIGHTS |= {"c": numbers(5), "s": np.array([0, -1])}
+NODES = (
+    CONV,
+    ("Relu", [], {}),
+    ("LRN", [], {"size": 3, "alpha": 0.5, "beta": 0.6, "bias": 1.5}),
+    ("MaxPool", [], {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [0, 0, 1, 1]}),
+    ("Conv", ["v"], {"group": 3}),
+    ("Dropout", [], {}),
+    ("Reshape", ["s"], {}),
+    ("Gemm", ["m", "c"], {}),
+    ("Softmax", [], {}),
+)

@@ -1,0 +1,35 @@
+"""Hydra's callback around the jobs of a sweep: what a job leaves, and the summary of all of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from tests.sweeps.test_summary import write_job
+from zfnet.sweeps.callback import summarize
+from zfnet.sweeps.summary import read_sweep, to_markdown
+
+
+def test_summarize_writes_every_job_and_its_error(tmp_path: Path) -> None:
+    write_job(tmp_path, "seed=0", accuracy=0.25, test=0.75)
+    run = write_job(tmp_path, "seed=1", state="failed")
+    error = 'a "quoted", broken\nmessage'
+    run.set_status("failed", error)
+    sweep = read_sweep(tmp_path)
+    summarize(tmp_path)
+    text = (tmp_path / "summary.csv").read_text()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [row["state"] for row in rows] == ["done", "failed"]
+    assert rows[0]["validation_accuracy"] == "0.25"
+    assert rows[1]["error"] == error
+    assert "0.75" not in text  # no setting may be chosen by the test set
+    assert "- failed: `seed=1`" in to_markdown(sweep)
+    assert (tmp_path / "summary.md").read_text() == to_markdown(sweep)
+
+
+def test_callback_removes_the_directory_of_a_job_that_writes_nothing(run_py, tmp_path) -> None:
+    answer = run_py("-m", "job=summary", "model=small,alexnet_stem", "hydra.sweep.dir=s")
+    assert answer.code == 0
+    assert answer.out.count("conv1") >= 2
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["multirun.yaml"]

@@ -1,0 +1,25 @@
+"""A run as the jobs that read one see it: its own images, or others prepared as in its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.helpers import used
+
+
+def test_photos_of_any_size_are_stored_as_the_runs_images_were(tiny_run, tmp_path: Path) -> None:
+    for kind, sizes in (("disc", [(100, 100)] * 5), ("star", [(90, 120), (30, 20), (64, 64), (65, 64), (9, 9)])):
+        (tmp_path / kind).mkdir()
+        for n, (width, height) in enumerate(sizes):
+            pixels = np.full((height, width, 3), 20 * n, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / kind / f"{n}.png")
+    run = used(tiny_run, "data=folder", f"data.root={tmp_path}")
+    part = run.split("all")
+    assert part.images.shape[1:] == (64, 64, 3)
+    assert sorted(part.labels.tolist()) == [0] * 5 + [6] * 5  # the run's numbers: disc and star
+    # what the command line says key by key wins
+    assert used(tiny_run, "data=folder", f"data.root={tmp_path}", "data.fit=stretch").data.fit == "stretch"
+    assert used(tiny_run, "data.subset=9").data.store_size == tiny_run.read_config().data.store_size
