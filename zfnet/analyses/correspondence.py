@@ -55,7 +55,7 @@ SAME, RANDOM = "same place", "random"
 MARGIN = 1.6  # built-in shapes are then as large as the larger ones that the network was trained on
 COLUMNS = ("image", "part", "x", "y")  # of a table of points
 _CORNERS = {"\0first": ("left", "top"), "\0last": ("right", "bottom")}  # columns of the object's box, if there are any
-_TOGETHER = 8  # places in one forward pass, so that the whole image is seen but once for all of them
+_TOGETHER = 8  # places in one forward pass, so that the whole image is computed once for all of them
 _EXAMPLES = 4  # images in the figure
 
 

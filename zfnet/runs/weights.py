@@ -24,7 +24,7 @@ from zfnet.config.schema import LARGEST_SIDE, Config, DataConfig, ModelConfig, c
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images
-from zfnet.model.build import build_model, read_tensors, refuse_no_numbers
+from zfnet.model.build import build_model, read_tensors, refuse_not_finite
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
 
@@ -51,8 +51,8 @@ def load_model(path: Path, imports: Sequence[str] = ()) -> tuple[Any, ModelMetad
     imports: packages that a network may come from, beside PyTorch, torchvision and this one
     """
     try:
-        facts, state = read_tensors(path)
-        metadata = _metadata(path, parse_json(facts["zfnet"]))
+        header, state = read_tensors(path)
+        metadata = _metadata(path, parse_json(header["zfnet"]))
     except FileNotFoundError:
         raise UserError(f"{path}: there are no weights; did the run finish?") from None
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -75,7 +75,7 @@ def network_with(path: Path, metadata: ModelMetadata, state: dict[str, Tensor], 
 
     The sizes that the metadata claims are compared with the tensors before memory is asked for.
     """
-    refuse_no_numbers(path, state)
+    refuse_not_finite(path, state)
     try:
         model = _build(path, metadata, state, imports)
         _load(path, model, state)
