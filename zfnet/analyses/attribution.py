@@ -121,7 +121,7 @@ def box_evidence(maps: Mapping[str, Tensor], boxes: Tensor | None) -> dict[str, 
 
 
 def _rows(result: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
-    """One row for each image and method; the box's columns are empty where it is not known."""
+    """One row for each image and method; the box's columns are empty if it is not known."""
     count, boxes, rows = len(chosen), chosen.boxes, []
     for method, maps in result.maps.items():
         areas = None if boxes is None else in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes).float().mean((1, 2))

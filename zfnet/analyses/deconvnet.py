@@ -394,7 +394,7 @@ def project_controls(
     """Project units (image, channel, y, x) of images [N, 3, H, W] as they are (`own`) and with each control.
 
     Returns projections within the units' receptive fields, [U, 3, s, s]; of `random_weights` [K, U, 3, s, s], of K
-    shuffles. `other_unit` is active at the same place, and empty where no other is. `other_switches` exist if the
+    shuffles. `other_unit` is active at the same place, and empty if no other is. `other_switches` exist if the
     network has some and the images are not all equal. All are seeded with 1, since a control's own activation may be 0;
     the seed only scales a projection. With `rule=guided` or `gradient` an inactive unit still projects to nothing.
     """
@@ -473,7 +473,7 @@ def dead_window_sensitivity(
     """Return how much projections change with each other treatment of pooling windows without activation.
 
     For each other choice of `dead_windows`: the mean change relative to the projection's norm, and the mean
-    cosine; None where no unit projects to anything.
+    cosine; None if no unit projects to anything.
     """
     own = deconvnet.project(images, layer, units).flatten(1)
     active = own.norm(dim=1) > 0

@@ -267,7 +267,7 @@ class Observer:
     def features(self, pictures: Tensor) -> dict[str, Tensor]:
         """Return each layer's features [n, 9 · channels] of pictures, uint8 [n, s, s, 3]; of a linear layer all.
 
-        Raises UserError where one is not finite: every choice would be half right, as if by chance.
+        Raises UserError if one is not finite: every choice would be half right, as if by chance.
         """
         batches: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
         for part in pictures.split(_PICTURES):

@@ -181,7 +181,7 @@ def _is_address(item: str) -> bool:
 
 
 def fetch(address: str) -> bytes:
-    """Return the content of an http or https address; raise UnreadableImage where it exceeds the limits or fails."""
+    """Return the content of an http or https address; raise UnreadableImage if it exceeds the limits or fails."""
     results: list[bytes | Exception] = []
 
     def download() -> None:

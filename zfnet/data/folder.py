@@ -148,7 +148,7 @@ def _list_files(root: Path) -> _Listing:
 def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[Path]]]:
     """Return each split's folder and the class folders in it: {all: …} where `root` is not divided.
 
-    Raises UserError where that is not clear.
+    Raises UserError if that is not clear.
     """
     below = _folders_in(root, listing)
     named = _named_splits(below)

@@ -364,7 +364,7 @@ _RULES: dict[tuple[Any, ...], _Rule] = {
 
 
 def _rule_of(step: Step) -> _Rule:
-    """Return the rule for a step's module; raise UserError where there is none."""
+    """Return the rule for a step's module; raise UserError if there is none."""
     for types, rule in _RULES.items():
         # a subclass with a forward pass of its own may do anything
         if any(isinstance(step.module, t) and type(step.module).forward is t.forward for t in types):

@@ -21,7 +21,7 @@ class MapResponses:
     """The responses of the C maps of a layer to n images, and their effects, on the CPU.
 
     strongest: [n, C], each map's strongest activation in each image
-    effect: [C, classes], the change of each class's mean output if a map is set to zero; None where not measured
+    effect: [C, classes], the change of each class's mean output if a map is set to zero; None if not measured
     """
 
     strongest: Tensor

@@ -1,4 +1,4 @@
-"""job=resume: go on where a run stopped, in its own directory."""
+"""job=resume: continue a stopped run, in its own directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ResumeJob(Job):
     trains: ClassVar[bool] = True
 
     def main(self, config: Config, output: Path) -> float | None:
-        """Go on with `run=<dir>` from that run's own config."""
+        """Continue `run=<dir>` from that run's own config."""
         # what is trusted and logged, how many processes share the work, and where the data lies (what it holds is
         # compared) does not change the result
         free = ("job", "run", "imports", "logger", "trainer.devices", *_FREE_DATA)

@@ -1,7 +1,7 @@
 """Networks of other programs: an ONNX graph as a chain of PyTorch modules, with its weights.
 
 The file is read by the package `onnx` alone and is data: only the operations in the table below are known, each weight
-is compared with the graph before memory is asked for, and weights beside the file come from its own folder only.
+is compared with the graph before memory is allocated, and weights beside the file come from its own folder only.
 """
 
 from __future__ import annotations

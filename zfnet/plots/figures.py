@@ -1,4 +1,4 @@
-"""The one look of all figures: `zfnet.mplstyle`, the palette, and the way to make and save a figure.
+"""The style of all figures: `zfnet.mplstyle`, the palette, and the way to make and save a figure.
 
     @styled
     def draw_sizes(sizes: Sequence[int]) -> Figure:
@@ -36,7 +36,7 @@ _STYLE = Path(__file__).with_name("zfnet.mplstyle")
 
 
 def class_colours(classes: Sequence[int]) -> dict[int, str]:
-    """Give each class number that occurs a colour; more than ten classes share them in turn."""
+    """Return a colour for each class number that occurs; after ten classes the colours repeat."""
     return {c: PALETTE[n % len(PALETTE)] for n, c in enumerate(sorted(set(classes)))}
 
 
@@ -72,7 +72,7 @@ def _style() -> AbstractContextManager[None]:
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function that draws: it works in this project's style, and the caller's own settings stay."""
+    """Decorate a function that draws: it uses this project's style, and keeps the caller's settings."""
 
     @functools.wraps(draw)
     def in_style(*args: P.args, **kwargs: P.kwargs) -> R:

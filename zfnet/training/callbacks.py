@@ -348,6 +348,6 @@ class EarlyStopping(Callback):
 
 
 def list_snapshots(folder: Path) -> dict[int, Path]:
-    """Return the snapshots in a folder by epoch, in their order; empty where there is no such folder."""
+    """Return the snapshots in a folder by epoch, in their order; empty if there is no such folder."""
     names = {p: p.stem.removeprefix("epoch-") for p in folder.glob("epoch-*.safetensors")}
     return dict(sorted((int(number), p) for p, number in names.items() if number.isdigit() and len(number) >= 4))
