@@ -319,7 +319,7 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: P
         patch.setattr(atlas, "_sheet", lambda *_: (_ for _ in ()).throw(Stopped(15)))
         answer = run_py(*SMALL, f"run={own}", "hydra.run.dir=part")
         assert answer.code == 143
-        assert "going on after 4 images" in answer.out
+        assert "continuing after 4 images" in answer.out
     assert json.loads((tmp_path / "part/status.json").read_text())["state"] == "stopped"
     assert run_py(*SMALL, f"run={own}", "hydra.run.dir=part").code == 0
     assert files(tmp_path / "part") == files(whole)

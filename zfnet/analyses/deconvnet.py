@@ -318,7 +318,7 @@ def search_or_continue(
                 f"{path} is of other weights, images or another version: choose another directory (hydra.run.dir=…)"
             )
         search = TopActivations.from_state(saved.tensors, saved.metadata["search"], loaded.runtime.device)
-        log.info("going on after %d images", search.images)
+        log.info("continuing after %d images", search.images)
 
     def save() -> None:
         tensors, state = search.state()
@@ -501,7 +501,7 @@ def shuffle_weights(
     for number, (name, module) in enumerate(weighted):
         if only is not None and name not in only:
             continue
-        if parametrize.is_parametrized(module, "weight"):  # by weight norm, say: its weight is computed
+        if parametrize.is_parametrized(module, "weight"):  # such as by weight norm: its weight is computed
             parametrize.remove_parametrizations(module, "weight")
         weight: Any = module.weight
         order = permutation(make_key(seed, CONTROL, 0, number, draw), weight.numel()).to(weight.device)

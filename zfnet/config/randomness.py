@@ -122,7 +122,7 @@ def permutation(key: int, n: int) -> Tensor:
 
 @contextlib.contextmanager
 def seeded_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Within this block the yielded function seeds the generators that other people's code draws from.
+    """Within this block the yielded function seeds the generators that user code draws from.
 
     Those are Python's, NumPy's and PyTorch's global ones, on the CPU and on `device`; afterwards they are as before.
     """

@@ -160,7 +160,7 @@ DATA: dict[str, type[DataConfig]] = {
 class AugmentConfig(Checked):
     """Random changes of training images, in stored pixels. `flip` is a probability.
 
-    flips: `random` draws anew in each epoch; `alternating` draws once, and takes the opposite in every second epoch
+    flips: `random` draws again in each epoch; `alternating` draws once, and takes the opposite in every second epoch
     transforms: further operations, in order, each a `_target_` with its arguments
     """
 

@@ -1,6 +1,6 @@
 """job=benchmark: the time of a training step and of its phases, and each choice of trainer=auto beside its alternative.
 
-`benchmarks/` times the same steps beside other people's training loops, with the functions of this file.
+`benchmarks/` times the same steps beside other training loops, with the functions of this file.
 """
 
 from __future__ import annotations

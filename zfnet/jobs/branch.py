@@ -77,7 +77,7 @@ class BranchJob(Job):
 class ExtendJob(BranchJob):
     def epoch_of(self, parent: RunDirectory, config: Config) -> int:
         if parent.state != "done":
-            raise UserError(f"run={parent.folder} is not finished (state: {parent.state}): go on with it by job=resume")
+            raise UserError(f"run={parent.folder} is not finished (state: {parent.state}): continue it with job=resume")
         epoch = len(parent.read_history())
         if config.trainer.epochs <= epoch:
             raise UserError(
@@ -148,10 +148,10 @@ def _check(config: Config) -> None:
     )
     for key in [*now, *before]:
         if before.get(key) != now.get(key) and key not in _MAY_CHANGE:
-            raise UserError(f"{key}={now.get(key)}: the run goes on with its parent's network ({before.get(key)})")
+            raise UserError(f"{key}={now.get(key)}: the run continues with its parent's network ({before.get(key)})")
     if config.trainer.init_from != config.parent.config["trainer"]["init_from"]:
         raise UserError(f"trainer.init_from={config.trainer.init_from}: the run begins with its parent's weights")
-    check_recipe(config)  # once more: the schedule has another length now
+    check_recipe(config)  # again: the schedule has another length now
 
 
 def begin(config: Config, run: RunDirectory, saved: Checkpoint, best: Path) -> None:

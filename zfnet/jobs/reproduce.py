@@ -51,7 +51,7 @@ def reproduce(config: Config, run: RunDirectory) -> None:
 
 def _reproduce(config: Config, run: RunDirectory, original: RunDirectory, stop: StopRequest) -> None:
     """Train in a held directory, from its newest checkpoint if it has one, and compare."""
-    with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
+    with recorded_state(run, f"stopped; continue with: python run.py job=resume run={run.folder}"):
         train_parent(config, run, stop)
         with recorded_threads(original.threads, config.trainer.devices):
             compiled = original.environment.get("compiled")  # what trainer.compile=auto became there
@@ -76,7 +76,7 @@ def _finished(config: Config) -> RunDirectory:
     nothing = "so there is nothing to compare with"
     if original.state != "done":
         raise UserError(
-            f"run={original.folder} is not finished (state: {original.state}), {nothing}: go on with it by job=resume"
+            f"run={original.folder} is not finished (state: {original.state}), {nothing}: continue it with job=resume"
         )
     results, history = original.read_json("results.json"), original.read_history()
     if not isinstance(results, dict) or "weights_sha256" not in results:

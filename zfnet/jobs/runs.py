@@ -157,7 +157,7 @@ def _on_disk(folder: Path) -> tuple[float, int]:
             except OSError:  # removed meanwhile
                 continue
             size += stat.st_size
-            if name != ".lock":  # its time changes with each look at who holds it
+            if name != ".lock":  # its time changes whenever its holder is looked up
                 changed = max(changed, stat.st_mtime)
     return changed, size
 

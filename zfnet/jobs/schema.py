@@ -37,7 +37,7 @@ class SchemaJob(Job):
         for group, schema in group_schemas().items():
             write_atomically(folder / f"{group}.json", json.dumps(schema, indent=1) + "\n")
         path = os.path.relpath(folder / "optimizer.json", CONF / "optimizer")
-        print(f"written to {folder}; a file in conf/optimizer, say, names its own by the first line")
+        print(f"written to {folder}; a file, such as one in conf/optimizer, names its schema in the first line")
         print(f"# yaml-language-server: $schema={path}")
 
 
@@ -72,7 +72,7 @@ def group_schemas() -> dict[str, dict[str, Any]]:
 
 
 def _jobs() -> Iterable[dict[str, Any]]:
-    """Yield the schema of each job's settings, told apart by their `_target_`."""
+    """Yield the schema of each job's settings, distinguished by their `_target_`."""
     for path in sorted((CONF / "job").glob("*.yaml")):
         target = yaml.safe_load(path.read_text(encoding="utf-8"))["job"]["_target_"]
         schema = _class_schema(resolve("job", target, Job), f"job/{path.stem}")

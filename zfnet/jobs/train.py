@@ -142,7 +142,7 @@ def train(
             print(f"nothing to do: {run.folder} is finished")  # not into its log, which does not change
             return objective(run.read_json("results.json"))
         try:
-            with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
+            with recorded_state(run, f"stopped; continue with: python run.py job=resume run={run.folder}"):
                 results = train_and_test(config, run, stop, report)
         except Pruned:
             return None
@@ -246,11 +246,11 @@ def _train(
     _write_environment(config, run, state, splits, resumed=saved is not None)
     if saved is not None:
         state.restore(saved)
-        log.info("going on from epoch %d, step %d", state.epoch + 1, state.step)
+        log.info("continuing from epoch %d, step %d", state.epoch + 1, state.step)
         if "branches" in saved.metadata:
             log.info(_describe_schedule(state))
             if not state.optimizer.state:
-                log.info("the optimizer begins anew: the parent's was another")
+                log.info("the optimizer starts without state: the parent's was another one")
         if state.epoch < config.trainer.epochs and (problem := _best(run, state)[1]):
             log.warning("%s; unless a later epoch is better, the run will have to start again", problem)
     samples = splits.train.pixels(range(min(16, len(splits.train))))

@@ -197,7 +197,7 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    # a parametrized convolution (weight norm, say) has children and is a leaf all the same; an empty Sequential is none
+    # a parametrized convolution (such as by weight norm) is a leaf with children; an empty Sequential is no leaf
     if isinstance(module, WEIGHTED) or not (isinstance(module, nn.Sequential) or any(module.children())):
         yield name, module
         return

@@ -135,7 +135,7 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
             _refuse_to_send(config.logger, words, "a config folder from elsewhere:")
     elif job_class.reads_run == "refused":
         raise UserError(
-            f"{job} reads no run: job=resume goes on with one, job=reproduce runs one again, in a new directory"
+            f"{job} reads no run: job=resume continues one, job=reproduce runs one again, in a new directory"
         )
     else:
         base = find_run(str(run))
@@ -189,7 +189,7 @@ _ELSEWHERE = {"tracking_uri": (None,), "space_id": (None,), "entity": (None,), "
 
 
 def _refuse_to_send(loggers: Any, words: Sequence[str], whose: str) -> None:
-    """Raise UserError if the loggers of a stranger, which the command does not name, would write elsewhere."""
+    """Raise UserError if loggers of a foreign config, which the command does not name, would write elsewhere."""
     if any(word.lstrip("+~").startswith("logger") for word in words) or not isinstance(loggers, dict):
         return
     for name, settings in loggers.items():

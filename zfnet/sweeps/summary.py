@@ -154,7 +154,7 @@ def _tell_data_apart(jobs: Sequence[Trained]) -> None:
     """Add `data.root` to the settings where the jobs were trained on several data sets.
 
     The content of the data counts, not its place: a folder that was moved is one, and one whose content was exchanged
-    between two jobs is two, told apart by their fingerprints.
+    between two jobs is two, distinguished by their fingerprints.
     """
     fingerprints = [_text(job.environment.get("data_fingerprint")) for job in jobs]
     roots = [_text(job.config.get("data.root")) for job in jobs]

@@ -183,8 +183,8 @@ def set_switches(deterministic: bool, precision: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    # IEEE fp32 when exactness is asked for, TF32 for what autocast leaves in fp32 otherwise
-    # by the older names, which set the newer ones too: the other way round, whoever reads an older one (Lightning,
-    # parts of torch.compile and torch.export) gets an error
+    # IEEE fp32 for exactness, else TF32 for what autocast leaves in fp32
+    # by the older names, which set the newer ones too; after setting the newer ones, reading an older one (Lightning,
+    # parts of torch.compile and torch.export) is an error
     torch.backends.cuda.matmul.allow_tf32 = not deterministic
     torch.backends.cudnn.allow_tf32 = not deterministic

@@ -196,7 +196,7 @@ class _Watch:
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
                 which = f"training process {self.children.index(child) + 2} of {len(self.children) + 1}"
                 return (
-                    f"{which} {how}: go on from the last checkpoint with job=resume run={self.folder} "
+                    f"{which} {how}: continue from the last checkpoint with job=resume run={self.folder} "
                     "(trainer.devices may differ)"
                 )
         return None

@@ -1,6 +1,6 @@
 """The learning rate: a PyTorch scheduler, with warm-up on top and a state of plain numbers.
 
-A run that goes on from another one's epoch (job=extend, job=fork) chooses its schedule:
+A run that branches from another one's epoch (job=extend, job=fork) chooses its schedule:
 
 - `stretch`: that of the new length, as if the run had had this config from the beginning
 - `continue`: that of the parent's length; after its end the last rate stays
