@@ -66,7 +66,7 @@ class Linear(Checked):
 class ModelConfig(Checked):
     """ZFNet (paper, Fig. 3). The defaults are the blog's; a null layer is left out (paper, Table 3).
 
-    width: factor on every layer's channels and features, except the classes
+    width: factor on every layer's channels and features, except the number of classes
     """
 
     name: str = "zfnet"

@@ -265,7 +265,7 @@ def _first_differences(groups: Sequence[Group]) -> list[str]:
         else:
             was, now = (ABSENT if v is None else f"{v:.6g}" for v in (divergence["recorded"], divergence["now"]))
             lines.append(
-                f"{other.letter} differs from {first.letter} since epoch {divergence['epoch']}{of_seed}: "
+                f"{other.letter} first differs from {first.letter} in epoch {divergence['epoch']}{of_seed}: "
                 f"{divergence['metric']} {was} and {now}"
             )
     return lines

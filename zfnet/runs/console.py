@@ -155,10 +155,10 @@ def find_bad_override(words: Sequence[str]) -> str | None:
                 return f"{o.input_line}: this config has no choices of jobs; write job.name={o.value()}"
     sweeps = any(re.fullmatch("-m|--multirun|hydra.mode=MULTIRUN", word) for word in words)
     groups = [o.input_line or "" for o in overrides if (CONF / o.key_or_group).is_dir()]
-    return next(filter(None, (_problem_of(o, groups, sweeps) for o in overrides)), None)
+    return next(filter(None, (_override_problem(o, groups, sweeps) for o in overrides)), None)
 
 
-def _problem_of(override: Override, groups: Sequence[str], sweeps: bool) -> str | None:
+def _override_problem(override: Override, groups: Sequence[str], sweeps: bool) -> str | None:
     """Return what is wrong with an override: several values, an unknown choice of a group, or an unknown key."""
     key, word = override.key_or_group, str(override.input_line)
     given = word.partition("=")[2]
