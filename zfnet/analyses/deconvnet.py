@@ -438,9 +438,8 @@ def compare_controls(
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """Return for each control `describe` of the rank correlation with the units' own: `signed` and `unsigned`.
 
-    projections: those of `project_controls`; inside: those of `inside_frames`, [U, 4]. Beyond that all are 0, and
-    equal ranks there would make independent pictures look alike. `unsigned` compares absolute values: pictures may put
-    their
+    projections: those of `project_controls`; inside: those of `inside_frames`, [U, 4]. Beyond that all are 0, and equal
+    ranks there would make independent pictures look alike. `unsigned` compares absolute values: pictures may put their
     energy in one place and still have other signs. Units of which either projection is constant have none.
     """
     rows = {}

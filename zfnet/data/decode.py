@@ -60,8 +60,7 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, draft:
     8 bits are scaled: integers from 0 … 65535, floats from the smallest of 0 … 1, 255 and 65535 that holds them; an
     image with values outside of these by its own range, with one warning.
 
-    draft: pixels per side that the caller needs: a JPEG is decoded at 1/2, 1/4 or 1/8 if that leaves at least twice as
-    many
+    draft: pixels per side that the caller needs: a JPEG is decoded at 1/2, 1/4 or 1/8 if it keeps twice as many
     """
     with _opened(file, max_pixels) as image, _pixel_limit.reserve(_pixels(image)):
         if draft:

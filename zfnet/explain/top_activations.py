@@ -1,8 +1,8 @@
 """The images that excite each feature map most, and each map's activation statistics, in one pass over a data set.
 
 The paper's Fig. 2 shows the nine strongest activations of a map over a whole set. Only the strongest position of each
-image counts, so that nine activations are nine images (the paper does not say whether one may
-appear twice). Memory depends on the network and on `top`, never on the number of images.
+image counts, so that nine activations are nine images (the paper does not say whether one may appear twice). Memory
+depends on the network and on `top`, never on the number of images.
 """
 
 from __future__ import annotations

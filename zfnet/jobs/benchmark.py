@@ -156,8 +156,8 @@ def alternatives(config: Config, runtime: Runtime, images: ImageSet) -> Iterator
 def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps: int, warmup: int) -> Result:
     """Time `ours` and `others` in turns, then the phases of one of our steps.
 
-    They take turns, so that changes of the machine's speed affect all of them; `first_is_faster_by` is
-    the median of the rounds' ratios.
+    They take turns, so that changes of the machine's speed affect all of them; `first_is_faster_by` is the median of
+    the rounds' ratios.
     """
     runtime = ours.runtime
     print(f"{runtime.describe()}, batches of {ours.batch_size}, data included\n")
