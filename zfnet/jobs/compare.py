@@ -19,19 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
-from zfnet.plots.figures import (
-    INK,
-    PALE,
-    PALEST,
-    PALETTE,
-    SOFT,
-    epoch_axis,
-    new_figure,
-    plain,
-    plot_history,
-    save_figure,
-    styled,
-)
+from zfnet.plots.figures import CSS, PALETTE, epoch_axis, new_figure, plain, plot_history, save_figure, styled
 from zfnet.runs.compare import first_difference
 from zfnet.runs.directory import RunDirectory, find_run, list_runs, remove_if_empty, write_atomically
 from zfnet.runs.session import own_directory
@@ -365,7 +353,6 @@ def _sparklines(comparison: Comparison, width: int) -> list[str]:
     return lines
 
 
-_COLOURS = f":root{{--ink:{INK};--soft:{SOFT};--pale:{PALE};--palest:{PALEST}}}"
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:var(--ink)}
 table{border-collapse:collapse;margin:.5em 0}th,td{border:1px solid var(--pale);padding:.2em .7em;text-align:left}
 th{background:var(--palest)}td:first-child{font-weight:500}tr.bold td{font-weight:700}tr:not(.bold) td{font-weight:400}
@@ -394,7 +381,7 @@ def to_page(comparison: Comparison, picture: bytes) -> str:
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
         f'<meta name="viewport" content="width=device-width"><title>Comparison of {names}</title>'
-        f"<style>{_COLOURS}{_STYLE}</style></head><body><h1>Comparison of {names}</h1>{''.join(parts)}</body></html>\n"
+        f"<style>{CSS}{_STYLE}</style></head><body><h1>Comparison of {names}</h1>{''.join(parts)}</body></html>\n"
     )
 
 

@@ -30,6 +30,7 @@ R = TypeVar("R")
 BLUE, ORANGE, PURPLE, GREEN, RED = "#0969da", "#bc4c00", "#8250df", "#1a7f37", "#cf222e"
 LIGHT_BLUE, PALE_BLUE = "#54aeff", "#b6e3ff"
 INK, SOFT, PALE, PALEST, WHITE = "#24292f", "#57606a", "#d0d7de", "#f6f8fa", "#ffffff"
+CSS = f":root{{--ink:{INK};--soft:{SOFT};--pale:{PALE};--palest:{PALEST}}}"  # of a page
 PALETTE = (BLUE, ORANGE, PURPLE, GREEN, RED, "#9a6700", LIGHT_BLUE, "#ff9bce", SOFT, "#7ee787")
 SPLIT_COLOURS = {"train": BLUE, "validation": ORANGE, "test": PURPLE}
 _STYLE = Path(__file__).with_name("zfnet.mplstyle")
