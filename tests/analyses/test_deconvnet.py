@@ -28,9 +28,8 @@ from zfnet.analyses.deconvnet import (
     shuffle_weights,
 )
 from zfnet.data import load_splits, preprocess
-from zfnet.explain import Deconvnet, receptive_box
+from zfnet.explain import Deconvnet, atlas, receptive_box
 from zfnet.explain.top_activations import TopActivations
-from zfnet.plots import atlas
 from zfnet.runs.session import Stopped
 from zfnet.runs.weights import weights_hash
 
