@@ -1,4 +1,4 @@
-"""What a machine with a GPU has to tell about this program, in one go: run it once, keep the small JSON files.
+"""Measure this program on a machine with a GPU, in one go: run it once, keep the small JSON files.
 
     python benchmarks/first_gpu.py results/                      # at most half an hour; no network, no data set
     python benchmarks/first_gpu.py results/ --stages tests kernels

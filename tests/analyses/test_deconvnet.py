@@ -28,9 +28,8 @@ from zfnet.analyses.deconvnet import (
     shuffle_weights,
 )
 from zfnet.data import load_splits, preprocess
-from zfnet.explain import Deconvnet, receptive_box
+from zfnet.explain import Deconvnet, atlas, receptive_box
 from zfnet.explain.top_activations import TopActivations
-from zfnet.plots import atlas
 from zfnet.runs.session import Stopped
 from zfnet.runs.weights import weights_hash
 
@@ -319,7 +318,7 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: P
         patch.setattr(atlas, "_sheet", lambda *_: (_ for _ in ()).throw(Stopped(15)))
         answer = run_py(*SMALL, f"run={own}", "hydra.run.dir=part")
         assert answer.code == 143
-        assert "going on after 4 images" in answer.out
+        assert "continuing after 4 images" in answer.out
     assert json.loads((tmp_path / "part/status.json").read_text())["state"] == "stopped"
     assert run_py(*SMALL, f"run={own}", "hydra.run.dir=part").code == 0
     assert files(tmp_path / "part") == files(whole)

@@ -300,7 +300,7 @@ def test_memory_follows_the_number_of_pixels(mode: str, tmp_path: Path) -> None:
 
 def test_threads_share_one_limit(monkeypatch) -> None:
     """Sixteen threads never hold more than the pixels of two images, and one that is larger waits for its turn."""
-    monkeypatch.setattr(decode, "_room", decode._Room(2 * COLOUR.size // 3))
+    monkeypatch.setattr(decode, "_pixel_limit", decode._PixelLimit(2 * COLOUR.size // 3))
     held, most, lock, real = 0, [0], threading.Lock(), decode._to_rgb
 
     def slow(image: Image.Image) -> Image.Image:

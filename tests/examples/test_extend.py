@@ -53,7 +53,7 @@ def train_and_kill(run_py, choice: str, folder: str = "r", step: int = 5) -> Pat
         run_py(*words)
     answer = run_py(*EXAMPLES, "job=resume", f"run={folder}")
     assert answer.code == 0, answer.err
-    assert f"going on from epoch 1, step {step}" in answer.out
+    assert f"continuing from epoch 1, step {step}" in answer.out
     _TRAINED[choice] = Path(folder).absolute()
     return _TRAINED[choice]
 

@@ -33,7 +33,7 @@ from zfnet.explain.atlas import (
     write_photographs,
     write_single,
 )
-from zfnet.explain.maps import MapFacts
+from zfnet.explain.maps import MapResponses
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.zfnet import ZFNet
 
@@ -59,12 +59,12 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
     )
     strongest = torch.rand(9, 12, generator=torch.Generator().manual_seed(0))
     effect = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
-    facts = {"conv1": MapFacts(strongest, effect), "conv5": MapFacts(strongest[:, :6], effect[:6])}
+    responses = {"conv1": MapResponses(strongest, effect), "conv5": MapResponses(strongest[:, :6], effect[:6])}
     nearest = {layer: [[("conv2", n, 0.9 - n / 100)] for n in range(count)] for layer, count in MAPS.items()}
     return Atlas(
         *("tiny <net>", "test", Deconvnet(model), images, data, result),
         weights="abc",
-        facts=facts,
+        responses=responses,
         nearest=nearest,
         other={"name": "other <run>", "atlas": "../other/index.html"},
         verdict=Verdict("2026", "validation", SCORES),
@@ -91,12 +91,12 @@ def test_atlas_numbers_are_the_searchs(atlas: Atlas, page: Path) -> None:
                 assert label == image % 4
                 seen = receptive_box(atlas.deconvnet.model, layer["name"], y, x)
                 assert [64 * side for side in box] == pytest.approx(seen, abs=0.05)
-        facts = atlas.facts[layer["name"]]
+        responses = atlas.responses[layer["name"]]
         for number, entry in enumerate(layer["maps"]):
             assert sum(entry["histogram"]) == 9
             label, change = entry["effect"][0]
-            assert change == pytest.approx(facts.effect[number, label].item(), rel=1e-3)
-            assert abs(change) == pytest.approx(facts.effect[number].abs().max().item(), rel=1e-3)
+            assert change == pytest.approx(responses.effect[number, label].item(), rel=1e-3)
+            assert abs(change) == pytest.approx(responses.effect[number].abs().max().item(), rel=1e-3)
             assert entry["scores"] == {k: list(v) for k, v in SCORES.get((layer["name"], number), {}).items()}
             assert entry["nearest"] == [["conv2", number, pytest.approx(0.9 - number / 100)]]
     assert metadata["layers"][0]["maps"][3]["top"] == []

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.explain.networks import chain, network, pictures
-from zfnet.explain.maps import BINS, MapFacts, ablation_effects, nearest_maps, strongest_activations
+from zfnet.explain.maps import BINS, MapResponses, ablation_effects, nearest_maps, strongest_activations
 
 
 def test_histogram_by_hand() -> None:
     strongest = torch.tensor([[0.0, 0.0], [12.0, 0.0], [0.5, 0.0], [1.0, 0.0], [1.01, -1.0]])
-    counts, highest = MapFacts(strongest, None).histogram()
+    counts, highest = MapResponses(strongest, None).histogram()
     assert counts.shape == (2, 1 + BINS)
     assert counts[0].tolist() == [1, 2, 1, *[0] * (BINS - 3), 1]  # the step is 1; 1.0 is within the first
     assert counts[1].tolist() == [5, *[0] * BINS]  # never active

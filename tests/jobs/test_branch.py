@@ -115,7 +115,7 @@ def test_a_chain_is_reproduced_from_its_start_without_its_parents(branch, run_py
     train_minute(tmp_path / "one", *PLATEAU, "trainer.checkpoint_epochs=[1]", "trainer.epochs=2")
     fork = ("optimizer.lr=0.003", "data.batch_size=12", "optimizer=adam", "model.dropout=0.3", "augment=crop_flip")
     branch("two", "job=fork", "run=one", "job.epoch=1", *fork)
-    assert "the optimizer begins anew" in branch.out
+    assert "the optimizer starts without state" in branch.out
     branch("three", "job=extend", "run=two", "trainer.epochs=3", "scheduler=cosine", "job.schedule=restart")
     for name in ("one", "two"):
         shutil.rmtree(name)
@@ -166,7 +166,7 @@ def test_refusals(run_py, branch, tmp_path: Path) -> None:
             "job.epoch=1: run=two-epochs keeps the state of epoch 2; job=reproduce run=two-epochs "
             "trainer.checkpoint_epochs=[1] makes a run to fork instead\n",
         ),
-        ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: the run goes on with its"),
+        ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: the run continues with its"),
         (
             "job=fork run=one job.epoch=1 scheduler.warmup_epochs=1.5 job.schedule=restart",
             "scheduler.warmup_epochs=1.5",

@@ -41,7 +41,7 @@ def test_compare_shows_only_what_differs(tmp_path: Path) -> None:
     assert rows_of(comparison, "Environment") == [["", "A", "B"], ["packages.torch", "1.0", "2.0"]]
     assert rows_of(comparison, "Results") == [["", "A", "B"], ["validation accuracy", "50.00 %", "25.00 %"]]
     text = to_text(comparison, 80)
-    assert "B parts from A in epoch 1: validation_accuracy 0.5 and 0.25" in text
+    assert "B first differs from A in epoch 1: validation_accuracy 0.5 and 0.25" in text
     assert "not tested: that takes two or more seeds" in text
 
 

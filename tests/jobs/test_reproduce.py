@@ -93,7 +93,7 @@ def test_changed_code_is_named(run_py, exact_run, tmp_path: Path, monkeypatch) -
     assert answer.err.count("\n") == 1
     assert re.search(
         r"^error: not identical to .*: epoch 1, train_loss was [\d.]+, is [\d.]+; "
-        r"around it differ code.source_sha256 \(again/reproduction.json\)$",
+        r"the environment differs in code.source_sha256 \(again/reproduction.json\)$",
         answer.err,
     )
     comparison = RunDirectory("again").read_json("reproduction.json")
@@ -117,7 +117,7 @@ def test_changed_data_is_named(run_py, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photos/dark/0.png")
     answer = run_py("job=reproduce", f"run={one.folder}", "hydra.run.dir=again")
     assert answer.code == 1
-    assert "around it differ data_fingerprint (again" in answer.err
+    assert "the environment differs in data_fingerprint (again" in answer.err
 
 
 def test_overrides_make_a_variation_and_no_failure(run_py, exact_run) -> None:

@@ -24,7 +24,7 @@ def test_the_same_command_goes_on_in_the_same_directory(whole, tmp_path: Path, r
     answer = run_py(*MINUTE, EVERY_STEP, "hydra.run.dir=r")
     assert answer.code == 0
     assert "r holds this run already" in answer.out
-    assert "going on from epoch 1, step 5" in answer.out
+    assert "continuing from epoch 1, step 5" in answer.out
     assert learned(RunDirectory(tmp_path / "r")) == whole
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*") if p.name != ".lock"}
     assert "nothing to do: r is finished" in run_py(*MINUTE, "hydra.run.dir=r").out

@@ -86,7 +86,7 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["data=folder", "data.root=/nowhere"], "data.root=/nowhere: there is no such folder"),
         (["job=resume"], "job=resume needs run=<dir>"),
         (["job=resume", "run=nowhere"], "run=nowhere: there is no run"),
-        (["run=x"], "job=train reads no run: job=resume goes on with one"),
+        (["run=x"], "job=train reads no run: job=resume continues one"),
         (["images=cat.jpg"], "job=train reads no image files"),
         (["optimizer.lr"], "the command line cannot be parsed"),
         (["data.mean=[0.5,0.5]"], "must have 3 values"),

@@ -62,7 +62,7 @@ def test_jobs_import_only_what_the_command_trusts(own: RunDirectory, run_py, tmp
     done = run_py(f"job={job}", f"run={folder}", TRUST)
     assert done.code == 0, done.err
     if job == "resume":
-        assert "going on from epoch 2" in done.out
+        assert "continuing from epoch 2" in done.out
         assert learned(RunDirectory(folder)) == learned(own)
     if job == "reproduce":
         assert "identical" in done.out

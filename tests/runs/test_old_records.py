@@ -88,5 +88,5 @@ def test_killed_record_goes_on(tmp_path: Path, run_py) -> None:
     run = RunDirectory(shutil.copytree(FIXTURES / "killed", tmp_path / "killed"))
     answer = run_py("job=resume", f"run={run.folder}")
     assert answer.code == 0, answer.err
-    assert "going on from epoch 2, step 11" in answer.out
+    assert "continuing from epoch 2, step 11" in answer.out
     assert_same(run, RunDirectory(FIXTURES / "whole"))

@@ -56,7 +56,7 @@ def test_only_a_training_can_go_on(run_py, tiny_run, tmp_path: Path) -> None:
     (tmp_path / "cat.png").touch()
     assert run_py("job=predict", f"run={tiny_run.folder}", "images=cat.png", "hydra.run.dir=p").code == 1
     answer = run_py("job=resume", "run=p")
-    assert (answer.code, answer.err) == (1, "error: run=p was made by job=predict: only a training can go on\n")
+    assert (answer.code, answer.err) == (1, "error: run=p was made by job=predict: only a training can be continued\n")
 
 
 def test_a_sweeps_directory_is_named_as_it_is(run_py, tiny_run, tmp_path: Path) -> None:

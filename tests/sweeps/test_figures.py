@@ -81,7 +81,7 @@ def test_figures_name_their_number_of_seeds(tmp_path: Path) -> None:
         for seed in range(seeds):
             write_job(tmp_path, f"optimizer.lr={lr}", f"seed={seed}", accuracy=lr + seed / 10)
     axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
-    assert axis.get_title() == "Validation accuracy (mean ± std over seeds, n = 2 to 3; a dot a seed)"
+    assert axis.get_title() == "Validation accuracy (mean ± std over seeds, n = 2 to 3; one dot per seed)"
 
 
 def test_draw_two_keys_of_a_search_is_points_in_a_plane(tmp_path: Path) -> None:

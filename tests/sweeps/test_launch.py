@@ -128,7 +128,7 @@ def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, monkeypatch) ->
     assert rows(tmp_path / "s")["seed=1"]["state"] == "done"
 
     assert run_py(*words).code == 0
-    assert "going on from epoch 3" in log.read_text()
+    assert "continuing from epoch 3" in log.read_text()
     digests = [
         json.loads((tmp_path / folder / "results.json").read_text())["weights_sha256"]
         for folder in ("s/seed=0", "whole")
@@ -359,4 +359,4 @@ def test_launch_with_submitit_requeues_a_job(run_py, tmp_path: Path, monkeypatch
     assert json.loads(status[0].read_text())["state"] == "done"
     log = status[0].with_name("train.log").read_text()
     assert log.count("epoch 25/25") == 1
-    assert "going on from epoch" in log
+    assert "continuing from epoch" in log

@@ -61,7 +61,7 @@ def test_run_search_again_resumes_the_trial_of_a_killed_process(run_py, tmp_path
     assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert trials[1].params == lost.params
     log = (folder / "train.log").read_text()
-    assert "going on from epoch" in log
+    assert "continuing from epoch" in log
     assert log.count("epoch 12/12") == 1
     assert len(rows(sweep)) == 2
     assert trials[1].value == json.loads((folder / "results.json").read_text())["validation"]["accuracy"]
@@ -159,7 +159,7 @@ def test_trial_pruning_ends_trials_that_job_resume_can_finish(run_py, tmp_path, 
     name = next(name for name, state in states.items() if state == "pruned")
     assert run_py("job=resume", f"run='s/{name}'").code == 0
     assert json.loads((tmp_path / "s" / name / "status.json").read_text())["state"] == "done"
-    assert "going on from epoch 2" in (tmp_path / "s" / name / "train.log").read_text()
+    assert "continuing from epoch 2" in (tmp_path / "s" / name / "train.log").read_text()
 
 
 @pytest.mark.parametrize("together", [1, 4])

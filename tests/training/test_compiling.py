@@ -96,7 +96,7 @@ def test_the_faster_way_is_taken(tried, monkeypatch) -> None:
     state, batches = state_and_batches()
     for seconds, faster in (((2.0, 1.0), True), ((1.0, 2.0), False)):
         answers = iter(seconds)
-        monkeypatch.setattr(compiling, "_seconds", lambda *_, answers=answers: next(answers))
+        monkeypatch.setattr(compiling, "_step_seconds", lambda *_, answers=answers: next(answers))
         compile_if_it_pays(state, batches)
         assert state.compiled is faster
         assert (state.forward is state.model) is not faster

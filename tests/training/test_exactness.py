@@ -289,7 +289,7 @@ def test_another_number_of_processes_goes_on_with_the_same_numbers(whole, tmp_pa
     for step, devices in ((3, 1), (STEPS + 3, 2)):
         die_at(tmp_path / "run", step, f"trainer.devices={devices}")
     run = train_minute(tmp_path / "run", EVERY_STEP)
-    assert "going on from epoch 2, step 11" in (run.folder / "train.log").read_text()
+    assert "continuing from epoch 2, step 11" in (run.folder / "train.log").read_text()
     assert_close(learned(run), whole)
     with pytest.raises(AssertionError):  # a difference of one part in a thousand is seen
         assert_close(learned(train_minute(tmp_path / "other", "optimizer.lr=0.0010010")), whole)

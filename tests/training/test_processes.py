@@ -90,7 +90,7 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(alone: RunDire
     started = time.monotonic()
     _, err = process.communicate("go on\n", timeout=60)
     assert process.returncode == 1
-    assert err.startswith("error: training process 2 of 2 was ended by SIGKILL: go on from the last checkpoint")
+    assert err.startswith("error: training process 2 of 2 was ended by SIGKILL: continue from the last checkpoint")
     assert err.count("\n") == 1, err
     assert time.monotonic() - started < 40
     run = RunDirectory(folder)

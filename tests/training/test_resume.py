@@ -128,7 +128,7 @@ def test_killed_while_writing_a_checkpoint(whole, tmp_path: Path, caplog) -> Non
     log = (tmp_path / "run/train.log").read_text()
     assert f"{files[-1]} is damaged or no checkpoint" in log
     assert "using an earlier one" in log
-    assert "going on from epoch 1, step 5" in log
+    assert "continuing from epoch 1, step 5" in log
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path: Path, monkeypatch) -> None:
@@ -255,7 +255,7 @@ def test_processes_that_are_really_killed(whole, tmp_path: Path) -> None:
     longer = [w for w in words if not w.startswith("hydra")]
     config = compose(*longer)
     train_module.train(config, run)
-    assert f"going on from epoch {second // STEPS + 1}, step {second}" in (run.folder / "train.log").read_text()
+    assert f"continuing from epoch {second // STEPS + 1}, step {second}" in (run.folder / "train.log").read_text()
     assert learned(run) == learned(train_minute(tmp_path / "whole", "trainer.epochs=12"))
 
 

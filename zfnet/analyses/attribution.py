@@ -1,4 +1,4 @@
-"""job=attribution: which pixels of an image speak for its class, by five methods.
+"""job=attribution: which pixels of an image are evidence for its class, by five methods.
 
 All five explain one number, the class's output before the softmax. The deconvnet (Zeiler & Fergus 2013), guided
 backpropagation (Springenberg et al. 2014) and the gradient (Simonyan et al. 2013) are in `explain/deconvnet.py`,
@@ -121,7 +121,7 @@ def box_evidence(maps: Mapping[str, Tensor], boxes: Tensor | None) -> dict[str, 
 
 
 def _rows(result: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
-    """One row for each image and method; the box's columns are empty where it is not known."""
+    """One row for each image and method; the box's columns are empty if it is not known."""
     count, boxes, rows = len(chosen), chosen.boxes, []
     for method, maps in result.maps.items():
         areas = None if boxes is None else in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes).float().mean((1, 2))
@@ -158,7 +158,7 @@ def draw_attribution(
     methods = list(result.maps)
     count, columns = len(names), 1 + len(methods)
     figure = new_figure(figsize=(2.1 * columns, 1.3 + 2.1 * count))
-    figure.suptitle("Pixels that speak for the class named on the left: five methods, each picture on its own scale")
+    figure.suptitle("Evidence for the class named on the left: five methods, each picture on its own scale")
     grid = figure.add_gridspec(count + 1, columns, height_ratios=[1] * count + [0.06])  # colour bars at the bottom
     axes = np.array([[figure.add_subplot(grid[r, c]) for c in range(columns)] for r in range(count)])
     projections = {name: on_grey(maps) for name, maps in result.maps.items() if name in RULES}

@@ -55,7 +55,7 @@ SAME, RANDOM = "same place", "random"
 MARGIN = 1.6  # built-in shapes are then as large as the larger ones that the network was trained on
 COLUMNS = ("image", "part", "x", "y")  # of a table of points
 _CORNERS = {"\0first": ("left", "top"), "\0last": ("right", "bottom")}  # columns of the object's box, if there are any
-_TOGETHER = 8  # places in one forward pass, so that the whole image is seen but once for all of them
+_TOGETHER = 8  # places in one forward pass, so that the whole image is computed once for all of them
 _EXAMPLES = 4  # images in the figure
 
 
@@ -264,7 +264,7 @@ class Agreement:
 
     delta: Δ, the mean over pairs of the share of dimensions that differ; std: its sample standard deviation over pairs
     pairs: how many (they share images, so they are not independent); changed: the mean share of dimensions that change
-    kappa: 1 − Δ / E[Δ], see the top of this file; None where nothing changes
+    kappa: 1 − Δ / E[Δ], see the top of this file; None if nothing changes
     p: share of same places whose κ is as large, the part among them (1 where nothing changes)
     p_holm: corrected for all parts and layers
     """
@@ -295,7 +295,7 @@ class Measured:
 def measure(chain: Chain, marked: Marked, layers: Sequence[str], masks: Masks, places: int, seed: int) -> Measured:
     """Measure the agreement of every part, of random places on each object, and of `places` same ones.
 
-    Raises UserError where no two images share a group.
+    Raises UserError if no two images share a group.
     """
     generator = torch.Generator().manual_seed(seed)
     anywhere = marked.on_objects(torch.rand(1, len(marked.groups), 2, generator=generator))[0]

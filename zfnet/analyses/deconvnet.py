@@ -47,7 +47,7 @@ from zfnet.explain.atlas import (
 )
 from zfnet.explain.crops import frame_size, project_frames, view_maps, view_units
 from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.maps import MapFacts, ablation_effects, nearest_maps, strongest_activations
+from zfnet.explain.maps import MapResponses, ablation_effects, nearest_maps, strongest_activations
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
 from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
 from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
@@ -102,7 +102,7 @@ class DeconvnetJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Explain the network of `run=…`; write all to `output`, where a stopped job continues.
 
-        With `images=[…]` only these are looked at, and a search that was made before is linked to.
+        With `images=[…]` only these are explained, with links to an earlier search.
         """
         loaded = LoadedRun(config)
         chain = loaded.chain
@@ -164,12 +164,12 @@ class DeconvnetJob(Look):
                         cells = ", ".join(f"{kind} {_interval(row[kind])}" for kind in SIMILARITIES)
                         log.info("  %-8s %-15s n %-3s %s", layer, name, row["signed"]["n"], cells)
             if self.atlas:
-                atlas = self._with_facts(atlas, loaded, layers, other, run.folder)
+                atlas = self._with_responses(atlas, loaded, layers, other, run.folder)
                 page = write_atlas(atlas, run.folder / "atlas", stop.check)
                 log.info("open %s in a browser", page if self.atlas is True else write_single(page.parent))
             log.info("written to %s", run.folder)
 
-    def _with_facts(
+    def _with_responses(
         self,
         atlas: Atlas,
         loaded: LoadedRun,
@@ -177,7 +177,7 @@ class DeconvnetJob(Look):
         other: tuple[Any, ModelMetadata] | None,
         folder: Path,
     ) -> Atlas:
-        """Return the atlas with what `job.sample` of its images, evenly spread, tell about each map."""
+        """Return the atlas with statistics of each map over `job.sample` of its images, evenly spread."""
         chain, count = loaded.chain, min(self.sample, len(atlas.images))
         chosen = torch.linspace(0, len(atlas.images) - 1, count).round().long()
         pixels = [atlas.images.pixels(part) for part in chosen.split(loaded.data.batch_size)]
@@ -187,9 +187,9 @@ class DeconvnetJob(Look):
         if self.ablation:
             few = torch.cat(batches)[:: max(1, count // self.ablation)][: self.ablation]
             effects = ablation_effects(chain, few.split(loaded.data.batch_size), layers)
-        facts = {layer: MapFacts(strongest[layer], effects.get(layer)) for layer in layers}
+        responses = {layer: MapResponses(strongest[layer], effects.get(layer)) for layer in layers}
         if other is None:
-            return replace(atlas, facts=facts)
+            return replace(atlas, responses=responses)
         model, metadata = other
         there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
         theirs = []
@@ -202,7 +202,9 @@ class DeconvnetJob(Look):
         nearest = nearest_maps(strongest, strongest_activations(there, theirs, there.conv_layers))
         page = find_atlas(weights_hash(model.state_dict()))
         link = None if page is None else link_to(page, folder if self.atlas == "single" else folder / "atlas")
-        return replace(atlas, facts=facts, nearest=nearest, other={"name": Path(str(self.other)).name, "atlas": link})
+        return replace(
+            atlas, responses=responses, nearest=nearest, other={"name": Path(str(self.other)).name, "atlas": link}
+        )
 
 
 # ---- your own photographs
@@ -211,9 +213,9 @@ class DeconvnetJob(Look):
 def explain_photographs(
     job: DeconvnetJob, config: Config, output: Path, loaded: LoadedRun, deconvnet: Deconvnet, layers: Sequence[str]
 ) -> None:
-    """Write each layer's strongest maps in the images of `images=[…]`: a figure each, index.html and strongest.csv.
+    """Write each layer's strongest maps in the images of `images=[…]`: a figure for each, index.html and strongest.csv.
 
-    `job.maps` is how many. Maps that are not active have nothing to project.
+    `job.maps` is their number. Maps that are not active have nothing to project.
     """
     pixels, names = read_files(loaded, config.images or ())
     page = find_atlas(weights_hash(loaded.model.state_dict()), job.pages)
@@ -259,7 +261,7 @@ def explain_photographs(
         write_photographs(run.folder / "index.html", photographs, str(loaded.source.folder), link)
         if link is None:
             log.info(
-                "no atlas of this network is photograph, so the tiles have no links: make one by job=deconvnet run=%s",
+                "no atlas of this network was found, so the tiles have no links: make one by job=deconvnet run=%s",
                 loaded.source.folder,
             )
         log.info("open %s in a browser", run.folder / "index.html")
@@ -316,7 +318,7 @@ def search_or_continue(
                 f"{path} is of other weights, images or another version: choose another directory (hydra.run.dir=…)"
             )
         search = TopActivations.from_state(saved.tensors, saved.metadata["search"], loaded.runtime.device)
-        log.info("going on after %d images", search.images)
+        log.info("continuing after %d images", search.images)
 
     def save() -> None:
         tensors, state = search.state()
@@ -392,7 +394,7 @@ def project_controls(
     """Project units (image, channel, y, x) of images [N, 3, H, W] as they are (`own`) and with each control.
 
     Returns projections within the units' receptive fields, [U, 3, s, s]; of `random_weights` [K, U, 3, s, s], of K
-    shuffles. `other_unit` is active at the same place, and empty where no other is. `other_switches` are there if the
+    shuffles. `other_unit` is active at the same place, and empty if no other is. `other_switches` exist if the
     network has some and the images are not all equal. All are seeded with 1, since a control's own activation may be 0;
     the seed only scales a projection. With `rule=guided` or `gradient` an inactive unit still projects to nothing.
     """
@@ -436,8 +438,8 @@ def compare_controls(
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """Return for each control `describe` of the rank correlation with the units' own: `signed` and `unsigned`.
 
-    projections: those of `project_controls`; inside: those of `inside_frames`, [U, 4]. Beyond that all are 0, and
-    equal ranks there would make independent pictures look alike. Unsigned is of the sizes: pictures may put their
+    projections: those of `project_controls`; inside: those of `inside_frames`, [U, 4]. Beyond that all are 0, and equal
+    ranks there would make independent pictures look alike. `unsigned` compares absolute values: pictures may put their
     energy in one place and still have other signs. Units of which either projection is constant have none.
     """
     rows = {}
@@ -470,7 +472,7 @@ def dead_window_sensitivity(
     """Return how much projections change with each other treatment of pooling windows without activation.
 
     For each other choice of `dead_windows`: the mean change relative to the projection's norm, and the mean
-    cosine; None where no unit projects to anything.
+    cosine; None if no unit projects to anything.
     """
     own = deconvnet.project(images, layer, units).flatten(1)
     active = own.norm(dim=1) > 0
@@ -498,7 +500,7 @@ def shuffle_weights(
     for number, (name, module) in enumerate(weighted):
         if only is not None and name not in only:
             continue
-        if parametrize.is_parametrized(module, "weight"):  # by weight norm, say: its weight is computed
+        if parametrize.is_parametrized(module, "weight"):  # such as by weight norm: its weight is computed
             parametrize.remove_parametrizations(module, "weight")
         weight: Any = module.weight
         order = permutation(make_key(seed, CONTROL, 0, number, draw), weight.numel()).to(weight.device)
@@ -512,7 +514,7 @@ def shuffle_weights(
 def draw_layer(atlas: Atlas, layer: str, count: int, seed: int, run: RunDirectory) -> Tensor:
     """Draw `count` of a layer's maps and write the values that the figure shows; return units for the controls.
 
-    These are the strongest one of each of more maps, those drawn among them: int64 [U, 4].
+    The units are the strongest ones of more maps, including those drawn: int64 [U, 4].
     """
     record = atlas.search.layers[layer]
     alive = record.filled[:, 0].cpu().nonzero().flatten()

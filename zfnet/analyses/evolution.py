@@ -183,7 +183,7 @@ def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[di
         for layer in layers:
             similar = correlation(before.responses[layer], now.responses[layer])
             with_last = correlation(before.responses[layer], last.responses[layer])
-            # what to expect of two maps that have nothing to do with each other
+            # what to expect of two unrelated maps
             different = correlation(before.responses[layer], now.responses[layer].roll(1, 1))
             alive = (before.strongest[layer].filled & now.strongest[layer].filled)[:, 0]
             changed = (before.strongest[layer].index != now.strongest[layer].index)[:, 0]

@@ -3,7 +3,7 @@
 Source: Zeiler & Fergus 2013, section 4.1 and Fig. 6: one filter may dominate unless the RMS is limited to 0.1 (section
 3); AlexNet's 11×11 filters at stride 4 are of very high and low frequencies, alias, and some are dead. The measures
 (RMS, dead, flat, spectrum, aliasing) are ours and defined below. White noise aliases by 1 − 1/stride², whatever the
-network has learnt, so aliasing stands beside that of noise filters of the same shape.
+network has learnt, so aliasing is reported beside that of noise filters of the same shape.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class FiltersJob(Look):
             recorded = dataclasses.replace(
                 other.read_config(config.imports), job=self, trainer=config.trainer, run=str(other.folder), images=None
             )
-            if recorded.data.root is None:  # imported: of none, so it sees the images of this command
+            if recorded.data.root is None:  # an imported run has no images: use this command's
                 recorded = dataclasses.replace(recorded, data=dataclasses.replace(recorded.data, root=config.data.root))
             runs.append(LoadedRun(recorded))
         chains = [loaded.chain for loaded in runs]  # raise before any image is read
@@ -160,7 +160,7 @@ def measure_filters(chain: Chain, batches: Iterable[Batch]) -> Filters:
 class CrossSpectra:
     """Sums the cross-spectra of images, of which the power spectrum of any filter's responses follows.
 
-    Each colour's mean over the image is taken out, and the image faded out towards its borders (Hann's window), which
+    Each colour's mean over the image is subtracted, and a Hann window fades the image out towards its borders, which
     would otherwise appear as edges.
     """
 
@@ -346,7 +346,7 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
 def _draw_sheet(panel: Axes, filters: Filters, columns: int) -> None:
     order = filters.rms.argsort(descending=True, stable=True)
     weight = filters.weight[order]
-    scale = weight.abs().amax().clamp(min=1e-12)  # one for all, so that a filter that dominates is seen to
+    scale = weight.abs().amax().clamp(min=1e-12)  # one for all, to show a filter that dominates
     tiles = enlarge((127.5 * (1 + weight / scale)).round().to(torch.uint8).permute(0, 2, 3, 1), _SIDE)
     height, width = tiles.shape[1:3]
     show(panel, mosaic(tiles, columns, _GAP))

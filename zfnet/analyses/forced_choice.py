@@ -1,7 +1,8 @@
-"""job=forced_choice: can somebody predict, from pictures of a feature map, which of two other images excites it more?
+"""job=forced_choice: can an observer predict, from pictures of a feature map, which of two other images excites it
+more?
 
-The task is Borowski et al.'s (2021), who asked people; that a machine chooses, by the similarity of the pictures, is
-Zimmermann et al.'s (2024). Here the pictures are the deconvnet's projections and the patches that they come from, the
+The task is that of Borowski et al. (2021), who asked people; Zimmermann et al. (2024) let a machine choose, by the
+similarity of the pictures. Here the pictures are the deconvnet's projections and the patches that they come from, the
 machine is another network, and pictures of another map of the layer are the control. docs/verdict.md has the protocol.
 """
 
@@ -60,7 +61,7 @@ PAIRS = [
     ("both", "patches"),
     ("both", "projections"),
 ]
-_REGIONS = 3  # along each side of a map: the machine knows roughly where in a picture something is
+_REGIONS = 3  # along each side of a map: features keep roughly where in a picture something is
 _PICTURES = 128  # on the device at once
 _QUIZ_SIDE = 128  # of a picture in the quiz, at most
 # people, on other images and another network (GoogLeNet, ImageNet): Borowski et al. 2021
@@ -85,7 +86,7 @@ class ForcedChoiceJob(Look):
     pages: Optional[str]
 
     def main(self, config: Config, output: Path) -> None:
-        """Ask the network `job.other` about the maps of `run=…`; write all to `output`, which must be new."""
+        """Let the network `job.other` choose for the maps of `run=…`; write all to `output`, which must be new."""
         if self.other is None:
             raise UserError(
                 "job.other is not set: name a run that was trained independently, such as with another seed"
@@ -99,7 +100,7 @@ class ForcedChoiceJob(Look):
         model, metadata = load_model(find_run(self.other).weights, config.imports)
         if weights_hash(model.state_dict()) == weights:
             raise UserError(
-                f"job.other={self.other}: has the weights of run={config.run}; who predicts must be another network"
+                f"job.other={self.other}: has the weights of run={config.run}; the observer must be another network"
             )
         try:
             there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
@@ -266,7 +267,7 @@ class Observer:
     def features(self, pictures: Tensor) -> dict[str, Tensor]:
         """Return each layer's features [n, 9 · channels] of pictures, uint8 [n, s, s, 3]; of a linear layer all.
 
-        Raises UserError where one is not finite: every choice would be half right, as if by chance.
+        Raises UserError if one is not finite: every choice would be half right, as if by chance.
         """
         batches: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
         for part in pictures.split(_PICTURES):
@@ -303,7 +304,7 @@ def choose(features: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
     features: of `projections` and `patches` [M, R, D], and of `queries` [M, 2·T, D], by layer of the observer. The
     similarity is the cosine, averaged over references and layers, of features less the mean of all pictures of their
-    kind (projections; patches and queries): what all pictures share tells nothing.
+    kind (projections; patches and queries): what all pictures share is no evidence.
     """
     similar: dict[str, Tensor] = {}
     for layer, queries in features["queries"].items():
@@ -405,7 +406,7 @@ def _lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _holds(differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what the paired tests of the last target, which is all layers where there are several, say."""
+    """Return lines about the paired tests of the last target: all layers, if there are several."""
     lines = [f"paired t-tests by map, p after Holm ({differences[-1]['layer']}):"] if differences else []
     for row in differences:
         if row["layer"] == differences[-1]["layer"]:

@@ -113,8 +113,8 @@ def make_amounts(size: int, translation: float, scale: float, rotation: float, s
 
     size: side of the image in pixels; translation: largest shift as a share of it (whole pixels are used);
     scale: largest factor; rotation: largest angle in degrees; steps: how many amounts, at most (3 or more).
-    Angles divide 90° evenly, if there are steps enough: objects with a rotational symmetry look the same only at
-    90°, 180° and 270°, between which nothing of it is seen.
+    If there are enough steps, angles divide 90° evenly, so that they include 90°, 180° and 270°, at which objects with
+    a rotational symmetry look the same.
     """
     reach = round(translation * size)
     # the same number on both sides of 0, and never the same pixel twice

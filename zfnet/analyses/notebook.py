@@ -4,7 +4,7 @@
     occlusion(run, "cat.jpg").probability        # [P, P]
     projections(run, "cat.jpg", "conv5").pictures  # uint8 [9, S, S, 3]
 
-The network computes in fp32 where it is: on the CPU, or where `run.model.to(…)` has put it.
+The network computes in fp32 on its own device: the CPU, or that of `run.model.to(…)`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zfnet.runs.weights import TrainedRun
 
 @dataclass(frozen=True)
 class OcclusionMaps:
-    """What the network says of an image while a square hides a part of it, at P × P places.
+    """The network's outputs for an image while a square hides a part of it, at P × P places.
 
     picture: uint8 [S, S, 3], the image as the network sees it; centres: [P], the square's centre in its pixels
     label: the class; whole: its probability with nothing hidden; probability: [P, P], with the square at each place
@@ -87,7 +87,7 @@ def occlusion(
     """Hide one part of an image file after another behind a square of the data's mean colour (paper, Fig. 7).
 
     label: a class; None: the predicted one. layer: a convolution; None: the last. patch, stride: in input pixels
-    Raises UserError for an unknown class or layer, an unreadable image and a square that does not suit.
+    Raises UserError for an unknown class or layer, an unreadable image and an unsuitable square.
     """
     chain, data, inputs = _chain(run), run.metadata.data, run.inputs(image)
     (layer,) = pick_layers(chain, "layer", layer, chain.conv_layers[-1:], only_conv=True)

@@ -1,7 +1,8 @@
 """job=occlusion: what a network predicts while a grey square hides one part of an image after another.
 
 Source: Zeiler & Fergus 2013, section 4.2 and Fig. 7. The paper gives neither the square's size nor its steps; ours
-follow the image's size. Places cover the whole image; at the borders the square hangs over and hides less. Where the
+follow the image's size. Places cover the whole image; at the borders the square extends beyond it and hides less. Where
+the
 objects' boxes are known, the place of the lowest probability tells whether the object matters: it is in its own
 image's box more often than in the boxes of other images, which are in the middle of most images, too.
 """
@@ -144,8 +145,8 @@ def square_and_steps(size: int, patch: int | None, stride: int | None) -> tuple[
 def square_starts(size: int, patch: int, stride: int) -> Tensor:
     """Return the first row of the square at each place: int64 [⌈size / stride⌉], `stride` apart.
 
-    The places are centred on the image and cover all of it; at the borders the square may hang over.
-    Raises UserError where the square covers the whole image, or its steps leave gaps.
+    The places are centred on the image and cover all of it; at the borders the square may extend beyond it.
+    Raises UserError if the square covers the whole image, or its steps leave gaps.
     """
     if patch >= size:
         raise UserError(f"job.patch={patch}: the occluder must be smaller than the image, which is {size} px")
@@ -240,7 +241,7 @@ def _rows(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> list[dic
 def _summarise(
     result: Occlusion, chosen: Chosen, classes: Sequence[str], boxes: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return and log what became of each image and, where the objects' boxes are known, whether the objects matter."""
+    """Return and log the results of each image and, if the objects' boxes are known, whether the objects matter."""
     images, lowest = [], result.occluded.probability.flatten(1).argmin(1)
     for number, name in enumerate(chosen.names):
         y, x = divmod(int(lowest[number]), len(result.starts))

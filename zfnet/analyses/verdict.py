@@ -1,7 +1,7 @@
 """job=verdict: what an explanation is worth, measured by seven metrics, each between chance (0) and the best (1).
 
 The pictures are those of units of each convolution layer (deconvnet, guided, gradient) and of classes (these,
-integrated gradients and Grad-CAM); beside them stand pictures that know nothing of the network. `explain/targets.py`
+integrated gradients and Grad-CAM); the baselines are pictures that do not depend on the network. `explain/targets.py`
 makes the pictures, `explain/faithfulness.py` holds the metrics; docs/verdict.md says what each asks.
 """
 
@@ -126,7 +126,7 @@ class VerdictJob(Look):
                     (run.folder / "metrics").mkdir(exist_ok=True)
                     run.write_json(f"metrics/{name}.json", {"of": origin, **seconds, "rows": plain})
                     log.info("%s: %.0f s", name, seconds["seconds"])
-                    rows = [Row.read(row) for row in plain]  # as a job that continues reads them
+                    rows = [Row.read(row) for row in plain]  # as read by a job that continues
                 all_rows += rows
             report(run, study, all_rows, origin)
 
@@ -145,22 +145,22 @@ class Row:
     clusters: Tensor
 
     def plain(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
+        """Return the row as plain values for JSON."""
         values = [None if math.isnan(v) else round(v, 5) for v in self.values.double().tolist()]
         return vars(self) | {"values": values, "clusters": self.clusters.tolist()}
 
     @staticmethod
     def read(plain: Mapping[str, Any]) -> Row:
-        """Return what `plain` described."""
+        """Return the row from its plain values."""
         values = [math.nan if v is None else v for v in plain["values"]]
         named = {key: plain[key] for key in ("target", "method", "measure")}
         return Row(**named, values=torch.tensor(values).double(), clusters=torch.tensor(plain["clusters"]).long())
 
 
 def saved_rows(run: RunDirectory, metric: str, origin: Mapping[str, str]) -> list[Row] | None:
-    """Return what this directory holds of a metric already; None where it holds nothing, or of other weights or data.
+    """Return the saved rows of a metric; None if there are none, or if they are of other weights or data.
 
-    Raises UserError where the file is damaged.
+    Raises UserError if the file is damaged.
     """
     path = run.folder / "metrics" / f"{metric}.json"
     if not path.exists():
@@ -177,7 +177,7 @@ def saved_rows(run: RunDirectory, metric: str, origin: Mapping[str, str]) -> lis
 
 @dataclass(frozen=True)
 class Subject:
-    """A target by its name, and where its N images stand in the split: int64 [N]."""
+    """A named target, and the places of its N images in the split: int64 [N]."""
 
     name: str
     target: Target
@@ -193,7 +193,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Study:
-    """What the metrics are given: the job's settings, its subjects (the class is the last), and the run's images."""
+    """The input of the metrics: the job's settings, its subjects (the class is the last), and the run's images."""
 
     job: VerdictJob
     loaded: LoadedRun
@@ -210,7 +210,7 @@ class Study:
         return self.loaded.config.seed
 
     def each(self, metric: str) -> Iterator[tuple[Subject, str]]:
-        """Yield each subject with each of its methods, and show how far this is."""
+        """Yield each subject with each of its methods, and show the progress."""
         pairs = [(subject, method) for subject in self.subjects for method in subject.methods]
         with tqdm(pairs, metric, disable=None, leave=False, dynamic_ncols=True) as bar:
             for subject, method in bar:
@@ -221,7 +221,7 @@ class Study:
 def prepare(job: VerdictJob, loaded: LoadedRun, split: Split, layers: Sequence[str]) -> Study:
     """Choose units and images: of each map of a layer its strongest activations in the split, until there are enough.
 
-    Raises UserError where no map of any layer is ever active.
+    Raises UserError if no map of any layer is ever active.
     """
     chain, images = loaded.chain, split.images
     fewest = min(step.output_shape[0] for step in chain.steps if step.name in layers)
@@ -274,7 +274,7 @@ def measure_weights(study: Study) -> Iterator[Row]:
         correlations: dict[tuple[str, frozenset[str]], dict[str, Tensor]] = {}
         twin = target.chain
         for (_, layer), only in tqdm(stages.items(), f"weights: {subject.name}", disable=None, leave=False):
-            # one layer more than before, since to shuffle a large one takes seconds
+            # adds one layer to the stage before: shuffling a large one takes seconds
             twin = shuffle_weights(target.chain if len(only) == 1 else twin, target.layer, study.seed, only=[layer])
             for method in (m for m in subject.methods if m in target.methods or only == top):
                 if (method, only) not in correlations:  # all layers are shuffled in both ways
@@ -298,7 +298,7 @@ def _ranked(target: Target, method: str, **settings: Any) -> tuple[Tensor, dict[
 
 
 def measure_own(study: Study) -> Iterator[Row]:
-    """Rank what a unit keeps on the support of its own picture among what it keeps on those of other units."""
+    """Rank the number that a unit keeps on its own picture's support among those on other units' supports."""
     for subject, method in study.each("own"):
         target, units = subject.target, subject.target.units
         if method in BASELINES:  # the same for every unit of a place: all tie
@@ -441,14 +441,14 @@ def measure_ablation(study: Study) -> Iterator[Row]:
                 change = (after - before).gather(1, truth[:, None])[:, 0]
                 logits[number].index_add_(0, truth, change / present[truth])
         accuracy, logits = accuracy[alive], logits[alive]
-        lost = logits.masked_fill(present == 0, torch.inf).argmin(1)
+        most_reduced = logits.masked_fill(present == 0, torch.inf).argmin(1)
         best, selectivity = stats.best_class.cpu()[alive], stats.selectivity.cpu()[alive]
         guessed = 1 / int((present > 0).sum())  # nothing is known of absent classes; of one class all agree: NaN
-        agrees = ((lost == best).double() - guessed) / (1 - guessed or math.nan)
+        agrees = ((most_reduced == best).double() - guessed) / (1 - guessed or math.nan)
         columns = {
             "accuracy change": accuracy,
             "largest logit loss": logits.amin(1),
-            "class of it": lost,
+            "class of it": most_reduced,
             "selectivity": selectivity,
             "best class": best,
             "agreement": agrees,

@@ -18,12 +18,12 @@ class UserError(Exception):
 
 
 def printable(text: object) -> str:
-    """Return a name as one line: characters that a terminal obeys or cannot show are escaped, as in Python."""
+    """Return a name as one line: control and unprintable characters are escaped, as in Python."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def one_line(error: object, line: int = 0) -> str:
-    """Return one line of an error's message, the first if not another; the error's kind where it has no message."""
+    """Return one line of an error's message, by default the first; the name of its class if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[line].strip()
 
 
@@ -70,7 +70,7 @@ _MESSAGES = {
 
 
 def schema_problem(error: ValidationError, schema: Any, plain: dict[str, Any], prefix: str) -> str:
-    """Return one line about the first bad key of `plain`, below `prefix`: all that pydantic says of it."""
+    """Return one line about the first bad key of `plain`, below `prefix`: with all of pydantic's reasons."""
 
     def path(loc: tuple[int | str, ...]) -> tuple[list[str], Any]:
         keys, node = [], plain  # pydantic's places also name the members of a union
@@ -99,7 +99,7 @@ def schema_problem(error: ValidationError, schema: Any, plain: dict[str, Any], p
 
 
 def _fields_at(schema: Any, keys: Sequence[str]) -> list[str]:
-    """Return the names of the fields of the dataclass that stands at `keys` below `schema`; empty for none."""
+    """Return the names of the fields of the dataclass at `keys` below `schema`; empty for none."""
     node = schema
     for key in keys:
         hint = get_type_hints(node).get(key)

@@ -1,10 +1,10 @@
 """Safe instantiation of what a config names by `_target_`: models, data sets, losses, optimizers, callbacks …
 
 A `_target_` is only a name. It is looked up in this package, in the parts of PyTorch and torchvision that belong to the
-slot, and in the packages that the command imports (`imports=[my_lab]`); nothing else is ever imported
-because a config said so. What it resolves to must be a class of the slot's kind, defined in one of those places,
-whatever path led there: `torch.optim.sgd.torch.hub.load` is a function, so it is refused. Arguments are plain numbers,
-booleans, strings, lists and mappings of them, checked against the class's own signature.
+slot, and in the packages that the command imports (`imports=[my_lab]`); nothing else is imported for a config. It must
+resolve to a class of the slot's type, defined in one of those places, whatever path leads there:
+`torch.optim.sgd.torch.hub.load` is a function, so it is refused. Arguments are plain numbers, booleans, strings, lists
+and mappings of them, checked against the class's own signature.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from zfnet.config.errors import UserError, did_you_mean, one_line
 
-# Modules whose classes a slot may use without `imports`. A class counts by where it is defined.
+# Modules whose classes a slot may use without `imports`. The place of its definition counts.
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "model": ("torchvision.models",),
     "loss": ("torch.nn.modules.loss",),
@@ -101,7 +101,7 @@ def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
         try:
             obj, rest = sys.modules.get(name) or importlib.import_module(name), cut
         except ModuleNotFoundError as error:
-            if error.name != name and not name.startswith(f"{error.name}."):  # a package of its own is missing
+            if error.name != name and not name.startswith(f"{error.name}."):  # one of its own imports is missing
                 raise UserError(f"{target} cannot be imported: {error}; install it first") from error
             if cut == 1:
                 raise UserError(f"{target} cannot be imported ({error}): install it or put it beside run.py") from error
@@ -150,7 +150,7 @@ def instantiate(
         made = construct(cls, keywords) if construct else cls(*given, **keywords)
     except UserError:
         raise
-    except Exception as error:  # whatever the class raises about its arguments
+    except Exception as error:  # a class may raise anything about its arguments
         values = ", ".join(f"{k}={v}" for k, v in settings.items() if k != "_target_")
         raise UserError(f"{slot} ({cls.__name__}): {one_line(error)} ({values or 'no arguments'})") from error
     if not isinstance(made, base):
@@ -217,7 +217,7 @@ def _check_value(key: str, value: Any, default: Any) -> Any:
 
 
 def _check_meaning(slot: str, key: str, value: Any) -> None:
-    """Refuse what an optimizer or a schedule cannot mean; `auto` and null are left to the program."""
+    """Raise UserError for a value that an optimizer or a schedule cannot use; `auto` and null have other checks."""
     if value is None or value == "auto" or slot.split(".")[0] not in ("optimizer", "scheduler"):
         return
     low = _WHOLE.get(key)

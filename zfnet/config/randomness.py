@@ -1,9 +1,9 @@
 """Randomness without state: every random number is a function of a key and an index.
 
-No generator is advanced anywhere in training, so there is nothing to save in a checkpoint and nothing
-that a skipped step, another number of workers or another device could put out of step. A key is made
-from integers such as (seed, purpose, epoch); the n-th number under a key is a hash of (key, n). The
-mixing function is the 32-bit finaliser of MurmurHash3, computed in int64 so that CPU and GPU agree.
+No generator is advanced anywhere in training, so there is nothing to save in a checkpoint, and no skipped step, other
+number of workers or other device changes a number. A key is made from integers such as (seed, purpose, epoch); the
+n-th number under a key is a hash of (key, n). The mixing function is the 32-bit finaliser of MurmurHash3, computed in
+int64 so that CPU and GPU agree.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ template <typename T> T random_bits(T index, T key) {
 
 @cache
 def _one_kernel(device: torch.device) -> Callable[[Tensor, int | Tensor], Tensor] | None:
-    """Return what computes `random_bits` on a GPU in one kernel; None if it does not compile or computes otherwise."""
+    """Return `random_bits` as one kernel for a GPU; None if it does not compile, or differs."""
     if not torch.cuda.is_available():
         return None
     try:
@@ -99,7 +99,7 @@ def _one_kernel(device: torch.device) -> Callable[[Tensor, int | Tensor], Tensor
         expected = _random_bits(number, index)
         keys = (number, torch.tensor(number, device=device))
         return kernel if all(torch.equal(kernel(index, key), expected) for key in keys) else None
-    except Exception:  # no NVRTC, another PyTorch: the plain operations do as well
+    except Exception:  # no NVRTC, another PyTorch: the plain operations give the same
         return None
 
 
@@ -122,7 +122,7 @@ def permutation(key: int, n: int) -> Tensor:
 
 @contextlib.contextmanager
 def seeded_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Within this block the yielded function seeds the generators that other people's code draws from.
+    """Within this block the yielded function seeds the generators that user code draws from.
 
     Those are Python's, NumPy's and PyTorch's global ones, on the CPU and on `device`; afterwards they are as before.
     """

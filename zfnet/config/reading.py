@@ -1,4 +1,4 @@
-"""From a composed config or a record to a checked `Config`; and files that may be a stranger's, as plain values.
+"""Read a composed config or a record as a checked `Config`, and files of unknown origin as plain values.
 
 YAML and JSON are read with bounds on size, depth and numbers: a kilobyte of YAML can stand for gigabytes (aliases of
 aliases), and a number of a million digits takes minutes. What is within the bounds is read in a moment; anything else
@@ -32,7 +32,7 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def refuse_pipe(path: Path) -> None:
-    """Raise ValueError for what is there and no file: to open a pipe would wait for ever."""
+    """Raise ValueError for a path that exists and is not a file: opening a pipe would wait for ever."""
     if path.exists() and not path.is_file():
         raise ValueError("it is no file")
 
@@ -89,7 +89,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Raise ValueError if a document is too large, before anything is made of it: aliases and merges multiply."""
+    """Raise ValueError if a document is too large, before it is constructed: aliases and merges multiply."""
     count, waiting = 0, [(root, 0)]
     while waiting:
         node, depth = waiting.pop()
@@ -178,7 +178,7 @@ def _plain(raw: DictConfig | dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_interpolation(plain: Mapping[str, Any]) -> None:
-    """Raise UserError if a record, perhaps a stranger's, holds `${…}`, which could read environment variables."""
+    """Raise UserError if a record, perhaps of unknown origin, holds `${…}`, which could read environment variables."""
     for key, value in flatten(plain).items():
         if "${" in str(value):
             raise UserError(f"{key}={value}: a recorded config may not contain an interpolation")
@@ -216,7 +216,7 @@ def upgrade_data(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_together(config: Config) -> None:
-    """Checks that concern more than one key."""
+    """Check keys against each other; raise UserError."""
     data, trainer = config.data, config.trainer
     if data.name == "folder" and not data.root and config.job.trains:  # others may not need images
         raise UserError(NO_ROOT)

@@ -66,7 +66,7 @@ class Linear(Checked):
 class ModelConfig(Checked):
     """ZFNet (paper, Fig. 3). The defaults are the blog's; a null layer is left out (paper, Table 3).
 
-    width: factor of every layer's channels and features, but for the classes
+    width: factor on every layer's channels and features, except the number of classes
     """
 
     name: str = "zfnet"
@@ -106,7 +106,7 @@ class DataConfig(Checked):
     store_size: Optional[Side] = None
     fit: Literal["crop", "stretch"] = "crop"
     max_pixels: Annotated[int, Field(ge=1, le=2**30)] = MAX_PIXELS
-    draft: bool = False  # what earlier records mean, which lack the key
+    draft: bool = False  # of earlier records, which lack the key
     sampler: Literal["shuffle", "balanced"] = "shuffle"
 
 
@@ -160,7 +160,7 @@ DATA: dict[str, type[DataConfig]] = {
 class AugmentConfig(Checked):
     """Random changes of training images, in stored pixels. `flip` is a probability.
 
-    flips: `random` draws anew in each epoch; `alternating` draws once, and takes the opposite in every second epoch
+    flips: `random` draws again in each epoch; `alternating` draws once, and takes the opposite in every second epoch
     transforms: further operations, in order, each a `_target_` with its arguments
     """
 
@@ -198,7 +198,7 @@ class TrainerConfig(Checked):
     test_each_epoch: bool
     log_every: Positive
     checkpoint_minutes: Annotated[float, Field(gt=0)]
-    version: Literal[1, 2] = 1  # 1: what the earliest records mean, which lack the key
+    version: Literal[1, 2] = 1  # 1: of the earliest records, which lack the key
     profile: bool = False  # these are missing from the oldest records
     snapshots: list[Positive] = field(default_factory=list)
     checkpoint_epochs: list[Positive] = field(default_factory=list)
@@ -258,7 +258,7 @@ class Config(Checked):
     logger, callbacks: each entry a `_target_` and its arguments
     parent: of a run that job=extend or job=fork made; not in the record of any other
     imports: packages that a `_target_` of this command may come from, beside PyTorch, torchvision and this one
-    overrides, composed: the words of the command at work, and what Hydra composed from them; not recorded
+    overrides, composed: the words of the current command, and what Hydra composed from them; not recorded
     """
 
     job: Any
@@ -283,10 +283,10 @@ class Config(Checked):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is recorded, as plain dicts, lists and numbers."""
-        plain = dataclasses.asdict(dataclasses.replace(self, composed=None))  # which takes long to copy
-        # only job=compare has `runs`, job=import `source`, and a run that goes on from another `parent`
-        unsaid = ("overrides", "composed", *(key for key in ("runs", "source", "parent") if plain[key] is None))
-        return {key: value for key, value in plain.items() if key not in unsaid}
+        plain = dataclasses.asdict(dataclasses.replace(self, composed=None))  # slow to copy
+        # only job=compare has `runs`, job=import `source`, and a branched run `parent`
+        omitted = ("overrides", "composed", *(key for key in ("runs", "source", "parent") if plain[key] is None))
+        return {key: value for key, value in plain.items() if key not in omitted}
 
     def identity(self) -> str:
         """Return a hash of everything in it that the result depends on (not where data lies or what is logged).
@@ -299,7 +299,7 @@ class Config(Checked):
 # Keys that change neither the weights nor the figures of a run.
 NOT_IDENTITY: dict[str, tuple[str, ...]] = {
     "data": ("root", "cache_dir", "device_memory", "max_pixels"),
-    # of the compiler, the outcome is recorded
+    # the compiler's decision is recorded
     "trainer": (
         *("name", "devices", "log_every", "checkpoint_minutes", "profile", "snapshots", "checkpoint_epochs"),
         *("compile_seconds", "compile_gain"),
@@ -336,7 +336,7 @@ def result_keys(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_name(model: ModelConfig | Mapping[str, Any]) -> str:
-    """Return a network's name for people."""
+    """Return a network's name for tables and messages."""
     return model.name if isinstance(model, ModelConfig) else str(model["_target_"]).rpartition(".")[2]
 
 

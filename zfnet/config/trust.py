@@ -7,7 +7,7 @@ has no effect.
 Hydra constructs what the `hydra` part of a config names (callbacks, launchers, log handlers), sets environment
 variables and makes directories before this program sees the config. So each config that Hydra composes with a folder
 from elsewhere is checked before Hydra uses it: its `hydra` part is compared with the one that the project's own files
-give for the same choices. What is judged is the composed config, whatever YAML it was written in.
+give for the same choices. The composed config is checked, whatever YAML it was written in.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def check_what_hydra_composes(words: Sequence[str]) -> None:
 
     Raises UserError for an option that reads a pickle.
     """
-    # argparse takes any beginning of an option's name, and no other option begins so
+    # argparse accepts abbreviations, and no other option begins with --e
     if any(word.startswith("--e") for word in words):
         raise UserError("--experimental-rerun reads a pickle, which can run code: use job=reproduce run=<dir>")
     hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
@@ -86,7 +86,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 
 class CheckedConfigLoader(ConfigLoaderImpl):
-    """Composes as Hydra does, and raises UserError where a folder from elsewhere sets what it may not.
+    """Composes as Hydra does, and raises UserError if a folder from elsewhere sets what it may not.
 
     Hydra calls it for a command and for each job of a sweep, in whatever process the job runs.
     """
@@ -102,7 +102,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         return config
 
     def _refuse_search_path(self, config_name: str | None) -> None:
-        """Raise UserError where a config from elsewhere names more folders: of `pkg://` ones Hydra imports the package.
+        """Raise UserError if a config from elsewhere adds search paths: of `pkg://` ones Hydra imports the package.
 
         Hydra reads this key before it composes.
         """
@@ -127,12 +127,12 @@ def only_own_folders(sources: Iterable[Any]) -> bool:
 def _is_own(scheme: str, path: Any) -> bool:
     if scheme == "file":
         return Path(str(path)).resolve() == CONF
-    # installed plugins of Hydra's bring configs; Hydra imports them in any case
+    # installed plugins of Hydra bring configs; Hydra imports them in any case
     return scheme == "structured" or (scheme == "pkg" and f"{path}.".startswith(("hydra.conf.", "hydra_plugins.")))
 
 
 def _check(config: DictConfig, words: Sequence[str]) -> None:
-    """Raise UserError where a config that was composed with a folder from elsewhere sets what it may not."""
+    """Raise UserError if a config that was composed with a folder from elsewhere sets what it may not."""
     part: Any = OmegaConf.to_container(config, resolve=False)["hydra"]  # type: ignore[index,call-overload]
     given = part["overrides"]["hydra"] + part["overrides"]["task"]
     if sorted(given) != sorted(words):  # the task's words count as the command line's
@@ -154,7 +154,7 @@ def _check(config: DictConfig, words: Sequence[str]) -> None:
             _check_directory(config, key)
         elif key == "sweep.subdir" and (value == _NUMBERED or ("${" not in str(value) and _stays_below(str(value)))):
             continue
-        elif value != _at(expected, key):
+        elif value != _value_at(expected, key):
             raise _refusal(key, value)
 
 
@@ -191,7 +191,7 @@ def _compose_own(conf: Path, words: tuple[str, ...]) -> DictConfig:
 
 
 def imported_packages(config: DictConfig) -> list[str]:
-    """Return the packages that a config's `imports` names; raise UserError where they are none."""
+    """Return the packages that a config's `imports` names; raise UserError if they are none."""
     imports: Any = OmegaConf.select(config, "imports")
     imports = OmegaConf.to_container(imports) if OmegaConf.is_list(imports) else imports or []
     if not isinstance(imports, list) or not all(str(i).isidentifier() for i in imports):
@@ -223,7 +223,7 @@ def _check_constructed(name: str, part: Any, expected: Any, base: type, imports:
             if trusted:  # its own arguments, but nothing that could become another object
                 refused = rest != "_target_" and (last == "_target_" or "${" in str(value))
             else:  # Hydra's own launchers run commands that they are given, so only numbers may differ
-                differs = value != _at(own, rest) and rest != "_target_"
+                differs = value != _value_at(own, rest) and rest != "_target_"
                 refused = differs and (isinstance(value, (str, list)) or last == "_recursive_")
             if refused:
                 raise _refusal(f"{key}.{rest}", value)
@@ -266,7 +266,7 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _at(node: Any, key: str) -> Any:
+def _value_at(node: Any, key: str) -> Any:
     for name in key.split("."):
         node = node.get(name) if isinstance(node, dict) else None
     return node

@@ -1,7 +1,7 @@
-"""Batches from uint8 images, made on the device that trains.
+"""Batches made from uint8 images, on the device that trains.
 
-Order and augmentation are functions of (seed, epoch, image): batch k of an epoch can be made without having
-made batch k−1, so resuming in the middle costs nothing and cannot go wrong.
+Order and augmentation are functions of (seed, epoch, image): batch k of an epoch does not need batch k−1, so a resume
+in the middle of an epoch is exact and costs nothing.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ PIECE = 2**26  # bytes that are moved to a device at once
 class Batch:
     """images: float [B, 3, S, S], normalised; labels: int64 [B]; index: int64 [B], positions in the set (CPU).
 
-    Of several processes each gets a part of every batch: `first` is the place of its first image in the whole
-    batch, `total` the whole batch's size.
+    With several processes each gets a part of every batch: `first` is the position of its first image in the whole
+    batch, `total` the size of the whole batch.
     """
 
     images: Tensor
@@ -53,7 +53,7 @@ class Batch:
     total: int
 
     def split(self, count: int) -> Iterator[tuple[Batch, bool]]:
-        """Yield up to `count` micro-batches of about equal size, each with whether it is the last."""
+        """Yield (micro-batch, whether it is the last): up to `count`, of about equal size."""
         size = len(self.labels)
         step = max(1, -(-size // count))
         for start in range(0, max(1, size), step):
@@ -65,9 +65,9 @@ class Batch:
 def preprocess(pixels: Tensor, data: DataConfig, channels_last: bool = True) -> Tensor:
     """Turn uint8 [B, h, w, 3] into what the network sees: centre window, bilinear resize, normalisation.
 
-    Training, evaluation and prediction all end here. On the CPU the resize works on bytes: as fast as it
-    gets, within one grey level of the exact value, and at 32 → 224 and 32 → 64 px equal to Pillow's to the bit.
-    Elsewhere it comes last and is exact: a GPU then touches the large images once and not four times.
+    Training, evaluation and prediction all use this. On the CPU the resize works on bytes, which is fastest: within one
+    grey level of the exact value, and at 32 → 224 and 32 → 64 px bit-identical to Pillow's. On other devices it comes
+    last and is exact: a GPU then touches the large images once and not four times.
     """
     size = data.crop_size or pixels.shape[1]
     top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
@@ -84,25 +84,25 @@ def resize(images: Tensor, size: int) -> Tensor:
     """Resize images [B, 3, h, h], bytes or floats, to side `size`."""
     if images.shape[-1] == size:
         return images
-    # bytes can be resized in no other way; upwards it is the same
+    # uint8 needs antialias=True, which changes nothing when enlarging
     if images.shape[-1] > size or images.dtype == torch.uint8:
         return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-    # under deterministic algorithms `F.interpolate` is 39 kernels, for a gradient that nobody takes of the images
+    # under deterministic algorithms `F.interpolate` runs 39 kernels, for a gradient that is never computed
     resized: Tensor = torch.ops.aten.upsample_bilinear2d.default(images, [size, size], False)
     return resized
 
 
 def _normalise(images: Tensor, data: DataConfig) -> Tensor:
     """Return (images / 255 − mean) / std of bytes [B, 3, h, w] as floats."""
-    if len(set(data.mean)) == len(set(data.std)) == 1:  # a plain number spares the CPU half the time
+    if len(set(data.mean)) == len(set(data.std)) == 1:  # scalars take a CPU half the time
         return images.float().mul_(1 / (255 * data.std[0])).sub_(data.mean[0] / data.std[0])
-    # whole rows of pixels, since a CPU is slow at vectors of three
+    # whole rows of pixels, since CPUs are slow with vectors of length three
     rows = images.permute(0, 2, 3, 1).float().contiguous().flatten(2)
     scale, shift = _scale_and_shift(tuple(data.mean), tuple(data.std), images.shape[-1], rows.device)
     return rows.mul_(scale).sub_(shift).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
-@lru_cache(maxsize=8)  # nothing is sent to a GPU in each step
+@lru_cache(maxsize=8)  # no copy to a GPU in each step
 def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ class Batches:
         return -(-len(self.set) // self.data.batch_size)
 
     def _resident(self) -> Tensor | None:
-        """The set's own images on the GPU, if there is one and they fit."""
+        """The set's images on the GPU, if there is one and they fit."""
         if self.device.type != "cuda":
             return None
         needed = len(self.set) * self.set.images[0].nbytes
@@ -173,7 +173,7 @@ class Batches:
     def _prefetch(self, shards: list[Tensor], epoch: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (images, labels, index) of each shard; what must be copied is prefetched, one shard ahead.
 
-        The index goes to the device, and random numbers are drawn, once for all shards: of each batch that would be a
+        The index is copied to the device, and random numbers are drawn, once for all shards: per batch that would be a
         hundred small kernels.
         """
         if not shards:
@@ -218,10 +218,10 @@ class Batches:
 
 
 def balanced_draws(labels: Tensor, seed: int, epoch: int) -> Tensor:
-    """Return as many draws as there are labels [N], each class equally often: whose turn it is, not yet shuffled.
+    """Return N draws for labels [N], each class equally often, not yet shuffled.
 
-    Draw i + kN is the k-th repetition of image i, which so has random changes of its own. A class with too many images
-    leaves some out, others in each epoch.
+    Draw i + kN is the k-th repetition of image i, with random changes of its own. A class with too many images leaves
+    some out, different ones in each epoch.
     """
     total, classes = len(labels), labels.unique().tolist()
     draws = []
@@ -234,7 +234,7 @@ def balanced_draws(labels: Tensor, seed: int, epoch: int) -> Tensor:
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return a small tensor on the device; a blocking copy would wait for all the work that it has been given."""
+    """Return a small tensor on the device; a blocking copy would wait for all queued work."""
     return values.to(device, non_blocking=True)
 
 
@@ -271,7 +271,7 @@ def draw(index: Tensor, height: int, how: AugmentConfig, data: DataConfig, seed:
 
 
 def augment(pixels: Tensor, drawn: tuple[Tensor, ...], how: AugmentConfig, data: DataConfig) -> Tensor:
-    """Random crop, horizontal flip and cutout, each image by its own random numbers, which `draw` has drawn.
+    """Random crop, horizontal flip and cutout, with each image's own random numbers, from `draw`.
 
     pixels: uint8 [B, h, w, 3]. Returns uint8 [B, c, c, 3] with c = data.crop_size or h. Padding and cutout have the
     mean colour.
@@ -301,7 +301,7 @@ def _mean_colour(mean: tuple[float, ...], device: torch.device) -> Tensor:
 def apply_transforms(
     pixels: Tensor, index: Tensor, transforms: Sequence[Callable[[Tensor], Tensor]], seed: int, epoch: int
 ) -> Tensor:
-    """Call each transform on each image, with generators seeded by (seed, epoch, which image it is).
+    """Call each transform on each image, with generators seeded by (seed, epoch, image).
 
     pixels: uint8 [B, h, w, 3]; index: int64 [B], on the CPU. A transform takes uint8 [3, h, w] and returns the same, or
     floats from 0 to 1; the last one's images are squares of one size s. Returns uint8 [B, s, s, 3].
@@ -333,7 +333,7 @@ def apply_transforms(
 
 
 def _pad(pixels: Tensor, width: int, fill: Tensor) -> Tensor:
-    """Put a frame of colour `fill` [3] around images [B, h, w, 3]."""
+    """Pad images [B, h, w, 3] on all sides with the colour `fill` [3]."""
     batch, height, across, _ = pixels.shape
     out = fill.expand(batch, height + 2 * width, across + 2 * width, 3).clone()
     out[:, width:-width, width:-width] = pixels
@@ -353,6 +353,6 @@ def _crop_on_cpu(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, siz
     for window, image, y, x in zip(out, pixels.numpy(), top.tolist(), left.tolist(), strict=True):
         window[...] = image[y : y + size, x : x + size]
     cut = torch.from_numpy(out)
-    mirrored = cut.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # seen as NCHW, flip has a fast way
+    mirrored = cut.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # as NCHW, flip has a fast path
     out[flipped.numpy()] = mirrored.numpy()[flipped.numpy()]
     return cut

@@ -1,7 +1,7 @@
 """Image files as RGB images: the only place where image files are opened.
 
-What a file may cost is known from its header, before a pixel is decoded: at most `max_pixels`, each of which takes four
-bytes. All threads together decode no more than `_AT_ONCE` pixels at a time.
+The cost of a file is known from its header, before a pixel is decoded: at most `max_pixels`, of four bytes each. All
+threads together decode at most `_AT_ONCE` pixels at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from zfnet.config.schema import MAX_PIXELS
 
 log = logging.getLogger("zfnet")
 
-# Of about forty formats that Pillow opens: each decoder is a way in for hostile files. AVIF is not in every Pillow.
+# A few of the forty formats that Pillow opens: hostile files may attack each decoder. AVIF is not in every Pillow.
 Image.init()
 FORMATS = tuple(f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
 SUFFIXES = frozenset(s for s, f in Image.registered_extensions().items() if f in FORMATS)
@@ -58,11 +58,11 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, draft:
 
     EXIF rotation is applied, transparency becomes white, an animation gives its first frame. Grey values of more than
     8 bits are scaled: integers from 0 … 65535, floats from the smallest of 0 … 1, 255 and 65535 that holds them; an
-    image with values outside of these from its own range, which is said once.
+    image with values outside of these by its own range, with one warning.
 
-    draft: for a reader of so many pixels a side a JPEG is decoded at 1/2, 1/4 or 1/8, as long as it keeps twice as many
+    draft: pixels per side that the caller needs: a JPEG is decoded at 1/2, 1/4 or 1/8 if it keeps twice as many
     """
-    with _opened(file, max_pixels) as image, _room.taken(_pixels(image)):
+    with _opened(file, max_pixels) as image, _pixel_limit.reserve(_pixels(image)):
         if draft:
             image.draft(None, (2 * draft, 2 * draft))
         image.load()
@@ -84,7 +84,7 @@ def _opened(file: str | Path | BinaryIO, max_pixels: int | None = None) -> Itera
         if Path(file).exists() and not Path(file).is_file():
             raise UnreadableImage("not a regular file")  # reading a pipe or a device might never end
         try:
-            # opened here: a path Pillow might map into memory, and then mixes up the pixels of a rotated TIFF
+            # opened here: Pillow may map a path into memory, and then mixes up the pixels of a rotated TIFF
             with open(file, "rb") as stream, _opened(stream, max_pixels) as image:
                 yield image
         except OSError as error:
@@ -110,21 +110,21 @@ def _opened(file: str | Path | BinaryIO, max_pixels: int | None = None) -> Itera
 
 
 def _pixels(image: Image.Image) -> int:
-    """Return how many pixels decoding has to hold: those of the image, or of one tile of a TIFF if it is larger."""
+    """Return how many pixels decoding must hold: those of the image, or of one tile of a TIFF if it is larger."""
     tags = getattr(image, "tag_v2", {})
     tile = int(tags.get(TiffImagePlugin.TILEWIDTH, 0)) * int(tags.get(TiffImagePlugin.TILELENGTH, 0))
     return max(image.width * image.height, tile)
 
 
-class _Room:
-    """How many pixels threads may decode at once; a thread waits until those before it are done."""
+class _PixelLimit:
+    """Limits how many pixels threads decode at once; a thread waits until those before it are done."""
 
     def __init__(self, pixels: int) -> None:
         self._pixels, self._used, self._changed = pixels, 0, threading.Condition()
 
     @contextlib.contextmanager
-    def taken(self, pixels: int) -> Iterator[None]:
-        """Within this block so many pixels are taken; more than there are at all wait until they are alone."""
+    def reserve(self, pixels: int) -> Iterator[None]:
+        """Reserve so many pixels within this block; a request above the limit waits until no other thread decodes."""
         with self._changed:
             self._changed.wait_for(lambda: self._used == 0 or self._used + pixels <= self._pixels)
             self._used += pixels
@@ -136,14 +136,14 @@ class _Room:
                 self._changed.notify_all()
 
 
-_room = _Room(_AT_ONCE)
+_pixel_limit = _PixelLimit(_AT_ONCE)
 
 
 def _orientation(image: Image.Image) -> Any:
-    """Return EXIF's orientation, 1 to 8; anything else means none, and a damaged EXIF part has none."""
+    """Return EXIF's orientation, 1 to 8; anything else, and a damaged EXIF part, means none."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # the pixels are good all the same
+    except Exception:  # the pixels may still be readable
         return None
 
 

@@ -89,7 +89,7 @@ class LeftOut:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a folder of this name is not entered."""
+    """Return whether a folder of this name is skipped."""
     return name.startswith(".") or name in _NO_PICTURES
 
 
@@ -101,7 +101,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> list[str]:
     """Return the paths of the image files below `folder`, in a fixed order, and count the others in `left_out`.
 
-    Links are followed. A folder is read once: a second way to it, or to one of those `above`, is a link that ends.
+    Links are followed. A folder is read once: another link to it, or to one of those `above`, is skipped.
     """
     files: list[str] = []
     seen = {_place(path) for path in above}
@@ -131,7 +131,7 @@ def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> 
 
 
 def _place(path: str | Path) -> tuple[int, int]:
-    """Return what tells a folder from others, by whatever way it is reached."""
+    """Return what identifies a folder, whatever path leads to it."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
@@ -181,7 +181,7 @@ def _is_address(item: str) -> bool:
 
 
 def fetch(address: str) -> bytes:
-    """Return the content of an http or https address; raise UnreadableImage where it exceeds the limits or fails."""
+    """Return the content of an http or https address; raise UnreadableImage if it exceeds the limits or fails."""
     results: list[bytes | Exception] = []
 
     def download() -> None:
@@ -228,7 +228,7 @@ def _download(address: str, deadline: float) -> bytes:
             target = error.headers.get("Location")
             if error.code not in (301, 302, 303, 307, 308) or not target:
                 raise
-            # http.client takes headers for Latin-1; `quote` gives back the bytes that came
+            # http.client decodes headers as Latin-1; `quote` restores their bytes
             target = urllib.parse.quote(target.strip(), encoding="iso-8859-1", safe=string.punctuation)
             address = urllib.parse.urljoin(address, target)
     raise UnreadableImage(f"more than {MAX_REDIRECTS} redirects")
@@ -246,10 +246,10 @@ def _in_ascii(address: str) -> str:
 
 
 def _guarded_handlers() -> tuple[urllib.request.BaseHandler, ...]:
-    """Return handlers that connect to no address of the local network once they have been to a public one.
+    """Return handlers that refuse to connect to the local network after they connected to a public address.
 
-    What a name stands for is looked at in the connection itself: between two look-ups it may change. Through a proxy
-    the proxy connects, and decides.
+    The address is checked in the connection itself: it may change between two look-ups of a name. With a proxy, the
+    proxy connects, and decides.
     """
     been_public = False
 
@@ -289,10 +289,10 @@ def _is_local(peer: Sequence[Any]) -> bool:
 
 
 def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    content, announced = bytearray(), response.length or 0  # not known of a body in chunks
+    content, announced = bytearray(), response.length or 0  # unknown for a chunked body
     while announced <= MAX_BYTES and len(content) <= MAX_BYTES and (chunk := response.read1(1 << 16)):
         content += chunk
-        if time.monotonic() > deadline:  # ends this thread; the caller has gone on
+        if time.monotonic() > deadline:  # ends this thread; the caller no longer waits
             raise UnreadableImage(f"took more than {MAX_SECONDS:g} s")
     if max(announced, len(content)) > MAX_BYTES:
         raise UnreadableImage(f"more than {MAX_BYTES / 2**20:g} MB")

@@ -1,4 +1,4 @@
-"""Images in folders, a folder a class: decoded once into a memory-mapped cache, and labelled.
+"""Images in folders, one per class: decoded once into a memory-mapped cache, and labelled.
 
 The cache is keyed by what it holds (the content of each file, and how it is stored), built beside its final place and
 renamed, so it is either whole or absent.
@@ -49,7 +49,7 @@ log = logging.getLogger("zfnet")
 
 @dataclass(frozen=True)
 class _Listing:
-    """Every image file: its path, its split (train, val, test or all) and its class; and what is no image."""
+    """The path, split (train, val, test or all) and class of every image file; and what is left out."""
 
     root: Path
     files: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class _Listing:
 
 
 def load_folder(data: FolderData) -> Splits:
-    """Return the images below `data.root`; raise UserError. What is left out is logged in a line."""
+    """Return the images below `data.root`; raise UserError. What is left out is logged in one line."""
     if not data.root:
         raise UserError(NO_ROOT)
     listing = _list_files(Path(data.root).expanduser())
@@ -101,7 +101,7 @@ def load_folder(data: FolderData) -> Splits:
     return Splits(train, val, test, mark, names)
 
 
-# -- which folder is what?
+# -- splits and classes
 
 
 def _list_files(root: Path) -> _Listing:
@@ -148,7 +148,7 @@ def _list_files(root: Path) -> _Listing:
 def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[Path]]]:
     """Return each split's folder and the class folders in it: {all: …} where `root` is not divided.
 
-    Raises UserError where that is not clear.
+    Raises UserError if that is not clear.
     """
     below = _folders_in(root, listing)
     named = _named_splits(below)
@@ -181,7 +181,7 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
 
 
 def _split_word(name: str) -> tuple[str, tuple[str, ...]] | None:
-    """Return the split that a folder's name names, in any case, and its other words; None if it names none."""
+    """Return the split in a folder's name, in any case, and the name's other words; None if it has none."""
     words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
     named = [split for word in words for split, known in _WORDS.items() if word in known]
     rest = tuple(w for w in words if w not in _FILLERS and not any(w in known for known in _WORDS.values()))
@@ -199,7 +199,7 @@ def _named_splits(folders: Iterable[Path]) -> dict[Path, str]:
 
 
 def _folders_in(folder: Path, listing: _Listing) -> list[Path]:
-    """Return the folders in one of splits or classes, and count what lies beside them."""
+    """Return the folders in a folder of splits or classes, and count what else it holds."""
     folders, others = _scan(folder)
     for names, hidden, loose in ((folders, LeftOut.HIDDEN_FOLDER, None), (others, LeftOut.HIDDEN_FILE, LeftOut.LOOSE)):
         for name in names:
@@ -233,7 +233,7 @@ def _names(folders: Iterable[Path]) -> str:
 
 
 def _folder_names(root: Path, most: int = 12) -> str:
-    """Return what lies in `root`, for an error about it."""
+    """Return the folders in `root`, for an error message."""
     names = [*map(printable, _scan(root)[0])]
     return f"; found: {', '.join(names[:most])}{' …' if len(names) > most else ''}" if names else "; found no folder"
 
@@ -244,8 +244,8 @@ def _folder_names(root: Path, most: int = 12) -> str:
 def _cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, dict[int, str], str]:
     """Return (images [N, s, s, 3] memory-mapped, {number of an unreadable file: why}, fingerprint).
 
-    Two steps: from the files' status, which changes with their content, to the content's key, and from there to the
-    pixels. So files are hashed once, as long as they stay as they are, and decoded once, wherever they lie.
+    Two steps: the files' status, which changes with their content, gives the key of the content, and that the pixels.
+    So files are hashed once while they are unchanged, and decoded once wherever they are.
     """
     caches = Path(data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zfnet").expanduser()
     try:
@@ -278,7 +278,7 @@ def _find_or_build(listing: _Listing, data: FolderData, caches: Path) -> Path:
         *(data.draft, listing.labels),
     ]
     known = caches / f"{_key([stored, os.path.abspath(listing.root), listing.files, stats])}.key"
-    with FileLock(known.with_suffix(".lock")):  # of several runs that start together, one reads
+    with FileLock(known.with_suffix(".lock")):  # if several runs start together, one reads
         with contextlib.suppress(OSError):
             if (folder := caches / known.read_text(encoding="ascii")).is_dir():
                 return folder
@@ -320,7 +320,7 @@ def _key(content: Any) -> str:
 
 
 def _read(file: str) -> tuple[str, tuple[int, int] | None]:
-    """Return a hash of the file's bytes and its (width, height); of what cannot be read an empty hash and None."""
+    """Return a hash of the file's bytes and its (width, height); an empty hash and None if it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         if not os.path.isfile(file):  # reading a pipe might never end
@@ -349,7 +349,7 @@ def _build(listing: _Listing, data: FolderData, size: int, folder: Path, pool: T
         except UnreadableImage as error:
             return str(error)
 
-    # the digest and the disk keep step with the decoding, which needs neither
+    # hashed and synced image by image, while the pool decodes the next ones
     unreadable, digest = {}, hashlib.sha256()
     for number, problem in enumerate(_progress(pool.map(decode, range(count)), "decoding", count)):
         if number % 256 == 0:
@@ -383,7 +383,7 @@ def _progress(items: Iterable[T], what: str, count: int) -> Iterable[T]:
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """Make a file of bytes that is mapped into memory; raise OSError if the disk has no room for it."""
+    """Create a memory-mapped file; raise OSError if the disk has no room for it."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     # otherwise writing to a full disk through the map would kill the process
     if hasattr(os, "posix_fallocate"):
@@ -393,7 +393,7 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 def _natural_size(sizes: set[tuple[int, int] | None], data: FolderData) -> int:
-    """Keep small images as they are, if all are squares of one size: enlarging them is the device's work."""
+    """Keep small images as they are, if all are squares of one size: the device enlarges them."""
     largest = max(data.image_size, data.crop_size or 0)
     sizes = sizes - {None}
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)  # type: ignore[misc]

@@ -26,7 +26,7 @@ class ImageSet:
     rows:   int64 [N], where each labelled image stands in `images`
     classes: names, by label
     boxes:  int64 [N, 4] (top, left, bottom, right; ends exclusive) around the object, where it is known
-    files:  of each of the M images, its path below the data set's root, where images are files
+    files:  each of the M images' path below the data set's root, if they are files
     """
 
     images: np.ndarray
@@ -57,7 +57,7 @@ class ImageSet:
 
 
 def release(images: np.ndarray) -> None:
-    """Release the pages of a memory-mapped file: reading through one larger than the memory then does not fill it.
+    """Release the pages of a memory-mapped file, so that reading one larger than the memory does not fill it.
 
     They stay in the system's cache as long as it has room; nothing written is lost.
     """
@@ -103,7 +103,7 @@ class Splits:
 
     @property
     def validation_reports(self) -> bool:
-        """Whether validation, for want of a test set, chooses the epoch and reports as well."""
+        """Whether validation chooses the epoch and reports as well, since there is no test set."""
         return self.test is None and self.validation is not None
 
     def remarks(self) -> dict[str, Any]:

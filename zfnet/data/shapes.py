@@ -20,7 +20,7 @@ from zfnet.data.images import ImageSet, image_set
 def draw_shapes(count: int, size: int, part: int) -> ImageSet:
     """Return `count` images of size × size pixels; `part` keeps training (0) and test (1) apart.
 
-    Labels go round, so classes are balanced. Colours, place, size and a turn of up to ±0.3 rad vary.
+    Labels cycle, so classes are balanced. Colours, position, size and rotation (up to ±0.3 rad) vary.
     """
     images = np.empty((count, size, size, 3), dtype=np.uint8)
     boxes = torch.empty(count, 4, dtype=torch.long)
@@ -33,9 +33,9 @@ def draw_shapes(count: int, size: int, part: int) -> ImageSet:
 
 
 def draw_without(index: Tensor, size: int, part: int, sector: int, sectors: int) -> Tensor:
-    """Return the images at `index` [n] of a set once more, each shape without one of its `sectors` equal sectors.
+    """Return the images at `index` [n] of a set, each shape without one of its `sectors` equal sectors.
 
-    Nothing else changes: the ground shows where the sector was. uint8 [n, size, size, 3].
+    Nothing else changes: the background shows where the sector was. uint8 [n, size, size, 3].
     """
     return _draw(index, index % len(CLASSES), size, part, (sector, sectors))[0]
 
@@ -44,7 +44,7 @@ def _draw(
     index: Tensor, labels: Tensor, size: int, part: int, missing: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     def between(number: int, low: float, high: float) -> Tensor:
-        """One random number an image, shaped for broadcasting over its pixels."""
+        """One random number per image, shaped for broadcasting over its pixels."""
         return (low + (high - low) * uniform(make_key(SHAPES, part, number), index))[:, None, None]
 
     radius = between(0, 0.17, 0.33)
@@ -71,7 +71,7 @@ def _draw(
     channels = []
     for c in range(3):
         ground = between(10 + c, 0.15, 0.85)
-        # the shape differs from the ground by at least 0.15 of full scale in each channel
+        # the shape differs from the background by at least 0.15 of full scale in each channel
         step = between(20 + c, 0.15, 0.5) * (1 - 2 * (between(30 + c, 0.0, 1.0) < ground).float())
         background = ground + ramp * between(40 + c, 0.0, 0.5)
         channels.append(background * (1 - cover) + (ground + step) * cover + 0.2 * noise)

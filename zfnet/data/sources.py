@@ -1,4 +1,4 @@
-"""From `data` in a config to its three parts: training, validation and test images."""
+"""Load the data that a config names: training, validation and test images."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def load_splits(data: DataConfig, imports: Sequence[str] = ()) -> Splits:
 def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
     """Return the images of the data sets that the config names.
 
-    Every image is read once, in order, with generators seeded by its number, and kept as bytes: what a data set draws
-    at random it draws once, and not in each epoch. Raises UserError for items that are not (image, label).
+    Every image is read once, in order, with generators seeded by its number, and kept as bytes: random transforms of a
+    data set are applied once, and not in each epoch. Raises UserError for items that are not (image, label).
     """
     parts = {"train": data.train, "val": data.val, "test": data.test}
     sets: dict[str, Any] = {
@@ -139,10 +139,10 @@ NETWORK_TIMEOUT_S = 30
 def load_cifar(name: str, root: str) -> Splits:
     """Return the images of `cifar10` or `cifar100`, downloading them if they are not at `root`.
 
-    torchvision compares the MD5 of every file with the published one before it reads it, on each load. That
-    matters beyond transmission errors: the files are pickles, and only the published ones are ever opened.
+    torchvision compares the MD5 of every file with the published one before it reads it, on each load. The files are
+    pickles, so this also ensures that only the published ones are opened.
     """
-    import torchvision  # half a second, which other images need not wait for
+    import torchvision  # takes half a second
 
     folder = Path(root).expanduser()
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]

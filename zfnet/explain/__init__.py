@@ -1,4 +1,4 @@
-"""Looking inside a trained network."""
+"""Explanations of a trained network."""
 
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.receptive_field import ReceptiveField, receptive_box, receptive_field

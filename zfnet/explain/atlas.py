@@ -9,7 +9,7 @@ when they are shown:
     atlas.json                    every number on the page
 
 `write_single` puts all of it into one file instead. `write_photographs` is the page of your own photographs, whose
-tiles lead to the atlas's pages of the maps: `index.html#conv5/12`.
+tiles link to the maps in the atlas: `index.html#conv5/12`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from zfnet.config.schema import DataConfig
 from zfnet.data import ImageSet
 from zfnet.explain.crops import frame_size, view_maps
 from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.maps import MapFacts
+from zfnet.explain.maps import MapResponses
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field
 from zfnet.explain.selection import to_rows
 from zfnet.explain.top_activations import LayerRecord, TopActivations
@@ -54,14 +54,14 @@ _QUIZ_LINK = (b'<a id="quiz" href="quiz.html" hidden>', b'<a id="quiz" href="qui
 KINDS = ("projections", "patches")
 _MAPS = 32  # projected at once
 _THUMBNAIL, _CELL = 96, 32  # a thumbnail shows 3×3 cells
-_CLASSES = 5  # of a map, how many are shown
+_CLASSES = 5  # shown for each map
 Score = tuple[float, float | None, int]  # the mean over a map's units, its standard error (one unit has none), units
 _LOSSLESS = 32  # frames up to this side are too small for a lossy format
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a job=verdict says of single maps.
+    """The scores of single maps from a job=verdict.
 
     name: of its directory; split: whose images it used
     scores: of (layer, map), those of its pictures by one method
@@ -83,7 +83,7 @@ class Atlas:
     data: DataConfig
     search: TopActivations
     weights: str = ""  # their hash
-    facts: Mapping[str, MapFacts] = field(default_factory=dict)
+    responses: Mapping[str, MapResponses] = field(default_factory=dict)
     nearest: Mapping[str, Any] = field(default_factory=dict)  # see `nearest_maps`
     other: Mapping[str, Any] | None = None  # the name of the other network, and its own atlas, if there is one
     verdict: Verdict | None = None
@@ -117,7 +117,7 @@ def _write_page(path: Path, name: str, title: str, metadata: Any) -> None:
         ("title", html.escape(title)),
         ("style", (_PAGE / "page.css").read_text(encoding="utf-8")),
         ("script", (_PAGE / f"{name}.js").read_text(encoding="utf-8")),
-        # last: no text in the data is taken for a mark
+        # last, so that no text in the data is read as a placeholder
         ("metadata", json.dumps(metadata, separators=(",", ":")).replace("<", "\\u003c")),
     ):
         page = page.replace(f"<!-- {mark} -->", text)
@@ -148,7 +148,7 @@ class Photograph:
 
 
 def write_photographs(path: Path, photographs: Sequence[Photograph], title: str, link: str | None) -> None:
-    """Write a page of photographs that needs no other file; its tiles lead to the atlas at `link`, if there is one."""
+    """Write a page of photographs that needs no other file; its tiles link to the atlas at `link`, if there is one."""
     parts = [f"<header><h1>Strongest maps · {html.escape(title)}</h1></header>"]
     for photograph in photographs:
         classes = "".join(f"<li>{html.escape(c)} {p:.1%}</li>" for c, p in photograph.predictions)
@@ -190,11 +190,11 @@ def _address(pixels: np.ndarray) -> str:
 def write_quiz(
     folder: Path, trials: Sequence[Mapping[str, Any]], about: Mapping[str, Any], atlas: Path | None = None
 ) -> Path:
-    """Write quiz.html, the page that asks people, with its pictures in it, and return it.
+    """Write quiz.html, a page with the trials and their pictures for people to answer; return its path.
 
-    folder: where, if there is no atlas; otherwise it becomes a page of the atlas, and the two link to each other
+    folder: where to write it if there is no atlas; else it becomes a page of the atlas, and both link to each other
     trials: see `quiz_trials` of job=forced_choice, in the order in which they are asked
-    about: what the page says of them
+    about: text on the page about them
     atlas: the page of the network's atlas
     """
     asked = [
@@ -202,7 +202,7 @@ def write_quiz(
         | {"queries": [_address(p) for p in trial["queries"]]}
         for trial in trials
     ]
-    number = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]  # a browser keeps the answers under it
+    number = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]  # the answers' key in the browser's storage
     name = None if atlas is None else atlas.name
     path = (folder if atlas is None else atlas.parent) / "quiz.html"
     _write_page(path, "quiz", str(about["title"]), {"id": number, **about, "atlas": name, "trials": asked})
@@ -212,7 +212,7 @@ def write_quiz(
 
 
 def write_single(folder: Path) -> Path:
-    """Put an atlas into one file beside its folder, which then goes; return the file.
+    """Put an atlas into one file beside its folder, and remove the folder; return the file.
 
     Each picture is a block of text that the browser reads when it is shown: thumbnails first, then the page's script.
     """
@@ -236,7 +236,7 @@ def write_single(folder: Path) -> Path:
 def find_atlas(weights: str, folder: str | None = None) -> Path | None:
     """Return the page of the newest atlas in outputs/ of the network with these weights, or of the job in `folder`.
 
-    Raises UserError where that one is of another network.
+    Raises UserError if that one is of another network.
     """
     for path, _ in _records("deconvnet", ("atlas/atlas.json", "atlas.json"), weights, folder):
         for page in (path.with_name("index.html"), path.with_suffix(".html")):
@@ -253,9 +253,9 @@ def link_to(page: Path, folder: Path) -> str:
 
 
 def find_verdict(weights: str, method: str, folder: str | None = None) -> Verdict | None:
-    """Return what the newest job=verdict in outputs/, or that in `folder`, says of `method` and these weights.
+    """Return the scores of `method` for these weights from the newest job=verdict in outputs/, or that in `folder`.
 
-    None where outputs/ has none. Raises UserError where `folder` holds none of this network, or is damaged.
+    None if outputs/ has none. Raises UserError if `folder` holds none of this network, or is damaged.
     """
     for record, content in _records("verdict", ("verdict.json",), weights, folder):
         path = record.with_name("maps.csv")  # which earlier versions did not write
@@ -293,7 +293,7 @@ def _records(
 ) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """Yield the JSON files of a job's directories, the newest first, that are of the network with these weights.
 
-    folder: look into this one alone, where a damaged file is an error, and elsewhere passed over
+    folder: search only this one, where a damaged file is an error; elsewhere it is skipped
     """
     places = sorted((OUTPUTS / job).glob("*"), reverse=True) if folder is None else [Path(folder)]
     for path in (place / name for place in places for name in names):
@@ -351,7 +351,7 @@ def _columns(count: int) -> int:
 
 
 def _write_images(atlas: Atlas, folder: Path, after_file: Callable[[], None]) -> None:
-    """Write every image that some map is shown with, once: what of it the network sees, in stored pixels."""
+    """Write each image that is shown beside a map, once: the part that the network sees, in stored pixels."""
     shown = torch.cat([r.index[r.filled].cpu() for r in atlas.search.layers.values()]).unique()
     for group in tqdm(shown.split(256), "atlas: images", unit="×256", disable=None, leave=False):
         pixels = atlas.images.pixels(group)
@@ -385,7 +385,7 @@ def _page_data(atlas: Atlas) -> dict[str, Any]:
         "top": atlas.search.top,
         "classes": list(atlas.images.classes),
         "imageSize": atlas.data.image_size,
-        "sample": len(next(iter(atlas.facts.values())).strongest) if atlas.facts else 0,
+        "sample": len(next(iter(atlas.responses.values())).strongest) if atlas.responses else 0,
         "other": atlas.other,
         "verdict": None if atlas.verdict is None else {"name": atlas.verdict.name, "split": atlas.verdict.split},
         "layers": [_layer_data(atlas, layer, record) for layer, record in atlas.search.layers.items()],
@@ -407,12 +407,12 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
     best = stats.class_means.topk(min(_CLASSES, stats.class_means.shape[1]), dim=1)
     means = [[_short(value) for value in row] for row in best.values.tolist()]
     more: dict[str, Any] = {}
-    if facts := atlas.facts.get(layer):
-        counts, highest = facts.histogram()
+    if responses := atlas.responses.get(layer):
+        counts, highest = responses.histogram()
         more |= {"histogram": counts.tolist(), "highest": map(_short, highest.tolist())}
-        if facts.effect is not None:
-            most = facts.effect.abs().topk(min(_CLASSES, facts.effect.shape[1]), dim=1).indices
-            changes = [[_short(v) for v in row] for row in facts.effect.gather(1, most).tolist()]
+        if responses.effect is not None:
+            most = responses.effect.abs().topk(min(_CLASSES, responses.effect.shape[1]), dim=1).indices
+            changes = [[_short(v) for v in row] for row in responses.effect.gather(1, most).tolist()]
             more["effect"] = [list(zip(*row, strict=True)) for row in zip(most.tolist(), changes, strict=True)]
     if layer in atlas.nearest:
         more["nearest"] = [[(name, n, _short(r)) for name, n, r in row] for row in atlas.nearest[layer]]

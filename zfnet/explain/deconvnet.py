@@ -1,16 +1,16 @@
 """The deconvnet: one unit's activation, projected back down to the pixels (paper, section 2.1).
 
 From the unit down, each module is undone by its adjoint: a pooling sends the signal back to the places of its
-maxima (`windows.py`), a ReLU rectifies it, a convolution filters it with the transposed filters. Biases have no
-part in it. Except for the ReLU this is the gradient (Simonyan et al. 2013, section 4), so that one
-implementation has three rules, which differ in what the ReLU lets through:
+maxima (`windows.py`), a ReLU rectifies it, a convolution filters it with the transposed filters. Biases are left out.
+Except for the ReLU this is the gradient (Simonyan et al. 2013, section 4), so one implementation has three rules, which
+differ in what the ReLU passes:
 
     deconvnet   where the signal is positive              (Zeiler & Fergus 2013)
     gradient    where the unit was active                 (Simonyan et al. 2013)
     guided      where both hold                           (Springenberg et al. 2014)
 
-A projection shows what in *this* image excited the unit, through this image's switches. It is no sample of
-what the unit would respond to, and says little about the class (Nie et al. 2018): compare it with controls.
+A projection shows what in *this* image excited the unit, through this image's switches. It does not show what else the
+unit responds to, and says little about the class (Nie et al. 2018): compare it with controls.
 
 In this file: `Deconvnet`, and the table of rules by module type.
 """
@@ -46,29 +46,29 @@ RULES = ("deconvnet", "guided", "gradient")
 LRN_RULES = ("identity", "gradient")
 
 # Images whose forward pass is kept at once; and bytes that the largest signal of a chunk of units may take:
-# on a CPU about what its cache holds.
+# on a CPU about the size of its cache.
 _IMAGES = 16
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 @dataclass
 class _Trace:
-    """What a forward pass leaves for the way back. Each list has an entry for each step."""
+    """What the backward pass needs from a forward pass. Each list has an entry for each step."""
 
     output: Tensor
     input_shapes: list[torch.Size] = field(default_factory=list)  # without the batch
-    kept: list[Any] = field(default_factory=list)  # what the step's rule keeps: switches, say
+    kept: list[Any] = field(default_factory=list)  # what the step's rule keeps, such as switches
 
 
 class Deconvnet:
-    """Projects units of a network to the pixels. Reads the model's own modules; changes nothing about it.
+    """Projects units of a network to the pixels. Uses the model's own modules, and does not change them.
 
     model: a ZFNet, a `Chain`, or any model that is one, on any device; its forward pass is that of evaluation mode,
         whatever its mode
     rule: `deconvnet`, `guided` or `gradient`
     dead_windows: `first`, `mask` or `all`, see `pool_with_switches`. The deconvnet sends signals through pooling
         windows without an active cell, and the choice changes conv5's projections by a quarter or more
-    lrn: `identity` leaves contrast normalisation out of the way back, as the paper does; `gradient` goes
+    lrn: `identity` skips contrast normalisation in the backward pass, as the paper does; `gradient` goes
         through it. (Batch normalisation is linear: its adjoint scales by γ/σ.)
     image_size: side of the images in pixels, for a model that is neither a ZFNet nor a `Chain`
 
@@ -113,7 +113,7 @@ class Deconvnet:
         switches_from: images [N, 3, H, W] whose pooling switches are used instead (a control)
         seeds: [len(units)], what to project instead of each unit's own activation
         fields: cut the projections of a convolution's units to their receptive fields, [len(units), 3, *sizes];
-            `receptive_field(model, layer).corner(y, x)` tells where one lies, and its cells outside the image are 0
+            `receptive_field(model, layer).corner(y, x)` gives its position; its cells outside the image are 0
 
         Raises UserError for a layer or a unit that the network does not have, for shapes that do not fit, and for
         a module on the way that has no rule.
@@ -149,7 +149,7 @@ class Deconvnet:
         return out
 
     def check(self, layer: str) -> None:
-        """Raise UserError, naming the module, unless there is a rule for each one up to `layer`."""
+        """Raise UserError, naming the module, unless there is a rule for every module up to `layer`."""
         for step in self.chain.up_to(layer):
             _check_support(step)
 
@@ -182,13 +182,13 @@ class Deconvnet:
             raise UserError(f"seeds of shape {list(seeds.shape)}: must be [{len(wanted)}], one for each unit")
         return wanted
 
-    # -- up
+    # -- forward
 
     @torch.no_grad()
     @full_precision()
     def _forward(self, x: Tensor, steps: list[Step]) -> _Trace:
-        """Run images [n, 3, H, W] through the steps as in evaluation mode, and keep what the way back needs."""
-        # channels last: as windows are cut out, and as convolutions like it best
+        """Run images [n, 3, H, W] through the steps as in evaluation mode, and keep what the backward pass needs."""
+        # channels last: fastest for cutting windows and for convolutions
         x = x.contiguous(memory_format=torch.channels_last)
         trace = _Trace(x)
         for step in steps:
@@ -198,14 +198,14 @@ class Deconvnet:
         trace.output = x
         return trace
 
-    # -- and down
+    # -- backward
 
     @torch.no_grad()
     @full_precision()
     def _backward(self, steps: list[Step], trace: _Trace, units: Tensor, seeds: Tensor | None) -> Signal:
         """Return the signals of the units at the pixels; units: int64 [u, 4], counting the trace's images.
 
-        On its way down a signal is a window of the feature map, just what the unit sees.
+        At each step a signal is a window of the feature map: the part that the unit sees.
         """
         item, channel, y, x = units.unbind(1)
         top = as_maps(trace.output)
@@ -220,7 +220,7 @@ class Deconvnet:
 
 
 def _chunk(steps: list[Step], trace: _Trace) -> int:
-    """Return how many units go down together."""
+    """Return how many units are projected together."""
     rows = columns = largest = 1
     for step, shape in reversed(list(zip(steps, trace.input_shapes, strict=True))):
         if len(shape) == 3:
@@ -241,11 +241,11 @@ def _check_range(values: Tensor, limit: int, name: str, layer: str) -> None:
         raise UserError(f"{layer}: {name} {int(wrong[0])} is out of range, 0 … {limit - 1}")
 
 
-# -- the rules: how each type of module is passed, up and down
+# -- the rules: forward and backward for each type of module
 
 
 class _Rule(NamedTuple):
-    """forward(deconvnet, module, x) returns the module's output and what the way back needs of it (None: nothing);
+    """forward(deconvnet, module, x) returns the module's output and what `backward` needs of it (None: nothing);
     backward(deconvnet, module, signal, kept, shape) takes a signal to the module's input, of `shape` [C, H, W] or [C].
     """
 
@@ -364,7 +364,7 @@ _RULES: dict[tuple[Any, ...], _Rule] = {
 
 
 def _rule_of(step: Step) -> _Rule:
-    """Return the rule for a step's module; raise UserError where there is none."""
+    """Return the rule for a step's module; raise UserError if there is none."""
     for types, rule in _RULES.items():
         # a subclass with a forward pass of its own may do anything
         if any(isinstance(step.module, t) and type(step.module).forward is t.forward for t in types):

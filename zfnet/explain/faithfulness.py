@@ -1,8 +1,8 @@
 """How well a picture explains one number that a network computes: metrics, as functions of tensors.
 
-Of the network these know a `Measure`, the number that is left of item u when some cells of its frame are removed.
-Cells are a grid over the pixels that count, so that every method, the random order and the best order that is found
-remove equal amounts (as regions in Samek et al. 2017).
+They use the network as a `Measure`: the number of item u after some cells of its frame are removed. Cells are a grid
+over the pixels that count, so that every method, the random order and the greedy order remove equal amounts (as regions
+in Samek et al. 2017).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Measure = Callable[[Tensor, Tensor], Tensor]  # (item int64 [B], removed bool [B
 
 FILLINGS = ("mean colour", "blur", "noisy linear")
 _DRAWS = 4  # random orders, each read in both directions
-_FINE = 2  # points a cell, along each side, on which noisy linear imputation is solved
+_FINE = 2  # points per cell, along each side, on which noisy linear imputation is solved
 _PULL = 1e-4  # towards the mean colour: where all is removed there is nothing to interpolate
 _NOISE = 0.01
-_CHUNK = 4 << 20  # pixels that are made at once
+_CHUNK = 4 << 20  # pixels made at once
 
 
 # ---- deletion and insertion
@@ -38,7 +38,7 @@ def removal_scores(
     Deletion removes the most relevant cells first, in `steps` equal steps; its number is the area under the curve of
     what is left. Insertion adds the most relevant first, which is the curve of removing the least relevant, read from
     its end. The best are greedy: each step removes those cells that, alone, lower (or keep) the number most.
-    NaN where the best order hardly differs from a random one: there is nothing to be right about.
+    NaN where the best order hardly differs from a random one.
     """
     count, cells = next(iter(relevance.values())).shape
     item = torch.arange(count)
@@ -124,7 +124,7 @@ def cell_means(values: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class Removal:
-    """A `Measure`: removes cells of U items and reads what is left of their numbers.
+    """A `Measure`: removes cells of U items and returns the numbers that remain.
 
     frames: [U, 3, h, w], what the network sees of each item; boxes: int64 [U, 4], the pixels that count
     value: (frames [B, 3, h, w], item [B]) → [B]; side: cells along each side
@@ -187,8 +187,8 @@ def _places_in_boxes(boxes: Tensor, extent: tuple[int, int]) -> Tensor:
     return torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
 
 
-def impute(points: Tensor, lost: Tensor) -> Tensor:
-    """Return points [B, C, g, g] with each lost one [B, g, g] the weighted mean of its neighbours, solved exactly."""
+def impute(points: Tensor, removed: Tensor) -> Tensor:
+    """Return points [B, C, g, g] with each removed one [B, g, g] the weighted mean of its neighbours, exactly."""
     side = points.shape[-1]
     line = torch.arange(side)
     away = (line[:, None] - line).abs()
@@ -196,13 +196,13 @@ def impute(points: Tensor, lost: Tensor) -> Tensor:
     near = (away[:, None, :, None] <= 1) & (away[None, :, None, :] <= 1)
     weight = torch.where(near & (steps > 0), torch.where(steps == 1, 1 / 6, 1 / 12), 0.0).reshape(side**2, side**2)
     weight = weight / weight.sum(1, keepdim=True) * (1 - _PULL)
-    gone = lost.flatten(1).to(points)[:, :, None]
+    gone = removed.flatten(1).to(points)[:, :, None]
     system = torch.eye(side**2, dtype=points.dtype) - gone * weight.to(points)
     solved = torch.linalg.solve(system, points.flatten(2).mT * (1 - gone))
     return solved.mT.reshape(points.shape)
 
 
-# ---- support, and the likeness of pictures
+# ---- support, and the similarity of pictures
 
 
 def support(size: Tensor, inside: Tensor, share: float) -> Tensor:
@@ -234,9 +234,9 @@ def structural_similarity(a: Tensor, b: Tensor, inside: Tensor, window: int = 7)
     )
     variance_a, variance_b = square_a - mean_a**2, square_b - mean_b**2
     bright, contrast = 0.01**2, 0.03**2
-    likeness = (2 * mean_a * mean_b + bright) * (2 * (product - mean_a * mean_b) + contrast)
-    likeness = likeness / ((mean_a**2 + mean_b**2 + bright) * (variance_a + variance_b + contrast))
+    similarity = (2 * mean_a * mean_b + bright) * (2 * (product - mean_a * mean_b) + contrast)
+    similarity = similarity / ((mean_a**2 + mean_b**2 + bright) * (variance_a + variance_b + contrast))
     counts = F.avg_pool2d(inside[:, None].double(), side, 1) > 1 - 1e-9
-    return (likeness * counts).sum((1, 2, 3)) / torch.where(
+    return (similarity * counts).sum((1, 2, 3)) / torch.where(
         counts.any(3).any(2)[:, 0], counts.sum((1, 2, 3)), torch.nan
     )

@@ -1,4 +1,4 @@
-"""Numbers about single feature maps: activations, what they do for the classes, and maps like them elsewhere."""
+"""Numbers about single feature maps: activations, effects on the classes, and similar maps of another network."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
 
 BINS = 12
-NEAREST = 3  # maps of another network that are named
+NEAREST = 3  # similar maps of another network that are listed
 
 
 @dataclass(frozen=True)
-class MapFacts:
-    """Numbers about the C maps of a layer over n images, on the CPU.
+class MapResponses:
+    """The responses of the C maps of a layer to n images, and their effects, on the CPU.
 
     strongest: [n, C], each map's strongest activation in each image
-    effect: [C, classes], the change of each class's mean output if a map is set to zero; None where not measured
+    effect: [C, classes], the change of each class's mean output if a map is set to zero; None if not measured
     """
 
     strongest: Tensor
@@ -41,7 +41,7 @@ class MapFacts:
 @torch.no_grad()
 @full_precision()
 def strongest_activations(chain: Chain, batches: Sequence[Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return each map's strongest activation in each image [n, C], on the CPU, of batches [b, 3, S, S]."""
+    """Return each map's strongest activation in each image [n, C], on the CPU, for batches [b, 3, S, S]."""
     strongest: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for batch in batches:
         for layer, maps in chain.activations(batch, layers).items():
@@ -50,7 +50,7 @@ def strongest_activations(chain: Chain, batches: Sequence[Tensor], layers: Seque
 
 
 class Ablation:
-    """What a network gives for images [B, 3, S, S] when single maps of one layer are set to zero.
+    """The outputs of a network for images [B, 3, S, S] when single maps of one layer are set to zero.
 
     before: [B, classes], with all maps; active: bool [B, C], where a map holds anything but zeros
     """
@@ -70,8 +70,8 @@ class Ablation:
     @torch.no_grad()
     @full_precision()
     def without(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return the images in which this map is active, bool [B], and what the network then gives for them; for all
-        others nothing changes.
+        """Return the images in which this map is active, bool [B], and the network's outputs for them; those for all
+        others stay the same.
         """
         rows = self.active[:, number]
         maps = self.maps[rows]

@@ -62,7 +62,7 @@ def window_steps(model: nn.Module | Chain, layer: str) -> list[Step]:
 def receptive_field(model: nn.Module | Chain, layer: str) -> ReceptiveField:
     """Return the receptive field of a convolution layer's units.
 
-    Raises UserError for another layer, and behind an adaptive pooling whose windows differ in size.
+    Raises UserError for another layer, and after an adaptive pooling whose windows differ in size.
     """
     fields = []
     for axis in (0, 1):
@@ -101,8 +101,8 @@ def _window(step: Step) -> Window:
 def receptive_box(model: nn.Module | Chain, layer: str, y: int, x: int) -> tuple[int, int, int, int]:
     """Return (top, left, bottom, right), ends exclusive, of the pixels that unit (y, x) of `layer` really sees.
 
-    The box is clipped at the image and at the borders of every layer between: a window that hangs over the
-    edge of a feature map sees nothing there. It is the smallest box: dilation may leave cells in it unseen.
+    The box is clipped at the image and at the borders of every layer between: a window that extends beyond a feature
+    map sees nothing there. It is the smallest box: dilation may leave cells in it unseen.
     """
     top, left, bottom, right = receptive_boxes(model, layer, torch.tensor([[y, x]]))[0].tolist()
     return top, left, bottom, right

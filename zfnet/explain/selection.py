@@ -1,4 +1,4 @@
-"""What the analyses share: the layers that they may ask for, and the images that they show to a network.
+"""Shared by the analyses: the layers and the images that they explain.
 
 An analysis of your own is one class and one YAML file (`job: {_target_: my_lab.saliency.Saliency, name: saliency, …}`):
 
@@ -40,7 +40,7 @@ _MOST_FILES = 24  # rows of a figure
 
 @dataclass(kw_only=True)
 class Look(Job):
-    """A job that looks inside a trained network.
+    """A job that explains a trained network.
 
     split: the run's images that it uses; `auto` is validation or, where the run has none, test
     """
@@ -63,7 +63,7 @@ class Chosen:
     """Images chosen for an analysis.
 
     inputs: [N, 3, S, S], normalised, on the device; labels: int64 [N], on the device
-    names: one each, for people; known: whether the labels are true, or (of image files) the network's predictions
+    names: one each, to display; known: whether the labels are true, or (of image files) the network's predictions
     boxes: float [N, 4] (top, left, bottom, right) around the object in input pixels, where it is known
     """
 
@@ -97,7 +97,7 @@ def pick_layers(
 
 
 def chosen_split(loaded: LoadedRun, splits: Splits | None = None) -> Split:
-    """Return the split that `job.split` names (see `Look`); raise UserError where the run has no such images."""
+    """Return the split that `job.split` names (see `Look`); raise UserError if the run has no such images."""
     splits, name = splits or loaded.splits(), loaded.config.job.split
     if name == "auto":
         name = "test" if splits.validation is None else "validation"
@@ -107,8 +107,8 @@ def chosen_split(loaded: LoadedRun, splits: Splits | None = None) -> Split:
 def choose_images(loaded: LoadedRun, config: Config, count: int, split: Split | None = None) -> Chosen:
     """Return the files that `images=[…]` names or, without it, `count` images of `split` (default: of `job.split`).
 
-    Classes take turns; within a class, correctly classified images come first: of a wrong prediction there is
-    little to explain. Raises UserError for an unreadable file.
+    Classes alternate; within a class, correctly classified images come first, since a wrong prediction leaves little to
+    explain. Raises UserError for an unreadable file.
     """
     if config.images is not None:
         return _from_files(loaded, config.images)

@@ -1,8 +1,8 @@
 """What is explained: units of a convolution layer, or classes; and pictures of these by every method.
 
-For each, the frame that the network sees of it, the pixels in it that count, and the number that is explained as a
-function of the frame. A unit's frame is its receptive field, of which `window_activations` reads the unit alone; where
-the field is larger than the image, the frame is the image.
+Each has a frame (the part of the image that it sees), the pixels of the frame that count, and the explained number as a
+function of the frame. A unit's frame is its receptive field, from which `window_activations` computes the unit alone;
+if the field is larger than the image, the frame is the image.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Target:
     ) -> Tensor:
         """Return the pictures of the units by a method, [U, C, h, w], on the CPU.
 
-        chain, images, units: others than the target's own, such as shuffled weights, noisy images, or other channels
+        chain, images, units: instead of the target's own, such as shuffled weights, noisy images, or other channels
         at the same places; draw: number of the random picture
         """
         chain = self.chain if chain is None else chain
@@ -142,8 +142,8 @@ class Target:
 def window_activations(chain: Chain, layer: str, frames: Tensor, places: Tensor) -> Tensor:
     """Return all channels of `layer` at places (y, x) [B, 2] from the receptive fields [B, 3, h, w]: [B, channels].
 
-    Equal to the activations of the whole image: what lies outside a feature map counts as its padding. For layers
-    behind convolutions and max poolings only.
+    Equal to the activations of the whole image: what lies outside a feature map counts as its padding. Only for layers
+    after convolutions and max poolings.
     """
     steps = chain.up_to(layer)
     corner, corners = places.to(frames.device), []
@@ -193,7 +193,7 @@ def integrated_gradients(chain: Chain, images: Tensor, labels: Tensor, points: i
 
 
 def sobel(images: Tensor) -> Tensor:
-    """Return the size of the grey image's slope, [N, 1, H, W] of [N, C, H, W]; borders are continued."""
+    """Return the gradient magnitude of the grey image, [N, 1, H, W] of [N, C, H, W]; borders are replicated."""
     grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     slope = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=images.device, dtype=images.dtype)
     return torch.hypot(F.conv2d(grey, slope[None, None]), F.conv2d(grey, slope.T[None, None]))

@@ -1,8 +1,8 @@
 """The images that excite each feature map most, and each map's activation statistics, in one pass over a data set.
 
-The paper's Fig. 2 shows the nine strongest activations of a map over a whole set. Of each image only the
-strongest position counts, so that nine activations are nine images (the paper does not say whether one may
-appear twice). Memory depends on the network and on `top`, never on the number of images.
+The paper's Fig. 2 shows the nine strongest activations of a map over a whole set. Only the strongest position of each
+image counts, so that nine activations are nine images (the paper does not say whether one may appear twice). Memory
+depends on the network and on `top`, never on the number of images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zfnet.model.chain import Chain
 from zfnet.runs.statistics import rank_p
 
 SHUFFLES = 19  # of the labels: p is at least 0.05
-_NONE = torch.iinfo(torch.int64).max  # the index of a place that no image has taken yet: sorts last
+_NONE = torch.iinfo(torch.int64).max  # the index of an entry without an image: sorts last
 
 
 @dataclass
@@ -61,7 +61,7 @@ class MapStatistics:
     mean: [C], mean activation; class_means: [C, classes]; image_share, position_share: [C], the share of
     images and of positions where the map is active, 0 … 1; selectivity: [C], see `selectivity`; best_class: int64
     [C], the class with the highest mean; dead: bool [C], never active
-    chance: [C], the mean selectivity with shuffled labels, NaN without: a map that is blind for classes, but seldom
+    chance: [C], the mean selectivity with shuffled labels, NaN without: a map that ignores classes, but is seldom
     active, has a high one; p: [C], the share of shuffled labels with as high a selectivity, the true ones among them
     """
 
@@ -97,8 +97,8 @@ class TopActivations:
     def add(self, activations: Mapping[str, Tensor], index: Tensor, labels: Tensor) -> None:
         """Add one batch: activations [B, C, H, W] or [B, C] by layer, which images these are [B], labels [B].
 
-        Equal activations go by the lower image index, then by the position first in reading order, so the
-        result does not depend on the division into batches nor on their order.
+        Of equal activations, the lower image index comes first, then the first position in reading order, so the result
+        depends neither on the division into batches nor on their order.
         """
         device = next(iter(activations.values())).device
         index, labels = index.to(device), labels.to(device)
@@ -168,7 +168,7 @@ class TopActivations:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return (tensors, metadata that JSON can hold), from which `from_state` goes on."""
+        """Return (tensors, metadata that JSON can hold), for `from_state`."""
         tensors = {"class_counts": self.class_counts}
         for layer, record in self.layers.items():
             tensors |= {f"{layer}.{k}": v for k, v in vars(record).items() if isinstance(v, Tensor)}
@@ -223,7 +223,7 @@ def collect(
 
     model: a network with a chain of its own, such as a ZFNet, or a `Chain`
     batches_of: makes batches of a set, such as `lambda s: Batches(s, data, device)`
-    after_batch: called with the collection after each batch: the place to save it
+    after_batch: called with the collection after each batch, such as to save it
 
     The forward pass is fp32 (bf16 has so few digits that many activations would tie). Raises UserError for
     layers that the network does not have.

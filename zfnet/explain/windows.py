@@ -1,8 +1,8 @@
-"""The windows of convolutions and poolings: how they lie, how a signal goes back through them, and how maps are cut.
+"""The windows of convolutions and poolings: their geometry, the backward pass through them, and windows cut from maps.
 
 A pooling's switches are bits, one for each cell of a window, set where the maximum was (paper, section 2.1 and Fig. 1).
 With ZFNet's 3×3 windows at stride 2 the windows overlap, and a quarter to a third of them share a maximum with a
-neighbour: the way back must add what they bring. (`nn.MaxUnpool2d` keeps one and drops the others, which puts a
+neighbour: the backward pass must add their signals. (`nn.MaxUnpool2d` keeps one and drops the others, which puts a
 projection of conv5 off by 60 %.)
 """
 
@@ -25,7 +25,7 @@ _FEW_CHANNELS = 4  # down to which a transposed convolution is slow on a CPU
 
 
 class Window(NamedTuple):
-    """How a convolution or a pooling looks at its input; each pair is (rows, columns).
+    """The geometry of a convolution's or a pooling's windows; each pair is (rows, columns).
 
     kernel: cells that it reads; spacing: between these, which is the dilation; stride: between windows; padding:
     before the first row and the first column
@@ -84,7 +84,7 @@ def adaptive_windows(windows: int, cells: int) -> Tensor:
 def pool_with_switches(x: Tensor, pool: nn.MaxPool2d, dead_windows: str = "first") -> tuple[Tensor, Tensor]:
     """Return (pooled, switches), both [N, C, h, w], for x [N, C, H, W]; switches are integers, bit dy·columns + dx.
 
-    dead_windows: what becomes of windows without an active cell (none above 0), whose maximum may be anywhere:
+    dead_windows: how to treat windows without an active cell (none above 0), whose maximum may be anywhere:
         `first` takes the first of equal cells, as autograd does; `mask` gives them no switch; `all` sets the bit of
         each cell that equals the maximum, in live windows too, as cuda-convnet does
     """
@@ -119,9 +119,9 @@ def pool_with_switches(x: Tensor, pool: nn.MaxPool2d, dead_windows: str = "first
 
 
 def unpool(signal: Tensor, switches: Tensor | None, window: Window) -> Tensor:
-    """Send each value of `signal` [N, C, h, w] to the cells that its switch names; what meets there is added.
+    """Add each value of `signal` [N, C, h, w] to the cells that its switch marks.
 
-    switches: [N, C, h, w], or None for all cells of every window, which is the way back from a sum
+    switches: [N, C, h, w], or None for all cells of every window, the adjoint of a sum
     Returns the cells under all windows, [N, C, (h−1)·stride + extent, (w−1)·stride + extent]: the first window's
     first cell is at (0, 0), so with padding the map itself starts at (padding, padding).
     """
@@ -155,7 +155,7 @@ def _cells(window: Window, size: tuple[int, int]) -> Iterator[tuple[int, tuple]]
 def transposed(signal: Tensor, weight: Tensor, window: Window, groups: int = 1) -> Tensor:
     """Return what `F.conv_transpose2d` does without padding, with the stride and the spacing of `window`.
 
-    signal: [N, C, h, w]; weight: [C, I / groups, k, l]. Returns [N, I, (h−1)·stride + extent, …]. Down to few
+    signal: [N, C, h, w]; weight: [C, I / groups, k, l]. Returns [N, I, (h−1)·stride + extent, …]. For few output
     channels, such as an image's three, that function is slow on a CPU. There each of the stride² phases of the
     output becomes channels of an ordinary convolution with every stride-th row and column of the filters.
     """

@@ -1,1 +1,1 @@
-"""What a command can do beside an analysis, one job a file: its settings and its `main`."""
+"""The commands that are no analysis, one file per job: its settings and its `main`."""

@@ -1,6 +1,6 @@
 """job=benchmark: the time of a training step and of its phases, and each choice of trainer=auto beside its alternative.
 
-`benchmarks/` times the same steps beside other people's training loops, with the functions of this file.
+`benchmarks/` times the same steps beside other training loops, with the functions of this file.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class TrainingSteps:
 
     data_wait: seconds in which the host waited for batches, of `taken` steps
 
-    Raises UserError where the images do not fill a batch.
+    Raises UserError if the images do not fill a batch.
     """
 
     def __init__(self, name: str, config: Config, runtime: Runtime, images: ImageSet) -> None:
@@ -99,7 +99,7 @@ class TrainingSteps:
             yield
 
     def _full_batches(self) -> Iterator[Batch]:
-        """Epoch after epoch; short last batches are left out, so that all steps are equal."""
+        """Yield batches epoch after epoch; short last batches are left out, so that all steps are equal."""
         set_switches(self.runtime.deterministic, self.runtime.precision)
         keep_memory(self.runtime.device.type == "cpu")
         self.state.model.train()
@@ -113,7 +113,7 @@ class TrainingSteps:
                 yield batch
 
     def phase_seconds(self, steps: int) -> dict[str, float]:
-        """Return the seconds of each phase of a step, the device waited for after each phase."""
+        """Return the seconds of each phase of a step, synchronising after each phase."""
         state, batches, seconds = self.state, self._full_batches(), dict.fromkeys(PHASES, 0.0)
 
         @contextlib.contextmanager
@@ -156,8 +156,8 @@ def alternatives(config: Config, runtime: Runtime, images: ImageSet) -> Iterator
 def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps: int, warmup: int) -> Result:
     """Time `ours` and `others` in turns, then the phases of one of our steps.
 
-    They take turns, so that a machine that speeds up or slows down does so for all of them; `first_is_faster_by` is
-    the median of the rounds' ratios.
+    They take turns, so that changes of the machine's speed affect all of them; `first_is_faster_by` is the median of
+    the rounds' ratios.
     """
     runtime = ours.runtime
     print(f"{runtime.describe()}, batches of {ours.batch_size}, data included\n")
@@ -235,7 +235,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def print_result(result: Result) -> None:
-    """Print the contenders, the phases of a step and what the hardware does, 80 columns wide."""
+    """Print the contenders, the phases of a step and the use of the hardware, 80 columns wide."""
     rows = [("", "images/s", "min", "max", "first is faster by", "first step")]
     for row in result["contenders"]:
         speeds = row["images_per_second"]

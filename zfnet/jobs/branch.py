@@ -1,4 +1,4 @@
-"""job=extend and job=fork: go on from an epoch of another run, in a new directory and with other settings."""
+"""job=extend and job=fork: continue from an epoch of another run, in a new directory and with other settings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _MAY_CHANGE = ("model.name", "model.dropout", "model.rms_limit", "model.init")
 
 @dataclass(kw_only=True)
 class BranchJob(Job):
-    """`schedule` says how the learning rate goes on, see `zfnet/training/schedule.py`."""
+    """`schedule` chooses how the learning rate continues."""
 
     reads_run: ClassVar[str] = "needed"
     trains: ClassVar[bool] = True
@@ -50,9 +50,9 @@ class BranchJob(Job):
     schedule: Literal["stretch", "continue", "restart"]
 
     def main(self, config: Config, output: Path) -> float | None:
-        """Train from the parent's state in `output`; go on there if it holds the same run, unfinished.
+        """Train from the parent's state in `output`; continue there if it holds the same run, unfinished.
 
-        The new run is recorded as a training whose config holds its parent's. Raises UserError where the parent has no
+        The new run is recorded as a training whose config holds its parent's. Raises UserError if the parent has no
         such state, or the settings do not fit it.
         """
         if run_as_worker(config, output):
@@ -69,7 +69,7 @@ class BranchJob(Job):
         return train(config, run, trial_report(), partial(begin, config, run, saved, best))
 
     def epoch_of(self, parent: RunDirectory, config: Config) -> int:
-        """Return the epoch of the parent from which to go on; raise UserError."""
+        """Return the epoch of the parent after which the run begins; raise UserError."""
         raise NotImplementedError
 
 
@@ -77,7 +77,7 @@ class BranchJob(Job):
 class ExtendJob(BranchJob):
     def epoch_of(self, parent: RunDirectory, config: Config) -> int:
         if parent.state != "done":
-            raise UserError(f"run={parent.folder} is not finished (state: {parent.state}): go on with it by job=resume")
+            raise UserError(f"run={parent.folder} is not finished (state: {parent.state}): continue it with job=resume")
         epoch = len(parent.read_history())
         if config.trainer.epochs <= epoch:
             raise UserError(
@@ -140,7 +140,7 @@ def _link(
 
 
 def _check(config: Config) -> None:
-    """Compare the config with its parent's; raise UserError for what cannot go on."""
+    """Compare the config with its parent's; raise UserError for what a branch cannot change."""
     assert config.parent is not None
     before, now = (
         {**flatten({"model": c["model"]}), "data.image_size": c["data"]["image_size"]}
@@ -148,10 +148,10 @@ def _check(config: Config) -> None:
     )
     for key in [*now, *before]:
         if before.get(key) != now.get(key) and key not in _MAY_CHANGE:
-            raise UserError(f"{key}={now.get(key)}: the run goes on with its parent's network ({before.get(key)})")
+            raise UserError(f"{key}={now.get(key)}: the run continues with its parent's network ({before.get(key)})")
     if config.trainer.init_from != config.parent.config["trainer"]["init_from"]:
         raise UserError(f"trainer.init_from={config.trainer.init_from}: the run begins with its parent's weights")
-    check_recipe(config)  # once more: the schedule has another length now
+    check_recipe(config)  # again: the schedule has another length now
 
 
 def begin(config: Config, run: RunDirectory, saved: Checkpoint, best: Path) -> None:
@@ -169,9 +169,9 @@ def begin(config: Config, run: RunDirectory, saved: Checkpoint, best: Path) -> N
 
 
 def train_parent(config: Config, run: RunDirectory, stop: StopRequest) -> None:
-    """Train again what a branched run began from, in its directory, and begin with that; the whole chain of parents.
+    """Train a branched run's parent again in the run's directory, and begin from it; likewise for its own parents.
 
-    The result is compared with the record by whoever compares the runs: the history holds the parent's epochs.
+    The caller compares the result with the record: the history holds the parent's epochs.
     """
     link = config.parent
     if link is None or step_files(run.checkpoints):

@@ -19,19 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
-from zfnet.plots.figures import (
-    INK,
-    PALE,
-    PALEST,
-    PALETTE,
-    SOFT,
-    epoch_axis,
-    new_figure,
-    plain,
-    plot_history,
-    save_figure,
-    styled,
-)
+from zfnet.plots.figures import CSS, PALETTE, epoch_axis, new_figure, plain, plot_history, save_figure, styled
 from zfnet.runs.compare import first_difference
 from zfnet.runs.directory import RunDirectory, find_run, list_runs, remove_if_empty, write_atomically
 from zfnet.runs.session import own_directory
@@ -44,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MOST_PAIRS = 10  # tests that are shown; of more, those of the best group
+MOST_PAIRS = 10  # tests shown; if there are more, those of the best group
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -56,7 +44,7 @@ class CompareJob(Job):
     def main(self, config: Config, output: Path) -> None:
         """Compare what `runs=[…]` names: print it and write a page; or write a sweep's summary again.
 
-        Raises UserError where there is no training to compare.
+        Raises UserError if there is no training to compare.
         """
         if (self.sweep is None) is (config.runs is None):
             raise UserError(
@@ -160,7 +148,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is said. `split`: whose accuracies are compared; `tests`: of pairs (better, other), with Holm's p."""
+    """The result. `split`: whose accuracies are compared; `tests`: of pairs (better, other), with Holm's p."""
 
     split: str
     sections: list[Section]
@@ -196,7 +184,7 @@ def compare(groups: Sequence[Group], split: str = "auto") -> Comparison:
     sections = [
         Section("Runs", [[g.letter, _describe(g)] for g in groups]),
         Section("Settings that differ", [letters, *settings] if settings else [], notes=() if settings else ("none",)),
-        Section("Results", [letters, *_results(groups, split)], notes=tuple(_partings(groups))),
+        Section("Results", [letters, *_results(groups, split)], notes=tuple(_first_differences(groups))),
         table,
     ]
     if environment:
@@ -250,23 +238,23 @@ def _spread(values: dict[Any, float], scale: float, digits: int, unit: str = "")
     return mean + (f" ± {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else "") + unit
 
 
-def _partings(groups: Sequence[Group]) -> list[str]:
-    """Return for each group but the first where its history leaves the first one's: runs of one seed, if there are."""
+def _first_differences(groups: Sequence[Group]) -> list[str]:
+    """Return a line for each other group: where its history first differs from the first one's, of one seed if any."""
     lines, first = [], groups[0]
     for other in groups[1:]:
         pairs = [(a, b) for a in first.runs for b in other.runs if a.seed == b.seed] or [(first.runs[0], other.runs[0])]
         a, b = pairs[0]
         of_seed = f" (seed {a.seed})" if len(first.runs) + len(other.runs) > 2 and a.seed == b.seed else ""
-        parting = first_difference(a.history, b.history)
-        if parting is None:
+        divergence = first_difference(a.history, b.history)
+        if divergence is None:
             same = a.results.get("weights_sha256") == b.results.get("weights_sha256")
             weights = "" if not a.results or not b.results else f", weights {'too' if same else 'not'}"
             lines.append(f"{other.letter} equals {first.letter} in all {len(a.history)} epochs{of_seed}{weights}")
         else:
-            was, now = (ABSENT if v is None else f"{v:.6g}" for v in (parting["recorded"], parting["now"]))
+            was, now = (ABSENT if v is None else f"{v:.6g}" for v in (divergence["recorded"], divergence["now"]))
             lines.append(
-                f"{other.letter} parts from {first.letter} in epoch {parting['epoch']}{of_seed}: "
-                f"{parting['metric']} {was} and {now}"
+                f"{other.letter} first differs from {first.letter} in epoch {divergence['epoch']}{of_seed}: "
+                f"{divergence['metric']} {was} and {now}"
             )
     return lines
 
@@ -302,7 +290,7 @@ def _tests(groups: Sequence[Group], split: str) -> tuple[list[dict[str, Any]], S
         )
     notes = [f"? is not distinguishable: p is {LEVEL} or more"] if any(not t["holds"] for t in shown) else []
     if len(tests) > 1:
-        notes.append(f"p is corrected for {len(tests)} tests (Holm); each interval stands for itself")
+        notes.append(f"p is corrected for {len(tests)} tests (Holm); the intervals are not")
     if len(shown) < len(tests):
         notes.append(f"shown: the best against the others; comparison.json has all {len(tests)} pairs")
     bold = tuple(n for n, t in enumerate(shown, start=1) if t["holds"])
@@ -335,7 +323,7 @@ def _table(section: Section, width: int, bold: bool) -> list[str]:
         return []
     rows = [[f"  {row[0]}", *row[1:]] for row in section.rows]
     lines = format_table(rows, "<" * len(rows[0]), width, shrink=range(len(rows[0])) if len(rows[0]) == 2 else [0])
-    if max(map(len, lines)) > width:  # a line a cell
+    if max(map(len, lines)) > width:  # one line per cell
         header, *others = section.rows
         cells = [
             [f"  {row[0]}" if n == 0 else "", name, value]
@@ -365,7 +353,6 @@ def _sparklines(comparison: Comparison, width: int) -> list[str]:
     return lines
 
 
-_COLOURS = f":root{{--ink:{INK};--soft:{SOFT};--pale:{PALE};--palest:{PALEST}}}"
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:var(--ink)}
 table{border-collapse:collapse;margin:.5em 0}th,td{border:1px solid var(--pale);padding:.2em .7em;text-align:left}
 th{background:var(--palest)}td:first-child{font-weight:500}tr.bold td{font-weight:700}tr:not(.bold) td{font-weight:400}
@@ -394,7 +381,7 @@ def to_page(comparison: Comparison, picture: bytes) -> str:
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
         f'<meta name="viewport" content="width=device-width"><title>Comparison of {names}</title>'
-        f"<style>{_COLOURS}{_STYLE}</style></head><body><h1>Comparison of {names}</h1>{''.join(parts)}</body></html>\n"
+        f"<style>{CSS}{_STYLE}</style></head><body><h1>Comparison of {names}</h1>{''.join(parts)}</body></html>\n"
     )
 
 

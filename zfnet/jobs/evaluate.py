@@ -58,8 +58,8 @@ class EvaluateJob(Job):
             evaluation = evaluate(model, loaded.batches(images, data), runtime, self.split, probabilities=True)
             result = results_of(evaluation, images.classes)
             shown = {"name": data.name, "root": data.root}
-            told = {"run": source, "data": shown, "tta": self.tta, **splits.remarks()}
-            run.write_json("results.json", {self.split: result, **told})
+            about = {"run": source, "data": shown, "tta": self.tta, **splits.remarks()}
+            run.write_json("results.json", {self.split: result, **about})
             log_result(self.split, result)
             log_per_class(result)
             draw_results(run, evaluation, images)

@@ -37,7 +37,7 @@ class ExportJob(Job):
     format: Literal["onnx", "pt2", "all"]
 
     def main(self, config: Config, output: Path) -> None:
-        """Write model.onnx, model.pt2 and model.json; raises UserError where a file's logits differ."""
+        """Write model.onnx, model.pt2 and model.json; raises UserError if a file's logits differ."""
         formats = FORMATS if self.format == "all" else (self.format,)
         missing = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]
         if "onnx" in formats and missing:
@@ -95,7 +95,7 @@ def describe(loaded: LoadedRun) -> dict[str, Any]:
 def check(model: nn.Module, exported: Callable[[Tensor], Tensor], side: int) -> float:
     """Return the largest difference of logits between the two on random images, in batches of several sizes.
 
-    Raises UserError where it is more than TOLERANCE of the largest logit.
+    Raises UserError if it is more than TOLERANCE of the largest logit.
     """
     generator, largest = torch.Generator().manual_seed(0), 0.0
     for count in _BATCH_SIZES:

@@ -1,7 +1,7 @@
 """job=import: a run directory of a network that was trained elsewhere, on which every other job works.
 
 What is read is safetensors, state dicts that `torch.load(weights_only=True)` accepts, and ONNX graphs. None of them can
-run code, and names and sizes are compared with the network before memory is asked for.
+run code, and names and sizes are compared with the network before memory is allocated.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ImportJob(Job):
         if not path.is_file():
             raise UserError(f"source={config.source}: there is no such file{did_you_mean(config.source, PUBLISHED)}")
         kind = path.suffix.lower()
-        if kind == ".safetensors" and "zfnet" in _read(path)[0]:  # of this program: it says all that must be known
+        if kind == ".safetensors" and "zfnet" in _read(path)[0]:  # of this program, with all metadata
             model, metadata = load_model(path, config.imports)
             compared = None
         else:
@@ -79,7 +79,7 @@ class ImportJob(Job):
             digest = save_model(run.weights, model, metadata)
             origin = {"source": config.source, "file": path.name, "file_sha256": _sha256(path)}
             environment = describe_environment(torch.device("cpu"), "", config.trainer.name)
-            environment.pop("data_fingerprint")  # its training images are not at hand
+            environment.pop("data_fingerprint")  # its training images are not available
             run.write_json("environment.json", {**environment, "imported": origin})
             run.write_json("results.json", {"validation": None, "test": None, "weights_sha256": digest, **origin})
             count = sum(p.numel() for p in model.parameters())
@@ -106,7 +106,7 @@ def _data(config: Config, image_size: int) -> FolderData:
 
 
 def _class_names(file: str | None, count: int) -> tuple[str, ...]:
-    """Return the names of the classes: those in a text file, one a line; ImageNet's for 1,000; else numbers."""
+    """Return the names of the classes: those in a text file, one per line; ImageNet's for 1,000; else numbers."""
     if file is None:
         imagenet = _weights("alexnet").meta["categories"] if count == _IMAGENET else range(count)
         return tuple(class_name(str(name)) for name in imagenet)
@@ -157,7 +157,7 @@ def _sha256(path: Path) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata and the tensors of a file of weights, which stay on the disk until they are used."""
+    """Return the metadata, which only safetensors have, and the tensors of a file of weights."""
     if path.suffix.lower() == ".safetensors":
         try:
             return read_tensors(path)
@@ -167,7 +167,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # of a damaged file PyTorch raises all kinds of errors, and advises to run code from it
+    except Exception as error:  # PyTorch raises all kinds of errors for a damaged file, and advises to load it unsafely
         raise UserError(
             f"{path} is damaged, or holds more than torch.save(model.state_dict()) writes: tensors by name"
         ) from error
@@ -220,9 +220,9 @@ def _onnx(path: Path, config: Config) -> _Found:
 
 @torch.no_grad()
 def _compare(path: Path, model: torch.nn.Module, data: FolderData) -> str:
-    """Compare probabilities, or logits, with onnxruntime's on random images; return what was found, in words.
+    """Compare probabilities, or logits, with onnxruntime's on random images; return a message.
 
-    Raises UserError where they differ by more than TOLERANCE (of the largest, if that is above 1).
+    Raises UserError if they differ by more than TOLERANCE (of the largest, if that is above 1).
     """
     try:
         import onnxruntime

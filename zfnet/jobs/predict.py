@@ -36,7 +36,7 @@ log = logging.getLogger("zfnet")
 _DATA_KEYS = ("batch_size", "max_pixels", *PREPROCESSING)  # the keys of `data` that count here
 SHOWN = 48  # images in the figure
 MOST_COLUMNS = 100  # classes with a column of predictions.csv
-PICTURE_SIZE = 160  # pixels a side of an image in the figure, at least
+PICTURE_SIZE = 160  # pixels per side of an image in the figure, at least
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class PredictJob(Job):
     def main(self, config: Config, output: Path) -> None:
         """Classify the images that `images=[…]` names: a table, predictions.json and .csv, and a figure.
 
-        An unreadable image is reported and the others are done; raises UserError where none can be read.
+        An unreadable image is reported and the others are done; raises UserError if none can be read.
         """
         if not config.images:
             raise UserError("job=predict needs images, as in 'images=[cat.jpg,photos/,https://…]'")

@@ -28,7 +28,7 @@ class ReproduceJob(Job):
     def main(self, config: Config, output: Path) -> None:
         """Train the recorded config (and overrides, which make it a variation) in `output`, and compare.
 
-        Raises UserError where there is nothing to compare with, and where the result of the same config differs.
+        Raises UserError if there is nothing to compare with, and if the result of the same config differs.
         """
         original = _finished(config)
         if output.resolve().is_relative_to(original.folder.resolve()):
@@ -40,7 +40,7 @@ class ReproduceJob(Job):
 
 
 def reproduce(config: Config, run: RunDirectory) -> None:
-    """Go on with a reproduction in its directory, and compare with `config.run`."""
+    """Continue a reproduction in its directory, and compare with `config.run`."""
     original = _finished(config)
     with hold(run, "reproduce.log") as stop:
         if run.state == "done":
@@ -51,7 +51,7 @@ def reproduce(config: Config, run: RunDirectory) -> None:
 
 def _reproduce(config: Config, run: RunDirectory, original: RunDirectory, stop: StopRequest) -> None:
     """Train in a held directory, from its newest checkpoint if it has one, and compare."""
-    with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
+    with recorded_state(run, f"stopped; continue with: python run.py job=resume run={run.folder}"):
         train_parent(config, run, stop)
         with recorded_threads(original.threads, config.trainer.devices):
             compiled = original.environment.get("compiled")  # what trainer.compile=auto became there
@@ -63,7 +63,7 @@ def _reproduce(config: Config, run: RunDirectory, original: RunDirectory, stop: 
         others = ", ".join(d["what"] for d in comparison["surroundings"])
         raise UserError(
             f"not identical to {original.folder}: {_first(comparison)}; "
-            f"{f'around it differ {others}' if others else 'nothing that is recorded differs around it'} "
+            f"{f'the environment differs in {others}' if others else 'the recorded environment is the same'} "
             f"({run.folder / 'reproduction.json'})"
         )
 
@@ -76,7 +76,7 @@ def _finished(config: Config) -> RunDirectory:
     nothing = "so there is nothing to compare with"
     if original.state != "done":
         raise UserError(
-            f"run={original.folder} is not finished (state: {original.state}), {nothing}: go on with it by job=resume"
+            f"run={original.folder} is not finished (state: {original.state}), {nothing}: continue it with job=resume"
         )
     results, history = original.read_json("results.json"), original.read_history()
     if not isinstance(results, dict) or "weights_sha256" not in results:
@@ -110,7 +110,7 @@ def _log(comparison: dict[str, Any]) -> None:
         for metric, d in comparison["largest_differences"].items():
             log.info("  %-20s %-12g → %-12g (epoch %d)", metric, d["recorded"], d["now"], d["epoch"])
     if comparison["surroundings"]:
-        log.info("what differs around it:")
+        log.info("differences in the environment:")
         _log_differences(comparison["surroundings"])
 
 

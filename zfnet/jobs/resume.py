@@ -1,4 +1,4 @@
-"""job=resume: go on where a run stopped, in its own directory."""
+"""job=resume: continue a stopped run, in its own directory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class ResumeJob(Job):
     trains: ClassVar[bool] = True
 
     def main(self, config: Config, output: Path) -> float | None:
-        """Go on with `run=<dir>` from that run's own config."""
-        # what is trusted and logged, how many processes share the work, and where the data lies (what it holds is
-        # compared) does not change the result
+        """Continue `run=<dir>` from that run's own config."""
+        # trust, loggers, the number of processes and the place of the data (its content is compared) do not change the
+        # result
         free = ("job", "run", "imports", "logger", "trainer.devices", *_FREE_DATA)
         others = [o for o in config.overrides if o.split("=")[0].lstrip("+~") not in free]
         if others:
             raise UserError(
-                f"job=resume goes on with the run's own settings and takes no others, such as {others[0].lstrip('+')}: "
+                f"job=resume uses the run's own settings and takes no others, such as {others[0].lstrip('+')}: "
                 "start a new run for other settings"
             )
         run = RunDirectory(str(config.run))
@@ -37,5 +37,5 @@ class ResumeJob(Job):
             reproduce(replace(recorded, data=config.data), run)
             return None
         if recorded.job.name != "train":
-            raise UserError(f"run={run.folder} was made by job={recorded.job.name}: only a training can go on")
+            raise UserError(f"run={run.folder} was made by job={recorded.job.name}: only a training can be continued")
         return train(config, run)

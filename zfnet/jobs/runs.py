@@ -31,7 +31,7 @@ class Row:
     """One run.
 
     changed: seconds since 1970; model, data: empty for a comparison of runs; size: bytes on disk
-    accuracy: the split and the accuracy on it; None where none is recorded
+    accuracy: the split and the accuracy on it; None if none is recorded
     overrides: the words of the command that made it, without those about Hydra and the job
     """
 
@@ -54,9 +54,9 @@ class RunsJob(Job):
     where: list[str]
 
     def main(self, config: Config, output: Path) -> None:
-        """Print the table; a damaged run is a line like any other.
+        """Print the table; a damaged run has a line, too.
 
-        Raises UserError where there is no such folder, and for a key of `where` that no run has.
+        Raises UserError if there is no such folder, and for a key of `where` that no run has.
         """
         root = Path(self.root).expanduser()
         if not root.is_dir():
@@ -81,7 +81,7 @@ class RunsJob(Job):
                 raise UserError(f"job.where: no run has a key {key}{did_you_mean(key, known)}"[:500])
         if rows:
             rows.sort(key=lambda row: (_rank(row, self.sort), -row.changed))
-            # into a file or another program directories go whole
+            # in a file or a pipe, directories are not shortened
             width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
             print("\n".join(run_table(rows, time.time(), width)))
         else:
@@ -98,7 +98,7 @@ def _rank(row: Row, by: str) -> Any:
 
 
 def describe(run: RunDirectory, plain: Mapping[str, Any] | None = None) -> Row:
-    """Look at one directory, of which any file may be missing or damaged; `plain` is its config, if it is read."""
+    """Read one directory, in which any file may be missing or damaged; `plain` is its config, if it is read."""
     plain = run.plain_config() if plain is None else plain
     state = run.state
     if state == "running" and not run.in_use():
@@ -154,10 +154,10 @@ def _on_disk(folder: Path) -> tuple[float, int]:
         for name in names:
             try:
                 stat = os.lstat(os.path.join(place, name))
-            except OSError:  # gone meanwhile
+            except OSError:  # removed meanwhile
                 continue
             size += stat.st_size
-            if name != ".lock":  # its time changes with each look at who holds it
+            if name != ".lock":  # its time changes whenever its holder is looked up
                 changed = max(changed, stat.st_mtime)
     return changed, size
 
@@ -179,11 +179,11 @@ def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
         cells, align = [(*cell[:2], *cell[3:]) for cell in cells], "<><><"  # type: ignore[misc]
     lines = format_table(cells, align, width, shrink=[len(align) - 1], gap=1)
     below = ["  " + ": ".join(filter(None, (model and f"{model} on {data}", changed))) for model, data, changed in what]
-    pairs = zip(lines, (_cut(text, width) for text in below), strict=True)
+    pairs = zip(lines, (_beginning(text, width) for text in below), strict=True)
     return [line for pair in pairs for line in pair if line.strip()]
 
 
-def _cut(text: str, width: int) -> str:
+def _beginning(text: str, width: int) -> str:
     """Return the beginning of a line, in printable characters."""
     text = printable(text)
     return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -37,7 +37,7 @@ class SchemaJob(Job):
         for group, schema in group_schemas().items():
             write_atomically(folder / f"{group}.json", json.dumps(schema, indent=1) + "\n")
         path = os.path.relpath(folder / "optimizer.json", CONF / "optimizer")
-        print(f"written to {folder}; a file in conf/optimizer, say, names its own by the first line")
+        print(f"written to {folder}; a file, such as one in conf/optimizer, names its schema in the first line")
         print(f"# yaml-language-server: $schema={path}")
 
 
@@ -47,14 +47,14 @@ def group_schemas() -> dict[str, dict[str, Any]]:
     No key is required, since a file may build on others.
     """
     parts = {
-        "model": _any_of([_of(ModelConfig, "model"), {**_PART, "required": ["_target_"]}]),
-        "data": _any_of(_of(kind, "data") for kind in dict.fromkeys(DATA.values())),
-        "augment": _of(AugmentConfig, "augment"),
-        "trainer": _of(TrainerConfig, "trainer"),
+        "model": _any_of([_class_schema(ModelConfig, "model"), {**_PART, "required": ["_target_"]}]),
+        "data": _any_of(_class_schema(cls, "data") for cls in dict.fromkeys(DATA.values())),
+        "augment": _class_schema(AugmentConfig, "augment"),
+        "trainer": _class_schema(TrainerConfig, "trainer"),
         **dict.fromkeys(("loss", "optimizer", "scheduler"), _PART),
         **{group: {"type": "object", "additionalProperties": _PART} for group in ("logger", "callbacks")},
     }
-    top = _of(Config, ".")["properties"]
+    top = _class_schema(Config, ".")["properties"]
     whole = {
         "type": "object",
         "properties": {
@@ -72,10 +72,10 @@ def group_schemas() -> dict[str, dict[str, Any]]:
 
 
 def _jobs() -> Iterable[dict[str, Any]]:
-    """Yield the schema of each job's settings, told apart by their `_target_`."""
+    """Yield the schema of each job's settings, distinguished by their `_target_`."""
     for path in sorted((CONF / "job").glob("*.yaml")):
         target = yaml.safe_load(path.read_text(encoding="utf-8"))["job"]["_target_"]
-        schema = _of(resolve("job", target, Job), f"job/{path.stem}")
+        schema = _class_schema(resolve("job", target, Job), f"job/{path.stem}")
         schema["properties"] |= {"name": {"const": path.stem}, "_target_": {"const": target}}
         yield schema
     own = {"type": "string", "pattern": r"^(?!zfnet\.)"}
@@ -87,9 +87,9 @@ def _jobs() -> Iterable[dict[str, Any]]:
     }
 
 
-def _of(kind: Any, group: str) -> dict[str, Any]:
+def _class_schema(cls: Any, group: str) -> dict[str, Any]:
     """Return the schema of a class, its parts written out; keys are described by the comments in `conf/<group>`."""
-    plain = TypeAdapter(kind).json_schema()
+    plain = TypeAdapter(cls).json_schema()
     schema: dict[str, Any] = _relaxed(plain, plain.get("$defs", {}))["anyOf"][0]  # the class itself, and not `${…}`
     place = CONF / group
     for path in sorted(place.rglob("*.yaml")) if place.is_dir() and group != "." else [place.with_suffix(".yaml")]:

@@ -15,7 +15,7 @@ from zfnet.runs.tables import format_table
 from zfnet.runs.weights import load_model
 from zfnet.training.build import initial_model
 
-# of data that a table of layers need not download
+# of data sets that are not downloaded for a table of layers
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": 10, "imagenette": 10}
 BATCH = 2  # images, as in the blog's table
 

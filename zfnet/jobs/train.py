@@ -52,7 +52,7 @@ from zfnet.training.state import TrainingState
 log = logging.getLogger("zfnet")
 
 Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
-_FOR_CPUS, _LONG = "cifar10_small", 1200  # an experiment; seconds of a run that make one look for it
+_FOR_CPUS, _LONG = "cifar10_small", 1200  # an experiment, and seconds of a run that make it worth a mention
 _FEW = 100  # images, of which one is more than 1 % of accuracy
 _NAMED = 12  # classes in one line
 
@@ -64,7 +64,7 @@ class TrainJob(Job):
     trains: ClassVar[bool] = True
 
     def main(self, config: Config, output: Path) -> float | None:
-        """Train `config` in the directory `output`; go on there if it holds the same run, unfinished."""
+        """Train `config` in the directory `output`; continue there if it holds the same run, unfinished."""
         return None if run_as_worker(config, output) else train(config, RunDirectory(output), trial_report())
 
 
@@ -101,7 +101,7 @@ def compose(words: Sequence[str] = ()) -> Config:
 def fit(config: Config, folder: str | Path) -> TrainedRun:
     """Train in Python what `compose` gave, in the directory `folder`, and return the finished run.
 
-    The same call goes on with a run that was stopped, and returns one that is finished. Raises UserError.
+    The same call continues a stopped run, and returns a finished one. Raises UserError.
     """
     if not isinstance(config, Config):
         raise UserError(f"fit: a config is what compose(list of words) returns, and no {type(config).__name__}")
@@ -121,7 +121,7 @@ def train(
     Returns the objective of a sweep.
 
     report: gets every epoch's validation accuracy and may prune the run, which then has no objective
-    begin: writes the first checkpoint of a run that goes on from another, if there is none yet
+    begin: writes the first checkpoint of a run that branches from another, if there is none yet
     """
     if run.state == "none" and config.parent is None:
         check_initial_weights(config)  # before the directory is taken
@@ -142,7 +142,7 @@ def train(
             print(f"nothing to do: {run.folder} is finished")  # not into its log, which does not change
             return objective(run.read_json("results.json"))
         try:
-            with recorded_state(run, f"stopped; go on with: python run.py job=resume run={run.folder}"):
+            with recorded_state(run, f"stopped; continue with: python run.py job=resume run={run.folder}"):
                 results = train_and_test(config, run, stop, report)
         except Pruned:
             return None
@@ -246,11 +246,11 @@ def _train(
     _write_environment(config, run, state, splits, resumed=saved is not None)
     if saved is not None:
         state.restore(saved)
-        log.info("going on from epoch %d, step %d", state.epoch + 1, state.step)
+        log.info("continuing from epoch %d, step %d", state.epoch + 1, state.step)
         if "branches" in saved.metadata:
             log.info(_describe_schedule(state))
             if not state.optimizer.state:
-                log.info("the optimizer begins anew: the parent's was another")
+                log.info("the optimizer starts without state: the parent's was another one")
         if state.epoch < config.trainer.epochs and (problem := _best(run, state)[1]):
             log.warning("%s; unless a later epoch is better, the run will have to start again", problem)
     samples = splits.train.pixels(range(min(16, len(splits.train))))
@@ -313,7 +313,7 @@ def _callbacks(
 
 
 def _advise(state: TrainingState, seconds: float) -> str:
-    """Return how long a run takes and, where that is long on a CPU, an experiment that suits one, timed here."""
+    """Return how long a run takes and, if that is long on a CPU, a smaller experiment, timed here."""
     device = {"cpu": "this CPU", "cuda": "this GPU"}.get(state.runtime.device.type, "this device")
     words = f"about {cb.duration(seconds)} on {device}, by its first steps"
     if state.runtime.device.type != "cpu" or state.world.size > 1 or seconds < _LONG:
@@ -462,7 +462,7 @@ def _report(
 
 
 def _print_results(config: Config, run: RunDirectory, results: dict[str, Any]) -> None:
-    # who sees a test accuracy beside each setting of a sweep chooses by it
+    # a test accuracy beside each setting of a sweep would invite a choice by it
     names = [name for name in ("validation", "test") if results[name] and not (name == "test" and in_sweep())]
     for name in names:
         log_result(name, results[name])

@@ -1,4 +1,4 @@
-"""The network that a config names, and weights that it may start from."""
+"""The network that a config names, and its initial weights."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def build_model(
 ) -> nn.Module:
     """Return the network: ZFNet, or the `nn.Module` that a `_target_` names, for images [N, 3, S, S].
 
-    Another network's class is also given `num_classes` and `image_size` if it takes them, and its dropout becomes
-    dropout whose masks follow the seed. Raises UserError if it does not turn images into logits [N, num_classes];
-    with `probe=False` that is not tried.
+    Another network's class is also given `num_classes` and `image_size` if it takes them, and its dropout layers become
+    keyed ones, whose masks follow the seed. Raises UserError if it does not turn images into logits [N, num_classes];
+    `probe=False` skips this check.
     """
     if isinstance(model, ModelConfig):
         return ZFNet(num_classes, image_size, model)
     cls = resolve("model", model.get("_target_"), nn.Module, imports)
-    # `image_size` only by name: a `**kwargs` may hand it on to a class that does not take it
+    # `image_size` only by name: a `**kwargs` may pass it to a class that does not take it
     sizes = {"image_size": image_size} if "image_size" in inspect.signature(cls).parameters else {}
     offered = {"num_classes": num_classes, **sizes}
     network: nn.Module = instantiate("model", model, nn.Module, imports, offered=offered)
@@ -59,8 +59,8 @@ def build_model(
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return the metadata and the tensors of a safetensors file, which stay on the disk until they are used.
 
-    Raises OSError or SafetensorError, and ValueError for a name that is there twice, of which safetensors keeps one,
-    and for a header that claims to be longer than the file.
+    Raises OSError or SafetensorError, and ValueError for a duplicate name (safetensors would keep one of the two) and
+    for a header that claims to be longer than the file.
     """
     refuse_pipe(path)
     with open(path, "rb") as file:
@@ -72,7 +72,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         return tensors.metadata() or {}, {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
 
 
-def refuse_no_numbers(path: Path, state: Mapping[str, Tensor]) -> None:
+def refuse_not_finite(path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise UserError if any weight is NaN or infinite."""
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
@@ -114,7 +114,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
     for name in state:
         if name not in own:
             raise UserError(f"trainer.init_from={path}: holds {name}, and the network has no such weight")
-    refuse_no_numbers(path, state)
+    refuse_not_finite(path, state)
     model.load_state_dict(state)
     return fresh
 

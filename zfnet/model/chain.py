@@ -14,10 +14,10 @@ from zfnet.model.layers import DROPOUTS, full_precision
 
 WEIGHTED = (nn.Conv2d, nn.Linear)  # these are the layers; all other modules belong to the layer before them
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-# where a layer's output is taken: behind the first of these, if nothing but the next two kinds comes between
+# a layer's output is that of the first of these after it, with only the next two kinds in between
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 NEUTRAL = (nn.Identity, *DROPOUTS)  # in evaluation mode these change nothing
-OUTPUT = "the output"  # stands for a layer: what the network returns, where that is not its last layer's output
+OUTPUT = "the output"  # as a layer's name: what the network returns, if that is not its last layer's output
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Chain:
     conv_layers: those that are convolutions
     channels: of the images; num_classes: outputs of the network
 
-    Raises UserError, naming the module, where the network is not a chain or cannot take the images.
+    Raises UserError, naming the module, if the network is not a chain or cannot take the images.
     """
 
     def __init__(self, model: nn.Module, image_size: int) -> None:
@@ -76,7 +76,7 @@ class Chain:
     def up_to(self, layer: str) -> list[Step]:
         """Return the steps from the image to the output of `layer` (or `OUTPUT`: all of them).
 
-        The output is taken behind the layer's batch norm and activation function, and before its pooling.
+        The output is taken after the layer's batch norm and activation function, and before its pooling.
         Raises UserError for an unknown layer.
         """
         if layer not in self._ends:
@@ -84,7 +84,7 @@ class Chain:
         return self.steps[: self._ends[layer] + 1]
 
     def check_images(self, images: Tensor) -> None:
-        """Raise UserError unless these are images as the network takes them."""
+        """Raise UserError unless the network takes images of this shape."""
         wanted = self.steps[0].input_shape
         if images.ndim != 1 + len(wanted) or images.shape[1:] != wanted:
             raise UserError(
@@ -99,9 +99,9 @@ class Chain:
     def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return each named layer's output: after the ReLU and before pooling, the logits for `OUTPUT`.
 
-        Shapes: convolutions [N, channels, y, x], linear layers [N, features]. The model's mode counts: in training
-        mode dropout drops. In full precision, whatever training has chosen. Raises UserError for an unknown layer and
-        for images of another size.
+        Shapes: convolutions [N, channels, y, x], linear layers [N, features]. The model's mode applies: in training
+        mode dropout is active. Computed in full precision, whatever training uses. Raises UserError for an unknown
+        layer and for images of another size.
         """
         if isinstance(layers, str):
             raise UserError(f"layers={layers!r}: must be a list, as in [{layers!r}]")
@@ -131,7 +131,7 @@ def _end(steps: list[Step], start: int) -> int:
 @torch.no_grad()
 @full_precision()
 def _trace(model: nn.Module, image_size: int) -> list[Step]:
-    """Run two random images through the model, note each leaf module's input and output, and compare them."""
+    """Run two random images through the model, record each leaf module's input and output, and compare them."""
     names: dict[nn.Module, str] = {}
     for leaf, module in _leaves(model, ""):
         if "/" in leaf or "\\" in leaf:
@@ -197,7 +197,7 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    # a parametrized convolution (weight norm, say) has children and is a leaf all the same; an empty Sequential is none
+    # a parametrized convolution (such as by weight norm) is a leaf with children; an empty Sequential is no leaf
     if isinstance(module, WEIGHTED) or not (isinstance(module, nn.Sequential) or any(module.children())):
         yield name, module
         return

@@ -1,4 +1,4 @@
-"""Layers that PyTorch has otherwise, and what training does to the layers of any network.
+"""Layers that replace PyTorch's, and changes to the layers of any network.
 
 Contrast normalisation, deterministic and fast on every device; dropout without hidden state; the limit on the
 filters' RMS.
@@ -49,9 +49,10 @@ class LocalResponseNorm(nn.Module):
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute as explanations must: without autocast; on CUDA in IEEE fp32 (not TF32) and with deterministic kernels.
+    """Compute as explanations need it: without autocast; on CUDA in IEEE fp32 (not TF32) and with deterministic
+    kernels.
 
-    Whatever training has chosen holds again afterwards.
+    Afterwards training's settings are restored.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     conv = cudnn.conv  # type: ignore[attr-defined]
@@ -62,7 +63,7 @@ def full_precision() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         try:
             cudnn.deterministic, cudnn.benchmark = True, False
-            # the older names first: where they say something else than the newer ones, reading them is an error
+            # the older names first: reading them is an error if they differ from the newer ones
             cudnn.allow_tf32 = matmul.allow_tf32 = False
             conv.fp32_precision = matmul.fp32_precision = "ieee"
             yield
@@ -73,7 +74,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    # not `torch.amp.is_autocast_available`, where torch.compile of PyTorch 2.10 breaks off, and tries anew each step
+    # not `torch.amp.is_autocast_available`: torch.compile of PyTorch 2.10 fails on it, and tries again in each step
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
@@ -149,10 +150,10 @@ DROPOUTS = (Dropout, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Al
 
 
 def replace_dropout(model: nn.Module) -> int:
-    """Put a keyed `Dropout` in the place of each of PyTorch's in a model, in place; return how many.
+    """Replace each of PyTorch's dropout layers in a model, in place, by a keyed `Dropout`; return how many.
 
-    `nn.Dropout1d`, `2d` and `3d` keep dropping whole channels. Alpha dropout stays as it is, and so does what a
-    network drops by calling `F.dropout`: their masks come from PyTorch's generator.
+    `nn.Dropout1d`, `2d` and `3d` keep dropping whole channels. Alpha dropout and calls of `F.dropout` stay as they are:
+    their masks come from PyTorch's generator.
     """
     device = next((p.device for p in model.parameters()), None)
     keyed: dict[nn.Module, Dropout] = {}

@@ -1,7 +1,7 @@
-"""Networks of other programs: an ONNX graph as a chain of PyTorch's modules, with its weights.
+"""Networks of other programs: an ONNX graph as a chain of PyTorch modules, with its weights.
 
 The file is read by the package `onnx` alone and is data: only the operations in the table below are known, each weight
-is compared with the graph before memory is asked for, and weights beside the file come from its own folder only.
+is compared with the graph before memory is allocated, and weights beside the file come from its own folder only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOST_CELLS = 2**28  # of a layer's output: 1 GiB
 class Sequence(nn.Sequential):
     """A chain of modules that plain settings describe, as an imported run records it.
 
-    layers: of each module its name, its type (see `_MODULES`) and the type's own arguments, which are numbers, as in
+    layers: for each module its name, its type (see `_MODULES`) and the type's own arguments, which are numbers, as in
         `{name: conv1, type: Conv2d, in_channels: 3, out_channels: 96, kernel_size: [7, 7]}`
 
     Raises UserError for another type, and for arguments that are not numbers.
@@ -103,7 +103,7 @@ class _Reader:
                 raise self.error(f"{node.op_type} ({printable(self.at)}) cannot be read: {reason[0]}") from error
 
     def add(self, name: str, kind: str, weights: Mapping[str, Tensor], **settings: Any) -> None:
-        """Add a module, run the shape of an image through it, and note its weights."""
+        """Add a module, run the shape of an image through it, and record its weights."""
         plain = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
         with torch.device("meta"):
             module = Sequence([{"name": "m", "type": kind, **plain}])[0].eval()
@@ -145,12 +145,12 @@ class _Reader:
                 raise ValueError(f"its weights lie in {printable(places)}, which is no file beside {self.path.name}")
         try:
             value = torch.from_numpy(self.onnx.numpy_helper.to_array(tensor, folder).copy())
-        except Exception as error:  # of a damaged tensor onnx raises all kinds of errors
+        except Exception as error:  # onnx raises all kinds of errors for a damaged tensor
             raise ValueError(f"{printable(tensor.name)}: {error}") from error
         return value.float() if value.is_floating_point() else value
 
     def count(self, dims: Any) -> None:
-        """Refuse a file that claims more weights than any network has."""
+        """Raise ValueError for a file that claims more weights than any network has."""
         if any(d < 0 for d in dims) or (count := math.prod(dims)) + self.weights > MOST_WEIGHTS:
             raise ValueError(f"a weight is {list(dims)}: more than {MOST_WEIGHTS:,} weights are not read")
         self.weights += count
@@ -192,7 +192,7 @@ def read_onnx(path: Path, image_size: int) -> tuple[list[dict[str, Any]], dict[s
 
 
 def _pads(reader: _Reader, values: Mapping[str, Any], is_pooling: bool = False) -> dict[str, Any]:
-    """Return the settings of a window's places; raise ValueError where PyTorch has none like them."""
+    """Return a window's stride, padding and dilation; raise ValueError if PyTorch has none like them."""
     if values.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
         raise ValueError(f"auto_pad={values['auto_pad'].decode(errors='replace')}; must be NOTSET or VALID")
     kernel, strides = list(values["kernel_shape"]), list(values.get("strides", [1, 1]))

@@ -44,7 +44,7 @@ class ZFNet(nn.Module):
     config: kernels, channels, normalisation …; the default is the blog's network, with 58,301,578
         parameters at 10 classes and 224 px.
 
-    Raises UserError where the settings leave a layer without pixels.
+    Raises UserError if the settings leave a layer without pixels.
     """
 
     def __init__(self, num_classes: int = 10, image_size: int = 224, config: ModelConfig | None = None) -> None:
@@ -117,7 +117,7 @@ class ZFNet(nn.Module):
 
     @functools.cached_property
     def chain(self) -> Chain:
-        """The network as what explanations work on: a list of steps."""
+        """The network as a list of steps, as explanations use it."""
         return Chain(self, self.image_size)
 
     @property
@@ -149,7 +149,7 @@ class ZFNet(nn.Module):
         be trusted: `save_file(torch.load("zfnet.pth", weights_only=True), "zfnet.safetensors")`, with
         `save_file` from `safetensors.torch`; then `model.load_weights(load_file("zfnet.safetensors"))`.
 
-        Raises UserError where names or shapes do not fit.
+        Raises UserError if names or shapes do not fit.
         """
         renamed = self.own_names(state)
         own = self.state_dict()
@@ -169,7 +169,7 @@ def pool_of(model: ModelConfig, layer: str) -> nn.MaxPool2d | None:
     """Return the pooling after `layer`, or None.
 
     `pad` is the blog's: one pixel of padding, except after conv5. `ceil` is cuda-convnet's, and so most
-    probably the paper's: windows start at pixel 0 and the last one may hang over the edge.
+    probably the paper's: windows start at pixel 0 and the last one may extend beyond the edge.
     """
     if not getattr(model, layer).pool:
         return None
@@ -181,12 +181,12 @@ def pool_of(model: ModelConfig, layer: str) -> nn.MaxPool2d | None:
 def feature_sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, int]]:
     """Return, for each convolution, the side of its output and the side after its pooling (if any).
 
-    Raises UserError where a layer would be left without pixels, with the smallest size that leaves each one some.
+    Raises UserError if a layer would be left without pixels; it names the smallest size at which none is.
     """
     try:
         return _sizes(model, image_size)
     except _TooSmall as error:
-        sizes = range(image_size, LARGEST_SIDE + 1)  # with each size, those of all layers grow or stay
+        sizes = range(image_size, LARGEST_SIDE + 1)  # no layer's size falls as this one grows
         more = bisect.bisect_left(sizes, True, key=lambda size: _fits(model, size))
         larger = f"set data.image_size={sizes[more]} or more (it is {image_size}), or " if more < len(sizes) else ""
         raise UserError(f"{error}: {larger}lower the kernel sizes and strides") from None
@@ -215,7 +215,7 @@ def _sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, int]]:
                 f"(padding {conv.padding})"
             )
         out = n = (n + 2 * conv.padding - conv.kernel_size) // conv.stride + 1
-        if out > _LARGEST_SIDE:  # padding asks for memory that no weight shows
+        if out > _LARGEST_SIDE:  # padding takes memory that no weight announces
             raise UserError(f"{layer} gives {out}×{out} pixels, more than {_LARGEST_SIDE}: lower its padding")
         if (pool := pool_of(model, layer)) is not None:
             try:

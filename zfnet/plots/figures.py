@@ -1,4 +1,4 @@
-"""The one look of all figures: `zfnet.mplstyle`, the palette, and the way to make and save a figure.
+"""The style of all figures: `zfnet.mplstyle`, the palette, and the way to make and save a figure.
 
     @styled
     def draw_sizes(sizes: Sequence[int]) -> Figure:
@@ -30,13 +30,14 @@ R = TypeVar("R")
 BLUE, ORANGE, PURPLE, GREEN, RED = "#0969da", "#bc4c00", "#8250df", "#1a7f37", "#cf222e"
 LIGHT_BLUE, PALE_BLUE = "#54aeff", "#b6e3ff"
 INK, SOFT, PALE, PALEST, WHITE = "#24292f", "#57606a", "#d0d7de", "#f6f8fa", "#ffffff"
+CSS = f":root{{--ink:{INK};--soft:{SOFT};--pale:{PALE};--palest:{PALEST}}}"  # of a page
 PALETTE = (BLUE, ORANGE, PURPLE, GREEN, RED, "#9a6700", LIGHT_BLUE, "#ff9bce", SOFT, "#7ee787")
 SPLIT_COLOURS = {"train": BLUE, "validation": ORANGE, "test": PURPLE}
 _STYLE = Path(__file__).with_name("zfnet.mplstyle")
 
 
 def class_colours(classes: Sequence[int]) -> dict[int, str]:
-    """Give each class number that occurs a colour; more than ten classes share them in turn."""
+    """Return a colour for each class number that occurs; after ten classes the colours repeat."""
     return {c: PALETTE[n % len(PALETTE)] for n, c in enumerate(sorted(set(classes)))}
 
 
@@ -72,7 +73,7 @@ def _style() -> AbstractContextManager[None]:
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function that draws: it works in this project's style, and the caller's own settings stay."""
+    """Decorate a function that draws: it uses this project's style, and keeps the caller's settings."""
 
     @functools.wraps(draw)
     def in_style(*args: P.args, **kwargs: P.kwargs) -> R:

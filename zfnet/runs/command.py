@@ -1,7 +1,7 @@
 """From the command line to a checked config, with or without a recorded run underneath.
 
 Without `run=…` a config is what Hydra composes from `conf/`. With it, the run's own record is the base and the command
-line's overrides are laid on top; today's defaults have no effect. Hydra has to accept those overrides first, though its
+line's overrides are applied to it; today's defaults have no effect. Hydra must accept those overrides first, though its
 composition may lack their keys (the record's optimizer may have others than today's default): see
 `allow_keys_of_record`.
 """
@@ -37,12 +37,12 @@ _OWN = ("job", "run", "images", "imports")
 
 
 def allow_keys_of_record(words: Sequence[str]) -> list[str]:
-    """Mark key overrides so that Hydra takes keys which its own composition lacks: of a named run, of swept groups.
+    """Mark key overrides so that Hydra accepts keys that its composition lacks: of a named run, of swept groups.
 
-    The record, or the config of each job, decides later whether such a key exists. Values for which Hydra's grammar
-    has no place, or that name a file and would be read as something else, are quoted (see `_quote`).
+    The record, or the config of each job, decides later whether such a key exists. Values that Hydra's grammar does not
+    allow, and names of files that it would misread, are quoted (see `_quote`).
     """
-    words = [_quote(word) for word in words if word != "hydra.output_subdir=.hydra"]  # there it is written anyway
+    words = [_quote(word) for word in words if word != "hydra.output_subdir=.hydra"]  # the default
     named = any(word.startswith("run=") and word not in ("run=", "run=null") for word in words)
     sweeps = {"-m", "--multirun"} & set(words)
     swept = {
@@ -66,7 +66,8 @@ _ITEM = re.compile(r"""\s*(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+)""")
 def _quote(word: str) -> str:
     """Quote a value, or the items of a list or a sweep, that Hydra cannot parse, such as `cat (1).jpg` and `größe`.
 
-    A file or folder that exists is meant as it stands: in `run=a,b=1` Hydra would see a list and another override.
+    The name of an existing file or folder is taken literally: in `run=a,b=1` Hydra would see a list and another
+    override.
     """
     key, equals, value = word.partition("=")
     if not equals or word.startswith("-"):
@@ -134,7 +135,7 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
             _refuse_to_send(config.logger, words, "a config folder from elsewhere:")
     elif job_class.reads_run == "refused":
         raise UserError(
-            f"{job} reads no run: job=resume goes on with one, job=reproduce runs one again, in a new directory"
+            f"{job} reads no run: job=resume continues one, job=reproduce runs one again, in a new directory"
         )
     else:
         base = find_run(str(run))
@@ -157,7 +158,7 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
     if not overrides:
         return read_config({**run.recorded(), **own}, imports)
     base = _composed_record(run)
-    # a record without Hydra's own, such as a reproduction's, holds numbers where conf/scheduler/onecycle.yaml refers
+    # a record without `.hydra/`, such as a reproduction's, holds a number where conf/scheduler/onecycle.yaml refers
     peak, rate = (OmegaConf.select(base, key) for key in ("scheduler.max_lr", "optimizer.lr"))
     if peak is not None and peak == rate:
         OmegaConf.update(base, "scheduler.max_lr", "${optimizer.lr}")
@@ -183,12 +184,12 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
     return read_config(base, imports)
 
 
-# where loggers write or send elsewhere than into the run directory, and what they are set to otherwise
+# keys by which loggers write outside the run directory, and their harmless values
 _ELSEWHERE = {"tracking_uri": (None,), "space_id": (None,), "entity": (None,), "mode": (None, "offline")}
 
 
 def _refuse_to_send(loggers: Any, words: Sequence[str], whose: str) -> None:
-    """Raise UserError if the loggers of a stranger, which the command does not name, would write elsewhere."""
+    """Raise UserError if loggers of a foreign config, which the command does not name, would write elsewhere."""
     if any(word.lstrip("+~").startswith("logger") for word in words) or not isinstance(loggers, dict):
         return
     for name, settings in loggers.items():

@@ -10,9 +10,9 @@ from typing import Any
 from zfnet.config.schema import flatten, result_keys
 from zfnet.runs.directory import RunDirectory
 
-# how long a run took, and what is said about its images, is not its result
+# times, and remarks about the images, are no results
 _NO_RESULTS = ("seconds", "images_per_second", "validation_chose_and_reports", "unreadable")
-_LONG = 120  # characters; a longer text, such as a diff, is named by its hash
+_LONG = 120  # characters; a longer text, such as a diff, is replaced by its hash
 
 
 def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
     weights = [str(r.pop("weights_sha256", None)) for r in results]
     results[1] = _as_recorded(*results)
     settings = [flatten(result_keys(run.read_config().to_dict())) for run in (recorded, now)]
+    environments = [environment_values(run) for run in (recorded, now)]
     difference = first_difference(before, after)
     if difference is None and (at_the_end := _differences(*results)):
         difference = {"epoch": None, "metric": at_the_end[0].pop("what"), **at_the_end[0]}
@@ -36,7 +37,7 @@ def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
         "first_difference": difference,
         "largest_differences": largest_differences(before, after),
         "weights_sha256": {"recorded": weights[0], "now": weights[1]},
-        "surroundings": _differences(surroundings(recorded), _as_recorded(surroundings(recorded), surroundings(now))),
+        "surroundings": _differences(environments[0], _as_recorded(*environments)),
     }
 
 
@@ -64,9 +65,9 @@ def largest_differences(
     return largest
 
 
-def surroundings(run: RunDirectory) -> dict[str, Any]:
-    """Return environment.json by dotted key."""
-    return {key: _brief(value) for key, value in flatten(run.environment).items() if key != "command"}
+def environment_values(run: RunDirectory) -> dict[str, Any]:
+    """Return the values of environment.json by dotted key."""
+    return {key: _hash_if_long(value) for key, value in flatten(run.environment).items() if key != "command"}
 
 
 def _as_recorded(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _as_recorded(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[st
     return {key: value for key, value in now.items() if key in recorded or key not in later}
 
 
-def _brief(value: Any) -> Any:
+def _hash_if_long(value: Any) -> Any:
     if isinstance(value, str) and len(value) > _LONG:
         return f"{len(value):,} characters, sha256 {hashlib.sha256(value.encode()).hexdigest()[:16]}"
     return value

@@ -1,4 +1,4 @@
-"""Errors as one line on the terminal, with what was probably meant."""
+"""Errors as one line on the terminal, with a suggestion."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _EXTRAS = {
 }
 _EXTRA_OF = {name: extra for extra, names in _EXTRAS.items() for name in names}
 _BESIDE = {"optimizer": ("param_groups",)}  # keys of a slot that its class does not take
-_COMMA = re.compile(r"[-+]?\d+,\d+(e[-+]?\d+)?")  # 0,001 as much of the world writes it
+_COMMA = re.compile(r"[-+]?\d+,\d+(e[-+]?\d+)?")  # a decimal comma: 0,001
 
 _one_line_errors = False  # not so with HYDRA_FULL_ERROR=1
 
 
 @contextlib.contextmanager
 def errors_pass_hydra() -> Iterator[None]:
-    """Within this block an error ends the program with its one line, before Hydra can print lines of its own.
+    """Within this block an error ends the program with one line, before Hydra prints lines of its own.
 
-    Not in a sweep, where the next job comes.
+    In a sweep it does not, since other jobs follow.
     """
     try:
         yield
@@ -59,8 +59,8 @@ def errors_pass_hydra() -> Iterator[None]:
 def run_with_clear_errors(main: Callable[[], None]) -> None:
     """Call Hydra's main function; on any error print one line and exit with a code other than 0.
 
-    With HYDRA_FULL_ERROR=1 errors come as they are. Without, that variable is set for Hydra, which then lets errors
-    through instead of printing them in its own way.
+    With HYDRA_FULL_ERROR=1 errors are raised unchanged. Without it, the variable is set for Hydra, which then raises
+    errors instead of printing them in its own way.
     """
     global _one_line_errors
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end a run
@@ -93,7 +93,7 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def explain(error: Exception, words: Sequence[str] | None = None) -> str:
-    """Return one line for an error; the user's own mistakes are named, the program's are pointed to.
+    """Return one line for an error: what to correct or, for a fault of the program, how to see the traceback.
 
     words: what was composed, if it is not the program's own command line
     """
@@ -106,7 +106,7 @@ def explain(error: Exception, words: Sequence[str] | None = None) -> str:
         word = printable(error.override)
         return f"the command line cannot be parsed ({word}): write key=value, and quote lists for the shell"
     if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):  # ValueError: model=null
-        if problem := misfit(sys.argv[1:] if words is None else words):
+        if problem := find_bad_override(sys.argv[1:] if words is None else words):
             return problem
         if not isinstance(error, ValueError):
             cause = error.__cause__
@@ -142,12 +142,12 @@ def _overrides(words: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def misfit(words: Sequence[str]) -> str | None:
-    """Return what is wrong with the first key=value that is wrong among the words of a command; None if none is."""
+def find_bad_override(words: Sequence[str]) -> str | None:
+    """Return what is wrong with the first bad key=value among the words of a command; None if all are good."""
     overrides = _overrides(words)
     options = get_args_parser().parse_known_args(list(words))[0]
     if options.config_dir or any(o.key_or_group == "hydra.searchpath" for o in overrides):
-        return None  # what is no choice and no key of conf/ may be one of that folder
+        return None  # that folder may have choices and keys that conf/ lacks
     folder = options.config_path
     if folder and not any((place / "job").is_dir() for place in (Path(folder), CONF.parent / folder)):
         for o in overrides:  # a record, in which job is no group
@@ -155,10 +155,10 @@ def misfit(words: Sequence[str]) -> str | None:
                 return f"{o.input_line}: this config has no choices of jobs; write job.name={o.value()}"
     sweeps = any(re.fullmatch("-m|--multirun|hydra.mode=MULTIRUN", word) for word in words)
     groups = [o.input_line or "" for o in overrides if (CONF / o.key_or_group).is_dir()]
-    return next(filter(None, (_misfit(o, groups, sweeps) for o in overrides)), None)
+    return next(filter(None, (_override_problem(o, groups, sweeps) for o in overrides)), None)
 
 
-def _misfit(override: Override, groups: Sequence[str], sweeps: bool) -> str | None:
+def _override_problem(override: Override, groups: Sequence[str], sweeps: bool) -> str | None:
     """Return what is wrong with an override: several values, an unknown choice of a group, or an unknown key."""
     key, word = override.key_or_group, str(override.input_line)
     given = word.partition("=")[2]
@@ -182,7 +182,7 @@ def _misfit(override: Override, groups: Sequence[str], sweeps: bool) -> str | No
     try:
         raw = compose_raw(groups)
         composed = flatten(OmegaConf.to_container(raw, resolve=False))  # type: ignore[arg-type]
-    except Exception:  # one of the groups is what is wrong
+    except Exception:  # one of the groups is wrong
         return None
     known = {".".join(name.split(".")[: n + 1]) for name in composed for n in range(name.count(".") + 1)}
     if key in known:
@@ -201,7 +201,7 @@ def _misfit(override: Override, groups: Sequence[str], sweeps: bool) -> str | No
     longer = sorted((k for k in known if k.endswith(f".{key}")), key=len)
     if longer:
         suggestion = f"; did you mean '{longer[0]}'?"
-    elif parent and beside:  # `optimizer.` itself is no likeness
+    elif parent and beside:  # compare the last part only
         close = difflib.get_close_matches(last, beside, n=1, cutoff=0.6)
         suggestion = f"; did you mean '{beside[close[0]]}'?" if close else did_you_mean("", beside.values())
     else:

@@ -1,7 +1,7 @@
 """The run directory: every file in it, but for the weights, is written and read through here.
 
-A file is written beside its final place, synced and renamed, so it is whole or absent. Who writes holds the
-directory's lock. Configs are YAML without interpolation: nothing that is read back can run code.
+A file is written beside its final place, synced and renamed, so it is whole or absent. The writer holds the directory's
+lock. Configs are YAML without interpolation: nothing that is read back can run code.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ OUTPUTS = Path("outputs")
 _MOST_THREADS = 1024  # a record with more is damaged
 # what a directory may hold before its run: a lock, and the record of an attempt whose config was refused
 BEFORE_RUN = (".lock", "status.json", "train.log")
-_PARTIAL = re.compile(r"\..+\.\w+\.partial")  # what a process that was killed has left half written
+_PARTIAL = re.compile(r"\..+\.\w+\.partial")  # left half written by a killed process
 
 
 def _by_hydra() -> list[str]:
-    """Return the names of what Hydra has put into a job's directory already, where the command asks it to."""
+    """Return the names of what Hydra has put into a job's directory already, if the command asks for it."""
     hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
     # in Python, `compose` leaves a config of Hydra's behind that runs no job
     if hydra is None or OmegaConf.is_missing(hydra.runtime, "output_dir"):
@@ -87,8 +87,8 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically, from the tensors' own memory.
 
-    Making its bytes first (`safetensors.torch.save`) holds the interpreter's lock: 0.2 s for the blog's network, in
-    which a training loop beside this thread stands still.
+    Making its bytes first (`safetensors.torch.save`) holds the interpreter's lock: for the blog's network 0.2 s, during
+    which the training loop would wait.
     """
 
     def write(beside: Path) -> None:
@@ -122,9 +122,9 @@ class RunDirectory:
 
     @functools.cached_property
     def _lock(self) -> FileLock:
-        return FileLock(self.folder / ".lock")  # one for this object: who holds it may lock it again
+        return FileLock(self.folder / ".lock")  # one per object, whose holder may lock it again
 
-    # -- whose directory is it?
+    # -- claim and lock
 
     def claim(self, config: Config) -> bool:
         """Make this the directory of `config`'s run; return whether there is something to resume.
@@ -137,7 +137,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def claimed(self, config: Config, new: bool = False) -> Iterator[bool]:
-        """Do what `claim` does, and hold the directory within this block.
+        """Claim the directory, see `claim`, and hold it within this block.
 
         new: the directory must be absent or empty
         """
@@ -173,7 +173,7 @@ class RunDirectory:
         return False
 
     def remove_partials(self) -> None:
-        """Remove what killed processes have left half written; only who holds the directory may do this."""
+        """Remove what killed processes left half written; only the holder of the directory may do this."""
         for place, folders, files in os.walk(self.folder):
             for name in [n for n in (*folders, *files) if _PARTIAL.fullmatch(n)]:
                 path = Path(place, name)
@@ -229,7 +229,7 @@ class RunDirectory:
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
     def plain_config(self) -> dict[str, Any]:
-        """Return what `recorded` does; empty where it cannot be read."""
+        """Return what `recorded` does; empty if it cannot be read."""
         try:
             return self.recorded()
         except UserError:
@@ -238,7 +238,7 @@ class RunDirectory:
     def read_config(self, imports: Sequence[str] = ()) -> Config:
         """Return the run's own config; raise UserError if there is none or it is damaged.
 
-        imports: packages that this command trusts; those that the record names are no reason to import them
+        imports: packages that this command trusts; the record's own list has no effect
         """
         path = self.folder / "config.yaml"
         try:
@@ -261,7 +261,7 @@ class RunDirectory:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What environment.json holds; empty where it is lost, which must not stop a comparison."""
+        """What environment.json holds; empty if it cannot be read, which must not stop a comparison."""
         try:
             environment = self.read_json("environment.json")
         except UserError:
@@ -300,7 +300,7 @@ class RunDirectory:
         return self.state_and_error()[0]
 
     def state_and_error(self) -> tuple[str, str | None]:
-        """Return the recorded state, or `none`, and the error or reason that stands with it."""
+        """Return the recorded state, or `none`, and its error or reason."""
         try:
             status = self.read_json("status.json")
             return str(status["state"]), status["error"]
@@ -309,7 +309,7 @@ class RunDirectory:
 
     @property
     def job(self) -> str | None:
-        """The name of the job that made this run; None where its config cannot be read."""
+        """The name of the job that made this run; None if its config cannot be read."""
         try:
             return str(self.plain_config()["job"]["name"])
         except (KeyError, TypeError):
@@ -328,14 +328,14 @@ class RunDirectory:
 
 
 def objective(results: Mapping[str, Any]) -> float | None:
-    """What a sweep compares: accuracy on validation, never on test; None where there is no validation."""
+    """What a sweep compares: accuracy on validation, never on test; None if there is no validation."""
     return results["validation"]["accuracy"] if results["validation"] else None
 
 
 def find_run(text: str) -> RunDirectory:
     """Return the run that `run=…` names: a directory, or `last` for the newest finished training run in outputs/.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     if text != "last":
         folder = Path(text).expanduser()

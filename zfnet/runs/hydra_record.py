@@ -27,7 +27,7 @@ NAME_LIMIT = 120  # bytes; file systems stop at 255, and a path holds several na
 def write_hydra_record(folder: Path, config: DictConfig | Config) -> None:
     """Write what Hydra itself would: config.yaml, hydra.yaml and overrides.yaml in `.hydra/`.
 
-    Hydra would write them before anything could find that the directory belongs to another run. `config` is what
+    Hydra would write them before this program can find that the directory belongs to another run. `config` is what
     Hydra composed, with its `${…}`; or the checked config, where a recorded run was the base.
     """
     if not HydraConfig.initialized():
@@ -44,7 +44,7 @@ def write_hydra_record(folder: Path, config: DictConfig | Config) -> None:
 
 
 def record_data(run: RunDirectory, data: DataConfig) -> None:
-    """Record where a run's data lies now, and how it is read, after it was found to be the same."""
+    """Record the place of a run's data and how it is read, after its content was found to be the same."""
     plain, now = run.recorded(), dataclasses.asdict(data)
     if plain["data"] == now:
         return
@@ -58,7 +58,7 @@ def record_data(run: RunDirectory, data: DataConfig) -> None:
 
 
 def _hydra_settings() -> dict[str, Any]:
-    """Return what `conf/config.yaml` sets of Hydra's own, so that `--config-path <run>/.hydra` runs like any other."""
+    """Return Hydra's settings in `conf/config.yaml`, so that `--config-path <run>/.hydra` runs like any other."""
     plain = read_yaml(CONF / "config.yaml")
     # only Hydra's own choices exist there: those of `conf/` do not
     logging = [d for d in plain["defaults"] if isinstance(d, dict) and "_logging" in next(iter(d))]
@@ -80,7 +80,7 @@ def short_dirname(overrides: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Make `${short_dirname:…}` and `${job_help:…}` known to configs; call before Hydra composes."""
+    """Register the resolvers `${short_dirname:…}` and `${job_help:…}`; call before Hydra composes."""
     OmegaConf.register_new_resolver("short_dirname", lambda text: short_dirname(str(text)), replace=True)
     OmegaConf.register_new_resolver("job_help", _job_help, replace=True)
 
@@ -110,7 +110,7 @@ def _job_help(job: str, sources: Any) -> str:
 
 
 def explain_job(text: str, job: str, width: int = 80) -> str:
-    """Return a job's YAML for people: what it is for, its commands, and each key with its default and its comment."""
+    """Return a job's YAML as help text: what it is for, its commands, and each key with its default and its comment."""
     head: list[str] = []
     keys: list[tuple[str, list[str]]] = []
     paragraph: list[str] = []

@@ -1,4 +1,4 @@
-"""What surrounds a run: code, versions, machine. Recorded so that a difference can be explained later."""
+"""The environment of a run: code, versions, machine. Recorded so that a difference can be explained later."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _version(package: str) -> str | None:
 
 
 def _code() -> dict[str, Any]:
-    """Return the git commit, what differs from it, and a hash of the source, which needs no git."""
+    """Return the git commit, the diff to it, and a hash of the source, which needs no git."""
     digest = hashlib.sha256()
     for path in sorted(ROOT.glob("zfnet/**/*.py")):
         digest.update(path.relative_to(ROOT).as_posix().encode())
@@ -62,7 +62,7 @@ def _code() -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    """Return what git prints about this project; None where there is no git or no repository."""
+    """Return what git prints about this project; None if there is no git or no repository."""
     if not (ROOT / ".git").exists():
         return None
     try:
@@ -73,7 +73,7 @@ def _git(*words: str) -> str | None:
 
 
 def cpu_info() -> dict[str, str]:
-    """Return the fields of the first processor in /proc/cpuinfo; empty where there is no such file."""
+    """Return the fields of the first processor in /proc/cpuinfo; empty if there is no such file."""
     values: dict[str, str] = {}
     for line in _read("/proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")

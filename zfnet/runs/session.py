@@ -1,4 +1,4 @@
-"""A job at work in its run directory: the lock, the log, the recorded status, and the reasons to end early."""
+"""A running job in its run directory: the lock, the log, the recorded status, and the reasons to end early."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within this block the first signal is only noted."""
+        """Within this block the first signal is only recorded."""
         self._deferred = True
         try:
             yield
@@ -74,7 +74,7 @@ class StopRequest:
             self._deferred = False
 
     def check(self, any_process: Callable[[bool], bool] = bool) -> None:
-        """Raise Stopped if a signal was noted; `any_process` returns whether a flag is set in any process."""
+        """Raise Stopped if a signal was recorded; `any_process` returns whether a flag is set in any process."""
         if any_process(self.number is not None):
             raise Stopped(self.number or signal.SIGTERM)
 
@@ -95,7 +95,7 @@ class _Terminal(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """Leaves out what a full disk does not take: the error that ends the run must not be hidden by another."""
+    """Drops what a full disk does not take, so that no other error hides the one that ends the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         """Print no traceback."""
@@ -129,7 +129,7 @@ def log_to(path: Path) -> Iterator[None]:
 def own_directory(config: Config, output: Path) -> Iterator[RunDirectory]:
     """Take `output`, which must be new or empty, for this job: hold it, log to <job>.log, record its state.
 
-    Raises UserError where there is something in it already.
+    Raises UserError if there is something in it already.
     """
     run = RunDirectory(output)
     with claimed(run, config, f"{config.job.name}.log", new=True), recorded_state(run):
@@ -138,9 +138,9 @@ def own_directory(config: Config, output: Path) -> Iterator[RunDirectory]:
 
 @contextlib.contextmanager
 def continued_directory(config: Config, output: Path) -> Iterator[tuple[RunDirectory, StopRequest]]:
-    """Do what `own_directory` does, and go on with the same job where it was stopped; yield its StopRequest as well.
+    """Do what `own_directory` does, or continue the same job if it was stopped; yield its StopRequest as well.
 
-    Raises UserError where the directory holds something else.
+    Raises UserError if the directory holds something else.
     """
     run = RunDirectory(output)
     message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
@@ -155,7 +155,7 @@ def continued_directory(config: Config, output: Path) -> Iterator[tuple[RunDirec
 def claimed(
     run: RunDirectory, config: Config, log_name: str, composed: DictConfig | None = None, new: bool = False
 ) -> Iterator[StopRequest]:
-    """Take a directory for `config`'s run, or go on with it there, and `hold` it.
+    """Take a directory for `config`'s run, or continue it there, and `hold` it.
 
     composed: what Hydra composed, for its own record; None if a recorded run was the base
     new: the directory must be new or empty
@@ -177,7 +177,7 @@ def hold(run: RunDirectory, log_name: str) -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def recorded_state(run: RunDirectory, when_stopped: str = "stopped") -> Iterator[None]:
-    """Record running, and at the block's end done, stopped or failed; errors go on to the caller."""
+    """Record running, and at the block's end done, stopped or failed; errors are raised again."""
     run.set_status("running")
     try:
         yield

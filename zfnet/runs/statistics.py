@@ -55,7 +55,7 @@ def own_and_others(table: Tensor) -> dict[str, dict[str, float | int | None]]:
 
 
 def clustered(values: Tensor, clusters: Tensor) -> dict[str, float | int | None]:
-    """Return mean, standard error, n and the number of clusters of values [n]; what is not finite does not count.
+    """Return mean, standard error, n and the number of clusters of values [n]; values that are not finite do not count.
 
     clusters: int64 [n], such as the image that a value is from: values of one image are not independent, so the error
     is that of the clusters' sums (Liang & Zeger 1986). One cluster alone has none.
@@ -145,7 +145,7 @@ class Difference:
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
     """Test the difference of two settings' values, which are given by seed.
 
-    Returns None where there is nothing to test by: fewer than two values, or values without any spread.
+    Returns None if they cannot be tested: fewer than two values, or values without any spread.
     """
     n = len(first), len(second)
     if min(n) < 2:

@@ -24,7 +24,7 @@ from zfnet.config.schema import LARGEST_SIDE, Config, DataConfig, ModelConfig, c
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images
-from zfnet.model.build import build_model, read_tensors, refuse_no_numbers
+from zfnet.model.build import build_model, read_tensors, refuse_not_finite
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
 
@@ -33,7 +33,7 @@ WEIGHTS_FORMAT = "zfnet-1"
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """What must be known to use a file of weights: the network's settings, its classes and its preprocessing."""
+    """The metadata of a file of weights: the network's settings, its classes and its preprocessing."""
 
     model: ModelConfig | dict[str, Any]
     classes: tuple[str, ...]
@@ -45,42 +45,42 @@ class ModelMetadata:
 def load_model(path: Path, imports: Sequence[str] = ()) -> tuple[Any, ModelMetadata]:
     """Rebuild a network from model.safetensors, in evaluation mode; raise UserError if that cannot be done.
 
-    The sizes that the file's header claims are compared with its tensors before memory is asked for. In a run's
+    The sizes that the file's header claims are compared with its tensors before memory is allocated. In a run's
     directory the weights must be those whose hash results.json records.
 
     imports: packages that a network may come from, beside PyTorch, torchvision and this one
     """
     try:
-        facts, state = read_tensors(path)
-        metadata = _metadata(path, parse_json(facts["zfnet"]))
+        header, state = read_tensors(path)
+        metadata = _metadata(path, parse_json(header["zfnet"]))
     except FileNotFoundError:
         raise UserError(f"{path}: there are no weights; did the run finish?") from None
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a file of ZFNet weights, or is damaged ({error})") from error
     except UserError as error:
-        raise _of(path, error) from error
+        raise _naming_file(path, error) from error
     model = network_with(path, metadata, state, imports)
     if path.name == "model.safetensors":
         _compare_with_record(path, model)
     return model.eval(), metadata
 
 
-def _of(path: Path, error: UserError) -> UserError:
-    """Return an error that names the file: a key in it was not typed by who reads it."""
+def _naming_file(path: Path, error: UserError) -> UserError:
+    """Return the error with the name of the file, whose keys the user did not type."""
     return error if str(path) in str(error) else UserError(f"{path}: {error}")
 
 
 def network_with(path: Path, metadata: ModelMetadata, state: dict[str, Tensor], imports: Sequence[str] = ()) -> Any:
     """Return the network that `metadata` describes with the weights of the file `path`; raise UserError.
 
-    The sizes that the metadata claims are compared with the tensors before memory is asked for.
+    The sizes that the metadata claims are compared with the tensors before memory is allocated.
     """
-    refuse_no_numbers(path, state)
+    refuse_not_finite(path, state)
     try:
         model = _build(path, metadata, state, imports)
         _load(path, model, state)
     except UserError as error:
-        raise _of(path, error) from error
+        raise _naming_file(path, error) from error
     return model
 
 
@@ -103,7 +103,7 @@ def _metadata(path: Path, header: dict[str, Any]) -> ModelMetadata:
 
 
 def _build(path: Path, metadata: ModelMetadata, state: Mapping[str, Tensor], imports: Sequence[str]) -> Any:
-    """Return the network of a file, with its initial weights; raise UserError where the weights do not fit it."""
+    """Return the network of a file, with its initial weights; raise UserError if the weights do not fit it."""
     settings, sizes = metadata.model, (len(metadata.classes), metadata.data.image_size, imports)
     trusted = isinstance(settings, dict) and str(settings["_target_"]).partition(".")[0] in imports
     weights = sum(value.numel() for value in state.values())
@@ -232,7 +232,7 @@ def load_run(folder: str | Path, imports: Sequence[str] = ()) -> TrainedRun:
 
         model = load_run("outputs/train/2026-01-31_12-00-00-000000").model
 
-    Raises UserError where there is no finished run.
+    Raises UserError if there is no finished run.
     """
     run = find_run(str(folder))
     model, metadata = load_model(run.weights, imports)

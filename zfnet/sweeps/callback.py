@@ -48,7 +48,7 @@ class SweepReport(Callback):
         print("\n" + textwrap.fill(head + " ".join(own), 80, subsequent_indent=" " * len(head)), flush=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Record a failure that came before the run began, and bring the tables up to date."""
+        """Record a failure that came before the run began, and update the tables."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         folder = Path(config.hydra.runtime.output_dir)
@@ -57,7 +57,7 @@ class SweepReport(Callback):
             print(f"failed: {explain(result)}", flush=True)
             _record_failure(RunDirectory(folder), result)
         elif folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # Hydra made it, and the job had nothing to write
+            folder.rmdir()  # Hydra made it, and the job wrote nothing
         began = time.monotonic()
         if began >= self._next_summary:
             summarize(Path(str(config.hydra.sweep.dir)))
@@ -86,7 +86,7 @@ def in_sweep() -> bool:
 
 
 def trial_report() -> Callable[[float, int], bool] | None:
-    """Return what reports (validation accuracy, epoch) to this job's trial and returns whether to prune the run.
+    """Return a function that reports (validation accuracy, epoch) to this job's trial and returns whether to prune.
 
     None unless the job is a trial of a search that prunes. A job learns this from Hydra's own config, so it may run in
     any process and on any machine.

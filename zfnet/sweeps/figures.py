@@ -51,7 +51,7 @@ def draw_sweep(sweep: Sweep) -> dict[str, Figure]:
 
 @styled
 def draw_sweep_curves(sweep: Sweep) -> Figure:
-    """Training loss and validation accuracy of every job; a colour for each of the best settings, a line a seed."""
+    """Training loss and validation accuracy of every job; a colour for each of the best settings, one line per seed."""
     short = short_names(sweep.keys)
     labels = plain(
         ", ".join(f"{short[key]} {format_value(setting.values[key])}" for key in sweep.keys) or "all jobs"
@@ -83,9 +83,9 @@ def draw_sweep_curves(sweep: Sweep) -> Figure:
 
 
 class _Scale:
-    """Places one key's values on an axis: numbers by size (by their logarithm, if they span much), others in a row.
+    """Places one key's values on an axis: numbers linearly (wide ranges logarithmically), others evenly.
 
-    many: more numbers than an axis names, as a search has; `raw` are the numbers themselves, one for each setting
+    many: more numbers than an axis has ticks, as in a search; `raw` are the numbers themselves, one for each setting
     """
 
     def __init__(self, key: str, settings: Sequence[Setting], even: bool = False) -> None:
@@ -122,7 +122,7 @@ def _colour_bar(axis: Axes, colours: ScalarMappable) -> None:
 
 
 def _spread(settings: Sequence[Setting]) -> str:
-    """Say what is drawn of each setting, with the number of its seeds."""
+    """Return what is drawn for each setting, with the number of its seeds."""
     counts = sorted({len(s.scores()) for s in settings})
     if counts == [1]:
         return "one run each"
@@ -137,7 +137,7 @@ def _means(settings: Sequence[Setting]) -> list[float]:
 def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     """Validation accuracy against the one swept key: mean ± std, and every seed as a dot.
 
-    A search, with more values than the axis names, is a scatter, on a log axis where the values span much.
+    A search, with more values than the axis has ticks, is a scatter, on a log axis if its range is wide.
     """
     figure = new_figure(figsize=(6.4, 4.2))
     axis = figure.subplots()
@@ -162,7 +162,7 @@ def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         axis.set_xticks(tick_places, texts, rotation=45 if long else 0, ha="right" if long else "center")
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.margins(x=0.08, y=0.12)
-    title = f"Validation accuracy ({_spread(settings)}{'; a dot a seed' if repeated else ''})"
+    title = f"Validation accuracy ({_spread(settings)}{'; one dot per seed' if repeated else ''})"
     axis.set(title=title, xlabel=group_name(keys[0]), ylabel=_ACCURACY)
     return figure
 
@@ -171,7 +171,7 @@ def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
 def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     """A heat map of the mean accuracy over two keys; points in their plane where values hardly repeat.
 
-    In the map a frame marks the best setting, and a dashed one each setting that the seeds cannot tell from it.
+    In the map a frame marks the best setting, and a dashed one each setting that is not distinguishable from it.
     """
     x, y = (_Scale(key, settings, even=True) for key in keys)
     grid = np.full((len(y.values), len(x.values)), np.nan)
@@ -222,7 +222,7 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
 
 @styled
 def draw_parallel(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
-    """Parallel coordinates: an axis a key and one for the accuracy, a line a setting, the best on top."""
+    """Parallel coordinates: an axis per key and one for the accuracy, a line per setting, the best on top."""
     figure = new_figure(figsize=(max(7.0, 1.9 * (len(keys) + 1)), 4.8))
     axis = figure.subplots()
     means = _means(settings)

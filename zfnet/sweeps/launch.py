@@ -36,12 +36,12 @@ TRIAL = "ZFNET_TRIAL"  # in `hydra.job.env_set`: the number of the trial that a 
 
 
 class SweepFailed(UserError):
-    """Some jobs of a sweep failed; the message names them, a line each. The others are finished."""
+    """Some jobs of a sweep failed; the message names them, one per line. The others are finished."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended. `value`: its objective, None where it has none; `error`: why it failed."""
+    """How a job ended. `value`: its objective, None if it has none; `error`: why it failed."""
 
     name: str
     state: str
@@ -58,7 +58,7 @@ class SweepJobs:
         self.outcomes: dict[str, Outcome] = {}
         self.for_all_jobs: list[str] = []  # overrides
         self.composed: dict[tuple[str, ...], DictConfig] = {}  # to compose takes longer than to check
-        # `${hydra:…}` needs a job at work; within Hydra's own part `${hydra.…}` is the same
+        # `${hydra:…}` needs a running job; within Hydra's own part `${hydra.…}` is the same
         unresolved = OmegaConf.to_container(config.hydra.sweep, resolve=False)
         self.subdir = str(unresolved["subdir"]).replace("${hydra:", "${hydra.")  # type: ignore[index,call-overload]
         setup_globals()
@@ -196,10 +196,10 @@ _gpu: FileLock | None = None  # held as long as this process lives
 
 
 def take_one_gpu(parallel: int, folder: Path) -> None:
-    """Show this process one of the GPUs, if it is one of `parallel` that run side by side; -1 means one a core.
+    """Show this process one of the GPUs, if it is one of `parallel` that run side by side; -1 means one per core.
 
-    Must come before the process first uses CUDA, which looks at CUDA_VISIBLE_DEVICES once. The processes agree
-    by locks in `folder`, which the system lets go of when a process ends. A process keeps its GPU for all its jobs.
+    Must come before the process first uses CUDA, which looks at CUDA_VISIBLE_DEVICES once. Locks in `folder` assign the
+    GPUs; the system releases them when a process ends. A process keeps its GPU for all its jobs.
     """
     global _gpu
     if parallel in (0, 1) or _gpu is not None:

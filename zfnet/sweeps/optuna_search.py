@@ -1,6 +1,6 @@
 """Optuna's search over a space of overrides: ask for a trial, launch it as a job, tell the study its result.
 
-A study lives in its storage alone: a search that was killed continues when it is run again, and several processes may
+A study is in its storage alone: a search that was killed continues when it is run again, and several processes may
 share one study.
 """
 
@@ -111,7 +111,7 @@ def make_sampler(settings: SearchSettings, trial: int) -> optuna.samplers.BaseSa
 
 def search_space(overrides: Sequence[Override]) -> dict[str, BaseDistribution]:
     """Return a distribution for each override that names several values; raise UserError if none does."""
-    for o in overrides:  # with a bound that is no number it is plain text to Hydra
+    for o in overrides:  # Hydra reads a bound that is not a number as plain text
         if not o.is_sweep_override() and re.match(r"\W?(tag|interval|range)\(", o.get_value_element_as_str()):
             raise UserError(f"{o.input_line}: is no space to search; its bounds must be numbers")
     space = {o.get_key_element(): _distribution(o) for o in overrides if o.is_sweep_override()}
@@ -148,9 +148,9 @@ def _distribution(override: Override) -> BaseDistribution:
 
 
 class _JournalLock(JournalFileSymlinkLock):
-    """The lock of a journal, which who writes to it holds; drops the line that a killed process left half written.
+    """The lock of a journal for its writer; drops the line that a killed process left half written.
 
-    The next line would go on behind it, and Optuna reads no journal with a damaged line in it.
+    The next entry would be appended to it, and Optuna cannot read a journal with a damaged line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -206,7 +206,7 @@ def open_study(settings: SearchSettings, sweep: Path) -> Study:
 
 
 def report_to_trial(hydra: Any) -> Callable[[float, int], bool] | None:
-    """Return what reports (validation accuracy, epoch) to a job's trial and returns whether to prune the run.
+    """Return a function that reports (validation accuracy, epoch) to a job's trial and returns whether to prune.
 
     hydra: Hydra's own config of the job. None if the search does not prune.
     """
@@ -231,7 +231,7 @@ def report_to_trial(hydra: Any) -> Callable[[float, int], bool] | None:
 
 
 class Worker:
-    """One process of a study. Other processes see by the lock that it holds that it is alive."""
+    """One process of a study. Its lock shows other processes that it is alive."""
 
     ASKING = timedelta(minutes=1)  # a trial older than this without a worker: its process died while asking
 
@@ -244,7 +244,7 @@ class Worker:
         self.asking = FileLock(folder / "asking")  # one process of a sweep directory asks at a time
 
     def is_stale(self, trial: FrozenTrial) -> bool:
-        """Return whether a running trial has lost its process."""
+        """Return whether the process of a running trial has died."""
         name = trial.user_attrs.get("worker")
         if name is None:
             started = trial.datetime_start
@@ -269,7 +269,7 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
     settings = read_settings(jobs.config.hydra.sweeper)
     space = search_space(overrides)
     fixed = {o.get_key_element(): o.get_value_element_as_str() for o in overrides if not o.is_sweep_override()}
-    # what is wrong is an error before there is a study: every choice and both ends, beside the first of the others
+    # errors come before there is a study: check every choice and both ends, with the first value of the other keys
     ends = {k: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high) for k, d in space.items()}  # type: ignore[attr-defined]
     first = fixed | {key: values[0] for key, values in ends.items()}
     rest = [first | {key: value} for key, values in ends.items() for value in values[1:]]
@@ -344,11 +344,11 @@ def other_images(study: Study, space: Iterable[str], run: RunDirectory) -> UserE
 def ask(
     study: Study, settings: SearchSettings, space: Mapping[str, BaseDistribution], worker: Worker, wait: bool
 ) -> Trial | None:
-    """Return the next trial of the study; None when it has as many as it should.
+    """Return the next trial of the study; None when it has `n_trials`.
 
-    Trials that a dead process left running are asked for again first, with the same values. No values are run
-    twice: the outcome of a finished trial with the same ones holds for this one, too. Where such a trial is
-    running at this moment, other values are asked for, again and again if `wait`; without it the answer is None.
+    Trials that a dead process left running are repeated first, with the same values. No values are run twice: a trial
+    with the values of a finished one takes its outcome. If a trial with the same values is running, the study is asked
+    for others until there are some (`wait`), or None is returned.
     """
     pause = 0.5  # seconds
     while True:
@@ -402,7 +402,7 @@ def tell(study: Study, trial: Trial, outcome: Outcome) -> None:
 
 
 def _count(trials: Sequence[FrozenTrial]) -> int:
-    """Return how many trials count towards n_trials: not those that were asked for again or given back."""
+    """Return how many trials count towards n_trials: not those that were repeated or voided."""
     again = {t.user_attrs.get("retry_of") for t in trials}
     return sum(t.number not in again and "void" not in t.user_attrs for t in trials)
 

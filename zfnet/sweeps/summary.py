@@ -1,8 +1,8 @@
 """A sweep's summary: its runs, the keys in which they differ, mean ± std over seeds, and the tables of these.
 
 Everything is read from the run directories, so it does not matter which launcher, process or machine made them.
-Validation chooses: settings are ranked by validation accuracy. The test set is looked at for one setting only, the
-one that validation has chosen.
+Validation chooses: settings are ranked by validation accuracy. The test accuracy is shown for one setting only, the one
+that validation chose.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import flatten, result_keys
-from zfnet.runs.compare import surroundings
+from zfnet.runs.compare import environment_values
 from zfnet.runs.directory import RunDirectory, find_folders
 from zfnet.runs.statistics import LEVEL, difference, holm
 from zfnet.runs.tables import format_table
@@ -38,7 +38,7 @@ _NO_SETTING = ("job", "run", "runs", "parent", "images", "imports", "logger")
 class Trained:
     """One training, as its directory records it; what is damaged or not there yet is empty.
 
-    config: what was said about the training, as flat dotted keys; environment: what surrounded it, likewise
+    config, environment: as recorded, by flat dotted keys
     settings: the keys that its result depends on, without the seed
     """
 
@@ -53,7 +53,7 @@ class Trained:
     history: list[dict[str, float | None]]
 
     def metric(self, split: str = "validation", name: str = "accuracy") -> float | None:
-        """Return a result on `validation` or `test`; None where there is none."""
+        """Return a result on `validation` or `test`; None if there is none."""
         metrics = self.results.get(split)
         value = metrics.get(name) if isinstance(metrics, dict) else None
         return float(value) if isinstance(value, (int, float)) else None
@@ -75,7 +75,7 @@ class Setting:
         return {job.seed: a for job in self.jobs if job.seed is not None and (a := job.metric()) is not None}
 
     def mean_and_std(self, split: str = "validation") -> tuple[float | None, float | None]:
-        """Return mean and sample standard deviation over the seeds; None where there are too few."""
+        """Return mean and sample standard deviation over the seeds; None if there are too few."""
         scores = self.scores(split)
         mean = statistics.fmean(scores) if scores else None
         return mean, statistics.stdev(scores) if len(scores) > 1 else None
@@ -116,7 +116,7 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def p_against_best(settings: Sequence[Setting]) -> list[float | None]:
-    """Return for each setting the p of its difference from the first, the best; None where nothing can be tested.
+    """Return for each setting the p of its difference from the first, the best; None if nothing can be tested.
 
     It is corrected after Holm for all pairs of settings, and not for these alone: the best was chosen by the same
     accuracies.
@@ -129,7 +129,7 @@ def p_against_best(settings: Sequence[Setting]) -> list[float | None]:
 
 
 def read_training(run: RunDirectory, name: str) -> Trained:
-    """Read a training's record; `name` is what tables call it."""
+    """Read a training's record; `name` is its name in tables."""
     recorded = run.plain_config()
     history: list[dict[str, float | None]] = []
     results: Any = {}
@@ -144,7 +144,7 @@ def read_training(run: RunDirectory, name: str) -> Trained:
         flatten({key: value for key, value in recorded.items() if key not in _NO_SETTING}),
         {key: value for key, value in settings.items() if key != "seed"},
         seed if isinstance(seed, int) else None,
-        surroundings(run),
+        environment_values(run),
         results if isinstance(results, dict) else {},
         history,
     )
@@ -153,8 +153,8 @@ def read_training(run: RunDirectory, name: str) -> Trained:
 def _tell_data_apart(jobs: Sequence[Trained]) -> None:
     """Add `data.root` to the settings where the jobs were trained on several data sets.
 
-    What the data holds counts, not where it lies: a folder that was moved is one, and one whose content was exchanged
-    between two jobs is two, told apart by their fingerprints.
+    The content of the data counts, not its place: a folder that was moved is one, and one whose content was exchanged
+    between two jobs is two, distinguished by their fingerprints.
     """
     fingerprints = [_text(job.environment.get("data_fingerprint")) for job in jobs]
     roots = [_text(job.config.get("data.root")) for job in jobs]
@@ -206,7 +206,7 @@ def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def group_name(key: str) -> str:
-    """Return a dotted key as people type it: the `name` or `_target_` of a group is called like the group."""
+    """Return a dotted key as it is typed: the `name` or `_target_` of a group is called like the group."""
     return key.removesuffix(".name").removesuffix("._target_")
 
 
@@ -224,7 +224,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def format_value(value: Any) -> str:
-    """Return a setting's value as people write it."""
+    """Return a setting's value as it is typed."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, float):
@@ -234,11 +234,11 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
-# -- tables: a row a job in summary.csv, a row a setting in summary.md and on the terminal
+# -- tables: one row per job in summary.csv, one row per setting in summary.md and on the terminal
 
 
 def job_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """Return a row a job, best setting first; without test results, which no setting may be chosen by."""
+    """Return one row per job, best setting first; without test results, by which no setting may be chosen."""
     jobs = [(setting.values, job) for setting in sweep.settings for job in setting.jobs]
     jobs += [({}, job) for job in sweep.jobs if not job.settings]
     return [
@@ -252,10 +252,10 @@ def job_rows(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def setting_rows(sweep: Sweep, keys: Sequence[str]) -> list[list[str]]:
-    """Return the header and a row a setting.
+    """Return the header and one row per setting.
 
-    A column says whether its difference from the best is more than the spread of the seeds, where several seeds can
-    tell, and one names the state, where a job is not done.
+    One column tells whether the difference from the best exceeds the spread of the seeds, if there are several; one
+    names the state of a job that is not done.
     """
     names = short_names(sweep.keys)
     states = [Counter(job.state for job in setting.jobs) for setting in sweep.settings]

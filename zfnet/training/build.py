@@ -26,14 +26,14 @@ from zfnet.training.processes import SINGLE, World
 from zfnet.training.schedule import OWN_KEYS, Schedule, check_interval, schedule_span, steps_by_batch
 from zfnet.training.state import Callback, TrainingState, check_monitors, measured_columns
 
-_BUILT_IN_CALLBACKS = ("ema", "filter_renormalization")  # whose state stands under these names in checkpoints
+_BUILT_IN_CALLBACKS = ("ema", "filter_renormalization")  # whose state has these names in checkpoints
 GROUP_KEYS = ("match", "ndim", "lr_scale")  # of a parameter group, beside the optimizer's own
 
 
 class SummedLoss(nn.Module):
     """A loss as its sum over the images of a batch, so that parts of a batch add up to the whole.
 
-    A class with a `reduction` argument is asked for the sum; the result of any other is taken as the batch's mean.
+    A class with a `reduction` argument is constructed with `sum`; the result of any other counts as the batch's mean.
     """
 
     def __init__(self, loss: nn.Module, is_mean: bool) -> None:
@@ -42,7 +42,7 @@ class SummedLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the losses of logits [B, C] with labels [B]."""
-        if not len(labels):  # this process has no image of a short batch, and a mean of none is not a number
+        if not len(labels):  # a short batch may have no image for this process, and the mean of none is NaN
             return logits.sum() * 0
         value: Tensor = self.loss(logits, labels)
         return value * len(labels) if self.is_mean else value
@@ -128,7 +128,7 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
 
     Each rule names parameters by `match` (a regular expression searched in the name) and/or `ndim` (the number of
     dimensions: biases and norms have 1), and sets what the optimizer takes, such as weight_decay, or `lr_scale`, a
-    factor on the learning rate. A parameter goes to the first rule that names it.
+    factor on the learning rate. A parameter belongs to the first rule that matches it.
     """
     rules = config.optimizer.get("param_groups") or []
     rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -137,7 +137,7 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise UserError(f"optimizer.param_groups={rules}: must be a list such as [{{ndim: 1, weight_decay: 0}}]")
     if rules:
-        resolve("optimizer", config.optimizer.get("_target_"), Optimizer, config.imports)  # named by its own key
+        resolve("optimizer", config.optimizer.get("_target_"), Optimizer, config.imports)  # its error names its key
     for number, rule in enumerate(rules):
         if not {"match", "ndim"} & rule.keys():
             raise UserError(f"optimizer.param_groups.{number}={rule}: names no parameters; set match or ndim")
@@ -187,8 +187,8 @@ def build_scheduler(
     """Return the learning-rate schedule; the value `auto` stands for the run's length in the schedule's own unit.
 
     A schedule that chains others (`SequentialLR`, `ChainedScheduler`) names them in `schedulers`, each by `_target_`.
-    Rates that it is given (`max_lr`, `base_lr`) are those of groups without an `lr_scale`; others have theirs in
-    proportion, where PyTorch would give all groups the same.
+    Its `max_lr` or `base_lr` is that of groups without an `lr_scale`; for others it is scaled in proportion (PyTorch
+    would give all groups the same).
     """
     usual = optimizer.defaults.get("lr")
     scales = [group["lr"] / usual for group in optimizer.param_groups] if usual else [1.0]
@@ -221,11 +221,11 @@ def build_scheduler(
     return made
 
 
-# -- all at once, before any data is read
+# -- checks before any data is read
 
 
 def check_recipe(config: Config) -> None:
-    """Build everything on a small scale; raise UserError for what cannot be built."""
+    """Build everything at a small size; raise UserError for what cannot be built."""
     if isinstance(config.model, ModelConfig):
         with torch.device("meta"):  # shapes only
             model: nn.Module = ZFNet(2, config.data.image_size, config.model)
@@ -257,7 +257,7 @@ def check_recipe(config: Config) -> None:
 
 
 def check_initial_weights(config: Config) -> None:
-    """Read what `trainer.init_from` names as a new run will; raise UserError. A branch has its parent's weights."""
+    """Read the weights of `trainer.init_from`, as a new run will; raise UserError. A branch has its parent's."""
     if config.trainer.init_from is not None and config.parent is None:
         initial_model(config, num_classes=2)
 
@@ -284,7 +284,7 @@ def _check_step(config: Config) -> None:
     getattr(optimizer, "train", bool)()  # some optimizers step in this mode only
     try:
         optimizer.step()
-    except Exception as error:  # LBFGS wants a closure, SparseAdam sparse gradients; others raise what they like
+    except Exception as error:  # LBFGS wants a closure, SparseAdam sparse gradients; others raise other errors
         raise UserError(
             f"optimizer._target_={plain['_target_']}: cannot take a plain step ({one_line(error)})"
         ) from error
@@ -305,7 +305,7 @@ def build_state(
     resumed: bool = False,
     counts: Sequence[int] | None = None,
 ) -> TrainingState:
-    """Return a training at its first step.
+    """Return the state of a training before its first step.
 
     counts: training images of each class, on which loss.weight=balanced depends
     resumed: a checkpoint is going to be loaded, so that the weights of `trainer.init_from` are not read again
@@ -313,7 +313,7 @@ def build_state(
     model, new_weights = initial_model(config, num_classes, with_weights=not resumed)
     freeze(model, config.trainer.freeze)
     model = model.to(runtime.device).to(memory_format=runtime.memory_format)
-    if world.size > 1 and has_batch_norm(model):  # of the whole batch, as in one process
+    if world.size > 1 and has_batch_norm(model):  # statistics of the whole batch, as in one process
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(config, model, fused=runtime.device.type in ("cpu", "cuda"))
     first, epochs = schedule_span(config.to_dict())

@@ -1,4 +1,4 @@
-"""Callbacks: what happens during training beside the step itself.
+"""Callbacks: everything in a training but the step itself.
 
 The program uses them for the moving average of the weights, filter renormalisation, the progress bar, metrics,
 checkpoints, snapshots, pruning and stops; `callbacks:` in a config adds early stopping and your own.
@@ -55,7 +55,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def on_optimizer_step(self, state: TrainingState) -> None:
-        # `update_parameters` makes the host wait for a GPU: it sends the count of steps to it each time
+        # `update_parameters` would synchronise with a GPU: it copies the count of steps to it each time
         if self.average.n_averaged == 0:
             self.average.update_parameters(state.model)  # copies
             return
@@ -67,7 +67,7 @@ class EMA(Callback):
             group = groups.setdefault(average.dtype, ([], []))
             group[0].append(average)
             group[1].append(value)
-        count = int(self.average.n_averaged)  # lies on the CPU
+        count = int(self.average.n_averaged)  # is on the CPU
         update = get_ema_multi_avg_fn(min(self.decay, (1 + count) / (10 + count)) if self.grows else self.decay)
         for group in groups.values():
             update(*group, count)
@@ -85,7 +85,7 @@ class EMA(Callback):
 
 
 class ProgressBar(Callback):
-    """A bar for each epoch on a terminal, a line a minute elsewhere, with the time that the whole run has left.
+    """A bar for each epoch on a terminal, one line per minute elsewhere, with the remaining time of the whole run.
 
     advice: called once, after the first steps of a run of more than a minute, with its estimated seconds; returns text
     to print
@@ -105,7 +105,7 @@ class ProgressBar(Callback):
             disable=None,
             leave=False,
             dynamic_ncols=True,
-            # the whole run's time is in the postfix; with the epoch's beside it, 80 columns would not do
+            # the whole run's time is in the postfix; with the epoch's as well, a line would exceed 80 columns
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
         )
 
@@ -143,7 +143,7 @@ class ProgressBar(Callback):
 
 
 def duration(seconds: float) -> str:
-    """Return a time for people, to about a tenth: 45 s, 6 min, 2 h 45 min."""
+    """Return a rounded time as text: 45 s, 6 min, 2 h 45 min."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -209,8 +209,8 @@ class Profiler(Callback):
 class BestWeights(Callback):
     """Saves the weights of the best epoch so far.
 
-    It comes before callbacks that may end the training after an epoch: a checkpoint that calls an epoch the best is
-    never without its weights.
+    It comes before callbacks that may end the training after an epoch, so that no checkpoint names a best epoch whose
+    weights are not saved.
     """
 
     def __init__(self, writer: CheckpointWriter) -> None:
@@ -251,8 +251,7 @@ class Checkpoints(Callback):
         self.writer.wait()
 
     def on_exception(self, state: TrainingState, error: BaseException) -> None:
-        # a RuntimeError is what a collective raises when another process is gone; the step in progress has changed
-        # nothing yet
+        # a collective raises RuntimeError when another process has died; the step in progress has changed nothing yet
         if isinstance(error, (Stopped, Pruned)) or (isinstance(error, RuntimeError) and state.world.size > 1):
             self.save(state)
             self.writer.wait()
@@ -282,8 +281,8 @@ class StopOnSignal(Callback):
 class Snapshots(Callback):
     """Writes `epoch-0001.safetensors` and so on into `folder` after each of `epochs` (counted from 1; paper, Fig. 4).
 
-    They have model.safetensors' format. A resumed run keeps those it has and writes the rest; an epoch that is trained
-    again gives the same file again.
+    Their format is that of model.safetensors. A resumed run keeps those it has and writes the rest; an epoch that is
+    trained again writes the same file.
     """
 
     def __init__(self, folder: Path, epochs: list[int], metadata: ModelMetadata) -> None:
@@ -296,9 +295,9 @@ class Snapshots(Callback):
 
 
 class Pruning(Callback):
-    """Reports each epoch to a trial of a search, and ends the run where the search's pruner says so.
+    """Reports each epoch to a trial of a search, and ends the run if the search's pruner decides so.
 
-    report: is given (validation accuracy, epoch) and returns whether to prune
+    report: called with (validation accuracy, epoch); returns whether to prune
     """
 
     def __init__(self, report: Callable[[float, int], bool]) -> None:
@@ -313,7 +312,7 @@ class Pruning(Callback):
 class EarlyStopping(Callback):
     """Stops training when a metric has stopped improving: by no more than `min_delta` for `patience` epochs.
 
-    monitor: a column of history.csv: one with loss in its name is to fall, any other to rise
+    monitor: a column of history.csv: lower is better if its name contains loss, else higher
     """
 
     def __init__(self, monitor: str = "validation_loss", patience: int = 5, min_delta: float = 0.0) -> None:
@@ -349,6 +348,6 @@ class EarlyStopping(Callback):
 
 
 def list_snapshots(folder: Path) -> dict[int, Path]:
-    """Return the snapshots in a folder by epoch, in their order; empty where there is no such folder."""
+    """Return the snapshots in a folder by epoch, in their order; empty if there is no such folder."""
     names = {p: p.stem.removeprefix("epoch-") for p in folder.glob("epoch-*.safetensors")}
     return dict(sorted((int(number), p) for p, number in names.items() if number.isdigit() and len(number) >= 4))

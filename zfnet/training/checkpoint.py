@@ -57,7 +57,7 @@ class CheckpointWriter:
         self.wait()
         if self.folder is None:
             return
-        # from a GPU they go to pinned memory, in the order of its work: the loop need not wait for them
+        # copies from a GPU go to pinned memory, in stream order: the loop does not wait for them
         copies = {
             key: value.detach().to("cpu", non_blocking=value.is_cuda, copy=True)
             for key, value in checkpoint.tensors.items()
@@ -97,7 +97,7 @@ def _write(
 def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
     """Return a CRC-32 over the header and each tensor's name, type, shape and bytes: for damage, not for forgery.
 
-    It takes 0.2 s for the 0.7 GB of the blog's network, and the thread that writes has them; SHA-256 takes twice that.
+    It takes 0.2 s of the writing thread for the 0.7 GB of the blog's network; SHA-256 takes twice that.
     """
     crc = zlib.crc32(header.encode())
     for name in sorted(tensors):
@@ -113,7 +113,7 @@ def step_files(folder: Path) -> list[Path]:
         return sorted(folder / name for name in os.listdir(folder) if _NAME.fullmatch(name))
     except FileNotFoundError:
         return []
-    except OSError as error:  # to train from the start again would lose them
+    except OSError as error:  # training again from the start would lose them
         raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
 
 
@@ -144,14 +144,14 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint, of this version or an earlier one; raise UserError if it is damaged or of another."""
     try:
-        facts, tensors = read_tensors(path)
-        metadata = json.loads(facts["checkpoint"])
+        header, tensors = read_tensors(path)
+        metadata = json.loads(header["checkpoint"])
         if not isinstance(metadata, dict):
             raise ValueError("its header is no record")
         version = metadata.pop("format", None)
         if version not in (1, 2, CHECKPOINT_FORMAT):
             raise UserError(f"{path} was written by another version of this program")
-        if version == CHECKPOINT_FORMAT and facts.get("checksum") != checksum(tensors, facts["checkpoint"]):
+        if version == CHECKPOINT_FORMAT and header.get("checksum") != checksum(tensors, header["checkpoint"]):
             raise ValueError("its checksum differs")
         checkpoint = Checkpoint(tensors, metadata)
         return _from_format_1(checkpoint) if version == 1 and "optimizer" in metadata else checkpoint
@@ -197,7 +197,7 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return what `pack` was given."""
+    """Return the value that was packed."""
     if isinstance(value, list):
         return [unpack(v, tensors) for v in value]
     if not isinstance(value, dict):
@@ -241,7 +241,7 @@ def _from_format_1(old: Checkpoint) -> Checkpoint:
         state.setdefault(int(index), {})[key] = tensors.pop(name)
     for index, key, value in metadata["optimizer"]["numbers"]:
         state.setdefault(index, {})[key] = value
-    # JSON had made lists of tuples: AdamW's betas, say
+    # JSON turned tuples into lists, such as AdamW's betas
     groups = [
         {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
         for group in metadata["optimizer"]["groups"]
@@ -252,7 +252,7 @@ def _from_format_1(old: Checkpoint) -> Checkpoint:
         model = {n.removeprefix("average."): tensors.pop(n) for n in list(tensors) if n.startswith("average.")}
         callbacks["ema"] = {"model": model, "count": tensors.pop("average_count")}
     metadata["callbacks"] = pack(callbacks, "callbacks", tensors)
-    metadata.pop("identity", None)  # was computed in another way
+    metadata.pop("identity", None)  # computed in another way then
     return Checkpoint(tensors, metadata)
 
 

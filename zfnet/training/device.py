@@ -1,4 +1,4 @@
-"""What the hardware is and how to use it: turns `auto` into decisions, once, when a run starts."""
+"""How a run uses the hardware: resolves every `auto`, once, when it starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THREADS = torch.get_num_threads()  # PyTorch's own choice, before any run change
 
 @dataclass(frozen=True)
 class Runtime:
-    """The decisions of one run."""
+    """The resolved settings of one run."""
 
     device: torch.device
     precision: str
@@ -31,15 +31,15 @@ class Runtime:
     deterministic: bool
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Return the mixed-precision context: bf16 needs no loss scaling, so this is all there is to it."""
+        """Return the mixed-precision context: bf16 needs no loss scaling."""
         if self.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
     def choose_kernels(self, full: bool) -> None:
-        """Say, before the steps of a batch, whether it is a full one.
+        """Let cuDNN benchmark its kernels for full batches only.
 
-        For each new shape cuDNN times its kernels, which takes some tenths of a second: not for a short last batch.
+        For each new shape that takes some tenths of a second, too long for the short last batch.
         """
         torch.backends.cudnn.benchmark = full and not self.deterministic
 
@@ -48,7 +48,7 @@ class Runtime:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return one line for the log."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         words = [name, self.precision, "NHWC" if self.channels_last else "NCHW"]
         words += ["compiled"] * self.compile + ["deterministic"] * self.deterministic
@@ -61,22 +61,22 @@ class Runtime:
 def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: bool = False) -> Runtime:
     """Decide every `auto` and set the process-wide switches that the decisions need; raise UserError.
 
-    own_network: whether the network is not ZFNet. On a CPU such a one keeps PyTorch's default memory layout: in PyTorch
+    own_network: whether the network is not ZFNet. On a CPU it keeps PyTorch's default memory format: in PyTorch
         2.14 the backward pass of a 1×1 convolution with stride 2 on three channels corrupts memory in channels_last
     """
     device = _device(trainer.device)
     if world.size > 1 and device.type == "cuda":
-        # of processes started here all see this, not only those that are left without a GPU
+        # all processes started here raise this, not only those without a GPU
         if max(world.local + 1, trainer.devices) > torch.cuda.device_count():
             raise UserError(
                 f"trainer.devices={world.size}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch"
             )
         device = torch.device("cuda", world.local)
-    if device.type == "cuda":  # pinned memory and other things of PyTorch's go to the current GPU, if not to the first
+    if device.type == "cuda":  # PyTorch uses the current GPU for pinned memory and more, by default the first
         torch.cuda.set_device(device.index or 0)
     torch.set_num_threads(trainer.threads or max(1, THREADS // world.size))
     if trainer.compile is True or (trainer.compile == "auto" and device.type == "cuda"):
-        torch.compiler.reset()  # past a number of recompilations the compiler would leave later jobs of a sweep alone
+        torch.compiler.reset()  # after a number of recompilations, later jobs of a sweep would run uncompiled
     precision = trainer.precision
     if precision == "auto":
         fast = (
@@ -142,10 +142,10 @@ def _fast_bf16() -> bool:
 
 
 def keep_memory(keep: bool) -> None:
-    """Let glibc keep what the network frees, or go back to what it does by itself.
+    """Let glibc keep what the network frees, or restore its defaults.
 
-    Each step asks for the same large blocks again. By default glibc returns them to the system, which hands
-    them out anew page by page, each one zeroed: a tenth of the CPU time of a step at 224 px.
+    Each step allocates the same large blocks again. By default glibc returns them to the system, which then provides
+    them page by page, each zeroed: a tenth of the CPU time of a step at 224 px.
     """
     if sys.platform != "linux":
         return
@@ -159,7 +159,7 @@ def keep_memory(keep: bool) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has done all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -176,15 +176,15 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def set_switches(deterministic: bool, precision: str) -> None:
-    """All are set on every run, so that the jobs of one sweep leave nothing behind for each other."""
+    """Set all switches for each run, so that no job of a sweep affects the next."""
     # read when the first cuBLAS handle is made; harmless where it is not needed
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    # IEEE fp32 when exactness is asked for, TF32 for what autocast leaves in fp32 otherwise
-    # by the older names, which set the newer ones too: the other way round, whoever reads an older one (Lightning,
-    # parts of torch.compile and torch.export) gets an error
+    # IEEE fp32 for exactness, else TF32 for what autocast leaves in fp32
+    # by the older names, which set the newer ones too; after setting the newer ones, reading an older one (Lightning,
+    # parts of torch.compile and torch.export) is an error
     torch.backends.cuda.matmul.allow_tf32 = not deterministic
     torch.backends.cudnn.allow_tf32 = not deterministic

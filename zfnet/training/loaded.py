@@ -21,7 +21,7 @@ from zfnet.training.device import resolve_runtime
 
 log = logging.getLogger("zfnet")
 
-# what the network sees of an image: a matter of the run, whatever data it is shown
+# what the network sees of an image: the run decides it, whatever data is used
 PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit", "draft")
 _FIXED = ("model", "loss", "optimizer", "scheduler", "augment", "callbacks")
 
@@ -32,9 +32,9 @@ class LoadedRun:
     source: its directory, which is only read
     model: in evaluation mode, on runtime.device
     metadata: classes and preprocessing, as recorded with the weights
-    data: where images come from, after overrides; how they are prepared is the run's way
+    data: where images come from, after overrides, with the run's preprocessing
 
-    Raises UserError where the run is not finished, or an override contradicts its network.
+    Raises UserError if the run is not finished, or an override contradicts its network.
     """
 
     def __init__(self, config: Config) -> None:
@@ -58,7 +58,7 @@ class LoadedRun:
 
     @functools.cached_property
     def chain(self) -> Chain:
-        """The network as a list of steps, as explanations use it; raise UserError where it has branches, say."""
+        """The network as a list of steps, as explanations use it; raise UserError if it is not a chain."""
         try:
             return Chain.of(self.model, self.data.image_size)
         except UserError as error:
@@ -77,7 +77,7 @@ class LoadedRun:
         return replace(loaded, train=self._by_name(loaded.train), validation=validation, test=test)
 
     def split(self, name: str, splits: Splits | None = None) -> ImageSet:
-        """Return train, validation, test, or `all` of them; raise UserError where there is no such split."""
+        """Return train, validation, test, or `all` of them; raise UserError if there is no such split."""
         splits = splits or self.splits()
         if name == "all":
             return _joined([p for p in (splits.train, splits.validation, splits.test) if p is not None])
@@ -100,7 +100,7 @@ class LoadedRun:
             if number is None:
                 raise UserError(
                     f"data={self.data.name}: its class '{name}' is not one of run={self.source.folder}, "
-                    f"which knows {_few(list(known))}"
+                    f"whose classes are {_shortened(list(known))}"
                 )
         return replace(images, labels=torch.tensor(numbers)[images.labels], classes=self.classes)
 
@@ -141,5 +141,5 @@ def _joined(sets: Sequence[ImageSet]) -> ImageSet:
     )
 
 
-def _few(names: Sequence[str], most: int = 12) -> str:
+def _shortened(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" … ({len(names)} in all)" if len(names) > most else "")

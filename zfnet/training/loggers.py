@@ -31,7 +31,7 @@ log = logging.getLogger("zfnet")
 class LoggedRun:
     """The run that a logger gets in `start`.
 
-    folder: the run directory; config: as recorded, nested; step: 0, or the step from which a stopped run goes on;
+    folder: the run directory; config: as recorded, nested; step: 0, or the step at which a resumed run continues;
     model: on the CPU or a GPU, not to be changed; image_size: side of its input in pixels; samples: uint8 [N, h, w, 3]
     """
 
@@ -134,7 +134,7 @@ class TensorBoardLogger(Logger):
                 self.writer.add_graph(
                     run.model.eval(), torch.zeros(1, 3, run.image_size, run.image_size, device=device)
                 )
-        except Exception as error:  # the tracer is PyTorch's; a picture less is no reason to stop a training
+        except Exception as error:  # PyTorch's tracer may fail; a missing graph must not stop a training
             log.warning("TensorBoard: the graph could not be drawn (%s)", one_line(error))
         finally:
             run.model.train(training)
@@ -143,7 +143,7 @@ class TensorBoardLogger(Logger):
 class WandbLogger(Logger):
     """Writes to Weights & Biases; offline in `wandb/` of the run directory, unless `mode` is online.
 
-    A resumed run goes on under the same id. Metrics keep their own axes: `step/…` by step, the others by epoch.
+    A resumed run continues under the same id. Metrics keep their own axes: `step/…` by step, the others by epoch.
     """
 
     def __init__(self, project: str = "zfnet", entity: str | None = None, mode: str = "offline") -> None:
@@ -155,7 +155,7 @@ class WandbLogger(Logger):
 
     def start(self, run: LoggedRun) -> None:
         quiet = {"console": "off", "silent": True, "disable_git": True, "save_code": False}
-        # what the computer is stands in environment.json
+        # environment.json describes the computer
         quiet |= dict.fromkeys(("x_disable_stats", "x_disable_meta", "x_disable_machine_info"), True)
         self.run = self.wandb.init(
             project=self.project,
@@ -188,7 +188,7 @@ class WandbLogger(Logger):
 class MLflowLogger(Logger):
     """Writes to MLflow: to the database `mlflow/mlflow.db` of the run directory, or to the server `tracking_uri`.
 
-    A resumed run goes on as the same run of MLflow.
+    A resumed run continues the same MLflow run.
     """
 
     def __init__(self, experiment: str = "zfnet", tracking_uri: str | None = None) -> None:
@@ -237,12 +237,12 @@ class TrackioLogger(Logger):
     """Writes to Trackio's database on this computer, which `trackio show` displays, or to a Space of Hugging Face.
 
     The database is the user's own, of all runs (the environment variable TRACKIO_DIR names its folder). A resumed run
-    goes on under the same name.
+    continues under the same name.
     """
 
     def __init__(self, project: str = "zfnet", space_id: str | None = None) -> None:
         if space_id is None:
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # or it would ask whose login this computer holds
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else it would look for a login on this computer
         self.trackio = _import("trackio")
         self.project, self.space_id = project, space_id
 
@@ -287,7 +287,7 @@ def _import(package: str) -> Any:
 
 
 def _kept_id(path: Path, create: Callable[[], str]) -> str:
-    """Return what the file holds or, where there is none, what `create` returns, and keep it there."""
+    """Return the content of a file or, if there is none, what `create` returns, after writing it there."""
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, create())
@@ -295,7 +295,7 @@ def _kept_id(path: Path, create: Callable[[], str]) -> str:
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
-    """One line for an epoch, short enough for 80 columns without test figures."""
+    """Return one line about an epoch, within 80 columns unless test is measured."""
     words = [
         f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}",
         f"train {row['train_loss']:.4f} {row['train_accuracy']:.2%}",

@@ -26,7 +26,7 @@ def fit(
 ) -> None:
     """Train from where `state` is to the last epoch, or until a callback sets `state.should_stop`.
 
-    epochs: how far to train, if not to trainer.epochs
+    epochs: the last epoch to train, if not trainer.epochs
     evaluations: sets to measure after each epoch, by the name of their columns (validation, test)
 
     Raises UserError if the loss diverges or a callback monitors what is not measured; Stopped or Pruned, after
@@ -47,7 +47,7 @@ def fit(
         for callback in state.callbacks:
             callback.on_exception(state, error)
         raise
-    stop.check(state.world.any)  # a signal since the last step: all is saved, and the report is for the next start
+    stop.check(state.world.any)  # a signal since the last step: all is saved, and a resume will write the report
 
 
 def train_epoch(state: TrainingState, train: Batches) -> None:
@@ -59,7 +59,7 @@ def train_epoch(state: TrainingState, train: Batches) -> None:
     for batch in train.epoch(state.epoch, state.step_in_epoch):
         train_step(state, batch)
         if state.step_in_epoch == state.steps_per_epoch:
-            synchronize(state.runtime.device)  # the history's seconds are the device's, not those of giving it work
+            synchronize(state.runtime.device)  # so that the history's seconds include all queued work
         state.epoch_seconds = time.perf_counter() - start
         for callback in state.callbacks:
             callback.on_step_end(state)
@@ -76,7 +76,7 @@ def train_step(state: TrainingState, batch: Batch) -> None:
             with state.runtime.autocast():
                 logits = state.forward(micro.images)
                 loss = state.criterion(logits, micro.labels)  # summed over the images
-            # processes average their gradients, so each scales its sum to be a part of the whole batch's mean
+            # processes average their gradients, so each scales its sum to its share of the whole batch's mean
             (loss * (world.size / batch.total)).backward()
         totals += torch.stack([loss.detach(), (logits.argmax(1) == micro.labels).sum()])
     loss_sum, correct = world.all_reduce(totals).unbind()
@@ -113,7 +113,7 @@ def evaluate(
     stop: StopRequest | None = None,
     probabilities: bool = False,
 ) -> Evaluation:
-    """Run a whole set through the network in evaluation mode; its mode is put back afterwards.
+    """Run a whole set through the network in evaluation mode; its mode is restored afterwards.
 
     probabilities: keep every image's probability of every class
     """

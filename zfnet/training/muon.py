@@ -17,7 +17,7 @@ class Muon(Optimizer):
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon, airbench94_muon). `torch.optim.Muon` takes weights of
     two dimensions only; here a convolution's count as a matrix [out, in · k · k].
 
-    lr: of one step in the spectral norm, for matrices no higher than wide; a higher one's is √(out / in) larger
+    lr: the spectral norm of a step, times √(out / in) for matrices higher than wide
     weight_decay: decoupled (weights shrink by lr · weight_decay) where a step is orthogonalised, else as in SGD
     steps: of Newton–Schulz
     """
@@ -37,7 +37,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Change the weights by their gradients."""
+        """Update the weights."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:

@@ -2,7 +2,7 @@
 
 One Hydra job is one run directory, and process 0 alone writes to it. `trainer.devices=N` starts N − 1 more
 processes on this machine; `torchrun` starts them all, on any number of machines that share the run's and the
-data's folders. Every process holds the same state after every step, so each of them could be resumed from.
+data's folders. Every process holds the same state after every step, so the checkpoint of process 0 is enough.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
 
-PATIENCE_S = 20  # after the death of a process, for the others to notice it by themselves
+PATIENCE_S = 20  # after a process has died, in which the others may notice it themselves
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ SINGLE = World()
 
 
 def torchrun_world() -> World | None:
-    """Return this process's place if torchrun started it."""
+    """Return the world of this process if torchrun started it."""
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return None
     return World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 def init_process_group(world: World, init_method: str = "env://") -> None:
-    """Meet the other processes; GPUs talk through NCCL, everything else through gloo."""
+    """Join the other processes; GPUs communicate by NCCL, everything else by gloo."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
         backend,
@@ -110,9 +110,9 @@ def init_process_group(world: World, init_method: str = "env://") -> None:
 
 @contextlib.contextmanager
 def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> Iterator[World]:
-    """Start `count − 1` processes that call `work(world, folder)`, and be process 0 within this block.
+    """Start `count − 1` processes that call `work(world, folder)`, and run this block as process 0.
 
-    When one of them dies, the block ends with a UserError that says how, whatever this process waits for.
+    When one of them dies, the block ends with a UserError that says how, even if this process waits for something else.
     """
     if (world := torchrun_world()) is not None:
         init_process_group(world)
@@ -142,7 +142,7 @@ def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> 
             yield World(0, count)
             for child in children:
                 child.join()
-        except RuntimeError as error:  # what a collective raises when a peer is gone
+        except RuntimeError as error:  # a collective raises it when a peer has died
             if death := watch.death(wait=5):
                 raise UserError(death) from error
             raise
@@ -196,7 +196,7 @@ class _Watch:
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
                 which = f"training process {self.children.index(child) + 2} of {len(self.children) + 1}"
                 return (
-                    f"{which} {how}: go on from the last checkpoint with job=resume run={self.folder} "
+                    f"{which} {how}: continue from the last checkpoint with job=resume run={self.folder} "
                     "(trainer.devices may differ)"
                 )
         return None

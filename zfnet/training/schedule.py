@@ -1,10 +1,10 @@
 """The learning rate: a PyTorch scheduler, with warm-up on top and a state of plain numbers.
 
-A run that goes on from another one's epoch (job=extend, job=fork) says what becomes of the schedule:
+A run that branches from another one's epoch (job=extend, job=fork) chooses its schedule:
 
-- `stretch`: it is that of the new length, as if the run had had its config from the beginning
-- `continue`: it keeps the parent's length; where it has ended, its last rate stays
-- `restart`: it begins anew with the first epoch of the branch, warm-up included, and ends with the run
+- `stretch`: that of the new length, as if the run had had this config from the beginning
+- `continue`: that of the parent's length; after its end the last rate stays
+- `restart`: a new one, warm-up included, from the first epoch of the branch to the end of the run
 
 In each case the rate is a function of the config, the step and the recorded metrics: `replay` repeats the epochs that
 the parent trained.
@@ -30,8 +30,8 @@ class Schedule:
     """Steps a scheduler at the interval that its config names.
 
     During warm-up each group's rate is the scheduler's, multiplied by a factor that rises linearly to 1. Schedulers
-    that compute a rate from the last one would be misled by the product, so after the optimizer's step the scheduler's
-    own rates are put back.
+    that compute a rate from the last one must not see the product, so the scheduler's own rates are restored after the
+    optimizer's step.
 
     length: the run's length in the schedule's unit (epochs or steps); first_step: of the run, where it begins
     """
@@ -55,7 +55,7 @@ class Schedule:
                 f"scheduler.total_steps={ends}: the schedule ends before the run, which takes {length}; write auto"
             )
         self.count = 0  # of the scheduler's steps
-        self._rates: list[float] | None = None  # the scheduler's own, while warmed-up ones are in force
+        self._rates: list[float] | None = None  # the scheduler's own, while warm-up replaces them
         self._recent_rates: deque[tuple[int, float]] = deque(maxlen=1000)  # the last steps and their rates
 
     def lr(self, step: int) -> float:
@@ -89,7 +89,7 @@ class Schedule:
             self._advance(None)
 
     def epoch(self, monitored: float) -> None:
-        """End an epoch: advance a schedule that counts epochs; `monitored` is what a plateau schedule looks at."""
+        """End an epoch: advance a schedule that counts epochs; `monitored` is the metric of a plateau schedule."""
         if not self.by_step:
             self._advance(monitored)
 
@@ -101,7 +101,7 @@ class Schedule:
             self.scheduler.step()
 
     def replay(self, monitored: Sequence[float]) -> None:
-        """Advance over epochs that another run has trained, given what a plateau schedule looked at after each."""
+        """Advance over epochs that another run has trained, given the metric of a plateau schedule after each."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the optimizer has made no step
             for value in monitored:

@@ -65,7 +65,7 @@ class Callback:
 
 
 def measured_columns(sets: Iterable[str]) -> list[str]:
-    """Return the columns of history.csv that hold metrics, where these sets are measured after each epoch."""
+    """Return the columns of history.csv that hold metrics, if these sets are measured after each epoch."""
     return [f"{name}_{metric}" for name in ("train", *sets) for metric in ("loss", "accuracy")]
 
 
@@ -126,7 +126,7 @@ class TrainingState:
             callback.on_fit_start(self)
 
     def use_compiled(self, wanted: bool) -> None:
-        """Train through torch.compile from now on, or not; each size of batch is compiled for itself."""
+        """Train through torch.compile from now on, or not; each batch size is compiled separately."""
         self.compiled = wanted
         self.forward: Callable[..., Tensor] = torch.compile(self.parallel, dynamic=False) if wanted else self.parallel
 
@@ -165,9 +165,9 @@ class TrainingState:
         return loss, accuracy
 
     def end_epoch(self, measured: dict[str, float], images: int) -> dict[str, Any]:
-        """Add the epoch to the history, note whether it is the best, move the learning rate; return the row.
+        """Add the epoch to the history, update the best epoch, advance the learning rate; return the row.
 
-        measured: validation_loss, validation_accuracy …, where they are measured; images: trained on in the epoch
+        measured: validation_loss, validation_accuracy …, if they are measured; images: trained on in the epoch
         """
         loss, accuracy = self.read_metrics()
         row: dict[str, Any] = {
@@ -202,7 +202,7 @@ class TrainingState:
 
     def checkpoint(self) -> Checkpoint:
         """Return what a resume needs."""
-        getattr(self.optimizer, "train", bool)()  # the weights that are trained, where the optimizer has two kinds
+        getattr(self.optimizer, "train", bool)()  # schedule-free optimizers: the trained weights, not the averaged ones
         tensors = {**with_prefix("model", self.model.state_dict()), "metrics": self.metrics.sums}
         optimizer = self.optimizer.state_dict()
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]]
