@@ -312,7 +312,7 @@ def test_a_long_run_on_a_cpu_names_a_faster_experiment(whole, tmp_path: Path, mo
     run = train_minute(tmp_path / "run")
     log = (run.folder / "train.log").read_text()
     assert re.search(
-        r"about 5 h 20 min on this CPU, by its first steps; experiment=cifar10_small takes about [\d ]+ s with as many",
+        r"about 5 h 20 min on this CPU, by its first steps; experiment=cifar10_fast takes about [\d ]+ s with as many",
         log,
     )
     assert learned(run) == whole

@@ -52,7 +52,7 @@ from zfnet.training.state import TrainingState
 log = logging.getLogger("zfnet")
 
 Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
-_FOR_CPUS, _LONG = "cifar10_small", 1200  # an experiment, and seconds of a run that make it worth a mention
+_FOR_CPUS, _LONG = "cifar10_fast", 1200  # an experiment, and seconds of a run that make it worth a mention
 _FEW = 100  # images, of which one is more than 1 % of accuracy
 _NAMED = 12  # classes in one line
 
