@@ -348,13 +348,13 @@ def atlas(setting: Setting) -> Iterator[dict[str, Any]]:
 
 # name: (what it does, seconds that it may take)
 STAGES: dict[str, tuple[Callable[[Setting], Iterator[dict[str, Any]]], int]] = {
-    "tests": (run_tests, 420),
+    "tests": (run_tests, 400),
     "kernels": (kernels, 300),
-    "choices": (choices, 420),
+    "choices": (choices, 400),
     "candidates": (candidates, 120),
     "epochs": (epochs, 240),
-    "exactness": (exactness, 180),
-    "atlas": (atlas, 180),
+    "exactness": (exactness, 170),
+    "atlas": (atlas, 170),
 }
 
 

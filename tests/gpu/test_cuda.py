@@ -52,7 +52,7 @@ FAST = (
     "data.store_size=32",
     "model.fc7={features:16}",
 )
-OPTIMIZERS = ("sgd", "adamw", "adam", "rmsprop", "adagrad", "nadam")
+OPTIMIZERS = ("sgd", "adamw", "adam", "rmsprop", "adagrad", "nadam", "muon")
 
 
 def test_auto_is_the_gpu_in_bf16() -> None:
