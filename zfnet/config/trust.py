@@ -119,7 +119,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
 def only_own_folders(sources: Iterable[Any]) -> bool:
     """Return whether Hydra composed a config from this project's `conf/` and Hydra's own packages alone.
 
-    sources: `HydraConfig.get().runtime.config_sources`
+    sources: Hydra's `runtime.config_sources`; none counts as this project's own
     """
     return all(_is_own(source.schema, source.path) for source in sources)
 

@@ -313,7 +313,7 @@ def _callbacks(
 
 
 def _advise(state: TrainingState, seconds: float) -> str:
-    """Return how long a run takes and, if that is long on a CPU, a smaller experiment, timed here."""
+    """Return how long a run takes and, if that is long on a CPU, a faster experiment, timed here."""
     device = {"cpu": "this CPU", "cuda": "this GPU"}.get(state.runtime.device.type, "this device")
     words = f"about {cb.duration(seconds)} on {device}, by its first steps"
     if state.runtime.device.type != "cpu" or state.world.size > 1 or seconds < _LONG:

@@ -17,7 +17,7 @@ class Muon(Optimizer):
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon, airbench94_muon). `torch.optim.Muon` takes weights of
     two dimensions only; here a convolution's count as a matrix [out, in · k · k].
 
-    lr: the spectral norm of a step, times √(out / in) for matrices higher than wide
+    lr: the spectral norm of a step; that of a matrix higher than wide is √(out / in) times as large
     weight_decay: decoupled (weights shrink by lr · weight_decay) where a step is orthogonalised, else as in SGD
     steps: of Newton–Schulz
     """
