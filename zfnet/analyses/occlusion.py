@@ -1,8 +1,8 @@
 """job=occlusion: what a network predicts while a grey square hides one part of an image after another.
 
 Source: Zeiler & Fergus 2013, section 4.2 and Fig. 7. The paper gives neither the square's size nor its steps; ours
-follow the image's size. Places cover the whole image; at the borders the square extends beyond it and hides less. Where the
-objects' boxes are known, the place of the lowest probability tells whether the object matters: it is in its own
+follow the image's size. Places cover the whole image; at the borders the square extends beyond it and hides less. Where
+the objects' boxes are known, the place of the lowest probability tells whether the object matters: it is in its own
 image's box more often than in the boxes of other images, which are in the middle of most images, too.
 """
 

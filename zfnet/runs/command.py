@@ -107,7 +107,7 @@ def _value(word: str) -> Any:
 def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) -> Config:
     """Return the checked config of a command: `raw` is what Hydra composed, `words` the overrides given to it.
 
-    sources: where `raw` came from, Hydra's `runtime.config_sources`; none, which is trusted, if `compose_raw` composed it
+    sources: where `raw` came from, Hydra's `runtime.config_sources`; none, which is trusted, for `compose_raw`
     Raises UserError for anything that is not acceptable.
     """
     from_elsewhere = not only_own_folders(sources)
