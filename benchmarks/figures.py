@@ -1,7 +1,9 @@
 """Draw the figures of docs/ that no job draws: over several files of results, or over several runs.
 
-python benchmarks/figures.py
-python benchmarks/figures.py --runs "AdamW=outputs/train/a" "SGD=outputs/train/b"    # their first layers
+    python benchmarks/figures.py
+    python benchmarks/figures.py --runs "AdamW=outputs/train/a" "SGD=outputs/train/b"    # their first layers
+
+The first command reads docs/results; both write PNG files into docs/figures.
 """
 
 from __future__ import annotations
@@ -59,19 +61,19 @@ def draw_time(small: list[dict[str, Any]], fast: list[dict[str, Any]]) -> Figure
         "experiment=cifar10_fast, views": (BLUE, fast, lambda run: (run["cpu_seconds"], run["test"]["flip_shift"])),
     }
     for name, (colour, runs, measure) in lines.items():
-        points: dict[str, list[tuple[float, float]]] = {}
+        settings: dict[str, list[tuple[float, float]]] = {}
         for run in runs:
             wider = ", wider" if run.get("command") == "B" else ""
-            points.setdefault(f"{run['epochs']} epochs{wider}", []).append(measure(run))
-        # the least time: some runs shared their core
-        minutes = [min(seconds for seconds, _ in runs if seconds) / 60 for runs in points.values()]
-        means = [100 * statistics.fmean(accuracy for _, accuracy in runs) for runs in points.values()]
-        spread = [100 * statistics.stdev(accuracy for _, accuracy in runs) for runs in points.values()]
-        order = sorted(range(len(minutes)), key=minutes.__getitem__)
-        x, y, bars = ([values[k] for k in order] for values in (minutes, means, spread))
-        axis.errorbar(x, y, yerr=bars, marker="o", color=colour, label=name)
-        for k, text in enumerate(list(points)[k] for k in order):
-            axis.annotate(text, (x[k], y[k]), xytext=(5, -12), textcoords="offset points", fontsize=8)
+            settings.setdefault(f"{run['epochs']} epochs{wider}", []).append(measure(run))
+        points = []
+        for text, measured in settings.items():
+            seconds, accuracies = zip(*measured, strict=True)
+            minutes = min(filter(None, seconds)) / 60  # the least: some runs shared their core
+            points.append((minutes, 100 * statistics.fmean(accuracies), 100 * statistics.stdev(accuracies), text))
+        x, y, spread, texts = zip(*sorted(points), strict=True)
+        axis.errorbar(x, y, yerr=spread, marker="o", color=colour, label=name)
+        for text, place in zip(texts, zip(x, y, strict=True), strict=True):
+            axis.annotate(text, place, xytext=(5, -12), textcoords="offset points", fontsize=8)
     axis.set(xlabel="minutes of one core (AMD Zen 4, bf16)", ylabel="test accuracy in %", xlim=(0, 27))
     axis.set_title("CIFAR-10 on a CPU (bars: standard deviation over seeds)")
     axis.legend(loc="lower right")

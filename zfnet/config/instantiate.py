@@ -2,7 +2,7 @@
 
 A `_target_` is only a name. It is looked up in this package, in the parts of PyTorch and torchvision that belong to the
 slot, and in the packages that the command imports (`imports=[my_lab]`); nothing else is imported for a config. It must
-resolve to a class of the slot's type, defined in one of those places, whatever path leads there:
+resolve to a class of the slot's type, and that class must be defined in one of those places:
 `torch.optim.sgd.torch.hub.load` is a function, so it is refused. Arguments are plain numbers, booleans, strings, lists
 and mappings of them, checked against the class's own signature.
 """

@@ -131,7 +131,7 @@ def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> 
 
 
 def _place(path: str | Path) -> tuple[int, int]:
-    """Return what identifies a folder, whatever path leads to it."""
+    """Return what identifies a folder: the same for every path to it."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
