@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from zfnet import load_run
+from zfnet.config.errors import UserError
 from zfnet.plots.figures import BLUE, PURPLE, SOFT, epoch_axis, new_figure, save_figure, styled
 from zfnet.plots.pictures import mosaic, on_grey, show
 
@@ -93,11 +95,18 @@ def draw_first_layers(runs: Mapping[str, str]) -> Figure:
     return figure
 
 
-def main() -> None:
-    """Draw into docs/figures."""
+def main(words: list[str] | None = None) -> None:
+    """Draw into docs/figures.
+
+    Raises UserError where there is no such run.
+    words: of the command line; None: those of this process
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", nargs="+", metavar="NAME=DIR", help="draw the first layers of these runs")
-    runs = parser.parse_args().runs
+    runs = parser.parse_args(words).runs
+    for run in runs or ():
+        if "=" not in run:
+            parser.error(f"--runs {run}: give a name and a directory, as in NAME=DIR")
     figures = DOCS / "figures"
     if runs:
         save_figure(draw_first_layers(dict(run.split("=", 1) for run in runs)), figures / "photos_first_layers.png")
@@ -110,4 +119,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.figures import DOCS, draw_blog, draw_first_layers, draw_time
+from benchmarks.figures import DOCS, draw_blog, draw_first_layers, draw_time, main
 from tests.helpers import train_minute
 from zfnet import load_run
+from zfnet.config.errors import UserError
 from zfnet.runs.weights import save_model
 
 
@@ -47,3 +48,14 @@ def test_draw_first_layers_puts_the_largest_filter_first(tmp_path: Path) -> None
     image = draw_first_layers({"one": str(tmp_path / "run")}).axes[0].images[0].get_array()
     assert (image[:14, :14] == 255).all()
     assert (image[:14, 15:29] == 128).all()
+
+
+def test_a_run_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match="run=/nowhere: there is no run"):
+        main(["--runs", "a=/nowhere"])
+
+
+def test_a_run_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--runs", "nowhere"])
+    assert "--runs nowhere: give a name and a directory" in capsys.readouterr().err
