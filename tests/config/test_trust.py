@@ -141,7 +141,9 @@ def run_hostile(run_py, tmp_path: Path, monkeypatch):
         assert "witness_module" not in sys.modules
         assert answer.code == 1
         assert answer.err.count("\n") == 1, answer.err
-        assert answer.err.removeprefix("error: ").removeprefix("no job has started: ").startswith("hydra."), answer.err
+        assert answer.err.removeprefix("error: ").removeprefix("no job has started: ").startswith(("hydra.", "job.")), (
+            answer.err
+        )
         return answer.err
 
     return run
@@ -319,3 +321,9 @@ def test_a_logger_of_a_folder_from_elsewhere_sends_nothing(run_py, tmp_path: Pat
     answer = run_py("--config-dir", folder, "experiment=x")
     assert answer.code == 1
     assert "logger.x.tracking_uri=http://elsewhere sends results elsewhere" in answer.err
+
+
+@pytest.mark.parametrize("folder", ["../outside", "/tmp/outside", "${oc.env:OUTSIDE}/outside"])
+def test_a_folder_does_not_choose_where_schemas_are_written(run_hostile, folder: str) -> None:
+    job = f"job: {{name: schema, _target_: zfnet.jobs.schema.SchemaJob, folder: '{folder}'}}\n"
+    assert run_hostile({"config.yaml": job}).startswith("error: job.folder=")

@@ -211,3 +211,18 @@ def test_recorded_bounds_what_aliases_multiply(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"config.yaml cannot be read: it holds more than 100,000 values"):
         RunDirectory(tmp_path).recorded()
+
+
+@pytest.mark.parametrize("name", ["train.log", "figures", "checkpoints"])
+def test_a_run_does_not_write_through_links(tiny_run, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tiny_run.folder, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    place = run.folder / name
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink()
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name}: is a link, through which the run would write elsewhere"):
+        run.claim(run.read_config())

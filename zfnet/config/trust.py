@@ -112,7 +112,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                     return
                 primary = source.load_config(config_name).config
                 if OmegaConf.is_dict(primary) and OmegaConf.select(primary, "hydra.searchpath"):
-                    raise _refusal("searchpath", OmegaConf.select(primary, "hydra.searchpath"))
+                    raise _refusal("hydra.searchpath", OmegaConf.select(primary, "hydra.searchpath"))
                 return
 
 
@@ -136,9 +136,12 @@ def _check(config: DictConfig, words: Sequence[str]) -> None:
     part: Any = OmegaConf.to_container(config, resolve=False)["hydra"]  # type: ignore[index,call-overload]
     given = part["overrides"]["hydra"] + part["overrides"]["task"]
     if sorted(given) != sorted(words):  # the task's words count as the command line's
-        raise _refusal("overrides", next(word for word in given if word not in words))
+        raise _refusal("hydra.overrides", next(word for word in given if word not in words))
     overrides = OverridesParser.create().parse_overrides(list(words))
     typed = {o.key_or_group.removeprefix("hydra.") for o in overrides if o.key_or_group.startswith("hydra.")}
+    folder = OmegaConf.select(config, "job.folder", throw_on_resolution_failure=False)  # job=schema writes it
+    if folder is not None and all(o.key_or_group != "job.folder" for o in overrides) and not _stays_below(str(folder)):
+        raise _refusal("job.folder", folder)
     own = _own_config(part["runtime"]["choices"], overrides)
     imports = imported_packages(own)
     expected: Any = OmegaConf.to_container(own.hydra, resolve=False)
@@ -155,7 +158,7 @@ def _check(config: DictConfig, words: Sequence[str]) -> None:
         elif key == "sweep.subdir" and (value == _NUMBERED or ("${" not in str(value) and _stays_below(str(value)))):
             continue
         elif value != _value_at(expected, key):
-            raise _refusal(key, value)
+            raise _refusal(f"hydra.{key}", value)
 
 
 def _own_config(choices: Mapping[str, Any], overrides: Sequence[Override]) -> DictConfig:
@@ -202,7 +205,7 @@ def imported_packages(config: DictConfig) -> list[str]:
 def _check_constructed(name: str, part: Any, expected: Any, base: type, imports: Sequence[str]) -> None:
     """Check what Hydra constructs: an object of ours or its own, other numbers perhaps, or one of a trusted class."""
     if not isinstance(part, dict):
-        raise _refusal(name, part)
+        raise _refusal(f"hydra.{name}", part)
     if name == "sweeper" and part.get("params") is not None:
         _check_parameters(part["params"])
     entries = part if name == "callbacks" else {"": part}
@@ -214,7 +217,7 @@ def _check_constructed(name: str, part: Any, expected: Any, base: type, imports:
         if not known and target is not None:
             resolve(f"hydra.{key}", target, base, imports)
         elif not known and settings is not None:
-            raise _refusal(key, settings)
+            raise _refusal(f"hydra.{key}", settings)
         trusted = not known and str(target).partition(".")[0] in imports
         for rest, value in _leaves(settings or {}):
             if name == "sweeper" and rest.split(".")[0] == "params":
@@ -226,20 +229,20 @@ def _check_constructed(name: str, part: Any, expected: Any, base: type, imports:
                 differs = value != _value_at(own, rest) and rest != "_target_"
                 refused = differs and (isinstance(value, (str, list)) or last == "_recursive_")
             if refused:
-                raise _refusal(f"{key}.{rest}", value)
+                raise _refusal(f"hydra.{key}.{rest}", value)
 
 
 def _check_parameters(params: Any) -> None:
     """Check a sweep's `params`: they become words of each job, as if they had been typed."""
     if not isinstance(params, dict):
-        raise _refusal("sweeper.params", params)
+        raise _refusal("hydra.sweeper.params", params)
     for key, value in params.items():
         try:
             parsed = OverridesParser.create().parse_override(f"{key}={value}").key_or_group
         except HydraException as error:
-            raise _refusal(f"sweeper.params.{key}", value) from error
+            raise _refusal(f"hydra.sweeper.params.{key}", value) from error
         if parsed in _ABOUT_COMMAND or parsed.startswith(("hydra.", "hydra/")):
-            raise _refusal(f"sweeper.params.{key}", value)
+            raise _refusal(f"hydra.sweeper.params.{key}", value)
 
 
 def _check_directory(config: DictConfig, key: str) -> None:
@@ -248,7 +251,7 @@ def _check_directory(config: DictConfig, key: str) -> None:
     if value is None:
         return
     if not _stays_below(str(value)) or (key == "job.name" and os.sep in str(value)):
-        raise _refusal(key, value)
+        raise _refusal(f"hydra.{key}", value)
     OmegaConf.update(config.hydra, key, value)
 
 
@@ -274,6 +277,6 @@ def _value_at(node: Any, key: str) -> Any:
 
 def _refusal(key: str, value: Any) -> UserError:
     return UserError(
-        f"hydra.{key}={value!s:.80}: a config folder from elsewhere may not set this, since it can run code or write "
+        f"{key}={value!s:.80}: a config folder from elsewhere may not set this, since it can run code or write "
         f"elsewhere; give it on the command line or in {CONF.name}/, if it is meant"
     )

@@ -20,6 +20,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from zfnet.runs.directory import write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -96,5 +98,5 @@ def save_figure(figure: Figure, path: Path) -> bytes:
     buffer = io.BytesIO()
     with _style():  # ticks are made when a figure is saved
         figure.savefig(buffer, metadata={"Software": None})
-    path.write_bytes(buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
     return buffer.getvalue()

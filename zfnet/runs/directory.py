@@ -160,6 +160,8 @@ class RunDirectory:
                 raise UserError(
                     f"{self.folder} holds a run with another config: choose another directory (hydra.run.dir=…)"
                 )
+            if link := next((entry for entry in self.folder.iterdir() if entry.is_symlink()), None):
+                raise UserError(f"{link}: is a link, through which the run would write elsewhere: replace it")
             return True
         try:
             names = os.listdir(self.folder)
