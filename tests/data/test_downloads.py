@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pickle
 import socket
+import threading
+import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,27 @@ def test_from_files_to_splits(monkeypatch, tmp_path: Path) -> None:
         assert (part.labels == part.rows % 10).all()
     assert (splits.test.pixels([3])[:, 1] == 255).all()
     assert splits.test.classes == Fake.classes
+
+
+def test_processes_that_start_together_download_once(monkeypatch, tmp_path: Path) -> None:
+    started, downloads = threading.Barrier(2), []
+
+    class Slow:
+        def __init__(self, root: str, download: bool = False) -> None:
+            if not download and not Path(root, "images").exists():
+                raise RuntimeError("Dataset not found or corrupted.")
+            if download:
+                downloads.append(root)
+                time.sleep(0.2)
+                Path(root, "images").touch()
+
+    def start() -> Slow:
+        started.wait()
+        return sources._read_or_download(Slow, "cifar10", tmp_path / "new")
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(isinstance(one.result(), Slow) for one in [pool.submit(start) for _ in range(2)])
+    assert len(downloads) == 1
 
 
 def write_imagenette(root: Path, train: int, test: int) -> None:

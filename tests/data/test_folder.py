@@ -512,3 +512,14 @@ def test_splits_that_hold_a_folder_of_their_own_name_are_found(config, photos: P
     for split in ("seg_train", "seg_test"):
         write_images(photos / split / split, {"a": 3, "b": 3})
     assert load_folder(config()).sizes() == {"training": 6, "test": 6}
+
+
+@pytest.mark.parametrize("content", ["", ".", "../other"])
+def test_a_key_that_a_full_disk_cut_is_made_again(config, photos: Path, monkeypatch, content: str) -> None:
+    monkeypatch.setattr(folder_module, "_COARSEST_CLOCK_NS", -(10**12))  # these files are too young to trust their time
+    write_images(photos, {"a": 3, "b": 3})
+    first = load_folder(config())
+    (key,) = Path(config().cache_dir).glob("*.key")
+    key.write_text(content)
+    assert load_folder(config()).fingerprint == first.fingerprint
+    assert (key.parent / key.read_text() / "images.npy").is_file()

@@ -13,10 +13,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from tests.helpers import MINUTE, STEPS, compose, die_at, train_minute, training_state
+from tests.helpers import MINUTE, STEPS, Killed, compose, die_at, train_minute, training_state
 from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
+from zfnet.training import loop
 from zfnet.training.callbacks import Metrics
 from zfnet.training.loggers import LoggedRun, Logger, TensorBoardLogger, epoch_line
 
@@ -141,6 +142,22 @@ def test_csv_logger_drops_the_rows_that_a_resumed_run_repeats(tmp_path: Path) ->
     rows = list(csv.DictReader(text.splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(1, 2 * STEPS + 1))
     assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "lr"]
+
+
+def test_csv_logger_keeps_its_rows_when_a_resumed_run_is_killed_before_the_next(tmp_path: Path) -> None:
+    words = ("logger=csv", "trainer.log_every=1")
+    die_at(tmp_path / "run", 5, *words)
+    before = (tmp_path / "run/steps.csv").read_text()
+    path = tmp_path / "run/steps.csv"
+
+    def killed(*arguments: object) -> None:
+        assert path.read_text() == before
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", killed)
+        with pytest.raises(Killed):
+            train_minute(tmp_path / "run", *words)
 
 
 # -- TensorBoard

@@ -280,7 +280,8 @@ def _find_or_build(listing: _Listing, data: FolderData, caches: Path) -> Path:
     known = caches / f"{_key([stored, os.path.abspath(listing.root), listing.files, stats])}.key"
     with FileLock(known.with_suffix(".lock")):  # if several runs start together, one reads
         with contextlib.suppress(OSError):
-            if (folder := caches / known.read_text(encoding="ascii")).is_dir():
+            key = known.read_text(encoding="ascii", errors="replace")
+            if _KEY.fullmatch(key) and (folder := caches / key).is_dir():  # a full disk may have left it empty
                 return folder
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             hashes, sizes = zip(*_progress(pool.map(_read, listing.files), "reading", len(stats)), strict=True)
@@ -313,6 +314,9 @@ def _stats(listing: _Listing) -> list[tuple[int, ...]]:
         except OSError:
             stats.append((0, 0, 0, 0))
     return stats
+
+
+_KEY = re.compile("[0-9a-f]{24}")
 
 
 def _key(content: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -146,10 +148,7 @@ def load_cifar(name: str, root: str) -> Splits:
 
     folder = Path(root).expanduser()
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    try:
-        train = cls(str(folder), train=True)
-    except RuntimeError:  # absent or damaged
-        train = _download(cls, name, folder, train=True)
+    train = _read_or_download(cls, name, folder, train=True)
     test = cls(str(folder), train=False)
     sets = [image_set(part.data, torch.tensor(part.targets), part.classes) for part in (train, test)]
     marks = [part.data for part in (train, test)] + [s.labels.numpy() for s in sets]
@@ -168,10 +167,7 @@ def load_imagenette(data: FolderData) -> Splits:
 
     folder = Path(str(data.root)).expanduser()
     cls = torchvision.datasets.Imagenette
-    try:
-        published = cls(str(folder), size="320px")
-    except (RuntimeError, FileNotFoundError):
-        published = _download(cls, "imagenette", folder, size="320px")
+    published = _read_or_download(cls, "imagenette", folder, size="320px")
     root = folder / "imagenette2-320"
     splits = load_folder(replace(data, root=str(root)))
     train, test = splits.train, splits.validation
@@ -183,11 +179,18 @@ def load_imagenette(data: FolderData) -> Splits:
     return replace(splits, train=train, validation=None, test=test)
 
 
-def _download(cls: type, name: str, folder: Path, **settings: Any) -> Any:
+def _read_or_download(cls: type, name: str, folder: Path, **settings: Any) -> Any:
+    absent = (RuntimeError, FileNotFoundError)  # or damaged
+    with contextlib.suppress(*absent):
+        return cls(str(folder), **settings)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT_S)  # torchvision sets none, and would wait for ever
     try:
-        return cls(str(folder), download=True, **settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".download.lock"):  # if several processes start together, one downloads
+            with contextlib.suppress(*absent):
+                return cls(str(folder), **settings)
+            return cls(str(folder), download=True, **settings)
     except (OSError, RuntimeError) as error:
         reason = one_line(getattr(error, "reason", None) or error)
         raise UserError(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from zfnet.config.errors import UserError, one_line
 from zfnet.config.schema import flatten
-from zfnet.runs.directory import write_atomically
+from zfnet.runs.directory import RunDirectory, write_atomically
 
 log = logging.getLogger("zfnet")
 
@@ -66,6 +66,9 @@ class Logger:
         """Called at the end, however the run ended."""
 
 
+STEP_COLUMNS = ("step", "train_loss", "train_accuracy", "lr")
+
+
 class CSVLogger(Logger):
     """Writes `steps.csv` in the run directory: the readings within epochs. A resumed run drops rows that it repeats."""
 
@@ -75,10 +78,9 @@ class CSVLogger(Logger):
         if run.step and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= run.step]
-        self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 (open until `close`)
-        self.writer = csv.DictWriter(self.file, ["step", "train_loss", "train_accuracy", "lr"], lineterminator="\n")
-        self.writer.writeheader()
-        self.writer.writerows(rows)
+        RunDirectory(run.folder).write_csv(path.name, rows, STEP_COLUMNS)  # whole, or the old file stays
+        self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (open until `close`)
+        self.writer = csv.DictWriter(self.file, STEP_COLUMNS, lineterminator="\n")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         row = {key.removeprefix("step/"): value for key, value in values.items() if key.startswith("step/")}
