@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 from tests.helpers import data_config, random_images, tiny_model_config
 from zfnet import ZFNet, load_run
@@ -305,3 +305,12 @@ def test_evaluating_a_network_without_numbers_fails(run_py, tiny_run, tmp_path: 
     assert answer.code == 1
     assert expected in answer.err
     assert answer.err.count("\n") == 1
+
+
+def test_layers_that_share_their_weights_are_saved(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    save_model(tmp_path / "m.safetensors", model, ModelMetadata({}, ("a", "b"), data_config(), 32))
+    loaded = load_file(tmp_path / "m.safetensors")
+    assert torch.equal(loaded["0.weight"], loaded["1.weight"])
+    assert torch.equal(loaded["0.weight"], model[0].weight)

@@ -156,7 +156,8 @@ def _compare_with_record(path: Path, model: nn.Module) -> None:
 
 def save_model(path: Path, model: nn.Module, metadata: ModelMetadata) -> str:
     """Write the weights with what is needed to rebuild the network; return the weights' hash."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    # copied, since safetensors refuses tensors that share memory, as those of layers with the same weights do
+    state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
     write_tensors(path, state, {"zfnet": json.dumps(asdict(metadata))})
     return weights_hash(state)
 
