@@ -15,3 +15,11 @@ def test_summary_lists_layers_with_shapes_parameters_and_multiply_adds(run_py) -
     assert cells["pool5"] == ["MaxPool2d", *["2", "×", "256", "×", "6", "×", "6"]]
     assert cells["fc8"] == ["Linear", "2", "×", "10", "40,970", "81,940"]
     assert cells["total"][0] == "58,301,578"
+
+
+def test_summary_and_benchmark_take_a_data_set_of_ones_own(run_py) -> None:
+    own = ("imports=[tests]", "data=dataset", "+data.train._target_=tests.own.Items", "+data.train.count=24")
+    sizes = ("data.test=null", "model=small", "data.image_size=64", "data.batch_size=8", "job.rounds=1", "job.steps=1")
+    for job, more in (("summary", ()), ("benchmark", sizes[-3:])):
+        answer = run_py(f"job={job}", *own, *sizes[:3], *more)
+        assert answer.code == 0, answer.err

@@ -53,7 +53,8 @@ class BenchmarkJob(Job):
 
     def main(self, config: Config, output: Path) -> None:
         """Time the steps, print a table, and write benchmark.json and a figure."""
-        runtime, images = resolve_runtime(config.trainer), load_splits(config.data).train
+        runtime = resolve_runtime(config.trainer, own_network=isinstance(config.model, dict))
+        images = load_splits(config.data, config.imports).train
         steps = TrainingSteps("as chosen", config, runtime, images)
         others = alternatives(config, runtime, images) if self.subject == "choices" else ()
         with own_directory(config, output):
@@ -102,7 +103,7 @@ class TrainingSteps:
         """Yield batches epoch after epoch; short last batches are left out, so that all steps are equal."""
         set_switches(self.runtime.deterministic, self.runtime.precision)
         keep_memory(self.runtime.device.type == "cpu")
-        self.state.model.train()
+        self.state.train()
         for epoch in itertools.count():
             batches = self.batches.epoch(epoch)
             for _ in range(len(self.batches.set) // self.batch_size):

@@ -30,7 +30,7 @@ class SummaryJob(Job):
         if classes is None and config.run and (weights := find_run(str(config.run)).weights).is_file():
             classes = len(load_model(weights, config.imports)[1].classes)
         elif classes is None:
-            classes = len(load_splits(config.data).train.classes)
+            classes = len(load_splits(config.data, config.imports).train.classes)
         network = torchinfo.summary(
             initial_model(config, classes)[0].eval(),
             (BATCH, 3, size, size),
