@@ -113,6 +113,9 @@ def test_parameter_groups_take_match_ndim_and_lr_scale() -> None:
     ]
     assert [group["weight_decay"] for group in groups] == [0, 5e-4, 5e-4, 5e-4]
     assert [group["lr"] for group in groups] == pytest.approx([0.01, 0.1, 0.5, 0.01])
+    config = checked(*MINUTE, "optimizer=sgd", "+optimizer.param_groups=[{match:'',lr_scale:10,weight_decay:0}]")
+    (group,) = build_optimizer(config, model).param_groups  # the only one has its settings, too
+    assert (group["lr"], group["weight_decay"]) == (pytest.approx(0.1), 0)
 
 
 @pytest.mark.parametrize(

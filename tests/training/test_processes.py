@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.helpers import train_tiny
+from tests.helpers import TINY, checked, train_tiny
+from zfnet.config.errors import UserError
+from zfnet.data import Batch
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import load_run
 
@@ -112,3 +114,20 @@ def other_process(parent: int) -> int:
     """Return the training process that `parent` started (its other child tracks shared resources)."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return next(int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text())
+
+
+def test_batch_norm_over_processes_needs_gpus(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cpu", "auto"):
+        with pytest.raises(UserError, match="batch normalisation over several processes needs GPUs"):
+            checked(*TINY, "model.norm=batch", "trainer.devices=2", f"trainer.device={device}")
+
+
+def test_processes_divide_their_shares_into_as_many_micro_batches() -> None:
+    """Nine images on two processes are shares of four and five; each is divided by trainer.accumulate=4."""
+    for first, size, sizes in ((0, 5, [2, 2, 1, 0]), (5, 4, [1, 1, 1, 1]), (0, 0, [0, 0, 0, 0])):
+        share = Batch(torch.zeros(size, 3, 4, 4), torch.arange(size), torch.arange(size), first, 9)
+        parts = list(share.split(4, exactly=True))
+        assert [len(part.labels) for part, _ in parts] == sizes
+        assert [last for _, last in parts] == [False, False, False, True]
+        assert torch.cat([part.labels for part, _ in parts]).tolist() == list(range(size))

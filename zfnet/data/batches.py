@@ -52,14 +52,19 @@ class Batch:
     first: int
     total: int
 
-    def split(self, count: int) -> Iterator[tuple[Batch, bool]]:
-        """Yield (micro-batch, whether it is the last): up to `count`, of about equal size."""
+    def split(self, count: int, exactly: bool = False) -> Iterator[tuple[Batch, bool]]:
+        """Yield (micro-batch, whether it is the last): up to `count`, of about equal size.
+
+        exactly: `count`, of which the last may be empty, so that all processes take part in as many forward passes
+        """
         size = len(self.labels)
         step = max(1, -(-size // count))
-        for start in range(0, max(1, size), step):
+        pieces = count if exactly else max(1, -(-size // step))
+        for piece in range(pieces):
+            start = piece * step
             rows = slice(start, start + step)
             micro = (self.images[rows], self.labels[rows], self.index[rows], self.first + start, self.total)
-            yield Batch(*micro), start + step >= size
+            yield Batch(*micro), piece == pieces - 1
 
 
 def preprocess(pixels: Tensor, data: DataConfig, channels_last: bool = True) -> Tensor:

@@ -114,7 +114,7 @@ def build_optimizer(config: Config, model: nn.Module, fused: bool = False) -> Op
         groups = list(parameter_groups(config, model, keywords.get("lr")))
         if fused and "fused" not in keywords and _has_fused(cls, keywords, groups[0]["params"][0].device):
             keywords["fused"] = True
-        made: Optimizer = cls(groups if len(groups) > 1 else groups[0]["params"], **keywords)
+        made: Optimizer = cls(groups if len(groups) > 1 or len(groups[0]) > 1 else groups[0]["params"], **keywords)
         return made
 
     built: Optimizer = instantiate(
@@ -232,10 +232,8 @@ def check_recipe(config: Config) -> None:
     else:
         model = build_model(config.model, 2, config.data.image_size, config.imports)
     freeze(model, config.trainer.freeze)
-    if config.trainer.devices > 1 and config.trainer.device == "cpu" and has_batch_norm(model):
-        raise UserError(
-            "trainer.devices: batch normalisation over several processes needs GPUs; use trainer.devices=1 on a CPU"
-        )
+    on_gpu = torch.cuda.is_available() if config.trainer.device == "auto" else config.trainer.device != "cpu"
+    _check_batch_norm(model, config.trainer.devices, on_gpu)
     check_interval(config.scheduler, schedule_span(config.to_dict())[1])
     loss = build_loss(config)
     weights = config.loss.get("weight")  # of the classes, whose number is not known before the images are read
@@ -254,6 +252,13 @@ def check_recipe(config: Config) -> None:
     )
     build_loggers(config)
     _check_step(config)
+
+
+def _check_batch_norm(model: nn.Module, processes: int, on_gpu: bool) -> None:
+    if processes > 1 and not on_gpu and has_batch_norm(model):
+        raise UserError(
+            "trainer.devices: batch normalisation over several processes needs GPUs; use trainer.devices=1 on a CPU"
+        )
 
 
 def check_initial_weights(config: Config) -> None:
@@ -312,6 +317,7 @@ def build_state(
     """
     model, new_weights = initial_model(config, num_classes, with_weights=not resumed)
     freeze(model, config.trainer.freeze)
+    _check_batch_norm(model, world.size, runtime.device.type == "cuda")  # torchrun may have started the processes
     model = model.to(runtime.device).to(memory_format=runtime.memory_format)
     if world.size > 1 and has_batch_norm(model):  # statistics of the whole batch, as in one process
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -70,7 +70,7 @@ def train_step(state: TrainingState, batch: Batch) -> None:
     config, world = state.config, state.world
     state.runtime.choose_kernels(full=batch.total == config.data.batch_size)
     totals = torch.zeros(2, dtype=state.metrics.sums.dtype, device=state.runtime.device)  # loss, correct
-    for micro, last in batch.split(config.trainer.accumulate):
+    for micro, last in batch.split(config.trainer.accumulate, exactly=world.size > 1):
         set_dropout_step(state.model, config.seed, state.step, micro.first)
         with state.grad_sync(last):
             with state.runtime.autocast():
