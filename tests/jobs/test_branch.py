@@ -12,7 +12,8 @@ import pytest
 import zfnet.training.loop
 from tests.helpers import EVERY_STEP, STEPS, Killed, dying_at, learned, train_minute
 from zfnet.runs.directory import RunDirectory
-from zfnet.training.checkpoint import read_newest, step_files
+from zfnet.training.callbacks import Checkpoints
+from zfnet.training.checkpoint import epoch_name, read_checkpoint, read_newest, step_files
 
 # its rate is halved after each epoch but the first: a function of the metrics, and not of the run's length
 PLATEAU = ("scheduler=plateau", "scheduler.patience=0", "scheduler.factor=0.5", "+scheduler.threshold=0.9")
@@ -64,8 +65,9 @@ def test_a_fork_that_changes_nothing_equals_its_parent(branch, tmp_path: Path) -
     assert newest[0].metadata["schedule"] == newest[1].metadata["schedule"]
 
 
-def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, monkeypatch) -> None:
-    accuracies, real = [0.9, 0.95, 0.1, 0.2], zfnet.training.loop.evaluate
+def judge_by(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
+    """Make these the validation accuracies of epochs 1, 2, …"""
+    real = zfnet.training.loop.evaluate
 
     def judged(model, batches, runtime, what, stop=None):
         evaluation = real(model, batches, runtime, what, stop)
@@ -74,6 +76,11 @@ def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, mon
         return evaluation
 
     monkeypatch.setattr("zfnet.training.loop.evaluate", judged)
+
+
+def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, monkeypatch) -> None:
+    accuracies = [0.9, 0.95, 0.1, 0.2]
+    judge_by(monkeypatch, accuracies)
     train_minute(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
     longer = branch("two", "job=extend", "run=one", "trainer.epochs=4")
     assert longer.read_json("results.json")["best_epoch"] == 2
@@ -82,6 +89,18 @@ def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, mon
     other = branch("three", "job=fork", "run=one", "job.epoch=1", "optimizer.lr=0.1", "trainer.epochs=3")
     assert other.read_json("results.json")["best_epoch"] == 1  # and not the parent's second
     assert "the weights are of epoch 1 (the parent's), the best of 3" in branch.out
+
+
+def test_the_best_epoch_before_a_fork_survives_a_kill(branch, tmp_path: Path, monkeypatch) -> None:
+    """Killed in epoch 4 and continued from epoch 2, the best weights until epoch 2 are not those of epoch 3."""
+    judge_by(monkeypatch, [0.5, 0.4, 0.9, 0.1])
+    words = ("trainer.epochs=4", "trainer.checkpoint_epochs=[2]")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "on_step_end", lambda self, state: state.step == STEPS + 3 and self.save(state))
+        with dying_at(3 * STEPS + 2), pytest.raises(Killed):
+            train_minute(tmp_path / "one", *words)
+    train_minute(tmp_path / "one", *words)
+    assert read_checkpoint(tmp_path / "one/checkpoints" / epoch_name(2, best=True)).metadata["epoch"] == 1
 
 
 def test_fit_extends_a_run_in_python(tmp_path: Path) -> None:

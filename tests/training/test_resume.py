@@ -22,6 +22,8 @@ from zfnet.training import checkpoint as checkpoint_module
 from zfnet.training import loop
 from zfnet.training.callbacks import Checkpoints
 from zfnet.training.checkpoint import step_files, step_name
+from zfnet.training.processes import World
+from zfnet.training.schedule import Schedule
 
 ALL_ON = (
     "augment=crop_flip_cutout",
@@ -206,15 +208,17 @@ def test_a_signal_after_the_last_step_stops_and_loses_nothing(
     assert learned(train_minute(run.folder)) == whole
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path, run_py, monkeypatch) -> None:
-    def signalled(*_: object) -> None:
+def test_a_second_signal_stops_at_once_and_saves_no_half_step(whole, tmp_path: Path, run_py, monkeypatch) -> None:
+    def signalled(_: Schedule) -> None:  # after the optimizer's step, before it is counted
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop, "train_step", signalled)
-    answer = run_py(*MINUTE, "hydra.run.dir=r")
-    assert answer.code == 130
-    assert RunDirectory(tmp_path / "r").state == "stopped"
+    run = RunDirectory(tmp_path / "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(Schedule, "step", signalled)
+        assert run_py(*MINUTE, "hydra.run.dir=r").code == 130
+    assert run.state == "stopped"
+    assert learned(train_minute(run.folder)) == whole
 
 
 @pytest.mark.slow
@@ -267,3 +271,22 @@ def test_a_checkpoint_is_tensors_and_plain_numbers(tmp_path: Path) -> None:
     assert saved.metadata["step"] == 3
     kinds = {name.split(".")[0] for name in saved.tensors}
     assert kinds == {"model", "optimizer", "metrics", "callbacks"}
+
+
+def test_a_resumed_run_uses_as_many_threads_as_its_record_says(tmp_path: Path, monkeypatch) -> None:
+    die_at(tmp_path / "run", 11, "trainer.threads=null")  # the tests run with one
+    monkeypatch.setattr("zfnet.training.device.THREADS", 2)
+    run = train_minute(tmp_path / "run", EVERY_STEP, "trainer.threads=null")
+    assert run.threads == 1
+    assert train_minute(tmp_path / "new", "trainer.threads=null", "trainer.epochs=1").threads == 2
+
+
+def test_a_process_of_torchrun_joins_a_resumed_run(tmp_path: Path, run_py, monkeypatch) -> None:
+    die_at(tmp_path / "run", 11)
+    joined: list[object] = []
+    monkeypatch.setattr(train_module, "torchrun_world", lambda: World(1, 2))
+    monkeypatch.setattr(train_module, "run_worker", lambda world, work: joined.append(world))
+    assert run_py("job=resume", "run=run").code == 0
+    assert joined == [World(1, 2)]
+    monkeypatch.setattr("zfnet.jobs.reproduce.torchrun_world", lambda: World(1, 2))
+    assert "job=reproduce does not run under torchrun: give trainer.devices" in run_py("job=reproduce", "run=run").err

@@ -16,6 +16,7 @@ from zfnet.runs.directory import RunDirectory, find_run
 from zfnet.runs.session import StopRequest, claimed, hold, recorded_state
 from zfnet.training.build import check_initial_weights
 from zfnet.training.device import recorded_threads
+from zfnet.training.processes import torchrun_world
 
 log = logging.getLogger("zfnet")
 
@@ -30,6 +31,8 @@ class ReproduceJob(Job):
 
         Raises UserError if there is nothing to compare with, and if the result of the same config differs.
         """
+        if torchrun_world() is not None:
+            raise UserError("job=reproduce does not run under torchrun: give trainer.devices=<processes> in its place")
         original = _finished(config)
         if output.resolve().is_relative_to(original.folder.resolve()):
             raise UserError(f"hydra.run.dir={output}: lies in the run itself; choose a directory of its own")

@@ -9,7 +9,7 @@ from typing import ClassVar
 from zfnet.config.errors import UserError
 from zfnet.config.schema import NOT_IDENTITY, Config, Job
 from zfnet.jobs.reproduce import reproduce
-from zfnet.jobs.train import train
+from zfnet.jobs.train import run_as_worker, train
 from zfnet.runs.directory import RunDirectory
 
 _FREE_DATA = tuple(f"data.{key}" for key in (*NOT_IDENTITY["data"], "on_error"))
@@ -32,6 +32,8 @@ class ResumeJob(Job):
                 "start a new run for other settings"
             )
         run = RunDirectory(str(config.run))
+        if run_as_worker(config, output):
+            return None
         recorded = run.read_config()
         if recorded.job.name == "reproduce":
             reproduce(replace(recorded, data=config.data), run)

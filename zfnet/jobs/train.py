@@ -39,9 +39,9 @@ from zfnet.training.build import (
     check_recipe,
     training_batches,
 )
-from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, read_newest
+from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, read_newest, step_files
 from zfnet.training.compiling import resolve_compile
-from zfnet.training.device import resolve_runtime, timed
+from zfnet.training.device import recorded_threads, resolve_runtime, timed
 from zfnet.training.loggers import LoggedRun, Logger
 from zfnet.training.loop import evaluate, train_step
 from zfnet.training.loop import fit as run_loop
@@ -142,7 +142,10 @@ def train(
             print(f"nothing to do: {run.folder} is finished")  # not into its log, which does not change
             return objective(run.read_json("results.json"))
         try:
-            with recorded_state(run, f"stopped; continue with: python run.py job=resume run={run.folder}"):
+            with (
+                recorded_state(run, f"stopped; continue with: python run.py job=resume run={run.folder}"),
+                recorded_threads(run.threads if step_files(run.checkpoints) else None, config.trainer.devices),
+            ):
                 results = train_and_test(config, run, stop, report)
         except Pruned:
             return None

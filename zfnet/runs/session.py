@@ -33,6 +33,10 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+class StoppedAtOnce(Stopped):
+    """Raised by a second signal, perhaps in the middle of a step, whose state must not be saved."""
+
+
 class Pruned(Exception):
     """Raised when a search prunes this trial. Ends the run and not the sweep; a checkpoint is saved."""
 
@@ -58,11 +62,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._deferred or self.number is not None:
+        if not self._deferred:
             raise Stopped(number)
+        if self.number is not None:
+            raise StoppedAtOnce(number)
         self.number = number
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+            print("\nstopping after this step; once more to stop at once, unsaved", file=sys.stderr)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

@@ -15,9 +15,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from zfnet.model.build import has_batch_norm
 from zfnet.model.layers import renormalize_filters
 from zfnet.runs.directory import RunDirectory
-from zfnet.runs.session import Pruned, Stopped, StopRequest
+from zfnet.runs.session import Pruned, Stopped, StoppedAtOnce, StopRequest
 from zfnet.runs.weights import ModelMetadata, save_model
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, copy_checkpoint, epoch_name, step_name
 from zfnet.training.loggers import Logger, epoch_line, log
@@ -242,8 +243,11 @@ class Checkpoints(Callback):
         if row["epoch"] in self.epochs:
             self.writer.wait()
             folder = self.writer.folder
-            if folder is not None and state.best is not None:  # first, so that a state is never without them
-                copy_checkpoint(folder / BEST, folder / epoch_name(row["epoch"], best=True))
+            if folder is not None and state.best is not None:
+                kept = folder / epoch_name(row["epoch"], best=True)
+                # a killed run may repeat this epoch while BEST is of a later one: then the first copy is right
+                if state.best["epoch"] == row["epoch"] or not kept.exists():
+                    copy_checkpoint(folder / BEST, kept)  # first, so that a state is never without them
             self.writer.write(epoch_name(row["epoch"]), state.checkpoint(), prune=False)
 
     def on_fit_end(self, state: TrainingState) -> None:
@@ -251,8 +255,11 @@ class Checkpoints(Callback):
         self.writer.wait()
 
     def on_exception(self, state: TrainingState, error: BaseException) -> None:
-        # a collective raises RuntimeError when another process has died; the step in progress has changed nothing yet
-        if isinstance(error, (Stopped, Pruned)) or (isinstance(error, RuntimeError) and state.world.size > 1):
+        between_steps = isinstance(error, (Stopped, Pruned)) and not isinstance(error, StoppedAtOnce)
+        # a collective raises RuntimeError when another process has died; the step in progress has changed at most the
+        # running means of batch norm
+        collective = isinstance(error, RuntimeError) and state.world.size > 1 and not has_batch_norm(state.model)
+        if between_steps or collective:
             self.save(state)
             self.writer.wait()
 
