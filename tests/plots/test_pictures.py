@@ -32,6 +32,12 @@ def test_on_grey_clips_a_bright_pixel() -> None:
     assert on_grey(projection).float().mean() > 250
 
 
+def test_on_grey_shows_a_small_field_as_its_crop() -> None:
+    field = torch.randn(1, 3, 7, 7)
+    whole = on_grey(torch.nn.functional.pad(field, (90, 90, 90, 90)))
+    assert torch.equal(whole[:, 90:97, 90:97], on_grey(field))
+
+
 def test_mosaic_by_hand() -> None:
     tiles = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 1, 1, 3)
     sheet = mosaic(tiles, columns=2, gap=1)

@@ -26,12 +26,13 @@ def to_pixels(images: Tensor, data: DataConfig) -> Tensor:
 def on_grey(projections: Tensor) -> Tensor:
     """Show projections [N, 3, h, w] as uint8 [N, h, w, 3]: grey is no signal, each is scaled for itself.
 
-    The largest thousandth of the values is clipped: a few bright pixels would leave all others grey.
+    The largest thousandth of the values that are not 0 is clipped: a few bright pixels would leave all others grey.
     """
     flat = projections.detach().float().abs().flatten(1)
-    count = max(1, flat.shape[1] // 1000)
-    peak = flat.topk(count, dim=1).values[:, -1].clamp(min=torch.finfo(torch.float32).tiny)
-    return _to_bytes(GREY + (255 - GREY) * projections.detach().float() / peak[:, None, None, None])
+    count = ((flat > 0).sum(1, keepdim=True) // 1000).clamp(min=1)
+    peak = flat.topk(max(1, flat.shape[1] // 1000)).values.gather(1, count - 1)
+    peak = peak.clamp(min=torch.finfo(torch.float32).tiny)
+    return _to_bytes(GREY + (255 - GREY) * projections.detach().float() / peak[:, :, None, None])
 
 
 def _to_bytes(values: Tensor) -> Tensor:
