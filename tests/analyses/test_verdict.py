@@ -279,6 +279,10 @@ def test_compare_methods_tells_a_difference_from_none() -> None:
     pair = [Row("class", n, "own", v, torch.arange(50) // 25) for n, v in (("random", 0 * units), ("guided", units))]
     (one,) = compare_methods(pair)
     assert (one["clusters"], one["p"] > 0.2) == (2, True)
+    always = [
+        Row("class", n, "own", torch.full((9,), v), torch.arange(9)) for n, v in (("random", 0.0), ("guided", 1.0))
+    ]
+    assert what_holds("class", compare_methods(always)) == ["class, own: above chance: guided, all baselines: guided"]
 
 
 def test_every_number_of_the_figure_has_its_error() -> None:

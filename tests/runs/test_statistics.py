@@ -10,6 +10,7 @@ import torch
 
 from zfnet.runs.statistics import (
     clustered,
+    clustered_p,
     describe,
     difference,
     false_discovery_rate,
@@ -77,6 +78,15 @@ def test_clustered_error_is_that_of_the_clusters() -> None:
     gap = clustered(torch.tensor([1.0, torch.nan]), torch.tensor([0, 1]))
     assert (gap["n"], gap["mean"], gap["se"]) == (1, 1.0, None)
     assert clustered(torch.tensor([torch.nan]), torch.tensor([0]))["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, 3], 0.2952), ([0.1] * 7, 2**-6), ([-0.1] * 3, 0.25), ([0.0] * 7, None), ([1.0], None)],
+)
+def test_clustered_p_needs_no_spread(values: list[float], expected: float | None) -> None:
+    p = clustered_p(clustered(torch.tensor(values), torch.arange(len(values))))
+    assert p == (expected and pytest.approx(expected, abs=1e-4))
 
 
 @pytest.mark.parametrize("t", [0.0, 0.1, 1.0, 3.0, 50.0, 1e4])

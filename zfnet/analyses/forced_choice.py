@@ -36,7 +36,7 @@ from zfnet.plots.figures import INK, PALETTE, SOFT, WHITE, new_figure, save_figu
 from zfnet.plots.pictures import mosaic, on_grey
 from zfnet.runs.directory import find_run
 from zfnet.runs.session import own_directory
-from zfnet.runs.statistics import clustered, holm, t_test
+from zfnet.runs.statistics import clustered, clustered_p, holm
 from zfnet.runs.tables import shorten
 from zfnet.runs.weights import load_model, weights_hash
 from zfnet.training.loaded import LoadedRun
@@ -370,6 +370,7 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def compare_conditions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Test each condition against chance and the pairs of PAIRS, map by map (paired t-tests).
 
+    Of equal differences a sign-flip test takes its place (`clustered_p`). Conditions that never differ are not tested.
     p_holm is corrected for the tests of one layer (Holm 1979).
     """
     tests = []
@@ -377,12 +378,9 @@ def compare_conditions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         family: list[dict[str, Any]] = []
         for first, second in [*((name, CHANCE) for name in CONDITIONS), *PAIRS]:
             of = clustered(values[first] - (0.5 if second == CHANCE else values[second]), maps)
-            mean, error, clusters = of["mean"], of["se"], of["clusters"]
-            if error and clusters and mean is not None:
-                p = t_test(mean / error, clusters - 1)
-                family.append(
-                    {"layer": target, "first": first, "second": second, "difference": mean, "se": error, "p": p}
-                )
+            if (p := clustered_p(of)) is not None:
+                named = {"layer": target, "first": first, "second": second}
+                family.append(named | {"difference": of["mean"], "se": of["se"], "p": p})
         corrected = holm([row["p"] for row in family])
         tests += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
     return tests

@@ -60,7 +60,7 @@ from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.figures import INK, PALE, PALETTE, SOFT, WHITE, new_figure, save_figure, styled
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import continued_directory
-from zfnet.runs.statistics import LEVEL, clustered, holm, rank_correlation, standard_ranks, t_test
+from zfnet.runs.statistics import LEVEL, clustered, clustered_p, holm, rank_correlation, standard_ranks
 from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import LoadedRun
 
@@ -543,6 +543,7 @@ def _pooled(rows: Sequence[Row]) -> list[Row]:
 def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Test the difference of each two methods in each score, unit by unit, with errors by image (paired t-test).
 
+    Of equal differences a sign-flip test takes its place (`clustered_p`). Methods that never differ are not tested.
     p_holm is corrected for the pairs of one score and target (Holm 1979).
     """
     groups: dict[tuple[str, str], dict[str, Row]] = {}
@@ -554,11 +555,10 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
         family: list[dict[str, Any]] = []
         for first, second in itertools.combinations(methods, 2):
             of = clustered(methods[first].values - methods[second].values, methods[first].clusters)
-            mean, error, clusters = of["mean"], of["se"], of["clusters"]
-            if error and clusters and mean is not None:
-                p = t_test(mean / error, clusters - 1)
+            if (p := clustered_p(of)) is not None:
                 named = {"target": target, "measure": measure, "first": first, "second": second}
-                family.append(named | {"difference": mean, "se": error, "n": of["n"], "clusters": clusters, "p": p})
+                numbers = {"difference": of["mean"], "se": of["se"], "n": of["n"], "clusters": of["clusters"], "p": p}
+                family.append(named | numbers)
         corrected = holm([row["p"] for row in family])
         tests += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
     return tests

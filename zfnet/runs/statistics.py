@@ -72,6 +72,19 @@ def clustered(values: Tensor, clusters: Tensor) -> dict[str, float | int | None]
     return row
 
 
+def clustered_p(row: Mapping[str, float | int | None]) -> float | None:
+    """Return the two-sided p of a t-test of `clustered`'s mean; None of one cluster and of a mean of 0 without spread.
+
+    Other means without spread have no t: their p is that of a sign-flip test, 2 ^ (1 − clusters).
+    """
+    mean, error, clusters = row["mean"], row["se"], row["clusters"]
+    if mean is None or error is None or clusters is None:
+        return None
+    if error > 1e-12 * abs(mean):  # else rounding
+        return t_test(mean / error, clusters - 1)
+    return 2.0 ** (1 - clusters) if mean else None
+
+
 def rank_correlation(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return Spearman's correlation of each row pair of a, b [U, …] (ties: mean rank); NaN where one is constant.
 
