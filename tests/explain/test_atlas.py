@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ from zfnet.explain.atlas import (
     Photograph,
     Strongest,
     Verdict,
+    _layer_data,
     find_atlas,
     find_verdict,
     link_to,
@@ -102,6 +104,16 @@ def test_atlas_numbers_are_the_searchs(atlas: Atlas, page: Path) -> None:
     assert metadata["layers"][0]["maps"][3]["top"] == []
     assert json.loads((page.parent / "atlas.json").read_text()) == metadata
     assert not (page.parent / "maps/conv1/3.webp").exists()
+
+
+def test_atlas_names_only_classes_that_have_images(atlas: Atlas) -> None:
+    """The means of a map without ReLU may all be below 0, which is the mean of a class without images."""
+    search = TopActivations(4, 4)
+    search.add({"conv1": -1 - torch.rand(3, 12, 2, 2)}, torch.arange(3), torch.tensor([3, 1, 3]))
+    some = dataclasses.replace(atlas, search=search, responses={}, nearest={}, verdict=None)
+    best = search.statistics("conv1").best_class.tolist()
+    for number, entry in enumerate(_layer_data(some, "conv1", search.layers["conv1"])["maps"]):
+        assert [label for label, _ in entry["classes"]] == [best[number], 4 - best[number]]
 
 
 def test_atlas_fetches_nothing_from_elsewhere(page: Path) -> None:

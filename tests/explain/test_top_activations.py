@@ -119,8 +119,9 @@ def test_selectivity_by_hand() -> None:
     index, best = selectivity(means, torch.tensor([True, True, True, False]))
     assert index.tolist() == [(3 - 1) / (3 + 1), 0, 1, 0]
     assert best.tolist()[:1] + best.tolist()[2:3] == [0, 1]
-    without_relu = torch.tensor([[2.0, -1, -3], [-1, -2, -1]])
-    assert selectivity(without_relu, torch.ones(3, dtype=torch.bool))[0].tolist() == [1, 0]
+    without_relu = torch.tensor([[2.0, -1, -3], [-3, -2, -1]])
+    index, best = selectivity(without_relu, torch.ones(3, dtype=torch.bool))
+    assert (index.tolist(), best.tolist()) == ([1, 0], [0, 2])
 
 
 @pytest.mark.parametrize(

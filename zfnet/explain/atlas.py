@@ -404,7 +404,8 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
         row.tolist(), values[row, rank].tolist(), place.tolist(), labels.tolist(), boxes.tolist(), strict=True
     ):
         tops[n].append([_short(value), where[0], label, *where[1:], *map(_short, box)])
-    best = stats.class_means.topk(min(_CLASSES, stats.class_means.shape[1]), dim=1)
+    present = atlas.search.class_counts.nonzero().flatten()
+    best = stats.class_means.cpu()[:, present].topk(min(_CLASSES, len(present)))
     means = [[_short(value) for value in row] for row in best.values.tolist()]
     more: dict[str, Any] = {}
     if responses := atlas.responses.get(layer):
@@ -432,7 +433,7 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
             positions=map(_short, stats.position_share.tolist()),
             selectivity=map(_short, stats.selectivity.tolist()),
             chance=map(_short, stats.chance.nan_to_num().tolist()),
-            classes=[list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), means, strict=True)],
+            classes=[list(zip(*row, strict=True)) for row in zip(present[best.indices].tolist(), means, strict=True)],
             top=tops,
             **more,
         ),

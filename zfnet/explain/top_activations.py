@@ -200,10 +200,11 @@ def selectivity(class_means: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
     The index is (μ − ν) / (μ + ν): μ the mean activation for the class that excites the map most, ν the mean over
     the other classes (Morcos et al. 2018, section 3.1). 0: all classes alike; 1: one class only. Dead maps: 0.
-    A mean below 0, which only a layer without ReLU can have, counts as 0.
+    A mean below 0, which only a layer without ReLU can have, counts as 0 in the index.
     """
-    known = class_means[:, present].clamp(min=0)
-    highest, best = known.max(1)
+    known = class_means[:, present]
+    best, known = known.argmax(1), known.clamp(min=0)
+    highest = known.amax(1)
     others = (known.sum(1) - highest) / max(1, known.shape[1] - 1)
     total = highest + others
     index = torch.where(total > 0, (highest - others) / total.clamp(min=1e-300), 0.0)
