@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from tests.explain.networks import network, pictures
 from tests.explain.trained import read_csv
@@ -27,6 +28,7 @@ from zfnet.analyses.deconvnet import (
     rank_correlation,
     shuffle_weights,
 )
+from zfnet.config.errors import UserError
 from zfnet.data import load_splits, preprocess
 from zfnet.explain import Deconvnet, atlas, receptive_box
 from zfnet.explain.top_activations import TopActivations
@@ -162,6 +164,16 @@ def test_shuffle_weights_keeps_the_numbers() -> None:
         assert torch.equal(a.flatten().sort().values, b.flatten().sort().values)
     assert not torch.equal(model.conv3.weight, twin.conv3.weight)
     assert torch.equal(model.conv4.weight, twin.conv4.weight)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_shuffle_weights_refuses_those_that_a_hook_computes(norm) -> None:
+    model = network("pad")
+    norm(model.conv2)
+    model(pictures(model))
+    with pytest.raises(UserError, match="conv2: a hook computes its weights"):
+        shuffle_weights(model.chain, "conv3")
 
 
 def test_draw_projections_left_patches_right_and_every_map_named() -> None:

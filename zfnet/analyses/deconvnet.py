@@ -494,7 +494,12 @@ def shuffle_weights(
     """Return a copy whose weights up to `layer` are shuffled, layer by layer: the same numbers in random order.
 
     only: names of the layers to shuffle; None: all of them
+    Raises UserError where a hook computes weights, as by torch.nn.utils.weight_norm.
     """
+    for name in chain.layers:
+        module: Any = chain.model.get_submodule(name)
+        if not parametrize.is_parametrized(module, "weight") and not isinstance(module.weight, nn.Parameter):
+            raise UserError(f"{name}: a hook computes its weights; take a norm of torch.nn.utils.parametrizations")
     twin = copy.deepcopy(chain)
     weighted = [(step.name, step.module) for step in twin.up_to(layer) if step.name in twin.layers]
     for number, (name, module) in enumerate(weighted):
