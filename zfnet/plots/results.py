@@ -96,7 +96,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
             if any(v is not None for v in values):
                 axis.plot(epochs, values, ".-", color=colour, label=name)
         axis.legend()
-    axes[0].set(title="Loss", ylabel="cross-entropy (nats)")
+    axes[0].set(title="Loss", ylabel="train: the criterion; others: cross-entropy")
     axes[1].set(title="Accuracy", ylabel="correctly classified images")
     axes[1].yaxis.set_major_formatter("{x:.0%}")
     axes[2].plot(epochs, [row["lr"] for row in history], ".-", color=SOFT)
