@@ -136,6 +136,18 @@ def test_measure_filters_finds_dead_and_flat_ones() -> None:
     torch.testing.assert_close(in_pixel_units(result.rms, [0.5, 0.5, 0.5]), result.rms / 127.5)
 
 
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.LeakyReLU(), nn.SiLU()])
+def test_filters_whose_output_is_negative_are_not_dead(activation: nn.Module) -> None:
+    convolution = nn.Conv2d(3, 3, 3)
+    with torch.no_grad():
+        convolution.weight[1:] = 0
+        convolution.bias[:] = torch.tensor([0.1, -1.0, 0.0])
+    chain, images = Chain(nn.Sequential(convolution, activation), 12), torch.randn(2, 3, 12, 12)
+    result = measure_filters(chain, [Batch(images, torch.zeros(2), torch.zeros(2), 0, 2)])
+    assert result.dead.tolist() == [False, False, True]
+    assert float(result.peak[1]) == pytest.approx(float(activation(torch.tensor(-1.0))))
+
+
 def test_measure_filters_that_are_not_square() -> None:
     torch.manual_seed(0)
     chain = Chain(nn.Sequential(nn.Conv2d(3, 4, (3, 5), (1, 2)), nn.ReLU()), 12)

@@ -131,12 +131,14 @@ def measure_filters(chain: Chain, batches: Iterable[Batch]) -> Filters:
     convolution = chain.model.get_submodule(layer)
     assert isinstance(convolution, nn.Conv2d)
     weight = convolution.weight.detach().cpu().double()
-    peak = torch.zeros(len(weight), device=convolution.weight.device)
+    peak = torch.full((len(weight),), -torch.inf, device=convolution.weight.device)
+    dead = torch.ones_like(peak, dtype=torch.bool)
     spectra = CrossSpectra()
     for batch in batches:
         spectra.add(batch.images)
         maps = chain.activations(batch.images, [layer])[layer]
         peak = torch.maximum(peak, maps.amax((0, 2, 3)).float())
+        dead &= (maps == 0).all(3).all(2).all(0)
     rms = weight.square().mean((1, 2, 3)).sqrt()
     spectrum, frequencies = radial_spectrum(weight)
     rows, columns = map(int, convolution.stride)
@@ -145,7 +147,7 @@ def measure_filters(chain: Chain, batches: Iterable[Batch]) -> Filters:
         weight=weight,
         stride=max(rows, columns),
         rms=rms,
-        dead=(peak <= 0).cpu(),
+        dead=dead.cpu(),
         flat=rms < FLAT * rms.median(),
         peak=peak.cpu().double(),
         spectrum=spectrum,
