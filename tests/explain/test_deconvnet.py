@@ -235,6 +235,13 @@ def test_project_refuses_seeds_and_switches_that_do_not_fit(fields: bool) -> Non
         deconvnet.project(images, "conv1", units, switches_from=images[:1], fields=fields)
 
 
+@pytest.mark.parametrize("layer", ["conv1", "fc6"])
+@pytest.mark.parametrize("shape", [(2, 3, 63, 64), (2, 1, 64, 64), (3, 64, 64)])
+def test_project_refuses_images_of_another_size(layer: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"images of shape .*: the network takes \[N, 3, 64, 64\]"):
+        Deconvnet(network()).project(torch.zeros(shape), layer, [(0, 0, 0, 0)])
+
+
 def test_project_cuts_no_fields_of_linear_layers() -> None:
     model = network()
     with pytest.raises(UserError, match="fc7: its units see the whole image"):

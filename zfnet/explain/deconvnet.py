@@ -163,8 +163,7 @@ class Deconvnet:
     ) -> Tensor:
         """Check shapes; return the units as int64 [U, 4] on the CPU."""
         self.check(layer)
-        if images.ndim != 4 or images.shape[1] != self.chain.channels:
-            raise UserError(f"images of shape {list(images.shape)}: must be [N, {self.chain.channels}, H, W]")
+        self.chain.check_images(images)
         if switches_from is not None and switches_from.shape != images.shape:
             raise UserError(
                 f"switches_from of shape {list(switches_from.shape)}: must be {list(images.shape)}, as images"
