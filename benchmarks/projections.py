@@ -92,7 +92,8 @@ def time_projections(
         from captum.attr import NeuronDeconvolution
     except ImportError as error:
         raise UserError("this comparison needs captum: pip install -e '.[explain]'") from error
-    deconvnet, rows = Deconvnet(model, image_size=images.shape[-1]), []
+    # the others go through contrast normalisation as well
+    deconvnet, rows = Deconvnet(model, lrn="gradient", image_size=images.shape[-1]), []
     chain = deconvnet.chain
     for layer in tqdm(chain.conv_layers, "projections", unit="layer", disable=None, leave=False):
         units = strongest_units(chain, images, layer, maps)

@@ -35,6 +35,13 @@ def test_time_projections_names_a_layer_without_active_maps() -> None:
         time_projections(model, pictures(model), maps=1, rounds=1)
 
 
+def test_projections_agree_through_contrast_normalisation() -> None:
+    pytest.importorskip("captum.attr")
+    model = network("lrn")
+    rows = time_projections(model, pictures(model), maps=1, rounds=1)
+    assert max(row["difference"] for row in rows) < 1e-9
+
+
 def test_main_times_projections_beside_captum_and_they_agree(tmp_path: Path, monkeypatch, capsys) -> None:
     pytest.importorskip("captum.attr")
     words = "data=shapes model=small data.image_size=64 data.store_size=32 data.train_images=20 data.test_images=10"
