@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 
 from zfnet import load_run
 from zfnet.config.errors import UserError
+from zfnet.explain.selection import pick_layers
+from zfnet.model.chain import Chain
 from zfnet.plots.figures import BLUE, PURPLE, SOFT, epoch_axis, new_figure, save_figure, styled
 from zfnet.plots.pictures import mosaic, on_grey, show
 
@@ -84,11 +86,14 @@ def draw_time(small: list[dict[str, Any]], fast: list[dict[str, Any]]) -> Figure
 
 @styled
 def draw_first_layers(runs: Mapping[str, str]) -> Figure:
-    """Draw conv1 of each run, by its directory: a row of filters, largest RMS first, each scaled for itself."""
+    """Draw the first layer of each run, by directory: a row of filters, largest RMS first, each scaled for itself."""
     figure = new_figure(figsize=(11, 0.9 * len(runs)))
     axes = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
     for axis, (name, folder) in zip(axes, runs.items(), strict=True):
-        weight = load_run(folder).model.conv1.weight.detach()
+        run = load_run(folder)
+        chain = Chain.of(run.model, run.metadata.data.image_size)
+        (layer,) = pick_layers(chain, folder, None, chain.conv_layers[:1], only_conv=True)
+        weight = run.model.get_submodule(layer).weight.detach()
         order = weight.square().mean((1, 2, 3)).argsort(descending=True)
         show(axis, mosaic(on_grey(weight[order]), columns=16, gap=1, side=14))
         axis.set_ylabel(name, rotation=0, ha="right", va="center")

@@ -1,10 +1,13 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.figures import DOCS, draw_blog, draw_first_layers, draw_time, main
+from tests.explain.networks import chain
 from tests.helpers import train_minute
 from zfnet import load_run
 from zfnet.config.errors import UserError
@@ -48,6 +51,17 @@ def test_draw_first_layers_puts_the_largest_filter_first(tmp_path: Path) -> None
     image = draw_first_layers({"one": str(tmp_path / "run")}).axes[0].images[0].get_array()
     assert (image[:14, :14] == 255).all()
     assert (image[:14, 15:29] == 128).all()
+
+
+def test_draw_first_layers_of_any_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {"alexnet": chain("alexnet").model, "linear": nn.Sequential(nn.Flatten(), nn.Linear(12288, 2))}
+    metadata = SimpleNamespace(data=SimpleNamespace(image_size=64))
+    monkeypatch.setattr(
+        "benchmarks.figures.load_run", lambda name: SimpleNamespace(model=models[name], metadata=metadata)
+    )
+    assert draw_first_layers({"one": "alexnet"}).axes[0].images
+    with pytest.raises(UserError, match="linear: the network has no convolution"):
+        draw_first_layers({"one": "linear"})
 
 
 def test_a_run_that_is_not_there_is_named() -> None:
