@@ -207,7 +207,7 @@ class TorchvisionLoop(_Loop):
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
-                best = logits.topk(5, 1).indices.eq(labels[:, None])
+                best = logits.topk(min(5, logits.shape[1]), 1).indices.eq(labels[:, None])
                 best[:, :1].sum().item(), best.sum().item(), loss.item()
                 yield
 

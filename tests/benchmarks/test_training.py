@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from benchmarks import training
-from benchmarks.training import BlogLoop, BlogZFNet, PillowImages
-from tests.helpers import compose
+from benchmarks.training import BlogLoop, BlogZFNet, PillowImages, TorchvisionLoop
+from tests.helpers import compose, random_images
 from zfnet.data import preprocess
+from zfnet.data.images import image_set
 from zfnet.data.shapes import draw_shapes
 from zfnet.model.zfnet import ZFNet
+from zfnet.training.device import resolve_runtime
 
 
 def test_blog_network_gives_our_logits() -> None:
@@ -37,6 +39,12 @@ def test_blog_loop_trains_in_its_turn() -> None:
     before = loop.net.classifier[6].bias.clone()
     assert loop.turn(steps=1, warmup=1) > 0
     assert not torch.equal(before, loop.net.classifier[6].bias)
+
+
+def test_torchvision_loop_trains_fewer_than_five_classes() -> None:
+    config = compose("data=shapes", "model=small", "data.image_size=64", "data.batch_size=2", "trainer.device=cpu")
+    images = image_set(random_images(4, 32).numpy(), torch.arange(4) % 3, "abc")
+    assert TorchvisionLoop(config, resolve_runtime(config.trainer), images, workers=0).turn(steps=1, warmup=0) > 0
 
 
 def test_main_times_this_program_beside_the_others(tmp_path: Path, monkeypatch, capsys) -> None:
