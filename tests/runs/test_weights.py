@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
@@ -240,6 +241,15 @@ def test_load_run(tiny_run) -> None:
     assert weights_hash(loaded.model.state_dict()) == tiny_run.read_json("results.json")["weights_sha256"]
     images = preprocess(random_images(2, loaded.metadata.stored_size), loaded.metadata.data)
     assert loaded.model(images).shape == (2, 10)
+
+
+def test_inputs_keep_to_the_runs_limit_of_pixels(tiny_run, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    run = load_run(tiny_run.folder)
+    assert len(run.inputs(tmp_path / "a.png")) == 1
+    metadata = dataclasses.replace(run.metadata, data=dataclasses.replace(run.metadata.data, max_pixels=63))
+    with pytest.raises(UserError, match="64 pixels"):
+        dataclasses.replace(run, metadata=metadata).inputs(tmp_path / "a.png")
 
 
 def test_load_run_reproduces_the_reported_figures(tiny_run) -> None:

@@ -191,7 +191,7 @@ class TrainedRun:
             try:
                 if len(files) != 1:
                     raise UnreadableImage(problems.get(str(image), f"names {len(files)} images; give one"))
-                square = fit_square(files[0].read(draft=size * data.draft), size, data.fit)
+                square = fit_square(files[0].read(data.max_pixels, size * data.draft), size, data.fit)
                 pixels.append(torch.from_numpy(square.copy()))
             except UnreadableImage as error:
                 raise UserError(f"{image}: cannot be read as an image ({error})") from error
