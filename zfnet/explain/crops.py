@@ -27,13 +27,12 @@ _IMAGES = 64  # how many are on the device at once
 class Views:
     """The strongest units of M maps, U in all, and their pictures; all on the CPU.
 
-    units: int64 [U, 4], (image, channel, y, x); rank: int64 [U], 0 is the map's strongest unit
+    units: int64 [U, 4], (image, channel, y, x)
     projections: [U, 3, s, s]; patches: uint8 [U, s, s, 3], grey outside the image
     tiles: uint8 [M, 2, top, s, s, 3], each map's projections on grey, then its patches; grey where there is no unit
     """
 
     units: Tensor
-    rank: Tensor
     projections: Tensor
     patches: Tensor
     tiles: Tensor
@@ -96,4 +95,4 @@ def view_maps(
     tiles = torch.full((len(maps), 2, record.values.shape[1], *patches.shape[1:]), GREY, dtype=torch.uint8)
     tiles[number, 0, rank] = on_grey(projections)
     tiles[number, 1, rank] = patches
-    return Views(units, rank, projections, patches, tiles)
+    return Views(units, projections, patches, tiles)
