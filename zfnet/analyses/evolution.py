@@ -24,6 +24,7 @@ from zfnet.config.schema import Config
 from zfnet.data import Batches, ImageSet
 from zfnet.explain.crops import project_frames
 from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.maps import strongest_activations
 from zfnet.explain.selection import Look, chosen_split, pick_layers, sample, to_inputs, to_rows
 from zfnet.explain.top_activations import LayerRecord, TopActivations, collect
 from zfnet.model.chain import Chain
@@ -112,7 +113,6 @@ class EpochView:
     responses: dict[str, Tensor]
 
 
-@torch.no_grad()
 def view_epoch(
     chain: Chain,
     images: ImageSet,
@@ -123,11 +123,7 @@ def view_epoch(
 ) -> EpochView:
     """Search all `images` for the strongest activations, and record the maps' responses to probes [P, 3, S, S]."""
     search = collect(chain, images, batches_of, layers, TopActivations(1, len(images.classes)))
-    responses: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    for chunk in probes.split(batch_size):
-        for layer, maps in chain.activations(chunk, layers).items():
-            responses[layer].append(maps.amax((2, 3)).cpu())
-    return EpochView(search.layers, {layer: torch.cat(chunks) for layer, chunks in responses.items()})
+    return EpochView(search.layers, strongest_activations(chain, probes.split(batch_size), layers))
 
 
 def project_strongest(
