@@ -143,28 +143,21 @@ def quarters_of_boxes(loaded: LoadedRun) -> Marked:
     return mark_quarters(chosen.inputs, chosen.boxes, chosen.labels.cpu())
 
 
-def cut_to_boxes(images: Tensor, boxes: Tensor, margin: float = MARGIN) -> Tensor:
-    """Return images [N, 3, S, S] cut to a square around each box, as large as the image; outside: 0, the mean colour.
+def mark_quarters(images: Tensor, boxes: Tensor, groups: Tensor) -> Marked:
+    """Return images [N, 3, S, S] cut to a square around each box, as large as the image, and boxes' quarters as parts.
 
-    boxes: [N, 4] (top, left, bottom, right). The square's side is `margin` times the box's longer side, so the
-    object fills 1 / margin of the image and parts of equal objects are at equal places.
+    boxes: [N, 4] (top, left, bottom, right). The square's side is MARGIN times the box's longer side, so the object
+    fills 1 / MARGIN of the image and parts of equal objects are at equal places; outside: 0, the mean colour.
     """
-    size = images.shape[-1]
-    top, left, bottom, right = boxes.T
-    side = margin * torch.maximum(bottom - top, right - left)
+    size, extent = images.shape[-1], boxes[:, 2:] - boxes[:, :2]
+    longer = extent.amax(1, keepdim=True)
     matrices = torch.zeros(len(images), 2, 3)
-    matrices[:, 0, 0] = matrices[:, 1, 1] = side / size
-    matrices[:, 0, 2] = (left + right) / size - 1
-    matrices[:, 1, 2] = (top + bottom) / size - 1
+    matrices[:, [0, 1], [0, 1]] = MARGIN * longer / size
+    matrices[:, :, 2] = (boxes[:, :2] + boxes[:, 2:]).flip(1) / size - 1
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False).to(images)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
-def mark_quarters(images: Tensor, boxes: Tensor, groups: Tensor, margin: float = MARGIN) -> Marked:
-    """Return images [N, 3, S, S] cut to their boxes [N, 4], and the boxes' quarters as parts."""
-    middle, extent = images.shape[-1] / 2, boxes[:, 2:] - boxes[:, :2]
-    half = extent / extent.amax(1, keepdim=True) * middle / margin
-    marked = Marked(cut_to_boxes(images, boxes, margin), {}, torch.cat([middle - half, middle + half], 1), groups)
+    cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    middle, half = size / 2, extent / longer * (size / 2) / MARGIN
+    marked = Marked(cut, {}, torch.cat([middle - half, middle + half], 1), groups)
     for vertical, y in (("upper", 0.25), ("lower", 0.75)):
         for horizontal, x in (("left", 0.25), ("right", 0.75)):
             marked.parts[f"{vertical} {horizontal}"] = marked.on_objects(torch.tensor([[[y, x]]]))[0]
