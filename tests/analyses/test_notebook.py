@@ -13,7 +13,6 @@ from tests.helpers import used
 from zfnet import load_run
 from zfnet.analyses.notebook import occlusion, projections, top_activations
 from zfnet.config.errors import UserError
-from zfnet.data.files import NamedImage
 from zfnet.data.shapes import draw_shapes
 from zfnet.explain import Deconvnet
 from zfnet.jobs.predict import predict
@@ -33,7 +32,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_predict_is_what_job_predict_says(run: TrainedRun, photo: Path, tiny_run) -> None:
-    (expected,) = predict(used(tiny_run), [NamedImage(str(photo))], top=10, batch_size=1)
+    (expected,) = predict(used(tiny_run), [str(photo)], top=10, batch_size=1)
     run.model.train()  # dropout has no part in it
     assert list(run.predict(photo).items()) == [(name, pytest.approx(p, abs=1e-6)) for name, p in expected.best]
     assert next(iter(run.predict(photo))) == expected.best[0][0]

@@ -16,11 +16,11 @@ from PIL import Image
 
 from zfnet.data import files
 from zfnet.data.decode import UnreadableImage
-from zfnet.data.files import LeftOut, fetch, find_images, list_images
+from zfnet.data.files import LeftOut, fetch, find_images, list_images, read_named
 
 
 def names(items: list[str]) -> list[str]:
-    return [image.name for image in find_images(items)[0]]
+    return find_images(items)[0]
 
 
 def test_find_images_expands_files_folders_patterns_and_addresses(tmp_path: Path, monkeypatch) -> None:
@@ -221,9 +221,9 @@ def test_fetch_returns_content_and_follows_redirects(server: str) -> None:
 def test_find_images_takes_addresses(server: str) -> None:
     images, errors = find_images([f"{server}/picture", f"{server}/good"])
     assert errors == {}
-    assert images[0].read().size == (5, 4)
+    assert read_named(images[0], 20, 0).size == (5, 4)
     with pytest.raises(UnreadableImage, match="not an image of a known format"):
-        images[1].read()
+        read_named(images[1], 20, 0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from PIL import Image
 
 from tests.helpers import used
 from zfnet.data.decode import read_image
-from zfnet.data.files import NamedImage
 from zfnet.data.shapes import draw_shapes
 from zfnet.jobs.predict import Prediction, predict, prediction_rows, prediction_table
 from zfnet.runs.directory import RunDirectory
@@ -27,7 +26,7 @@ def test_predict_agrees_with_evaluate(tiny_run, tmp_path: Path) -> None:
     images = []
     for n, pixels in enumerate(test.pixels(range(len(test))).numpy()):
         Image.fromarray(pixels).save(tmp_path / f"{n:02d}.png")
-        images.append(NamedImage(str(tmp_path / f"{n:02d}.png")))
+        images.append(str(tmp_path / f"{n:02d}.png"))
     predictions = list(predict(run, images, top=10, batch_size=20))
     assert [p.error for p in predictions] == [None] * len(test)
     assert [run.classes.index(p.best[0][0]) for p in predictions] == evaluation.predictions.tolist()
@@ -84,7 +83,7 @@ def test_predict_job_reports_unreadable_images_and_does_the_rest(run_py, tiny_ru
 def test_predict_keeps_pictures_of_the_first_readable_images(tiny_run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.predict.SHOWN", 3)
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
-    images = [NamedImage("gone.png")] * 5 + [NamedImage(str(tmp_path / "good.png"))] * 5
+    images = ["gone.png"] * 5 + [str(tmp_path / "good.png")] * 5
     predictions = list(predict(used(tiny_run), images, top=1, batch_size=2))
     assert [p.error is None for p in predictions] == [False] * 5 + [True] * 5
     assert [p.picture is not None for p in predictions[5:]] == [True, True, True, False, False]

@@ -24,14 +24,12 @@ import urllib.parse
 import urllib.request
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
 
 from zfnet.config.errors import printable
-from zfnet.config.schema import MAX_PIXELS
 from zfnet.data.decode import UnreadableImage, is_image, read_image
 
 MAX_BYTES = 50 * 2**20
@@ -45,15 +43,9 @@ _NAMES_SHOWN = 4
 log = logging.getLogger("zfnet")
 
 
-@dataclass(frozen=True)
-class NamedImage:
-    """One image: its path, or its address on the web."""
-
-    name: str
-
-    def read(self, max_pixels: int = MAX_PIXELS, draft: int = 0) -> Image.Image:
-        """Return the image as `read_image` does; raise UnreadableImage."""
-        return read_image(io.BytesIO(fetch(self.name)) if _is_address(self.name) else self.name, max_pixels, draft)
+def read_named(name: str, max_pixels: int, draft: int) -> Image.Image:
+    """Return the image at a path or an address on the web as `read_image` does; raise UnreadableImage."""
+    return read_image(io.BytesIO(fetch(name)) if _is_address(name) else name, max_pixels, draft)
 
 
 class LeftOut:
@@ -136,7 +128,7 @@ def _place(path: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def find_images(items: Sequence[str]) -> tuple[list[NamedImage], dict[str, str]]:
+def find_images(items: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return the images that `items` name, each once and in their order, and {item: error} for the other items.
 
     A folder stands for all files below it that have an image's suffix, sorted by name; a pattern (`*`, `?`, `[…]`,
@@ -163,7 +155,7 @@ def find_images(items: Sequence[str]) -> tuple[list[NamedImage], dict[str, str]]
             names += matches
         else:
             errors[item] = "matches no file" if glob.has_magic(str(path)) else "there is no such file"
-    return [NamedImage(name) for name in dict.fromkeys(names)], errors
+    return list(dict.fromkeys(names)), errors
 
 
 def _matches(pattern: str) -> list[str]:

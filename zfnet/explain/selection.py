@@ -27,7 +27,7 @@ from zfnet.config.errors import UserError, did_you_mean
 from zfnet.config.schema import Config, DataConfig, Job
 from zfnet.data import ImageSet, Splits, preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
-from zfnet.data.files import find_images
+from zfnet.data.files import find_images, read_named
 from zfnet.data.images import stratified
 from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
@@ -208,12 +208,12 @@ def read_files(loaded: LoadedRun, items: Sequence[str]) -> tuple[Tensor, list[st
     pixels, size = [], loaded.metadata.stored_size
     for image in images:
         try:
-            picture = image.read(loaded.data.max_pixels, size * loaded.data.draft)
+            picture = read_named(image, loaded.data.max_pixels, size * loaded.data.draft)
             square = fit_square(picture, size, loaded.data.fit)
         except UnreadableImage as error:
-            raise UserError(f"{image.name} cannot be read as an image ({error})") from error
+            raise UserError(f"{image} cannot be read as an image ({error})") from error
         pixels.append(torch.from_numpy(square.copy()))
-    return torch.stack(pixels), [image.name for image in images]
+    return torch.stack(pixels), images
 
 
 def _from_files(loaded: LoadedRun, items: Sequence[str]) -> Chosen:

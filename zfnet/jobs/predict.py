@@ -21,7 +21,7 @@ from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
-from zfnet.data.files import NamedImage, find_images
+from zfnet.data.files import find_images, read_named
 from zfnet.plots.figures import LIGHT_BLUE, PALE_BLUE, PALEST, SOFT, new_figure, save_figure, styled
 from zfnet.runs.session import own_directory
 from zfnet.runs.tables import format_table, shorten
@@ -110,15 +110,15 @@ class PredictJob(Job):
 
 
 @torch.no_grad()
-def predict(loaded: LoadedRun, images: Sequence[NamedImage], top: int, batch_size: int) -> Iterator[Prediction]:
+def predict(loaded: LoadedRun, images: Sequence[str], top: int, batch_size: int) -> Iterator[Prediction]:
     """Yield each image's prediction, with its `top` classes or its error, in order."""
 
     size, fit, runtime = loaded.metadata.stored_size, loaded.data.fit, loaded.runtime
     top, count = min(top, len(loaded.classes)), 0
 
-    def read(image: NamedImage, with_picture: bool) -> tuple[np.ndarray, np.ndarray | None] | str:
+    def read(image: str, with_picture: bool) -> tuple[np.ndarray, np.ndarray | None] | str:
         try:
-            picture = image.read(loaded.data.max_pixels, size * loaded.data.draft)
+            picture = read_named(image, loaded.data.max_pixels, size * loaded.data.draft)
         except UnreadableImage as error:
             return str(error)
         shown = fit_square(picture, max(size, PICTURE_SIZE), fit) if with_picture else None
@@ -141,12 +141,12 @@ def predict(loaded: LoadedRun, images: Sequence[NamedImage], top: int, batch_siz
             probabilities = iter(classify(stored) if stored else ())
             for image, file in zip(chunk, files, strict=True):
                 if isinstance(file, str):
-                    yield Prediction(image.name, error=file)
+                    yield Prediction(image, error=file)
                     continue
                 own = next(probabilities)
                 values, labels = own.topk(top)
                 classes = [loaded.classes[label] for label in labels.tolist()]
-                yield Prediction(image.name, list(zip(classes, values.tolist(), strict=True)), own, file[1])
+                yield Prediction(image, list(zip(classes, values.tolist(), strict=True)), own, file[1])
             count += len(stored)
             bar.update(len(chunk))
 

@@ -23,7 +23,7 @@ from zfnet.config.reading import parse_json, read_data, refuse_interpolation, up
 from zfnet.config.schema import LARGEST_SIDE, Config, DataConfig, ModelConfig, check, model_name
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
-from zfnet.data.files import find_images
+from zfnet.data.files import find_images, read_named
 from zfnet.model.build import build_model, read_tensors, refuse_not_finite
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
@@ -191,7 +191,7 @@ class TrainedRun:
             try:
                 if len(files) != 1:
                     raise UnreadableImage(problems.get(str(image), f"names {len(files)} images; give one"))
-                square = fit_square(files[0].read(data.max_pixels, size * data.draft), size, data.fit)
+                square = fit_square(read_named(files[0], data.max_pixels, size * data.draft), size, data.fit)
                 pixels.append(torch.from_numpy(square.copy()))
             except UnreadableImage as error:
                 raise UserError(f"{image}: cannot be read as an image ({error})") from error
