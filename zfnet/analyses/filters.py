@@ -38,6 +38,7 @@ log = logging.getLogger("zfnet")
 
 FLAT = 0.1  # a filter whose RMS is below this share of the layer's median counts as flat
 _GRID = 64  # frequencies are sampled on a grid of this many points a side
+_BANDS = 16  # of radial frequencies
 _NOISE = 200  # filters of white noise, for comparison
 _AT_ONCE = 16  # filters whose spectra on the images' grid are held
 _SIDE, _GAP = 44, 4  # of a drawn filter and between two, in pixels of the sheet
@@ -220,8 +221,8 @@ def aliasing_energy(weight: Tensor, stride: int | tuple[int, int]) -> Tensor:
     return torch.where(energy > 0, 1 - inside / energy, 0.0).clamp(0, 1)
 
 
-def radial_spectrum(weight: Tensor, bands: int = 16) -> tuple[Tensor, Tensor]:
-    """Return each filter's power density by distance from frequency 0, [F, bands], and the bands' upper ends.
+def radial_spectrum(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each filter's power density by distance from frequency 0, [F, _BANDS], and the bands' upper ends.
 
     1 is the density of white noise: the mean over all frequencies is 1. The bands divide 0 … √½ cycles per
     pixel (the corner of the square of frequencies) evenly. Colours are added up. A filter of zeros: zeros.
@@ -229,12 +230,12 @@ def radial_spectrum(weight: Tensor, bands: int = 16) -> tuple[Tensor, Tensor]:
     power = torch.fft.fft2(weight, s=(_GRID, _GRID)).abs().square().sum(1).flatten(1)
     frequency = torch.fft.fftfreq(_GRID, dtype=weight.dtype)
     radius = torch.hypot(frequency[:, None], frequency).flatten()
-    width = math.sqrt(0.5) / bands
-    band = (radius / width).long().clamp(max=bands - 1)
-    sums = torch.zeros(len(weight), bands, dtype=weight.dtype).index_add_(1, band, power)
+    width = math.sqrt(0.5) / _BANDS
+    band = (radius / width).long().clamp(max=_BANDS - 1)
+    sums = torch.zeros(len(weight), _BANDS, dtype=weight.dtype).index_add_(1, band, power)
     mean = power.mean(1, keepdim=True)
-    density = sums / torch.bincount(band, minlength=bands)
-    return torch.where(mean > 0, density / mean, 0.0), width * torch.arange(1, bands + 1, dtype=weight.dtype)
+    density = sums / torch.bincount(band, minlength=_BANDS)
+    return torch.where(mean > 0, density / mean, 0.0), width * torch.arange(1, _BANDS + 1, dtype=weight.dtype)
 
 
 def in_pixel_units(rms: Tensor, std: Sequence[float]) -> Tensor:

@@ -220,12 +220,12 @@ def own_percentile(own: Tensor, others: Tensor) -> Tensor:
     return 2 * (higher * known).sum(1) / torch.where(known.any(1), known.sum(1), torch.nan) - 1
 
 
-def structural_similarity(a: Tensor, b: Tensor, inside: Tensor, window: int = 7) -> Tensor:
+def structural_similarity(a: Tensor, b: Tensor, inside: Tensor) -> Tensor:
     """Return the SSIM (Wang et al. 2004) of pictures ≥ 0, [U, h, w], each scaled to 1, where windows are inside: [U].
 
     NaN where one is 0 everywhere, or no window is inside.
     """
-    side = min(window, *a.shape[1:])
+    side = min(7, *a.shape[1:])
     scaled = [(x * inside)[:, None].double() for x in (a, b)]
     peaks = [x.amax((1, 2, 3), keepdim=True) for x in scaled]
     first, second = (x / torch.where(peak > 0, peak, torch.nan) for x, peak in zip(scaled, peaks, strict=True))

@@ -189,10 +189,10 @@ def prediction_table(predictions: Sequence[Prediction], width: int = 80) -> list
 
 
 @styled
-def draw_predictions(predictions: Sequence[Prediction], columns: int = 6) -> Figure:
+def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
     """Draw each picture with bars for its most probable classes below it."""
     shown = [p for p in predictions if p.picture is not None]
-    columns = min(columns, len(shown))
+    columns = min(6, len(shown))
     rows, bars = -(-len(shown) // columns), min(3, max(len(p.best) for p in shown))
     figure = new_figure(figsize=(2.1 * columns, (2.35 + 0.24 * bars) * rows + 0.4))
     figure.suptitle("Predictions")

@@ -162,14 +162,13 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
 
 
 @styled
-def draw_samples(
-    images: ImageSet, evaluation: Evaluation, index: Tensor | None = None, columns: int = 8, rows: int = 8
-) -> Figure:
+def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None = None) -> Figure:
     """Draw images with their predicted (true) class, green where these agree, as the blog does.
 
     `evaluation` is that of `images`. With `index`, the images at these places are drawn, each with its file's name or
     its number, and the probability of its prediction; without, images that are evenly spread over the set.
     """
+    columns = rows = 8
     title, sure, names = "Predicted class (true class)", [""] * (rows * columns), [""] * (rows * columns)
     if index is None:
         index = torch.linspace(0, len(images) - 1, min(rows * columns, len(images))).round().long()

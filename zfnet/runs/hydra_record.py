@@ -109,14 +109,14 @@ def _job_help(job: str, sources: Any) -> str:
     return text.replace("$", "$$")
 
 
-def explain_job(text: str, job: str, width: int = 80) -> str:
+def explain_job(text: str, job: str) -> str:
     """Return a job's YAML as help text: what it is for, its commands, and each key with its default and its comment."""
     head: list[str] = []
     keys: list[tuple[str, list[str]]] = []
     paragraph: list[str] = []
 
     def end_paragraph() -> None:
-        head.extend(textwrap.wrap(" ".join(paragraph), width))
+        head.extend(textwrap.wrap(" ".join(paragraph), 80))
         paragraph.clear()
 
     comments = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
@@ -142,7 +142,7 @@ def explain_job(text: str, job: str, width: int = 80) -> str:
     for name, description in keys:
         start = f"  {name}".ljust(indent - 2) + "  "
         lines += textwrap.wrap(
-            " ".join(description), width, initial_indent=start, subsequent_indent=" " * indent, break_long_words=False
+            " ".join(description), 80, initial_indent=start, subsequent_indent=" " * indent, break_long_words=False
         ) or [start.rstrip()]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
