@@ -57,7 +57,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     register_resolvers()
     config = compose(options.overrides)
-    runtime, images = resolve_runtime(config.trainer), load_splits(config.data).train
+    runtime = resolve_runtime(config.trainer, own_network=isinstance(config.model, dict))
+    images = load_splits(config.data, config.imports).train
     model = initial_model(config, len(images.classes))[0].to(runtime.device).eval()
     pixels = images.pixels(range(min(options.count, len(images))))
     inputs = preprocess(pixels.to(runtime.device), config.data, channels_last=False)

@@ -45,7 +45,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     register_resolvers()
     config = compose(["job=benchmark", *options.overrides])
-    runtime, images = resolve_runtime(config.trainer), load_splits(config.data).train
+    runtime = resolve_runtime(config.trainer, own_network=isinstance(config.model, dict))
+    images = load_splits(config.data, config.imports).train
     ours, job = TrainingSteps("zfnet", config, runtime, images), config.job
     loops = other_loops(config, runtime, images, options.workers)
     result = measure(ours, loops, job.rounds, job.steps, job.warmup)
