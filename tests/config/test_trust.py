@@ -65,6 +65,10 @@ RUNS_CODE = {
     "a class of log handlers": {
         "config.yaml": "hydra: {hydra_logging: {version: 1, handlers: {x: {class: witness_module.Handler}}}}\n"
     },
+    "a harmless key of the same dotted name": {
+        "config.yaml": "hydra: {job_logging: {version: 1, handlers: {x: {'()': pathlib.Path.touch, self: witness}}, "
+        "handlers.x.(): null, handlers.x.self: null}}\n"
+    },
     "a package to search": {"config.yaml": "hydra: {searchpath: ['pkg://witness_module']}\n"},
     "a folder to search": {
         "config.yaml": "hydra: {searchpath: ['file://../elsewhere']}\ndefaults: [x@_global_: x]\n",

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Optional, TypeVar
@@ -340,15 +340,18 @@ def model_name(model: ModelConfig | Mapping[str, Any]) -> str:
     return model.name if isinstance(model, ModelConfig) else str(model["_target_"]).rpartition(".")[2]
 
 
-def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested config as dotted keys and values; an empty or null part is a value."""
-    flat: dict[str, Any] = {}
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and values of a nested config; a list, and an empty or null part, is a value."""
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            yield f"{prefix}{key}", value
+
+
+def flatten(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested config as dotted keys and values."""
+    return dict(leaves(node))
 
 
 T = TypeVar("T")

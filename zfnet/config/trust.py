@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from omegaconf import DictConfig, OmegaConf
 from zfnet.config.errors import UserError, one_line, yaml_problem
 from zfnet.config.instantiate import resolve
 from zfnet.config.reading import check_yaml
+from zfnet.config.schema import leaves
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -147,7 +148,7 @@ def _check(config: DictConfig, words: Sequence[str]) -> None:
     expected: Any = OmegaConf.to_container(own.hydra, resolve=False)
     for name, base in _CONSTRUCTED.items():
         _check_constructed(name, part[name], expected[name], base, imports)
-    for key, value in _leaves(part):
+    for key, value in leaves(part):  # not `flatten`, in which one of two equal dotted keys would hide the other
         head, _, rest = key.partition(".")
         if head in (*_CONSTRUCTED, *_HARMLESS) or (head == "job" and rest in _HARMLESS_JOB):
             continue
@@ -219,7 +220,7 @@ def _check_constructed(name: str, part: Any, expected: Any, base: type, imports:
         elif not known and settings is not None:
             raise _refusal(f"hydra.{key}", settings)
         trusted = not known and str(target).partition(".")[0] in imports
-        for rest, value in _leaves(settings or {}):
+        for rest, value in leaves(settings or {}):
             if name == "sweeper" and rest.split(".")[0] == "params":
                 continue
             last = rest.rpartition(".")[2]
@@ -258,15 +259,6 @@ def _check_directory(config: DictConfig, key: str) -> None:
 def _stays_below(path: str) -> bool:
     inside = os.path.relpath(path)
     return inside != os.pardir and not inside.startswith(os.pardir + os.sep)
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys and values of a nested mapping; a list, and an empty mapping, is a value."""
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _value_at(node: Any, key: str) -> Any:
