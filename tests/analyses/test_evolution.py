@@ -14,7 +14,7 @@ from zfnet.analyses.evolution import correlation, project_strongest, sample_maps
 from zfnet.data import Batches
 from zfnet.explain import Deconvnet
 from zfnet.runs.weights import load_model
-from zfnet.training.callbacks import list_snapshots
+from zfnet.training.checkpoint import epoch_files
 
 
 def test_correlation_is_that_of_columns() -> None:
@@ -68,7 +68,7 @@ def test_evolution_names_each_maps_strongest_image_at_each_epoch(run_py, trained
     assert answer.code == 0, answer.err
     rows = read_csv(Path("out/strongest.csv"))
     assert len(rows) == 3 * (12 + 48)
-    early, _ = load_model(list_snapshots(trained.run.snapshots)[3])
+    early, _ = load_model(epoch_files(trained.run.snapshots)[3])
     with torch.no_grad():
         peaks = early.activations(trained.inputs, ["conv5"])["conv5"].amax((2, 3))
     for row in rows:

@@ -36,12 +36,12 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Stopped
 from zfnet.runs.weights import load_model
 from zfnet.training import loop
-from zfnet.training.callbacks import EarlyStopping, Metrics, duration, list_snapshots
-from zfnet.training.checkpoint import BEST, read_checkpoint, read_newest, step_files, unpack
+from zfnet.training.callbacks import EarlyStopping, Metrics, duration
+from zfnet.training.checkpoint import BEST, epoch_files, read_checkpoint, read_newest, step_files, unpack
 
 
 def test_the_last_snapshot_is_the_network_as_training_left_it(trained: Trained) -> None:
-    snapshots = list_snapshots(trained.run.snapshots)
+    snapshots = epoch_files(trained.run.snapshots)
     assert list(snapshots) == [1, 3, 6]
     models = {epoch: load_model(path) for epoch, path in snapshots.items()}
     last = read_checkpoint(step_files(trained.run.checkpoints)[-1]).tensors
@@ -71,10 +71,10 @@ def test_a_run_that_goes_on_keeps_its_snapshots_and_writes_the_rest(
         with pytest.raises(Stopped):
             train_tiny(tmp_path / "run", *words)
     run = RunDirectory(tmp_path / "run")
-    assert list(list_snapshots(run.snapshots)) == [1]
-    before = list_snapshots(run.snapshots)[1].stat().st_mtime_ns
+    assert list(epoch_files(run.snapshots)) == [1]
+    before = epoch_files(run.snapshots)[1].stat().st_mtime_ns
     train(compose(*TINY, *words), run)
-    snapshots = list_snapshots(run.snapshots)
+    snapshots = epoch_files(run.snapshots)
     assert list(snapshots) == [1, 2]
     assert snapshots[1].stat().st_mtime_ns == before
     last = read_checkpoint(step_files(run.checkpoints)[-1]).tensors

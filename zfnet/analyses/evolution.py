@@ -32,7 +32,7 @@ from zfnet.plots.figures import PALETTE, epoch_axis, new_figure, save_figure, st
 from zfnet.plots.pictures import on_grey, show_mosaic
 from zfnet.runs.session import own_directory
 from zfnet.runs.weights import load_model
-from zfnet.training.callbacks import list_snapshots
+from zfnet.training.checkpoint import epoch_files
 from zfnet.training.loaded import LoadedRun
 
 log = logging.getLogger("zfnet")
@@ -56,7 +56,7 @@ class EvolutionJob(Look):
         layers = pick_layers(loaded.chain, "job.layers", self.layers, default, only_conv=True)
         for layer in layers:
             Deconvnet(loaded.chain).check(layer)
-        snapshots = list_snapshots(loaded.source.snapshots)
+        snapshots = epoch_files(loaded.source.snapshots)
         if len(snapshots) < 2:
             raise UserError(
                 f"run={loaded.source.folder}: kept the weights of {len(snapshots)} epochs, and a comparison needs two: "

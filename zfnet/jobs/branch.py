@@ -25,8 +25,8 @@ from zfnet.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     copy_checkpoint,
+    epoch_files,
     epoch_name,
-    kept_epochs,
     read_checkpoint,
     step_files,
     step_name,
@@ -91,7 +91,7 @@ class ForkJob(BranchJob):
     epoch: Optional[Annotated[int, Field(ge=1)]]
 
     def epoch_of(self, parent: RunDirectory, config: Config) -> int:
-        known = kept_epochs(parent.checkpoints)
+        known = list(epoch_files(parent.checkpoints))
         if parent.state == "done":
             known = sorted({*known, len(parent.read_history())})
         if self.epoch in known and self.epoch < config.trainer.epochs:
@@ -111,7 +111,7 @@ class ForkJob(BranchJob):
 
 def _state_files(parent: RunDirectory, epoch: int) -> tuple[Path, Path]:
     """Return the files of the state after an epoch and of the best weights up to it."""
-    if epoch in kept_epochs(parent.checkpoints):
+    if epoch in epoch_files(parent.checkpoints):
         return parent.checkpoints / epoch_name(epoch), parent.checkpoints / epoch_name(epoch, best=True)
     files = step_files(parent.checkpoints)
     if not files:

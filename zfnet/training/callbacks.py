@@ -352,9 +352,3 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.waited = state["best"], state["waited"]
-
-
-def list_snapshots(folder: Path) -> dict[int, Path]:
-    """Return the snapshots in a folder by epoch, in their order; empty if there is no such folder."""
-    names = {p: p.stem.removeprefix("epoch-") for p in folder.glob("epoch-*.safetensors")}
-    return dict(sorted((int(number), p) for p, number in names.items() if number.isdigit() and len(number) >= 4))

@@ -126,10 +126,10 @@ def epoch_name(epoch: int, best: bool = False) -> str:
     return f"epoch-{epoch:04d}{'-best' * best}.safetensors"
 
 
-def kept_epochs(folder: Path) -> list[int]:
-    """Return the epochs after which the state was kept, in their order."""
-    names = (re.fullmatch(r"epoch-(\d{4,})\.safetensors", p.name) for p in folder.glob("epoch-*"))
-    return sorted(int(name[1]) for name in names if name)
+def epoch_files(folder: Path) -> dict[int, Path]:
+    """Return the states, or the snapshots, that a folder keeps, by epoch and in their order; {} without a folder."""
+    names = ((re.fullmatch(r"epoch-(\d{4,})\.safetensors", p.name), p) for p in folder.glob("epoch-*"))
+    return dict(sorted((int(name[1]), p) for name, p in names if name))
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
