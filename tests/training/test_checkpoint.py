@@ -35,7 +35,6 @@ from zfnet.training.checkpoint import (
     step_name,
     under_prefix,
     unpack,
-    with_prefix,
 )
 
 
@@ -304,7 +303,7 @@ def test_kernels_are_the_devices_and_not_the_checkpoints() -> None:
 
 def test_prefixes() -> None:
     one = {"a.b": torch.ones(1), "c": torch.zeros(1)}
-    both = with_prefix("model", one) | with_prefix("model2", {"a.b": torch.ones(2)})
+    both = {**{f"model.{name}": value for name, value in one.items()}, "model2.a.b": torch.ones(2)}
     assert under_prefix("model", both).keys() == one.keys()
 
 

@@ -256,11 +256,6 @@ def _from_format_1(old: Checkpoint) -> Checkpoint:
     return Checkpoint(tensors, metadata)
 
 
-def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put `prefix.` before each name."""
-    return {f"{prefix}.{name}": value for name, value in tensors.items()}
-
-
 def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors below `prefix.`, without it."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from zfnet.config.errors import UserError, one_line
 from zfnet.config.schema import Config
-from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_prefix, unpack, with_prefix
+from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_prefix, unpack
 from zfnet.training.device import Runtime
 from zfnet.training.metrics import RunningMetrics
 from zfnet.training.processes import SINGLE, World
@@ -203,7 +203,7 @@ class TrainingState:
     def checkpoint(self) -> Checkpoint:
         """Return what a resume needs."""
         getattr(self.optimizer, "train", bool)()  # schedule-free optimizers: the trained weights, not the averaged ones
-        tensors = {**with_prefix("model", self.model.state_dict()), "metrics": self.metrics.sums}
+        tensors = {**self.model.state_dict(prefix="model."), "metrics": self.metrics.sums}
         optimizer = self.optimizer.state_dict()
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]]
         callbacks = {c.name: c.state_dict() for c in self.callbacks if c.name}
