@@ -240,7 +240,7 @@ def fast_switches() -> Iterator[None]:
         return plain(self, x)
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-        set_switches(False, "bf16")
+        set_switches(False)
         before = switches()
         patch.setattr(torch.nn.Conv2d, "forward", checked)
         yield

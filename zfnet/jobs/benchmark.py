@@ -101,7 +101,7 @@ class TrainingSteps:
 
     def _full_batches(self) -> Iterator[Batch]:
         """Yield batches epoch after epoch; short last batches are left out, so that all steps are equal."""
-        set_switches(self.runtime.deterministic, self.runtime.precision)
+        set_switches(self.runtime.deterministic)
         keep_memory(self.runtime.device.type == "cpu")
         self.state.train()
         for epoch in itertools.count():

@@ -88,7 +88,7 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: 
     channels_last = device.type == "cuda" or (device.type == "cpu" and not own_network)
     if isinstance(trainer.channels_last, bool):
         channels_last = trainer.channels_last
-    set_switches(trainer.deterministic, precision)
+    set_switches(trainer.deterministic)
     if device.type == "cpu":
         keep_memory(True)
     return Runtime(device, precision, channels_last, trainer.compile is True, trainer.deterministic)
@@ -175,7 +175,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def set_switches(deterministic: bool, precision: str) -> None:
+def set_switches(deterministic: bool) -> None:
     """Set all switches for each run, so that no job of a sweep affects the next."""
     # read when the first cuBLAS handle is made; harmless where it is not needed
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
