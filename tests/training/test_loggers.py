@@ -171,7 +171,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def events(run: RunDirectory) -> EventAccumulator:
-    return read_events(run.tensorboard)
+    return read_events(run.folder / "tensorboard")
 
 
 def read_events(folder: Path) -> EventAccumulator:
@@ -182,7 +182,7 @@ def read_events(folder: Path) -> EventAccumulator:
 
 def test_tensorboard_files_lie_in_one_directory(run: RunDirectory) -> None:
     """`SummaryWriter.add_hparams` would open a second run in a folder below."""
-    entries = list(run.tensorboard.iterdir())
+    entries = list((run.folder / "tensorboard").iterdir())
     assert entries
     assert all(p.is_file() and p.name.startswith("events.out.tfevents") for p in entries)
 
@@ -244,7 +244,7 @@ def test_tensorboard_graph_leaves_the_mode_and_a_failure_is_a_warning(tmp_path: 
 
 def test_no_logger_writes_nothing(tmp_path: Path) -> None:
     run = train_minute(tmp_path / "run")
-    assert not run.tensorboard.exists()
+    assert not (run.folder / "tensorboard").exists()
     assert not (run.folder / "steps.csv").exists()
 
 

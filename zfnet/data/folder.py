@@ -232,10 +232,10 @@ def _names(folders: Iterable[Path]) -> str:
     return " and ".join(f"{printable(path.name)}/" for path in folders)
 
 
-def _folder_names(root: Path, most: int = 12) -> str:
+def _folder_names(root: Path) -> str:
     """Return the folders in `root`, for an error message."""
     names = [*map(printable, _scan(root)[0])]
-    return f"; found: {', '.join(names[:most])}{' …' if len(names) > most else ''}" if names else "; found no folder"
+    return f"; found: {', '.join(names[:12])}{' …' if len(names) > 12 else ''}" if names else "; found no folder"
 
 
 # -- the cache

@@ -41,7 +41,9 @@ _FEW = 40  # classes, of which each can be named
 def results_of(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
     """Return one split's entry of results.json."""
     return {
-        **evaluation.summary(),
+        "accuracy": evaluation.accuracy,
+        "top5": evaluation.top5,
+        "loss": evaluation.loss,
         "mean_class_accuracy": evaluation.mean_class_accuracy(),
         "images": len(evaluation.labels),
         "per_class": dict(zip(classes, evaluation.per_class(), strict=True)),

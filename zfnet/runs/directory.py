@@ -117,7 +117,6 @@ class RunDirectory:
         self.checkpoints = self.folder / "checkpoints"
         self.figures = self.folder / "figures"
         self.snapshots = self.folder / "snapshots"
-        self.tensorboard = self.folder / "tensorboard"
         self.weights = self.folder / "model.safetensors"
 
     @functools.cached_property

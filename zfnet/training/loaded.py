@@ -141,5 +141,5 @@ def _joined(sets: Sequence[ImageSet]) -> ImageSet:
     )
 
 
-def _shortened(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" … ({len(names)} in all)" if len(names) > most else "")
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" … ({len(names)} in all)" if len(names) > 12 else "")

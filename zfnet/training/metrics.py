@@ -79,9 +79,6 @@ class Evaluation:
         known = [a for a in self.per_class() if a is not None]
         return sum(known) / len(known)
 
-    def summary(self) -> dict[str, float | None]:
-        return {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss}
-
 
 class EvaluationSums:
     """Collects an Evaluation batch by batch, on the device; `probabilities`: whether to keep those of all classes."""
