@@ -292,7 +292,6 @@ def train_in_scratch(config: Config) -> tuple[dict[str, Any], float]:
     """Train in a temporary directory; return (history and weights_sha256, seconds)."""
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder) / "run")
-        run.claim(config)
         start = time.perf_counter()
         train(config, run)
         seconds = time.perf_counter() - start

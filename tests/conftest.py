@@ -132,6 +132,7 @@ class Answer(NamedTuple):
 def run_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     """Return a function that does what `python run.py …` does, in this process and in an empty folder."""
     from hydra._internal.hydra import Hydra
+    from hydra.core.hydra_config import HydraConfig
 
     monkeypatch.chdir(tmp_path)
 
@@ -140,6 +141,7 @@ def run_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
         capfd.readouterr()
         code = 0
         with monkeypatch.context() as patch:
+            patch.setattr(HydraConfig.instance(), "cfg", None)  # or a later training would record this command
             if not any(re.match(r"-+c|hydra\.(mode|searchpath)", str(word)) for word in words):
                 patch.setattr(Hydra, "get_mode", no_mode)
             try:

@@ -85,9 +85,8 @@ def checked(*words: str) -> Config:
 
 def train_tiny(folder: Path, *words: str) -> RunDirectory:
     """Train the tiny run, with these overrides, in `folder`."""
-    config, run = compose(*TINY, *words), RunDirectory(folder)
-    run.claim(config)
-    train(config, run)
+    run = RunDirectory(folder)
+    train(compose(*TINY, *words), run)
     return run
 
 
@@ -99,7 +98,6 @@ def train_minute(folder: Path, *words: str) -> RunDirectory:
 def train_undrawn(folder: Path, config: Config) -> RunDirectory:
     """Train a config in `folder`, or go on with it there, without figures."""
     run = RunDirectory(folder)
-    run.claim(config)
     with no_figures():
         train(config, run)
     return run

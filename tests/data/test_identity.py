@@ -39,7 +39,6 @@ def config_for(root: Path, *words: str) -> Config:
 def start(folder: Path, root: Path, *words: str, at: int | None = None) -> RunDirectory:
     """Train in `folder` on the images at `root`, up to this step or to the end."""
     config, run = config_for(root, *words), RunDirectory(folder)
-    run.claim(config)
     if at is None:
         train(config, run)
     else:

@@ -111,9 +111,8 @@ def test_changed_data_is_named(run_py, tmp_path: Path) -> None:
             pixels = base + rng.integers(0, 128, (64, 64, 3))
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{n}.png")
     words = ("data=folder", f"data.root={tmp_path / 'photos'}", "data.image_size=64", "data.batch_size=8")
-    config, one = compose("experiment=quickstart", *CPU, *SHORT[:2], *words), RunDirectory(tmp_path / "one")
-    one.claim(config)
-    train(config, one)
+    one = RunDirectory(tmp_path / "one")
+    train(compose("experiment=quickstart", *CPU, *SHORT[:2], *words), one)
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photos/dark/0.png")
     answer = run_py("job=reproduce", f"run={one.folder}", "hydra.run.dir=again")
     assert answer.code == 1

@@ -95,9 +95,8 @@ def test_logging_and_boards_change_no_weights(tmp_path: Path) -> None:
 
 
 def test_the_objective_of_a_sweep_is_validations(tmp_path: Path) -> None:
-    config, run = compose(*MINUTE), RunDirectory(tmp_path / "run")
-    run.claim(config)
-    value = train(config, run)
+    run = RunDirectory(tmp_path / "run")
+    value = train(compose(*MINUTE), run)
     assert value == run.read_json("results.json")["validation"]["accuracy"]
 
 

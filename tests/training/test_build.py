@@ -275,9 +275,8 @@ def test_init_from_and_freeze_are_fine_tuning(started, tmp_path: Path) -> None:
     words = [w for w in MINUTE if not w.endswith(("_images=80", "_images=20", "_images=200", "_images=50"))]
     words += [OWN, "data=dataset", "+data.train._target_=tests.own.Items", "+data.train.count=30"]
     words += ["data.validation=6", f"trainer.init_from={started.folder}", "trainer.freeze=[conv1,conv2]"]
-    config, run = compose(*words), RunDirectory(tmp_path / "run")
-    run.claim(config)
-    train(config, run)
+    run = RunDirectory(tmp_path / "run")
+    train(compose(*words), run)
     log = (run.folder / "train.log").read_text()
     assert "trainer.init_from: fc8.weight is new, since the number of classes differs" in log
     kept, old = load_file(run.weights), load_file(started.weights)
