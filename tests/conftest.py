@@ -127,6 +127,15 @@ class Answer(NamedTuple):
     out: str
     err: str
 
+    @property
+    def error(self) -> str:
+        """The one line with which a command failed, without `error: ` and the line's end."""
+        assert self.code == 1, self.err
+        assert self.err.startswith("error: "), self.err
+        assert self.err.count("\n") == 1, self.err
+        assert self.err.endswith("\n"), self.err
+        return self.err[len("error: ") : -1]
+
 
 @pytest.fixture
 def run_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:

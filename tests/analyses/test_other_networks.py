@@ -131,8 +131,7 @@ def test_a_module_without_a_rule_is_refused_before_the_work(run_py, tmp_path: Pa
     run = train_other(tmp_path / "run", Smooth, "trainer.epochs=1")
     for job in ("deconvnet", "evolution", "occlusion", "attribution", "verdict"):
         answer = run_py(f"job={job}", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
-        assert (answer.code, answer.err.count("\n")) == (1, 1)
-        assert "1 (SiLU): the deconvnet has no rule for it" in answer.err
+        assert "1 (SiLU): the deconvnet has no rule for it" in answer.error
         assert not Path("out").exists()
     assert run_py("job=filters", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out").code == 0
 
@@ -141,9 +140,7 @@ def test_a_residual_network_is_refused_by_name(run_py, tiny_run: RunDirectory, t
     run = train_other(tmp_path / "run", Residual, "trainer.epochs=1")
     for job in ("deconvnet", "evolution", "filters", "invariance", "occlusion", "attribution", "verdict"):
         answer = run_py(f"job={job}", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
-        assert answer.code == 1
-        assert answer.err.count("\n") == 1, answer.err
-        assert f"job={job}: Residual is not a chain of layers: the input of head.0" in answer.err
+        assert f"job={job}: Residual is not a chain of layers: the input of head.0" in answer.error
         assert not Path("out").exists()
     words = (f"run={tiny_run.folder}", f"job.other={run.folder}", "imports=[tests]")
     assert f"job.other={run.folder}: is not a chain of layers: the input" in run_py("job=forced_choice", *words).err

@@ -143,12 +143,8 @@ def run_hostile(run_py, tmp_path: Path, monkeypatch):
         assert not (tmp_path / "witness").exists()
         assert set(tmp_path.parent.iterdir()) == before
         assert "witness_module" not in sys.modules
-        assert answer.code == 1
-        assert answer.err.count("\n") == 1, answer.err
-        assert answer.err.removeprefix("error: ").removeprefix("no job has started: ").startswith(("hydra.", "job.")), (
-            answer.err
-        )
-        return answer.err
+        assert answer.error.removeprefix("no job has started: ").startswith(("hydra.", "job.")), answer.error
+        return answer.error
 
     return run
 
@@ -170,7 +166,7 @@ def test_only_the_command_line_sets(run_hostile, key: str, value: object) -> Non
     for name in reversed(key.split(".")):
         text = f"{{{name}: {text}}}"
     error = run_hostile({"config.yaml": f"outside: ../outside\nhydra: {text}\n"})
-    assert error.startswith(f"error: hydra.{key}=")
+    assert error.startswith(f"hydra.{key}=")
     assert ": a config folder from elsewhere may not set this" in error
 
 
@@ -211,8 +207,7 @@ def test_aliases_of_a_folder_from_elsewhere_are_bounded(run_py, tmp_path: Path, 
     folder = folder_of(tmp_path, {place: GLOBAL + "\n".join(["a0: &a0 [1]", *lines])})
     words = ["--config-path", folder] if place == "config.yaml" else ["--config-dir", folder, "experiment=x"]
     answer = run_py(*words)
-    assert answer.code == 1
-    assert answer.err == f"error: {folder / place} cannot be read: it holds more than 100,000 values\n"
+    assert answer.error == f"{folder / place} cannot be read: it holds more than 100,000 values"
 
 
 @pytest.mark.parametrize(
@@ -231,10 +226,8 @@ def test_a_file_of_a_folder_from_elsewhere_that_is_no_config_is_named(
     folder = folder_of(tmp_path, {"experiment/x.yaml": ""})
     (folder / "experiment/x.yaml").write_bytes(content)
     answer = run_py("--config-dir", folder, "experiment=x")
-    assert answer.code == 1
-    assert answer.err.startswith(f"error: {folder}/experiment/x.yaml")
-    assert expected in answer.err
-    assert answer.err.count("\n") == 1
+    assert answer.error.startswith(f"{folder}/experiment/x.yaml")
+    assert expected in answer.error
 
 
 def test_what_a_folder_from_elsewhere_may_say(run_py, tmp_path: Path) -> None:
@@ -330,4 +323,4 @@ def test_a_logger_of_a_folder_from_elsewhere_sends_nothing(run_py, tmp_path: Pat
 @pytest.mark.parametrize("folder", ["../outside", "/tmp/outside", "${oc.env:OUTSIDE}/outside"])
 def test_a_folder_does_not_choose_where_schemas_are_written(run_hostile, folder: str) -> None:
     job = f"job: {{name: schema, _target_: zfnet.jobs.schema.SchemaJob, folder: '{folder}'}}\n"
-    assert run_hostile({"config.yaml": job}).startswith("error: job.folder=")
+    assert run_hostile({"config.yaml": job}).startswith("job.folder=")

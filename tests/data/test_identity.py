@@ -101,9 +101,7 @@ def test_a_run_does_not_go_on_with_other_images(photos: Path, tmp_path: Path, ru
     exchange(photos)
     before = files_of(run.folder)
     answer = run_py("job=resume", "run=r")
-    assert answer.code == 1
-    assert answer.err.startswith("error: r was trained on other images (other pixels or labels): put those back, or")
-    assert answer.err.count("\n") == 1
+    assert answer.error.startswith("r was trained on other images (other pixels or labels): put those back, or")
     assert files_of(run.folder) == before
 
 

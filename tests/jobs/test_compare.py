@@ -165,10 +165,7 @@ def test_compare_writes_the_summary_again(run_py, tmp_path: Path) -> None:
 
 def test_compare_refuses_what_holds_no_training(run_py, tmp_path: Path) -> None:
     for words in (["job.sweep=."], [], ["runs=[nowhere,.]"]):
-        answer = run_py("job=compare", *words)
-        assert answer.code == 1
-        assert answer.err.startswith("error: ")
-        assert answer.err.count("\n") == 1
+        assert run_py("job=compare", *words).error
         assert not (tmp_path / "outputs").exists()
 
 

@@ -89,12 +89,10 @@ def test_changed_code_is_named(run_py, exact_run, tmp_path: Path, monkeypatch) -
 
     monkeypatch.setattr(zfnet.training.loop, "train_step", other)
     answer = run_py("job=reproduce", f"run={exact_run.folder}", "hydra.run.dir=again")
-    assert answer.code == 1
-    assert answer.err.count("\n") == 1
     assert re.search(
-        r"^error: not identical to .*: epoch 1, train_loss was [\d.]+, is [\d.]+; "
+        r"^not identical to .*: epoch 1, train_loss was [\d.]+, is [\d.]+; "
         r"the environment differs in code.source_sha256 \(again/reproduction.json\)$",
-        answer.err,
+        answer.error,
     )
     comparison = RunDirectory("again").read_json("reproduction.json")
     assert comparison["identical"] is False

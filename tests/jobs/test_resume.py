@@ -80,19 +80,16 @@ def test_another_config_than_the_checkpoints_is_refused(run_py, tmp_path: Path) 
     text = (run.folder / "config.yaml").read_text()
     (run.folder / "config.yaml").write_text(text.replace("epochs: 2", "epochs: 3"))
     answer = run_py("job=resume", f"run={run.folder}")
-    assert answer.code == 1
-    assert "is not the config that the checkpoint was made with" in answer.err
-    assert answer.err.count("\n") == 1
+    assert "is not the config that the checkpoint was made with" in answer.error
 
 
 def test_a_finished_run_without_its_weights_is_named(run_py, tmp_path: Path) -> None:
     run = train_minute(tmp_path / "r", "trainer.epochs=1")
     run.weights.unlink()
     answer = run_py("job=resume", "run=r")
-    assert answer.code == 1
-    assert answer.err == (
-        "error: r is finished, but its model.safetensors is gone: python run.py job=reproduce run=r trains it "
-        "again, in a new directory\n"
+    assert answer.error == (
+        "r is finished, but its model.safetensors is gone: python run.py job=reproduce run=r trains it again, in a new "
+        "directory"
     )
     assert run.state == "done"
 

@@ -89,15 +89,13 @@ def test_runs_shows_trainings_sorts_and_filters(run_py, tmp_path: Path) -> None:
     assert run_py("job=runs", "job.where=[model:zfnet]").out.startswith("no such runs below outputs\n")
     assert "error: job.where=done: must be key:value" in run_py("job=runs", "job.where=[done]").err
     answer = run_py("job=runs", "job.where=[optimizer.rate:1]")
-    assert (answer.code, answer.err.startswith("error: job.where: no run has a key optimizer.rate")) == (1, True)
-    assert answer.err.count("\n") == 1
+    assert answer.error.startswith("job.where: no run has a key optimizer.rate")
 
 
 def test_runs_without_any_run(run_py, tmp_path: Path) -> None:
     (tmp_path / "outputs").mkdir()
     assert run_py("job=runs").out == "no runs below outputs\n"
-    answer = run_py("job=runs", "job.root=nowhere")
-    assert (answer.code, answer.err) == (1, "error: job.root=nowhere: there is no such folder\n")
+    assert run_py("job=runs", "job.root=nowhere").error == "job.root=nowhere: there is no such folder"
 
 
 def test_describe_reads_size_and_accuracy_from_disk(tiny_run, tmp_path: Path) -> None:
