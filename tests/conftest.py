@@ -12,7 +12,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -114,6 +114,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     from tests.explain.trained import train_some
 
     return train_some(tmp_path_factory.mktemp("trained") / "run")
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that makes up the validations: `judge(loss=[…])` gives their loss after epochs 1, 2, …"""
+    from zfnet.training import loop
+
+    real = loop.evaluate
+
+    def prefer(**made_up: Sequence[float]) -> None:
+        def judged(model, batches, runtime, what, stop=None):
+            evaluation = real(model, batches, runtime, what, stop)
+            if what.startswith("validation "):
+                for metric, values in made_up.items():
+                    object.__setattr__(evaluation, metric, values[int(what.split()[1]) - 1])
+            return evaluation
+
+        monkeypatch.setattr(loop, "evaluate", judged)
+
+    return prefer
 
 
 def no_mode(*_: Any, **__: Any) -> None:

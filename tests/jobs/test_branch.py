@@ -65,22 +65,9 @@ def test_a_fork_that_changes_nothing_equals_its_parent(branch, tmp_path: Path) -
     assert newest[0].metadata["schedule"] == newest[1].metadata["schedule"]
 
 
-def judge_by(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
-    """Make these the validation accuracies of epochs 1, 2, …"""
-    real = zfnet.training.loop.evaluate
-
-    def judged(model, batches, runtime, what, stop=None):
-        evaluation = real(model, batches, runtime, what, stop)
-        if what.startswith("validation "):
-            object.__setattr__(evaluation, "accuracy", accuracies[int(what.split()[1]) - 1])
-        return evaluation
-
-    monkeypatch.setattr("zfnet.training.loop.evaluate", judged)
-
-
-def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, monkeypatch) -> None:
+def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, judge) -> None:
     accuracies = [0.9, 0.95, 0.1, 0.2]
-    judge_by(monkeypatch, accuracies)
+    judge(accuracy=accuracies)
     train_minute(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
     longer = branch("two", "job=extend", "run=one", "trainer.epochs=4")
     assert longer.read_json("results.json")["best_epoch"] == 2
@@ -91,9 +78,9 @@ def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, mon
     assert "the weights are of epoch 1 (the parent's), the best of 3" in branch.out
 
 
-def test_the_best_epoch_before_a_fork_survives_a_kill(branch, tmp_path: Path, monkeypatch) -> None:
+def test_the_best_epoch_before_a_fork_survives_a_kill(tmp_path: Path, judge, monkeypatch) -> None:
     """Killed in epoch 4 and continued from epoch 2, the best weights until epoch 2 are not those of epoch 3."""
-    judge_by(monkeypatch, [0.5, 0.4, 0.9, 0.1])
+    judge(accuracy=[0.5, 0.4, 0.9, 0.1])
     words = ("trainer.epochs=4", "trainer.checkpoint_epochs=[2]")
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "on_step_end", lambda self, state: state.step == STEPS + 3 and self.save(state))

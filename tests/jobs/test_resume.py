@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from tests.helpers import EVERY_STEP, MINUTE, STEPS, compose, die_at, learned, t
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
 from zfnet.runs.directory import RunDirectory
-from zfnet.training import loop
 from zfnet.training.checkpoint import BEST, step_files
 
 
@@ -97,26 +95,9 @@ def test_a_finished_run_without_its_weights_is_named(run_py, tmp_path: Path) -> 
 # -- the best weights are lost
 
 
-@pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that gives the validations of each epoch these accuracies."""
-    real = loop.evaluate
-
-    def prefer(*accuracies: float) -> None:
-        def judged(model, batches, runtime, what, stop=None):
-            evaluation = real(model, batches, runtime, what, stop)
-            if what.startswith("validation "):
-                object.__setattr__(evaluation, "accuracy", accuracies[int(what.split()[1]) - 1])
-            return evaluation
-
-        monkeypatch.setattr(loop, "evaluate", judged)
-
-    return prefer
-
-
 @pytest.mark.parametrize("harm", ["missing", "damaged"])
 def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, judge, harm: str) -> None:
-    judge(0.9, 0.2, 0.3)
+    judge(accuracy=[0.9, 0.2, 0.3])
     die_at(tmp_path / "r", 2 * STEPS + 3, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
     path = run.checkpoints / BEST
@@ -140,7 +121,7 @@ def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, judge,
 def test_a_later_epoch_that_is_better_makes_the_loss_good(
     tmp_path: Path, judge, accuracies: tuple[float, ...], best: int
 ) -> None:
-    judge(*accuracies)
+    judge(accuracy=accuracies)
     expected = learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
     die_at(tmp_path / "r", STEPS + 3, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
@@ -151,7 +132,7 @@ def test_a_later_epoch_that_is_better_makes_the_loss_good(
 
 def test_best_weights_of_an_epoch_that_is_trained_again_are_not_lost(tmp_path: Path, judge) -> None:
     """A killed run has come to a better epoch than its newest checkpoint knows of, which happens always."""
-    judge(0.1, 0.9, 0.2)
+    judge(accuracy=[0.1, 0.9, 0.2])
     expected = learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
     die_at(tmp_path / "r", 2 * STEPS + 1, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
@@ -160,7 +141,7 @@ def test_best_weights_of_an_epoch_that_is_trained_again_are_not_lost(tmp_path: P
     die_at(tmp_path / "other", STEPS + 3, "trainer.epochs=3")
     newest = step_files(tmp_path / "other/checkpoints")[-1]
     shutil.copy(newest, run.checkpoints / newest.name)
-    judge(0.1, 0.05, 0.02)  # as where hardware rounds differently: trained again, the epoch comes out worse
+    judge(accuracy=[0.1, 0.05, 0.02])  # as where hardware rounds differently: trained again, the epoch comes out worse
     assert learned(train_minute(run.folder, "trainer.epochs=3"))[0] == expected[0]
     assert run.read_json("results.json")["best_epoch"] == 2
     assert "are lost" not in (run.folder / "train.log").read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,25 +105,8 @@ def test_snapshots_of_epochs_that_there_are_not_are_refused(epochs: str, expecte
 EARLY = ("callbacks=early_stopping", "callbacks.early_stopping.patience=2", "trainer.epochs=8")
 
 
-@pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that gives the validations of each epoch these losses."""
-    real = loop.evaluate
-
-    def prefer(*losses: float) -> None:
-        def judged(model, batches, runtime, name, stop=None):
-            result = real(model, batches, runtime, name, stop)
-            if name.startswith("validation "):
-                object.__setattr__(result, "loss", losses[int(name.split()[1]) - 1])
-            return result
-
-        monkeypatch.setattr(loop, "evaluate", judged)
-
-    return prefer
-
-
 def test_early_stopping_ends_after_its_patience_and_says_so(tmp_path: Path, judge) -> None:
-    judge(1.0, 0.9, 0.95, 0.8, 0.85, 0.81, 0.1, 0.1)
+    judge(loss=[1.0, 0.9, 0.95, 0.8, 0.85, 0.81, 0.1, 0.1])
     run = train_minute(tmp_path / "run", *EARLY)
     assert [row["epoch"] for row in run.read_history()] == [1, 2, 3, 4, 5, 6]
     assert run.state == "done"
@@ -143,7 +125,7 @@ def test_early_stopping_takes_min_delta_and_metrics_that_rise() -> None:
 
 @pytest.mark.parametrize("steps", [[9], [2 * STEPS + 3, 3 * STEPS], [4 * STEPS - 1]], ids=str)
 def test_early_stopping_is_exact_after_a_kill(tmp_path: Path, judge, steps: list[int]) -> None:
-    judge(1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1)
+    judge(loss=[1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1])
     expected = learned(train_minute(tmp_path / "whole", *EARLY))
     assert len(expected[1]) == 4
     for step in steps:
@@ -155,7 +137,7 @@ def test_early_stopping_is_exact_after_a_kill(tmp_path: Path, judge, steps: list
 def test_early_stopping_is_exact_when_killed_after_the_last_step(
     tmp_path: Path, judge, monkeypatch, where: str
 ) -> None:
-    judge(1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1)
+    judge(loss=[1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1])
     expected = learned(train_minute(tmp_path / "whole", *EARLY))
     name = "zfnet.jobs.train._report" if where == "report" else f"zfnet.training.{where}"
     module, _, attribute = name.rpartition(".")
