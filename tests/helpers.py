@@ -141,6 +141,19 @@ def die_at(folder: Path, step: int, *words: str) -> None:
         train_minute(folder, EVERY_STEP, *words)
 
 
+def resumes_exactly(folder: Path, steps: Sequence[int], *words: str) -> RunDirectory:
+    """Assert that MINUTE, killed before each of these steps and resumed, equals a run without interruption.
+
+    Returns the resumed run; the other one is in `folder`/whole.
+    """
+    expected = learned(train_minute(folder / "whole", *words))
+    for step in steps:
+        die_at(folder / "run", step, *words)
+    run = train_minute(folder / "run", EVERY_STEP, *words)
+    assert learned(run) == expected
+    return run
+
+
 @contextmanager
 def no_figures() -> Iterator[None]:
     """Draw no figures, and draw each set of built-in images once: they are a function of three numbers."""

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from tests.helpers import augment_config, data_config, die_at, learned, random_images, train_minute
+from tests.helpers import augment_config, data_config, random_images, resumes_exactly, train_minute
 from tests.own import Squash
 from zfnet.config.errors import UserError
 from zfnet.data import batches as batches_module
@@ -403,11 +403,9 @@ TRANSFORMS = (
 
 def test_transforms_resume_exactly_and_accumulate_alike(tmp_path: Path) -> None:
     words = ("augment=crop_flip", TRANSFORMS)
-    whole = train_minute(tmp_path / "whole", *words)
-    die_at(tmp_path / "run", 11, *words)
-    assert learned(train_minute(tmp_path / "run", *words)) == learned(whole)
+    run = resumes_exactly(tmp_path, [11], *words)
     parts = train_minute(tmp_path / "parts", *words, "trainer.accumulate=3").read_history()
-    for row, other in zip(parts, whole.read_history(), strict=True):
+    for row, other in zip(parts, run.read_history(), strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
     plain = train_minute(tmp_path / "plain", words[0]).read_history()
     assert plain[0]["train_loss"] != pytest.approx(parts[0]["train_loss"], rel=1e-4)

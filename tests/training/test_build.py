@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import MINUTE, STEPS, checked, compose, die_at, learned, train_minute
+from tests.helpers import MINUTE, STEPS, checked, compose, resumes_exactly, train_minute
 from tests.helpers import training_state as make_state
 from zfnet.config.errors import UserError
 from zfnet.data import load_splits
@@ -137,10 +137,7 @@ def test_parameter_groups_that_fit_nothing_are_refused(rules: str, expected: str
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_parameter_groups_resume_exactly(tmp_path: Path, optimizer: str) -> None:
     words = (f"optimizer={optimizer}", GROUPS, "scheduler=cosine", "scheduler.warmup_epochs=0.5")
-    expected = learned(train_minute(tmp_path / "whole", *words))
-    for step in (3, 11):
-        die_at(tmp_path / "run", step, *words)
-    assert learned(train_minute(tmp_path / "run", *words)) == expected
+    resumes_exactly(tmp_path, (3, 11), *words)
 
 
 # -- somebody's own optimizer
@@ -152,10 +149,7 @@ def test_optimizer_of_ones_own_resumes_exactly(tmp_path: Path, name: str, more: 
     """With lists and dicts of tensors in its state, or with modes: after a kill in mid-epoch, and at an epoch's end."""
     rest = [f"~optimizer.{key}" for key in ("momentum", "weight_decay", "nesterov")]
     words = (OWN, "optimizer=sgd", *rest, f"optimizer._target_=tests.own.{name}", *more)
-    expected = learned(train_minute(tmp_path / "whole", *words))
-    for step in (3, STEPS, 11):
-        die_at(tmp_path / "run", step, *words)
-    assert learned(train_minute(tmp_path / "run", *words)) == expected
+    resumes_exactly(tmp_path, (3, STEPS, 11), *words)
 
 
 def test_optimizer_with_modes_is_measured_and_kept_in_evaluation_mode(tmp_path: Path) -> None:
@@ -196,11 +190,7 @@ def test_init_from_another_number_of_classes_makes_a_new_head_and_says_so(starte
 
 
 def test_init_from_resumes_exactly_and_records_the_weights(started, tmp_path: Path) -> None:
-    words = (f"trainer.init_from={started.folder}",)
-    expected = train_minute(tmp_path / "whole", *words)
-    die_at(tmp_path / "run", 5, *words)
-    run = train_minute(tmp_path / "run", *words)
-    assert learned(run) == learned(expected)
+    run = resumes_exactly(tmp_path, [5], f"trainer.init_from={started.folder}")
     recorded = run.read_json("environment.json")["initial_weights_sha256"]
     assert recorded == started.read_json("results.json")["weights_sha256"]
 
@@ -252,9 +242,7 @@ def test_freeze_keeps_bits_and_running_statistics(tmp_path: Path) -> None:
 
 def test_freeze_resumes_exactly(tmp_path: Path) -> None:
     words = ("model.norm=batch", "trainer.freeze=[conv1,norm1]", "trainer.ema=0.9", "trainer.clip_norm=1")
-    expected = learned(train_minute(tmp_path / "whole", *words))
-    die_at(tmp_path / "run", 11, *words)
-    assert learned(train_minute(tmp_path / "run", *words)) == expected
+    resumes_exactly(tmp_path, [11], *words)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tests.helpers import (
     compose,
     die_at,
     learned,
+    resumes_exactly,
     train_minute,
     train_tiny,
     training_state,
@@ -126,11 +127,7 @@ def test_early_stopping_takes_min_delta_and_metrics_that_rise() -> None:
 @pytest.mark.parametrize("steps", [[9], [2 * STEPS + 3, 3 * STEPS], [4 * STEPS - 1]], ids=str)
 def test_early_stopping_is_exact_after_a_kill(tmp_path: Path, judge, steps: list[int]) -> None:
     judge(loss=[1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1])
-    expected = learned(train_minute(tmp_path / "whole", *EARLY))
-    assert len(expected[1]) == 4
-    for step in steps:
-        die_at(tmp_path / "run", step, *EARLY)
-    assert learned(train_minute(tmp_path / "run", *EARLY)) == expected
+    assert len(resumes_exactly(tmp_path, steps, *EARLY).read_history()) == 4
 
 
 @pytest.mark.parametrize("where", ["loop.measure", "callbacks.EarlyStopping.on_epoch_end", "report"])
@@ -210,12 +207,8 @@ def test_callback_of_ones_own_is_restored_exactly(tmp_path: Path) -> None:
         states: dict[str, Any] = unpack(saved.metadata["callbacks"], saved.tensors)
         return states["mine"]
 
-    whole = train_minute(tmp_path / "whole", *OWN)
-    for step in (3, STEPS, 13):
-        die_at(tmp_path / "run", step, *OWN)
-    run = train_minute(tmp_path / "run", *OWN)
-    assert learned(run) == learned(whole)
-    expected, restored = kept(whole.folder), kept(run.folder)
+    run = resumes_exactly(tmp_path, (3, STEPS, 13), *OWN)
+    expected, restored = kept(tmp_path / "whole"), kept(run.folder)
     assert restored["steps"] == expected["steps"] == 2 * STEPS
     assert restored["epochs"] == expected["epochs"] == [(1, STEPS), (2, 2 * STEPS)]
     assert torch.equal(restored["total"], expected["total"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import checked, die_at, learned, train_minute
+from tests.helpers import checked, resumes_exactly
 from zfnet.training.build import build_optimizer
 from zfnet.training.muon import Muon, orthogonalized
 
@@ -84,7 +84,4 @@ def test_the_recipe_orthogonalises_convolutions_only() -> None:
 
 def test_muon_resumes_exactly(tmp_path: Path) -> None:
     words = ("optimizer=muon", "scheduler=onecycle", "scheduler.warmup_epochs=0.5", "model.norm=batch")
-    expected = learned(train_minute(tmp_path / "whole", *words))
-    for step in (3, 11):
-        die_at(tmp_path / "run", step, *words)
-    assert learned(train_minute(tmp_path / "run", *words)) == expected
+    resumes_exactly(tmp_path, (3, 11), *words)

@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import EVERY_STEP, MINUTE, STEPS, Killed, compose, die_at, dying_at, learned, train_minute
+from tests.helpers import (
+    EVERY_STEP,
+    MINUTE,
+    STEPS,
+    Killed,
+    compose,
+    die_at,
+    dying_at,
+    learned,
+    resumes_exactly,
+    train_minute,
+)
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
 from zfnet.runs.directory import RunDirectory
@@ -58,28 +69,18 @@ def test_killed_and_resumed(whole, tmp_path: Path, stops: list[int]) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("scheduler", ["plateau", "onecycle"])
 def test_with_everything_on(tmp_path: Path, optimizer: str, scheduler: str) -> None:
-    words = (*ALL_ON, f"optimizer={optimizer}", f"scheduler={scheduler}")
-    expected = learned(train_minute(tmp_path / "whole", *words))
-    for step in (5, 11):
-        die_at(tmp_path / "run", step, *words)
-    assert learned(train_minute(tmp_path / "run", EVERY_STEP, *words)) == expected
+    resumes_exactly(tmp_path, (5, 11), *ALL_ON, f"optimizer={optimizer}", f"scheduler={scheduler}")
 
 
 def test_with_balanced_draws(tmp_path: Path) -> None:
-    words = ("data.sampler=balanced", "augment=crop_flip", "data.subset=50")
-    expected = learned(train_minute(tmp_path / "whole", *words))
-    for step in (3, 8):
-        die_at(tmp_path / "run", step, *words)
-    assert learned(train_minute(tmp_path / "run", EVERY_STEP, *words)) == expected
+    resumes_exactly(tmp_path, (3, 8), "data.sampler=balanced", "augment=crop_flip", "data.subset=50")
 
 
 def test_bf16_keeps_the_promise_of_exact(tmp_path: Path) -> None:
     """trainer=exact trainer.precision=bf16: the same bits twice and after a kill, other bits than in fp32."""
     words = ("trainer.precision=bf16", "model.norm=lrn", "model.dropout=0.5", "augment=crop_flip", "data.store_size=32")
-    expected = learned(train_minute(tmp_path / "whole", *words))
-    die_at(tmp_path / "run", 11, *words)
-    assert learned(train_minute(tmp_path / "run", EVERY_STEP, *words)) == expected
-    assert learned(train_minute(tmp_path / "fp32", *words[1:])) != expected
+    run = resumes_exactly(tmp_path, [11], *words)
+    assert learned(train_minute(tmp_path / "fp32", *words[1:])) != learned(run)
 
 
 def test_without_a_checkpoint_it_starts_again(whole, tmp_path: Path) -> None:
