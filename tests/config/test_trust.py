@@ -11,7 +11,7 @@ import pytest
 from hydra._internal.hydra import Hydra
 
 from tests.conftest import no_mode
-from tests.helpers import MINUTE, compose
+from tests.helpers import MINUTE, Trap, compose
 from zfnet.config.errors import UserError
 from zfnet.config.trust import CONF, only_own_folders
 from zfnet.runs.directory import RunDirectory
@@ -186,14 +186,9 @@ def test_linked_and_searched_folders_are_checked(run_hostile, run_py, tmp_path: 
     assert not (tmp_path / "witness").exists()
 
 
-class Bomb:
-    def __reduce__(self):
-        return (Path.touch, (Path("witness"),))
-
-
 @pytest.mark.parametrize("option", ["--experimental-rerun", "--exp", "--e"])
 def test_a_pickle_is_not_read(run_py, tmp_path: Path, option: str) -> None:
-    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Trap()))
     for words in ([option, "config.pickle"], [f"{option}=config.pickle"]):
         answer = run_py(*words)
         assert answer.code == 1

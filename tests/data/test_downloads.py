@@ -14,7 +14,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from tests.helpers import data_config
+from tests.helpers import Trap, data_config
 from zfnet.config.errors import UserError
 from zfnet.data import sources
 from zfnet.data.sources import NETWORK_TIMEOUT_S, load_cifar, load_splits
@@ -53,11 +53,6 @@ def test_without_network_one_line_says_what_to_do(name: str, tmp_path: Path, off
 def test_the_command_says_it_too(run_py, offline, tmp_path: Path) -> None:
     answer = run_py("model=small", "data.image_size=64")
     assert answer.error.startswith("cifar10 is not in")
-
-
-class Trap:
-    def __reduce__(self):
-        return Path.write_text, (Path("witness"), "opened")
 
 
 def test_a_strangers_pickle_is_not_opened(tmp_path: Path, offline, monkeypatch) -> None:

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from tests.helpers import MINUTE, compose, random_images, used, write_images
+from tests.helpers import MINUTE, Trap, compose, random_images, used, write_images
 from tests.model.graphs import NODES, WEIGHTS, graph
 from zfnet import ZFNet, load_run
 from zfnet.config.errors import UserError
@@ -81,14 +81,9 @@ def test_weights_of_another_network_are_refused(tmp_path: Path, change: Callable
     assert not (tmp_path / "run").exists()
 
 
-class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path("evil"),)
-
-
 def test_files_that_are_no_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"a": Evil()}, "evil.pth")
+    torch.save({"a": Trap()}, "evil.pth")
     torch.save([1, 2], "list.pth")
     for name in ("torn.pth", "torn.safetensors", "torn.onnx"):
         Path(name).write_bytes(b"\x08garbage")
@@ -96,7 +91,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, monkeypatch: pyte
     for name in ("evil.pth", "list.pth", "torn.pth", "torn.safetensors", "torn.onnx"):
         with pytest.raises(UserError, match=rf"^{name}\b.*(is no|holds no|is not|is damaged|has 0 inputs)"):
             import_(tmp_path / "run", name)
-    assert not Path("evil").exists()
+    assert not Path("witness").exists()
     with pytest.raises(UserError, match="source=alexnett: there is no such file; did you mean 'alexnet'"):
         import_(tmp_path / "run", "alexnett")
     with pytest.raises(UserError, match=r"job=import needs source=…: alexnet, vgg11 or a file"):

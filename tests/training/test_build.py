@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import MINUTE, STEPS, checked, compose, resumes_exactly, train_minute
+from tests.helpers import MINUTE, STEPS, Trap, checked, compose, resumes_exactly, train_minute
 from tests.helpers import training_state as make_state
 from zfnet.config.errors import UserError
 from zfnet.data import load_splits
@@ -213,11 +213,6 @@ def test_init_from_refuses_what_does_not_fit(started, tmp_path: Path) -> None:
 
 def test_init_from_opens_no_pickle(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-    class Trap:
-        def __reduce__(self):
-            return Path.write_text, (Path("witness"), "opened")
-
     (tmp_path / "x.pth").write_bytes(pickle.dumps(Trap()))
     torch.save({"a": Trap()}, tmp_path / "y.safetensors")
     for name in ("x.pth", "y.safetensors"):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from tests.helpers import checked
+from tests.helpers import Trap, checked
 from zfnet.config.errors import UserError
 from zfnet.runs import directory as run_module
 from zfnet.training.build import build_optimizer
@@ -201,11 +201,6 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_a_pickle_is_not_executed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-    class Trap:
-        def __reduce__(self):
-            return Path.write_text, (Path("witness"), "opened")
-
     torch.save({"a": Trap()}, tmp_path / step_name(1))
     assert read_newest(tmp_path)[0] is None
     assert not (tmp_path / "witness").exists()
