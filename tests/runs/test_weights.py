@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 
-from tests.helpers import data_config, random_images, tiny_model_config
+from tests.helpers import Trap, data_config, random_images, tiny_model_config
 from zfnet import ZFNet, load_run
 from zfnet.config.errors import UserError
 from zfnet.data import preprocess
@@ -210,7 +210,7 @@ def test_garbage_is_one_line(tmp_path: Path, content: bytes) -> None:
 def test_a_truncated_file_is_one_line(saved) -> None:
     path = saved[2]
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="or is damaged"):
+    with pytest.raises(UserError, match="is not a file of ZFNet weights, or is damaged"):
         load_model(path)
 
 
@@ -276,30 +276,17 @@ def test_a_run_without_weights_is_named(tiny_run, tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
-class Bomb:
-    def __reduce__(self):
-        return (Path.touch, (Path("exploded"),))
-
-
-@pytest.mark.parametrize("kind", ["pickle", "torch", "cut", "text", "empty", "plain"])
-def test_another_kind_of_file_is_refused_and_never_run(tiny_run, tmp_path: Path, kind: str, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+def test_another_kind_of_file_is_refused_and_never_run(tmp_path: Path, kind: str, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model.safetensors"
     if kind == "pickle":
-        path.write_bytes(pickle.dumps(Bomb()))
-    elif kind == "torch":
-        torch.save({"a": Bomb()}, path)
-    elif kind == "cut":
-        path.write_bytes(tiny_run.weights.read_bytes()[:-100])
-    elif kind == "text":
-        path.write_text("weights")
-    elif kind == "empty":
-        path.touch()
-    else:  # safetensors without our header
-        save_file({"a": torch.zeros(1)}, path)
+        path.write_bytes(pickle.dumps(Trap()))
+    else:
+        torch.save({"a": Trap()}, path)
     with pytest.raises(UserError, match="is not a file of ZFNet weights, or is damaged"):
         load_model(path)
-    assert not Path("exploded").exists()
+    assert not Path("witness").exists()
 
 
 @pytest.mark.parametrize(
