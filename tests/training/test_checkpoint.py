@@ -94,20 +94,6 @@ def test_training_may_change_tensors_at_once(writer: CheckpointWriter, monkeypat
     assert saved.metadata["history"] == some(1).metadata["history"]
 
 
-@pytest.mark.parametrize("cut", [0, 1, 7, 8, 100, -1])
-def test_a_truncated_file_gives_way_to_the_one_before(writer: CheckpointWriter, cut: int) -> None:
-    for step in (1, 2):
-        writer.write(step_name(step), some(step))
-    writer.wait()
-    path = writer.folder / step_name(2)
-    path.write_bytes(path.read_bytes()[:cut])
-    newest, problems = read_newest(writer.folder)
-    assert newest is not None
-    assert newest.metadata["step"] == 1
-    assert len(problems) == 1
-    assert str(path) in problems[0]
-
-
 def _without(path: Path, name: str) -> None:
     with safe_open(path, "pt") as file:
         tensors = {n: file.get_tensor(n) for n in file.keys() if n != name}  # noqa: SIM118
@@ -128,25 +114,28 @@ def _swap(path: Path) -> None:
     path.write_bytes(save({**tensors, "a": tensors["a"].view(torch.int32)}, facts))
 
 
+CHECKSUM = "its checksum differs"
 DAMAGE = {
-    "a tensor": lambda path: _without(path, "b"),
-    "a key": lambda path: _changed_header(path, lambda header: header.pop("history")),
-    "a fact": lambda path: _changed_header(path, lambda header: header.update(step=3)),
-    "a type": _swap,
+    **{f"cut {n}": (lambda path, n=n: path.write_bytes(path.read_bytes()[:n]), ".+") for n in (0, 1, 7, 8, 100, -1)},
+    "a tensor": (lambda path: _without(path, "b"), CHECKSUM),
+    "a key": (lambda path: _changed_header(path, lambda header: header.pop("history")), CHECKSUM),
+    "a fact": (lambda path: _changed_header(path, lambda header: header.update(step=3)), CHECKSUM),
+    "a type": (_swap, CHECKSUM),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_file_gives_way_to_the_one_before(writer: CheckpointWriter, kind: str) -> None:
+    damage, reason = DAMAGE[kind]
     for step in (1, 2):
         writer.write(step_name(step), some(step))
     writer.wait()
     path = writer.folder / step_name(2)
-    DAMAGE[kind](path)
-    newest, problems = read_newest(writer.folder)
+    damage(path)
+    newest, (problem,) = read_newest(writer.folder)
     assert newest is not None
     assert newest.metadata["step"] == 1
-    assert problems == [f"{path} is damaged or no checkpoint (its checksum differs)"]
+    assert re.fullmatch(rf"{re.escape(str(path))} is damaged or no checkpoint \({reason}\)", problem)
 
 
 def test_every_flipped_bit_is_found(writer: CheckpointWriter) -> None:
