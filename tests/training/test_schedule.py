@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -115,20 +116,6 @@ def test_warm_up_multiplies_by_a_line(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("stop", [1, 7, 16, 34, 69])
-def test_a_schedule_goes_on_from_plain_numbers(name: str, stop: int) -> None:
-    words = (f"scheduler={name}", "scheduler.warmup_epochs=1.5")
-    losses = [1, 1, 1, 1, 0.5, 0.6, 0.6, 0.6, 0.2, 0.1]
-    whole = advance(schedule(*words), range(70), losses)
-    first, second = schedule(*words), schedule(*words)
-    advance(first, range(stop), losses)
-    saved = json.loads(json.dumps([first.state_dict(), first.optimizer.state_dict()["param_groups"]]))
-    second.load_state_dict(saved[0])
-    second.optimizer.load_state_dict({"state": {}, "param_groups": saved[1]})
-    assert advance(second, range(stop, 70), losses) == whole[stop:]
-
-
-@pytest.mark.parametrize("name", ALL)
 def test_a_run_of_one_epoch(name: str) -> None:
     one = schedule(f"scheduler={name}", epochs=1)
     assert len(advance(one, range(STEPS), [1.0])) == STEPS
@@ -184,16 +171,19 @@ def test_chained_schedule_is_pytorchs(name: str) -> None:
     assert advance(chained(name), range(70), [1.0] * 10) == expected
 
 
-@pytest.mark.parametrize("name", CHAINS)
-@pytest.mark.parametrize("stop", [1, 19, 20, 21, 69])
-def test_chained_schedule_goes_on_from_plain_numbers(name: str, stop: int) -> None:
-    whole = advance(chained(name), range(70), [1.0] * 10)
-    first, second = chained(name), chained(name)
-    advance(first, range(stop), [1.0] * 10)
+@pytest.mark.parametrize(
+    ("name", "stop"), [*itertools.product(ALL, (1, 7, 16, 34, 69)), *itertools.product(CHAINS, (1, 19, 20, 21, 69))]
+)
+def test_a_schedule_goes_on_from_plain_numbers(name: str, stop: int) -> None:
+    words = (f"scheduler={name}", "scheduler.warmup_epochs=1.5")
+    whole, first, second = (chained(name) if name in CHAINS else schedule(*words) for _ in range(3))
+    losses = [1, 1, 1, 1, 0.5, 0.6, 0.6, 0.6, 0.2, 0.1]
+    expected = advance(whole, range(70), losses)
+    advance(first, range(stop), losses)
     saved = json.loads(json.dumps([first.state_dict(), first.optimizer.state_dict()["param_groups"]]))
     second.load_state_dict(saved[0])
     second.optimizer.load_state_dict({"state": {}, "param_groups": saved[1]})
-    assert advance(second, range(stop, 70), [1.0] * 10) == whole[stop:]
+    assert advance(second, range(stop, 70), losses) == expected[stop:]
 
 
 def test_chained_schedule_by_target_resumes_exactly(tmp_path: Path) -> None:
