@@ -54,14 +54,8 @@ def results_of(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]
 def log_result(name: str, result: Mapping[str, Any]) -> None:
     """Log one line for a split's entry of results.json."""
     top5 = "" if result["top5"] is None else f"top-5 {result['top5']:.2%}, ".replace("%", " %")
-    log.info(
-        "%-10s accuracy %.2f %%, %sloss %.4f (%d images)",
-        name,
-        100 * result["accuracy"],
-        top5,
-        result["loss"],
-        result["images"],
-    )
+    accuracy, loss, images = 100 * result["accuracy"], result["loss"], result["images"]
+    log.info("%-10s accuracy %.2f %%, %sloss %.4f (%d images)", name, accuracy, top5, loss, images)
 
 
 def log_per_class(result: Mapping[str, Any]) -> None:
