@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation
 from zfnet.data import Batches, ImageSet
+from zfnet.explain.windows import as_maps
 from zfnet.model.chain import Chain
 from zfnet.runs.statistics import rank_p
 
@@ -106,7 +107,7 @@ class TopActivations:
         every = torch.stack([labels, *(other[index] for other in self.shuffled.to(device))])
         members = (every[..., None] == self.known.to(device)).to(exact)  # [1 + shuffles, B, known classes]
         for layer, maps in activations.items():
-            maps = maps.detach()[:, :, None, None] if maps.ndim == 2 else maps.detach()
+            maps = as_maps(maps.detach())
             record = self.layers.get(layer) or self._new(layer, maps, exact)
             flat = maps.flatten(2)
             value, position = flat.max(2)  # of equal ones the first
@@ -186,11 +187,8 @@ class TopActivations:
         self.shuffled = tensors["shuffled"]
         self.known = tensors.get("known", torch.arange(self.num_classes))  # absent: of an older version
         for layer, size in metadata["sizes"].items():
-            fields = {
-                key.removeprefix(f"{layer}."): value.to(device)
-                for key, value in tensors.items()
-                if key.startswith(f"{layer}.")
-            }
+            prefix = f"{layer}."
+            fields = {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
             self.layers[layer] = LayerRecord(**fields, size=(size[0], size[1]))
         return self
 
@@ -234,17 +232,12 @@ def collect(
     if start > len(images):
         raise UserError(f"the saved search has seen {start} images, the set holds {len(images)}")
     rest = batches_of(images.take(torch.arange(start, len(images))))
+    bar = tqdm(
+        rest.in_order(), "strongest activations", len(rest), unit="batch", disable=None, leave=False, dynamic_ncols=True
+    )
     chain.model.eval()
     try:
-        for batch in tqdm(
-            rest.in_order(),
-            "strongest activations",
-            len(rest),
-            unit="batch",
-            disable=None,
-            leave=False,
-            dynamic_ncols=True,
-        ):
+        for batch in bar:
             collection.add(chain.activations(batch.images, layers), batch.index + start, batch.labels)
             after_batch(collection)
     finally:
