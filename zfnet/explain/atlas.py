@@ -330,20 +330,17 @@ def _sheet(atlas: Atlas, folder: Path, layer: str, kind: str) -> np.ndarray:
     record = atlas.search.layers[layer]
     side, count = frame_size(atlas.deconvnet.chain, layer), len(record.values)
     top = min(9, record.values.shape[1])
-    thumbnails = torch.full((count, _THUMBNAIL, _THUMBNAIL, 3), GREY, dtype=torch.uint8)
+    how = Image.Resampling.NEAREST if side < _CELL else Image.Resampling.BOX
+    thumbnails = np.full((count, _THUMBNAIL, _THUMBNAIL, 3), GREY, np.uint8)
     for n in record.filled[:, 0].nonzero().flatten().tolist():
         with Image.open(folder / f"{n}.webp") as picture:
             upper = KINDS.index(kind) * side
             row = np.array(picture.convert("RGB"))[upper : upper + side]
         for place in range(top):
-            cell = Image.fromarray(row[:, place * side : (place + 1) * side])
-            how = Image.Resampling.NEAREST if side < _CELL else Image.Resampling.BOX
-            cell = cell.resize((_CELL - 1,) * 2, how)
+            cell = Image.fromarray(row[:, place * side : (place + 1) * side]).resize((_CELL - 1,) * 2, how)
             y, x = divmod(place, 3)
-            thumbnails[n, y * _CELL : (y + 1) * _CELL - 1, x * _CELL : (x + 1) * _CELL - 1] = torch.from_numpy(
-                np.array(cell)
-            )
-    return mosaic(thumbnails, _columns(count))
+            thumbnails[n, y * _CELL : (y + 1) * _CELL - 1, x * _CELL : (x + 1) * _CELL - 1] = np.asarray(cell)
+    return mosaic(torch.from_numpy(thumbnails), _columns(count))
 
 
 def _columns(count: int) -> int:
