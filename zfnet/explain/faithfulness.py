@@ -69,23 +69,20 @@ def removal_scores(
 
 def greedy_areas(measure: Measure, whole: Tensor, empty: Tensor, cells: int, steps: int) -> tuple[Tensor, Tensor]:
     """Return the areas [U] of the greedy orders that lower the number most, and that keep it highest."""
-    first: Tensor | None = None
+    every = torch.arange(len(whole))
+    alone = measure(every.repeat_interleave(cells), torch.eye(cells, dtype=torch.bool).repeat(len(whole), 1))
     areas = []
     for sign in (1, -1):
         removed, curve = torch.zeros(len(whole), cells, dtype=torch.bool), [whole]
         for step in range(1, steps):
             item, cell = (~removed).nonzero().unbind(1)
-            if step == 1 and first is not None:
-                left = first
-            else:
-                trial = removed[item]
-                trial[torch.arange(len(item)), cell] = True
-                left = measure(item, trial)
-                first = left if step == 1 else first
+            trial = removed[item]
+            trial[torch.arange(len(item)), cell] = True
+            left = alone if step == 1 else measure(item, trial)
             table = torch.full(removed.shape, torch.inf).index_put((item, cell), sign * left.float())
             amount = cells * step // steps - cells * (step - 1) // steps
             removed = removed.scatter(1, table.topk(amount, largest=False).indices, True)
-            curve.append(measure(torch.arange(len(whole)), removed))
+            curve.append(measure(every, removed))
         areas.append(_area([*curve, empty]))
     return areas[0], areas[1]
 
