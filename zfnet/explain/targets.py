@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zfnet.config.randomness import CONTROL, make_key, uniform
 from zfnet.explain.crops import frame_size
 from zfnet.explain.deconvnet import RULES, Deconvnet
+from zfnet.explain.faithfulness import box_cells
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
 from zfnet.explain.windows import inside_map, take_windows, window_of
 from zfnet.model.chain import OUTPUT, Chain
@@ -68,9 +69,7 @@ class Target:
     @property
     def inside(self) -> Tensor:
         """`boxes` as bool [U, h, w]."""
-        top, left, bottom, right = (self.boxes[:, k, None] for k in range(4))
-        rows, columns = (torch.arange(size) for size in self._extent)
-        return ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
+        return box_cells(self.boxes, self._extent, side=1) == 0
 
     def cut(self, maps: Tensor) -> Tensor:
         """Return each unit's frame of its image's maps [N, C, S, S]: [U, C, h, w]."""
