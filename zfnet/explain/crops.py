@@ -70,8 +70,7 @@ def view_units(
     projections = torch.zeros(len(units), chain.channels, side, side)
     windows, inside = torch.zeros_like(projections), torch.zeros(len(units), side, side, 1, dtype=torch.bool)
     rows, columns = slice(extent[0]), slice(extent[1])
-    image = (chain.image_size, chain.image_size)
-    inside[:, rows, columns] = inside_map(corners, extent, image).permute(0, 2, 3, 1)
+    inside[:, rows, columns] = inside_map(corners, extent, (chain.image_size,) * 2).permute(0, 2, 3, 1)
     for group in units[:, 0].unique().split(_IMAGES):
         members = torch.isin(units[:, 0], group).nonzero().flatten()
         inputs = preprocess(images.pixels(group).to(device), data, channels_last=False)
@@ -79,8 +78,7 @@ def view_units(
         here[:, 0] = torch.searchsorted(group, here[:, 0].contiguous())
         if project:
             projections[members, :, rows, columns] = project_frames(deconvnet, inputs, layer, here).cpu()
-        cut = take_windows(inputs.cpu(), here[:, 0], corners[members], extent)
-        windows[members, :, rows, columns] = cut
+        windows[members, :, rows, columns] = take_windows(inputs.cpu(), here[:, 0], corners[members], extent)
     return projections, torch.where(inside, to_pixels(windows, data), GREY)
 
 
