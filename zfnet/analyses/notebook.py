@@ -95,16 +95,9 @@ def occlusion(
     if label not in run.classes:
         raise UserError(f"label={label}: no such class{did_you_mean(label, run.classes)}")
     patch, stride = square_and_steps(data.image_size, patch, stride)
-    result = occlude(
-        chain,
-        inputs,
-        torch.tensor([run.classes.index(label)], device=inputs.device),
-        layer=layer,
-        patch=patch,
-        stride=stride,
-        fill=torch.zeros(3),
-        batch_size=min(data.batch_size, 64),
-    )
+    number = torch.tensor([run.classes.index(label)], device=inputs.device)
+    few, fill = min(data.batch_size, 64), torch.zeros(3)
+    result = occlude(chain, inputs, number, layer=layer, patch=patch, stride=stride, fill=fill, batch_size=few)
     return OcclusionMaps(
         picture=to_pixels(inputs, data)[0].numpy(),
         centres=(result.starts + patch / 2).numpy(),

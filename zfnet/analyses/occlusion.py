@@ -78,19 +78,13 @@ class OcclusionJob(Look):
         chosen = choose_images(loaded, config, self.count, split)
         fill = mean_colour(loaded, self.fill)
         with own_directory(config, output) as run:
-            settings: dict[str, Any] = {
-                "layer": layer,
-                "patch": patch,
-                "stride": stride,
-                "fill": fill,
-                "batch_size": data.batch_size,
-            }
-            result = occlude(chain, chosen.inputs, chosen.labels, **settings)
+            settings: dict[str, Any] = {"layer": layer, "patch": patch, "fill": fill, "batch_size": data.batch_size}
+            result = occlude(chain, chosen.inputs, chosen.labels, stride=stride, **settings)
             boxes = None
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images, split)
-                settings["stride"] = max(stride, patch // 2)  # finer steps are for maps
-                boxes = box_evidence(occlude(chain, many.inputs, many.labels, **settings), many.boxes)
+                coarse = max(stride, patch // 2)  # finer steps are for maps
+                boxes = box_evidence(occlude(chain, many.inputs, many.labels, stride=coarse, **settings), many.boxes)
             pictures = to_pixels(chosen.inputs, data).numpy()
             colour = (to_pixels(fill.view(1, 3, 1, 1), data).flatten() / 255).tolist()
             panels = project_strongest_map(loaded, layer, chosen.inputs, result, split.images)
