@@ -488,15 +488,12 @@ def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping
     table = [
         {"target": r.target, "method": r.method, "measure": r.measure, **clustered(r.values, r.clusters)} for r in rows
     ]
-    differences, of_maps = compare_methods(rows), map_scores(study, rows)
+    differences, ablation = compare_methods(rows), _ablation_table(rows, study.loaded.classes)
     run.write_csv("verdict.csv", table)
-    if of_maps:
-        run.write_csv("maps.csv", of_maps)
-    if differences:
-        run.write_csv("differences.csv", differences)
-    ablation = _ablation_table(rows, study.loaded.classes)
-    if ablation:
-        run.write_csv("ablation.csv", ablation)
+    others = {"maps.csv": map_scores(study, rows), "differences.csv": differences, "ablation.csv": ablation}
+    for name, content in others.items():
+        if content:
+            run.write_csv(name, content)
     scores = [row for row in table if row["measure"] in SCORES]
     agreement: dict[str, dict[str, Any]] = {str(row["target"]): row for row in table if row["measure"] == "agreement"}
     holds = [sentence for target in (UNITS, CLASS) for sentence in what_holds(target, differences)]
