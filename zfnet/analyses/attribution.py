@@ -67,7 +67,8 @@ class AttributionJob(Look):
             tensors = {name.replace(" ", "_"): maps.contiguous() for name, maps in result.maps.items()}
             write_tensors(run.folder / "maps.safetensors", tensors, {})
             run.write_csv("attribution.csv", _rows(result, chosen))
-            _log_completeness(result)
+            gap = result.maps[INTEGRATED].sum((1, 2, 3)) - (result.output - result.baseline_output)
+            log.info(f"integrated gradients differ from the change of the output by at most {gap.abs().max():.2g}")
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images)
                 evidence = box_evidence(attribute(chain, many.inputs, many.labels, *settings).maps, many.boxes)
@@ -136,11 +137,6 @@ def _rows(result: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
             box_area=[""] * count if areas is None else areas.tolist(),
         )
     return rows
-
-
-def _log_completeness(result: Attributions) -> None:
-    gap = result.maps[INTEGRATED].sum((1, 2, 3)) - (result.output - result.baseline_output)
-    log.info(f"integrated gradients differ from the change of the output by at most {gap.abs().max():.2g}")
 
 
 # ---- figure
