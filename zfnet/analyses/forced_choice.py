@@ -198,7 +198,7 @@ def draw_trials(
     its strong queries are drawn, and the weak ones of the weakest tenth; of equal activations any may be in it.
     """
     tenth = round(job.extreme * len(second))
-    maps, references, queries, shown = [], [], [], []
+    drawn = []
     for number in permutation(make_key(key, 0), values.shape[1]).tolist():
         best = first[values[first, number].argsort(descending=True, stable=True)[: job.references]]
         mixed = second[permutation(make_key(key, 1, number), len(second))]
@@ -210,17 +210,14 @@ def draw_trials(
         strong = strong[permutation(make_key(key, 2, number), len(strong))[: job.trials]]
         weak = weak[permutation(make_key(key, 3, number), len(weak))[: job.trials]]
         pairs = torch.stack((strong, weak), 1)
-        at = places[strong, number][:, None].expand(-1, 2, -1)
-        maps.append(number)
-        references.append(_units(best, number, places[best, number]))
-        queries.append(_units(pairs, number, at))
-        shown.append(values[pairs, number])
-        if len(maps) == job.maps:
+        references = _units(best, number, places[best, number])
+        queries = _units(pairs, number, places[strong, number][:, None].expand(-1, 2, -1))
+        drawn.append((torch.tensor(number), references, queries, values[pairs, number]))
+        if len(drawn) == job.maps:
             break
-    if not maps:
-        empty = torch.zeros(0, dtype=torch.int64)
-        return Trials(empty, empty, empty, empty)
-    return Trials(torch.tensor(maps), torch.stack(references), torch.stack(queries), torch.stack(shown))
+    if not drawn:
+        return Trials(*[torch.zeros(0, dtype=torch.int64)] * 4)
+    return Trials(*map(torch.stack, zip(*drawn, strict=True)))
 
 
 def _units(images: Tensor, number: int, places: Tensor) -> Tensor:
