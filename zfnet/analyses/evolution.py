@@ -52,8 +52,7 @@ class EvolutionJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/evolution.png and stability.png, strongest.csv (every map, every epoch) and stability.csv."""
         loaded = LoadedRun(config)
-        default = loaded.chain.conv_layers
-        layers = pick_layers(loaded.chain, "job.layers", self.layers, default, only_conv=True)
+        layers = pick_layers(loaded.chain, "job.layers", self.layers, loaded.chain.conv_layers, only_conv=True)
         for layer in layers:
             Deconvnet(loaded.chain).check(layer)
         snapshots = epoch_files(loaded.source.snapshots)
@@ -77,7 +76,7 @@ class EvolutionJob(Look):
                 chain = Chain.of(model, loaded.data.image_size)
                 view = view_epoch(chain, images, loaded.batches, probes, layers, loaded.data.batch_size)
                 for layer, record in view.strongest.items():
-                    if epoch == list(snapshots)[-1]:
+                    if layer not in maps:
                         maps[layer] = sample_maps(record.filled[:, 0].cpu(), self.maps, config.seed)
                     projections.setdefault(epoch, {})[layer] = project_strongest(
                         chain, layer, record, maps[layer], lambda i: to_inputs(loaded, images.pixels(i))
