@@ -126,9 +126,7 @@ def unpool(signal: Tensor, switches: Tensor | None, window: Window) -> Tensor:
     first cell is at (0, 0), so with padding the map itself starts at (padding, padding).
     """
     size = (signal.shape[2], signal.shape[3])
-    out = torch.zeros(
-        (*signal.shape[:2], *_covered(window, size)), dtype=signal.dtype, device=signal.device
-    ).contiguous(memory_format=torch.channels_last)
+    out = signal.new_zeros(*signal.shape[:2], *_covered(window, size)).contiguous(memory_format=torch.channels_last)
     for place, cell in _cells(window, size):
         out[cell] += signal if switches is None else signal * (switches >> place & 1)
     return out
@@ -143,11 +141,10 @@ def _covered(window: Window, size: tuple[int, int]) -> tuple[int, int]:
 def _cells(window: Window, size: tuple[int, int]) -> Iterator[tuple[int, tuple]]:
     """Yield each place of a window, and the index of that cell of each window in the cells under all windows."""
     for place in range(math.prod(window.kernel)):
+        cell = divmod(place, window.kernel[1])
         rows, columns = (
             slice(d * spacing, d * spacing + (n - 1) * stride + 1, stride)
-            for d, spacing, n, stride in zip(
-                divmod(place, window.kernel[1]), window.spacing, size, window.stride, strict=True
-            )
+            for d, spacing, n, stride in zip(cell, window.spacing, size, window.stride, strict=True)
         )
         yield place, (slice(None), slice(None), rows, columns)
 
