@@ -234,6 +234,5 @@ def structural_similarity(a: Tensor, b: Tensor, inside: Tensor) -> Tensor:
     similarity = (2 * mean_a * mean_b + bright) * (2 * (product - mean_a * mean_b) + contrast)
     similarity = similarity / ((mean_a**2 + mean_b**2 + bright) * (variance_a + variance_b + contrast))
     counts = F.avg_pool2d(inside[:, None].double(), side, 1) > 1 - 1e-9
-    return (similarity * counts).sum((1, 2, 3)) / torch.where(
-        counts.any(3).any(2)[:, 0], counts.sum((1, 2, 3)), torch.nan
-    )
+    windows = counts.sum((1, 2, 3))
+    return (similarity * counts).sum((1, 2, 3)) / torch.where(windows > 0, windows, torch.nan)
