@@ -215,10 +215,9 @@ def draw_evolution(
     figure = new_figure(figsize=(width * columns, (0.55 * count + 0.75) * rows + 0.4))
     figure.suptitle("Strongest projection of each map, by epoch (grey: no signal; each scaled for itself)")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel in axes:
+    for panel in axes[len(maps) :]:
         panel.axis("off")
     for panel, (layer, numbers) in zip(axes, maps.items(), strict=False):
-        panel.axis("on")
         panel.set(title=layer, xlabel="epoch", ylabel="map")
         if len(numbers) == 0:
             panel.set(xticks=[], yticks=[], xlabel="no map is active at the last epoch")
