@@ -148,15 +148,13 @@ def top_activations(
     if images is None:
         raise UserError(f"split={split}: the run has no such images; known: train, validation, test")
     device = next(run.model.parameters()).device
-    search = collect(
-        chain, images, lambda s: Batches(s, data, device), [layer], TopActivations(top, len(images.classes))
-    )
-    record = search.layers[layer]
+    search = TopActivations(top, len(images.classes))
+    record = collect(chain, images, lambda s: Batches(s, data, device), [layer], search).layers[layer]
     chosen = _map_numbers(maps, len(record.values), range(len(record.values)))
     filled = record.filled.cpu()[chosen]
-    views = view_maps(Deconvnet(chain), images, data, layer, record, torch.tensor(chosen)) if filled.any() else None
-    if views is None:
+    if not filled.any():
         raise UserError(f"maps={maps}: none of these maps of {layer} is active on any image")
+    views = view_maps(Deconvnet(chain), images, data, layer, record, torch.tensor(chosen))
     return StrongestImages(
         projections=views.tiles[:, 0].numpy(),
         patches=views.tiles[:, 1].numpy(),
