@@ -355,11 +355,9 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for target, (values, maps) in _targets(rows).items():
         for name in CONDITIONS:
-            row = clustered(values[name], maps)
-            table.append(
-                {"layer": target, "condition": name, "accuracy": row["mean"], "se": row["se"]}
-                | {"trials": row["n"], "maps": row["clusters"]}
-            )
+            row, named = clustered(values[name], maps), {"layer": target, "condition": name}
+            numbers = {"accuracy": row["mean"], "se": row["se"], "trials": row["n"], "maps": row["clusters"]}
+            table.append(named | numbers)
     return table
 
 
