@@ -238,9 +238,8 @@ def prepare(job: VerdictJob, loaded: LoadedRun, split: Split, layers: Sequence[s
         image, y, x = record.places().cpu()[order[place], rank].unbind(1)
         numbers, item = image.unique(return_inverse=True)
         inputs = to_inputs(loaded, images.pixels(numbers))
-        subjects.append(
-            Subject(layer, Target(chain, layer, inputs, torch.stack((item, order[place], y, x), 1)), numbers)
-        )
+        target = Target(chain, layer, inputs, torch.stack((item, order[place], y, x), 1))
+        subjects.append(Subject(layer, target, numbers))
         if frame_size(chain, layer) == chain.image_size:
             whole.append(layer)
     if not subjects:
@@ -372,9 +371,8 @@ def measure_pointing(study: Study) -> Iterator[Row]:
         edge = half.shape[-1]
         mosaics = torch.zeros(len(fours), *target.images.shape[1:]).to(target.images)
         corners = [(0, 0), (0, edge), (edge, 0), (edge, edge)]
-        for number, four in enumerate(fours):
-            for (top, left), image in zip(corners, four, strict=True):
-                mosaics[number, :, top : top + edge, left : left + edge] = half[image]
+        for (top, left), members in zip(corners, torch.stack(fours, 1), strict=True):
+            mosaics[:, :, top : top + edge, left : left + edge] = half[members]
         units = torch.tensor([[n, int(labels[i]), 0, 0] for n, four in enumerate(fours) for i in four])
         mosaic = Target(target.chain, OUTPUT, mosaics, units)
         areas = torch.tensor([[t, x, t + edge, x + edge] for t, x in corners]).float()
@@ -404,11 +402,9 @@ def measure_parts(study: Study) -> Iterator[Row]:
         if subject.name not in changes:
             drops, where = [], []
             whole = target.value(target.cut(target.images), item)
-            rows = split.images.rows[subject.numbers]
+            rows, side = split.images.rows[subject.numbers], split.images.images.shape[1]
             for sector in range(study.job.sectors):
-                pixels = draw_without(
-                    rows, split.images.images.shape[1], int(split.name == "test"), sector, study.job.sectors
-                )
+                pixels = draw_without(rows, side, int(split.name == "test"), sector, study.job.sectors)
                 altered = to_inputs(study.loaded, pixels)
                 drops.append((whole - target.value(target.cut(altered), item)).cpu())
                 where.append(target.cut((altered != target.images).any(1, keepdim=True).float())[:, 0].cpu() > 0)
