@@ -186,9 +186,8 @@ def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None 
     figure = new_figure(figsize=(1.35 * 1.08 * columns, 1.35 * high), layout="none")
     axis = figure.add_axes((0, 0, 1, 1))
     predictions, labels = evaluation.predictions[index].tolist(), evaluation.labels[index].tolist()
-    for number, (image, prediction, label) in enumerate(
-        zip(images.pixels(index).numpy(), predictions, labels, strict=True)
-    ):
+    shown = zip(images.pixels(index).numpy(), predictions, labels, strict=True)
+    for number, (image, prediction, label) in enumerate(shown):
         row, column = divmod(number, columns)
         left, top = 1.08 * column * side, row * (side + gap)
         axis.imshow(image, extent=(left, left + side, top + side, top), interpolation="nearest")
