@@ -60,8 +60,7 @@ def make_key(*parts: int) -> int:
 def random_bits(key: int | Tensor, index: Tensor) -> Tensor:
     """Return 32 random bits (int64, 0 … 2³²−1) for each entry of `index` (int64, below 2³²); `key` is below 2³²."""
     if index.is_cuda and not torch.compiler.is_compiling() and (kernel := _one_kernel(index.device)) is not None:
-        bits: Tensor = kernel(index, key)
-        return bits
+        return kernel(index, key)
     return _random_bits(key, index)
 
 
@@ -92,8 +91,7 @@ def _one_kernel(device: torch.device) -> Callable[[Tensor, int | Tensor], Tensor
         of_number = torch.cuda.jiterator._create_jit_fn(SOURCE, key=0)
 
         def kernel(index: Tensor, key: int | Tensor) -> Tensor:
-            bits: Tensor = of_tensor(index, key) if isinstance(key, Tensor) else of_number(index, key=key)
-            return bits
+            return of_tensor(index, key) if isinstance(key, Tensor) else of_number(index, key=key)
 
         index, number = torch.arange(4096, device=device) * 1048573, 0xC0FFEE42
         expected = _random_bits(number, index)

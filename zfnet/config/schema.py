@@ -364,8 +364,7 @@ def check(schema: type[T], plain: Any, prefix: str) -> T:
         raise UserError(f"{prefix}={plain!r:.40}: must hold keys and values")
     try:
         # as JSON, where pydantic is strict about numbers and text and still makes dataclasses of mappings
-        checked: T = _adapter(schema).validate_json(json.dumps(plain, default=str))  # type: ignore[arg-type]
-        return checked
+        return _adapter(schema).validate_json(json.dumps(plain, default=str))  # type: ignore[arg-type]
     except ValidationError as error:
         if not error.errors()[0]["loc"]:  # no JSON, which holds text; a file's name may hold any bytes
             odd = next(k for k, v in flatten(plain).items() if str(v) != str(v).encode(errors="replace").decode())

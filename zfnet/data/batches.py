@@ -93,8 +93,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] > size or images.dtype == torch.uint8:
         return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
     # under deterministic algorithms `F.interpolate` runs 39 kernels, for a gradient that is never computed
-    resized: Tensor = torch.ops.aten.upsample_bilinear2d.default(images, [size, size], False)
-    return resized
+    return torch.ops.aten.upsample_bilinear2d.default(images, [size, size], False)
 
 
 def _normalise(images: Tensor, data: DataConfig) -> Tensor:

@@ -122,8 +122,7 @@ def _onnx(program: ExportedProgram, metadata: str) -> bytes:
         )
     assert exported is not None
     exported.model.metadata_props["zfnet"] = metadata
-    content: bytes = exported.model_proto.SerializeToString()
-    return content
+    return exported.model_proto.SerializeToString()
 
 
 def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:

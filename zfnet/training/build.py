@@ -114,13 +114,11 @@ def build_optimizer(config: Config, model: nn.Module, fused: bool = False) -> Op
         groups = list(parameter_groups(config, model, keywords.get("lr")))
         if fused and "fused" not in keywords and _has_fused(cls, keywords, groups[0]["params"][0].device):
             keywords["fused"] = True
-        made: Optimizer = cls(groups if len(groups) > 1 or len(groups[0]) > 1 else groups[0]["params"], **keywords)
-        return made
+        return cls(groups if len(groups) > 1 or len(groups[0]) > 1 else groups[0]["params"], **keywords)
 
-    built: Optimizer = instantiate(
+    return instantiate(
         "optimizer", config.optimizer, Optimizer, config.imports, own=("param_groups",), construct=construct
     )
-    return built
 
 
 def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iterator[dict[str, Any]]:

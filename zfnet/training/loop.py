@@ -100,8 +100,7 @@ def measure(state: TrainingState, evaluations: Mapping[str, Batches], stop: Stop
         for name, batches in evaluations.items():
             result = evaluate(state.eval_model, batches, state.runtime, f"{name} {state.epoch + 1}", stop)
             row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
-    measured: dict[str, float] = state.world.broadcast(row)  # all processes must decide alike
-    return measured
+    return state.world.broadcast(row)  # all processes must decide alike
 
 
 @torch.no_grad()

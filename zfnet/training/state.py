@@ -141,8 +141,7 @@ class TrainingState:
         """Return the context of a backward pass: processes average their gradients after the last one of a step."""
         if last or self.world.size == 1:
             return contextlib.nullcontext()
-        no_sync: contextlib.AbstractContextManager = self.parallel.no_sync()  # type: ignore[operator]
-        return no_sync
+        return self.parallel.no_sync()  # type: ignore[operator]
 
     @property
     def step_in_epoch(self) -> int:
