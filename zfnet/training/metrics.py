@@ -84,38 +84,31 @@ class EvaluationSums:
     """Collects an Evaluation batch by batch, on the device; `probabilities`: whether to keep those of all classes."""
 
     def __init__(self, probabilities: bool = False) -> None:
-        self.losses: list[Tensor] = []
-        self.top5: list[Tensor] = []
-        self.predictions: list[Tensor] = []
-        self.confidences: list[Tensor] = []
-        self.labels: list[Tensor] = []
-        self.probabilities: list[Tensor] | None = [] if probabilities else None
-        self.num_classes = 0
+        self.with_probabilities, self.num_classes = probabilities, 0
+        self.batches: list[tuple[Tensor, ...]] = []
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Add one batch: logits [B, C] (any float type) and labels [B]."""
         logits = logits.float()
         self.num_classes = logits.shape[1]
-        self.losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        losses = F.cross_entropy(logits, labels, reduction="none")
         best = logits.topk(min(5, self.num_classes), dim=1).indices
-        self.top5.append((best == labels[:, None]).any(1))
-        self.predictions.append(best[:, 0])
         probabilities = logits.softmax(1)
-        self.confidences.append(probabilities.amax(1))
-        if self.probabilities is not None:
-            self.probabilities.append(probabilities)
-        self.labels.append(labels)
+        batch = (losses, (best == labels[:, None]).any(1), best[:, 0], probabilities.amax(1), labels)
+        self.batches.append((*batch, probabilities) if self.with_probabilities else batch)
 
     def result(self) -> Evaluation:
         """Return the metrics. This waits for the device."""
-        predictions, labels = torch.cat(self.predictions).cpu(), torch.cat(self.labels).cpu()
+        losses, top5, predictions, confidences, labels, *probabilities = (
+            torch.cat(parts).cpu() for parts in zip(*self.batches, strict=True)
+        )
         return Evaluation(
-            loss=torch.cat(self.losses).cpu().double().mean().item(),
+            loss=losses.double().mean().item(),
             accuracy=(predictions == labels).double().mean().item(),
-            top5=torch.cat(self.top5).cpu().double().mean().item() if self.num_classes > 5 else None,
+            top5=top5.double().mean().item() if self.num_classes > 5 else None,
             predictions=predictions,
-            confidences=torch.cat(self.confidences).cpu(),
+            confidences=confidences,
             labels=labels,
             num_classes=self.num_classes,
-            probabilities=None if self.probabilities is None else torch.cat(self.probabilities).cpu(),
+            probabilities=probabilities[0] if probabilities else None,
         )
