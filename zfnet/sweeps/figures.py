@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
+from zfnet.config.instantiate import is_number
 from zfnet.plots.figures import (
     BLUE,
     INK,
@@ -90,7 +91,7 @@ class _Scale:
 
     def __init__(self, key: str, settings: Sequence[Setting], even: bool = False) -> None:
         values = [s.values[key] for s in settings]
-        self.numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+        self.numeric = all(map(is_number, values))
         values = values if self.numeric else [format_value(v) for v in values]
         self.values = sorted(set(values))
         self.even = even or not self.numeric

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from zfnet.config.errors import UserError
+from zfnet.config.instantiate import is_number
 
 # keys of conf/scheduler that are ours and not the scheduler's
 OWN_KEYS = ("interval", "warmup_epochs")
@@ -163,7 +164,7 @@ def check_interval(settings: Mapping[str, Any], epochs: int) -> None:
     if settings.get("interval", "epoch") not in ("epoch", "step"):
         raise UserError(f"scheduler.interval={settings['interval']}: must be epoch or step")
     warmup = settings.get("warmup_epochs", 0)
-    if isinstance(warmup, bool) or not isinstance(warmup, (int, float)) or not 0 <= warmup < float("inf"):
+    if not is_number(warmup) or not 0 <= warmup < float("inf"):
         raise UserError(f"scheduler.warmup_epochs={warmup}: must be a number of epochs, at least 0")
     if warmup >= epochs:
         raise UserError(f"scheduler.warmup_epochs={warmup}: must be less than the {epochs} epochs of the schedule")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zfnet.config.errors import UserError, one_line
+from zfnet.config.instantiate import is_number
 from zfnet.config.schema import Config
 from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_prefix, unpack
 from zfnet.training.device import Runtime
@@ -287,9 +288,7 @@ class TrainingState:
 def _without_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of an optimizer that decide what its state consists of."""
 
-    def is_number(value: Any) -> bool:
-        if isinstance(value, list):
-            return all(map(is_number, value))
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    def of_numbers(value: Any) -> bool:
+        return all(map(of_numbers, value)) if isinstance(value, list) else is_number(value)
 
-    return {k: v for k, v in settings.items() if not is_number(v)}
+    return {k: v for k, v in settings.items() if not of_numbers(v)}
