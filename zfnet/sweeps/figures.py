@@ -9,7 +9,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -117,11 +116,6 @@ class _Scale:
         return [self._place(v) for v in values], plain(format_value(v) for v in values)
 
 
-def _colour_bar(axis: Axes, colours: ScalarMappable) -> None:
-    bar = axis.figure.colorbar(colours, ax=axis, format=PercentFormatter(1), label=_ACCURACY)
-    bar.outline.set_visible(False)
-
-
 def _spread(settings: Sequence[Setting]) -> str:
     """Return what is drawn for each setting, with the number of its seeds."""
     counts = sorted({len(s.scores()) for s in settings})
@@ -200,15 +194,9 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         axis.set_title(f"Validation accuracy ({_spread(settings)})\n{frames}")
     else:
         x, y = (_Scale(key, settings) for key in keys)
-        best_on_top: dict[str, Any] = {
-            "c": means[::-1],
-            "cmap": "viridis",
-            "s": 55,
-            "edgecolor": WHITE,
-            "linewidth": 0.6,
-        }
         across, up = (scale.raw if scale.many else scale.places for scale in (x, y))
-        colours = axis.scatter(across[::-1], up[::-1], **best_on_top)
+        style: dict[str, Any] = {"cmap": "viridis", "s": 55, "edgecolor": WHITE, "linewidth": 0.6}
+        colours = axis.scatter(across[::-1], up[::-1], c=means[::-1], **style)  # the best on top
         axis.scatter(across[0], up[0], s=170, facecolor="none", edgecolor=ORANGE, linewidth=1.8)
         axis.set_title("Validation accuracy (ring: the best)")
     for scale, name, key in zip((x, y), "xy", keys, strict=True):
@@ -217,7 +205,8 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         else:
             getattr(axis, f"{name}axis").set_ticks(*scale.ticks(20 if is_map else 8))
         axis.set(**{f"{name}label": group_name(key)})
-    _colour_bar(axis, colours)
+    bar = figure.colorbar(colours, ax=axis, format=PercentFormatter(1), label=_ACCURACY)
+    bar.outline.set_visible(False)
     return figure
 
 
