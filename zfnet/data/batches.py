@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, one_line
 from zfnet.config.randomness import (
     CLASS,
     CROP_X,
@@ -320,10 +320,8 @@ def apply_transforms(
                 try:
                     image = transform(image)
                 except Exception as error:  # user code may raise anything
-                    name, reason = type(transform).__name__, (str(error).splitlines() or [type(error).__name__])[0]
-                    raise UserError(
-                        f"augment.transforms.{place} ({name}): fails on an image {list(image.shape)}: {reason}"
-                    ) from error
+                    slot = f"augment.transforms.{place} ({type(transform).__name__})"
+                    raise UserError(f"{slot}: fails on an image {list(image.shape)}: {one_line(error)}") from error
             if not isinstance(image, Tensor):
                 raise UserError(f"augment.transforms: give {type(image).__name__}; must be a tensor, uint8 [3, s, s]")
             if image.is_floating_point():

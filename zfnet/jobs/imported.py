@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError, did_you_mean, one_line
 from zfnet.config.schema import Config, FolderData, Job, model_name
 from zfnet.data import preprocess
 from zfnet.data.images import class_name
@@ -140,7 +140,7 @@ def _published(name: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), prefix)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"source={name}: {url} could not be downloaded ({str(error).splitlines()[0]}): fetch it elsewhere and "
+                f"source={name}: {url} could not be downloaded ({one_line(error)}): fetch it elsewhere and "
                 f"put it at {path}"
             ) from error
     if not _sha256(path).startswith(prefix):
@@ -241,7 +241,7 @@ def _compare(path: Path, model: torch.nn.Module, data: FolderData) -> str:
             ours = min((logits, logits.softmax(1)), key=lambda values: float((values - theirs).abs().max()))
             largest = max(largest, float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max())))
     except Exception as error:  # whatever it raises about a file
-        raise UserError(f"{path}: onnxruntime cannot run it ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"{path}: onnxruntime cannot run it ({one_line(error)})") from error
     if not largest <= TOLERANCE:
         raise UserError(f"{path}: this network's outputs differ from onnxruntime's by {largest:.3g}")
     return f"outputs within {largest:.1e} of onnxruntime's"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError, did_you_mean, printable
+from zfnet.config.errors import UserError, did_you_mean, one_line, printable
 from zfnet.config.schema import LARGEST_SIDE
 from zfnet.model.layers import LocalResponseNorm
 
@@ -99,8 +99,7 @@ class _Reader:
             try:
                 _READ[node.op_type](self, node, values)
             except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                raise self.error(f"{node.op_type} ({printable(self.at)}) cannot be read: {reason[0]}") from error
+                raise self.error(f"{node.op_type} ({printable(self.at)}) cannot be read: {one_line(error)}") from error
 
     def add(self, name: str, kind: str, weights: Mapping[str, Tensor], **settings: Any) -> None:
         """Add a module, run the shape of an image through it, and record its weights."""
@@ -176,7 +175,7 @@ def read_onnx(path: Path, image_size: int) -> tuple[list[dict[str, Any]], dict[s
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except (OSError, DecodeError, ValueError) as error:
-        raise UserError(f"{path} is not an ONNX file, or is damaged ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} is not an ONNX file, or is damaged ({one_line(error)})") from error
     reader = _Reader(path, model, image_size)
     reader.follow()
     if reader.at != model.graph.output[0].name or not any(
