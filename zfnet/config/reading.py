@@ -80,9 +80,10 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    level: Sequence[Any] = [value]
+    level = [value]
     for _ in range(_DEEPEST):
-        level = [v for node in level if isinstance(node, (dict, list)) for v in _children(node)]
+        nested = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
+        level = [child for children in nested for child in children]
         if not level:
             return value
     raise ValueError("it is nested too deeply")
@@ -108,10 +109,6 @@ def _check_nodes(root: yaml.Node) -> None:
             waiting += [(child, depth + 1) for pair in node.value for child in pair]
         else:
             waiting += [(child, depth + 1) for child in node.value]
-
-
-def _children(node: Any) -> Any:
-    return node.values() if isinstance(node, dict) else node
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -194,13 +191,10 @@ def upgrade(plain: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(trainer, dict) or not isinstance(data, dict) or "loss" in plain:
         return plain
     trainer = dict(trainer)
-    plain = {**plain, "trainer": trainer}
-    plain["loss"] = {"_target_": "torch.nn.CrossEntropyLoss", "label_smoothing": trainer.pop("label_smoothing", 0.0)}
-    plain["logger"] = {}
-    if trainer.pop("tensorboard", False):
-        plain["logger"] = {"tensorboard": {"_target_": "zfnet.training.loggers.TensorBoardLogger"}}
-    plain["data"] = upgrade_data(data)
-    return plain
+    loss = {"_target_": "torch.nn.CrossEntropyLoss", "label_smoothing": trainer.pop("label_smoothing", 0.0)}
+    tensorboard = {"tensorboard": {"_target_": "zfnet.training.loggers.TensorBoardLogger"}}
+    logger = tensorboard if trainer.pop("tensorboard", False) else {}
+    return {**plain, "trainer": trainer, "loss": loss, "logger": logger, "data": upgrade_data(data)}
 
 
 def upgrade_data(data: dict[str, Any]) -> dict[str, Any]:
