@@ -112,7 +112,6 @@ def _job_help(job: str, sources: Any) -> str:
 def explain_job(text: str, job: str) -> str:
     """Return a job's YAML as help text: what it is for, its commands, and each key with its default and its comment."""
     head: list[str] = []
-    keys: list[tuple[str, list[str]]] = []
     paragraph: list[str] = []
 
     def end_paragraph() -> None:
@@ -129,21 +128,14 @@ def explain_job(text: str, job: str) -> str:
                 end_paragraph()
             paragraph.append(line)
     end_paragraph()
-    for key, prefix, value, comment in described_keys(text):
-        keys.append((f"{prefix}{key}={value}", [comment] if comment else []))
-    indent = min(26, 2 + max((len(name) for name, _ in keys), default=0) + 2)
-    lines = [
-        f"job={job}",
-        "",
-        *head,
-        "",
-        "Keys (KEY=VALUE changes a default):" if keys else "It has no keys of its own.",
-    ]
-    for name, description in keys:
+    keys = [(f"{prefix}{key}={value}", comment) for key, prefix, value, comment in described_keys(text)]
+    indent = min(26, 4 + max((len(name) for name, _ in keys), default=0))
+    title = "Keys (KEY=VALUE changes a default):" if keys else "It has no keys of its own."
+    lines = [f"job={job}", "", *head, "", title]
+    for name, comment in keys:
         start = f"  {name}".ljust(indent - 2) + "  "
-        lines += textwrap.wrap(
-            " ".join(description), 80, initial_indent=start, subsequent_indent=" " * indent, break_long_words=False
-        ) or [start.rstrip()]
+        wrap = textwrap.TextWrapper(80, start, " " * indent, break_long_words=False)
+        lines += wrap.wrap(comment) or [start]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
