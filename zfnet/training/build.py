@@ -206,12 +206,7 @@ def build_scheduler(
                 construct=lambda cls, keywords: cls(optimizer, **for_each_group(keywords)),
             )
         values["schedulers"] = [build(f"{slot}.schedulers.{n}", inner) for n, inner in enumerate(chain)]
-
-        def construct(cls: Any, keywords: dict[str, Any]) -> LRScheduler:
-            made: LRScheduler = cls(**{"optimizer": optimizer, **keywords})
-            return made
-
-        return instantiate(slot, values, LRScheduler, imports, own=OWN_KEYS, construct=construct)
+        return instantiate(slot, values, LRScheduler, imports, own=OWN_KEYS, offered={"optimizer": optimizer})
 
     made = build("scheduler", settings)
     if isinstance(made, ReduceLROnPlateau) and steps_by_batch(settings):
