@@ -55,7 +55,7 @@ def _by_hydra() -> list[str]:
     return [Path(name).name for name in (hydra.output_subdir, *files) if name]
 
 
-def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
+def write_atomically(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
     """Write `content` so that `path` holds, at any moment, all of its old or all of its new content.
 
     A function is called with the path of a file to write, and raises OSError if it cannot.

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +135,7 @@ def epoch_files(folder: Path) -> dict[int, Path]:
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a file, whole or not at all; raise UserError."""
-
-    def copy(beside: Path) -> None:
-        shutil.copyfile(source, beside)
-
-    write_atomically(target, copy)
+    write_atomically(target, partial(shutil.copyfile, source))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
