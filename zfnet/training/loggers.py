@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -112,9 +113,7 @@ class TensorBoardLogger(Logger):
 
     def figure(self, name: str, path: Path, step: int) -> None:
         with Image.open(path) as file:
-            pixels = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
-            pixels = pixels.view(file.height, file.width, 3)
-        self.writer.add_image(name, pixels, step, dataformats="HWC")
+            self.writer.add_image(name, np.asarray(file.convert("RGB")), step, dataformats="HWC")
 
     def finish(self, results: Mapping[str, float]) -> None:
         # TensorBoard takes plain values only: lists and nulls become text
