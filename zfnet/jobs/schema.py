@@ -47,8 +47,8 @@ def group_schemas() -> dict[str, dict[str, Any]]:
     No key is required, since a file may build on others.
     """
     parts = {
-        "model": _any_of([_class_schema(ModelConfig, "model"), {**_PART, "required": ["_target_"]}]),
-        "data": _any_of(_class_schema(cls, "data") for cls in dict.fromkeys(DATA.values())),
+        "model": {"anyOf": [_class_schema(ModelConfig, "model"), {**_PART, "required": ["_target_"]}]},
+        "data": {"anyOf": [_class_schema(cls, "data") for cls in dict.fromkeys(DATA.values())]},
         "augment": _class_schema(AugmentConfig, "augment"),
         "trainer": _class_schema(TrainerConfig, "trainer"),
         **dict.fromkeys(("loss", "optimizer", "scheduler"), _PART),
@@ -60,7 +60,7 @@ def group_schemas() -> dict[str, dict[str, Any]]:
         "properties": {
             **{key: top[key] for key in ("seed", "run", "images", "runs", "source", "imports")},
             **parts,
-            "job": _any_of(_jobs()),
+            "job": {"anyOf": list(_jobs())},
             "hydra": {"type": "object"},
             "defaults": _DEFAULTS,
         },
@@ -78,13 +78,8 @@ def _jobs() -> Iterable[dict[str, Any]]:
         schema = _class_schema(resolve("job", target, Job), f"job/{path.stem}")
         schema["properties"] |= {"name": {"const": path.stem}, "_target_": {"const": target}}
         yield schema
-    own = {"type": "string", "pattern": r"^(?!zfnet\.)"}
-    yield {
-        "type": "object",
-        "properties": {"_target_": own},
-        "required": ["_target_"],
-        "description": "a job of your own",
-    }
+    own = {"_target_": {"type": "string", "pattern": r"^(?!zfnet\.)"}}
+    yield {"type": "object", "properties": own, "required": ["_target_"], "description": "a job of your own"}
 
 
 def _class_schema(cls: Any, group: str) -> dict[str, Any]:
@@ -116,10 +111,6 @@ def _relaxed(node: Any, parts: dict[str, Any]) -> Any:
     if node.get("type") in ("integer", "number", "boolean", "object", "array") or "enum" in node or "const" in node:
         return {"anyOf": [made, _LATER]}
     return made
-
-
-def _any_of(schemas: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    return {"anyOf": list(schemas)}
 
 
 def _with_defaults(schema: dict[str, Any]) -> dict[str, Any]:
