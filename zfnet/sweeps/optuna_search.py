@@ -281,27 +281,18 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
     with worker.alive:
         while True:
             batch: list[Trial] = []
-            while len(batch) < settings.n_jobs:
-                trial = ask(study, settings, space, worker, wait=not batch)
-                if trial is None:
-                    break
+            while len(batch) < settings.n_jobs and (trial := ask(study, settings, space, worker, wait=not batch)):
                 batch.append(trial)
             if not batch:
                 return
-            outcomes = jobs.launch(
-                [
-                    _as_overrides({**fixed, **trial.params, f"+hydra.job.env_set.{TRIAL}": f"'{trial.number}'"})
-                    for trial in batch
-                ],
-                first=batch[0].number,
-            )
+            key = f"+hydra.job.env_set.{TRIAL}"
+            words = [_as_overrides({**fixed, **trial.params, key: f"'{trial.number}'"}) for trial in batch]
+            outcomes = jobs.launch(words, first=batch[0].number)
             others = [other_images(study, space, RunDirectory(jobs.folder / outcome.name)) for outcome in outcomes]
             for trial, outcome, other in zip(batch, outcomes, others, strict=True):
-                tell(
-                    study,
-                    trial,
-                    outcome if other is None else replace(outcome, state="failed", value=None, error=other),
-                )
+                if other is not None:
+                    outcome = replace(outcome, state="failed", value=None, error=other)
+                tell(study, trial, outcome)
             for other in filter(None, others):
                 raise other
 
