@@ -360,20 +360,16 @@ def find_folders(root: Path, name: str, depth: int) -> list[Path]:
     A folder that cannot be read is named on the terminal, and left out.
     """
 
-    def look(folder: Path, level: int) -> None:
-        try:
-            entries = list(os.scandir(folder))
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            print(f"{folder} cannot be read and is left out: {error.strerror or error}", file=sys.stderr)
-            return
-        if level > 0 and any(entry.name == name for entry in entries):
-            folders.append(folder)
-        for entry in entries if level < depth else ():
-            if os.path.isdir(entry):
-                look(folder / entry.name, level + 1)
+    def report(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            where, reason = Path(error.filename), error.strerror or error
+            print(f"{where} cannot be read and is left out: {reason}", file=sys.stderr)
 
-    folders: list[Path] = []
-    look(root, 0)
+    folders = []
+    for place, below, files in os.walk(root, onerror=report, followlinks=True):
+        level = len(Path(place).relative_to(root).parts)
+        if level > 0 and name in (*below, *files):
+            folders.append(Path(place))
+        if level == depth:
+            below.clear()
     return sorted(folders)
