@@ -71,24 +71,21 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
         for name, settings in parts.items()
         if settings is not None
     }
-    images: dict[str, list[Image.Image]] = {}
-    labels: dict[str, list[int]] = {}
-    for name, dataset in sets.items():
-        images[name], labels[name] = _read_all(name, dataset)
-    side = data.store_size or _common_side(images["train"]) or data.image_size
+    read = {name: _read_all(name, dataset) for name, dataset in sets.items()}
+    side = data.store_size or _common_side(read["train"][0]) or data.image_size
     classes = data.classes or getattr(sets["train"], "classes", None)
-    highest = max(max(numbers) for numbers in labels.values())
+    highest = max(max(labels) for _, labels in read.values())
     if classes is None:
         classes = [str(number) for number in range(highest + 1)]
     if highest >= len(classes):
         raise UserError(f"data.classes={list(classes)}: there is a label {highest}, which has no name")
     made = {
         name: image_set(
-            np.stack([fit_square(image, side, data.fit) for image in images[name]]),
-            torch.tensor(labels[name]),
+            np.stack([fit_square(image, side, data.fit) for image in images]),
+            torch.tensor(labels),
             [str(c) for c in classes],
         )
-        for name in sets
+        for name, (images, labels) in read.items()
     }
     mark = fingerprint(*(array for part in made.values() for array in (part.images, part.labels.numpy())))
     return Splits(made["train"], made.get("val"), made.get("test"), mark)
