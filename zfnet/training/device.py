@@ -79,12 +79,7 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: 
         torch.compiler.reset()  # after a number of recompilations, later jobs of a sweep would run uncompiled
     precision = trainer.precision
     if precision == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else (device.type == "cpu" and _fast_bf16())
-        )
-        precision = "bf16" if fast else "fp32"
+        precision = "bf16" if _fast_bf16(device) else "fp32"
     channels_last = device.type == "cuda" or (device.type == "cpu" and not own_network)
     if isinstance(trainer.channels_last, bool):
         channels_last = trainer.channels_last
@@ -130,12 +125,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _fast_bf16() -> bool:
-    """Return whether this CPU trains faster in bf16 than in fp32.
+def _fast_bf16(device: torch.device) -> bool:
+    """Return whether the device trains faster in bf16 than in fp32.
 
-    It does with matrix units (AMX), and on AMD's Zen 4 and later, whose dot products of bf16 have twice the rate of
+    A CPU does with matrix units (AMX), and on AMD's Zen 4 and later, whose dot products of bf16 have twice the rate of
     fp32 (measured: 1.9 times as fast at 224 px). With other instructions for bf16, or none, it is slower.
     """
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     metadata = cpu_info()
     flags = metadata.get("flags", "").split()
     return "amx_bf16" in flags or (metadata.get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in flags)
