@@ -128,30 +128,26 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
     dimensions: biases and norms have 1), and sets what the optimizer takes, such as weight_decay, or `lr_scale`, a
     factor on the learning rate. A parameter belongs to the first rule that matches it.
     """
-    rules = config.optimizer.get("param_groups") or []
+    rules, target = config.optimizer.get("param_groups") or [], config.optimizer.get("_target_")
     rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not rest:
         raise UserError(f"trainer.freeze={config.trainer.freeze}: leaves no parameters to train")
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise UserError(f"optimizer.param_groups={rules}: must be a list such as [{{ndim: 1, weight_decay: 0}}]")
     if rules:
-        resolve("optimizer", config.optimizer.get("_target_"), Optimizer, config.imports)  # its error names its key
+        resolve("optimizer", target, Optimizer, config.imports)  # its error names its key
     for number, rule in enumerate(rules):
+        slot = f"optimizer.param_groups.{number}"
         if not {"match", "ndim"} & rule.keys():
-            raise UserError(f"optimizer.param_groups.{number}={rule}: names no parameters; set match or ndim")
+            raise UserError(f"{slot}={rule}: names no parameters; set match or ndim")
         try:
             pattern = re.compile(str(rule.get("match", "")))
         except re.error as error:
-            raise UserError(f"optimizer.param_groups.{number}.match={rule['match']}: {error}") from error
-        chosen = {
-            name: p
-            for name, p in rest.items()
-            if pattern.search(name) and ("ndim" not in rule or p.ndim == rule["ndim"])
-        }
+            raise UserError(f"{slot}.match={rule['match']}: {error}") from error
+        chosen = {k: p for k, p in rest.items() if pattern.search(k) and rule.get("ndim", p.ndim) == p.ndim}
         rest = {name: p for name, p in rest.items() if name not in chosen}
         if not chosen:
-            raise UserError(f"optimizer.param_groups.{number}={rule}: no parameter fits it")
-        slot, target = f"optimizer.param_groups.{number}", config.optimizer.get("_target_")
+            raise UserError(f"{slot}={rule}: no parameter fits it")
         settings = {key: value for key, value in rule.items() if key not in GROUP_KEYS}
         group = arguments(slot, {**settings, "_target_": target}, Optimizer, config.imports)[1]
         if "lr_scale" in rule:
