@@ -139,11 +139,8 @@ def instantiate(
     for key, value in (offered or {}).items():
         if key not in keywords and (key in parameters or takes_all):
             keywords[key] = value
-    for key, parameter in list(parameters.items())[len(given) :]:
-        optional = parameter.default is not parameter.empty or parameter.kind in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
+    for key, p in list(parameters.items())[len(given) :]:
+        optional = p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         if not optional and key not in keywords and key not in _GIVEN.get(slot.split(".")[0], ()):
             raise UserError(f"{slot}.{key} is missing: {cls.__name__} needs it")
     try:
