@@ -91,7 +91,6 @@ def _data(config: Config, image_size: int) -> FolderData:
     """Return how images are prepared: as torchvision's evaluation does, except for the keys that the command sets."""
     given = {word.split("=", 1)[0].lstrip("+~") for word in config.overrides}
     base: dict[str, Any] = {
-        "image_size": image_size,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "crop_size": image_size,
