@@ -106,6 +106,20 @@ def test_removal_by_the_weights_of_a_linear_class_is_the_best_order(linear: Stud
         assert found["class", "gradient", f"{name}, blur"].values.isnan().all()  # of a white image it removes nothing
 
 
+def test_removal_divides_a_small_field_into_as_many_cells_as_it_has_pixels(study: Study) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 40, 3, bias=False), nn.Flatten())
+    weight = network[0].weight.detach()
+    weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)))
+    units = torch.tensor([[k, k, 0, 0] for k in range(40)])
+    target = Target(Chain(network.eval(), 3), OUTPUT, torch.ones(40, 3, 3, 3), units)
+    job = dataclasses.replace(study.job, cells=6)
+    subjects = [Subject("class", target, torch.arange(40))]
+    found = scores(list(METRICS["removal"](dataclasses.replace(study, job=job, subjects=subjects))))
+    for name in ("deletion, mean colour", "insertion, mean colour"):
+        assert found["class", "gradient", name].values.tolist() == pytest.approx([1] * 40)
+        assert abs(float(found["class", "|input|", name].values.mean())) < 0.2  # all pixels are equal: a random order
+
+
 def test_weights_of_a_linear_class_are_compared_with_its_shuffled_ones(linear: Study) -> None:
     target = linear.subjects[0].target
     twin: Any = shuffle_weights(target.chain, OUTPUT, linear.seed).model
@@ -240,8 +254,19 @@ def test_ablation_agrees_with_the_class_that_loses_and_with_no_other(study: Stud
 
     found: list[Tensor] = []
     agreement(study.statistics["conv5"].best_class)
-    assert agreement(found[0]) == [1] * len(found[0])
-    assert agreement((found[0] + 1) % 10) == pytest.approx([-1 / 9] * len(found[0]))  # a guess of ten is 0
+    lost = found[0].long()
+    assert agreement(lost) == [1] * len(lost)
+    assert agreement((lost + 1) % 10) == pytest.approx([-1 / 9] * len(lost))  # a guess of ten is 0
+
+
+def test_ablation_of_maps_that_are_not_active_agrees_with_nothing(study: Study) -> None:
+    job = dataclasses.replace(study.job, ablation_images=2)
+    found = scores(list(METRICS["ablation"](dataclasses.replace(study, job=job))))
+    loses, lost, agrees = (
+        found["conv5", "ablation", name].values for name in ("largest logit loss", "class of it", "agreement")
+    )
+    assert agrees.isfinite().tolist() == lost.isfinite().tolist() == (loses < 0).tolist()
+    assert 0 < int(agrees.isfinite().sum()) < len(agrees)
 
 
 @pytest.mark.parametrize(("classes", "scores_of_agreement"), [([2, 5], {-1.0, 1.0}), ([2], set())])

@@ -335,12 +335,14 @@ def _others(study: Study, target: Target) -> Tensor:
 
 def measure_removal(study: Study) -> Iterator[Row]:
     """Delete and insert pixels in the order of the pictures, with three fillings."""
-    side = study.job.cells
     pairs = list(itertools.product(study.subjects, FILLINGS))
     means: dict[tuple[str, str, str], list[Tensor]] = {}
     for subject, filling in tqdm(pairs, "removal", disable=None, leave=False, dynamic_ncols=True):
         target, boxes = subject.target, subject.target.boxes
         frames = target.cut(target.images)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        side = min(study.job.cells, int(sides.max()))  # each cell has pixels
+        clipped = sides.amin(1) < side  # at the image's edge, some cells would have none
         cells = box_cells(boxes, (frames.shape[2], frames.shape[3]), side)
         sizes = {method: target.picture(method).abs().sum(1, keepdim=True) for method in subject.methods}
         relevance = {method: cell_means(size, cells, side**2)[0][:, 0] for method, size in sizes.items()}
@@ -348,6 +350,7 @@ def measure_removal(study: Study) -> Iterator[Row]:
         measure = Removal(frames, boxes, target.value, side, filling, blurred)
         for method, scores in removal_scores(measure, relevance, side, study.seed).items():
             for name, values in zip(("deletion", "insertion"), scores, strict=True):
+                values = values.masked_fill(clipped, torch.nan)
                 yield subject.row(method, f"{name}, {filling}", values)
                 means.setdefault((subject.name, method, name), []).append(values)
                 if filling == FILLINGS[-1]:
@@ -438,13 +441,15 @@ def measure_ablation(study: Study) -> Iterator[Row]:
                 logits[number].index_add_(0, truth, change / present[truth])
         accuracy, logits = accuracy[alive], logits[alive]
         most_reduced = logits.masked_fill(present == 0, torch.inf).argmin(1)
+        unchanged = logits.amin(1) >= 0  # such as a map that is not active in these images
         best, selectivity = stats.best_class.cpu()[alive], stats.selectivity.cpu()[alive]
         guessed = 1 / int((present > 0).sum())  # nothing is known of absent classes; of one class all agree: NaN
         agrees = ((most_reduced == best).double() - guessed) / (1 - guessed or math.nan)
+        agrees = agrees.masked_fill(unchanged, torch.nan)
         columns = {
             "accuracy change": accuracy,
             "largest logit loss": logits.amin(1),
-            "class of it": most_reduced,
+            "class of it": most_reduced.double().masked_fill(unchanged, torch.nan),
             "selectivity": selectivity,
             "best class": best,
             "agreement": agrees,
@@ -612,7 +617,8 @@ def _ablation_lines(agreement: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
     known = {layer: row for layer, row in agreement.items() if row["mean"] is not None}
     if known:
         cells = (f"{layer} {100 * row['mean']:.0f}±{100 * (row['se'] or 0):.0f}" for layer, row in known.items())
-        yield "maps set to zero: the class that loses most is the one that the map selects:"
+        yield "maps set to zero: the class that loses most is the one that the map selects"
+        yield "(in hundredths; 0 chance, 100 always):"
         yield "  " + ", ".join(cells)
 
 
