@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,16 @@ def test_transforms_may_give_floats_and_another_size() -> None:
     parts, cropped = with_transforms(6, 4, operations), with_transforms(6, 4, [v2.CenterCrop(8)])
     assert torch.equal(by_image(parts), by_image(cropped))
     assert by_image(parts).shape == (6, 3, 16, 16)
+
+
+@pytest.mark.parametrize("side", [8, 24])
+def test_transforms_that_change_the_size_come_after_the_window(side: int) -> None:
+    """The window of data.crop_size is not cut again from what they give."""
+    given = random_images(1, side)
+    parts = with_transforms(6, 4, [v2.Lambda(lambda image: given[0].permute(2, 0, 1))])
+    parts.data = dataclasses.replace(parts.data, crop_size=12)
+    expected = preprocess(given, dataclasses.replace(parts.data, crop_size=None))
+    assert torch.equal(by_image(parts), expected.expand(6, -1, -1, -1))
 
 
 @pytest.mark.parametrize(

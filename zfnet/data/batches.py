@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -215,10 +215,12 @@ class Batches:
         """Return a batch from its pixels; `where` is the images' index on the device."""
         if epoch is not None and self.augment is not None:
             pixels = augment(pixels, random, self.augment, self.data)
+        data = self.data
         if epoch is not None and self.transforms:
             pixels = apply_transforms(pixels, draws, self.transforms, self.seed, epoch)
+            data = replace(data, crop_size=None)  # it was cut before the transforms, which may give another size
         index = draws % len(self.set)
-        return preprocess(pixels, self.data, self.channels_last), self.labels[where], index
+        return preprocess(pixels, data, self.channels_last), self.labels[where], index
 
 
 def balanced_draws(labels: Tensor, seed: int, epoch: int) -> Tensor:
