@@ -78,6 +78,17 @@ def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, jud
     assert "the weights are of epoch 1 (the parent's), the best of 3" in branch.out
 
 
+@pytest.mark.parametrize("word", ["data.split_seed=1", "data.validation=0.2", "data.mean=[0.4,0.4,0.4]"])
+def test_the_best_epoch_before_a_branch_does_not_count_on_other_images(
+    branch, tmp_path: Path, judge, word: str
+) -> None:
+    judge(accuracy=[0.9, 0.8, 0.1, 0.2])
+    train_minute(tmp_path / "one")
+    other = branch("two", "job=extend", "run=one", "trainer.epochs=4", word)
+    assert other.read_json("results.json")["best_epoch"] == 4
+    assert f"{word.split('=')[0]} is not the parent's" in (other.folder / "train.log").read_text()
+
+
 def test_the_best_epoch_before_a_fork_survives_a_kill(tmp_path: Path, judge, monkeypatch) -> None:
     """Killed in epoch 4 and continued from epoch 2, the best weights until epoch 2 are not those of epoch 3."""
     judge(accuracy=[0.5, 0.4, 0.9, 0.1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,21 @@ from zfnet.training.device import Runtime
 from zfnet.training.metrics import RunningMetrics
 from zfnet.training.processes import SINGLE, World
 from zfnet.training.schedule import Schedule, schedule_span
+
+log = logging.getLogger("zfnet")
+
+# keys of `data` that do not change how an image is validated
+_OF_TRAINING = {
+    "batch_size",
+    "sampler",
+    "subset",
+    "device_memory",
+    "max_pixels",
+    "draft",
+    "cache_dir",
+    "on_error",
+    "test",
+}
 
 
 class Callback:
@@ -265,18 +281,28 @@ class TrainingState:
 
         The optimizer's settings are this run's, and the learning rate is that of this run's schedule. The optimizer's
         state (such as momentum) is kept unless the optimizer is another one. A callback keeps its state if its settings
-        are unchanged; none does if one had stopped the parent early.
+        are unchanged; none does if one had stopped the parent early. Where the validation images, or what the network
+        sees of them, may be others, callbacks begin anew and the parent's best epoch does not count.
         """
         assert self.config.parent is not None
         before = self.config.parent.config
         self.step = self.epoch * self.steps_per_epoch  # the parent may have had batches of another size
+        data = self.config.to_dict()["data"]
+        changed = [k for k in data if k not in _OF_TRAINING and before["data"].get(k) != data[k]]
+        if changed:
+            log.warning(
+                "data.%s is not the parent's: its best epoch does not count, and it may have trained on images that "
+                "validate now",
+                changed[0],
+            )
+            self.best = None
         first, _ = schedule_span(self.config.to_dict())
         monitor = self.config.trainer.monitor
         if any(row.get(monitor) is None for row in self.history):
             raise UserError(f"trainer.monitor={monitor}: the parent did not measure it")
         self.schedule.replay([row[monitor] for row in self.history[first:]])
         unchanged = {k for k, v in self.config.callbacks.items() if before["callbacks"].get(k) == v}
-        kept = set() if self.should_stop else unchanged
+        kept = set() if self.should_stop or changed else unchanged
         callbacks = {k: v for k, v in callbacks.items() if k in kept or k not in self.config.callbacks}
         self.should_stop = False
         settings = [_without_numbers(c) for c in (before["optimizer"], self.config.optimizer)]
