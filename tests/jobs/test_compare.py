@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -180,3 +181,36 @@ def test_a_run_without_results_does_not_bring_the_test_set_in() -> None:
     axis = draw_comparison(group(runs), "test").axes[1]
     assert axis.get_title() == "Validation accuracy"
     assert len(axis.lines) == 2
+
+
+def test_group_keeps_other_images_apart() -> None:
+    """A folder whose content was exchanged, or another folder: not seeds of one setting."""
+    runs = [trained(0.1, seed, 0.5) for seed in range(4)]
+    runs = [dataclasses.replace(r, environment={"data_fingerprint": "ab"[n // 2]}) for n, r in enumerate(runs)]
+    runs = [dataclasses.replace(r, settings=dict(r.settings)) for r in runs]
+    assert [len(g.runs) for g in group(runs)] == [2, 2]
+
+
+def test_curves_leave_out_the_epochs_that_were_not_measured() -> None:
+    runs = [trained(lr, 0, 0.5) for lr in (0.01, 0.1)]
+    runs[0].history[0]["validation_accuracy"] = None
+    comparison = compare(group(runs))
+    assert comparison.curves[0][1] == [None, 0.5]
+    (line,) = [line for line in to_text(comparison, 80).splitlines() if line.startswith("  A   ") and "▁" in line]
+    assert line.endswith(" ▁  50.0%")
+
+
+def test_an_accuracy_of_0_is_an_accuracy() -> None:
+    runs = [trained(lr, 0, 0.5) for lr in (0.01, 0.1)]
+    for run in runs:
+        run.results.update(validation=None, test={"accuracy": 0.0})
+    assert compare(group(runs)).split == "test"
+
+
+def test_differences_without_spread_are_said_to_have_none() -> None:
+    (section,) = [
+        s
+        for s in compare(group([trained(lr, seed, 0.5) for lr in (0.01, 0.1) for seed in (0, 1)])).sections
+        if s.title.startswith("Differences")
+    ]
+    assert section.notes == ("not tested: the differences do not vary from seed to seed",)

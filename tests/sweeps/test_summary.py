@@ -18,7 +18,16 @@ from zfnet.config.schema import flatten
 from zfnet.runs.command import compose_raw
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import register_resolvers
-from zfnet.sweeps.summary import ABSENT, p_against_best, read_sweep, read_training, short_names, swept_keys, to_text
+from zfnet.sweeps.summary import (
+    ABSENT,
+    _settings,
+    p_against_best,
+    read_sweep,
+    read_training,
+    short_names,
+    swept_keys,
+    to_text,
+)
 
 
 def write_job(
@@ -243,3 +252,13 @@ def test_to_text_tests_each_setting_against_the_best(tmp_path: Path) -> None:
     ends = ["against the best", "best", f"unclear, p {p[1]:.2g}", f"lower, p {p[2]:.2g}", ABSENT]
     assert [line.rstrip().endswith(end) for line, end in zip(lines, ends, strict=True)] == [True] * 5
     assert max(map(len, lines)) <= 80
+
+
+def test_settings_of_a_branch_are_its_parents_too_and_without_the_seed() -> None:
+    def settings(lr: float = 0.1, **parent: Any) -> dict[str, Any]:
+        config = {"seed": parent.pop("seed", 0), "optimizer": {"lr": lr}}
+        link = {"run": "x", "epoch": 2, "step": 9, "schedule": "stretch", "identity": repr(config), "config": config}
+        return _settings({"seed": config["seed"], "parent": link | parent, "optimizer": {"lr": 0.5}})
+
+    assert settings() == settings(seed=1)
+    assert len({repr(s) for s in (settings(), settings(0.2), settings(schedule="restart"), settings(epoch=1))}) == 4

@@ -26,7 +26,7 @@ from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import LEVEL, Difference, difference, holm
 from zfnet.runs.tables import format_table, shorten
 from zfnet.sweeps.callback import summarize
-from zfnet.sweeps.summary import ABSENT, Trained, format_value, read_training, swept_keys
+from zfnet.sweeps.summary import ABSENT, Trained, format_value, read_training, swept_keys, tell_data_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,10 +118,10 @@ def group(runs: Sequence[Trained]) -> list[Group]:
     Runs of one seed and setting, such as a run and its reproduction, are compared one by one. Raises UserError for
     more groups than letters.
     """
+    tell_data_apart(runs)
     settings: dict[str, list[Trained]] = {}
     for run in runs:
-        own = {key: value for key, value in run.settings.items() if not key.startswith("parent.")}
-        settings.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(run)
+        settings.setdefault(json.dumps(run.settings, sort_keys=True, default=str), []).append(run)
     groups = list(settings.values())
     if len(groups) < 2 or any(len({str(r.seed) for r in members}) < len(members) for members in groups):
         groups = [[run] for run in runs]
@@ -154,7 +154,7 @@ class Comparison:
     sections: list[Section]
     tests: list[dict[str, Any]]
     by_epoch: str  # the split of the curves
-    curves: list[tuple[str, list[float]]]
+    curves: list[tuple[str, list[float | None]]]
 
     def to_dict(self) -> dict[str, Any]:
         sections = [{"title": s.title, "rows": s.rows, "notes": s.notes} for s in self.sections]
@@ -165,7 +165,7 @@ def compare(groups: Sequence[Group], split: str = "auto") -> Comparison:
     """Return what differs between groups; `split`: validation, test, or auto: validation if every run has it."""
     if split == "auto":
         runs = [r for g in groups for r in g.runs]
-        only_tested = [r for r in runs if r.metric("validation", "accuracy") is None and r.metric("test", "accuracy")]
+        only_tested = [r for r in runs if r.metric("validation") is None and r.metric("test") is not None]
         split = "test" if only_tested else "validation"  # runs without results do not count
     letters = ["", *(g.letter for g in groups)]
     configs = [{key: _common(r.config.get(key, ABSENT) for r in g.runs) for key in g.runs[0].config} for g in groups]
@@ -269,6 +269,8 @@ def _tests(groups: Sequence[Group], split: str) -> tuple[list[dict[str, Any]], S
             pairs.append((better, other, result))
     if not pairs:
         note = "not tested: that takes two or more seeds of each setting, as in -m seed=0,1,2"
+        if sum(len(g.values(split)) > 1 for g in ranked) > 1:
+            note = "not tested: the differences do not vary from seed to seed"
         return [], Section(title, [], notes=(note,))
     corrected = holm([result.p for _, _, result in pairs])
     tests = [
@@ -297,10 +299,10 @@ def _tests(groups: Sequence[Group], split: str) -> tuple[list[dict[str, Any]], S
     return tests, Section(title, rows, bold, tuple(notes))
 
 
-def _curve(g: Group, key: str) -> list[float]:
-    """Return the mean of a column of the history over the group's runs, epoch by epoch, while all have it."""
+def _curve(g: Group, key: str) -> list[float | None]:
+    """Return the mean of a column of the history over the group's runs, epoch by epoch; None where one lacks it."""
     columns = ([row.get(key) for row in r.history] for r in g.runs)
-    return [statistics.fmean(v) for v in zip(*columns, strict=False) if None not in v]
+    return [None if None in v else statistics.fmean(v) for v in zip(*columns, strict=False)]
 
 
 # -- on the terminal, as a page, and as a figure
@@ -313,7 +315,7 @@ def to_text(comparison: Comparison, width: int, bold: bool = False) -> str:
         lines += ["", section.title]
         lines += _table(section, width, bold)
         lines += [line for note in section.notes for line in _wrap(note, width)]
-        if section.title == "Results" and any(len(curve) > 1 for _, curve in comparison.curves):
+        if section.title == "Results" and any(len(_known(curve)) > 1 for _, curve in comparison.curves):
             lines += ["", *_sparklines(comparison, width)]
     return "\n".join(lines[1:])
 
@@ -340,16 +342,22 @@ def _wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(shorten(text, 1000), width, initial_indent="  ", subsequent_indent="    ")
 
 
+def _known(curve: Sequence[float | None]) -> list[float]:
+    return [value for value in curve if value is not None]
+
+
 def _sparklines(comparison: Comparison, width: int) -> list[str]:
     """Draw each group's curve in a line of bars, all on one scale; long curves by every k-th epoch."""
-    values = [v for _, curve in comparison.curves for v in curve]
+    values = [v for _, curve in comparison.curves for v in _known(curve)]
     low, high = min(values), max(values)
     longest = max(len(curve) for _, curve in comparison.curves)
     every = -(-longest // (width - 20))
     lines = [f"  {comparison.by_epoch} accuracy by epoch, ▁ {low:.1%} to █ {high:.1%}"]
     for letter, curve in comparison.curves:
-        bars = [_BARS[round((len(_BARS) - 1) * (v - low) / ((high - low) or 1))] for v in curve[every - 1 :: every]]
-        lines.append(f"  {letter}  {''.join(bars)}" + (f"  {curve[-1]:.1%}" if curve else ABSENT))
+        scale = (len(_BARS) - 1) / ((high - low) or 1)
+        bars = [" " if v is None else _BARS[round(scale * (v - low))] for v in curve[every - 1 :: every]]
+        last = _known(curve)[-1:]
+        lines.append(f"  {letter}  {''.join(bars)}" + (f"  {last[0]:.1%}" if last else ABSENT))
     return lines
 
 

@@ -8,6 +8,7 @@ that validation chose.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import shutil
@@ -103,7 +104,7 @@ def read_sweep(folder: Path) -> Sweep:
     runs = [run for run in runs if run.job in ("train", None)]  # None: cannot be read
     jobs = [read_training(run, run.folder.relative_to(folder).as_posix()) for run in runs]
     jobs = [job if job.state == "done" else replace(job, results={}) for job in jobs]
-    _tell_data_apart(jobs)
+    tell_data_apart(jobs)
     keys = swept_keys([job.settings for job in jobs if job.settings])
     groups: dict[str, list[Trained]] = {}
     for job in sorted(jobs, key=lambda job: -1 if job.seed is None else job.seed):
@@ -136,13 +137,12 @@ def read_training(run: RunDirectory, name: str) -> Trained:
     with contextlib.suppress(UserError):
         history = run.read_history()
         results = run.read_json("results.json")
-    settings = flatten(result_keys(recorded))
-    seed = settings.get("seed")
+    seed, parent = recorded.get("seed"), _parent(recorded)
     return Trained(
         name,
         *run.state_and_error(),
-        flatten({key: value for key, value in recorded.items() if key not in _NO_SETTING}),
-        {key: value for key, value in settings.items() if key != "seed"},
+        flatten({key: value for key, value in recorded.items() if key not in _NO_SETTING}) | parent,
+        _settings(recorded),
         seed if isinstance(seed, int) else None,
         environment_values(run),
         results if isinstance(results, dict) else {},
@@ -150,7 +150,23 @@ def read_training(run: RunDirectory, name: str) -> Trained:
     )
 
 
-def _tell_data_apart(jobs: Sequence[Trained]) -> None:
+def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the result of a config depends on, by flat dotted keys and without the seed."""
+    settings = flatten(result_keys({key: value for key, value in plain.items() if key not in ("seed", "parent")}))
+    return settings | _parent(plain)
+
+
+def _parent(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where a branched run began, in whose parent the seed does not count either."""
+    parent = plain.get("parent")
+    if not isinstance(parent, Mapping) or not isinstance(parent.get("config"), Mapping):
+        return {}
+    settings = json.dumps(_settings(parent["config"]), sort_keys=True, default=str)
+    known = {f"parent.{key}": parent.get(key) for key in ("epoch", "schedule")}
+    return known | {"parent.settings": hashlib.sha256(settings.encode()).hexdigest()[:12]}
+
+
+def tell_data_apart(jobs: Sequence[Trained]) -> None:
     """Add `data.root` to the settings where the jobs were trained on several data sets.
 
     The content of the data counts, not its place: a folder that was moved is one, and one whose content was exchanged
