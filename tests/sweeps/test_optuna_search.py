@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tests.helpers import start
 from tests.sweeps.test_launch import SMALL, rows
@@ -25,7 +26,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
 
 optuna = pytest.importorskip("optuna")
-from zfnet.sweeps.optuna_search import _open_storage, construct, other_images  # noqa: E402
+from zfnet.sweeps.optuna_search import _open_storage, construct, other_images, search_space  # noqa: E402
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *SMALL)
 SPACE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "data.batch_size=choice(20,30)")
@@ -323,3 +324,18 @@ def test_run_search_in_postgresql_is_shared_by_sweep_directories(run_py, tmp_pat
     assert len(list((tmp_path / "s1").glob("*/config.yaml"))) == 2
     assert len(list((tmp_path / "s2").glob("*/config.yaml"))) == 3
     assert not list(tmp_path.glob("*/study.journal"))
+
+
+@pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("range(0.1,1,0.2)", [0.1, 0.3, 0.5, 0.7, 0.9]),
+        ("range(0.3,0.8,0.1)", [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]),
+        ("range(1,9,3)", [1, 4, 7]),
+    ],
+)
+def test_search_space_of_a_range_has_all_its_values(word: str, values: list[float]) -> None:
+    space = search_space([OverridesParser.create().parse_override(f"a={word}")])["a"]
+    assert [space.low, space.high] == [values[0], values[-1]]
+    assert space.step == pytest.approx(values[1] - values[0])
+    assert all(space._contains(value) for value in values)

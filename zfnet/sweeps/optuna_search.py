@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -134,11 +135,12 @@ def _distribution(override: Override) -> BaseDistribution:
             return FloatDistribution(float(low or 0.0), float(high or 0.0), log=log)
         texts = list(override.sweep_string_iterator())
         if isinstance(value, RangeSweep) and len(texts) > 1 and not value.shuffle:
-            low, second, high = (float(t) for t in (texts[0], texts[1], texts[-1]))
-            if low < second:
-                if all(number.is_integer() for number in (low, second, high)):
-                    return IntDistribution(int(low), int(high), step=int(second - low), log=log)
-                return FloatDistribution(low, high, step=second - low, log=log)
+            first, step = Decimal(texts[0]), Decimal(str(value.step))  # as floats, 0.1 + 0.2 is not 0.3
+            last = first + step * (len(texts) - 1)
+            if step > 0:
+                if first == int(first) and step == int(step):
+                    return IntDistribution(int(first), int(last), step=int(step), log=log)
+                return FloatDistribution(float(first), float(last), step=float(step), log=log)
         return CategoricalDistribution(texts)
     except ValueError as error:
         raise UserError(f"{override.input_line}: is no space to search ({one_line(error)})") from error
