@@ -119,6 +119,11 @@ def test_predict_job_refuses_overrides_without_effect(
     assert not (tmp_path / "outputs").exists()
 
 
+def test_prediction_rows_of_equally_probable_classes_show_the_one_that_counted() -> None:
+    (row,) = prediction_rows(["x.png"], torch.tensor([[0.5, 0.5]]), ["a", "b"], [0], [1])
+    assert row["predicted"] == "b"
+
+
 def test_prediction_rows_leave_out_columns_that_would_be_too_many(monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.predict.MOST_COLUMNS", 1)
     (row,) = prediction_rows(["x.png"], torch.tensor([[0.25, 0.75]]), ["a", "b"], [0])

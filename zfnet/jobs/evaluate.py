@@ -84,7 +84,8 @@ def _rows(evaluation: Evaluation, images: ImageSet, split: str, root: str | None
     assert evaluation.probabilities is not None
     files = [str(Path(root or "", images.files[row])) for row in images.rows.tolist()] if images.files else []
     names = files or [f"{split} {number}" for number in range(len(images))]
-    return prediction_rows(names, evaluation.probabilities, images.classes, evaluation.labels.tolist())
+    labels, predicted = evaluation.labels.tolist(), evaluation.predictions.tolist()
+    return prediction_rows(names, evaluation.probabilities, images.classes, labels, predicted)
 
 
 class MeanOfViews(nn.Module):

@@ -144,7 +144,7 @@ def predict(loaded: LoadedRun, images: Sequence[str], top: int, batch_size: int)
                     yield Prediction(image, error=file)
                     continue
                 own = next(probabilities)
-                values, labels = own.topk(top)
+                values, labels = (x[:top] for x in own.sort(descending=True, stable=True))
                 classes = [loaded.classes[label] for label in labels.tolist()]
                 yield Prediction(image, list(zip(classes, values.tolist(), strict=True)), own, file[1])
             count += len(stored)
@@ -152,15 +152,20 @@ def predict(loaded: LoadedRun, images: Sequence[str], top: int, batch_size: int)
 
 
 def prediction_rows(
-    names: Sequence[str], probabilities: Tensor, classes: Sequence[str], labels: Sequence[int] = ()
+    names: Sequence[str],
+    probabilities: Tensor,
+    classes: Sequence[str],
+    labels: Sequence[int] = (),
+    predicted: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
     """Return the rows of predictions.csv, one for each image of `probabilities` [N, classes].
 
-    labels: the true classes, where they are known; above MOST_COLUMNS classes have no columns of their own
+    labels: the true classes, where they are known; predicted: of equally probable ones, which counted (the first)
+    Above MOST_COLUMNS classes have no columns of their own.
     """
     rows: list[dict[str, Any]] = []
     for number, (name, values) in enumerate(zip(names, probabilities.tolist(), strict=True)):
-        best = max(range(len(classes)), key=values.__getitem__)
+        best = predicted[number] if predicted else max(range(len(classes)), key=values.__getitem__)
         true = {"true": classes[labels[number]]} if labels else {}
         row = {"image": name, **true, "predicted": classes[best], "probability": f"{values[best]:.6g}"}
         if labels:
