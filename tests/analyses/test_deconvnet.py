@@ -343,3 +343,8 @@ def test_deconvnet_job_refuses_the_runs_own_directory(run_py, tiny_run) -> None:
     answer = run_py(*SMALL, f"run={tiny_run.folder}", f"hydra.run.dir={tiny_run.folder}")
     assert answer.code == 1
     assert "choose another directory" in answer.err
+
+
+def test_verdict_of_other_pictures_is_refused(run_py, tiny_run) -> None:
+    words = ("job=deconvnet", f"run={tiny_run.folder}", "job.dead_windows=all")
+    assert "job.dead_windows=first" in run_py(*words, "job.verdict=v").error

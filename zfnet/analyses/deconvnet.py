@@ -117,7 +117,11 @@ class DeconvnetJob(Look):
             return
         other = None if self.other is None else load_model(find_run(self.other).weights, config.imports)
         weights = weights_hash(loaded.model.state_dict())
-        verdict = find_verdict(weights, self.rule, self.verdict)
+        verdict = None
+        if (deconvnet.dead_windows, deconvnet.lrn) == ("first", "identity"):  # of which job=verdict knows the pictures
+            verdict = find_verdict(weights, self.rule, self.verdict)
+        elif self.verdict is not None:
+            raise UserError("job.verdict: its scores are of pictures with job.dead_windows=first and job.lrn=identity")
         splits = loaded.splits()
         split = chosen_split(loaded, splits)
         images = split.images
@@ -185,7 +189,7 @@ class DeconvnetJob(Look):
         strongest = strongest_activations(chain, batches, layers)
         effects: dict[str, Tensor] = {}
         if self.ablation:
-            few = torch.cat(batches)[:: max(1, count // self.ablation)][: self.ablation]
+            few = torch.cat(batches)[torch.linspace(0, count - 1, min(count, self.ablation)).round().long()]
             effects = ablation_effects(chain, few.split(loaded.data.batch_size), layers)
         responses = {layer: MapResponses(strongest[layer], effects.get(layer)) for layer in layers}
         if other is None:
@@ -364,6 +368,7 @@ def write_tables(run: RunDirectory, search: TopActivations, chain: Chain, images
         )
         stats = search.statistics(layer)
         best, dead = stats.best_class.tolist(), stats.dead.tolist()
+        q = false_discovery_rate(stats.p.masked_fill(stats.dead, torch.nan).cpu())
         maps += to_rows(
             layer=[layer] * len(best),
             map=range(len(best)),
@@ -372,7 +377,7 @@ def write_tables(run: RunDirectory, search: TopActivations, chain: Chain, images
             position_share=short(stats.position_share),
             selectivity=short(stats.selectivity),
             selectivity_by_chance=short(stats.chance),
-            selectivity_q=short(false_discovery_rate(stats.p.cpu())),
+            selectivity_q=["" if d else q for d, q in zip(dead, short(q), strict=True)],
             **{"class": ["" if d else images.classes[c] for c, d in zip(best, dead, strict=True)]},
             dead=map(int, dead),
         )

@@ -1,7 +1,8 @@
 """Statistics of runs and analyses: means with intervals, rank correlations, and tests of hypotheses.
 
 One convention everywhere: `std` is the sample's standard deviation (ddof=1), which a single value does not have;
-`low` and `high` are the ends of a 95 % interval: of a bootstrap over the `n` values, or of Student's t.
+`low` and `high` are the ends of a 95 % interval: of a bootstrap over the `n` values or, if there are fewer than 30, for
+which that is too narrow, of Student's t.
 
 Where two settings have the same seeds, which share the initial weights and the order of images, their t-test is paired;
 else it is Welch's, which does not assume equal variances (Welch 1947). Several tests at once are corrected after Holm
@@ -23,6 +24,7 @@ from torch import Tensor
 LEVEL = 0.05  # a difference is significant where its p is below
 
 _RESAMPLES = 2000
+_MANY = 30  # values that a bootstrap needs
 _ROWS = 16  # ranked at once
 
 
@@ -35,9 +37,13 @@ def describe(values: Tensor) -> dict[str, float | int | None]:
     if count:
         row["mean"] = float(known.mean())
     if count > 1:
-        drawn = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
-        low, high = known[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        row |= {"std": float(known.std(correction=1)), "low": low, "high": high}
+        mean, std = float(known.mean()), float(known.std(correction=1))
+        reach = t_quantile(count - 1) * std / math.sqrt(count)
+        low, high = mean - reach, mean + reach
+        if count >= _MANY:
+            drawn = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+            low, high = known[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        row |= {"std": std, "low": low, "high": high}
     return row
 
 
@@ -129,10 +135,16 @@ def rank_p(values: Tensor, null: Tensor) -> Tensor:
 
 
 def false_discovery_rate(p: Tensor) -> Tensor:
-    """Return q values [n] (Benjamini & Hochberg 1995): of the tests with q ≤ 0.05, 5 % are expected to be false."""
-    order = p.argsort(stable=True)
-    steps = p[order] * len(p) / torch.arange(1, len(p) + 1)
-    return torch.empty_like(p).scatter(0, order, steps.flip(0).cummin(0).values.flip(0)) if len(p) else p
+    """Return q values [n] (Benjamini & Hochberg 1995): of the tests with q ≤ 0.05, 5 % are expected to be false.
+
+    Where p is NaN, nothing was tested.
+    """
+    q, tested = torch.full_like(p, torch.nan), p.isfinite().nonzero().flatten()
+    if len(tested):
+        order = tested[p[tested].argsort(stable=True)]
+        steps = p[order] * len(order) / torch.arange(1, len(order) + 1)
+        q[order] = steps.flip(0).cummin(0).values.flip(0)
+    return q
 
 
 def percent(row: dict[str, float | int | None]) -> str:
