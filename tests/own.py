@@ -74,6 +74,20 @@ class TwoModes(Optimizer):
                     self.state[p]["other"].copy_(kept)
 
 
+class Counting(Optimizer):
+    """Descent in ever smaller steps, which it counts in its groups, from their defaults or from its first step."""
+
+    def __init__(self, params: Any, lr: float = 0.01, weight_decay: float = 0.0, from_defaults: bool = True) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay} | ({"count": 0} if from_defaults else {}))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            for p in (p for p in group["params"] if p.grad is not None):
+                p -= group["lr"] / group["count"] * (p.grad + group["weight_decay"] * p)
+
+
 class MeanCrossEntropy(nn.Module):
     """The mean over the batch, without an argument `reduction`."""
 

@@ -13,7 +13,7 @@ import zfnet.training.loop
 from tests.helpers import EVERY_STEP, STEPS, Killed, dying_at, learned, train_minute
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.callbacks import Checkpoints
-from zfnet.training.checkpoint import epoch_name, read_checkpoint, read_newest, step_files
+from zfnet.training.checkpoint import epoch_name, read_checkpoint, read_newest, step_files, unpack
 
 # its rate is halved after each epoch but the first: a function of the metrics, and not of the run's length
 PLATEAU = ("scheduler=plateau", "scheduler.patience=0", "scheduler.factor=0.5", "+scheduler.threshold=0.9")
@@ -63,6 +63,20 @@ def test_a_fork_that_changes_nothing_equals_its_parent(branch, tmp_path: Path) -
     assert learned(run) == learned(parent)
     newest = [read_newest(r.checkpoints)[0] for r in (run, parent)]
     assert newest[0].metadata["schedule"] == newest[1].metadata["schedule"]
+
+
+@pytest.mark.parametrize("from_defaults", [True, False])
+def test_what_an_optimizer_keeps_in_its_groups_goes_on(branch, tmp_path: Path, from_defaults: bool) -> None:
+    words = (*PLATEAU, "imports=[tests]", "optimizer=sgd", "~optimizer.momentum", "~optimizer.nesterov")
+    words += ("optimizer._target_=tests.own.Counting", f"+optimizer.from_defaults={str(from_defaults).lower()}")
+    train_minute(tmp_path / "one", *words)
+    run = branch("two", "imports=[tests]", "job=extend", "run=one", "trainer.epochs=3")
+    assert learned(run) == learned(train_minute(tmp_path / "whole", *words, "trainer.epochs=3"))
+    settings = ("optimizer.lr=0.5", "optimizer.weight_decay=0.25")
+    run = branch("three", "imports=[tests]", "job=extend", "run=one", "trainer.epochs=3", *settings)
+    saved = read_newest(run.checkpoints)[0]
+    (group,) = unpack(saved.metadata["optimizer"], saved.tensors)["param_groups"]
+    assert (group["count"], group["lr"], group["weight_decay"]) == (3 * STEPS, 0.125, 0.25)  # halved twice
 
 
 def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, judge) -> None:

@@ -25,6 +25,8 @@ from zfnet.config.instantiate import is_number
 
 # keys of conf/scheduler that are ours and not the scheduler's
 OWN_KEYS = ("interval", "warmup_epochs")
+# what PyTorch's schedulers set in the optimizer's parameter groups
+SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "momentum", "betas", "max_momentum", "base_momentum")
 
 
 class Schedule:

@@ -20,7 +20,7 @@ from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_pr
 from zfnet.training.device import Runtime
 from zfnet.training.metrics import RunningMetrics
 from zfnet.training.processes import SINGLE, World
-from zfnet.training.schedule import Schedule, schedule_span
+from zfnet.training.schedule import SCHEDULED, Schedule, schedule_span
 
 log = logging.getLogger("zfnet")
 
@@ -308,7 +308,10 @@ class TrainingState:
         settings = [_without_numbers(c) for c in (before["optimizer"], self.config.optimizer)]
         if settings[0] != settings[1] or before["trainer"].get("freeze", []) != self.config.trainer.freeze:
             return None, callbacks
-        return {**optimizer, "param_groups": [{} for _ in optimizer["param_groups"]]}, callbacks
+        # what an optimizer keeps in its groups, such as a count of steps, is state: all but settings and the schedule's
+        of_run = {*before["optimizer"], *self.config.optimizer, *SCHEDULED}
+        groups = [{k: v for k, v in group.items() if k not in of_run} for group in optimizer["param_groups"]]
+        return {**optimizer, "param_groups": groups}, callbacks
 
 
 def _without_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
