@@ -105,6 +105,20 @@ class Wordless(nn.Module):
         raise RuntimeError
 
 
+class SoftTargets(nn.Module):
+    """Wants a probability of each class for each image; with as many images as classes, labels pass for these."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return -(labels * logits.log_softmax(1)).sum(1).mean()
+
+
+class TenClasses(nn.Module):
+    """Weighs each of ten classes."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (torch.arange(10.0) * F.one_hot(labels, 10) * -logits.log_softmax(1)).sum(1).mean()
+
+
 class OneForEach(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none")
@@ -126,6 +140,20 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images).relu().mean((2, 3)))
+
+
+class Fixed(nn.Module):
+    """A network whose number of outputs does not follow the data; in training mode it may give a second result."""
+
+    def __init__(self, outputs: int = 10, dropout: float = 0.5, second: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.LazyLinear(outputs))
+        self.layers(torch.zeros(1, 3, 64, 64))
+        self.dropout, self.second = dropout, second
+
+    def forward(self, images: Tensor) -> Any:
+        logits = F.dropout(self.layers(images), self.dropout, self.training)
+        return (logits, logits) if self.second and self.training else logits
 
 
 class Counter(Callback):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import MINUTE, STEPS, Trap, checked, compose, resumes_exactly, train_minute
+from tests.helpers import MINUTE, STEPS, Trap, checked, compose, resumes_exactly, train_minute, train_undrawn
 from tests.helpers import training_state as make_state
 from zfnet.config.errors import UserError
 from zfnet.data import load_splits
@@ -82,16 +82,56 @@ def test_class_weights_of_another_number_of_classes_are_named(tmp_path: Path) ->
     ("name", "expected"),
     [
         ("NoGradient", "loss (NoGradient): must give one number with a gradient, not []"),
-        ("OneForEach", "loss (OneForEach): must give one number with a gradient, not [2]"),
+        ("OneForEach", "loss (OneForEach): must give one number with a gradient, not [3]"),
         ("Learned", "loss (Learned): has parameters of its own"),
-        ("Squash", "loss (Squash): fails on logits [2, 2] and labels [2]: "),
-        ("Wordless", "loss (Wordless): fails on logits [2, 2] and labels [2]: RuntimeError"),
+        ("Squash", "loss (Squash): fails on logits [3, 10] and labels [3]: "),
+        ("SoftTargets", "loss (SoftTargets): fails on logits [3, 10] and labels [3]: "),
+        ("Wordless", "loss (Wordless): fails on logits [3, 10] and labels [3]: RuntimeError"),
         ("Counter", "loss._target_=tests.own.Counter: must name a subclass of torch.nn.modules.module.Module"),
     ],
 )
 def test_loss_that_cannot_be_trained_is_refused(name: str, expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
         checked(*MINUTE, *OWN_LOSS, f"loss._target_=tests.own.{name}")
+
+
+# three classes, whose number is not known before the images are read
+OWN_DATA = (OWN, "data=dataset", "+data.train._target_=tests.own.Items", "+data.train.count=30", "data.validation=6")
+UNKNOWN = (*(word for word in MINUTE if "_images=" not in word), *OWN_DATA)
+
+
+def test_loss_for_a_number_of_classes_is_tried_with_that_number(tmp_path: Path) -> None:
+    words = (*OWN_LOSS, "loss._target_=tests.own.TenClasses")
+    checked(*MINUTE, *words)
+    config = checked(*UNKNOWN, *words)
+    with pytest.raises(UserError, match=r"loss \(TenClasses\): fails on logits \[4, 3\] and labels \[4\]: "):
+        train(config, RunDirectory(tmp_path / "run"))
+
+
+# -- network
+
+
+def own_network(*words: str) -> list[str]:
+    plain = (word for word in words if not word.startswith("model."))
+    return [*plain, OWN, "~model", "+model._target_=tests.own.Fixed"]
+
+
+def test_network_with_a_fixed_number_of_outputs_may_fit(tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    checked(*own_network(*MINUTE))
+    assert torch.equal(before, torch.random.get_rng_state())
+    with pytest.raises(UserError, match=r"model \(Fixed\): gives \[2, 7\] for 2 images; must be \[2, 10\]"):
+        checked(*own_network(*MINUTE), "+model.outputs=7")
+    train_undrawn(tmp_path / "run", checked(*own_network(*UNKNOWN), "+model.outputs=3", "trainer.epochs=1"))
+    config = checked(*own_network(*UNKNOWN))
+    with pytest.raises(UserError, match=r"model \(Fixed\): gives \[2, 10\] for 2 images; must be \[2, 3\]"):
+        train(config, RunDirectory(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("words", [MINUTE, UNKNOWN])
+def test_network_that_gives_more_in_training_mode_is_named(words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=r"model \(Fixed\): gives tuple for 2 images in training mode; must be \[2, "):
+        checked(*own_network(*words), "+model.second=true")
 
 
 # -- parameter groups
@@ -255,11 +295,8 @@ def test_freeze_of_nothing_or_all_is_refused(names: str, expected: str) -> None:
 
 def test_init_from_and_freeze_are_fine_tuning(started, tmp_path: Path) -> None:
     """On another data set, of three classes: the head is new, the rest is another run's and stays."""
-    words = [w for w in MINUTE if not w.endswith(("_images=80", "_images=20", "_images=200", "_images=50"))]
-    words += [OWN, "data=dataset", "+data.train._target_=tests.own.Items", "+data.train.count=30"]
-    words += ["data.validation=6", f"trainer.init_from={started.folder}", "trainer.freeze=[conv1,conv2]"]
     run = RunDirectory(tmp_path / "run")
-    train(compose(*words), run)
+    train(compose(*UNKNOWN, f"trainer.init_from={started.folder}", "trainer.freeze=[conv1,conv2]"), run)
     log = (run.folder / "train.log").read_text()
     assert "trainer.init_from: fc8.weight is new, since the number of classes differs" in log
     kept, old = load_file(run.weights), load_file(started.weights)

@@ -2,6 +2,6 @@
 
 from zfnet.data.batches import Batch, Batches, preprocess
 from zfnet.data.images import ImageSet, Splits
-from zfnet.data.sources import load_splits
+from zfnet.data.sources import known_classes, load_splits
 
-__all__ = ["Batch", "Batches", "ImageSet", "Splits", "load_splits", "preprocess"]
+__all__ = ["Batch", "Batches", "ImageSet", "Splits", "known_classes", "load_splits", "preprocess"]

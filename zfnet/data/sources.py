@@ -25,6 +25,13 @@ from zfnet.data.folder import load_folder
 from zfnet.data.images import Splits, fingerprint, hold_out, image_set, stratified
 from zfnet.data.shapes import draw_shapes
 
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": 10, "imagenette": 10}
+
+
+def known_classes(data: DataConfig) -> int | None:
+    """Return the number of classes as far as the config tells it, without reading an image."""
+    return NUM_CLASSES.get(data.name) or len(getattr(data, "classes", None) or ()) or None
+
 
 def load_splits(data: DataConfig, imports: Sequence[str] = ()) -> Splits:
     """Return the training, validation and test images that the config describes; raise UserError.

@@ -9,14 +9,12 @@ from typing import ClassVar
 import torchinfo
 
 from zfnet.config.schema import Config, Job, model_name
-from zfnet.data import load_splits
+from zfnet.data import known_classes, load_splits
 from zfnet.runs.directory import find_run
 from zfnet.runs.tables import format_table
 from zfnet.runs.weights import load_model
 from zfnet.training.build import initial_model
 
-# of data sets that are not downloaded for a table of layers
-NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": 10, "imagenette": 10}
 BATCH = 2  # images, as in the blog's table
 
 
@@ -26,7 +24,7 @@ class SummaryJob(Job):
 
     def main(self, config: Config, output: Path) -> None:
         """Print each layer's output shape, parameters and multiply-adds for BATCH images, and the sums."""
-        size, classes = config.data.image_size, NUM_CLASSES.get(config.data.name)
+        size, classes = config.data.image_size, known_classes(config.data)
         if classes is None and config.run and (weights := find_run(str(config.run)).weights).is_file():
             classes = len(load_model(weights, config.imports)[1].classes)
         elif classes is None:

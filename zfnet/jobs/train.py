@@ -377,9 +377,6 @@ def _check_against(splits: Splits, config: Config) -> None:
         raise UserError(
             f"data.subset={data.subset}: there are {len(splits.train)} training images; null takes all of them"
         )
-    weights, classes = config.loss.get("weight"), len(splits.train.classes)
-    if isinstance(weights, list) and len(weights) != classes:
-        raise UserError(f"loss.weight={weights}: must have {classes} numbers, one for each class")
     side = data.crop_size or splits.train.images.shape[1]
     if config.augment.cutout > side:
         raise UserError(

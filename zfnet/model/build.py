@@ -22,7 +22,7 @@ from zfnet.model.zfnet import ZFNet
 
 def build_model(
     model: ModelConfig | Mapping[str, Any],
-    num_classes: int,
+    num_classes: int | None,
     image_size: int,
     imports: Sequence[str] = (),
     probe: bool = True,
@@ -31,29 +31,39 @@ def build_model(
 
     Another network's class is also given `num_classes` and `image_size` if it takes them, and its dropout layers become
     keyed ones, whose masks follow the seed. Raises UserError if it does not turn images into logits [N, num_classes];
-    `probe=False` skips this check.
+    `probe=False` skips this check. `num_classes` is None before the images are read: then any number of logits will do.
     """
+    outputs = num_classes or 2
     if isinstance(model, ModelConfig):
-        return ZFNet(num_classes, image_size, model)
+        return ZFNet(outputs, image_size, model)
     cls = resolve("model", model.get("_target_"), nn.Module, imports)
     # `image_size` only by name: a `**kwargs` may pass it to a class that does not take it
     sizes = {"image_size": image_size} if "image_size" in inspect.signature(cls).parameters else {}
-    offered = {"num_classes": num_classes, **sizes}
+    offered = {"num_classes": outputs, **sizes}
     network: nn.Module = instantiate("model", model, nn.Module, imports, offered=offered)
     replace_dropout(network)
-    if not probe:
-        return network
-    name, training = type(network).__name__, network.training
+    if probe:
+        check_logits(network, num_classes, image_size)
+    return network
+
+
+def check_logits(network: nn.Module, num_classes: int | None, image_size: int, training: bool = False) -> None:
+    """Raise UserError if a network does not turn images into logits [N, num_classes]; None: of any number.
+
+    training: try it in training mode, which changes running statistics and may draw random numbers
+    """
+    name, size, before = type(network).__name__, [2, 3, image_size, image_size], network.training
+    mode = " in training mode" if training else ""
     try:
         with torch.no_grad():
-            logits = network.eval()(torch.zeros(2, 3, image_size, image_size))
-    except Exception as error:
-        size = [2, 3, image_size, image_size]
-        raise UserError(f"model ({name}): fails on images {size}: {one_line(error)}") from error
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"model ({name}): gives {shape} for 2 images; must be [2, {num_classes}]")
-    return network.train(training)
+            logits = network.train(training)(torch.zeros(size))
+    except Exception as error:  # user code may raise anything
+        raise UserError(f"model ({name}): fails{mode} on images {size}: {one_line(error)}") from error
+    network.train(before)
+    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or shape != [2, num_classes or logits.shape[1]]:
+        wanted = f"[2, {num_classes or 'classes'}]"
+        raise UserError(f"model ({name}): gives {shape} for 2 images{mode}; must be {wanted}")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

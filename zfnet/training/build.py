@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from zfnet.config.errors import UserError, one_line
 from zfnet.config.instantiate import arguments, instantiate, is_number, resolve
+from zfnet.config.randomness import seeded_generators
 from zfnet.config.schema import Config, ModelConfig
-from zfnet.data import Batches, ImageSet
+from zfnet.data import Batches, ImageSet, known_classes
 from zfnet.data.batches import apply_transforms
-from zfnet.model.build import build_model, freeze, has_batch_norm, load_initial_weights
+from zfnet.model.build import build_model, check_logits, freeze, has_batch_norm, load_initial_weights
 from zfnet.model.zfnet import ZFNet
 from zfnet.training.device import Runtime
 from zfnet.training.loggers import Logger
@@ -213,27 +215,21 @@ def build_scheduler(
 # -- checks before any data is read
 
 
+@seeded_generators(torch.device("cpu"))  # user code may draw random numbers
 def check_recipe(config: Config) -> None:
     """Build everything at a small size; raise UserError for what cannot be built."""
+    classes, size = known_classes(config.data), config.data.image_size
     if isinstance(config.model, ModelConfig):
         with torch.device("meta"):  # shapes only
-            model: nn.Module = ZFNet(2, config.data.image_size, config.model)
+            model: nn.Module = ZFNet(2, size, config.model)
     else:
-        model = build_model(config.model, 2, config.data.image_size, config.imports)
+        model = build_model(config.model, classes, size, config.imports)
+        check_logits(model, classes, size, training=True)
     freeze(model, config.trainer.freeze)
     on_gpu = torch.cuda.is_available() if config.trainer.device == "auto" else config.trainer.device != "cpu"
     _check_batch_norm(model, config.trainer.devices, on_gpu)
     check_interval(config.scheduler, schedule_span(config.to_dict())[1])
-    loss = build_loss(config)
-    weights = config.loss.get("weight")  # of the classes, whose number is not known before the images are read
-    logits = torch.zeros(2, len(weights) if isinstance(weights, list) else 2, requires_grad=True)
-    name = f"loss ({type(loss.loss).__name__})"
-    try:
-        value = loss(logits, torch.tensor([0, logits.shape[1] - 1]))
-    except Exception as error:  # user code may raise anything
-        raise UserError(f"{name}: fails on logits [2, 2] and labels [2]: {one_line(error)}") from error
-    if value.ndim or not value.requires_grad:
-        raise UserError(f"{name}: must give one number with a gradient, not {list(value.shape)}")
+    check_loss(config, classes)
     list(parameter_groups(config, model, 1.0))
     _check_transforms(config)
     check_monitors(
@@ -241,6 +237,34 @@ def check_recipe(config: Config) -> None:
     )
     build_loggers(config)
     _check_step(config)
+
+
+@seeded_generators(torch.device("cpu"))
+def check_loss(config: Config, num_classes: int | None) -> None:
+    """Try the loss on a few images; raise UserError.
+
+    num_classes: None before the images are read: then a loss that fails may be made for another number of classes
+    """
+    weights = config.loss.get("weight")
+    if isinstance(weights, list) and num_classes not in (None, len(weights)):
+        raise UserError(f"loss.weight={weights}: must have {num_classes} numbers, one for each class")
+    classes = num_classes or (len(weights) if isinstance(weights, list) else 2)
+    images = 4 if classes == 3 else 3  # not as many as classes, or labels could stand for logits
+    loss = build_loss(config, [1] * classes)
+    logits = torch.zeros(images, classes, requires_grad=True)
+    name = f"loss ({type(loss.loss).__name__})"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shapes that differ, which is an error below
+            value = loss(logits, torch.tensor([0] * (images - 1) + [classes - 1]))
+    except Exception as error:  # user code may raise anything
+        if num_classes is None:
+            return
+        what = f"logits [{images}, {classes}] and labels [{images}]"
+        raise UserError(f"{name}: fails on {what}: {one_line(error)}") from error
+    if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"{name}: must give one number with a gradient, not {shape}")
 
 
 def _check_batch_norm(model: nn.Module, processes: int, on_gpu: bool) -> None:
@@ -253,7 +277,7 @@ def _check_batch_norm(model: nn.Module, processes: int, on_gpu: bool) -> None:
 def check_initial_weights(config: Config) -> None:
     """Read the weights of `trainer.init_from`, as a new run will; raise UserError. A branch has its parent's."""
     if config.trainer.init_from is not None and config.parent is None:
-        initial_model(config, num_classes=2)
+        initial_model(config, known_classes(config.data))
 
 
 def _check_transforms(config: Config) -> None:
@@ -304,6 +328,7 @@ def build_state(
     counts: training images of each class, on which loss.weight=balanced depends
     resumed: a checkpoint is going to be loaded, so that the weights of `trainer.init_from` are not read again
     """
+    check_loss(config, num_classes)
     model, new_weights = initial_model(config, num_classes, with_weights=not resumed)
     freeze(model, config.trainer.freeze)
     _check_batch_norm(model, world.size, runtime.device.type == "cuda")  # torchrun may have started the processes
@@ -335,7 +360,7 @@ def training_batches(config: Config, runtime: Runtime, images: ImageSet, world: 
     )
 
 
-def initial_model(config: Config, num_classes: int, with_weights: bool = True) -> tuple[nn.Module, list[str]]:
+def initial_model(config: Config, num_classes: int | None, with_weights: bool = True) -> tuple[nn.Module, list[str]]:
     """Return the network with the weights that the seed gives it, or those of `trainer.init_from`.
 
     Also returns the names of weights that `trainer.init_from` did not set. The global generator is not touched.
