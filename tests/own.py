@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from tests.helpers import random_images
 from zfnet.training.callbacks import Callback
+from zfnet.training.loggers import Logger
 
 
 class NestedState(Optimizer):
@@ -184,6 +185,16 @@ class Witness(Callback):
     def __init__(self) -> None:
         for hook in (name for name in dir(Callback) if name.startswith("on_")):
             setattr(self, hook, lambda state, *_, hook=hook: self.calls.append((hook, getattr(state, "step", 0))))
+
+
+class Broken(Callback, Logger):
+    """Fails in one of its methods, as code that looks for a value under a wrong name does."""
+
+    def __init__(self, method: str) -> None:
+        setattr(self, method, lambda *_: {}["val_loss"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"a": 1}
 
 
 class Items(Dataset):

@@ -36,7 +36,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Stopped
 from zfnet.runs.weights import load_model
 from zfnet.training import loop
-from zfnet.training.callbacks import EarlyStopping, Metrics, duration
+from zfnet.training.callbacks import EarlyStopping, Metrics, StopOnSignal, duration
 from zfnet.training.checkpoint import BEST, epoch_files, read_checkpoint, read_newest, step_files, unpack
 
 
@@ -237,6 +237,38 @@ def test_callback_that_cannot_be_saved_is_named(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(Counter, "state_dict", lambda self: {"steps": {1, 2}})
     with pytest.raises(UserError, match=r"callbacks\.mine\.steps: a checkpoint cannot hold a set"):
         train_minute(tmp_path / "run", *OWN)
+
+
+BROKEN = r"callbacks\.mine \(Broken\): KeyError: 'val_loss' \(HYDRA_FULL_ERROR=1 shows where\)$"
+HOOKS = ("on_fit_start", "on_epoch_start", "on_optimizer_step", "on_step_end", "on_epoch_end", "on_fit_end")
+
+
+@pytest.mark.parametrize("method", [*HOOKS, "state_dict"])
+def test_callback_that_fails_is_named(tmp_path: Path, method: str) -> None:
+    words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Broken", f"+callbacks.mine.method={method}")
+    with pytest.raises(UserError, match=f"^{BROKEN}"):
+        train_minute(tmp_path / "run", *words, "trainer.epochs=1")
+
+
+def test_callback_that_fails_to_restore_is_named(tmp_path: Path) -> None:
+    words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Broken", "+callbacks.mine.method=load_state_dict")
+    die_at(tmp_path / "run", 2, *words)
+    with pytest.raises(UserError, match=f"^{BROKEN}"):
+        train_minute(tmp_path / "run", *words)
+
+
+def test_callback_that_fails_when_a_run_is_stopped_does_not_keep_others_from_saving(
+    tmp_path: Path, capfd, monkeypatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Broken", "+callbacks.mine.method=on_exception")
+    monkeypatch.setattr(StopOnSignal, "on_step_end", stopped)
+    with pytest.raises(Stopped):
+        train_minute(tmp_path / "run", *words)
+    assert read_newest(tmp_path / "run/checkpoints")[0].metadata["step"] == 1
+    assert re.search(BROKEN, capfd.readouterr().out, re.M)
 
 
 def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(tmp_path: Path, monkeypatch) -> None:

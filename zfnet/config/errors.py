@@ -27,6 +27,12 @@ def one_line(error: object, line: int = 0) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[line].strip()
 
 
+def fault_of(slot: str, part: object, error: Exception) -> str:
+    """Return one line about an error of the object that a slot, such as callbacks.mine, names."""
+    reason = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+    return f"{slot} ({type(part).__name__}): {reason} (HYDRA_FULL_ERROR=1 shows where)"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` for the known word closest to `word`, or a list of the known ones."""
     names = sorted(known)

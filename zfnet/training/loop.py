@@ -39,13 +39,10 @@ def fit(
                 train_epoch(state, train)
                 measured = measure(state, evaluations, stop)
                 row = state.end_epoch(measured, len(train.set))
-                for callback in state.callbacks:
-                    callback.on_epoch_end(state, row)
-            for callback in state.callbacks:
-                callback.on_fit_end(state)
+                state.call("on_epoch_end", row)
+            state.call("on_fit_end")
     except BaseException as error:
-        for callback in state.callbacks:
-            callback.on_exception(state, error)
+        state.call("on_exception", error)
         raise
     stop.check(state.world.any)  # a signal since the last step: all is saved, and a resume will write the report
 
@@ -53,16 +50,14 @@ def fit(
 def train_epoch(state: TrainingState, train: Batches) -> None:
     """Train from where `state` is to the end of its epoch."""
     state.train()
-    for callback in state.callbacks:
-        callback.on_epoch_start(state)
+    state.call("on_epoch_start")
     start = time.perf_counter() - state.epoch_seconds
     for batch in train.epoch(state.epoch, state.step_in_epoch):
         train_step(state, batch)
         if state.step_in_epoch == state.steps_per_epoch:
             synchronize(state.runtime.device)  # so that the history's seconds include all queued work
         state.epoch_seconds = time.perf_counter() - start
-        for callback in state.callbacks:
-            callback.on_step_end(state)
+        state.call("on_step_end")
 
 
 def train_step(state: TrainingState, batch: Batch) -> None:
@@ -86,8 +81,7 @@ def train_step(state: TrainingState, batch: Batch) -> None:
     state.schedule.set_lr(state.step)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    for callback in state.callbacks:
-        callback.on_optimizer_step(state)
+    state.call("on_optimizer_step")
     state.schedule.step()
     state.step += 1
 

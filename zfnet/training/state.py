@@ -6,16 +6,17 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zfnet.config.errors import UserError, one_line
+from zfnet.config.errors import UserError, fault_of, one_line
 from zfnet.config.instantiate import is_number
 from zfnet.config.schema import Config
+from zfnet.runs.session import Pruned
 from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_prefix, unpack
 from zfnet.training.device import Runtime
 from zfnet.training.metrics import RunningMetrics
@@ -25,17 +26,7 @@ from zfnet.training.schedule import SCHEDULED, Schedule, schedule_span
 log = logging.getLogger("zfnet")
 
 # keys of `data` that do not change how an image is validated
-_OF_TRAINING = {
-    "batch_size",
-    "sampler",
-    "subset",
-    "device_memory",
-    "max_pixels",
-    "draft",
-    "cache_dir",
-    "on_error",
-    "test",
-}
+_OF_TRAINING = "batch_size sampler subset device_memory max_pixels draft cache_dir on_error test".split()
 
 
 class Callback:
@@ -139,8 +130,28 @@ class TrainingState:
         for name, count in Counter(callback.name for callback in self.callbacks).items():
             if name and count > 1:  # the state of one would take the place of the other's in a checkpoint
                 raise UserError(f"callbacks.{name}: {count} callbacks have this name; give each its own")
+        self.call("on_fit_start")
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of all callbacks, in their order."""
         for callback in self.callbacks:
-            callback.on_fit_start(self)
+            try:
+                with self._named(callback):
+                    getattr(callback, hook)(self, *arguments)
+            except UserError as error:
+                if hook != "on_exception" or callback.name not in self.config.callbacks:
+                    raise
+                log.warning(error)  # it must not keep the others from saving
+
+    @contextlib.contextmanager
+    def _named(self, callback: Callback) -> Iterator[None]:
+        """Within this block an error of a callback that the config names is a UserError with its name."""
+        try:
+            yield
+        except Exception as error:  # user code may raise anything
+            if callback.name not in self.config.callbacks or isinstance(error, (UserError, Pruned)):
+                raise
+            raise UserError(fault_of(f"callbacks.{callback.name}", callback, error)) from error
 
     def use_compiled(self, wanted: bool) -> None:
         """Train through torch.compile from now on, or not; each batch size is compiled separately."""
@@ -222,14 +233,17 @@ class TrainingState:
         tensors = {**self.model.state_dict(prefix="model."), "metrics": self.metrics.sums}
         optimizer = self.optimizer.state_dict()
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]]
-        callbacks = {c.name: c.state_dict() for c in self.callbacks if c.name}
+        callbacks: dict[str, Any] = {}
+        for callback in self.callbacks:
+            with self._named(callback):
+                callbacks[callback.name] = callback.state_dict()
         metadata = {
             "identity": self.config.identity(),
             "epoch": self.epoch,
             "step": self.step,
             "should_stop": self.should_stop,
             "optimizer": pack({"state": optimizer["state"], "param_groups": groups}, "optimizer", tensors),
-            "callbacks": pack({k: v for k, v in callbacks.items() if v}, "callbacks", tensors),
+            "callbacks": pack({k: v for k, v in callbacks.items() if k and v}, "callbacks", tensors),
             "schedule": self.schedule.state_dict(),
             "best": self.best,
             "history": self.history,
@@ -272,7 +286,8 @@ class TrainingState:
             load_optimizer(self.optimizer, optimizer)
         for callback in self.callbacks:
             if callback.name in callbacks:
-                callback.load_state_dict(callbacks[callback.name])
+                with self._named(callback):
+                    callback.load_state_dict(callbacks[callback.name])
 
     def _branch(
         self, optimizer: dict[str, Any], callbacks: dict[str, Any]
