@@ -13,7 +13,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from tests.helpers import MINUTE, STEPS, Killed, compose, die_at, train_minute, training_state
+from tests.helpers import MINUTE, STEPS, Killed, compose, die_at, learned, train_minute, training_state
+from zfnet.config.errors import UserError
 from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
@@ -76,6 +77,28 @@ def test_logger_of_ones_own_is_told_everything(tmp_path: Path, notes: Notes) -> 
     assert notes.calls[-2:] == [("finish", accuracies), ("close",)]
 
 
+BROKEN = "logger.broken (Broken): KeyError: 'val_loss' (HYDRA_FULL_ERROR=1 shows where)"
+
+
+@pytest.mark.parametrize("method", ["log", "finish", "close"])
+def test_logger_that_fails_is_left_out_with_one_warning(tmp_path: Path, notes: Notes, whole, method: str) -> None:
+    words = ("+logger.broken._target_=tests.own.Broken", f"+logger.broken.method={method}", *OWN, "trainer.log_every=1")
+    run = train_minute(tmp_path / "run", *words)
+    assert learned(run) == whole
+    assert (run.folder / "train.log").read_text().count(f"{BROKEN}; the run goes on without this logger") == 1
+    steps = range(1, 2 * STEPS + 1)
+    assert [c[1] for c in notes.calls if c[0] == "log"] == [*steps[:STEPS], 1, *steps[STEPS:], 2]
+    assert notes.calls[-1] == ("close",)
+
+
+def test_logger_that_cannot_start_is_named_before_the_first_step(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("it trained"))
+    words = (OWN[0], "+logger.broken._target_=tests.own.Broken", "+logger.broken.method=start")
+    with pytest.raises(UserError) as caught:
+        train_minute(tmp_path / "run", *words)
+    assert str(caught.value) == BROKEN
+
+
 def test_logger_is_told_where_a_resumed_run_goes_on(tmp_path: Path, notes: Notes) -> None:
     die_at(tmp_path / "run", 5, *OWN)
     assert notes.calls[-1] == ("close",)
@@ -86,7 +109,7 @@ def test_logger_is_told_where_a_resumed_run_goes_on(tmp_path: Path, notes: Notes
 
 def test_metrics_go_to_history_and_loggers(tmp_path: Path, notes: Notes) -> None:
     run = RunDirectory(tmp_path)
-    metrics, state = Metrics(run, [notes]), training_state(compose(*MINUTE, "trainer.log_every=7"))
+    metrics, state = Metrics(run, {"mine": notes}), training_state(compose(*MINUTE, "trainer.log_every=7"))
     state.metrics.add(torch.tensor(3.0), torch.tensor(1), 2, 0)
     for state.step in range(1, 8):
         metrics.on_step_end(state)
@@ -106,8 +129,8 @@ def test_metrics_without_loggers_or_in_another_process(tmp_path: Path) -> None:
     state = training_state(compose(*MINUTE))
     state.history = [{**ROW, "validation_loss": None, "validation_accuracy": None}]
     (tmp_path / "a").mkdir()
-    Metrics(RunDirectory(tmp_path / "a"), []).on_epoch_end(state, state.history[0])
-    Metrics(None, []).on_epoch_end(state, state.history[0])  # of a process that writes no files
+    Metrics(RunDirectory(tmp_path / "a"), {}).on_epoch_end(state, state.history[0])
+    Metrics(None, {}).on_epoch_end(state, state.history[0])  # of a process that writes no files
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")] == ["a/history.csv"]
 
 

@@ -15,7 +15,7 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, fault_of
 from zfnet.config.reading import read_config
 from zfnet.config.schema import Config, DataConfig, Job, model_name
 from zfnet.data import Batches, Splits, load_splits
@@ -42,7 +42,7 @@ from zfnet.training.build import (
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, read_newest, step_files
 from zfnet.training.compiling import resolve_compile
 from zfnet.training.device import recorded_threads, resolve_runtime, timed
-from zfnet.training.loggers import LoggedRun, Logger
+from zfnet.training.loggers import LoggedRun, Logger, tell
 from zfnet.training.loop import evaluate, train_step
 from zfnet.training.loop import fit as run_loop
 from zfnet.training.processes import World, processes, run_worker, torchrun_world
@@ -204,7 +204,7 @@ def _train(
     }
     each_epoch = {k: v for k, v in sets.items() if k == "validation" or config.trainer.test_each_epoch}
     metadata = ModelMetadata(config.model, splits.train.classes, config.data, stored_size=splits.train.images.shape[1])
-    loggers = build_loggers(config) if world.is_main else []
+    loggers = build_loggers(config) if world.is_main else {}
     writer = CheckpointWriter(run.checkpoints if world.is_main else None)
     callbacks = _callbacks(config, run, world, loggers, writer, stop, metadata, report)
     classes = len(splits.train.classes)
@@ -259,8 +259,11 @@ def _train(
     samples = splits.train.pixels(range(min(16, len(splits.train))))
     started = LoggedRun(run.folder, config.to_dict(), state.step, state.model, config.data.image_size, samples)
     try:
-        for logger in loggers:
-            logger.start(started)
+        for name, logger in loggers.items():
+            try:
+                logger.start(started)
+            except Exception as error:  # nothing is trained yet, so it need not go on without
+                raise UserError(fault_of(f"logger.{name}", logger, error)) from error
         run_loop(state, train, each_epoch, stop, epochs)
         if epochs is not None:
             return {}
@@ -279,15 +282,14 @@ def _train(
         return _report(config, run, state, metadata, splits, sets, loggers)
     finally:
         writer.close()
-        for logger in loggers:
-            logger.close()
+        tell(loggers, "close")
 
 
 def _callbacks(
     config: Config,
     run: RunDirectory,
     world: World,
-    loggers: list[Logger],
+    loggers: dict[str, Logger],
     writer: CheckpointWriter,
     stop: StopRequest,
     metadata: ModelMetadata,
@@ -424,7 +426,7 @@ def _report(
     metadata: ModelMetadata,
     splits: Splits,
     sets: Mapping[str, Batches],
-    loggers: list[Logger],
+    loggers: dict[str, Logger],
 ) -> dict[str, Any]:
     """Measure validation and test with the weights to keep, and write figures, weights and results.json."""
     model = state.eval_model
@@ -452,10 +454,9 @@ def _report(
         if split is not None:
             draw_results(run, measured[name], split)
             break
-    for logger in loggers:
-        for path in sorted(run.figures.glob("*.png")):
-            logger.figure(path.stem, path, state.step)
-        logger.finish(accuracies)
+    for path in sorted(run.figures.glob("*.png")):
+        tell(loggers, "figure", path.stem, path, state.step)
+    tell(loggers, "finish", accuracies)
     run.write_json("results.json", results)
     _print_results(config, run, results)
     return results

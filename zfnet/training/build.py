@@ -101,9 +101,12 @@ def build_callbacks(config: Config) -> list[Callback]:
     return made
 
 
-def build_loggers(config: Config) -> list[Logger]:
-    """Return the loggers that `config.logger` names."""
-    return [instantiate(f"logger.{name}", settings, Logger, config.imports) for name, settings in config.logger.items()]
+def build_loggers(config: Config) -> dict[str, Logger]:
+    """Return the loggers that `config.logger` names, by their names."""
+    return {
+        name: instantiate(f"logger.{name}", settings, Logger, config.imports)
+        for name, settings in config.logger.items()
+    }
 
 
 # -- optimizer

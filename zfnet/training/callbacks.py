@@ -21,7 +21,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Pruned, Stopped, StoppedAtOnce, StopRequest
 from zfnet.runs.weights import ModelMetadata, save_model
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, copy_checkpoint, epoch_name, step_name
-from zfnet.training.loggers import Logger, epoch_line, log
+from zfnet.training.loggers import Logger, epoch_line, log, tell
 from zfnet.training.state import Callback, TrainingState
 
 # -- part of the arithmetic
@@ -154,7 +154,7 @@ def duration(seconds: float) -> str:
 class Metrics(Callback):
     """Reads the metrics every `trainer.log_every` steps, the loop's only synchronisation, and logs them."""
 
-    def __init__(self, run: RunDirectory | None, loggers: list[Logger]) -> None:
+    def __init__(self, run: RunDirectory | None, loggers: dict[str, Logger]) -> None:
         self.run, self.loggers = run, loggers
 
     def on_step_end(self, state: TrainingState) -> None:
@@ -166,8 +166,7 @@ class Metrics(Callback):
             "step/train_accuracy": accuracy,
             "step/lr": state.schedule.lr(state.step - 1),
         }
-        for logger in self.loggers:
-            logger.log(state.step, values)
+        tell(self.loggers, "log", state.step, values)
 
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
         if self.run is None:  # not the main process
@@ -175,8 +174,7 @@ class Metrics(Callback):
         self.run.write_history(state.history)
         log.info(epoch_line(row, state.config.trainer.epochs))
         values = {f"epoch/{k}": v for k, v in row.items() if k not in ("epoch", "step") and v is not None}
-        for logger in self.loggers:
-            logger.log(row["epoch"], values)
+        tell(self.loggers, "log", row["epoch"], values)
 
 
 class Profiler(Callback):

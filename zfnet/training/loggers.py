@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError, one_line
+from zfnet.config.errors import UserError, fault_of, one_line
 from zfnet.config.schema import flatten
 from zfnet.runs.directory import RunDirectory, write_atomically
 
@@ -65,6 +65,19 @@ class Logger:
 
     def close(self) -> None:
         """Called at the end, however the run ended."""
+
+
+def tell(loggers: dict[str, Logger], method: str, *arguments: Any) -> None:
+    """Call a method of all loggers. One that fails is closed and left out from then on, with a warning."""
+    for name, logger in [*loggers.items()]:
+        try:
+            getattr(logger, method)(*arguments)
+        except Exception as error:  # a service may raise anything, and a training must not end by it
+            log.warning("%s; the run goes on without this logger", fault_of(f"logger.{name}", logger, error))
+            del loggers[name]
+            if method != "close":
+                with contextlib.suppress(Exception):
+                    logger.close()
 
 
 STEP_COLUMNS = ("step", "train_loss", "train_accuracy", "lr")
