@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import urllib.request
+from typing import Optional
 
 import pytest
 import torch
@@ -255,6 +257,58 @@ def test_lists_become_tuples_where_the_class_has_one() -> None:
     cls, keywords = arguments("optimizer", {"_target_": "torch.optim.AdamW", "betas": [0.8, 0.9]}, Optimizer)
     assert cls is torch.optim.AdamW
     assert keywords["betas"] == (0.8, 0.9)
+
+
+class Sizes(nn.Module):
+    """Arguments of somebody's own class."""
+
+    def __init__(
+        self,
+        widths: tuple[int, ...] = (8, 16),
+        names: tuple[str, ...] = ("a",),
+        steps: list = [1, 2],  # noqa: B006
+        mixed: tuple = ("a", 1),
+        k: int = 3,
+        rate: float | None = 0.5,
+        flag: Optional[bool] = True,
+    ) -> None:
+        super().__init__()
+
+
+OWN_SIZES = {"_target_": f"{__name__}.Sizes"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("widths", [8, 16, 32]), ("widths", []), ("names", ["b", "c"]), ("steps", [3]), ("mixed", [1, "b", 2])),
+        *(("rate", None), ("flag", None)),
+    ],
+)
+def test_a_list_of_ones_own_may_have_another_length_and_null_is_what_the_class_takes(key: str, value: object) -> None:
+    _, keywords = arguments("model", {**OWN_SIZES, key: value}, nn.Module, ["tests"])
+    assert keywords[key] == (tuple(value) if key in ("widths", "names", "mixed") else value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({**OWN_SIZES, "widths": 8}, "model.widths=8: must be a list of numbers"),
+        ({**OWN_SIZES, "widths": ["a", 8]}, "model.widths=['a', 8]: must be a list of numbers"),
+        ({**OWN_SIZES, "widths": None}, "model.widths=None: must be a list of numbers"),
+        ({**OWN_SIZES, "names": [1]}, "model.names=[1]: must be a list of text"),
+        ({**OWN_SIZES, "names": "abc"}, "model.names=abc: must be a list of text"),
+        ({**OWN_SIZES, "steps": ["a"]}, "model.steps=['a']: must be a list of numbers"),
+        ({**OWN_SIZES, "mixed": 1}, "model.mixed=1: must be a list of values"),
+        ({**OWN_SIZES, "k": "wide"}, "model.k=wide: must be a number"),
+        ({**OWN_SIZES, "k": None}, "model.k=None: must be a number"),
+        ({**OWN_SIZES, "rate": "fast"}, "model.rate=fast: must be a number"),
+        ({**OWN_SIZES, "flag": 1}, "model.flag=1: must be true or false"),
+    ],
+)
+def test_an_argument_of_another_type_than_the_default_is_named(settings: dict, expected: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
+        arguments("model", settings, nn.Module, ["tests"])
 
 
 def test_auto_is_the_length_of_the_run() -> None:

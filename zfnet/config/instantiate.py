@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -183,33 +184,39 @@ def arguments(
             raise UserError(f"{slot}.{key}={value}: start from weights with trainer.init_from=… instead")
         if key != "schedulers" and "_target_" in str(value):
             raise UserError(f"{slot}.{key}={value}: must be a plain value; nothing is constructed inside arguments")
-        default = parameters[key].default if key in parameters else inspect.Parameter.empty
-        keywords[key] = _check_value(f"{slot}.{key}", value, default)
+        fixed = _below(str(getattr(cls, "__module__", "")), "torch")
+        keywords[key] = _check_value(f"{slot}.{key}", value, parameters.get(key), fixed)
         _check_meaning(slot, str(key), value)
     return cls, keywords
 
 
-def _check_value(key: str, value: Any, default: Any) -> Any:
-    """Compare a value's type with the default in the class's signature; lists become tuples where it has one."""
+def _check_value(key: str, value: Any, parameter: inspect.Parameter | None, fixed: bool) -> Any:
+    """Compare a value's type with the default in the class's signature; lists become tuples where it has one.
+
+    fixed: a list has as many values as the default, as the betas of PyTorch's optimizers have
+    """
+    default = parameter.default if parameter is not None else inspect.Parameter.empty
+    optional = re.search("None|Optional|Any", str(parameter.annotation)) if parameter is not None else None
+    if value is None and optional and not key.endswith(".lr"):
+        return None
+    if isinstance(default, (list, tuple)):
+        kind = next((k for k, fits in _ITEMS.items() if default and all(map(fits, default))), "values")
+        is_list = isinstance(value, (list, tuple)) and (len(value) == len(default) or not fixed)
+        if not is_list or not all(map(_ITEMS.get(kind, lambda _: True), value)):
+            raise UserError(f"{key}={value}: must be a list of {f'{len(default)} ' if fixed else ''}{kind}")
+        return tuple(value) if isinstance(default, tuple) else list(value)
     if isinstance(value, (list, tuple)):
         if key.endswith(".lr") or is_number(default):
             raise UserError(f"{key}={value}: must be a number")
-        if isinstance(default, tuple) and len(value) != len(default):
-            raise UserError(f"{key}={value}: must be a list of {len(default)} numbers")
-        if isinstance(default, tuple) and not all(is_number(v) for v in value):
-            raise UserError(f"{key}={value}: must be a list of numbers")
-        return tuple(value) if isinstance(default, tuple) else list(value)
+        return list(value)
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise UserError(f"{key}={value}: must be true or false")
     elif is_number(default) or key.endswith(".lr"):
-        optional = value is None and not key.endswith(".lr")
-        if not (is_number(value) or optional or (value == "auto" and key.startswith("scheduler"))):
+        if not (is_number(value) or (value == "auto" and key.startswith("scheduler"))):
             raise UserError(f"{key}={value}: must be a number")
         if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
             raise UserError(f"{key}={value}: must be a finite number, at most {_LARGEST:g}")
-    elif isinstance(default, tuple):
-        raise UserError(f"{key}={value}: must be a list of {len(default)} numbers")
     return value
 
 
@@ -232,3 +239,7 @@ def _is_whole(value: Any, low: int) -> bool:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# what the items of a list may be, if those of the default are
+_ITEMS: dict[str, Callable[[Any], bool]] = {"numbers": is_number, "text": lambda value: isinstance(value, str)}
