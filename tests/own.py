@@ -202,6 +202,7 @@ class Items(Dataset):
 
     def __init__(self, count: int, form: str = "pil", side: int = 64, classes: int = 3, seed: int = 0) -> None:
         self.images, self.form, self.number = random_images(count, side, seed), form, classes
+        self.canvas = Image.new("RGB", (side, side))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -217,6 +218,13 @@ class Items(Dataset):
             "random": lambda: np.random.randint(0, 256, pixels.shape, dtype=np.uint8),
             "int32": lambda: pixels.numpy().astype(np.int32),
             "words": lambda: "no image",
+            "0 to 255": lambda: pixels.permute(2, 0, 1).float(),
+            "normalised": lambda: pixels.permute(2, 0, 1) / 127.5 - 1,
+            "rounded": lambda: (pixels.permute(2, 0, 1) / 255) * 1.0004 - 0.0002,
+            "not a number": lambda: torch.full((3, *pixels.shape[:2]), torch.nan),
+            "16 bits": lambda: Image.fromarray(pixels[..., 0].numpy().astype(np.uint16) * 257),
+            "transparent": lambda: Image.new("LA", (64, 64), (0, 0)),
+            "one object": lambda: self.canvas.paste(Image.fromarray(pixels.numpy())) or self.canvas,
         }[self.form]()
         return made, torch.tensor(k % self.number) if k % 2 else k % self.number
 
@@ -224,6 +232,11 @@ class Items(Dataset):
 class Negative(Items):
     def __getitem__(self, k: int) -> tuple[Any, Any]:
         return super().__getitem__(k)[0], -1
+
+
+class Fractions(Items):
+    def __getitem__(self, k: int) -> tuple[Any, Any]:
+        return super().__getitem__(k)[0], k / 2
 
 
 class Named(Items):

@@ -301,7 +301,7 @@ def test_memory_follows_the_number_of_pixels(mode: str, tmp_path: Path) -> None:
 def test_threads_share_one_limit(monkeypatch) -> None:
     """Sixteen threads never hold more than the pixels of two images, and one that is larger waits for its turn."""
     monkeypatch.setattr(decode, "_pixel_limit", decode._PixelLimit(2 * COLOUR.size // 3))
-    held, most, lock, real = 0, [0], threading.Lock(), decode._to_rgb
+    held, most, lock, real = 0, [0], threading.Lock(), decode.to_rgb
 
     def slow(image: Image.Image) -> Image.Image:
         nonlocal held
@@ -314,7 +314,7 @@ def test_threads_share_one_limit(monkeypatch) -> None:
         return real(image)
 
     barrier = threading.Event()
-    monkeypatch.setattr(decode, "_to_rgb", slow)
+    monkeypatch.setattr(decode, "to_rgb", slow)
     large = Image.new("RGB", (40, 40))
     files = [encode(large if n % 5 == 0 else Image.fromarray(COLOUR), "PNG") for n in range(20)]
     with ThreadPoolExecutor(16) as pool:

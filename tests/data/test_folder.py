@@ -498,8 +498,8 @@ def test_large_jpegs_are_drafted_in_training_and_afterwards(config, photos: Path
     write_images(photos, {"a": 3, "b": 3}, size=150, suffix="jpg")
     data, sides = config(draft=draft, store_size=32, image_size=70), []
     monkeypatch.setattr(Image.Image, "transpose", lambda image, _: image)
-    real = decode._to_rgb
-    monkeypatch.setattr(decode, "_to_rgb", lambda image: sides.append(image.width) or real(image))
+    real = decode.to_rgb
+    monkeypatch.setattr(decode, "to_rgb", lambda image: sides.append(image.width) or real(image))
     trained = load_folder(data).train
     assert set(sides) == {75 if draft else 150}
     metadata = ModelMetadata(tiny_model_config(), ("a", "b"), data, stored_size=32)

@@ -55,7 +55,7 @@ def own(form: str = "pil", count: int = 12, target: str = "Items", **changes: An
 def test_load_datasets_takes_images_arrays_and_tensors() -> None:
     expected = random_images(12, 64)
     marks = set()
-    for form in ("pil", "array", "bytes", "floats"):
+    for form in ("pil", "array", "bytes", "floats", "rounded", "one object"):
         splits = load_splits(data_config("dataset", train=own(form), validation=0), ["tests"])
         assert torch.equal(splits.train.pixels(range(12)), expected), form
         assert splits.train.labels.tolist() == [k % 3 for k in range(12)]
@@ -63,6 +63,15 @@ def test_load_datasets_takes_images_arrays_and_tensors() -> None:
         assert splits.test is None
         marks.add(splits.fingerprint)
     assert len(marks) == 1
+
+
+def test_load_datasets_reads_16_bits_and_transparency_as_image_files() -> None:
+    def pixels(form: str) -> torch.Tensor:
+        splits = load_splits(data_config("dataset", train=own(form), validation=0), ["tests"])
+        return splits.train.pixels(range(12))
+
+    assert torch.equal(pixels("16 bits"), random_images(12, 64)[..., :1].expand(-1, -1, -1, 3))
+    assert pixels("transparent").min() == 255  # on white
 
 
 def test_load_datasets_fingerprint_sees_pixels_labels_and_parts() -> None:
@@ -115,6 +124,10 @@ def test_load_datasets_seeds_items_and_leaves_the_generators_alone() -> None:
     [
         ({"train": own("words")}, "data.train: item 0 is not an image and a label (ValueError: pixels are"),
         ({"train": own("int32")}, "data.train: item 0 is not an image and a label (ValueError: pixels are int32"),
+        ({"train": own("0 to 255")}, "data.train: item 0 is not an image and a label (ValueError: pixels are floats"),
+        ({"train": own("normalised")}, "floats from -1 to 1: return uint8, or floats from 0 to 1 before Normalize"),
+        ({"train": own("not a number")}, "floats from nan to nan: return uint8"),
+        ({"train": own(target="Fractions")}, "item 1 is not an image and a label (ValueError: the label 0.5 is not"),
         ({"train": own(target="Negative")}, "data.train: item 0 has the label -1; labels count from 0"),
         ({"train": own(count=0)}, "data.train: the data set is empty"),
         ({"train": own(), "classes": ["a", "b"]}, "data.classes=['a', 'b']: there is a label 2"),

@@ -67,7 +67,7 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, draft:
             image.draft(None, (2 * draft, 2 * draft))
         image.load()
         upright = _UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(image)
+        rgb = to_rgb(image)
         return rgb if upright is None else rgb.transpose(upright)
 
 
@@ -147,7 +147,8 @@ def _orientation(image: Image.Image) -> Any:
         return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return the image in mode RGB, itself if it has this mode; grey values and transparency as in `read_image`."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:

@@ -20,7 +20,7 @@ from zfnet.config.errors import UserError, one_line
 from zfnet.config.instantiate import instantiate
 from zfnet.config.randomness import DATASET, SUBSET, make_key, seeded_generators
 from zfnet.config.schema import DataConfig, DatasetData, FolderData, ShapesData
-from zfnet.data.decode import fit_square
+from zfnet.data.decode import fit_square, to_rgb
 from zfnet.data.folder import load_folder
 from zfnet.data.images import Splits, fingerprint, hold_out, image_set, stratified
 from zfnet.data.shapes import draw_shapes
@@ -98,6 +98,9 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
     return Splits(made["train"], made.get("val"), made.get("test"), mark)
 
 
+_ROUNDING = 1e-3  # beyond 0 … 1, of floats that were resized
+
+
 def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
     images, labels = [], []
     with seeded_generators(torch.device("cpu")) as set_seed:
@@ -106,7 +109,7 @@ def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
             try:
                 image, label = dataset[number]
                 images.append(_to_image(image))
-                labels.append(int(label))
+                labels.append(_to_label(label))
             except Exception as error:  # user code may raise anything
                 raise UserError(
                     f"data.{name}: item {number} is not an image and a label ({type(error).__name__}: {error})"
@@ -120,15 +123,26 @@ def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
 
 def _to_image(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_rgb(image).convert("RGB")  # a copy: a data set may return one object for all items
     if isinstance(image, torch.Tensor):
         if image.is_floating_point():
+            low, high = (float(value) for value in image.aminmax())
+            if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN, too
+                raise ValueError(
+                    f"pixels are floats from {low:g} to {high:g}: return uint8, or floats from 0 to 1 before Normalize"
+                )
             image = image.mul(255).round().clamp(0, 255).to(torch.uint8)
         image = image.permute(1, 2, 0).numpy()
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise ValueError(f"pixels are {array.dtype}, must be uint8 (or floats from 0 to 1 in a tensor)")
-    return Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array).convert("RGB")
+    return to_rgb(Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array))
+
+
+def _to_label(label: Any) -> int:
+    if int(label) != label:
+        raise ValueError(f"the label {label} is not a whole number")
+    return int(label)
 
 
 def _common_side(images: Sequence[Image.Image]) -> int | None:
