@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.explain.trained import Trained, read_csv
-from tests.helpers import used
+from tests.helpers import used, write_images
 from zfnet.analyses import verdict
 from zfnet.analyses.deconvnet import shuffle_weights
 from zfnet.analyses.verdict import METRICS, SCORES, Row, Study, Subject, compare_methods, prepare, what_holds
@@ -399,6 +399,7 @@ def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkey
     ("words", "expected"),
     [
         (["job.layers=[conv9]"], "job.layers=conv9: the network has no such convolution"),
+        (["job.metrics=[]"], "job.metrics=[]: names no metric; null is all of them"),
         (["job.metrics=[delition]"], "job.metrics=delition: there is no such metric"),
         (
             ["job.split=validation", "data.validation=0", "trainer.monitor=train_loss"],
@@ -412,6 +413,14 @@ def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkey
 def test_verdict_refuses_bad_input_in_one_line(run_py, tiny_run: RunDirectory, words: list[str], expected: str) -> None:
     answer = run_py("job=verdict", f"run={tiny_run.folder}", *words, "hydra.run.dir=out", "trainer.threads=1")
     assert expected in answer.error
+
+
+def test_verdict_on_data_without_parts_is_one_line(tiny_run: RunDirectory, tmp_path: Path) -> None:
+    root = write_images(tmp_path / "photos", {"disc": 4, "ring": 4}, size=64)
+    words = (*WORDS, "job.layers=[conv1]", "job.metrics=[parts]", "data=folder", f"data.root={root}", "job.split=train")
+    config = used(tiny_run, "job=verdict", *words).config
+    with pytest.raises(verdict.UserError, match=r"job\.metrics=\[parts\]: data=folder has neither the parts nor"):
+        config.job.main(config, tmp_path / "out")
 
 
 def test_prepare_without_any_active_map_is_one_line(trained: Trained) -> None:

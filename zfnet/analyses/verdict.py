@@ -104,6 +104,8 @@ class VerdictJob(Look):
         loaded = LoadedRun(config)
         chain = loaded.chain
         layers = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
+        if self.metrics is not None and not self.metrics:
+            raise UserError("job.metrics=[]: names no metric; null is all of them")
         for name in self.metrics or ():
             if name not in METRICS:
                 raise UserError(f"job.metrics={name}: there is no such metric{did_you_mean(name, list(METRICS))}")
@@ -128,6 +130,12 @@ class VerdictJob(Look):
                     log.info("%s: %.0f s", name, seconds["seconds"])
                     rows = [Row.read(row) for row in plain]  # as read by a job that continues
                 all_rows += rows
+            if not all_rows:
+                names, data = ",".join(self.metrics or METRICS), loaded.data.name
+                raise UserError(
+                    f"job.metrics=[{names}]: data={data} has neither the parts nor the boxes or four classes that "
+                    "these need; add another metric, such as own"
+                )
             report(run, study, all_rows, origin)
 
 
