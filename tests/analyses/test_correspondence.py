@@ -273,6 +273,9 @@ def test_read_points_follow_their_pixels_into_the_network(loaded: Any, tmp_path:
     ("lines", "expected"),
     [
         (["image,part,x"], "lacks the column y"),
+        (["x,y,part,image", "20,20,head"], "points.csv, line 2: has no image; it needs image, part, x, y"),
+        (["x,y,image,part", "20,20,a.png"], "points.csv, line 2: has no part"),
+        (["image,part,x,y", "a.png,eye,1"], "points.csv, line 2: has no y"),
         (["image,part,x,y", "a.png,eye,1,b"], "line 2: x=1, y=b are not numbers"),
         (["image,part,x,y", "a.png,eye,1,nan", "b.png,eye,1,1"], "eye of a.png lies outside"),
         (["image,part,x,y", "a.png,eye,1,1", "a.png,eye,1,1"], "line 3: eye of a.png is there already"),

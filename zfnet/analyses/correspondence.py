@@ -224,6 +224,8 @@ def _read_table(table: Path) -> tuple[dict[str, dict[str, tuple[float, float]]],
                 raise UserError(f"{table}: lacks the column {missing[0]}; it needs {', '.join(COLUMNS)}")
             boxed = {"left", "top", "right", "bottom"} <= set(rows.fieldnames or ())
             for line, row in enumerate(rows, 2):
+                if empty := next((c for c in COLUMNS if not row[c]), None):
+                    raise UserError(f"{table}, line {line}: has no {empty}; it needs {', '.join(COLUMNS)}")
                 parts = places.setdefault(row["image"], {})
                 if row["part"] in parts:
                     raise UserError(f"{table}, line {line}: {row['part']} of {row['image']} is there already")
