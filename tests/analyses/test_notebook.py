@@ -103,7 +103,18 @@ def test_bad_words_are_named(run: TrainedRun, photo: Path) -> None:
         (lambda: occlusion(run, photo, layer="fc7"), "layer=fc7: the network has no such convolution"),
         (lambda: projections(run, photo, "conv9"), "layer=conv9"),
         (lambda: projections(run, photo, "conv1", maps=[999]), "maps=.*999.*0 to 31"),
-        (lambda: top_activations(run, "conv1", split="val"), "split=val: the run has no such images"),
+        (lambda: projections(run, photo, "conv1", maps=-3), "maps=-3: must be a number of maps, or"),
+        (lambda: projections(run, photo, "conv1", maps=0), "maps=0: must be a number of maps, or"),
+        (lambda: top_activations(run, "conv1", maps=-3), "maps=-3: must be a number of maps, or"),
+        *(
+            (
+                lambda split=split: top_activations(run, "conv1", split=split),
+                f"split={split}: the run has no such images",
+            )
+            for split in ("val", "difference", "fingerprint", "__class__")
+        ),
+        (lambda: top_activations(run, "conv1", top=0), "top=0: must be at least 1"),
+        (lambda: top_activations(run, "conv1", top=-1), "top=-1: must be at least 1"),
     ):
         with pytest.raises(UserError, match=words):
             call()

@@ -27,6 +27,8 @@ from zfnet.model.chain import Chain
 from zfnet.plots.pictures import on_grey, to_pixels
 from zfnet.runs.weights import TrainedRun
 
+_SPLITS = ("train", "validation", "test")
+
 
 @dataclass(frozen=True)
 class OcclusionMaps:
@@ -144,9 +146,11 @@ def top_activations(
     """
     chain, data = _chain(run), run.config.data
     (layer,) = pick_layers(chain, "layer", layer, [], only_conv=True)
-    images = getattr(load_splits(data, run.config.imports), split, None) if split != "fingerprint" else None
+    if top < 1:
+        raise UserError(f"top={top}: must be at least 1")
+    images = getattr(load_splits(data, run.config.imports), split) if split in _SPLITS else None
     if images is None:
-        raise UserError(f"split={split}: the run has no such images; known: train, validation, test")
+        raise UserError(f"split={split}: the run has no such images; known: {', '.join(_SPLITS)}")
     device = next(run.model.parameters()).device
     search = TopActivations(top, len(images.classes))
     record = collect(chain, images, lambda s: Batches(s, data, device), [layer], search).layers[layer]
@@ -169,7 +173,7 @@ def _chain(run: TrainedRun) -> Chain:
 
 def _map_numbers(maps: Sequence[int] | int, count: int, order: Sequence[int]) -> list[int]:
     """Return the numbers of maps that are wanted; raise UserError for one that a layer of `count` maps lacks."""
-    numbers = list(order[:maps]) if isinstance(maps, int) else list(maps)
+    numbers = list(order[: max(0, maps)]) if isinstance(maps, int) else list(maps)
     if not numbers or not all(0 <= k < count for k in numbers):
         raise UserError(f"maps={maps}: must be a number of maps, or numbers from 0 to {count - 1}")
     return numbers
