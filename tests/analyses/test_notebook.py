@@ -47,6 +47,31 @@ def test_predict_names_the_image_that_it_cannot_read(run: TrainedRun, photo: Pat
     assert str(photo.parent / name) in str(error.value)
 
 
+def test_predict_takes_the_pixels_of_an_image(run: TrainedRun, photo: Path) -> None:
+    image = Image.open(photo)
+    pixels = np.array(image)
+    for form in (image, pixels, torch.from_numpy(pixels).permute(2, 0, 1)):
+        assert run.predict(form) == run.predict(photo)
+
+
+@pytest.mark.parametrize(
+    ("image", "problem"),
+    [
+        (np.zeros((8, 8, 3)), "a ndarray cannot be read as an image (pixels are float64"),
+        (torch.zeros(1, 3, 64, 64), "a Tensor cannot be read as an image ("),
+        (torch.randn(3, 64, 64), "a Tensor cannot be read as an image (pixels are floats from -"),
+        (7, "a int cannot be read as an image (pixels are int64"),
+        (None, "a NoneType cannot be read as an image (pixels are object"),
+        ("long" * 999, "cannot be read as an image ("),
+    ],
+)
+def test_predict_names_what_is_no_image(run: TrainedRun, image: object, problem: str) -> None:
+    with pytest.raises(UserError) as error:
+        run.predict(image)
+    assert problem in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_repr_is_one_short_line(run: TrainedRun, tiny_run) -> None:
     accuracy = tiny_run.read_json("results.json")["test"]["accuracy"]
     assert repr(run) == f"<{tiny_run.folder}: small on shapes, 10 classes, test {accuracy:.2%}>"

@@ -108,7 +108,7 @@ def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
             set_seed(make_key(DATASET, number))
             try:
                 image, label = dataset[number]
-                images.append(_to_image(image))
+                images.append(to_image(image))
                 labels.append(_to_label(label))
             except Exception as error:  # user code may raise anything
                 raise UserError(
@@ -121,7 +121,8 @@ def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
     return images, labels
 
 
-def _to_image(image: Any) -> Image.Image:
+def to_image(image: Any) -> Image.Image:
+    """Return a PIL image, array or tensor in mode RGB; raise ValueError, or others, for what is none of them."""
     if isinstance(image, Image.Image):
         return to_rgb(image).convert("RGB")  # a copy: a data set may return one object for all items
     if isinstance(image, torch.Tensor):

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from zfnet.config.schema import LARGEST_SIDE, Config, DataConfig, ModelConfig, c
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images, read_named
+from zfnet.data.sources import to_image
 from zfnet.model.build import build_model, read_tensors, refuse_not_finite
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
@@ -180,26 +183,36 @@ class TrainedRun:
         """What results.json holds."""
         return dict(self.run.read_json("results.json"))
 
-    def inputs(self, *images: str | Path) -> Tensor:
-        """Return image files, or addresses on the web, as the network sees them: [N, 3, S, S], on its device.
+    def inputs(self, *images: Any) -> Tensor:
+        """Return images as the network sees them: [N, 3, S, S], on its device.
 
+        images: paths or addresses on the web; PIL images; uint8 arrays [h, w, 3], or what `data=dataset` takes besides
         Raises UserError for an image that cannot be read.
         """
-        size, data, pixels = self.metadata.stored_size, self.metadata.data, []
-        for image in images:
-            files, problems = find_images([str(image)])
-            try:
-                if len(files) != 1:
-                    raise UnreadableImage(problems.get(str(image), f"names {len(files)} images; give one"))
-                square = fit_square(read_named(files[0], data.max_pixels, size * data.draft), size, data.fit)
-                pixels.append(torch.from_numpy(square.copy()))
-            except UnreadableImage as error:
-                raise UserError(f"{image}: cannot be read as an image ({error})") from error
+        size, data = self.metadata.stored_size, self.metadata.data
+        squares = [fit_square(self._read(image), size, data.fit).copy() for image in images]
         device = next(iter(self.model.parameters())).device
-        return preprocess(torch.stack(pixels).to(device), data, channels_last=False)
+        return preprocess(torch.from_numpy(np.stack(squares)).to(device), data, channels_last=False)
 
-    def predict(self, image: str | Path) -> dict[str, float]:
-        """Return the probability of each class, the most probable one first; the image is prepared as in training.
+    def _read(self, image: Any) -> Image.Image:
+        try:
+            if not isinstance(image, (str, Path)):
+                return to_image(image)
+            files, problems = find_images([str(image)])
+            if len(files) != 1:
+                raise UnreadableImage(problems.get(str(image), f"names {len(files)} images; give one"))
+            data = self.metadata.data
+            return read_named(files[0], data.max_pixels, self.metadata.stored_size * data.draft)
+        except (UnreadableImage, OSError) as error:
+            raise UserError(f"{image}: cannot be read as an image ({error})") from error
+        except Exception as error:  # of an object of any kind
+            raise UserError(
+                f"a {type(image).__name__} cannot be read as an image ({one_line(error)}): give a path or address, a "
+                "PIL image or a uint8 array [h, w, 3]"
+            ) from error
+
+    def predict(self, image: Any) -> dict[str, float]:
+        """Return the probability of each class, the most probable one first, of an image as `inputs` takes it.
 
             load_run("last").predict("cat.jpg")
 
