@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tests.helpers import MINUTE, STEPS, Trap, checked, compose, resumes_exactly, train_minute, train_undrawn
 from tests.helpers import training_state as make_state
 from zfnet.config.errors import UserError
 from zfnet.data import load_splits
 from zfnet.jobs.train import train
+from zfnet.model.build import has_batch_norm
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.build import balanced_weights, build_optimizer, initial_model, training_batches
 from zfnet.training.loop import train_step
@@ -137,6 +139,14 @@ def test_network_that_gives_more_in_training_mode_is_named(words: tuple[str, ...
 # -- parameter groups
 
 GROUPS = '+optimizer.param_groups=[{ndim:1,weight_decay:0},{match:"^fc8",lr_scale:10},{match:conv,ndim:4,lr:0.5}]'
+
+
+def test_has_batch_norm_knows_the_layers_of_several_gpus() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4))
+    assert not has_batch_norm(model)
+    model.append(nn.BatchNorm2d(4))
+    assert has_batch_norm(model)
+    assert has_batch_norm(nn.SyncBatchNorm.convert_sync_batchnorm(model))
 
 
 def test_parameter_groups_take_match_ndim_and_lr_scale() -> None:

@@ -141,4 +141,5 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Return whether any layer normalises over the batch."""
-    return any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) for m in model.modules())
+    # the base of BatchNorm1d to 3d and of SyncBatchNorm, to which several GPUs' networks are converted
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
