@@ -14,6 +14,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+from tests import own
 from tests.helpers import MINUTE, Trap, compose, random_images, used, write_images
 from tests.model.graphs import NODES, WEIGHTS, graph
 from zfnet import ZFNet, load_run
@@ -60,6 +61,23 @@ def test_a_state_dict_becomes_a_run_on_which_jobs_work(tmp_path: Path, name: str
     own = import_(tmp_path / "again", run.weights)  # its header says all that must be known
     assert own.read_json("results.json")["weights_sha256"] == results["weights_sha256"]
     assert load_run(own.folder).classes == ("sea lion", "cat", "Dog", "emu")
+
+
+LATE = ("experiment=quickstart", "~model", "+model._target_=tests.own.LateNorm", "imports=[tests]")
+
+
+def test_the_last_layer_need_not_be_the_last_in_a_file(tmp_path: Path) -> None:
+    model = own.LateNorm(4).eval()
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    run = load_run(import_(tmp_path / "run", tmp_path / "x.pth", *LATE).folder, ["tests"])
+    assert run.classes == tuple("0123")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(run.model(images), model(images))
+    with pytest.raises(UserError, match=r"job\.channels=bgr: the network has no first convolution"):
+        import_(tmp_path / "other", tmp_path / "x.pth", *LATE, "job.channels=bgr")
+    torch.save(model.state_dict() | {"head.bias": torch.tensor(1.0)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="do not tell how many classes"):
+        import_(tmp_path / "other", tmp_path / "x.pth", *LATE)
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,14 @@ class ImportJob(Job):
             compared = None
         else:
             settings, state, size = _onnx(path, config) if kind == ".onnx" else _state_dict(path, config)
-            data, names = _data(config, size), _class_names(self.classes, len(next(reversed(state.values()))))
+            data, names = _data(config, size), _class_names(self.classes, _count_classes(path, state))
             metadata = ModelMetadata(settings, names, data, data.store_size or data.image_size)
             model = network_with(path, metadata, state, config.imports).eval()
             compared = _compare(path, model, data) if kind == ".onnx" else None
             if self.channels == "bgr":
-                first = next(p for p in model.parameters() if p.ndim == 4)
+                first = next((p for p in model.parameters() if p.ndim == 4), torch.empty(0, 0))
+                if first.shape[1] != 3:
+                    raise UserError("job.channels=bgr: the network has no first convolution of three channels to flip")
                 first.data = first.data.flip(1).contiguous()
         config = replace(config, model=metadata.model, data=metadata.data)
         with own_directory(config, output) as run:
@@ -102,6 +104,13 @@ def _data(config: Config, image_size: int) -> FolderData:
     base |= {key: getattr(config.data, key) for key in keys if "data" in given or f"data.{key}" in given}
     base["image_size"] = image_size
     return FolderData(name="folder", split_seed=config.data.split_seed, **base)
+
+
+def _count_classes(path: Path, state: dict[str, Tensor]) -> int:
+    last = next(reversed(state.values()), torch.tensor(0))
+    if not last.ndim:
+        raise UserError(f"{path}: its weights do not tell how many classes the network has")
+    return len(last)
 
 
 def _class_names(file: str | None, count: int) -> tuple[str, ...]:
@@ -195,13 +204,18 @@ def _state_dict(path: Path, config: Config) -> _Found:
         if key not in state:
             raise UserError(f"{path}: lacks {key} of model={model_name(config.model)}; has {', '.join([*state][:4])} …")
     others = {key: value for key, value in state.items() if key not in order}  # refused later, by name
-    return config.model, others | {key: state[key] for key in order}, config.data.image_size
+    # the last layer need not be the last in the file: its shape follows the number of classes
+    more = _empty(config.model, config.data.image_size, config.imports, classes=11)
+    head = [key for key in order if key in more and order[key].shape != more[key].shape]
+    head = head or [key for key in order if order[key].ndim]
+    ordered = {key: state[key] for key in sorted(order, key=head.__contains__)}
+    return config.model, others | ordered, config.data.image_size
 
 
-def _empty(model: Any, image_size: int, imports: Sequence[str] = ()) -> Mapping[str, Tensor]:
-    """Return the names and shapes of a network's weights, with 10 classes."""
+def _empty(model: Any, image_size: int, imports: Sequence[str] = (), classes: int = 10) -> Mapping[str, Tensor]:
+    """Return the names and shapes of a network's weights."""
     with torch.device("meta"):
-        state: Mapping[str, Tensor] = build_model(model, 10, image_size, imports, probe=False).state_dict()
+        state: Mapping[str, Tensor] = build_model(model, classes, image_size, imports, probe=False).state_dict()
     return state
 
 
