@@ -221,9 +221,20 @@ def test_to_text_counts_columns_and_rows_that_do_not_fit(tmp_path: Path, monkeyp
         write_job(tmp_path, *(f"{key}={n / 1000 + k / 100}" for k, key in enumerate(keys)), accuracy=n / 100)
     text = to_text(read_sweep(tmp_path), 60)
     assert "… and 3 more, in summary.csv" in text
-    assert "not shown, but in summary.csv: 2 swept keys" in text
+    assert "not shown, but in summary.csv: 1 swept key\n" in text
     assert max(map(len, text.splitlines()[:-1])) <= 60
     assert "5.00 %" in text  # the best; the objective itself is never left out
+
+
+def test_to_text_shortens_a_wide_column_before_it_leaves_one_out(tmp_path: Path) -> None:
+    for lr in (0.001, 0.002):
+        words = (f"data.mean={[lr + 0.123456789] * 3}", f"optimizer.lr={lr}")
+        write_job(tmp_path, *words, accuracy=100 * lr)
+    lines = to_text(read_sweep(tmp_path), 60).splitlines()
+    assert max(map(len, lines[:4])) <= 60
+    assert lines[1].split()[:2] == ["mean", "lr"]
+    assert ["0.002" in lines[2], "0.001" in lines[3]] == [True, True]
+    assert "not shown" not in "".join(lines)
 
 
 def test_to_text_reports_test_for_the_setting_that_validation_chose(tmp_path: Path) -> None:

@@ -307,18 +307,18 @@ def to_markdown(sweep: Sweep) -> str:
 def to_text(sweep: Sweep, width: int | None = None) -> str:
     """Return the table for a terminal of `width` columns (None: this one), best first.
 
-    Columns of swept keys that do not fit are left out, and counted, and so are rows beyond the best MOST_ROWS;
-    summary.csv has them all.
+    Columns of swept keys are shortened; those that do not fit even so are left out, and counted, and so are rows beyond
+    the best MOST_ROWS. summary.csv has them all.
     """
     width = width or shutil.get_terminal_size().columns
     keys = list(sweep.keys)
     while True:
         rows = setting_rows(sweep, keys)[: MOST_ROWS + 1]
-        align = "<" * len(rows[0])
-        if len(keys) < 2 or max(map(len, format_table(rows, align))) <= width:
+        table = format_table(rows, "<" * len(rows[0]), width, range(len(keys)))
+        if len(keys) < 2 or max(map(len, table)) <= width:
             break
         del keys[-1]
-    lines = [count_line(sweep), *format_table(rows, align, width, range(len(keys)))]
+    lines = [count_line(sweep), *table]
     if (more := len(sweep.settings) - MOST_ROWS) > 0:
         lines.append(f"… and {more} more, in summary.csv")
     if hidden := len(sweep.keys) - len(keys):
