@@ -85,6 +85,20 @@ def test_of_many_classes_those_with_images_are_named(caplog: pytest.LogCaptureFi
     assert lines[-1] == f"  the other {100 - len(present)} classes have no images"
 
 
+def test_of_1000_classes_the_best_and_worst_are_logged_and_some_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"c{k}" for k in range(1000)]
+    with caplog.at_level("INFO", logger="zfnet"):
+        log_per_class({"per_class": {name: None if k < 100 else k / 1000 for k, name in enumerate(names)}})
+    head, *lines, absent = (record.getMessage().strip() for record in caplog.records)
+    assert head == "the 5 best and the 5 worst of 900 classes; results.json has all"
+    assert [line.split()[0] for line in lines] == [f"c{k}" for k in (*range(999, 994, -1), *range(104, 99, -1))]
+    assert absent == "the other 100 classes have no images"
+    evaluation = evaluation_of(1000, 1000)
+    for draw in (draw_per_class, draw_confusion):
+        labels = [label.get_text() for label in draw(evaluation, names).axes[0].get_yticklabels()]
+        assert labels == names[::10]
+
+
 def test_draw_curves_shows_what_there_is() -> None:
     axes = draw_curves(history(1)).axes
     assert [line.get_label() for line in axes[0].lines] == ["train"]

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zfnet")
 
-_FEW = 40  # classes, of which each can be named
+_FEW = 40  # classes, of which each has its number in a figure
+_NAMES = 100  # of classes along an axis
+_LINES, _ENDS = 20, 5  # classes in the log; of more, the best and the worst
 
 
 def results_of(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
@@ -59,14 +61,24 @@ def log_result(name: str, result: Mapping[str, Any]) -> None:
 
 
 def log_per_class(result: Mapping[str, Any]) -> None:
-    """Log one line for each class; of many classes, for those that have images."""
+    """Log one line for each class; of many classes, for the best and the worst of those that have images."""
     classes = result["per_class"]
-    shown = {name: value for name, value in classes.items() if value is not None or len(classes) <= _FEW}
+    shown = {name: value for name, value in classes.items() if value is not None or len(classes) <= _LINES}
+    absent = len(classes) - len(shown)
+    if len(shown) > _LINES:
+        log.info("  the %d best and the %d worst of %d classes; results.json has all", _ENDS, _ENDS, len(shown))
+        ranked = sorted(shown, key=shown.__getitem__, reverse=True)
+        shown = {name: shown[name] for name in (*ranked[:_ENDS], *ranked[-_ENDS:])}
     width = max(map(len, shown), default=0)
     for name, accuracy in shown.items():
         log.info("  %-*s %s", width, name, "no images" if accuracy is None else f"{accuracy:7.2%}")
-    if len(shown) < len(classes):
-        log.info("  the other %d classes have no images", len(classes) - len(shown))
+    if absent:
+        log.info("  the other %d classes have no images", absent)
+
+
+def _named(count: int) -> range:
+    """Return which of `count` classes are named along an axis: all, or as many as can be read."""
+    return range(0, count, -(-count // _NAMES) or 1)
 
 
 def draw_results(run: RunDirectory, evaluation: Evaluation, images: ImageSet) -> None:
@@ -118,7 +130,7 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     cell = "% of the true class's images" + (", and their number" if count <= 12 else "")
     title = f"Confusion matrix: {evaluation.accuracy:.2%} of {counts.sum():,} images are correct\neach cell: {cell}"
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
-    ticks = list(range(count) if count <= _FEW else range(0, count, 5))
+    ticks = _named(count)
     axis.set_xticks(
         ticks, [classes[t] for t in ticks], rotation=90 if count > 12 else 45, ha="right" if count <= 12 else "center"
     )
@@ -147,7 +159,8 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     mean = evaluation.mean_class_accuracy()
     axis.axvline(evaluation.accuracy, color=SOFT, linestyle="--", linewidth=1)
     axis.axvline(mean, color=SOFT, linestyle=":", linewidth=1)
-    axis.set_yticks(range(len(classes)), plain(classes), fontsize=8 if len(classes) <= _FEW else 5)
+    ticks, names = _named(len(classes)), plain(classes)
+    axis.set_yticks(ticks, [names[t] for t in ticks], fontsize=8 if len(classes) <= _FEW else 6)
     axis.invert_yaxis()
     title = f"Accuracy by class (dashed: all images, {evaluation.accuracy:.2%}; dotted: mean of classes, {mean:.2%})"
     axis.set(xlim=(0, 1.14), title=title, xlabel="correctly classified images")
