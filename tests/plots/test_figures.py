@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
+from zfnet.plots import figures
 from zfnet.plots.figures import PALETTE, new_figure, plain, save_figure, styled
 
 
@@ -27,6 +31,24 @@ def test_styled_uses_the_style_and_leaves_the_callers_settings() -> None:
     assert line.get_color() == PALETTE[0]
     assert not axis.spines["top"].get_visible()
     assert axis.figure.get_layout_engine() is not None
+
+
+def test_letters_without_a_font_are_one_line(tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(figures, "_families", lambda: ["DejaVu Sans"])
+    figures._say_once.cache_clear()
+    with warnings.catch_warnings(), caplog.at_level("WARNING"):
+        warnings.simplefilter("error")
+        for name in ("a.png", "b.png"):
+            save_figure(draw(["犬", "猫"])[0].figure, tmp_path / name)
+    assert [record.getMessage() for record in caplog.records] == [
+        "some letters are empty boxes in figures: install a font that has them, such as Noto Sans CJK"
+    ]
+
+
+def test_letters_come_from_the_fonts_that_are_installed(monkeypatch) -> None:
+    fonts = [SimpleNamespace(name=name) for name in ("Hiragino Sans", "Noto Sans CJK SC", "Comic Sans")]
+    monkeypatch.setattr(fontManager, "ttflist", fonts)
+    assert figures._families.__wrapped__() == ["DejaVu Sans", "Noto Sans CJK SC", "Hiragino Sans"]
 
 
 @pytest.mark.parametrize("name", ["$x$", r"a $\nonsense$", "5 $", "$$"])

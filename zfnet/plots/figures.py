@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+log = logging.getLogger("zfnet")
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -35,6 +39,11 @@ INK, SOFT, PALE, PALEST, WHITE = "#24292f", "#57606a", "#d0d7de", "#f6f8fa", "#f
 CSS = f":root{{--ink:{INK};--soft:{SOFT};--pale:{PALE};--palest:{PALEST}}}"  # of a page
 PALETTE = (BLUE, ORANGE, PURPLE, GREEN, RED, "#9a6700", LIGHT_BLUE, "#ff9bce", SOFT, "#7ee787")
 SPLIT_COLOURS = {"train": BLUE, "validation": ORANGE, "test": PURPLE}
+# for letters that matplotlib's own font lacks: Linux's, Windows' and macOS's fonts of Chinese and Japanese
+_FALLBACKS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "WenQuanYi Micro Hei"),
+    *("WenQuanYi Zen Hei", "Microsoft YaHei", "Yu Gothic", "PingFang SC", "Hiragino Sans"),
+)
 _STYLE = Path(__file__).with_name("zfnet.mplstyle")
 
 
@@ -71,7 +80,20 @@ def _style() -> AbstractContextManager[None]:
     import matplotlib
     from cycler import cycler
 
-    return matplotlib.rc_context({"axes.prop_cycle": cycler(color=PALETTE)}, _STYLE)
+    return matplotlib.rc_context({"axes.prop_cycle": cycler(color=PALETTE), "font.family": _families()}, _STYLE)
+
+
+@functools.cache
+def _families() -> list[str]:
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}  # matplotlib warns of every other name
+    return ["DejaVu Sans", *(name for name in _FALLBACKS if name in installed)]
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
@@ -96,7 +118,13 @@ def save_figure(figure: Figure, path: Path) -> bytes:
     """Write a PNG and return it; the metadata names no program version, so that equal figures are equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    with _style():  # ticks are made when a figure is saved
+    with _style(), warnings.catch_warnings(record=True) as caught:  # ticks are made when a figure is saved
+        warnings.filterwarnings("always", "Glyph .* missing")
         figure.savefig(buffer, metadata={"Software": None})
+    for warning in caught:
+        if str(warning.message).startswith("Glyph"):
+            _say_once("some letters are empty boxes in figures: install a font that has them, such as Noto Sans CJK")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     write_atomically(path, buffer.getvalue())
     return buffer.getvalue()
