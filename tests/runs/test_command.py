@@ -233,6 +233,7 @@ def test_forgive_marks_keys_only_where_a_run_is_named() -> None:
         ("data.root=Bilder/Größe", 'data.root="Bilder/Größe"', "Bilder/Größe"),
         ("run=größe", 'run="größe"', "größe"),
         ("images=[größe.jpg, x y ö.png,a.png]", 'images=["größe.jpg","x y ö.png",a.png]', None),
+        ('images=["cat, dog.jpg",größe.png]', None, ["cat, dog.jpg", "größe.png"]),
         ("images=[größe.jpg, x y ö.png,a.png]", None, ["größe.jpg", "x y ö.png", "a.png"]),
         ('images=["it\'s, mine.png",b (1).png]', None, ["it's, mine.png", "b (1).png"]),
         ("images=cat (1).jpg", 'images="cat (1).jpg"', "cat (1).jpg"),
