@@ -9,6 +9,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -117,7 +118,21 @@ def explain(error: Exception, words: Sequence[str] | None = None) -> str:
         return f"this needs {error.name}: pip install -e '.[{extra}]'"
     if isinstance(error, MemoryError) or ("memory" in first and ("out of" in first or "allocate" in first)):
         return f"out of memory ({first}): lower data.batch_size or the network's sizes"
+    if isinstance(error, OSError) and error.__traceback__ and _makes_run_directory(error):
+        return (
+            f"the folder {error.filename} cannot be made ({error.strerror}): choose another with hydra.run.dir=… or, "
+            "of a sweep, hydra.sweep.dir=…"
+        )
     return f"{type(error).__name__}: {first} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def _makes_run_directory(error: OSError) -> bool:
+    """Return whether a run or sweep directory could not be made, by Hydra or by this program."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [str(frame.f_globals.get("__name__")) for frame in frames]
+    ours = [name for name in modules if name.startswith(("hydra", "zfnet"))]
+    where = ("hydra", "zfnet.runs", "zfnet.sweeps")
+    return frames[-1].f_code.co_name == "mkdir" and bool(ours) and ours[-1].startswith(where)
 
 
 def check_options(words: Sequence[str]) -> None:
