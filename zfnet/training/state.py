@@ -26,7 +26,17 @@ from zfnet.training.schedule import SCHEDULED, Schedule, schedule_span
 log = logging.getLogger("zfnet")
 
 # keys of `data` that do not change how an image is validated
-_OF_TRAINING = "batch_size sampler subset device_memory max_pixels draft cache_dir on_error test".split()
+_OF_TRAINING = (
+    "batch_size",
+    "sampler",
+    "subset",
+    "device_memory",
+    "max_pixels",
+    "draft",
+    "cache_dir",
+    "on_error",
+    "test",
+)
 
 
 class Callback:
