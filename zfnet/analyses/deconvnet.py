@@ -240,7 +240,7 @@ def explain_photographs(
                 value, place = maps.flatten(1).max(1)
                 order = value.argsort(descending=True, stable=True)[: job.maps]
                 order = order[value[order] > 0]
-                y, x = torch.unravel_index(place[order], maps.shape[1:])
+                y, x = place[order] // maps.shape[2], place[order] % maps.shape[2]
                 units = torch.stack((torch.full_like(order, number), order, y, x), 1)
                 projections, patches = view_units(deconvnet, images, loaded.data, layer, units)
                 boxes = receptive_boxes(loaded.chain, layer, units[:, 2:])

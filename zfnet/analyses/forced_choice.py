@@ -169,7 +169,8 @@ def strongest_places(chain: Chain, batches: Batches, layers: Sequence[str]) -> d
     for batch in tqdm(batches.in_order(), "strongest places", len(batches), unit="batch", disable=None, leave=False):
         for layer, maps in chain.activations(batch.images, layers).items():
             value, place = maps.flatten(2).max(2)
-            strongest[layer].append((value.cpu(), torch.stack(torch.unravel_index(place, maps.shape[2:]), 2).cpu()))
+            width = maps.shape[3]
+            strongest[layer].append((value.cpu(), torch.stack((place // width, place % width), 2).cpu()))
     return {layer: (torch.cat([v for v, _ in of]), torch.cat([p for _, p in of])) for layer, of in strongest.items()}
 
 

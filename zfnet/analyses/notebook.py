@@ -125,8 +125,8 @@ def projections(
     activations = chain.activations(inputs, [layer])[layer][0]
     peaks, places = activations.flatten(1).max(1)
     chosen = _map_numbers(maps, len(peaks), peaks.argsort(descending=True, stable=True).tolist())
-    y, x = (axis.tolist() for axis in torch.unravel_index(places, activations.shape[1:]))
-    units = [(0, k, y[k], x[k]) for k in chosen]
+    width = activations.shape[2]
+    units = [(0, k, int(places[k]) // width, int(places[k]) % width) for k in chosen]
     values = Deconvnet(chain, rule).project(inputs, layer, units)
     return Projections(
         pictures=on_grey(values).numpy(),

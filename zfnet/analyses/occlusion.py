@@ -168,7 +168,7 @@ def occlude(
         strongest = maps.sum((2, 3)).argmax(1)
         peak = maps[torch.arange(len(chunk), device=device), strongest].flatten(1).argmax(1)
         channels.append(strongest)
-        peaks.append(torch.stack(torch.unravel_index(peak, maps.shape[2:]), 1))
+        peaks.append(torch.stack([peak // maps.shape[3], peak % maps.shape[3]], 1))
         whole.append(_outputs(chain, chunk, layer, strongest, truth))
     channel = torch.cat(channels)
     along = torch.arange(size, device=device)

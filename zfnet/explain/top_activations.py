@@ -47,7 +47,7 @@ class LayerRecord:
 
     def places(self) -> Tensor:
         """Return (image, y, x) of each entry: int64 [C, top, 3]."""
-        return torch.stack((self.index, *torch.unravel_index(self.position, self.size)), -1)
+        return torch.stack((self.index, self.position // self.size[1], self.position % self.size[1]), -1)
 
     @property
     def filled(self) -> Tensor:
