@@ -596,7 +596,7 @@ def _ablation_table(rows: Sequence[Row], classes: Sequence[str]) -> list[dict[st
     for layer in dict.fromkeys(row.target for row in of):
         columns = {row.measure: row.values.tolist() for row in of if row.target == layer and row.measure != "agreement"}
         for key in ("class of it", "best class"):
-            columns[key] = [classes[int(c)] for c in columns[key]]
+            columns[key] = ["" if math.isnan(c) else classes[int(c)] for c in columns[key]]
         maps = next(row.clusters.tolist() for row in of if row.target == layer)
         table += to_rows(layer=[layer] * len(maps), map=maps, **columns)
     return table
