@@ -68,7 +68,7 @@ EXTRA = {  # words that make a job cheap, or possible with 80 images
     "train": SMALL,
     "verdict": [
         f"job.{key}"
-        for key in ("layers=[conv5]", "images=4", "units=2", "others=1", "cells=2", "sectors=3", "ablation_images=8")
+        for key in ("layers=[conv5]", "images=4", "units=2", "others=1", "metrics=[own,ablation]", "ablation_images=8")
     ],
 }
 RUN = "outputs/train/first"

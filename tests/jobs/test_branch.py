@@ -92,7 +92,7 @@ def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, jud
     assert "the weights are of epoch 1 (the parent's), the best of 3" in branch.out
 
 
-@pytest.mark.parametrize("word", ["data.split_seed=1", "data.validation=0.2", "data.mean=[0.4,0.4,0.4]"])
+@pytest.mark.parametrize("word", ["data.split_seed=1", "data.mean=[0.4,0.4,0.4]"])
 def test_the_best_epoch_before_a_branch_does_not_count_on_other_images(
     branch, tmp_path: Path, judge, word: str
 ) -> None:
