@@ -19,7 +19,7 @@ class Muon(Optimizer):
 
     lr: the spectral norm of a step; that of a matrix higher than wide is √(out / in) times as large
     weight_decay: decoupled (weights shrink by lr · weight_decay) where a step is orthogonalised, else as in SGD
-    steps: of Newton–Schulz
+    steps: of Newton–Schulz; after fewer, directions of small singular values stay smaller
     """
 
     def __init__(
