@@ -14,10 +14,10 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from zfnet.config.schema import MAX_PIXELS
 
@@ -31,17 +31,6 @@ SUFFIXES = frozenset(s for s, f in Image.registered_extensions().items() if f in
 _AT_ONCE = 3 * MAX_PIXELS  # 1 GiB for each copy of them
 _BAND = 1 << 20  # pixels that are scaled at once
 _said_range = threading.Event()
-
-# what undoes each EXIF orientation
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def is_image(name: str) -> bool:
@@ -66,9 +55,9 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, draft:
         if draft:
             image.draft(None, (2 * draft, 2 * draft))
         image.load()
-        upright = _UPRIGHT.get(_orientation(image))
-        rgb = to_rgb(image)
-        return rgb if upright is None else rgb.transpose(upright)
+        with contextlib.suppress(Exception):  # of a damaged EXIF part; the pixels may still be readable
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
 
 
 def image_size(file: Path) -> tuple[int, int]:
@@ -137,14 +126,6 @@ class _PixelLimit:
 
 
 _pixel_limit = _PixelLimit(_AT_ONCE)
-
-
-def _orientation(image: Image.Image) -> Any:
-    """Return EXIF's orientation, 1 to 8; anything else, and a damaged EXIF part, means none."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # the pixels may still be readable
-        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
