@@ -118,12 +118,12 @@ def test_project_fields_are_projections_cut_out(name: str, layer: str, rule: str
     images = pictures(model)
     units = some_units(model, images, layer)
     deconvnet, extent = Deconvnet(model, rule), receptive_field(model, layer)
-    whole = F.pad(deconvnet.project(images, layer, units), (extent.size,) * 4)
+    whole = F.pad(deconvnet.project(images, layer, units), (max(extent.kernel),) * 4)
     fields = deconvnet.project(images, layer, units, fields=True)
-    assert fields.shape == (len(units), model.channels, *extent.sizes)
+    assert fields.shape == (len(units), model.channels, *extent.kernel)
     for unit, projection, cut in zip(units, whole, fields, strict=True):
-        top, left = (place + extent.size for place in extent.corner(unit[2], unit[3]))
-        close(cut, projection[:, top : top + extent.sizes[0], left : left + extent.sizes[1]])
+        top, left = (place + max(extent.kernel) for place in extent.corners(torch.tensor([unit[2:4]]))[0].tolist())
+        close(cut, projection[:, top : top + extent.kernel[0], left : left + extent.kernel[1]])
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,18 +15,18 @@ from zfnet.model import Chain, ZFNet
 def test_receptive_field_papers_numbers() -> None:
     model = ZFNet(10, 224)
     fields = [receptive_field(model, f"conv{n}") for n in range(1, 6)]
-    assert [f.size for f in fields] == [7, 27, 75, 107, 139]
-    assert [f.strides for f in fields] == [(s, s) for s in (2, 8, 16, 16, 16)]
+    assert [max(f.kernel) for f in fields] == [7, 27, 75, 107, 139]
+    assert [f.stride for f in fields] == [(s, s) for s in (2, 8, 16, 16, 16)]
 
 
 def test_receptive_field_of_other_networks() -> None:
     """By hand. `mixed` reads rows through 5/2, 2/2 and 3 cells two apart, columns through 3/1, 3/2 and these."""
     vgg, mixed = chain("vgg11"), chain("mixed")
-    assert [receptive_field(vgg, layer).size for layer in vgg.conv_layers] == [3, 8, 18, 26, 46, 62, 102, 134]
+    assert [max(receptive_field(vgg, layer).kernel) for layer in vgg.conv_layers] == [3, 8, 18, 26, 46, 62, 102, 134]
     field = receptive_field(mixed, "body.dilated")
-    assert field.sizes == (5 + 2 + 4 * 4, 3 + 2 + 4 * 2)
-    assert field.strides == (4, 2)
-    assert field.offsets == (-2 * 4 - 1, -2 * 2 - 2)
+    assert field.kernel == (5 + 2 + 4 * 4, 3 + 2 + 4 * 2)
+    assert field.stride == (4, 2)
+    assert field.padding == (2 * 4 + 1, 2 * 2 + 2)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -24,7 +24,7 @@ def test_window_activations_are_those_of_the_whole_image(name: str) -> None:
         )
         field = receptive_field(model, layer)
         item = torch.arange(len(places)) % 2
-        frames = take_windows(images, item, field.corners(places), field.sizes)
+        frames = take_windows(images, item, field.corners(places), field.kernel)
         with torch.no_grad():
             found = window_activations(model.chain, layer, frames, places)
         torch.testing.assert_close(found, maps[item, :, places[:, 0], places[:, 1]])

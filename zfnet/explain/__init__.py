@@ -1,6 +1,6 @@
 """Explanations of a trained network."""
 
 from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.receptive_field import ReceptiveField, receptive_box, receptive_field
+from zfnet.explain.receptive_field import receptive_box, receptive_field
 
-__all__ = ["Deconvnet", "ReceptiveField", "receptive_box", "receptive_field"]
+__all__ = ["Deconvnet", "receptive_box", "receptive_field"]

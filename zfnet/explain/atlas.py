@@ -422,7 +422,7 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
     return {
         "name": layer,
         "frame": frame_size(chain, layer),
-        "field": receptive_field(chain, layer).size,
+        "field": max(receptive_field(chain, layer).kernel),
         "columns": _columns(len(values)),
         "maps": to_rows(
             mean=map(_short, stats.mean.tolist()),

@@ -42,7 +42,7 @@ def frame_size(chain: Chain, layer: str) -> int:
     """Return the side of the frame in pixels."""
     if layer not in chain.conv_layers:
         return chain.image_size
-    return min(receptive_field(chain, layer).size, chain.image_size)
+    return min(max(receptive_field(chain, layer).kernel), chain.image_size)
 
 
 def project_frames(deconvnet: Deconvnet, inputs: Tensor, layer: str, units: Tensor, **settings: Any) -> Tensor:
@@ -66,7 +66,7 @@ def view_units(
     extent, corners = (side, side), torch.zeros(len(units), 2, dtype=torch.int64)
     if side < chain.image_size:
         field = receptive_field(chain, layer)
-        extent, corners = field.sizes, field.corners(units[:, 2:])
+        extent, corners = field.kernel, field.corners(units[:, 2:])
     projections = torch.zeros(len(units), chain.channels, side, side)
     windows, inside = torch.zeros_like(projections), torch.zeros(len(units), side, side, 1, dtype=torch.bool)
     rows, columns = slice(extent[0]), slice(extent[1])

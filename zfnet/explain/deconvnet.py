@@ -112,8 +112,8 @@ class Deconvnet:
             for linear layers (image, feature) or (image, feature, 0, 0)
         switches_from: images [N, 3, H, W] whose pooling switches are used instead (a control)
         seeds: [len(units)], what to project instead of each unit's own activation
-        fields: cut the projections of a convolution's units to their receptive fields, [len(units), 3, *sizes];
-            `receptive_field(model, layer).corner(y, x)` gives its position; its cells outside the image are 0
+        fields: cut the projections of a convolution's units to their receptive fields, [len(units), 3, *kernel];
+            `receptive_field(model, layer).corners(places)` gives positions; cells outside the image are 0
 
         Raises UserError for a layer or a unit that the network does not have, for shapes that do not fit, and for
         a module on the way that has no rule.
@@ -123,7 +123,7 @@ class Deconvnet:
             raise UserError(f"{layer}: its units see the whole image, and have no receptive fields")
         field = receptive_field(self.chain, layer) if fields else None
         weight, steps = (next(self.model.parameters()), self.chain.up_to(layer))  # `weight` tells dtype and device
-        extent = (images.shape[2], images.shape[3]) if field is None else field.sizes
+        extent = (images.shape[2], images.shape[3]) if field is None else field.kernel
         corners = torch.zeros_like(units[:, 2:]) if field is None else field.corners(units[:, 2:])
         out = weight.new_zeros(len(units), self.chain.channels, *extent)
         images = images.to(weight)

@@ -5,43 +5,16 @@ For the paper's network at 224 px the fields are 7, 27, 75, 107 and 139 px wide 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError, did_you_mean
-from zfnet.explain.windows import Pair, Window, adaptive_windows, affine, window_of
+from zfnet.explain.windows import Window, adaptive_windows, window_of
 from zfnet.model.chain import ACTIVATIONS, BATCH_NORMS, NEUTRAL, Chain, Step
 from zfnet.model.layers import LocalResponseNorm
 
 _WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _POINTWISE = (*ACTIVATIONS, *BATCH_NORMS, *NEUTRAL, LocalResponseNorm, nn.LocalResponseNorm)
-
-
-@dataclass(frozen=True)
-class ReceptiveField:
-    """The pixels that a unit at (y, x) of a layer may see: rows y·stride + offset … + size − 1; columns alike.
-
-    sizes, strides, offsets: (rows, columns), in pixels. Near a border some of the pixels lie outside the image.
-    """
-
-    sizes: Pair
-    strides: Pair
-    offsets: Pair
-
-    @property
-    def size(self) -> int:
-        """The longer side."""
-        return max(self.sizes)
-
-    def corner(self, y: int, x: int) -> Pair:
-        """Return the first row and the first column, which may be negative."""
-        return y * self.strides[0] + self.offsets[0], x * self.strides[1] + self.offsets[1]
-
-    def corners(self, places: Tensor) -> Tensor:
-        """Return `corner` of many units: int64 [U, 2] for places (y, x) [U, 2]."""
-        return affine(places, self.strides, self.offsets)
 
 
 def window_steps(model: nn.Module | Chain, layer: str) -> list[Step]:
@@ -59,22 +32,22 @@ def window_steps(model: nn.Module | Chain, layer: str) -> list[Step]:
     return steps
 
 
-def receptive_field(model: nn.Module | Chain, layer: str) -> ReceptiveField:
-    """Return the receptive field of a convolution layer's units.
+def receptive_field(model: nn.Module | Chain, layer: str) -> Window:
+    """Return the pixels that the units of a convolution layer may see, as the window of one large convolution.
 
-    Raises UserError for another layer, and after an adaptive pooling whose windows differ in size.
+    Near a border some of them lie outside the image. Raises UserError for another layer, and after an adaptive pooling
+    whose windows differ in size.
     """
     fields = []
     for axis in (0, 1):
-        size, stride, offset = 1, 1, 0
+        size, spacing, stride, padding = 1, 1, 1, 0
         for step in reversed(window_steps(model, layer)):
-            extent, every, padding = _along(step, axis)
+            extent, every, before = _along(step, axis)
             size = (size - 1) * every + extent
-            offset = offset * every - padding
+            padding = padding * every + before
             stride *= every
-        fields.append((size, stride, offset))
-    rows, columns = fields
-    return ReceptiveField(*zip(rows, columns, strict=True))
+        fields.append((size, spacing, stride, padding))
+    return Window(*zip(*fields, strict=True))
 
 
 def _along(step: Step, axis: int) -> tuple[int, int, int]:

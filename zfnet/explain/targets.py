@@ -128,7 +128,7 @@ class Target:
     @functools.cached_property
     def _extent(self) -> tuple[int, int]:
         if self.cut_out:
-            return receptive_field(self.chain, self.layer).sizes
+            return receptive_field(self.chain, self.layer).kernel
         return self.images.shape[2], self.images.shape[3]
 
     @functools.cached_property

@@ -44,13 +44,8 @@ class Window(NamedTuple):
 
     def corners(self, places: Tensor) -> Tensor:
         """Return the first row and column of the windows numbered (y, x): int64 [U, 2] for [U, 2]."""
-        return affine(places, self.stride, (-self.padding[0], -self.padding[1]))
-
-
-def affine(places: Tensor, scale: Pair, shift: Pair) -> Tensor:
-    """Return (y·scale + shift, x·scale + shift), int64 [U, 2], for places (y, x) [U, 2]."""
-    # numbers, not tensors, so that nothing is copied to the device
-    return torch.stack([places[:, axis] * scale[axis] + shift[axis] for axis in (0, 1)], 1)
+        # numbers, not tensors, so that nothing is copied to the device
+        return torch.stack([places[:, axis] * self.stride[axis] - self.padding[axis] for axis in (0, 1)], 1)
 
 
 def window_of(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> Window:
