@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -14,25 +15,24 @@ from zfnet.jobs import reproduce, train
 from zfnet.model.layers import set_dropout_step
 from zfnet.training import compiling
 from zfnet.training import state as state_module
-from zfnet.training.compiling import Trial, compile_if_it_pays
+from zfnet.training.compiling import compile_if_it_pays, describe
 from zfnet.training.state import TrainingState
 
 AUTO = ("trainer.compile=auto", "trainer.compile_seconds=0")  # tried, however short the run
 
 
 @pytest.fixture
-def tried(monkeypatch) -> list[Trial]:
-    """Make `auto` try on the CPU, with the compiler's front half only; collect the trials."""
+def tried(monkeypatch) -> list[tuple[float, ...]]:
+    """Make `auto` try on the CPU, with the compiler's front half only; collect the trials' seconds."""
     trials = []
 
-    class Noted(Trial):
-        def describe(self, *words) -> str:
-            trials.append(self)
-            return super().describe(*words)
+    def noted(*measured: float) -> str:
+        trials.append(measured)
+        return describe(*measured)
 
     monkeypatch.setattr(compiling, "WHERE", ("cpu",))
     monkeypatch.setattr(compiling, "STEPS", 2)
-    monkeypatch.setattr(compiling, "Trial", Noted)
+    monkeypatch.setattr(compiling, "describe", noted)
     monkeypatch.setattr(state_module.torch, "compile", partial(torch.compile, backend="eager"))
     return trials
 
@@ -45,14 +45,10 @@ def state_and_batches(*words: str) -> tuple[TrainingState, Batches]:
 
 
 def test_break_even() -> None:
-    trial = Trial(eager=0.005, compiled=0.004, cost=30.0)
-    assert trial.pays
-    words = trial.describe(steps=2000, steps_per_epoch=100)
+    words = describe(eager=0.005, compiled=0.004, cost=30.0, steps=2000, steps_per_epoch=100)
     assert "pays after 300.0 epochs, of 20" in words
     assert max(map(len, words.splitlines())) <= 80
-    never = Trial(eager=0.004, compiled=0.004, cost=30.0)
-    assert not never.pays
-    assert "never pays; off" in never.describe(2000, 100)
+    assert "never pays; off" in describe(0.004, 0.004, 30.0, 2000, 100)
 
 
 @pytest.mark.parametrize("words", [("optimizer=sgd", "scheduler=onecycle", "trainer.ema=0.9"), ("model.norm=batch",)])
@@ -120,7 +116,8 @@ def test_a_compiler_that_fails_is_left_alone(tried, monkeypatch) -> None:
 @pytest.mark.parametrize("faster", [True, False])
 def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(tried, tmp_path: Path, monkeypatch, faster: bool) -> None:
     whole = train_minute(tmp_path / "plain")
-    monkeypatch.setattr(Trial, "pays", property(lambda _: faster))
+    step_seconds = itertools.cycle([2.0, 1.0] if faster else [1.0, 2.0])
+    monkeypatch.setattr(compiling, "_step_seconds", lambda *_: next(step_seconds))
     run = train_minute(tmp_path / "tried", *AUTO)
     assert len(tried) == 1
     assert run.read_json("environment.json")["compiled"] is faster
@@ -129,7 +126,7 @@ def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(tried, tmp_path: Path, 
         assert learned(run) == learned(whole)
 
     # the outcome of a trial is kept: neither by a resume (the checkpoint knows it) nor by a reproduction
-    monkeypatch.setattr(Trial, "pays", property(lambda _: not faster))
+    next(step_seconds)  # another trial would find the opposite
     settled = []
     real = train.resolve_compile
     monkeypatch.setattr(

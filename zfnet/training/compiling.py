@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from zfnet.config.errors import one_line
@@ -16,29 +15,16 @@ STEPS, WARMUP = 10, 3
 WHERE = ("cuda",)  # on CPUs, compiled steps of this network are slower
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Measured seconds: of an eager step, of a compiled step, and of compiling."""
-
-    eager: float
-    compiled: float
-    cost: float
-
-    @property
-    def pays(self) -> bool:
-        """Whether a compiled step is faster, now that compiling is done."""
-        return self.compiled < self.eager
-
-    def describe(self, steps: int, steps_per_epoch: int) -> str:
-        """Return two lines of text about a run of `steps`."""
-        measured = (
-            f"torch.compile: took {self.cost:.1f} s; a step takes {1000 * self.compiled:.2f} ms with it, "
-            f"{1000 * self.eager:.2f} without:\n"
-        )
-        if not self.pays:
-            return f"{measured}it never pays; off"
-        even = self.cost / (self.eager - self.compiled)
-        return f"{measured}it pays after {even / steps_per_epoch:.1f} epochs, of {steps / steps_per_epoch:.0f}; on"
+def describe(eager: float, compiled: float, cost: float, steps: int, steps_per_epoch: int) -> str:
+    """Return two lines about a run of `steps`: seconds of an eager and of a compiled step, and of compiling."""
+    measured = (
+        f"torch.compile: took {cost:.1f} s; a step takes {1000 * compiled:.2f} ms with it, "
+        f"{1000 * eager:.2f} without:\n"
+    )
+    if compiled >= eager:
+        return f"{measured}it never pays; off"
+    even = cost / (eager - compiled)
+    return f"{measured}it pays after {even / steps_per_epoch:.1f} epochs, of {steps / steps_per_epoch:.0f}; on"
 
 
 def resolve_compile(state: TrainingState, batches: Batches, recorded: bool | None) -> str | None:
@@ -69,14 +55,14 @@ def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
         state.use_compiled(True)
         try:
             cost = timed(partial(_train_on, state, examples), state.runtime.device)
-            trial = Trial(eager, _step_seconds(state, examples[0]), cost)
+            compiled = _step_seconds(state, examples[0])
         except Exception as error:  # no C compiler, no Triton …: auto must not fail
             state.use_compiled(False)
             state.optimizer.zero_grad(set_to_none=True)
             message = f"torch.compile: off, it fails here ({one_line(error)})"
         else:
-            state.use_compiled(trial.pays)
-            message = trial.describe(steps, state.steps_per_epoch)
+            state.use_compiled(compiled < eager)  # now that compiling is done
+            message = describe(eager, compiled, cost, steps, state.steps_per_epoch)
     state.restore(before)
     return message
 
