@@ -183,46 +183,31 @@ def feature_sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, i
 
     Raises UserError if a layer would be left without pixels; it names the smallest size at which none is.
     """
-    try:
-        return _sizes(model, image_size)
-    except _TooSmall as error:
-        sizes = range(image_size, LARGEST_SIDE + 1)  # no layer's size falls as this one grows
-        more = bisect.bisect_left(sizes, True, key=lambda size: _fits(model, size))
-        larger = f"set data.image_size={sizes[more]} or more (it is {image_size}), or " if more < len(sizes) else ""
-        raise UserError(f"{error}: {larger}lower the kernel sizes and strides") from None
+    sizes, problem = _sizes(model, image_size)
+    if problem is not None:
+        larger = range(image_size, LARGEST_SIDE + 1)  # no layer's size falls as this one grows
+        more = bisect.bisect_left(larger, True, key=lambda size: _sizes(model, size)[1] is None)
+        advice = f"set data.image_size={larger[more]} or more (it is {image_size}), or " if more < len(larger) else ""
+        raise UserError(f"{problem}: {advice}lower the kernel sizes and strides")
+    return sizes
 
 
-class _TooSmall(Exception):
-    """A layer is left without pixels; the message says which."""
-
-
-def _fits(model: ModelConfig, image_size: int) -> bool:
-    try:
-        return bool(_sizes(model, image_size))
-    except _TooSmall:
-        return False
-
-
-def _sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, int]]:
+def _sizes(model: ModelConfig, image_size: int) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """Return the sides, and which layer is left without pixels, if one is."""
     sizes: dict[str, tuple[int, int]] = {}
     n = image_size
     for layer in CONV_LAYERS:
         if (conv := getattr(model, layer)) is None:
             continue
-        if n + 2 * conv.padding < conv.kernel_size:
-            raise _TooSmall(
-                f"{layer} receives {n}×{n} pixels, too few for its {conv.kernel_size}×{conv.kernel_size} kernel "
-                f"(padding {conv.padding})"
-            )
-        out = n = (n + 2 * conv.padding - conv.kernel_size) // conv.stride + 1
+        if n + 2 * conv.padding < (k := conv.kernel_size):
+            return sizes, f"{layer} receives {n}×{n} pixels, too few for its {k}×{k} kernel (padding {conv.padding})"
+        out = n = (n + 2 * conv.padding - k) // conv.stride + 1
         if out > _LARGEST_SIDE:  # padding takes memory that no weight announces
             raise UserError(f"{layer} gives {out}×{out} pixels, more than {_LARGEST_SIDE}: lower its padding")
         if (pool := pool_of(model, layer)) is not None:
             try:
                 n = pool(torch.empty(1, 1, out, out, device="meta")).shape[-1]
-            except RuntimeError as error:
-                raise _TooSmall(
-                    f"the pooling after {layer} receives {out}×{out} pixels, too few for its 3×3 window"
-                ) from error
+            except RuntimeError:
+                return sizes, f"the pooling after {layer} receives {out}×{out} pixels, too few for its 3×3 window"
         sizes[layer] = (out, n)
-    return sizes
+    return sizes, None
