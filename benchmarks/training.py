@@ -52,6 +52,7 @@ def main() -> None:
     result = measure(ours, loops, job.rounds, job.steps, job.warmup)
     print_result(result)
     write_result(result, config, runtime, options.output)
+    print(f"written to {options.output}")
 
 
 def other_loops(config: Config, runtime: Runtime, images: ImageSet, workers: int) -> Iterator[Contender]:

@@ -50,7 +50,6 @@ class Saliency(Look):
             pixels = to_pixels(chosen.inputs, loaded.data)
             save_figure(draw(pixels, maps, others, chosen.names), run.figures / "saliency.png")
             log.info("agreement with the map of another class: %.2f on average", sum(agreement) / len(agreement))
-            log.info("written to %s", run.folder)
 
 
 def saliency(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:

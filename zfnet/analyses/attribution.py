@@ -77,7 +77,6 @@ class AttributionJob(Look):
                 for method, row in evidence.items():
                     own, others, difference = (percent(row[key]) for key in ("own", "others", "difference"))
                     log.info(f"  {method:<20} {own}, {others}; difference {difference}")
-            log.info("written to %s", run.folder)
 
 
 # ---- measurement

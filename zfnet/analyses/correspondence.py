@@ -106,7 +106,6 @@ class CorrespondenceJob(Look):
                     kappa = "  –  " if row.kappa is None else f"{row.kappa:.3f}"
                     p = "" if row.p_holm is None else f", p {row.p:.3f} (Holm {row.p_holm:.3f})"
                     log.info(f"  {layer} {part:<12} κ {kappa}, Δ {row.delta:.3f}, {row.changed:.0%} changed{p}")
-            log.info("written to %s", run.folder)
 
 
 # ---- images with parts

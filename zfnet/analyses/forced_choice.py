@@ -155,7 +155,6 @@ class ForcedChoiceJob(Look):
                 about |= {"conditions": {name: NAMES.get(name, name) for name in CONDITIONS}, "published": PUBLISHED}
                 path = write_quiz(run.folder, quiz, about, page)
                 log.info("try it yourself: open %s in a browser", path)
-            log.info("written to %s", run.folder)
 
 
 # ---- trials

@@ -88,7 +88,6 @@ class InvarianceJob(Look):
                 log.info("  %-22s %s; P from %.2f to %.2f", name, distances, at_rest, lowest)
             summary = {"images_in_the_mean": len(many), "layers": layers, "distance_between_two_images": units}
             run.write_json("invariance.json", {**summary, "mean_at_largest": extremes})
-            log.info("written to %s", run.folder)
 
 
 # ---- measurement

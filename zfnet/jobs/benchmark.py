@@ -261,7 +261,6 @@ def write_result(result: Result, config: Config, runtime: Runtime, output: Path)
     save_figure(draw_benchmark(result), run.figures / "benchmark.png")
     environment = describe_environment(runtime.device, "", config.trainer.name)
     run.write_json("benchmark.json", {**result, "config": config.to_dict(), "environment": environment})
-    print(f"written to {output}")
 
 
 @styled

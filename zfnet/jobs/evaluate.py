@@ -70,7 +70,6 @@ class EvaluateJob(Job):
                 log.info("all images are correct, so there is no figures/worst.png")
             if not math.isfinite(evaluation.loss):
                 raise UserError(f"run={source}: the loss is {evaluation.loss}; its network gives no numbers")
-            log.info("written to %s", run.folder)
 
 
 def worst(evaluation: Evaluation) -> Tensor:

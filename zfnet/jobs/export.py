@@ -61,7 +61,6 @@ class ExportJob(Job):
                 log.info("%s: %.1f MB, within %.1e of the network's logits", path.name, megabytes, difference)
             run.write_json("model.json", metadata)
             log.info("model.json: classes and preprocessing")
-            log.info("written to %s", run.folder)
 
 
 def describe(loaded: LoadedRun) -> dict[str, Any]:

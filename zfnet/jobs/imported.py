@@ -86,7 +86,7 @@ class ImportJob(Job):
             run.write_json("results.json", {"validation": None, "test": None, "weights_sha256": digest, **origin})
             count = sum(p.numel() for p in model.parameters())
             log.info("%s, %s parameters, %s classes", model_name(metadata.model), f"{count:,}", len(metadata.classes))
-            log.info("written to %s; use it as run=%s", run.folder, run.folder)
+            log.info("use it as run=%s", run.folder)
 
 
 def _data(config: Config, image_size: int) -> FolderData:

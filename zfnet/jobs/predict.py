@@ -106,7 +106,7 @@ class PredictJob(Job):
             if len(predictions) > SHOWN:
                 log.info("the figure shows the first %d images", SHOWN)
             count = len(predictions) + len(errors)
-            log.info("%d of %d images; written to %s", len(predictions), count, output)
+            log.info("%d of %d images", len(predictions), count)
 
 
 @torch.no_grad()

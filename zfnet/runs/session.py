@@ -133,13 +133,14 @@ def log_to(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_directory(config: Config, output: Path) -> Iterator[RunDirectory]:
-    """Take `output`, which must be new or empty, for this job: hold it, log to <job>.log, record its state.
+    """Take `output`, which must be new or empty, for this job: hold it, log to <job>.log, record its state, name it.
 
     Raises UserError if there is something in it already.
     """
     run = RunDirectory(output)
     with claimed(run, config, f"{config.job.name}.log", new=True), recorded_state(run):
         yield run
+        log.info("written to %s", run.folder)
 
 
 @contextlib.contextmanager
