@@ -91,6 +91,7 @@ def test_compare_of_many_settings_tests_all_pairs_and_shows_the_best() -> None:
     rows = rows_of(comparison, "Differences")
     assert [row[0][0] for row in rows[1:]] == ["F"] * 5
     assert all(len(line) <= 80 for line in to_text(comparison, 80).splitlines())
+    assert "Differences" in to_text(comparison, 20)
 
 
 def test_test_accuracies_are_compared_only_where_asked(tmp_path: Path) -> None:

@@ -184,11 +184,12 @@ def test_runs_are_found_at_every_depth_of_outputs(tmp_path: Path) -> None:
 
 def test_run_last_looks_at_training_runs_that_are_done(tiny_run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, age in (("old", 100), ("new", 0), ("failed", 0), ("evaluation", 0)):
+    for name, age in (("old", 100), ("new", 0), ("failed", 0), ("evaluation", 0), ("incomplete", 0)):
         shutil.copytree(tiny_run.folder, tmp_path / "outputs/train" / name)
         results = tmp_path / "outputs/train" / name / "results.json"
         os.utime(results, (results.stat().st_atime, results.stat().st_mtime - age))
     RunDirectory(tmp_path / "outputs/train/failed").set_status("failed", "x")
+    (tmp_path / "outputs/train/incomplete/results.json").unlink()
     config = tmp_path / "outputs/train/evaluation/config.yaml"
     config.write_text(config.read_text().replace("name: train", "name: summary", 1))
     assert find_run("last").folder.name == "new"

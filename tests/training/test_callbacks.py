@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import sys
@@ -36,8 +37,17 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Stopped
 from zfnet.runs.weights import load_model
 from zfnet.training import loop
-from zfnet.training.callbacks import EarlyStopping, Metrics, StopOnSignal, duration
-from zfnet.training.checkpoint import BEST, epoch_files, read_checkpoint, read_newest, step_files, unpack
+from zfnet.training.callbacks import Checkpoints, EarlyStopping, Metrics, StopOnSignal, duration
+from zfnet.training.checkpoint import (
+    BEST,
+    Checkpoint,
+    CheckpointWriter,
+    epoch_files,
+    read_checkpoint,
+    read_newest,
+    step_files,
+    unpack,
+)
 
 
 def test_the_last_snapshot_is_the_network_as_training_left_it(trained: Trained) -> None:
@@ -284,6 +294,14 @@ def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(tmp_pa
             train_minute(tmp_path / "run", *OWN)
     assert (tmp_path / "run/checkpoints" / BEST).exists()
     assert learned(train_minute(tmp_path / "run", *OWN)) == expected
+
+
+def test_an_epoch_is_kept_without_best_weights_that_were_lost(tmp_path: Path) -> None:
+    with contextlib.closing(CheckpointWriter(tmp_path)) as writer:
+        state = SimpleNamespace(best={"epoch": 1}, checkpoint=lambda: Checkpoint({}, {"step": 3}))
+        Checkpoints(writer, 5, [3]).on_epoch_end(state, {"epoch": 3})
+        writer.wait()
+    assert list(epoch_files(tmp_path)) == [3]
 
 
 # -- the time that a run takes

@@ -66,7 +66,7 @@ class CompareJob(Job):
             run.write_json("comparison.json", comparison.to_dict())
             write_atomically(run.folder / "index.html", to_page(comparison, picture))
             print(to_text(comparison, shutil.get_terminal_size().columns, bold=sys.stdout.isatty()))
-            print(f"written to {run.folder}\nopen {run.folder / 'index.html'} in a browser")
+            print(f"open {run.folder / 'index.html'} in a browser")
 
 
 # -- what is compared
@@ -351,7 +351,7 @@ def _sparklines(comparison: Comparison, width: int) -> list[str]:
     values = [v for _, curve in comparison.curves for v in _known(curve)]
     low, high = min(values), max(values)
     longest = max(len(curve) for _, curve in comparison.curves)
-    every = -(-longest // (width - 20))
+    every = -(-longest // max(1, width - 20))
     lines = [f"  {comparison.by_epoch} accuracy by epoch, ▁ {low:.1%} to █ {high:.1%}"]
     for letter, curve in comparison.curves:
         scale = (len(_BARS) - 1) / ((high - low) or 1)

@@ -153,7 +153,8 @@ class RunDirectory:
 
     def _belongs_to(self, config: Config, new: bool) -> bool:
         """Return whether the directory holds `config`'s run, False if it is free; raise UserError otherwise."""
-        recorded = self._holds_a_record()
+        # a config.yaml with defaults is one from which Hydra composes, as in `conf/`
+        recorded = (self.folder / "config.yaml").exists() and "defaults" not in self.plain_config()
         if recorded and not new:
             if self.read_config().identity() != config.identity():
                 raise UserError(
@@ -183,10 +184,6 @@ class RunDirectory:
                 else:  # earlier versions wrote into a file
                     path.unlink(missing_ok=True)
             folders[:] = [n for n in folders if not Path(place, n, ".lock").exists()]  # without those of other runs
-
-    def _holds_a_record(self) -> bool:
-        """Return whether there is a config.yaml, and not one from which Hydra composes, as in `conf/`."""
-        return (self.folder / "config.yaml").exists() and "defaults" not in self.plain_config()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -343,7 +340,11 @@ def find_run(text: str) -> RunDirectory:
         if not (folder / "config.yaml").is_file():
             raise UserError(f"run={text}: there is no run (no config.yaml)")
         return RunDirectory(folder)
-    finished = [run for run in list_runs(OUTPUTS) if run.state == "done" and run.job == "train"]
+    finished = [
+        run
+        for run in list_runs(OUTPUTS)
+        if run.state == "done" and run.job == "train" and (run.folder / "results.json").exists()
+    ]
     if not finished:
         raise UserError(f"run=last: there is no finished training run in {OUTPUTS.absolute()}")
     return max(finished, key=lambda run: (run.folder / "results.json").stat().st_mtime_ns)

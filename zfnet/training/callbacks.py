@@ -244,7 +244,8 @@ class Checkpoints(Callback):
             if folder is not None and state.best is not None:
                 kept = folder / epoch_name(row["epoch"], best=True)
                 # a killed run may repeat this epoch while BEST is of a later one: then the first copy is right
-                if state.best["epoch"] == row["epoch"] or not kept.exists():
+                repeated = kept.exists() and state.best["epoch"] != row["epoch"]
+                if (folder / BEST).exists() and not repeated:  # it may be lost, which a resume warns of
                     copy_checkpoint(folder / BEST, kept)  # first, so that a state is never without them
             self.writer.write(epoch_name(row["epoch"]), state.checkpoint(), prune=False)
 
@@ -339,10 +340,7 @@ class EarlyStopping(Callback):
             state.should_stop = True
             log.info(
                 "early stopping after epoch %d: %s did not improve for %d epochs, best %.4f",
-                row["epoch"],
-                self.monitor,
-                self.waited,
-                self.best,
+                *(row["epoch"], self.monitor, self.waited, self.best),
             )
 
     def state_dict(self) -> dict[str, Any]:
