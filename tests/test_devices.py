@@ -25,13 +25,14 @@ from tests.pretended import MixedDevices, OnGpu, pretended_gpu
 from zfnet.analyses import correspondence
 from zfnet.analyses.correspondence import Masks, mark_quarters
 from zfnet.analyses.deconvnet import compare_controls, dead_window_sensitivity, inside_frames, project_controls
-from zfnet.analyses.evolution import project_strongest, view_epoch
+from zfnet.analyses.evolution import project_strongest
 from zfnet.analyses.filters import measure_filters
 from zfnet.analyses.invariance import make_amounts, measure, typical_distance
 from zfnet.analyses.occlusion import occlude
 from zfnet.data import Batches, load_splits, preprocess
 from zfnet.data.images import image_set
 from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.maps import strongest_activations
 from zfnet.explain.selection import choose_images
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.plots.pictures import on_grey, to_pixels
@@ -183,13 +184,14 @@ def test_searches_over_a_set(waits: list[str], in_full_precision: None) -> None:
     again = TopActivations.from_state(*strongest.state(), GPU)
     assert again.statistics("conv2").class_means.device.type == "cuda"
     probes = pictures(model, 2).float().to("cuda")
-    seen = view_epoch(model.chain, images, batches, probes, ["conv2"], 2)
+    assert len(strongest_activations(model.chain, probes.split(2), ["conv2"])["conv2"]) == 2
+    seen = collect(model.chain, images, batches, ["conv2"], TopActivations(1, len(images.classes)))
     maps = torch.tensor([0, 3])
 
     def inputs(index: torch.Tensor) -> torch.Tensor:
         return preprocess(images.pixels(index).to("cuda"), data)
 
-    assert len(project_strongest(model.chain, "conv2", seen.strongest["conv2"], maps, inputs)) == 2
+    assert len(project_strongest(model.chain, "conv2", seen.layers["conv2"], maps, inputs)) == 2
     assert type(measure_filters(model.chain, batches(images).in_order()).peak) is torch.Tensor
 
 

@@ -10,41 +10,41 @@ import torch
 from PIL import Image
 
 from tests.explain.trained import Trained, read_csv
-from zfnet.analyses.evolution import correlation, project_strongest, sample_maps, view_epoch
+from zfnet.analyses.evolution import project_strongest, sample_maps
 from zfnet.data import Batches
 from zfnet.explain import Deconvnet
+from zfnet.explain.maps import standard_columns
+from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.runs.weights import load_model
 from zfnet.training.checkpoint import epoch_files
 
 
-def test_correlation_is_that_of_columns() -> None:
+def test_products_of_standard_columns_are_correlations() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(30, 4, generator=generator) for _ in range(2))
     b[:, 1], b[:, 2], a[:, 3] = 2 * a[:, 1] + 1, -a[:, 2], 5
     expected = np.corrcoef(a[:, 0].numpy(), b[:, 0].numpy())[0, 1]
-    result = correlation(a, b)
+    result = (standard_columns(a) * standard_columns(b)).sum(0)
     torch.testing.assert_close(result[:3], torch.tensor([expected, 1, -1], dtype=torch.float64))
     assert result[3].isnan()
 
 
-def test_view_epoch_finds_and_projects_the_strongest_activation_of_all(trained: Trained) -> None:
+def test_project_strongest_projects_the_strongest_activation_of_all(trained: Trained) -> None:
     images, data = trained.images.take(torch.arange(60)), trained.run.read_config().data
-    seen = view_epoch(
+    seen = collect(
         trained.model.chain,
         images,
         lambda s: Batches(s, data, torch.device("cpu")),
-        trained.inputs[:10],
         ["conv2", "conv5"],
-        batch_size=4,
+        TopActivations(1, len(images.classes)),
     )
     for layer in ("conv2", "conv5"):  # of conv5 a unit sees more than the image, of conv2 less
         with torch.no_grad():
             maps = trained.model.activations(trained.inputs[:60], [layer])[layer]
-        torch.testing.assert_close(seen.responses[layer], maps[:10].amax((2, 3)), rtol=1e-4, atol=1e-5)
         number = int(maps.amax((0, 2, 3)).argmax())
         image, y, x = np.unravel_index(int(maps[:, number].argmax()), maps[:, number].shape)
         result = project_strongest(
-            trained.model.chain, layer, seen.strongest[layer], torch.tensor([number]), lambda i: trained.inputs[i]
+            trained.model.chain, layer, seen.layers[layer], torch.tensor([number]), lambda i: trained.inputs[i]
         )
         deconvnet = Deconvnet(trained.model)
         units = [(0, number, int(y), int(x))]

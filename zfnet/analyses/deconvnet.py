@@ -47,6 +47,7 @@ from zfnet.explain.atlas import (
 )
 from zfnet.explain.crops import frame_size, project_frames, view_maps, view_units
 from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.faithfulness import box_cells
 from zfnet.explain.maps import MapResponses, ablation_effects, nearest_maps, strongest_activations
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
 from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
@@ -269,7 +270,6 @@ def explain_photographs(
                 loaded.source.folder,
             )
         log.info("open %s in a browser", run.folder / "index.html")
-        log.info("written to %s", run.folder)
 
 
 @styled
@@ -447,22 +447,15 @@ def compare_controls(
     ranks there would make independent pictures look alike. `unsigned` compares absolute values: pictures may put their
     energy in one place and still have other signs. Units of which either projection is constant have none.
     """
-    rows = {}
+    own, rows = projections["own"], {}
+    seen = box_cells(inside, (own.shape[2], own.shape[3]), side=1)[:, None] == 0
     for name, control in projections.items():
         if name != "own":
             draws = control if control.ndim == 5 else control[None]  # several shuffles: their mean for each unit
-            values = torch.stack([_similarities(projections["own"], draw, inside) for draw in draws]).mean(0)
-            rows[name] = {kind: describe(column) for kind, column in zip(SIMILARITIES, values.T, strict=True)}
+            signed = torch.stack([rank_correlation(own, draw, seen) for draw in draws]).mean(0)
+            unsigned = torch.stack([rank_correlation(own.abs(), draw.abs(), seen) for draw in draws]).mean(0)
+            rows[name] = {"signed": describe(signed), "unsigned": describe(unsigned)}
     return rows
-
-
-def _similarities(own: Tensor, control: Tensor, inside: Tensor) -> Tensor:
-    """Return the signed and the unsigned rank correlation of each unit: [U, 2]."""
-    rows = []
-    for a, b, (top, left, bottom, right) in zip(own, control, inside.tolist(), strict=True):
-        pair = [x[:, top:bottom, left:right].reshape(1, -1) for x in (a, b)]
-        rows.append(torch.cat([rank_correlation(*pair), rank_correlation(*(x.abs() for x in pair))]))
-    return torch.stack(rows)
 
 
 def _interval(row: Mapping[str, float | int | None]) -> str:

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
-from zfnet.data import Batches, ImageSet
 from zfnet.explain.crops import project_frames
 from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.maps import strongest_activations
+from zfnet.explain.maps import standard_columns, strongest_activations
 from zfnet.explain.selection import Look, chosen_split, pick_layers, sample, to_inputs, to_rows
 from zfnet.explain.top_activations import LayerRecord, TopActivations, collect
 from zfnet.model.chain import Chain
@@ -74,14 +73,15 @@ class EvolutionJob(Look):
                 model, _ = load_model(snapshots[epoch], config.imports)
                 model = model.to(loaded.runtime.device).to(memory_format=loaded.runtime.memory_format)
                 chain = Chain.of(model, loaded.data.image_size)
-                view = view_epoch(chain, images, loaded.batches, probes, layers, loaded.data.batch_size)
+                search = collect(chain, images, loaded.batches, layers, TopActivations(1, len(images.classes)))
+                responses = strongest_activations(chain, probes.split(loaded.data.batch_size), layers)
+                views[epoch] = view = EpochView(search.layers, responses)
                 for layer, record in view.strongest.items():
                     if layer not in maps:
                         maps[layer] = sample_maps(record.filled[:, 0].cpu(), self.maps, config.seed)
                     projections.setdefault(epoch, {})[layer] = project_strongest(
                         chain, layer, record, maps[layer], lambda i: to_inputs(loaded, images.pixels(i))
                     )
-                views[epoch] = view
             views = {epoch: views[epoch] for epoch in snapshots}
             stability = _stability(views, layers)
             save_figure(draw_evolution(projections, maps, list(snapshots)), run.figures / "evolution.png")
@@ -94,7 +94,6 @@ class EvolutionJob(Look):
                     f"{row['correlation_with_previous']:.2f}; "
                     f"strongest image changed in {row['strongest_image_changed']:.0%} of maps"
                 )
-            log.info("written to %s", run.folder)
 
 
 # ---- measurement
@@ -112,19 +111,6 @@ class EpochView:
     responses: dict[str, Tensor]
 
 
-def view_epoch(
-    chain: Chain,
-    images: ImageSet,
-    batches_of: Callable[[ImageSet], Batches],
-    probes: Tensor,
-    layers: Sequence[str],
-    batch_size: int,
-) -> EpochView:
-    """Search all `images` for the strongest activations, and record the maps' responses to probes [P, 3, S, S]."""
-    search = collect(chain, images, batches_of, layers, TopActivations(1, len(images.classes)))
-    return EpochView(search.layers, strongest_activations(chain, probes.split(batch_size), layers))
-
-
 def project_strongest(
     chain: Chain, layer: str, strongest: LayerRecord, maps: Tensor, inputs_of: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -136,13 +122,6 @@ def project_strongest(
     images, item = places[:, 0].unique(return_inverse=True)
     units = torch.stack([item, maps, places[:, 1], places[:, 2]], 1)
     return project_frames(Deconvnet(chain), inputs_of(images), layer, units)
-
-
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return the correlation of each column of a with that of b, [P, C] each; NaN where one does not vary."""
-    a, b = a.double() - a.double().mean(0), b.double() - b.double().mean(0)
-    norm = a.norm(dim=0) * b.norm(dim=0)
-    return torch.where(norm > 0, (a * b).sum(0) / norm, torch.nan)
 
 
 def sample_maps(alive: Tensor, count: int, seed: int) -> Tensor:
@@ -176,10 +155,9 @@ def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[di
     rows, last = [], list(views.values())[-1]
     for (previous, before), (epoch, now) in itertools.pairwise(views.items()):
         for layer in layers:
-            similar = correlation(before.responses[layer], now.responses[layer])
-            with_last = correlation(before.responses[layer], last.responses[layer])
-            # what to expect of two unrelated maps
-            different = correlation(before.responses[layer], now.responses[layer].roll(1, 1))
+            first, second, end = (standard_columns(view.responses[layer]) for view in (before, now, last))
+            similar, with_last = (first * second).sum(0), (first * end).sum(0)  # correlations
+            different = (first * second.roll(1, 1)).sum(0)  # what to expect of two unrelated maps
             alive = (before.strongest[layer].filled & now.strongest[layer].filled)[:, 0]
             changed = (before.strongest[layer].index != now.strongest[layer].index)[:, 0]
             rows.append(

@@ -87,7 +87,6 @@ class FiltersJob(Look):
             save_figure(draw_filters(measured, self.limit), run.figures / "filters.png")
             run.write_csv("filters.csv", [row for name in measured for row in _rows(name, measured[name])])
             run.write_json("filters.json", {"limit": self.limit, "flat_below": FLAT, "runs": summaries})
-            log.info("written to %s", run.folder)
 
 
 # ---- measurement
@@ -238,16 +237,12 @@ def radial_spectrum(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(mean > 0, density / mean, 0.0), width * torch.arange(1, _BANDS + 1, dtype=weight.dtype)
 
 
-def in_pixel_units(rms: Tensor, std: Sequence[float]) -> Tensor:
-    """Return RMS values [F] as they would be for inputs of 0 … 255, the paper's scale: divided by 255 · std."""
-    return rms / (255 * sum(std) / len(std))
-
-
 def _summarise(filters: Filters, std: Sequence[float], limit: float) -> dict[str, Any]:
     def spread(values: Tensor) -> dict[str, float]:
         return {name: float(getattr(values, name)()) for name in ("min", "median", "mean", "max")}
 
-    pixels, (height, width) = in_pixel_units(filters.rms, std), filters.weight.shape[2:]
+    pixels = filters.rms / (255 * sum(std) / len(std))  # as for inputs of 0 … 255, the paper's scale
+    height, width = filters.weight.shape[2:]
     frequencies = [f"{f:.3f}" for f in filters.frequencies.tolist()]
     return {
         "filters": len(filters.rms),

@@ -41,7 +41,7 @@ from zfnet.explain.selection import (
 )
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
-from zfnet.plots.figures import RED, WHITE, class_colours, new_figure, plain, save_figure, styled
+from zfnet.plots.figures import PALETTE, RED, WHITE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import own_and_others, percent
@@ -92,7 +92,6 @@ class OcclusionJob(Look):
             save_figure(figure, run.figures / "occlusion.png")
             run.write_csv("maps.csv", _rows(result, chosen, loaded.classes))
             run.write_json("occlusion.json", _summarise(result, chosen, loaded.classes, boxes))
-            log.info("written to %s", run.folder)
 
 
 # ---- measurement
@@ -326,7 +325,8 @@ def draw_occlusion(
     for panel, title in zip(axes[0, [0, 1, 3, 4, 6]], titles, strict=True):
         panel.set_title(title)
     extent = _extent(result, size)
-    colours = class_colours(result.occluded.predicted.ravel().tolist())  # the same in every row
+    predicted_classes = result.occluded.predicted.unique().tolist()  # sorted; their colours are the same in every row
+    colours = {c: PALETTE[n % len(PALETTE)] for n, c in enumerate(predicted_classes)}
     for row, (image, activation, bar_b, projected, probability, bar_d, predicted) in enumerate(axes):
         show(image, pictures[row])
         y, x = divmod(int(result.occluded.probability[row].argmin()), len(result.starts))

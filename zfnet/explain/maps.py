@@ -95,6 +95,12 @@ def ablation_effects(chain: Chain, batches: Sequence[Tensor], layers: Sequence[s
     return effects
 
 
+def standard_columns(values: Tensor) -> Tensor:
+    """Return the columns of values [n, C] with mean 0 and length 1, NaN where constant: products are correlations."""
+    centred = values.double() - values.double().mean(0)
+    return centred / centred.norm(dim=0)
+
+
 def nearest_maps(
     own: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> dict[str, list[list[tuple[str, int, float]]]]:
@@ -102,16 +108,11 @@ def nearest_maps(
 
     own, others: layer → strongest activations [n, C]. Maps that are constant have none.
     """
-
-    def standard(values: Tensor) -> Tensor:
-        centred = values.double() - values.double().mean(0)
-        return centred / centred.norm(dim=0)  # NaN where constant
-
     names = [(layer, number) for layer, values in others.items() for number in range(values.shape[1])]
-    theirs = torch.cat([standard(values) for values in others.values()], 1)
+    theirs = torch.cat([standard_columns(values) for values in others.values()], 1)
     nearest = {}
     for layer, values in own.items():
-        r = (standard(values).T @ theirs).nan_to_num(-2)
+        r = (standard_columns(values).T @ theirs).nan_to_num(-2)
         best = r.topk(min(NEAREST, r.shape[1]), dim=1)
         nearest[layer] = [
             [(*names[k], value) for value, k in zip(row, places, strict=True) if value > -2]

@@ -1,17 +1,6 @@
 """Shared by the analyses: the layers and the images that they explain.
 
-An analysis of your own is one class and one YAML file (`job: {_target_: my_lab.saliency.Saliency, name: saliency, …}`):
-
-    @dataclass(kw_only=True)
-    class Saliency(Look):
-        count: int
-
-        def main(self, config: Config, output: Path) -> None:
-            loaded = LoadedRun(config)                                # the network that `run=…` names
-            chosen = choose_images(loaded, config, self.count)        # its inputs, labels and names
-            with own_directory(config, output) as run:                # locked, logged, its state recorded
-                run.write_csv("saliency.csv", rows)
-                save_figure(draw(rows), run.figures / "saliency.png")
+An analysis of your own is one class and one YAML file: see examples/extend/saliency.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation
 from zfnet.data import Batches, ImageSet
 from zfnet.explain.windows import as_maps
@@ -229,8 +228,6 @@ def collect(
     """
     chain = Chain.of(model)
     start, modes = collection.images, {module: module.training for module in chain.model.modules()}
-    if start > len(images):
-        raise UserError(f"the saved search has seen {start} images, the set holds {len(images)}")
     rest = batches_of(images.take(torch.arange(start, len(images))))
     bar = tqdm(
         rest.in_order(), "strongest activations", len(rest), unit="batch", disable=None, leave=False, dynamic_ncols=True
