@@ -18,22 +18,8 @@ import torch
 from torch import Tensor
 
 # Purposes keep streams apart: the order of epoch 3 and the flips of epoch 3 share no numbers.
-(
-    SPLIT,
-    ORDER,
-    CROP_Y,
-    CROP_X,
-    FLIP,
-    CUTOUT_Y,
-    CUTOUT_X,
-    DROPOUT,
-    SUBSET,
-    SHAPES,
-    CONTROL,
-    TRANSFORM,
-    DATASET,
-    CLASS,
-) = range(14)
+SPLIT, ORDER, CROP_Y, CROP_X, FLIP, CUTOUT_Y, CUTOUT_X = range(7)
+DROPOUT, SUBSET, SHAPES, CONTROL, TRANSFORM, DATASET, CLASS = range(7, 14)
 
 _MASK = 0xFFFFFFFF
 

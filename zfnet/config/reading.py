@@ -49,16 +49,12 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 def read_yaml(path: Path) -> Any:
     """Return what a YAML file holds, Python's own tags refused; raise OSError, ValueError or yaml.YAMLError."""
-    loader, node = _parsed(path)
+    loader, node = parse_yaml(path)
     return None if node is None else loader.construct_document(node)
 
 
-def check_yaml(path: Path) -> None:
-    """Raise ValueError if a YAML file is out of bounds; OSError or yaml.YAMLError if it cannot be read."""
-    _parsed(path)
-
-
-def _parsed(path: Path) -> tuple[Any, yaml.Node | None]:
+def parse_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
+    """Return a file's loader and node; raise ValueError if it is out of bounds, OSError or yaml.YAMLError."""
     loader = _LOADER(read_bytes(path, _MOST_YAML_BYTES))
     try:
         node = loader.get_single_node()

@@ -37,7 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from zfnet.config.errors import UserError, one_line, yaml_problem
 from zfnet.config.instantiate import resolve
-from zfnet.config.reading import check_yaml
+from zfnet.config.reading import parse_yaml
 from zfnet.config.schema import leaves
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -76,7 +76,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
         path = Path(self.path) / self._normalize_file_name(config_path)
         if not _is_own("file", self.path):
             try:
-                check_yaml(path)
+                parse_yaml(path)
             except OSError:
                 pass  # Hydra names it
             except yaml.YAMLError as error:  # Hydra's own parser would recurse without end

@@ -106,12 +106,13 @@ def _normalise(images: Tensor, data: DataConfig) -> Tensor:
     return rows.mul_(scale).sub_(shift).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
+# small tensors are copied with non_blocking=True: a blocking copy would wait for all queued work
 @lru_cache(maxsize=8)  # no copy to a GPU in each step
 def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     means, stds = (torch.tensor(v).repeat(width) for v in (mean, std))
-    return on_device(1 / (255 * stds), device), on_device(means / stds, device)
+    return (1 / (255 * stds)).to(device, non_blocking=True), (means / stds).to(device, non_blocking=True)
 
 
 class Batches:
@@ -183,7 +184,7 @@ class Batches:
         if not shards:
             return
         sizes = [len(draws) for draws in shards]
-        there = on_device(torch.cat(shards), self.device)
+        there = torch.cat(shards).to(self.device, non_blocking=True)
         random: list[tuple[Tensor, ...]] = [()] * len(shards)
         if epoch is not None and self.augment is not None:
             numbers = draw(there, self.set.images.shape[1], self.augment, self.data, self.seed, epoch)
@@ -237,11 +238,6 @@ def balanced_draws(labels: Tensor, seed: int, epoch: int) -> Tensor:
         turn = torch.arange(total // len(classes) + (place < total % len(classes)))
         draws.append(members[turn % len(members)] + turn // len(members) * total)
     return torch.cat(draws)
-
-
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return a small tensor on the device; a blocking copy would wait for all queued work."""
-    return values.to(device, non_blocking=True)
 
 
 def resident(images: ImageSet, device: torch.device) -> Tensor:
@@ -301,7 +297,7 @@ def augment(pixels: Tensor, drawn: tuple[Tensor, ...], how: AugmentConfig, data:
 
 @lru_cache(maxsize=8)
 def _mean_colour(mean: tuple[float, ...], device: torch.device) -> Tensor:
-    return on_device(torch.tensor(mean).mul(255).round().clamp(0, 255).to(torch.uint8), device)
+    return torch.tensor(mean).mul(255).round().clamp(0, 255).to(torch.uint8).to(device, non_blocking=True)
 
 
 def apply_transforms(

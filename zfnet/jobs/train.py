@@ -228,7 +228,8 @@ def _train(
         return {}
     for message in problems:
         log.warning("%s; using an earlier one", message)
-    log.info("%s on %s: %s", model_name(config.model), config.data.name, _sizes(splits))
+    sizes = ", ".join(f"{count:,} {name}" for name, count in splits.sizes().items())
+    log.info("%s on %s: %s images of %d classes", model_name(config.model), config.data.name, sizes, classes)
     if splits.validation_reports:
         log.warning("no test images: validation chooses the epoch and reports as well, so its accuracy is optimistic")
     if config.run is not None and (changed := splits.difference(RunDirectory(config.run).environment)):
@@ -412,11 +413,6 @@ def _describe_schedule(state: TrainingState) -> str:
         f"learning rate (job.schedule={state.config.parent.schedule}): {name} over epochs {first + 1} to "
         f"{first + epochs}; {state.history[-1]['lr']:.3g} before, {state.schedule.lr(state.step):.3g} now"
     )
-
-
-def _sizes(splits: Splits) -> str:
-    sizes = ", ".join(f"{count:,} {name}" for name, count in splits.sizes().items())
-    return f"{sizes} images of {len(splits.train.classes)} classes"
 
 
 def _report(

@@ -1,13 +1,5 @@
 """The style of all figures: `zfnet.mplstyle`, the palette, and the way to make and save a figure.
 
-    @styled
-    def draw_sizes(sizes: Sequence[int]) -> Figure:
-        figure = new_figure(figsize=(6, 3))
-        figure.subplots().plot(sizes)
-        return figure
-
-    save_figure(draw_sizes([3, 1, 2]), run.figures / "sizes.png")
-
 matplotlib takes a quarter of a second to import, so it is imported where a figure is drawn: training starts without it.
 """
 
@@ -45,11 +37,6 @@ _FALLBACKS = (
     *("WenQuanYi Zen Hei", "Microsoft YaHei", "Yu Gothic", "PingFang SC", "Hiragino Sans"),
 )
 _STYLE = Path(__file__).with_name("zfnet.mplstyle")
-
-
-def class_colours(classes: Sequence[int]) -> dict[int, str]:
-    """Return a colour for each class number that occurs; after ten classes the colours repeat."""
-    return {c: PALETTE[n % len(PALETTE)] for n, c in enumerate(sorted(set(classes)))}
 
 
 def plain(names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, did_you_mean
 from zfnet.config.schema import Config, DataConfig, model_name
 from zfnet.data import Batches, ImageSet, Splits, load_splits
 from zfnet.data.images import class_name
@@ -98,10 +98,8 @@ class LoadedRun:
         numbers = [known.get(name, plain.get(_plain(name))) for name in images.classes]
         for name, number in zip(images.classes, numbers, strict=True):
             if number is None:
-                raise UserError(
-                    f"data={self.data.name}: its class '{name}' is not one of run={self.source.folder}, "
-                    f"whose classes are {_shortened(list(known))}"
-                )
+                problem = f"its class '{name}' is not one of run={self.source.folder}"
+                raise UserError(f"data={self.data.name}: {problem}{did_you_mean(name, known)}")
         return replace(images, labels=torch.tensor(numbers)[images.labels], classes=self.classes)
 
 
@@ -139,7 +137,3 @@ def _joined(sets: Sequence[ImageSet]) -> ImageSet:
         boxes=torch.cat(boxes) if len(boxes) == len(sets) else None,
         files=sets[0].files if len(arrays) == 1 else (),
     )
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (f" … ({len(names)} in all)" if len(names) > 12 else "")

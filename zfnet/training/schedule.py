@@ -1,13 +1,7 @@
 """The learning rate: a PyTorch scheduler, with warm-up on top and a state of plain numbers.
 
-A run that branches from another one's epoch (job=extend, job=fork) chooses its schedule:
-
-- `stretch`: that of the new length, as if the run had had this config from the beginning
-- `continue`: that of the parent's length; after its end the last rate stays
-- `restart`: a new one, warm-up included, from the first epoch of the branch to the end of the run
-
-In each case the rate is a function of the config, the step and the recorded metrics: `replay` repeats the epochs that
-the parent trained.
+A run that branches from another one's epoch (job=extend, job=fork) chooses its schedule: see docs/continue.md. In each
+case the rate is a function of the config, the step and the recorded metrics: `replay` repeats the parent's epochs.
 """
 
 from __future__ import annotations

@@ -27,15 +27,7 @@ log = logging.getLogger("zfnet")
 
 # keys of `data` that do not change how an image is validated
 _OF_TRAINING = (
-    "batch_size",
-    "sampler",
-    "subset",
-    "device_memory",
-    "max_pixels",
-    "draft",
-    "cache_dir",
-    "on_error",
-    "test",
+    *("batch_size", "sampler", "subset", "device_memory", "max_pixels", "draft", "cache_dir", "on_error", "test"),
 )
 
 
