@@ -103,7 +103,7 @@ def test_square_starts_refuses_squares_that_hide_all_or_leave_gaps(patch: int, s
 
 def test_occlude_of_a_trained_network_finds_the_object(trained: Trained) -> None:
     """The probability falls inside the object's box, more than it does inside the boxes of other images."""
-    images, labels, boxes = trained.correctly_classified(24)
+    images, labels, boxes = trained.correctly_classified(40)  # with half as many, chance decides on some processors
     result = occlude(
         trained.model.chain, images, labels, layer="conv5", patch=16, stride=8, fill=torch.zeros(3), batch_size=256
     )
@@ -111,7 +111,7 @@ def test_occlude_of_a_trained_network_finds_the_object(trained: Trained) -> None
     evidence = box_evidence(result, boxes)
     for measure in ("lowest_in_the_box", "probability_outside_minus_inside"):
         assert evidence[measure]["difference"]["low"] > 0
-        assert evidence[measure]["own"]["n"] == 24
+        assert evidence[measure]["own"]["n"] == 40
     # objects are central: other images' boxes hold the lowest place more often than their area tells
     assert evidence["lowest_in_the_box"]["others"]["mean"] > 1.2 * evidence["share_of_places_in_the_box"]
 
