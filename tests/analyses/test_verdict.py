@@ -202,7 +202,8 @@ def test_own_of_baselines_is_chance_and_of_ones_own_unit_is_not(study: Study) ->
     found = scores(list(METRICS["own"](study)))
     for method in BASELINES:
         assert found["conv5", method, "own"].values.eq(0).all()
-    assert found["class", "gradient", "own"].values.nanmean() > 0.2
+    for target in ("conv5", "class"):
+        assert found[target, "gradient", "own"].values.nan_to_num().ne(0).any()
     assert found["conv2", "gradient", "own"].values.isfinite().any()
 
 
