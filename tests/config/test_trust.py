@@ -315,7 +315,19 @@ def test_a_logger_of_a_folder_from_elsewhere_sends_nothing(run_py, tmp_path: Pat
     assert "logger.x.tracking_uri=http://elsewhere sends results elsewhere" in answer.err
 
 
+@pytest.mark.parametrize(
+    "root", ["${oc.env:HOME}", "http://elsewhere/${oc.env:HOME}", "${seed}${seed}", "${a:${seed}}"]
+)
+def test_a_folder_reads_no_environment_and_builds_no_text(run_py, tmp_path: Path, root: str) -> None:
+    folder = folder_of(tmp_path, {"experiment/x.yaml": f"{GLOBAL}data: {{root: '{root}'}}\n"})
+    answer = run_py("--config-dir", folder, "experiment=x", "job=summary")
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: data.root={root}: a config folder from elsewhere may not set this")
+
+
 @pytest.mark.parametrize("folder", ["../outside", "/tmp/outside", "${oc.env:OUTSIDE}/outside"])
 def test_a_folder_does_not_choose_where_schemas_are_written(run_hostile, folder: str) -> None:
     job = f"job: {{name: schema, _target_: zfnet.jobs.schema.SchemaJob, folder: '{folder}'}}\n"
     assert run_hostile({"config.yaml": job}).startswith("job.folder=")
+    job = f"job: {{name: compare, _target_: zfnet.jobs.compare.CompareJob, split: auto, sweep: '{folder}'}}\n"
+    assert run_hostile({"config.yaml": job}).startswith("job.sweep=")

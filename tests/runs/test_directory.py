@@ -16,6 +16,7 @@ from zfnet.config.errors import UserError
 from zfnet.runs import directory as run_module
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory, find_run, list_runs, write_atomically, write_tensors
+from zfnet.runs.session import hold
 from zfnet.training.checkpoint import step_files
 
 
@@ -214,7 +215,7 @@ def test_recorded_bounds_what_aliases_multiply(tmp_path: Path) -> None:
         RunDirectory(tmp_path).recorded()
 
 
-@pytest.mark.parametrize("name", ["train.log", "figures", "checkpoints"])
+@pytest.mark.parametrize("name", ["train.log", "figures", "checkpoints", "profile/trace"])
 def test_a_run_does_not_write_through_links(tiny_run, tmp_path: Path, name: str) -> None:
     shutil.copytree(tiny_run.folder, tmp_path / "run")
     run = RunDirectory(tmp_path / "run")
@@ -223,7 +224,12 @@ def test_a_run_does_not_write_through_links(tiny_run, tmp_path: Path, name: str)
     if place.is_dir():
         shutil.rmtree(place)
     else:
-        place.unlink()
+        place.unlink(missing_ok=True)
+    place.parent.mkdir(exist_ok=True)
     place.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"{name}: is a link, through which the run would write elsewhere"):
+    refused = pytest.raises(UserError, match=f"{name}: is a link, through which the run would write elsewhere")
+    with refused:
         run.claim(run.read_config())
+    with refused, hold(run, "train.log"):  # as a reproduction that is continued
+        pass
+    assert not any((tmp_path / "elsewhere").iterdir())

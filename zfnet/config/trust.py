@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ _HARMLESS = ("runtime", "overrides", "mode", "verbose", "help", "hydra_help")
 _HARMLESS_JOB = ("override_dirname", "id", "num", "config_name", "chdir")
 _DIRECTORIES = ("run.dir", "sweep.dir", "output_subdir", "job.name")
 _NUMBERED = "${hydra.job.num}"  # Hydra's own default of sweep.subdir
+_REFERENCE = re.compile(r"\$\{[\w.]+\}")  # to a value of the config, and nothing else
 _ABOUT_COMMAND = ("imports", "run", "images")  # never from a folder's sweeper.params
 
 
@@ -134,15 +136,20 @@ def _is_own(scheme: str, path: Any) -> bool:
 
 def _check(config: DictConfig, words: Sequence[str]) -> None:
     """Raise UserError if a config that was composed with a folder from elsewhere sets what it may not."""
-    part: Any = OmegaConf.to_container(config, resolve=False)["hydra"]  # type: ignore[index,call-overload]
+    whole: Any = OmegaConf.to_container(config, resolve=False)
+    part = whole["hydra"]
     given = part["overrides"]["hydra"] + part["overrides"]["task"]
     if sorted(given) != sorted(words):  # the task's words count as the command line's
         raise _refusal("hydra.overrides", next(word for word in given if word not in words))
     overrides = OverridesParser.create().parse_overrides(list(words))
     typed = {o.key_or_group.removeprefix("hydra.") for o in overrides if o.key_or_group.startswith("hydra.")}
-    folder = OmegaConf.select(config, "job.folder", throw_on_resolution_failure=False)  # job=schema writes it
-    if folder is not None and all(o.key_or_group != "job.folder" for o in overrides) and not _stays_below(str(folder)):
-        raise _refusal("job.folder", folder)
+    for key in ("job.folder", "job.sweep"):  # job=schema and job=compare write there
+        folder = OmegaConf.select(config, key, throw_on_resolution_failure=False)
+        if folder is not None and all(o.key_or_group != key for o in overrides) and not _stays_below(str(folder)):
+            raise _refusal(key, folder)
+    for key, value in leaves({k: v for k, v in whole.items() if k != "hydra"}):
+        if "${" in str(value) and not _REFERENCE.fullmatch(str(value)) and not any(str(value) in w for w in words):
+            raise _refusal(key, value)  # a variable of the environment, or text that doubles with each reference
     own = _own_config(part["runtime"]["choices"], overrides)
     imports = imported_packages(own)
     expected: Any = OmegaConf.to_container(own.hydra, resolve=False)

@@ -160,8 +160,7 @@ class RunDirectory:
                 raise UserError(
                     f"{self.folder} holds a run with another config: choose another directory (hydra.run.dir=…)"
                 )
-            if link := next((entry for entry in self.folder.iterdir() if entry.is_symlink()), None):
-                raise UserError(f"{link}: is a link, through which the run would write elsewhere: replace it")
+            self.refuse_links()
             return True
         try:
             names = os.listdir(self.folder)
@@ -173,6 +172,14 @@ class RunDirectory:
             content = "holds a run" if recorded else "holds no run"
             raise UserError(f"{self.folder} is not empty and {content}: choose another directory (hydra.run.dir=…)")
         return False
+
+    def refuse_links(self) -> None:
+        """Raise UserError if a link in the directory leads out of it: what is written through it lands elsewhere."""
+        inside = self.folder.resolve()
+        for place, folders, files in os.walk(self.folder):
+            for path in (Path(place, name) for name in (*folders, *files)):
+                if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                    raise UserError(f"{path}: is a link, through which the run would write elsewhere: replace it")
 
     def remove_partials(self) -> None:
         """Remove what killed processes left half written; only the holder of the directory may do this."""

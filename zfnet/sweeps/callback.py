@@ -20,6 +20,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from zfnet.config.errors import UserError
 from zfnet.runs.console import explain
 from zfnet.runs.directory import BEFORE_RUN, RunDirectory, write_atomically
 from zfnet.runs.hydra_record import register_resolvers
@@ -103,6 +104,8 @@ def summarize(folder: Path, figures: bool = False) -> str:
     sweep = read_sweep(folder)
     if not sweep.jobs:
         return ""
+    if (folder / "figures").is_symlink():
+        raise UserError(f"{folder / 'figures'}: is a link: figures would be written elsewhere; replace it")
     RunDirectory(folder).write_csv("summary.csv", job_rows(sweep))
     write_atomically(folder / "summary.md", to_markdown(sweep))
     if figures:
