@@ -59,7 +59,7 @@ def allow_keys_of_record(words: Sequence[str]) -> list[str]:
 
 
 # keys whose values are names of files and folders, and an item of a list
-_PATHS = ("run", "images", "data.root", "data.cache_dir", "trainer.init_from", "source", "job.sweep")
+_PATHS = ("run", "images", "data.root", "data.cache_dir", "trainer.init_from", "source", "job.sweep", "job.root")
 _ITEM = re.compile(r"""\s*(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+)""")
 
 
@@ -114,6 +114,8 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
     for override in _parse(words):
         if override.value() == {}:
             raise UserError(f"{override.input_line}: holds nothing; set keys, as in {override.key_or_group}.KEY=VALUE")
+        if override.value() == "" and override.key_or_group in _PATHS:  # a variable of the shell that is not set
+            raise UserError(f"{override.input_line}: names nothing; name a file or folder")
     if isinstance(raw.get("job"), str):  # in a record given as --config-path, job is no group
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
     # a command trusts the packages of its own words, and those of the project's own `conf/`

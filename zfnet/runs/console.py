@@ -202,7 +202,7 @@ def _override_problem(override: Override, groups: Sequence[str], sweeps: bool) -
     known = {".".join(name.split(".")[: n + 1]) for name in composed for n in range(name.count(".") + 1)}
     if key in known:
         below = sorted(name for name in known if name.rpartition(".")[0] == key)
-        if below and not isinstance(override.value(), dict) and not override.is_sweep_override():
+        if below and not isinstance(override.value(), (dict, type(None))) and not override.is_sweep_override():
             return f"{word}: holds keys of its own; set one of them, as in {below[0]}=VALUE"
         return None
     group, _, name = key.partition(".")
