@@ -119,6 +119,7 @@ def test_fit_extends_a_run_in_python(tmp_path: Path) -> None:
     train_minute(tmp_path / "one")
     config = zfnet.compose(["job=extend", f"run={tmp_path / 'one'}", "trainer.epochs=3"])
     run = zfnet.fit(config, tmp_path / "two")
+    assert zfnet.fit(config, tmp_path / "two").results == run.results
     assert [row["epoch"] for row in RunDirectory(tmp_path / "two").read_history()] == [1, 2, 3]
     assert run.results["epochs"] == 3
 

@@ -71,6 +71,9 @@ def test_balanced_class_weights_are_inverse_to_the_counts(tmp_path: Path, monkey
         UserError, match=r"loss.weight=even: must be a number for each class, as in \[1,2,1\], balanced"
     ):
         checked(*MINUTE, "loss.weight=even")
+    for weights in ([0] * 10, [-1] + [1] * 9):
+        with pytest.raises(UserError, match=r"loss\.weight=\[.*\]: must be 0 or more for each class, and more for one"):
+            checked(*MINUTE, f"loss.weight={weights}")
     with pytest.raises(UserError, match="each makes up for uneven classes; choose one"):
         checked(*MINUTE, "loss.weight=balanced", "data.sampler=balanced")
 

@@ -137,17 +137,23 @@ def _strongest(views: Mapping[int, EpochView], classes: Sequence[str], labels: T
     for epoch, view in views.items():
         for layer, record in view.strongest.items():
             (image, y, x), count = record.places()[:, 0].T.tolist(), len(record.values)
+            active = record.filled[:, 0].tolist()
             rows += to_rows(
                 epoch=[epoch] * count,
                 layer=[layer] * count,
                 map=range(count),
                 activation=record.values[:, 0].tolist(),
-                image=image,
-                **{"class": [classes[int(labels[i])] for i in image]},
-                y=y,
-                x=x,
+                image=_only(image, active),
+                **{"class": _only([classes[int(labels[i])] for i in image], active)},
+                y=_only(y, active),
+                x=_only(x, active),
             )
     return rows
+
+
+def _only(values: Sequence[Any], active: Sequence[bool]) -> list[Any]:
+    """Return values with blanks for the maps that are never active."""
+    return [value if is_active else "" for value, is_active in zip(values, active, strict=True)]
 
 
 def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[dict[str, Any]]:

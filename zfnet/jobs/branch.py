@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Optional
@@ -61,11 +61,12 @@ class BranchJob(Job):
         epoch = self.epoch_of(parent, config)
         path, best = _state_files(parent, epoch)
         saved = read_checkpoint(path)
-        config.parent = _link(parent, saved, self.schedule, config.imports)
-        config.job, config.run = Job(name="train"), None
+        link = _link(parent, saved, self.schedule, config.imports)
+        # not as Hydra composed it: that is today's defaults, and the run differs from them as its parent does
+        config = replace(config, parent=link, job=Job(name="train"), run=None, composed=None)
         _check(config)
         run = RunDirectory(output)
-        print(f"from {parent.folder}, after epoch {epoch} (weights {config.parent.weights_sha256[:12]}…)")
+        print(f"from {parent.folder}, after epoch {epoch} (weights {link.weights_sha256[:12]}…)")
         return train(config, run, trial_report(), partial(begin, config, run, saved, best))
 
     def epoch_of(self, parent: RunDirectory, config: Config) -> int:

@@ -117,8 +117,9 @@ class MeanOfViews(nn.Module):
         if self.views != "tencrop":
             yield from (images, hflip(images))
         if self.views == "flip_shift":
-            padded = F.pad(images, (self.shift,) * 4, mode="reflect")
-            for first in (0, 2 * self.shift):
+            shift = min(self.shift, self.image_size - 1)
+            padded = F.pad(images, (shift,) * 4, mode="reflect")
+            for first in (0, 2 * shift):
                 moved = padded[:, :, first : first + self.image_size, first : first + self.image_size]
                 yield from (moved, hflip(moved))
         if self.views == "tencrop":

@@ -66,6 +66,9 @@ def build_loss(config: Config, counts: Sequence[int] = (1, 1)) -> SummedLoss:
         if weight != "balanced":
             raise UserError(f"loss.weight={weight}: must be a number for each class, as in [1,2,1], balanced or null")
         weight = balanced_weights(counts)
+    numbers = weight if isinstance(weight, list) and all(map(is_number, weight)) else [1]
+    if not min(numbers, default=0) >= 0 < max(numbers, default=0):
+        raise UserError(f"loss.weight={weight}: must be 0 or more for each class, and more for one")
     if weight is not None and "weight" in inspect.signature(cls).parameters:
         del settings["weight"]
         offered = {"weight": torch.tensor(weight, dtype=torch.float32)}
