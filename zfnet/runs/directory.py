@@ -160,7 +160,6 @@ class RunDirectory:
                 raise UserError(
                     f"{self.folder} holds a run with another config: choose another directory (hydra.run.dir=…)"
                 )
-            self.refuse_links()
             return True
         try:
             names = os.listdir(self.folder)
@@ -174,7 +173,7 @@ class RunDirectory:
         return False
 
     def refuse_links(self) -> None:
-        """Raise UserError if a link in the directory leads out of it: what is written through it lands elsewhere."""
+        """Raise UserError if a link in the directory points outside: nothing is written through it."""
         inside = self.folder.resolve()
         for place, folders, files in os.walk(self.folder):
             for path in (Path(place, name) for name in (*folders, *files)):
@@ -194,7 +193,10 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the directory for this process; the system releases the lock however the process ends."""
+        """Hold the directory for this process, to write there; the system releases the lock however the process ends.
+
+        Raises UserError if another process holds it, or if a link in it points outside.
+        """
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -202,6 +204,7 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written: {error.strerror or error}") from error
         try:
+            self.refuse_links()
             yield
         finally:
             self._lock.release()
@@ -211,9 +214,9 @@ class RunDirectory:
         if not (self.folder / ".lock").is_file():
             return False
         try:
-            with RunDirectory(self.folder).lock():
+            with FileLock(self.folder / ".lock", timeout=0):  # not this object's, which its holder may lock again
                 return False
-        except UserError:
+        except (Timeout, OSError):
             return True
 
     # -- the small files

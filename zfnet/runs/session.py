@@ -178,7 +178,6 @@ def claimed(
 def hold(run: RunDirectory, log_name: str) -> Iterator[StopRequest]:
     """Lock a claimed directory and log to a file in it; SIGINT, SIGTERM, SIGHUP raise Stopped within this block."""
     with run.lock(), log_to(run.folder / log_name), StopRequest() as stop:
-        run.refuse_links()  # before the first message opens the log
         run.remove_partials()
         yield stop
 
