@@ -128,6 +128,16 @@ def test_read_sweep_scores_finished_jobs_only(tmp_path: Path) -> None:
     }
 
 
+def test_a_seed_that_was_trained_twice_counts_once(tmp_path: Path) -> None:
+    for place in ("first", "second"):
+        (tmp_path / place).mkdir()
+        write_job(tmp_path / place, "seed=0", accuracy=0.4)
+    write_job(tmp_path / "second", "seed=1", accuracy=0.6)
+    (setting,) = read_sweep(tmp_path).settings
+    assert sorted(setting.scores()) == [0.4, 0.6]
+    assert setting.mean_and_std()[0] == pytest.approx(0.5)
+
+
 def test_read_sweep_takes_damaged_files_and_other_jobs(tmp_path: Path) -> None:
     write_job(tmp_path, "seed=0", accuracy=0.4)
     for name, damage in (("a", "config.yaml"), ("b", "results.json"), ("c", "history.csv"), ("d", "status.json")):

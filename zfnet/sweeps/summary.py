@@ -68,8 +68,9 @@ class Setting:
     jobs: list[Trained]
 
     def scores(self, split: str = "validation") -> list[float]:
-        """Return the accuracies of the finished jobs."""
-        return [a for job in self.jobs if (a := job.metric(split)) is not None]
+        """Return the accuracies of the finished jobs; a seed that was trained twice counts once."""
+        scores = ((job, a) for job in self.jobs if (a := job.metric(split)) is not None)
+        return list({id(job) if job.seed is None else job.seed: a for job, a in scores}.values())
 
     def scores_by_seed(self) -> dict[int, float]:
         """Return the validation accuracy of each finished job that has a seed."""
