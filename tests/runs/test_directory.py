@@ -30,6 +30,17 @@ def test_last_is_the_newest_finished_training_run(tiny_run, tmp_path: Path, monk
     assert find_run("last").folder == Path("outputs/train/a")
 
 
+def test_last_is_the_same_run_in_all_jobs_of_a_sweep(run_py, tiny_run, tmp_path: Path) -> None:
+    """The second job would otherwise extend what the first has made."""
+    (tmp_path / "outputs/train").mkdir(parents=True)
+    (tmp_path / "outputs/train/a").symlink_to(tiny_run.folder)
+    words = ("job=extend", "run=last", "trainer.epochs=3,4", "hydra.sweep.dir=outputs/sweeps/s", "logger=none")
+    answer = run_py("-m", *words)
+    assert answer.code == 0, answer.err
+    parents = [run.read_config().parent for run in list_runs(Path("outputs/sweeps"))]
+    assert [parent and (parent.run, parent.epoch) for parent in parents] == [("outputs/train/a", 2)] * 2
+
+
 def test_another_runs_directory_is_refused_and_left_alone(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     assert run.claim(compose(*TINY)) is False

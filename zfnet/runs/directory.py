@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -350,10 +351,16 @@ def find_run(text: str) -> RunDirectory:
         if not (folder / "config.yaml").is_file():
             raise UserError(f"run={text}: there is no run (no config.yaml)")
         return RunDirectory(folder)
+    hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
+    # not a run of this sweep: all its jobs mean the same
+    sweep = Path(hydra.sweep.dir).resolve() if hydra is not None and hydra.mode == RunMode.MULTIRUN else None
     finished = [
         run
         for run in list_runs(OUTPUTS)
-        if run.state == "done" and run.job == "train" and (run.folder / "results.json").exists()
+        if run.state == "done"
+        and run.job == "train"
+        and (run.folder / "results.json").exists()
+        and not (sweep and run.folder.resolve().is_relative_to(sweep))
     ]
     if not finished:
         raise UserError(f"run=last: there is no finished training run in {OUTPUTS.absolute()}")
