@@ -19,11 +19,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import zfnet
-from tests.helpers import MINUTE, compose
+from tests.helpers import MINUTE, TINY, compose
 from zfnet.config.errors import UserError
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory
@@ -125,6 +126,14 @@ def test_one_line_and_nothing_written(run_py, tmp_path: Path, words, expected) -
     if "/nowhere" in expected or "cuda:99" in expected:  # found out by a run, which is kept as failed
         return
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_strangers_record_sends_no_codes_to_the_terminal(run_py, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({**compose(*TINY).to_dict(), "\x1b[2Jkey": 1}))
+    answer = run_py("job=evaluate", "run=run")
+    assert "\\x1b[2Jkey" in answer.error
+    assert "\x1b" not in answer.error
 
 
 def test_a_refused_config_takes_nothing_of_others_away(run_py, tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def _fail(error: Exception) -> NoReturn:
     if isinstance(error, BrokenPipeError):  # `python run.py … | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        # a record from elsewhere may hold codes that move the cursor or rename the window
+        print("\n".join(map(printable, f"error: {explain(error)}".splitlines())), file=sys.stderr)
     sys.exit(1)
 
 
