@@ -57,6 +57,20 @@ def test_a_key_that_follows_another_still_follows_it(onecycle: RunDirectory) -> 
     assert config.optimizer == {**onecycle.read_config().optimizer, "lr": 0.05}
 
 
+def test_images_that_were_moved_are_the_parents_too(tmp_path: Path) -> None:
+    """Where a parent had other images than its child, they stay where they were."""
+    run = record(tmp_path / "run", "data=folder", "data.root=old")
+    plain = run.recorded()
+    link = {"run": "x", "epoch": 1, "step": 1, "weights_sha256": "0", "identity": "0", "schedule": "stretch"}
+    other = {**plain, "data": {**plain["data"], "root": "other"}}
+    middle = {**plain, "parent": {**link, "config": other}}
+    plain["parent"] = {**link, "config": middle}
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(plain))
+    parent = overlay(run, ["data.root=new"], OWN).parent
+    assert parent.config["data"]["root"] == "new"
+    assert parent.config["parent"]["config"]["data"]["root"] == "other"
+
+
 def test_a_group_override_swaps_the_whole_group(onecycle: RunDirectory) -> None:
     config = overlay(onecycle, ["optimizer=sgd", "scheduler=step", "scheduler.gamma=0.3"], OWN)
     assert config.optimizer == compose("optimizer=sgd").optimizer  # AdamW's betas and the decay are gone

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from zfnet.config.errors import UserError, one_line
 from zfnet.config.instantiate import resolve
 from zfnet.config.reading import read_config, read_yaml, upgrade
-from zfnet.config.schema import Config, Job, flatten
+from zfnet.config.schema import NOT_IDENTITY, Config, Job, flatten
 from zfnet.config.trust import CONF, imported_packages, only_own_folders
 from zfnet.runs.directory import RunDirectory, find_run
 
@@ -183,7 +183,19 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
             raise UserError(f"{override.input_line}: cannot be set ({one_line(error)})") from error
     for key, value in own.items():
         base[key] = value
+    _move_parents(base, run.recorded()["data"])
     return read_config(base, imports)
+
+
+def _move_parents(base: DictConfig, recorded: Mapping[str, Any]) -> None:
+    """Give the parents of a branched run the new place of the images, if they were where its own were recorded."""
+    parent = base.get("parent")
+    while parent is not None:
+        for key in NOT_IDENTITY["data"]:
+            data = parent.config.data
+            if data.get("name") == base.data.name and key in data and data[key] == recorded.get(key):
+                data[key] = base.data.get(key)
+        parent = parent.config.get("parent")
 
 
 # keys by which loggers write outside the run directory, and their harmless values
