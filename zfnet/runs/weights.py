@@ -116,7 +116,7 @@ def _build(path: Path, metadata: ModelMetadata, state: Mapping[str, Tensor], imp
                 raise UserError(f"{path}: model.{key}={value!s:.80}: is more than its {weights:,} weights allow")
     try:
         with torch.device("meta"):  # shapes without memory
-            empty = build_model(settings, *sizes)
+            empty = build_model(settings, *sizes, probe=False)  # a claim of many layers would be slow to try
     except (UserError, RuntimeError, OverflowError, TypeError) as error:
         if trusted or isinstance(error.__cause__, NotImplementedError):  # a class need not work there: RegNet does not
             return build_model(settings, *sizes)
@@ -124,7 +124,7 @@ def _build(path: Path, metadata: ModelMetadata, state: Mapping[str, Tensor], imp
             raise
         raise UserError(f"{path}: no such network ({one_line(error)})") from error
     _load(path, empty, {name: value.to("meta") for name, value in state.items()})
-    return build_model(settings, *sizes, probe=False)
+    return build_model(settings, *sizes)
 
 
 def _largest(value: Any) -> int:
@@ -139,6 +139,8 @@ def _load(path: Path, model: Any, state: dict[str, Tensor]) -> None:
     for name, value in (model.own_names(state) if isinstance(model, ZFNet) else state).items():
         if name in own and value.dtype != own[name].dtype:
             raise UserError(f"{path}: its {name} is {value.dtype}, its network's is {own[name].dtype}")
+    if not isinstance(model, ZFNet) and (absent := [name for name in own if name not in state]):
+        raise UserError(f"{path}: does not fit its network (it lacks {absent[0]})")  # PyTorch would warn of each
     try:
         getattr(model, "load_weights", model.load_state_dict)(state)
     except RuntimeError as error:
