@@ -68,11 +68,14 @@ class LoadedRun:
     def splits(self) -> Splits:
         """Load the images; labels are the run's own numbers, matched by class name."""
         loaded = load_splits(self.data, self.config.imports)
+        before = self.metadata.data
         stored = (self.data.name, self.data.fit, loaded.train.images.shape[1])
-        if stored == (self.metadata.data.name, self.metadata.data.fit, self.metadata.stored_size) and (
-            changed := loaded.difference(self.source.environment)
-        ):
-            log.warning("the images are not those of run=%s: %s", self.source.folder, changed)
+        if stored == (before.name, before.fit, self.metadata.stored_size):
+            if changed := loaded.difference(self.source.environment):
+                log.warning("the images are not those of run=%s: %s", self.source.folder, changed)
+            elif self.data.split_seed != before.split_seed:
+                text = "run=%s divided these images by data.split_seed=%d: some of those measured may have trained it"
+                log.warning(text, self.source.folder, before.split_seed)
         validation, test = (None if s is None else self._by_name(s) for s in (loaded.validation, loaded.test))
         return replace(loaded, train=self._by_name(loaded.train), validation=validation, test=test)
 
