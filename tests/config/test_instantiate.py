@@ -302,6 +302,7 @@ def test_a_list_of_ones_own_may_have_another_length_and_null_is_what_the_class_t
         ({**OWN_SIZES, "mixed": 1}, "model.mixed=1: must be a list of values"),
         ({**OWN_SIZES, "k": "wide"}, "model.k=wide: must be a number"),
         ({**OWN_SIZES, "k": None}, "model.k=None: must be a number"),
+        ({**OWN_SIZES, "k": 1.5}, "model.k=1.5: must be a whole number"),
         ({**OWN_SIZES, "rate": "fast"}, "model.rate=fast: must be a number"),
         ({**OWN_SIZES, "flag": 1}, "model.flag=1: must be true or false"),
     ],

@@ -105,6 +105,7 @@ def test_seed_0_is_a_seed_and_seeds_differ() -> None:
     ("word", "expected"),
     [
         ("model.conv1.kernel_size=0", "model.conv1.kernel_size=0: must be at least 1"),
+        ("data.validation=1.5", "data.validation=1.5: must be a fraction below 1, or a whole number of images"),
         ("model.conv1.kernel_size=7.5", "model.conv1.kernel_size"),
         ("model.conv1.padding=-1", "model.conv1.padding=-1: must be at least 0"),
         ("model.conv1.kernel_size=300", "conv1 receives 224×224 pixels, too few for its 300×300 kernel"),

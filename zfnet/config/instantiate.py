@@ -215,6 +215,8 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter | None, fixe
     elif is_number(default) or key.endswith(".lr"):
         if not (is_number(value) or (value == "auto" and key.startswith("scheduler"))):
             raise UserError(f"{key}={value}: must be a number")
+        if isinstance(value, float) and parameter is not None and parameter.annotation in (int, "int"):
+            raise UserError(f"{key}={value}: must be a whole number")
         if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
             raise UserError(f"{key}={value}: must be a finite number, at most {_LARGEST:g}")
     return value

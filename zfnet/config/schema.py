@@ -27,6 +27,15 @@ Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]  # of an image, in pixels
 NO_ROOT = "data.root is not set: name the folder that holds train/ and test/, as in data.root=photos"
 MAX_PIXELS = 89_478_485  # of an image file: the limit of Pillow's own warning, 256 MiB of RGB
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _amount(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("must be a fraction below 1, or a whole number of images")
+    return value
+
+
+Amount = Annotated[float, Field(ge=0), AfterValidator(_amount)]
 Folder = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder may be named 2024
 # red, green, blue; fractions of full scale, with room for other conventions
 Colour = Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
@@ -96,7 +105,7 @@ class DataConfig(Checked):
     root: Optional[Folder] = None
     image_size: Side
     batch_size: Annotated[int, Field(ge=1, le=10_000_000)]
-    validation: Annotated[float, Field(ge=0)]
+    validation: Amount
     split_seed: NotNegative
     subset: Optional[Positive] = None
     mean: Colour
