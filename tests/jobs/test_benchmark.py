@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from zfnet.jobs.benchmark import PHASES, flops_per_image
+from tests.helpers import MINUTE, compose
+from zfnet.data import load_splits
+from zfnet.jobs.benchmark import PHASES, TrainingSteps, flops_per_image
 from zfnet.model.zfnet import ZFNet
+from zfnet.training.device import resolve_runtime
 
 WORDS = ("job=benchmark", "model=small", "data=shapes", "data.image_size=64", "data.store_size=32")
 SIZES = ("data.train_images=20", "data.test_images=10", "data.batch_size=8", "job.rounds=2", "job.steps=2")
@@ -29,6 +32,17 @@ def test_benchmark_times_the_step_and_its_phases(run_py, tmp_path: Path) -> None
     assert 0 < result["waiting_share"] < 1
     assert 0 < result["share_of_matmul_peak"] < 1
     assert (tmp_path / "b/figures/benchmark.png").stat().st_size > 5000
+
+
+def test_the_steps_of_a_warm_up_do_not_count() -> None:
+    config = compose(*MINUTE)
+    runtime, images = resolve_runtime(config.trainer), load_splits(config.data).train
+    steps = TrainingSteps("ours", config, runtime, images)
+    steps.turn(3, warmup=2)
+    assert steps.taken == 3
+    steps.turn(1, warmup=1)
+    assert steps.taken == 4
+    assert steps.data_wait > 0
 
 
 def test_benchmark_times_each_choice_beside_its_alternative(run_py, tmp_path: Path, monkeypatch) -> None:

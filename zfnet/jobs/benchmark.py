@@ -90,7 +90,11 @@ class TrainingSteps:
         self.data_wait, self.taken = 0.0, 0
 
     def turn(self, steps: int, warmup: int) -> float:
-        return time_steps(self._loop(), steps, warmup, self.runtime.device)
+        loop, before = self._loop(), (self.data_wait, self.taken)
+        for _ in range(warmup):
+            next(loop)
+        self.data_wait, self.taken = before  # a new loop waits for its first batch
+        return time_steps(loop, steps, 0, self.runtime.device)
 
     def _loop(self) -> Generator[None, None, None]:
         for batch in self._full_batches():
