@@ -428,7 +428,8 @@ def _report(
     model = state.eval_model
     measured = {name: evaluate(model, batches, state.runtime, name) for name, batches in sets.items()}
     digest = save_model(run.weights, model, metadata)
-    seconds = sum(row["seconds"] for row in state.history)
+    begun = config.parent.epoch if config.parent else 0
+    own = [row["seconds"] for row in state.history if row["epoch"] > begun]  # the parent may have had other images
     results: dict[str, Any] = {
         name: results_of(measured[name], metadata.classes) if name in measured else None
         for name in ("validation", "test")
@@ -438,7 +439,7 @@ def _report(
         "epochs": state.epoch,
         "best_epoch": state.best["epoch"] if state.best else None,
         "seconds": round(state.elapsed(), 2),
-        "images_per_second": round(len(splits.train) * len(state.history) / seconds, 1),
+        "images_per_second": round(len(splits.train) * len(own) / sum(own), 1),
         "weights_sha256": digest,
         "test_seen_each_epoch": config.trainer.test_each_epoch,
     }
