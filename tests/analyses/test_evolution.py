@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.explain.trained import Trained, read_csv
-from zfnet.analyses.evolution import project_strongest, sample_maps
+from zfnet.analyses.evolution import EpochView, _stability, _strongest, project_strongest, sample_maps
 from zfnet.data import Batches
 from zfnet.explain import Deconvnet
 from zfnet.explain.maps import standard_columns
@@ -58,6 +59,27 @@ def test_sample_maps_samples_maps_that_are_alive() -> None:
     drawn = {tuple(sample_maps(alive, 2, seed).tolist()) for seed in range(20)}
     assert len(drawn) > 2
     assert all(alive[list(pair)].all() and pair[0] < pair[1] for pair in drawn)
+
+
+def test_a_map_is_not_compared_with_itself_where_there_is_no_other() -> None:
+    """And a map that is never active has no strongest image."""
+    views = {}
+    for epoch in (1, 2):
+        maps = {
+            "conv1": torch.rand(20, 1, 2, 2),
+            "conv2": torch.rand(20, 2, 2, 2) * torch.tensor([0.0, 1.0]).view(2, 1, 1),
+        }
+        seen = TopActivations(1, 2)
+        seen.add(maps, torch.arange(20), torch.zeros(20, dtype=torch.int64))
+        views[epoch] = EpochView(seen.layers, {name: values.amax((2, 3)) for name, values in maps.items()})
+    alone, two = _stability(views, ["conv1", "conv2"])
+    assert math.isnan(alone["correlation_of_different_maps"])
+    assert -1 <= alone["correlation_with_previous"] <= 1
+    assert two["maps"] == 1
+    dead = [row for row in _strongest(views, ["a", "b"], torch.zeros(20, dtype=torch.int64)) if row["activation"] == 0]
+    assert [(row["layer"], row["map"], row["image"], row["class"], row["y"]) for row in dead] == [
+        ("conv2", 0, "", "", "")
+    ] * 2
 
 
 def test_evolution_names_each_maps_strongest_image_at_each_epoch(run_py, trained: Trained) -> None:

@@ -164,6 +164,8 @@ def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[di
             first, second, end = (standard_columns(view.responses[layer]) for view in (before, now, last))
             similar, with_last = (first * second).sum(0), (first * end).sum(0)  # correlations
             different = (first * second.roll(1, 1)).sum(0)  # what to expect of two unrelated maps
+            if len(different) == 1:
+                different = similar * torch.nan  # there is no other map
             alive = (before.strongest[layer].filled & now.strongest[layer].filled)[:, 0]
             changed = (before.strongest[layer].index != now.strongest[layer].index)[:, 0]
             rows.append(
