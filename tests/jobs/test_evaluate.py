@@ -168,6 +168,12 @@ def test_flip_shift_weighs_two_diagonal_shifts_as_much_as_none(shift: int) -> No
         torch.testing.assert_close(MeanOfViews(model, "flip_shift", 64, shift)(images), expected)
 
 
+def test_flip_shift_takes_images_of_one_pixel() -> None:
+    images = torch.randn(2, 3, 1, 1)
+    views = MeanOfViews(torch.nn.Flatten(), "flip_shift", 1)(images)  # all views are the image
+    torch.testing.assert_close(views, images.flatten(1).log_softmax(1))
+
+
 def test_data_for_tencrop_enlarges_images_by_the_crop() -> None:
     data = compose(*TINY).data
     assert data_for_tencrop(data, 64, 0.875).image_size == 73  # 64 / 0.875
