@@ -17,7 +17,7 @@ from types import FrameType
 from omegaconf import DictConfig
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, printable
 from zfnet.config.schema import Config
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import write_hydra_record
@@ -89,7 +89,8 @@ class _Terminal(logging.Handler):
     """Prints above a progress bar instead of through it, and breaks lines between words."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
+        # names from elsewhere may hold codes that the terminal would obey
+        text = "\n".join(map(printable, self.format(record).splitlines()))
         if sys.stdout.isatty():
             fill = partial(textwrap.fill, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
             text = "\n".join(fill(line, shutil.get_terminal_size().columns) for line in text.splitlines())
