@@ -126,7 +126,8 @@ def test_todays_defaults_have_no_say(onecycle: RunDirectory, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("experiment=blog", "experiment=blog: an experiment is a whole recipe and cannot be laid on"),
+        ("experiment=blog", "experiment=blog: sets keys of several groups and cannot be laid on"),
+        ("debug=batch", "debug=batch: sets keys of several groups and cannot be laid on"),
         ("trainer.epoch=3", "trainer.epoch: no such key; did you mean 'epochs'?"),
         ("++model.conv1.kernel=3", "model.conv1.kernel: no such key; did you mean 'kernel_size'?"),
         ("trainer.epochs=0", "trainer.epochs=0: must be at least 1"),

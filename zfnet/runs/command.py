@@ -221,9 +221,9 @@ def _parse(words: Sequence[str]) -> list[Override]:
 
 def _is_group(override: Override) -> bool:
     key = override.key_or_group
-    if key == "experiment":
+    if key in ("experiment", "debug"):
         raise UserError(
-            f"{override.input_line}: an experiment is a whole recipe and cannot be laid on a recorded run; "
+            f"{override.input_line}: sets keys of several groups and cannot be laid on a recorded run; "
             "choose groups or keys, as in optimizer=sgd optimizer.lr=0.01"
         )
     return key in GROUPS
