@@ -53,6 +53,25 @@ def test_compare_says_that_runs_are_equal(tmp_path: Path) -> None:
     assert rows_of(comparison, "Settings") == [["", "A", "B"], ["trainer.log_every", "1", "2"]]
 
 
+def test_compare_shows_all_that_was_typed(tmp_path: Path) -> None:
+    """Though the choice of a group, where each run has another one, seems to decide it."""
+    runs = [
+        write_job(tmp_path, *words, accuracy=0.5)
+        for words in (["optimizer=adamw"], ["optimizer=sgd", "optimizer.lr=0.5"])
+    ]
+    (runs[1].folder / ".hydra").mkdir()
+    (runs[1].folder / ".hydra/overrides.yaml").write_text("[optimizer=sgd, ++optimizer.lr=0.5]")
+    shown = [row[0] for row in rows_of(comparison_of(*(run.folder for run in runs)), "Settings")]
+    assert shown == ["", "optimizer._target_", "optimizer.lr"]
+
+
+def test_a_reproduction_among_runs_of_several_seeds_is_no_reason_not_to_test() -> None:
+    runs = [trained(lr, seed, lr + seed * lr / 50) for lr in (0.1, 0.2) for seed in (0, 1, 2)]
+    (test,) = compare(group([*runs, runs[0]])).tests
+    assert test == compare(group(runs)).tests[0]
+    assert len(group([runs[0], runs[0], runs[3]])) == 3  # one by one
+
+
 def test_compare_tests_settings_over_their_seeds_and_marks_what_holds() -> None:
     accuracies = {0.01: (0.50, 0.51, 0.52), 0.1: (0.60, 0.61, 0.63), 0.2: (0.50, 0.66, 0.58)}
     runs = [

@@ -181,6 +181,11 @@ def flat(*words: str) -> dict[str, Any]:
             [[f"optimizer.lr=0.{n}", f"trainer.epochs={10 - n}"] for n in range(1, 6)],
             ["optimizer.lr", "trainer.epochs"],
         ),
+        # two settings of one group that change together
+        (
+            [[f"augment.crop_padding={n}", f"augment.cutout={n}"] for n in (0, 4)],
+            ["augment.crop_padding", "augment.cutout"],
+        ),
         ([["model.conv3=null"], []], ["model.conv3", "model.conv3.channels"]),
         ([[], []], []),
     ],
@@ -190,6 +195,12 @@ def test_swept_keys(jobs, expected) -> None:
     assert keys[: len(expected)] == expected
     if "model.conv3" not in expected:  # a layer that is left out takes all its keys along
         assert keys == expected
+
+
+def test_swept_keys_that_were_typed_follow_no_other() -> None:
+    settings = [flat("optimizer=adamw"), flat("optimizer=sgd", "optimizer.lr=0.1", "optimizer.momentum=0.5")]
+    assert swept_keys(settings) == ["optimizer._target_"]
+    assert swept_keys(settings, {"optimizer", "optimizer.lr"}) == ["optimizer._target_", "optimizer.lr"]
 
 
 def test_short_names() -> None:

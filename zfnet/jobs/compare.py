@@ -115,15 +115,16 @@ def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
 def group(runs: Sequence[Trained]) -> list[Group]:
     """Put runs together that differ in nothing but the seed, if there are at least two such settings.
 
-    Runs of one seed and setting, such as a run and its reproduction, are compared one by one. Raises UserError for
-    more groups than letters.
+    Runs of one seed and setting, such as a run and its reproduction, are compared one by one, unless there are other
+    seeds: then the last of them counts. Raises UserError for more groups than letters.
     """
     tell_data_apart(runs)
     settings: dict[str, list[Trained]] = {}
     for run in runs:
         settings.setdefault(json.dumps(run.settings, sort_keys=True, default=str), []).append(run)
     groups = list(settings.values())
-    if len(groups) < 2 or any(len({str(r.seed) for r in members}) < len(members) for members in groups):
+    seeds = [len({str(r.seed) for r in members}) for members in groups]
+    if len(groups) < 2 or (max(seeds) == 1 and len(runs) > len(groups)):
         groups = [[run] for run in runs]
     if len(groups) > len(LETTERS):
         raise UserError(
@@ -172,7 +173,8 @@ def compare(groups: Sequence[Group], split: str = "auto") -> Comparison:
     if any(len(g.runs) > 1 for g in groups):
         for config in configs:
             config.pop("seed", None)
-    settings = [[key, *(format_value(c.get(key, ABSENT)) for c in configs)] for key in swept_keys(configs)]
+    typed = {key for g in groups for r in g.runs for key in r.typed}
+    settings = [[key, *(format_value(c.get(key, ABSENT)) for c in configs)] for key in swept_keys(configs, typed)]
     around = dict.fromkeys(key for g in groups for r in g.runs for key in r.environment)
     places = [{key: _common(r.environment.get(key, ABSENT) for r in g.runs) for key in around} for g in groups]
     environment = [

@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from zfnet.config.errors import UserError, did_you_mean, printable
-from zfnet.config.reading import read_yaml
 from zfnet.config.schema import Config, Job, flatten
 from zfnet.runs.directory import RunDirectory, list_runs
 from zfnet.runs.tables import format_table, shorten
@@ -113,7 +110,7 @@ def describe(run: RunDirectory, plain: Mapping[str, Any] | None = None) -> Row:
         _name(plain.get("data")) if one_network else "",
         recorded_accuracy(run),
         size,
-        " ".join(_overrides(run)),
+        " ".join(run.overrides),
         str(run.folder),
     )
 
@@ -126,16 +123,6 @@ def _name(group: Any) -> str:
     """Return the name of a recorded group, or the class that its `_target_` names."""
     name = group.get("name") or str(group.get("_target_", "?")).rpartition(".")[2] if isinstance(group, dict) else "?"
     return str(name)
-
-
-def _overrides(run: RunDirectory) -> list[str]:
-    path = run.folder / ".hydra" / "overrides.yaml"
-    try:
-        words = read_yaml(path)
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
-    words = [str(word) for word in words] if isinstance(words, list) else []
-    return [word.removeprefix("++") for word in words if not word.lstrip("+~").startswith(("hydra", "job=", "run="))]
 
 
 def _equal(value: Any, wanted: str) -> bool:

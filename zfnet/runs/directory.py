@@ -317,6 +317,16 @@ class RunDirectory:
             return "none", None
 
     @property
+    def overrides(self) -> list[str]:
+        """The words of the command that made it, without those about Hydra, the job and the run; perhaps none."""
+        try:
+            words = read_yaml(self.folder / ".hydra" / "overrides.yaml")
+        except (OSError, ValueError, yaml.YAMLError):
+            return []
+        words = [str(word).removeprefix("++") for word in words] if isinstance(words, list) else []
+        return [word for word in words if not word.lstrip("+~").startswith(("hydra", "job=", "run="))]
+
+    @property
     def job(self) -> str | None:
         """The name of the job that made this run; None if its config cannot be read."""
         try:

@@ -14,7 +14,7 @@ import json
 import shutil
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Trained:
 
     config, environment: as recorded, by flat dotted keys
     settings: the keys that its result depends on, without the seed
+    typed: the keys that its command set
     """
 
     name: str
@@ -52,6 +53,7 @@ class Trained:
     environment: dict[str, Any]
     results: dict[str, Any]
     history: list[dict[str, float | None]]
+    typed: frozenset[str] = frozenset()
 
     def metric(self, split: str = "validation", name: str = "accuracy") -> float | None:
         """Return a result on `validation` or `test`; None if there is none."""
@@ -148,6 +150,7 @@ def read_training(run: RunDirectory, name: str) -> Trained:
         environment_values(run),
         results if isinstance(results, dict) else {},
         history,
+        frozenset(word.partition("=")[0].lstrip("+~") for word in run.overrides),
     )
 
 
@@ -200,25 +203,29 @@ def _group(job: Trained) -> str:
     return json.dumps(job.settings, sort_keys=True, default=str)
 
 
-def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def swept_keys(settings: Sequence[Mapping[str, Any]], typed: Collection[str] = ()) -> list[str]:
     """Return the keys in which these flat configs differ, without those that only follow another.
 
-    A key follows another if it always has the same value (`scheduler.max_lr: ${optimizer.lr}`), or if the choice
-    of its group's file decides it: a sweep over `model=small,zfnet` does not sweep the number of maps in conv1.
+    A key follows one of another group if it always has the same value (`scheduler.max_lr: ${optimizer.lr}`), or if the
+    choice of its group's file decides it: a sweep over `model=small,zfnet` does not sweep the number of maps in conv1.
+
+    typed: keys that follow no other
     """
     columns = {
         key: [repr(setting.get(key, ABSENT)) for setting in settings]
         for key in dict.fromkeys(key for setting in settings for key in setting)
     }
     kept: dict[str, list[str]] = {}
-    seen: list[list[str]] = []
+    seen: list[tuple[str, list[str]]] = []
     for key, column in columns.items():
         group = key.partition(".")[0]
         choices = [kept[name] for name in (f"{group}.name", f"{group}._target_") if name in kept]
-        decided = any(len(set(zip(choice, column, strict=True))) == len(set(choice)) for choice in choices)
-        if len(set(column)) > 1 and column not in seen and not decided:
+        follows = any(len(set(zip(choice, column, strict=True))) == len(set(choice)) for choice in choices) or any(
+            column == other and group != others for others, other in seen
+        )
+        if len(set(column)) > 1 and (key in typed or not follows):
             kept[key] = column
-        seen.append(column)
+        seen.append((group, column))
     return list(kept)
 
 
