@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 import zfnet.training.loop
-from tests.helpers import EVERY_STEP, STEPS, Killed, dying_at, learned, train_minute
+from tests.helpers import (
+    EVERY_STEP,
+    MINUTE,
+    STEPS,
+    Killed,
+    compose,
+    dying_at,
+    learned,
+    train_minute,
+    train_undrawn,
+    write_images,
+)
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.callbacks import Checkpoints
 from zfnet.training.checkpoint import epoch_name, read_checkpoint, read_newest, step_files, unpack
@@ -101,6 +112,40 @@ def test_the_best_epoch_before_a_branch_does_not_count_on_other_images(
     other = branch("two", "job=extend", "run=one", "trainer.epochs=4", word)
     assert other.read_json("results.json")["best_epoch"] == 4
     assert f"{word.split('=')[0]} is not the parent's" in (other.folder / "train.log").read_text()
+
+
+def test_the_place_of_the_images_does_not_count(branch, run_py, tmp_path: Path, judge) -> None:
+    judge(accuracy=[0.9, 0.8, 0.1, 0.2])
+    words = [word for word in MINUTE if "_images" not in word]
+    words += ["data=folder", "data.root=old", "data.image_size=64", "data.validation=4"]
+    for name, more in (("old", 0), ("new", 0), ("other", 1)):
+        write_images(tmp_path / name, {"train/a": 20, "train/b": 20 + more, "test/a": 3, "test/b": 3})
+    train_undrawn(tmp_path / "one", compose(*words))
+    extend = ("job=extend", "run=one", "trainer.epochs=4")
+    shutil.rmtree("old")
+    moved = branch("two", *extend, "data.root=new")
+    assert "is not the parent's" not in branch.out
+    assert moved.read_json("results.json")["best_epoch"] == 1
+    assert branch("three", *extend, "data.root=other").read_json("results.json")["best_epoch"] == 4
+    assert "data.root is not the parent's: its best epoch does not count" in branch.out
+    answer = run_py("job=reproduce", "run=two")
+    assert "identical: every metric of 4 epochs" in answer.out, answer.err
+
+
+def test_a_fork_to_other_classes_says_what_to_do(branch, run_py, tmp_path: Path) -> None:
+    train_minute(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
+    write_images(tmp_path / "photos", {f"{split}/{kind}": 9 for split in ("train", "test") for kind in "ab"})
+    answer = run_py("job=fork", "run=one", "job.epoch=1", "data=folder", "data.root=photos", "data.image_size=64")
+    assert answer.error.startswith("the run cannot begin with its parent's state (RuntimeError: size mismatch for fc8.")
+    assert answer.error.endswith("for other classes, train a new run with trainer.init_from=<weights>")
+
+
+def test_why_an_optimizer_starts_without_state_is_said(branch, tmp_path: Path) -> None:
+    train_minute(tmp_path / "one", "optimizer=sgd", "optimizer.momentum=0")
+    branch("two", "job=extend", "run=one", "trainer.epochs=3")
+    assert "the optimizer starts without state" not in branch.out  # it never has any
+    branch("three", "job=extend", "run=one", "trainer.epochs=3", "trainer.freeze=[conv1]")
+    assert "the optimizer starts without state: trainer.freeze is not the parent's" in branch.out
 
 
 def test_the_best_epoch_before_a_fork_survives_a_kill(tmp_path: Path, judge, monkeypatch) -> None:

@@ -245,6 +245,7 @@ class Parent(Checked):
     identity, weights_sha256: of that config and of the weights at that step
     schedule: how the learning rate continues
     threads, compiled: what that run used and its config left open
+    data_fingerprint: of its images; None in earlier records
     """
 
     run: str
@@ -256,6 +257,7 @@ class Parent(Checked):
     config: dict[str, Any]
     threads: Optional[Positive] = None
     compiled: Optional[bool] = None
+    data_fingerprint: Optional[str] = None
 
 
 @dataclass(kw_only=True)
@@ -313,7 +315,8 @@ NOT_IDENTITY: dict[str, tuple[str, ...]] = {
         *("name", "devices", "log_every", "checkpoint_minutes", "profile", "snapshots", "checkpoint_epochs"),
         *("compile_seconds", "compile_gain"),
     ),
-    "parent": ("run", "config", "threads", "compiled"),  # its identity stands for its config
+    # its identity stands for its config
+    "parent": ("run", "config", "threads", "compiled", "data_fingerprint"),
 }
 _NOT_RESULT = ("job", "run", "images", "runs", "source", "imports", "logger")
 # Keys that records of earlier versions lack, with the value that says what those did.

@@ -137,6 +137,7 @@ def _link(
         config=config.to_dict(),
         threads=parent.threads,
         compiled=parent.environment.get("compiled"),
+        data_fingerprint=parent.environment.get("data_fingerprint"),
     )
 
 

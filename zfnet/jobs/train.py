@@ -223,7 +223,7 @@ def _train(
         )
     if not world.is_main:
         if saved is not None:
-            state.restore(saved)
+            state.restore(saved, splits.fingerprint)
         run_loop(state, train, each_epoch, stop, epochs)
         return {}
     for message in problems:
@@ -249,12 +249,10 @@ def _train(
         log.info(words)
     _write_environment(config, run, state, splits, resumed=saved is not None)
     if saved is not None:
-        state.restore(saved)
+        state.restore(saved, splits.fingerprint)
         log.info("continuing from epoch %d, step %d", state.epoch + 1, state.step)
         if "branches" in saved.metadata:
             log.info(_describe_schedule(state))
-            if not state.optimizer.state:
-                log.info("the optimizer starts without state: the parent's was another one")
         if state.epoch < config.trainer.epochs and (problem := _best(run, state)[1]):
             log.warning("%s; unless a later epoch is better, the run will have to start again", problem)
     samples = splits.train.pixels(range(min(16, len(splits.train))))
@@ -441,7 +439,7 @@ def _report(
         "seconds": round(state.elapsed(), 2),
         "images_per_second": round(len(splits.train) * len(own) / sum(own), 1),
         "weights_sha256": digest,
-        "test_seen_each_epoch": config.trainer.test_each_epoch,
+        "test_seen_each_epoch": config.trainer.test_each_epoch and "test" in sets,
     }
     if splits.validation_reports:
         results["validation_chose_and_reports"] = True
@@ -470,6 +468,6 @@ def _print_results(config: Config, run: RunDirectory, results: dict[str, Any]) -
         log.info("the weights are of epoch %d%s, the best of %d", best, " (the parent's)" * parents, last)
     if names:
         log_per_class(results[names[-1]])
-    if config.trainer.test_each_epoch:
+    if results["test_seen_each_epoch"]:
         log.info("the test set was measured after each epoch: do not choose an epoch or a setting by it")
     log.info("written to %s", run.folder)

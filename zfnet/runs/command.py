@@ -158,7 +158,7 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
     run.read_config(imports)  # names the file, if its own part is damaged
     _refuse_to_send(run.recorded().get("logger"), words, f"run={run.folder}: its")
     if not overrides:
-        return read_config({**run.recorded(), **own}, imports)
+        return read_config(_with_moved_parents({**run.recorded(), **own}, run), imports)
     base = _composed_record(run)
     # a record without `.hydra/`, such as a reproduction's, holds a number where conf/scheduler/onecycle.yaml refers
     peak, rate = (OmegaConf.select(base, key) for key in ("scheduler.max_lr", "optimizer.lr"))
@@ -183,19 +183,20 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
             raise UserError(f"{override.input_line}: cannot be set ({one_line(error)})") from error
     for key, value in own.items():
         base[key] = value
-    _move_parents(base, run.recorded()["data"])
-    return read_config(base, imports)
+    return read_config(_with_moved_parents(base, run), imports)
 
 
-def _move_parents(base: DictConfig, recorded: Mapping[str, Any]) -> None:
-    """Give the parents of a branched run the new place of the images, if they were where its own were recorded."""
-    parent = base.get("parent")
+def _with_moved_parents(plain: Any, run: RunDirectory) -> Any:
+    """Return a run's config in which its parents' images lie where its own do, if they are the same images."""
+    recorded, held, parent = run.recorded()["data"], run.environment.get("data_fingerprint"), plain.get("parent")
     while parent is not None:
+        data = parent["config"]["data"]
+        same = held is not None and held == parent.get("data_fingerprint")
         for key in NOT_IDENTITY["data"]:
-            data = parent.config.data
-            if data.get("name") == base.data.name and key in data and data[key] == recorded.get(key):
-                data[key] = base.data.get(key)
-        parent = parent.config.get("parent")
+            if data["name"] == plain["data"]["name"] and key in data and (same or data[key] == recorded.get(key)):
+                data[key] = plain["data"].get(key)
+        parent = parent["config"].get("parent")
+    return plain
 
 
 # keys by which loggers write outside the run directory, and their harmless values

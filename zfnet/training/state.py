@@ -255,23 +255,30 @@ class TrainingState:
         }
         return Checkpoint(tensors, metadata)
 
-    def restore(self, saved: Checkpoint) -> None:
+    def restore(self, saved: Checkpoint, fingerprint: str | None = None) -> None:
         """Restore a checkpoint of this run or, if it is a branch, of its parent.
+
+        fingerprint: of the run's images, which a branch compares with its parent's
 
         Raises UserError if it does not fit the run: a valid checksum does not say which run wrote it.
         """
         try:
-            self._restore(saved)
+            self._restore(saved, fingerprint)
         except torch.OutOfMemoryError:
             raise
         except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {one_line(error, -1)}"
+            if "branches" in saved.metadata:
+                raise UserError(
+                    f"the run cannot begin with its parent's state ({reason}): for other classes, train a new run with "
+                    "trainer.init_from=<weights>"
+                ) from error
             raise UserError(
                 f"step {saved.metadata.get('step')}: the checkpoint does not fit this run ({reason}): delete it, and "
                 "the one before it is used"
             ) from error
 
-    def _restore(self, saved: Checkpoint) -> None:
+    def _restore(self, saved: Checkpoint, fingerprint: str | None) -> None:
         metadata = saved.metadata
         self.model.load_state_dict(under_prefix("model", saved.tensors))
         self.metrics.sums.copy_(saved.tensors["metrics"])
@@ -281,7 +288,7 @@ class TrainingState:
         self.epoch_seconds = metadata["epoch_seconds"]
         optimizer, callbacks = (unpack(metadata[key], saved.tensors) for key in ("optimizer", "callbacks"))
         if "branches" in metadata:
-            optimizer, callbacks = self._branch(optimizer, callbacks)
+            optimizer, callbacks = self._branch(optimizer, callbacks, fingerprint)
         else:
             self.schedule.load_state_dict(metadata["schedule"])
         if optimizer is not None:
@@ -292,7 +299,7 @@ class TrainingState:
                     callback.load_state_dict(callbacks[callback.name])
 
     def _branch(
-        self, optimizer: dict[str, Any], callbacks: dict[str, Any]
+        self, optimizer: dict[str, Any], callbacks: dict[str, Any], fingerprint: str | None
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Adapt the parent's state to this run, whose weights and history are restored; return the adapted states.
 
@@ -302,10 +309,12 @@ class TrainingState:
         sees of them, may be others, callbacks begin anew and the parent's best epoch does not count.
         """
         assert self.config.parent is not None
-        before = self.config.parent.config
+        before, images = self.config.parent.config, self.config.parent.data_fingerprint
         self.step = self.epoch * self.steps_per_epoch  # the parent may have had batches of another size
         data = self.config.to_dict()["data"]
         changed = [k for k in data if k not in _OF_TRAINING and before["data"].get(k) != data[k]]
+        if None not in (images, fingerprint):  # not where the images lie, but what they hold
+            changed = [k for k in changed if k != "root"] or ["root"] * (images != fingerprint)
         if changed:
             log.warning(
                 "data.%s is not the parent's: its best epoch does not count, and it may have trained on images that "
@@ -323,7 +332,9 @@ class TrainingState:
         callbacks = {k: v for k, v in callbacks.items() if k in kept or k not in self.config.callbacks}
         self.should_stop = False
         settings = [_without_numbers(c) for c in (before["optimizer"], self.config.optimizer)]
-        if settings[0] != settings[1] or before["trainer"].get("freeze", []) != self.config.trainer.freeze:
+        same = settings[0] == settings[1]
+        if not same or before["trainer"].get("freeze", []) != self.config.trainer.freeze:
+            log.info("the optimizer starts without state: %s is not the parent's", "trainer.freeze" if same else "it")
             return None, callbacks
         # what an optimizer keeps in its groups, such as a count of steps, is state: all but settings and the schedule's
         of_run = {*before["optimizer"], *self.config.optimizer, *SCHEDULED}
