@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 
-from zfnet.config.schema import Config
+from zfnet.config.schema import Config, Positive
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.selection import Chosen, Look, choose_images, in_boxes, pick_layers, share_in_boxes, to_rows
 from zfnet.explain.targets import GRAD_CAM, grad_cam, integrated_gradients
@@ -46,7 +46,7 @@ class AttributionJob(Look):
 
     reads_images: ClassVar[bool] = True
 
-    count: Annotated[int, Field(ge=1)]
+    count: Positive
     boxed_images: Annotated[int, Field(ge=2)]
     layer: Optional[str]
     steps: Annotated[int, Field(ge=2, le=10_000)]

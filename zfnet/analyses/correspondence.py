@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, DataConfig
+from zfnet.config.schema import Config, DataConfig, Positive
 from zfnet.data.decode import UnreadableImage, fit_square, read_image
 from zfnet.explain.selection import (
     Look,
@@ -66,7 +66,7 @@ class CorrespondenceJob(Look):
     points: Optional[str]
     count: Annotated[int, Field(ge=2)]
     layers: Optional[list[str]]
-    patch: Optional[Annotated[int, Field(ge=1)]]
+    patch: Optional[Positive]
     fill: Optional[Annotated[float, Field(ge=0, le=255)]]
     places: Annotated[int, Field(ge=99, le=100_000)]
 

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation, uniform
-from zfnet.config.schema import Config, model_name
+from zfnet.config.schema import Config, NotNegative, Positive, model_name
 from zfnet.data import ImageSet, preprocess
 from zfnet.data.images import image_set
 from zfnet.explain.atlas import (
@@ -86,14 +86,14 @@ class DeconvnetJob(Look):
     layers: Optional[list[str]]
     top: Annotated[int, Field(ge=1, le=100)]
     maps: Annotated[int, Field(ge=1, le=100)]
-    max_images: Optional[Annotated[int, Field(ge=1)]]
+    max_images: Optional[Positive]
     rule: Literal["deconvnet", "guided", "gradient"]
     dead_windows: Literal["first", "mask", "all"]
     lrn: Literal["identity", "gradient"]
     controls: bool
     atlas: bool | Literal["single"]
     sample: Annotated[int, Field(ge=2)]
-    ablation: Annotated[int, Field(ge=0)]
+    ablation: NotNegative
     other: Optional[str]
     pages: Optional[str]
     verdict: Optional[str]

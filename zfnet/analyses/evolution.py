@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config
+from zfnet.config.schema import Config, Positive
 from zfnet.explain.crops import project_frames
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import standard_columns, strongest_activations
@@ -43,7 +43,7 @@ _CONTRAST = 0.6  # exponent of the values drawn: the paper enhances the contrast
 class EvolutionJob(Look):
     """See conf/job/evolution.yaml."""
 
-    max_images: Optional[Annotated[int, Field(ge=1)]]
+    max_images: Optional[Positive]
     layers: Optional[list[str]]
     maps: Annotated[int, Field(ge=1, le=50)]
     probe_images: Annotated[int, Field(ge=3)]

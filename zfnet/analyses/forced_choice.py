@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits
-from zfnet.config.schema import Config, DataConfig, model_name
+from zfnet.config.schema import Config, DataConfig, Positive, model_name
 from zfnet.data import Batches, ImageSet, preprocess
 from zfnet.explain.atlas import find_atlas, write_quiz
 from zfnet.explain.crops import frame_size, view_units
@@ -80,7 +80,7 @@ class ForcedChoiceJob(Look):
     features: Optional[list[str]]
     maps: Annotated[int, Field(ge=2)]
     references: Annotated[int, Field(ge=1, le=100)]
-    trials: Annotated[int, Field(ge=1)]
+    trials: Positive
     extreme: Annotated[float, Field(gt=0, le=0.5)]
     quiz: Annotated[int, Field(ge=0, le=100)]
     pages: Optional[str]

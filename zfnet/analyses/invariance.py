@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from zfnet.config.schema import Config
+from zfnet.config.schema import Config, Positive
 from zfnet.explain.selection import Look, choose_images, chosen_split, pick_layers, sample, take, to_rows
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.figures import INK, PALETTE, new_figure, plain, save_figure, styled
@@ -48,7 +48,7 @@ class InvarianceJob(Look):
 
     reads_images: ClassVar[bool] = True
 
-    count: Annotated[int, Field(ge=1)]
+    count: Positive
     mean_images: Annotated[int, Field(ge=2)]
     layers: Optional[list[str]]
     translation: Annotated[float, Field(gt=0, lt=1)]

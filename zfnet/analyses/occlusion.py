@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config
+from zfnet.config.schema import Config, Positive
 from zfnet.data import ImageSet
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.selection import (
@@ -59,11 +59,11 @@ class OcclusionJob(Look):
 
     reads_images: ClassVar[bool] = True
 
-    count: Annotated[int, Field(ge=1)]
+    count: Positive
     boxed_images: Annotated[int, Field(ge=2)]
     layer: Optional[str]
-    patch: Optional[Annotated[int, Field(ge=1)]]
-    stride: Optional[Annotated[int, Field(ge=1)]]
+    patch: Optional[Positive]
+    stride: Optional[Positive]
     fill: Optional[Annotated[float, Field(ge=0, le=255)]]
 
     def main(self, config: Config, output: Path) -> None:

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from zfnet.analyses.deconvnet import shuffle_weights
 from zfnet.config.errors import UserError, did_you_mean
 from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits, uniform
-from zfnet.config.schema import Config, ShapesData
+from zfnet.config.schema import Config, Positive, ShapesData
 from zfnet.data.shapes import draw_without
 from zfnet.explain.crops import frame_size
 from zfnet.explain.deconvnet import RULES, Deconvnet
@@ -93,11 +93,11 @@ class VerdictJob(Look):
     layers: Optional[list[str]]
     images: Annotated[int, Field(ge=4)]
     units: Annotated[int, Field(ge=2)]
-    others: Optional[Annotated[int, Field(ge=1)]]
+    others: Optional[Positive]
     cells: Annotated[int, Field(ge=2, le=12)]
     support: Annotated[float, Field(gt=0, lt=1)]
     sectors: Annotated[int, Field(ge=3)]
-    ablation_images: Annotated[int, Field(ge=1)]
+    ablation_images: Positive
 
     def main(self, config: Config, output: Path) -> None:
         """Measure the explanations of the network of `run=…`; a stopped job continues in its directory."""

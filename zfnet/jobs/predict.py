@@ -9,16 +9,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
-from zfnet.config.schema import Config, Job
+from zfnet.config.schema import Config, Job, Positive
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images, read_named
@@ -59,7 +58,7 @@ class PredictJob(Job):
     reads_run: ClassVar[str] = "needed"
     reads_images: ClassVar[bool] = True
 
-    top: Annotated[int, Field(ge=1)]
+    top: Positive
 
     def main(self, config: Config, output: Path) -> None:
         """Classify the images that `images=[…]` names: a table, predictions.json and .csv, and a figure.
