@@ -297,7 +297,7 @@ class Snapshots(Callback):
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
         if row["epoch"] in self.epochs:
             self.folder.mkdir(exist_ok=True)
-            save_model(self.folder / f"epoch-{row['epoch']:04d}.safetensors", state.eval_model, self.metadata)
+            save_model(self.folder / epoch_name(row["epoch"]), state.eval_model, self.metadata)
 
 
 class Pruning(Callback):

@@ -123,7 +123,7 @@ def step_name(step: int) -> str:
 
 
 def epoch_name(epoch: int, best: bool = False) -> str:
-    """Return the name of the state that is kept after an epoch (from 1), or of the best weights up to then."""
+    """Return the name of the state, or the snapshot, of an epoch (from 1), or of the best weights up to then."""
     return f"epoch-{epoch:04d}{'-best' * best}.safetensors"
 
 
