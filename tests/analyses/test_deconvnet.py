@@ -39,7 +39,7 @@ from zfnet.runs.weights import weights_hash
 def test_rank_correlation_by_hand() -> None:
     a = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4], [1, 2, 2, 3], [5, 5, 5, 5]])
     b = torch.tensor([[1.0, 8, 27, 64], [4, 3, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4]])
-    result = rank_correlation(a, b)
+    result = rank_correlation(a, b, torch.ones_like(a, dtype=torch.bool))
     # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / √(4.5 · 5)
     assert result[:3].tolist() == pytest.approx([1, -1, (4.5 / 5) ** 0.5])
     assert result[3].isnan()
@@ -136,7 +136,7 @@ def test_compare_controls_ranks_within_what_the_unit_sees() -> None:
     """Independent pictures whose frames lie partly outside the image: the zeros there are no similarity."""
     own, other = torch.randn(2, 4, 3, 40, 40)
     own[:, :, :20], other[:, :, :20] = 0, 0
-    assert rank_correlation(own.abs(), other.abs()).mean() > 0.5
+    assert rank_correlation(own.abs(), other.abs(), torch.ones_like(own, dtype=torch.bool)).mean() > 0.5
     inside = torch.tensor([[20, 0, 40, 40]]).expand(4, 4)
     result = compare_controls({"own": own, "other": other}, inside)["other"]
     assert result["unsigned"]["mean"] == pytest.approx(0, abs=0.05)

@@ -66,7 +66,9 @@ def test_rank_correlation_counts_what_the_mask_shows() -> None:
     a, b = torch.randn(2, 20, 30, generator=generator)
     mask = torch.rand(20, 30, generator=generator) < 0.5
     found = rank_correlation(a, b, mask)
-    alone = torch.cat([rank_correlation(x[m][None], y[m][None]) for x, y, m in zip(a, b, mask, strict=True)])
+    alone = torch.cat(
+        [rank_correlation(x[m][None], y[m][None], m[m][None]) for x, y, m in zip(a, b, mask, strict=True)]
+    )
     torch.testing.assert_close(found, alone)
     torch.testing.assert_close(rank_correlation(a, torch.where(mask, a.exp(), b), mask), torch.ones(20).double())
     assert rank_correlation(a, mask.float(), mask).isnan().all()

@@ -91,15 +91,15 @@ def clustered_p(row: Mapping[str, float | int | None]) -> float | None:
     return 2.0 ** (1 - clusters) if mean else None
 
 
-def rank_correlation(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+def rank_correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     """Return Spearman's correlation of each row pair of a, b [U, …] (ties: mean rank); NaN where one is constant.
 
-    mask: bool, broadcast to [U, …], what counts (None: all). float64 [U], on the CPU.
+    mask: bool, broadcast to [U, …], what counts. float64 [U], on the CPU.
     """
     return (standard_ranks(a, mask) * standard_ranks(b, mask)).sum(1)
 
 
-def standard_ranks(x: Tensor, mask: Tensor | None = None) -> Tensor:
+def standard_ranks(x: Tensor, mask: Tensor) -> Tensor:
     """Return the ranks of each row of x [U, …], of mean 0 and length 1: their products are rank correlations.
 
     float64 [U, …flat], on the CPU; 0 where the mask is False, NaN where a row is constant.
@@ -107,9 +107,7 @@ def standard_ranks(x: Tensor, mask: Tensor | None = None) -> Tensor:
     blocks = []
     for start in range(0, len(x), _ROWS):  # some at a time: each step keeps several copies
         part = x[start : start + _ROWS].detach().cpu()
-        known = torch.ones_like(part, dtype=torch.bool)
-        if mask is not None:
-            known = mask[start : start + _ROWS].expand_as(part)
+        known = mask[start : start + _ROWS].expand_as(part)
         part, known = part.flatten(1).double(), known.flatten(1)
         ranks = _ranks(part.masked_fill(~known, torch.inf))
         mean = (ranks * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
