@@ -144,7 +144,7 @@ def _cells(window: Window, size: tuple[int, int]) -> Iterator[tuple[int, tuple]]
         yield place, (slice(None), slice(None), rows, columns)
 
 
-def transposed(signal: Tensor, weight: Tensor, window: Window, groups: int = 1) -> Tensor:
+def transposed(signal: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
     """Return what `F.conv_transpose2d` does without padding, with the stride and the spacing of `window`.
 
     signal: [N, C, h, w]; weight: [C, I / groups, k, l]. Returns [N, I, (h−1)·stride + extent, …]. For few output

@@ -181,7 +181,7 @@ def _none_readable(errors: dict[str, str]) -> UserError:
     return UserError(f"images: none can be read: {name}: {error}{others}")
 
 
-def prediction_table(predictions: Sequence[Prediction], width: int = 80) -> list[str]:
+def prediction_table(predictions: Sequence[Prediction], width: int) -> list[str]:
     """Return lines of at most `width` characters: one per image or, where that is too wide, one per class."""
     count = max(len(p.best) for p in predictions)
     rows = [[p.name, *(cell for c, value in p.best for cell in (c, f"{value:.1%}"))] for p in predictions]

@@ -50,7 +50,7 @@ class SummedLoss(nn.Module):
         return value * len(labels) if self.is_mean else value
 
 
-def build_loss(config: Config, counts: Sequence[int] = (1, 1)) -> SummedLoss:
+def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
     """Return the loss that `config.loss` names; raise UserError if it does not give one number for a batch.
 
     counts: training images of each class, for loss.weight=balanced

@@ -227,7 +227,7 @@ class Checkpoints(Callback):
     After each of `epochs` (counted from 1) it keeps the state, and the best weights so far, for runs that branch.
     """
 
-    def __init__(self, writer: CheckpointWriter, minutes: float, epochs: Sequence[int] = ()) -> None:
+    def __init__(self, writer: CheckpointWriter, minutes: float, epochs: Sequence[int]) -> None:
         self.writer, self.minutes, self.epochs = writer, minutes, frozenset(epochs)
         self.last = time.perf_counter()
 

@@ -20,7 +20,7 @@ from zfnet.runs.session import Pruned
 from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_prefix, unpack
 from zfnet.training.device import Runtime
 from zfnet.training.metrics import RunningMetrics
-from zfnet.training.processes import SINGLE, World
+from zfnet.training.processes import World
 from zfnet.training.schedule import SCHEDULED, Schedule, schedule_span
 
 log = logging.getLogger("zfnet")
@@ -107,9 +107,9 @@ class TrainingState:
         optimizer: Optimizer,
         schedule: Schedule,
         steps_per_epoch: int,
-        world: World = SINGLE,
-        callbacks: Sequence[Callback] = (),
-        new_weights: Sequence[str] = (),
+        world: World,
+        callbacks: Sequence[Callback],
+        new_weights: Sequence[str],
     ) -> None:
         self.config, self.runtime, self.steps_per_epoch, self.world = config, runtime, steps_per_epoch, world
         self.model, self.criterion, self.optimizer, self.schedule = model, criterion, optimizer, schedule
