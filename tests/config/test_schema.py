@@ -175,7 +175,7 @@ def test_a_config_is_checked_before_data_is_read(run_py, monkeypatch) -> None:
     assert "AssertionError: data was read" in run_py(*MINUTE).err
 
 
-def test_a_record_reads_back_as_the_same_config(tmp_path: Path) -> None:
+def test_a_record_reads_back_as_the_same_config() -> None:
     config = checked("model.conv3=null", "optimizer=sgd", "scheduler=multistep", "data=shapes")
     text = yaml.safe_dump(config.to_dict())
     again = read_config(yaml.safe_load(text))

@@ -50,7 +50,7 @@ def test_without_network_one_line_says_what_to_do(name: str, tmp_path: Path, off
     assert socket.getdefaulttimeout() == before
 
 
-def test_the_command_says_it_too(run_py, offline, tmp_path: Path) -> None:
+def test_the_command_says_it_too(run_py, offline) -> None:
     answer = run_py("model=small", "data.image_size=64")
     assert answer.error.startswith("cifar10 is not in")
 
@@ -91,7 +91,7 @@ def test_from_files_to_splits(monkeypatch, tmp_path: Path) -> None:
     assert splits.test.classes == Fake.classes
 
 
-def test_processes_that_start_together_download_once(monkeypatch, tmp_path: Path) -> None:
+def test_processes_that_start_together_download_once(tmp_path: Path) -> None:
     started, downloads = threading.Barrier(2), []
 
     class Slow:

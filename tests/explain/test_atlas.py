@@ -46,7 +46,7 @@ SCORES = {("conv1", 0): {"own": (0.8, 0.021, 4)}, ("conv5", 2): {"own": (-0.25, 
 
 
 @pytest.fixture(scope="module")
-def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
+def atlas() -> Atlas:
     """conv1 and conv5 of a random network; map 3 of conv1 is dead, and class names are hostile."""
     torch.manual_seed(0)
     model = ZFNet(4, 64, config(conv1=Conv(12, 7, 2, 1, True), conv5=Conv(6, 3, 1, 1, True))).eval()
@@ -224,7 +224,7 @@ def test_link_to_a_folder_of_any_name(page: str, link: str) -> None:
 
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-def test_atlas_in_one_file(atlas: Atlas, page: Path, tmp_path: Path) -> None:
+def test_atlas_in_one_file(page: Path, tmp_path: Path) -> None:
     """Its pictures are the bytes of the files; nothing else is needed."""
     folder = tmp_path / "atlas"
     shutil.copytree(page.parent, folder)

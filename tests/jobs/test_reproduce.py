@@ -78,7 +78,7 @@ def test_hydras_own_way_trains_the_same(run_py, exact_run, tmp_path: Path, monke
     assert weights[0] == weights[1]
 
 
-def test_changed_code_is_named(run_py, exact_run, tmp_path: Path, monkeypatch) -> None:
+def test_changed_code_is_named(run_py, exact_run, monkeypatch) -> None:
     code = {**exact_run.read_json("environment.json")["code"], "source_sha256": "0" * 64}
     monkeypatch.setattr(zfnet.runs.provenance, "_code", lambda: code)
     step = zfnet.training.loop.train_step

@@ -19,7 +19,7 @@ from zfnet.model.onnx_graph import MOST_WEIGHTS, read_onnx
 SEQUENCE = "zfnet.model.onnx_graph.Sequence"
 
 
-def test_the_structure_of_the_zoos_zfnet512(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_structure_of_the_zoos_zfnet512() -> None:
     """`onnx` ships its graph, with constants in place of weights, which take no memory here."""
     onnx = pytest.importorskip("onnx")
     path = Path(onnx.__file__).parent / "backend/test/data/light/light_zfnet512.onnx"

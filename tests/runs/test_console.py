@@ -297,7 +297,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     return show
 
 
-def test_nothing_is_longer_than_a_line_of_80_columns(run_py, terminal, tmp_path: Path, monkeypatch) -> None:
+def test_nothing_is_longer_than_a_line_of_80_columns(run_py, terminal, monkeypatch) -> None:
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     monkeypatch.setattr("zfnet.training.callbacks.tqdm", functools.partial(tqdm, mininterval=0))  # at each step
     commands = (

@@ -233,7 +233,7 @@ def test_init_from_takes_a_runs_weights(started) -> None:
         assert all(torch.equal(model.state_dict()[k], v) for k, v in load_file(started.weights).items())
 
 
-def test_init_from_another_number_of_classes_makes_a_new_head_and_says_so(started, tmp_path: Path) -> None:
+def test_init_from_another_number_of_classes_makes_a_new_head_and_says_so(started) -> None:
     config = compose(*MINUTE, f"trainer.init_from={started.folder}")
     model, fresh = initial_model(config, 3)
     assert fresh == ["fc8.weight", "fc8.bias"]
@@ -277,7 +277,7 @@ def test_init_from_opens_no_pickle(tmp_path: Path, monkeypatch) -> None:
 # -- frozen layers
 
 
-def test_freeze_keeps_bits_and_running_statistics(tmp_path: Path) -> None:
+def test_freeze_keeps_bits_and_running_statistics() -> None:
     words = ("model.norm=batch", "model.rms_limit=0.01", "trainer.freeze=[conv1,norm1,fc6]", "optimizer.lr=0.1")
     state = first_steps(*words)
     before = initial_model(state.config, 10)[0].state_dict()

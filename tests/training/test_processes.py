@@ -116,7 +116,7 @@ def other_process(parent: int) -> int:
     return next(int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text())
 
 
-def test_batch_norm_over_processes_needs_gpus(tmp_path: Path, monkeypatch) -> None:
+def test_batch_norm_over_processes_needs_gpus(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("cpu", "auto"):
         with pytest.raises(UserError, match="batch normalisation over several processes needs GPUs"):

@@ -117,7 +117,7 @@ def _raise(error: type[BaseException]):
     return fail
 
 
-def test_killed_while_writing_a_checkpoint(whole, tmp_path: Path, caplog) -> None:
+def test_killed_while_writing_a_checkpoint(whole, tmp_path: Path) -> None:
     """A write that ended half way leaves its partial file; a file system that lied, a short newest file."""
     die_at(tmp_path / "run", 6)
     files = step_files(tmp_path / "run/checkpoints")
@@ -223,7 +223,7 @@ def test_a_second_signal_stops_at_once_and_saves_no_half_step(whole, tmp_path: P
 
 
 @pytest.mark.slow
-def test_processes_that_are_really_killed(whole, tmp_path: Path) -> None:
+def test_processes_that_are_really_killed(tmp_path: Path) -> None:
     """SIGKILL in mid-epoch, the same command again and SIGTERM in the same epoch, then job=resume."""
     words = [*MINUTE, EVERY_STEP, "hydra.run.dir=r", "trainer.epochs=12"]
     run = RunDirectory(tmp_path / "r")
