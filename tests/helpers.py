@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import functools
 import multiprocessing
 import os
@@ -119,6 +120,11 @@ class Trap:
 
     def __reduce__(self):
         return Path.write_text, (Path("witness"), "opened")
+
+
+def full_disk(*_: object) -> None:
+    """Stand for a function that writes to a disk without space."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Killed(BaseException):

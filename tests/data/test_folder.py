@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import checked, data_config, tiny_model_config, write_images
+from tests.helpers import Killed, checked, data_config, full_disk, tiny_model_config, write_images
 from zfnet.config.errors import UserError
 from zfnet.config.schema import DataConfig
 from zfnet.data import decode, preprocess
@@ -398,9 +398,6 @@ def test_files_that_change_while_they_are_read_are_named(config, photos: Path, t
 def test_a_killed_build_leaves_nothing_that_counts(config, photos: Path, tmp_path: Path, monkeypatch) -> None:
     write_images(photos, {"a": 3, "b": 3})
 
-    class Killed(BaseException):
-        pass
-
     def die(*_: object, **__: object) -> None:
         raise Killed
 
@@ -460,12 +457,8 @@ def test_names_with_spaces_accents_and_signs(config, photos: Path) -> None:
 
 def test_a_full_disk_is_named_before_anything_is_decoded(config, photos: Path, tmp_path: Path, monkeypatch) -> None:
     write_images(photos / "train", {"cat": 2, "dog": 2})
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module.os, "posix_fallocate", full, raising=False)
+        patch.setattr(folder_module.os, "posix_fallocate", full_disk, raising=False)
         with pytest.raises(UserError, match=r"cannot be written .*No space left on device.*data\.cache_dir"):
             load_folder(config())
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"] * 2

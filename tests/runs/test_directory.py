@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import TINY, compose, write_images
+from tests.helpers import TINY, compose, full_disk, write_images
 from zfnet.config.errors import UserError
 from zfnet.runs import directory as run_module
 from zfnet.runs.command import CONF
@@ -56,7 +56,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch) -> None:
     write_atomically(path, "first")
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(run_module.os, name, _full)
+            patch.setattr(run_module.os, name, full_disk)
             with pytest.raises(UserError, match=r"results\.json cannot be written: No space left on device"):
                 write_atomically(path, "second")
         assert path.read_text() == "first"
@@ -72,10 +72,6 @@ def test_a_file_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch) -
     monkeypatch.setattr(os, "replace", lambda *paths: (replace(*paths), done.append("named")))
     write_atomically(tmp_path / "results.json", "first")
     assert done == [(tmp_path / "results.json").stat().st_ino, "named", tmp_path.stat().st_ino]
-
-
-def _full(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_files_have_the_mode_that_the_user_gives_files(tmp_path: Path) -> None:

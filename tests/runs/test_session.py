@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import MINUTE, TINY, compose, train_minute
+from tests.helpers import MINUTE, TINY, compose, full_disk, train_minute
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory, write_atomically
 from zfnet.runs.session import Stopped, StopRequest, hold, own_directory
@@ -142,7 +142,7 @@ def test_a_full_disk_ends_with_its_own_error(tmp_path: Path, monkeypatch, capfd)
 
     class Full(io.StringIO):
         def flush(self) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            full_disk()
 
         def close(self) -> None:
             self.flush()

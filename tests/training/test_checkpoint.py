@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import pickle
 import re
 import threading
@@ -18,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from tests.helpers import Trap, checked
+from tests.helpers import Trap, checked, full_disk
 from zfnet.config.errors import UserError
 from zfnet.runs import directory as run_module
 from zfnet.training.build import build_optimizer
@@ -215,10 +213,6 @@ def test_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypatch, where: str) -> None:
     writer.write(step_name(1), some(1))
     writer.wait()
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
         if where == "write":
 
@@ -228,7 +222,7 @@ def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypa
 
             patch.setattr(run_module, "save_file", half)
         else:
-            patch.setattr(run_module.os, where, full)
+            patch.setattr(run_module.os, where, full_disk)
         writer.write(step_name(2), some(2))
         with pytest.raises(UserError, match=r"step-000000002\.safetensors cannot be written: .*No space left"):
             writer.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import multiprocessing
 import os
@@ -21,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from safetensors.torch import load
 
-from tests.helpers import EVERY_STEP, STEPS, Killed, die_at, dying_at, learned, train_minute
+from tests.helpers import EVERY_STEP, STEPS, Killed, die_at, dying_at, full_disk, learned, train_minute
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
@@ -189,7 +188,7 @@ class Fault:
             if writes < self.number:
                 real(beside, path)
             elif self.full:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                full_disk()
             else:  # the dead write nothing more, either
                 if writes == self.number:
                     size = int(self.fraction * beside.stat().st_size)
