@@ -50,6 +50,10 @@ from zfnet.training.checkpoint import (
 )
 
 
+def stopped(*_: object) -> None:
+    raise Stopped(signal.SIGTERM)
+
+
 def test_the_last_snapshot_is_the_network_as_training_left_it(trained: Trained) -> None:
     snapshots = epoch_files(trained.run.snapshots)
     assert list(snapshots) == [1, 3, 6]
@@ -72,9 +76,6 @@ def test_a_run_that_goes_on_keeps_its_snapshots_and_writes_the_rest(
         "trainer.snapshots=[1,2]",
         "trainer.threads=1",
     )
-
-    def stopped(*_: object) -> None:
-        raise Stopped(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "on_epoch_end", stopped)
@@ -270,9 +271,6 @@ def test_callback_that_fails_to_restore_is_named(tmp_path: Path) -> None:
 def test_callback_that_fails_when_a_run_is_stopped_does_not_keep_others_from_saving(
     tmp_path: Path, capfd, monkeypatch
 ) -> None:
-    def stopped(*_: object) -> None:
-        raise Stopped(signal.SIGTERM)
-
     words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Broken", "+callbacks.mine.method=on_exception")
     monkeypatch.setattr(StopOnSignal, "on_step_end", stopped)
     with pytest.raises(Stopped):
@@ -284,9 +282,6 @@ def test_callback_that_fails_when_a_run_is_stopped_does_not_keep_others_from_sav
 def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(tmp_path: Path, monkeypatch) -> None:
     """A callback may end it before others are called; the checkpoint then names the epoch's weights as the best."""
     expected = learned(train_minute(tmp_path / "whole", *OWN))
-
-    def stopped(*_: object) -> None:
-        raise Stopped(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(Counter, "on_epoch_end", stopped)
