@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from tests.helpers import Trap, data_config, random_images, tiny_model_config
 from zfnet import ZFNet, load_run
 from zfnet.config.errors import UserError
 from zfnet.data import preprocess
-from zfnet.model.build import build_model, load_initial_weights
+from zfnet.model.build import build_model, load_initial_weights, read_tensors
 from zfnet.runs.weights import ModelMetadata, load_model, save_model, weights_hash
 
 
@@ -60,8 +59,8 @@ def test_equal_weights_are_equal_files(saved, tmp_path: Path) -> None:
 
 
 def header(path: Path) -> tuple[dict, dict]:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["zfnet"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    metadata, tensors = read_tensors(path)
+    return json.loads(metadata["zfnet"]), tensors
 
 
 @pytest.mark.parametrize(

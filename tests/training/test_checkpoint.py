@@ -13,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from tests.helpers import Trap, checked, full_disk
 from zfnet.config.errors import UserError
+from zfnet.model.build import read_tensors
 from zfnet.runs import directory as run_module
 from zfnet.training.build import build_optimizer
 from zfnet.training.checkpoint import (
@@ -93,22 +94,20 @@ def test_training_may_change_tensors_at_once(writer: CheckpointWriter, monkeypat
 
 
 def _without(path: Path, name: str) -> None:
-    with safe_open(path, "pt") as file:
-        tensors = {n: file.get_tensor(n) for n in file.keys() if n != name}  # noqa: SIM118
-        path.write_bytes(save(tensors, file.metadata()))
+    facts, tensors = read_tensors(path)
+    del tensors[name]
+    path.write_bytes(save(tensors, facts))
 
 
 def _changed_header(path: Path, change) -> None:
-    with safe_open(path, "pt") as file:
-        tensors, facts = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    facts, tensors = read_tensors(path)
     header = json.loads(facts["checkpoint"])
     change(header)
     path.write_bytes(save(tensors, {**facts, "checkpoint": json.dumps(header)}))
 
 
 def _swap(path: Path) -> None:
-    with safe_open(path, "pt") as file:
-        tensors, facts = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    facts, tensors = read_tensors(path)
     path.write_bytes(save({**tensors, "a": tensors["a"].view(torch.int32)}, facts))
 
 
