@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import errno
 import functools
@@ -281,6 +282,11 @@ def write_images(folder: Path, counts: dict[str, int], size: int = 8, suffix: st
             pixels = random_images(1, size, seed=number)[0].numpy()
             Image.fromarray(pixels).save(folder / name / f"{k:03d}.{suffix}")
     return folder
+
+
+def read_csv(path: Path | str) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def used(run: RunDirectory, *words: str) -> LoadedRun:

@@ -6,7 +6,6 @@ downloads; other sweeps, several processes and the compiler are composed only.
 
 from __future__ import annotations
 
-import csv
 import re
 import runpy
 import shlex
@@ -23,7 +22,7 @@ from PIL import Image
 
 import zfnet
 from tests.conftest import ROOT
-from tests.helpers import MINUTE, tiny_model_config, write_images
+from tests.helpers import MINUTE, read_csv, tiny_model_config, write_images
 from zfnet.config.schema import Config
 from zfnet.jobs.train import compose
 from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
@@ -276,8 +275,7 @@ def check_run_py(run_py: Callable, words: list[str]) -> None:
 def check_sweep(run_py: Callable, words: list[str]) -> None:
     answer = run_py(*with_small(two_jobs(words), [*MINUTE, "trainer.epochs=1", "hydra.sweep.dir=two"]))
     assert answer.code == 0, answer.err
-    with open("two/summary.csv", encoding="utf-8") as file:
-        assert len(list(csv.DictReader(file))) == 2
+    assert len(read_csv("two/summary.csv")) == 2
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name)

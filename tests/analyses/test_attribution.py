@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.explain.networks import network, pictures
-from tests.explain.trained import Trained, read_csv
-from tests.helpers import fast_switches
+from tests.explain.trained import Trained
+from tests.helpers import fast_switches, read_csv
 from zfnet.analyses.attribution import GRAD_CAM, INTEGRATED, attribute, box_evidence
 from zfnet.explain.deconvnet import RULES
 from zfnet.explain.selection import in_boxes, share_in_boxes

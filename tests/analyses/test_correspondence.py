@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.explain.networks import network, pictures
-from tests.explain.trained import read_csv
-from tests.helpers import TINY, compose
+from tests.helpers import TINY, compose, read_csv
 from zfnet.analyses.correspondence import (
     MARGIN,
     Marked,

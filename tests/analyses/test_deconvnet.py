@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.explain.networks import network, pictures
-from tests.explain.trained import read_csv
-from tests.helpers import random_images, train_tiny
+from tests.helpers import random_images, read_csv, train_tiny
 from zfnet import load_run
 from zfnet.analyses.deconvnet import (
     CONTROLS,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.explain.trained import Trained, read_csv
+from tests.explain.trained import Trained
+from tests.helpers import read_csv
 from zfnet.analyses.evolution import EpochView, _stability, _strongest, project_strongest, sample_maps
 from zfnet.data import Batches
 from zfnet.explain import Deconvnet

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 from tests.explain.networks import network
-from tests.explain.trained import Trained, read_csv
+from tests.explain.trained import Trained
+from tests.helpers import read_csv
 from zfnet.analyses.filters import CrossSpectra, aliasing_energy, draw_filters, measure_filters, radial_spectrum
 from zfnet.data import Batch
 from zfnet.model import Chain

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.explain.browser import CHROMIUM, DRIVER, browser
-from tests.explain.trained import read_csv
-from tests.helpers import data_config
+from tests.helpers import data_config, read_csv
 from zfnet.analyses import forced_choice
 from zfnet.analyses.forced_choice import (
     CONDITIONS,

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from tests.explain.networks import network, pictures
-from tests.explain.trained import Trained, read_csv
+from tests.explain.trained import Trained
+from tests.helpers import read_csv
 from zfnet.analyses.invariance import TRANSFORMS, identity, make_amounts, measure, transform_images, typical_distance
 from zfnet.runs.directory import RunDirectory
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.explain.networks import network, pictures
-from tests.explain.trained import Trained, read_csv
+from tests.explain.trained import Trained
+from tests.helpers import read_csv
 from zfnet.analyses.occlusion import Occlusion, Outputs, box_evidence, occlude, square_starts
 from zfnet.config.errors import UserError
 from zfnet.model.chain import OUTPUT, Chain

@@ -11,8 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tests.explain.trained import read_csv
-from tests.helpers import TINY, compose, train_undrawn
+from tests.helpers import TINY, compose, read_csv, train_undrawn
 from zfnet.data import load_splits
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import ModelMetadata, save_model

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.explain.trained import Trained, read_csv
-from tests.helpers import used, write_images
+from tests.explain.trained import Trained
+from tests.helpers import read_csv, used, write_images
 from zfnet.analyses import verdict
 from zfnet.analyses.deconvnet import shuffle_weights
 from zfnet.analyses.verdict import METRICS, SCORES, Row, Study, Subject, compare_methods, prepare, what_holds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shlex
@@ -17,7 +16,7 @@ import pytest
 
 import zfnet
 from tests.conftest import ROOT
-from tests.helpers import EVERY_STEP, MINUTE, Killed, dying_at, learned
+from tests.helpers import EVERY_STEP, MINUTE, Killed, dying_at, learned, read_csv
 from zfnet import load_run
 from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
@@ -123,7 +122,7 @@ def test_the_job_explains_any_network(run_py, choice: str) -> None:
     train_and_kill(run_py, choice)
     answer = run_py(*EXAMPLES, "job=saliency", "run=r", "job.count=2", "hydra.run.dir=maps")
     assert answer.code == 0, answer.err
-    rows = list(csv.DictReader(Path("maps/saliency.csv").read_text(encoding="utf-8").splitlines()))
+    rows = read_csv("maps/saliency.csv")
     assert len(rows) == 2
     assert all(float(row["largest"]) > 0 and abs(float(row["agreement_with_other_class"])) <= 1 for row in rows)
     assert Path("maps/figures/saliency.png").stat().st_size > 5_000

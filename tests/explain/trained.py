@@ -1,8 +1,7 @@
-"""A network trained for a few seconds, for the tests of explanations, and a reader of the tables that they write."""
+"""A network trained for a few seconds, for the tests of explanations."""
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -33,11 +32,6 @@ class Trained:
         assert len(correct) == count
         assert self.images.boxes is not None
         return self.inputs[correct], self.images.labels[correct], self.images.boxes[correct]
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def train_some(folder: Path) -> Trained:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import TINY, compose, used
+from tests.helpers import TINY, compose, read_csv, used
 from zfnet import ZFNet
 from zfnet.data.shapes import CLASSES, draw_shapes
 from zfnet.jobs.evaluate import MeanOfViews, data_for_tencrop, worst
@@ -42,7 +41,7 @@ def test_evaluate_lists_every_prediction_and_draws_the_worst_first(run_py, tiny_
     monkeypatch.setattr("zfnet.jobs.evaluate.save_figure", lambda figure, path: drawn.append(path.name))
     words = ["data=folder", f"data.root={gallery}", "job.split=all", "hydra.run.dir=e"]
     assert run_py("job=evaluate", f"run={tiny_run.folder}", *words).code == 0
-    rows = list(csv.DictReader(Path("e/predictions.csv").read_text().splitlines()))
+    rows = read_csv("e/predictions.csv")
     confusion = torch.zeros(10, 10, dtype=torch.long)
     for row in rows:
         assert Path(row["image"]).parent.name == row["true"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import used
+from tests.helpers import read_csv, used
 from zfnet.data.decode import read_image
 from zfnet.data.shapes import draw_shapes
 from zfnet.jobs.predict import Prediction, predict, prediction_rows, prediction_table
@@ -72,7 +71,7 @@ def test_predict_job_reports_unreadable_images_and_does_the_rest(run_py, tiny_ru
     assert "cut.png" in unread
     assert "1 of 5 images" in answer.out
     assert Path("p/figures/predictions.png").stat().st_size > 5000
-    (row,) = csv.DictReader(Path("p/predictions.csv").read_text().splitlines())
+    (row,) = read_csv("p/predictions.csv")
     best = written["images"][0]["predictions"][0]
     assert (row["image"], row["predicted"]) == (written["images"][0]["image"], best["class"])
     assert row["probability"] == row[f"P({best['class']})"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.helpers import MINUTE, compose, learned, train_minute
+from tests.helpers import MINUTE, compose, learned, read_csv, train_minute
 from zfnet.config.errors import UserError
 from zfnet.jobs.train import train
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
@@ -44,8 +43,7 @@ def test_the_files_of_a_run(tiny_run: RunDirectory) -> None:
     assert expected | {"model.safetensors", "checkpoints", "figures", "train.log"} <= present
     assert not [p for p in tiny_run.folder.rglob("*") if p.name.endswith(".partial")]
     assert tiny_run.state == "done"
-    with open(tiny_run.folder / "history.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tiny_run.folder / "history.csv")
     assert tuple(rows[0]) == HISTORY_COLUMNS
     assert [row["epoch"] for row in rows] == ["1", "2"]
     log = (tiny_run.folder / "train.log").read_text()

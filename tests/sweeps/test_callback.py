@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
+from tests.helpers import read_csv
 from tests.sweeps.test_summary import write_job
 from zfnet.sweeps.callback import summarize
 from zfnet.sweeps.summary import read_sweep, to_markdown
@@ -19,7 +18,7 @@ def test_summarize_writes_every_job_and_its_error(tmp_path: Path) -> None:
     sweep = read_sweep(tmp_path)
     summarize(tmp_path)
     text = (tmp_path / "summary.csv").read_text()
-    rows = list(csv.DictReader(io.StringIO(text)))
+    rows = read_csv(tmp_path / "summary.csv")
     assert [row["state"] for row in rows] == ["done", "failed"]
     assert rows[0]["validation_accuracy"] == "0.25"
     assert rows[1]["error"] == error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.helpers import MINUTE, TINY, compose, start
+from tests.helpers import MINUTE, TINY, compose, read_csv, start
 from zfnet.config.errors import UserError
 from zfnet.sweeps import launch
 from zfnet.sweeps.figures import draw_sweep
@@ -39,8 +38,7 @@ def everything_in(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def rows(folder: Path) -> dict[str, dict[str, str]]:
-    with open(folder / "summary.csv", newline="") as file:
-        return {row["directory"]: row for row in csv.DictReader(file)}
+    return {row["directory"]: row for row in read_csv(folder / "summary.csv")}
 
 
 def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, monkeypatch) -> None:

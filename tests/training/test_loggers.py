@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from tests.helpers import MINUTE, STEPS, Killed, compose, die_at, learned, train_minute, training_state
+from tests.helpers import MINUTE, STEPS, Killed, compose, die_at, learned, read_csv, train_minute, training_state
 from zfnet.config.errors import UserError
 from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves
@@ -160,9 +159,8 @@ def test_csv_logger_drops_the_rows_that_a_resumed_run_repeats(tmp_path: Path) ->
         file.write("6,9.9,0.9,0.1\n")  # of a step that the checkpoint does not hold
     train_minute(tmp_path / "run", *words)
     train_minute(tmp_path / "whole", *words)
-    text = (tmp_path / "run/steps.csv").read_text()
-    assert text == (tmp_path / "whole/steps.csv").read_text()
-    rows = list(csv.DictReader(text.splitlines()))
+    assert (tmp_path / "run/steps.csv").read_text() == (tmp_path / "whole/steps.csv").read_text()
+    rows = read_csv(tmp_path / "run/steps.csv")
     assert [int(row["step"]) for row in rows] == list(range(1, 2 * STEPS + 1))
     assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "lr"]
 
