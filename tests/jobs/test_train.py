@@ -15,25 +15,17 @@ from zfnet.config.errors import UserError
 from zfnet.jobs.train import train
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
 from zfnet.runs.weights import load_model
-from zfnet.training import loop
+from zfnet.training.checkpoint import epoch_files
 
 
-def test_the_best_weights_are_the_ones_kept(tmp_path: Path, monkeypatch) -> None:
+def test_the_best_weights_are_the_ones_kept(tmp_path: Path, judge) -> None:
     """Validation is made to prefer the first of three epochs: the file holds that epoch's weights."""
-    seen: list[torch.Tensor] = []
-    real = loop.evaluate
-
-    def judged(model, batches, runtime, what, stop=None):
-        evaluation = real(model, batches, runtime, what, stop)
-        if what.startswith("validation "):
-            seen.append(model.conv1.weight.detach().clone())
-            object.__setattr__(evaluation, "accuracy", [0.9, 0.2, 0.3][len(seen) - 1])
-        return evaluation
-
-    monkeypatch.setattr(loop, "evaluate", judged)
-    run = train_minute(tmp_path / "run", "trainer.epochs=3", "optimizer.lr=0.01")
-    assert torch.equal(load_model(run.weights)[0].conv1.weight, seen[0])
-    assert not torch.equal(seen[0], seen[2])
+    judge(accuracy=[0.9, 0.2, 0.3])
+    run = train_minute(tmp_path / "run", "trainer.epochs=3", "optimizer.lr=0.01", "trainer.snapshots=[1,3]")
+    files = run.weights, *epoch_files(run.snapshots).values()
+    kept, first, last = (load_model(file)[0].conv1.weight for file in files)
+    assert torch.equal(kept, first)
+    assert not torch.equal(first, last)
     assert run.read_json("results.json")["best_epoch"] == 1
 
 
