@@ -41,10 +41,16 @@ def augment(pixels: torch.Tensor, index: torch.Tensor, how, data, seed: int, epo
     return batches_module.augment(pixels, drawn, how, data)
 
 
-def batches(count: int, batch_size: int = 4, size: int = 16, seed: int = 0, how=None, **changes) -> Batches:
+def batches(count: int, batch_size: int = 4, size: int = 16, seed: int = 0, how=None, transforms=()) -> Batches:
     images = image_set(random_images(count, size).numpy(), torch.arange(count) % 3, "abc")
-    data = data_config(batch_size=batch_size, image_size=size, **changes)
-    return Batches(images, data, CPU, seed=seed, augment=how)
+    data = data_config(batch_size=batch_size, image_size=size)
+    return Batches(images, data, CPU, seed=seed, augment=how, transforms=transforms)
+
+
+def by_image(parts: Batches, epoch: int = 0) -> torch.Tensor:
+    """Return an epoch's images in the set's order."""
+    made = list(parts.epoch(epoch))
+    return torch.cat([b.images for b in made])[torch.cat([b.index for b in made]).argsort()]
 
 
 @settings(max_examples=30, deadline=None)
@@ -133,16 +139,10 @@ def test_batch_k_without_the_ones_before() -> None:
 
 def test_augmentation_is_a_function_of_seed_epoch_and_image() -> None:
     how = augment_config(crop_padding=3, flip=0.5, cutout=4)
-
-    def by_image(batch_size: int, seed: int = 0, epoch: int = 0) -> torch.Tensor:
-        made = list(batches(24, batch_size, seed=seed, how=how).epoch(epoch))
-        order = torch.cat([b.index for b in made]).argsort()
-        return torch.cat([b.images for b in made])[order]
-
-    whole = by_image(24)
-    assert torch.equal(whole, by_image(5))
-    assert torch.equal(whole, by_image(1))
-    for other in (by_image(24, seed=1), by_image(24, epoch=1)):
+    whole = by_image(batches(24, 24, how=how))
+    for batch_size in (1, 5):
+        assert torch.equal(whole, by_image(batches(24, batch_size, how=how)))
+    for other in (by_image(batches(24, 24, seed=1, how=how)), by_image(batches(24, 24, how=how), epoch=1)):
         changed = (whole != other).flatten(1).any(1)
         assert changed.sum() > 18
 
@@ -331,15 +331,7 @@ def transforms() -> list[nn.Module]:
 
 
 def with_transforms(count: int, batch_size: int, operations: list[Any], seed: int = 0) -> Batches:
-    images = image_set(random_images(count, 16).numpy(), torch.arange(count) % 3, "abc")
-    data = data_config(batch_size=batch_size, image_size=16)
-    return Batches(images, data, CPU, seed=seed, augment=augment_config(flip=0.5), transforms=operations)
-
-
-def by_image(batches_: Batches, epoch: int = 0) -> torch.Tensor:
-    """Return an epoch's images in the set's order."""
-    made = list(batches_.epoch(epoch))
-    return torch.cat([b.images for b in made])[torch.cat([b.index for b in made]).argsort()]
+    return batches(count, batch_size, seed=seed, how=augment_config(flip=0.5), transforms=operations)
 
 
 def test_transforms_are_a_function_of_seed_epoch_and_image() -> None:
