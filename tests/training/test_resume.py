@@ -6,13 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.helpers import (
     EVERY_STEP,
     MINUTE,
@@ -23,6 +21,7 @@ from tests.helpers import (
     dying_at,
     learned,
     resumes_exactly,
+    start,
     train_minute,
 )
 from zfnet.config.errors import UserError
@@ -227,22 +226,18 @@ def test_processes_that_are_really_killed(tmp_path: Path) -> None:
     """SIGKILL in mid-epoch, the same command again and SIGTERM in the same epoch, then job=resume."""
     words = [*MINUTE, EVERY_STEP, "hydra.run.dir=r", "trainer.epochs=12"]
     run = RunDirectory(tmp_path / "r")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def start_and_signal(reached: int, number: int) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / "run.py"), *words]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        process = start(tmp_path, *words)
         try:
             deadline = time.monotonic() + 120
             while not any(int(p.stem[5:]) >= reached for p in step_files(run.checkpoints)):
-                assert process.poll() is None, process.communicate()
+                assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.001)
             process.send_signal(number)
             sent = time.monotonic()
-            process.communicate(timeout=60)
+            process.wait(timeout=60)
             if number == signal.SIGTERM:
                 assert time.monotonic() - sent < 20
         finally:
