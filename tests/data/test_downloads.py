@@ -10,6 +10,7 @@ import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torchvision
 from PIL import Image
@@ -69,7 +70,6 @@ def test_a_strangers_pickle_is_not_opened(tmp_path: Path, offline, monkeypatch) 
 
 def test_from_files_to_splits(monkeypatch, tmp_path: Path) -> None:
     """With torchvision's class replaced: which of its images become training, validation and test."""
-    import numpy as np
 
     class Fake:
         classes = tuple("abcdefghij")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import save_file
 
 from tests import own
@@ -142,8 +143,6 @@ def test_torchvisions_weights_come_from_the_cache_if_their_hash_is_right(
     assert len(loaded.classes) == 1000
     # the pixels are those of torchvision's own preprocessing
     pixels = random_images(1, 300, seed=3)[0]
-    from PIL import Image
-
     Image.fromarray(pixels.numpy()).save(tmp_path / "x.png")
     theirs = real.transforms()(Image.fromarray(pixels.numpy()))
     assert (loaded.inputs(tmp_path / "x.png")[0] - theirs).abs().max() < 0.02  # one step of a byte

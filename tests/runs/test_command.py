@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,6 @@ def test_the_order_of_words_does_not_matter(onecycle: RunDirectory) -> None:
 
 def test_todays_defaults_have_no_say(onecycle: RunDirectory, tmp_path: Path, monkeypatch) -> None:
     """A later version of conf/ has other defaults: the record does not see them, a group chosen now does."""
-    import shutil
-
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
     for name, old, new in (

@@ -159,8 +159,6 @@ def test_a_reader_that_has_had_enough_is_no_error(run_py, monkeypatch) -> None:
 
 def test_full_error_shows_the_traceback(run_py, monkeypatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    from zfnet.config.errors import UserError
-
     with pytest.raises(UserError, match="lr=-1"):
         run_py("optimizer.lr=-1")
 

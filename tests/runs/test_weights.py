@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save
 from tests.helpers import Trap, data_config, random_images, tiny_model_config
 from zfnet import ZFNet, load_run
 from zfnet.config.errors import UserError
-from zfnet.data import preprocess
+from zfnet.data import Batches, load_splits, preprocess
 from zfnet.model.build import build_model, load_initial_weights, read_tensors
 from zfnet.runs.weights import ModelMetadata, load_model, save_model, weights_hash
+from zfnet.training.device import resolve_runtime
+from zfnet.training.loop import evaluate
 
 
 @pytest.fixture
@@ -254,10 +256,6 @@ def test_inputs_keep_to_the_runs_limit_of_pixels(tiny_run, tmp_path: Path) -> No
 
 def test_load_run_reproduces_the_reported_figures(tiny_run) -> None:
     """The weights that are kept are those that results.json speaks of."""
-    from zfnet.data import Batches, load_splits
-    from zfnet.training.device import resolve_runtime
-    from zfnet.training.loop import evaluate
-
     loaded = load_run(tiny_run.folder)
     splits = load_splits(loaded.config.data)
     runtime = dataclasses.replace(resolve_runtime(loaded.config.trainer), device=torch.device("cpu"), precision="fp32")

@@ -16,6 +16,7 @@ import torch
 from tests.conftest import ROOT
 from tests.helpers import MINUTE, TINY, compose, read_csv, start
 from zfnet.config.errors import UserError
+from zfnet.jobs import train as job
 from zfnet.sweeps import launch
 from zfnet.sweeps.figures import draw_sweep
 from zfnet.training.device import resolve_runtime
@@ -107,16 +108,14 @@ def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path) -> None:
 def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, monkeypatch) -> None:
     words = ("-m", *SMALL, "trainer=exact", "trainer.epochs=2", "seed=0,1")
     assert run_py(*words[1:-1], "seed=0", "hydra.run.dir=whole").code == 0
+    report = job._report
+
+    def broken(config, *rest):
+        if config.seed == 0:
+            raise ZeroDivisionError("left over")
+        return report(config, *rest)
+
     with monkeypatch.context() as patch:
-        import zfnet.jobs.train as job
-
-        report = job._report
-
-        def broken(config, *rest):
-            if config.seed == 0:
-                raise ZeroDivisionError("left over")
-            return report(config, *rest)
-
         patch.setattr(job, "_report", broken)
         answer = run_py(*words)
     assert answer.code == 1
