@@ -162,10 +162,10 @@ def test_in_order_is_neither_shuffled_nor_augmented() -> None:
     assert torch.equal(torch.cat([b.images for b in made]), plain)
 
 
-def numbered(count: int = 1, size: int = 6) -> torch.Tensor:
+def numbered(count: int = 1) -> torch.Tensor:
     """Images whose pixel (y, x) is 10 y + x + 1 in all channels: never 0, the fill of these tests."""
-    grid = 10 * torch.arange(size)[:, None] + torch.arange(size)[None] + 1
-    return grid[None, :, :, None].expand(count, size, size, 3).to(torch.uint8).contiguous()
+    grid = 10 * torch.arange(6)[:, None] + torch.arange(6)[None] + 1
+    return grid[None, :, :, None].expand(count, 6, 6, 3).to(torch.uint8).contiguous()
 
 
 def test_no_augmentation_is_the_identity() -> None:

@@ -112,8 +112,8 @@ def test_processes_that_start_together_download_once(tmp_path: Path) -> None:
     assert len(downloads) == 1
 
 
-def write_imagenette(root: Path, train: int, test: int) -> None:
-    for part, count in (("train", train), ("val", test)):
+def write_imagenette(root: Path) -> None:
+    for part, count in (("train", 40), ("val", 10)):
         for number in range(count):
             file = root / "imagenette2-320" / part / ("n01440764", "n02102040")[number % 2] / f"{number}.JPEG"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -122,13 +122,13 @@ def write_imagenette(root: Path, train: int, test: int) -> None:
 
 def test_imagenettes_validation_folder_is_the_test_set(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sources, "IMAGENETTE_IMAGES", (40, 10))
-    write_imagenette(tmp_path, train=40, test=10)
+    write_imagenette(tmp_path)
     splits = load_splits(data_config(name="imagenette", root=str(tmp_path), validation=0.25, cache_dir=str(tmp_path)))
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [30, 10, 10]
     assert splits.test.classes == splits.train.classes == ("tench", "English springer")
 
 
 def test_a_part_of_imagenette_is_refused(tmp_path: Path) -> None:
-    write_imagenette(tmp_path, train=40, test=10)
+    write_imagenette(tmp_path)
     with pytest.raises(UserError, match=r"40 \+ 10 images, Imagenette has 9469 \+ 3925; delete it"):
         load_splits(data_config(name="imagenette", root=str(tmp_path), cache_dir=str(tmp_path)))

@@ -43,16 +43,16 @@ SLOTS = {
 _TRAINED: dict[str, Path] = {}
 
 
-def train_and_kill(run_py, choice: str, folder: str = "r", step: int = 5) -> Path:
-    """Return a folder with a training with an example, killed before this step and resumed; once for all tests."""
+def train_and_kill(run_py, choice: str, folder: str = "r") -> Path:
+    """Return a folder with a training with an example, killed before its step 5 and resumed; once for all tests."""
     if choice in _TRAINED:
         return shutil.copytree(_TRAINED[choice], Path(folder).absolute())
     words = (*EXAMPLES, *SLOTS[choice], choice, EVERY_STEP, f"hydra.run.dir={folder}")
-    with dying_at(step), pytest.raises(Killed):
+    with dying_at(5), pytest.raises(Killed):
         run_py(*words)
     answer = run_py(*EXAMPLES, "job=resume", f"run={folder}")
     assert answer.code == 0, answer.err
-    assert f"continuing from epoch 1, step {step}" in answer.out
+    assert "continuing from epoch 1, step 5" in answer.out
     _TRAINED[choice] = Path(folder).absolute()
     return _TRAINED[choice]
 

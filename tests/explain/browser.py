@@ -40,9 +40,9 @@ class Browser:
         """Run JavaScript in the page and return what it returns."""
         return _call("POST", f"{self.session}/execute/sync", {"script": script, "args": []})
 
-    def wait(self, condition: str, seconds: float = 20) -> None:
+    def wait(self, condition: str) -> None:
         """Wait until a JavaScript expression is true."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 20
         while not self.run(f"return Boolean({condition})"):
             assert time.monotonic() < end, f"the page did not come to: {condition}"
             time.sleep(0.05)
@@ -57,16 +57,13 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(profile: Path, width: int = 1280, height: int = 900) -> Iterator[Browser]:
+def browser(profile: Path) -> Iterator[Browser]:
     """Start a browser with a fresh profile in the folder `profile`; it ends with the block."""
     driver = subprocess.Popen([str(DRIVER), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert driver.stdout is not None
         port = next(line.split("port ")[1].rstrip(".\n") for line in driver.stdout if "successfully on port" in line)
-        options = {
-            "binary": CHROMIUM,
-            "args": [*_FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"],
-        }
+        options = {"binary": CHROMIUM, "args": [*_FLAGS, f"--user-data-dir={profile}", "--window-size=1280,900"]}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         url = f"http://127.0.0.1:{port}/session"
         session = _call("POST", url, {"capabilities": {"alwaysMatch": wanted}})["sessionId"]

@@ -40,7 +40,7 @@ def by_autograd(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...],
     return torch.autograd.grad(value, start, value.detach())[0][0]
 
 
-def by_mirror(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], dead_windows: str = "first") -> Tensor:
+def by_mirror(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], dead_windows: str) -> Tensor:
     """Return the paper's projection [C, H, W] by a mirror network written out by hand, on whole maps.
 
     Unpooling adds what `unfold` finds; filtering is `conv_transpose2d` cropped or padded to the map below; the mean

@@ -102,10 +102,10 @@ def test_renormalize_filters_scales_to_exactly_the_limit() -> None:
         torch.testing.assert_close(parameter, once[name], rtol=3e-7, atol=0)
 
 
-def _dropped(p: float, seed: int, step: int, first: int, rows: int, features: int = 200) -> torch.Tensor:
+def _dropped(p: float, seed: int, step: int, first: int, rows: int) -> torch.Tensor:
     layer = Dropout(p)
     layer.set_key(seed * 1000 + step, first)
-    return layer.train()(torch.ones(rows, features))
+    return layer.train()(torch.ones(rows, 200))
 
 
 @settings(max_examples=30, deadline=None)
