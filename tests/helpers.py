@@ -50,7 +50,6 @@ TINY = (
 MINUTE = (
     *TINY,
     "trainer=exact",
-    "trainer.device=cpu",
     "trainer.threads=1",
     "data.train_images=80",
     "data.test_images=20",
