@@ -203,16 +203,16 @@ class CrossSpectra:
         return torch.cat(shares).clamp(0, 1)
 
 
-def aliasing_energy(weight: Tensor, stride: int | tuple[int, int]) -> Tensor:
+def aliasing_energy(weight: Tensor, stride: tuple[int, int]) -> Tensor:
     """Return the share of each filter's energy that a grid of `stride` pixels cannot carry: [F] in 0 … 1.
 
-    weight: float64 [F, C, k, l]; stride: of both axes, or (rows, columns). What lies beyond 1 / (2·stride) cycles per
-    pixel in x or in y counts: after the convolution it appears as a lower frequency that is not in the image. The
-    integral of |W(f)|² over the band is Σ w_ab w_cd K_ac K_bd with K_ij = sinc((i − j) / stride) / stride, exactly.
+    weight: float64 [F, C, k, l]; stride: (rows, columns). What lies beyond 1 / (2·stride) cycles per pixel in x or in
+    y counts: after the convolution it appears as a lower frequency that is not in the image. The integral of |W(f)|²
+    over the band is Σ w_ab w_cd K_ac K_bd with K_ij = sinc((i − j) / stride) / stride, exactly.
     Stride 1: 0. An impulse: 1 − 1/stride². A filter of zeros: 0.
     """
     kernels = []
-    for size, step in zip(weight.shape[2:], (stride, stride) if isinstance(stride, int) else stride, strict=True):
+    for size, step in zip(weight.shape[2:], stride, strict=True):
         along = torch.arange(size, dtype=weight.dtype)
         kernels.append(torch.sinc((along[:, None] - along) / step) / step)
     inside = (weight * torch.einsum("ac,bd,nkcd->nkab", *kernels, weight)).sum((1, 2, 3))
