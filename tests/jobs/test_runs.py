@@ -99,13 +99,14 @@ def test_runs_without_any_run(run_py, tmp_path: Path) -> None:
 
 
 def test_describe_reads_size_and_accuracy_from_disk(tiny_run, tmp_path: Path) -> None:
-    row = describe(tiny_run)
+    plain = tiny_run.plain_config()
+    row = describe(tiny_run, plain)
     assert row.size == sum(p.lstat().st_size for p in tiny_run.folder.rglob("*") if p.is_file())
     assert (row.job, row.model, row.data, row.overrides) == ("train", "small", "shapes", "")
     shutil.copytree(tiny_run.folder, tmp_path / "run")
     results = tiny_run.read_json("results.json")
     RunDirectory(tmp_path / "run").write_json("results.json", {**results, "test": None})
-    assert describe(RunDirectory(tmp_path / "run")).accuracy == ("validation", results["validation"]["accuracy"])
+    assert describe(RunDirectory(tmp_path / "run"), plain).accuracy == ("validation", results["validation"]["accuracy"])
     compared = describe(tiny_run, {"job": {"name": "compare"}, "runs": ["a"], "model": {"name": "zfnet"}, "data": {}})
     assert (compared.model, compared.data) == ("", "")
     assert run_table([compared], 0, 80)[2:] == run_table([compared], 0, 80)[2:3]  # no line about a network

@@ -94,9 +94,8 @@ def _rank(row: Row, by: str) -> Any:
     return row.folder if by == "directory" else getattr(row, by)
 
 
-def describe(run: RunDirectory, plain: Mapping[str, Any] | None = None) -> Row:
-    """Read one directory, in which any file may be missing or damaged; `plain` is its config, if it is read."""
-    plain = run.plain_config() if plain is None else plain
+def describe(run: RunDirectory, plain: Mapping[str, Any]) -> Row:
+    """Read one directory, in which any file may be missing or damaged; `plain` is its config."""
     state = run.state
     if state == "running" and not run.in_use():
         state = "killed"
