@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from tests.helpers import train_tiny
+from tests.helpers import TINY, compose, train_undrawn
 from zfnet.data import ImageSet, load_splits, preprocess
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory
@@ -36,24 +35,22 @@ class Trained:
 
 def train_some(folder: Path) -> Trained:
     """Train a narrow network with batch normalisation on 1,080 built-in images: a third becomes correct, in seconds."""
-    # its figures are tested elsewhere, and would take as long as the training
-    with patch("zfnet.jobs.train.draw_results"), patch("zfnet.jobs.train.save_figure"):
-        run = train_tiny(
-            folder,
-            "trainer.epochs=6",
-            "trainer.threads=1",
-            "trainer.snapshots=[1,3,6]",
-            "data.train_images=1200",
-            "data.test_images=200",
-            "data.batch_size=25",
-            "optimizer.lr=3e-3",
-            "model.norm=batch",
-            "model.conv1.channels=12",
-            "model.conv2.channels=32",
-            "model.conv3.channels=48",
-            "model.conv4=null",
-            "model.conv5.channels=48",
-        )
+    words = (
+        "trainer.epochs=6",
+        "trainer.threads=1",
+        "trainer.snapshots=[1,3,6]",
+        "data.train_images=1200",
+        "data.test_images=200",
+        "data.batch_size=25",
+        "optimizer.lr=3e-3",
+        "model.norm=batch",
+        "model.conv1.channels=12",
+        "model.conv2.channels=32",
+        "model.conv3.channels=48",
+        "model.conv4=null",
+        "model.conv5.channels=48",
+    )
+    run = train_undrawn(folder, compose(*TINY, *words))
     loaded = load_run(run.folder)
     images = load_splits(loaded.config.data).test
     assert images is not None
