@@ -37,7 +37,6 @@ def test_evaluate_repeats_the_runs_own_results(run_py, tiny_run, monkeypatch) ->
 
 def test_evaluate_lists_every_prediction_and_draws_the_worst_first(run_py, tiny_run, gallery, monkeypatch) -> None:
     drawn = []
-    monkeypatch.setattr("zfnet.jobs.evaluate.draw_results", lambda *_: None)
     monkeypatch.setattr("zfnet.jobs.evaluate.save_figure", lambda figure, path: drawn.append(path.name))
     words = ["data=folder", f"data.root={gallery}", "job.split=all", "hydra.run.dir=e"]
     assert run_py("job=evaluate", f"run={tiny_run.folder}", *words).code == 0
@@ -120,8 +119,7 @@ def test_evaluate_refuses_in_one_line_and_writes_nothing(run_py, tiny_run, tmp_p
     assert not list(tmp_path.glob("outputs/*/*"))
 
 
-def test_evaluate_averages_the_views_of_tta(run_py, tiny_run, monkeypatch) -> None:
-    monkeypatch.setattr("zfnet.jobs.evaluate.draw_results", lambda *_: None)
+def test_evaluate_averages_the_views_of_tta(run_py, tiny_run) -> None:
     answer = run_py("job=evaluate", f"run={tiny_run.folder}", "job.tta=tencrop", "hydra.run.dir=t")
     assert answer.code == 0, answer.err
     results = RunDirectory("t").read_json("results.json")
