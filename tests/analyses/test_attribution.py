@@ -26,7 +26,7 @@ def test_attribute_equals_a_plain_computation() -> None:
     model = network("no_pool").float()
     images, labels = pictures(model, 3).float(), torch.tensor([2, 0, 3])
     with fast_switches():
-        result = attribute(model.chain, images, labels, "conv5", steps=200, batch_size=2)
+        result = attribute(model.chain, images, labels, "conv5", steps=60, batch_size=2)
     assert tuple(result.maps) == (*RULES, INTEGRATED, GRAD_CAM)
     assert result.maps["gradient"].shape == (3, 3, 32, 32)
 
@@ -41,7 +41,7 @@ def test_attribute_equals_a_plain_computation() -> None:
     expected = F.interpolate(cam, size=(32, 32), mode="bilinear").detach()
     torch.testing.assert_close(result.maps[GRAD_CAM], expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(result.output, chosen.detach())
-    points = {"n_steps": 200, "method": "riemann_middle"}
+    points = {"n_steps": 60, "method": "riemann_middle"}
     captums = captum.IntegratedGradients(model).attribute(images, torch.zeros_like(images), labels, **points)
     torch.testing.assert_close(captums, result.maps[INTEGRATED], rtol=1e-4, atol=1e-6)
     # completeness (Sundararajan et al. 2017)
