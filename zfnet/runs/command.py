@@ -189,7 +189,7 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
 def _with_moved_parents(plain: Any, run: RunDirectory) -> Any:
     """Return a run's config in which its parents' images lie where its own do, if they are the same images."""
     recorded, held, parent = run.recorded()["data"], run.environment.get("data_fingerprint"), plain.get("parent")
-    while parent is not None:
+    while isinstance(parent, Mapping):
         data = parent["config"]["data"]
         same = held is not None and held == parent.get("data_fingerprint")
         for key in NOT_IDENTITY["data"]:
