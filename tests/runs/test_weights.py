@@ -184,6 +184,21 @@ def test_other_weights_than_the_recorded_are_refused(tiny_run, tmp_path: Path) -
         load_run(tmp_path)
 
 
+def test_what_a_header_claims_of_a_network_that_pools_takes_no_pass(tmp_path: Path, monkeypatch) -> None:
+    """Its weights fit images of any size."""
+    settings = {"_target_": "torchvision.models.resnet18"}
+    metadata = ModelMetadata(settings, ("a", "b", "c"), data_config(image_size=32), stored_size=32)
+    save_model(tmp_path / "model.safetensors", build_model(settings, 3, 32), metadata)
+    plain, state = header(tmp_path / "model.safetensors")
+    plain["data"]["image_size"] = 4096
+    old = {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}  # of PyTorch before 0.4.1
+    (tmp_path / "model.safetensors").write_bytes(save(old, {"zfnet": json.dumps(plain)}))
+    seen, real = set(), torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: seen.add(x.device.type) or real(self, x))
+    assert load_model(tmp_path / "model.safetensors")[1].data.image_size == 4096
+    assert seen == {"meta"}
+
+
 def test_a_network_that_cannot_be_built_without_memory_loads(tmp_path: Path) -> None:
     settings = {"_target_": "torchvision.models.regnet_y_400mf"}
     model = build_model(settings, 3, 32)

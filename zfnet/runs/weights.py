@@ -27,7 +27,7 @@ from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images, read_named
 from zfnet.data.sources import to_image
-from zfnet.model.build import build_model, read_tensors, refuse_not_finite
+from zfnet.model.build import build_model, check_logits, read_tensors, refuse_not_finite
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
 
@@ -116,15 +116,18 @@ def _build(path: Path, metadata: ModelMetadata, state: Mapping[str, Tensor], imp
                 raise UserError(f"{path}: model.{key}={value!s:.80}: is more than its {weights:,} weights allow")
     try:
         with torch.device("meta"):  # shapes without memory
-            empty = build_model(settings, *sizes, probe=False)  # a claim of many layers would be slow to try
+            empty = build_model(settings, *sizes, probe=False)
+            # the tensors first: a claim of many layers would be slow to try
+            _load(path, empty, {name: value.to("meta") for name, value in state.items()})
+            if not isinstance(empty, ZFNet):
+                check_logits(empty, *sizes[:2])
     except (UserError, RuntimeError, OverflowError, TypeError) as error:
         if trusted or isinstance(error.__cause__, NotImplementedError):  # a class need not work there: RegNet does not
             return build_model(settings, *sizes)
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: no such network ({one_line(error)})") from error
-    _load(path, empty, {name: value.to("meta") for name, value in state.items()})
-    return build_model(settings, *sizes)
+    return build_model(settings, *sizes, probe=False)
 
 
 def _largest(value: Any) -> int:
@@ -139,8 +142,10 @@ def _load(path: Path, model: Any, state: dict[str, Tensor]) -> None:
     for name, value in (model.own_names(state) if isinstance(model, ZFNet) else state).items():
         if name in own and value.dtype != own[name].dtype:
             raise UserError(f"{path}: its {name} is {value.dtype}, its network's is {own[name].dtype}")
-    if not isinstance(model, ZFNet) and (absent := [name for name in own if name not in state]):
-        raise UserError(f"{path}: does not fit its network (it lacks {absent[0]})")  # PyTorch would warn of each
+    # PyTorch would warn of each; it makes batch norm's counters itself, which old files lack
+    absent = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]
+    if absent and not isinstance(model, ZFNet):
+        raise UserError(f"{path}: does not fit its network (it lacks {absent[0]})")
     try:
         getattr(model, "load_weights", model.load_state_dict)(state)
     except RuntimeError as error:
