@@ -17,6 +17,13 @@ from zfnet.runs.directory import RunDirectory
 NAMES = "abcdefghijk"
 
 
+@pytest.mark.parametrize("tag", ["int", "float", "bool", "timestamp"])
+def test_read_yaml_names_a_value_that_does_not_fit_its_tag(tmp_path: Path, tag: str) -> None:
+    (tmp_path / "x.yaml").write_text(f"- !!{tag} 'x'\n- !!{tag} ''\n")
+    with pytest.raises(ValueError, match=r"value|invalid|could not convert"):
+        read_yaml(tmp_path / "x.yaml")
+
+
 def chain(item: str, start: str) -> str:
     """Return a document of which each line holds the one before it nine times."""
     lines = [item.format(name=name, nine=",".join([f"*{before}"] * 9)) for before, name in itertools.pairwise(NAMES)]

@@ -50,7 +50,10 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 def read_yaml(path: Path) -> Any:
     """Return what a YAML file holds, Python's own tags refused; raise OSError, ValueError or yaml.YAMLError."""
     loader, node = parse_yaml(path)
-    return None if node is None else loader.construct_document(node)
+    try:
+        return None if node is None else loader.construct_document(node)
+    except (LookupError, AttributeError, TypeError) as error:  # PyYAML's own, for a tag such as `!!int ""`
+        raise ValueError(f"it holds a value that does not fit its tag ({type(error).__name__})") from error
 
 
 def parse_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
