@@ -269,6 +269,7 @@ class Sizes(nn.Module):
         steps: list = [1, 2],  # noqa: B006
         mixed: tuple = ("a", 1),
         k: int = 3,
+        count: int | None = None,
         rate: float | None = 0.5,
         flag: Optional[bool] = True,
     ) -> None:
@@ -303,6 +304,7 @@ def test_a_list_of_ones_own_may_have_another_length_and_null_is_what_the_class_t
         ({**OWN_SIZES, "k": "wide"}, "model.k=wide: must be a number"),
         ({**OWN_SIZES, "k": None}, "model.k=None: must be a number"),
         ({**OWN_SIZES, "k": 1.5}, "model.k=1.5: must be a whole number"),
+        ({**OWN_SIZES, "count": 1.5}, "model.count=1.5: must be a whole number"),
         ({**OWN_SIZES, "rate": "fast"}, "model.rate=fast: must be a number"),
         ({**OWN_SIZES, "flag": 1}, "model.flag=1: must be true or false"),
     ],

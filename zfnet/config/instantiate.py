@@ -36,6 +36,7 @@ _WHOLE = {"step_size": 1, "patience": 0, "cooldown": 0, "T_max": 1, "total_steps
 _POSITIVE = ("factor", "gamma", "max_lr", "lr")
 # Given by the program, never by a config.
 _GIVEN = {"optimizer": ("params",), "scheduler": ("optimizer", "last_epoch")}
+_INT = r"<class 'int'>|int|(typing\.)?Optional\[int\]|int \| None"  # annotations of whole numbers
 _LARGEST = 1e30  # float32 ends at 3e38, and optimizers divide by small numbers
 
 
@@ -187,6 +188,9 @@ def arguments(
         fixed = _below(str(getattr(cls, "__module__", "")), "torch")
         keywords[key] = _check_value(f"{slot}.{key}", value, parameters.get(key), fixed)
         _check_meaning(slot, str(key), value)
+        whole = key in parameters and re.fullmatch(_INT, str(parameters[key].annotation))
+        if whole and isinstance(value, float) and not value.is_integer():
+            raise UserError(f"{slot}.{key}={value}: must be a whole number")
     return cls, keywords
 
 
@@ -215,8 +219,6 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter | None, fixe
     elif is_number(default) or key.endswith(".lr"):
         if not (is_number(value) or (value == "auto" and key.startswith("scheduler"))):
             raise UserError(f"{key}={value}: must be a number")
-        if isinstance(value, float) and parameter is not None and parameter.annotation in (int, "int"):
-            raise UserError(f"{key}={value}: must be a whole number")
         if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
             raise UserError(f"{key}={value}: must be a finite number, at most {_LARGEST:g}")
     return value
