@@ -116,16 +116,22 @@ def group(runs: Sequence[Trained]) -> list[Group]:
     """Put runs together that differ in nothing but the seed, if there are at least two such settings.
 
     Runs of one seed and setting, such as a run and its reproduction, are compared one by one, unless there are other
-    seeds: then the last of them counts. Raises UserError for more groups than letters.
+    seeds: then only the first of them counts. Raises UserError for more groups than letters.
     """
     tell_data_apart(runs)
-    settings: dict[str, list[Trained]] = {}
+    settings: dict[str, dict[int, list[Trained]]] = {}
     for run in runs:
-        settings.setdefault(json.dumps(run.settings, sort_keys=True, default=str), []).append(run)
-    groups = list(settings.values())
-    seeds = [len({str(r.seed) for r in members}) for members in groups]
-    if len(groups) < 2 or (max(seeds) == 1 and len(runs) > len(groups)):
-        groups = [[run] for run in runs]
+        # a run that cannot be read has settings of its own
+        known = (
+            json.dumps(run.settings, sort_keys=True, default=str) if run.settings and run.seed is not None else run.name
+        )
+        settings.setdefault(known, {}).setdefault(run.seed or 0, []).append(run)
+    groups = [[same[0] for same in seeds.values()] for seeds in settings.values()]
+    left_out = [run for seeds in settings.values() for same in seeds.values() for run in same[1:]]
+    if len(groups) < 2 or (left_out and max(map(len, groups)) == 1):
+        groups, left_out = [[run] for run in runs], []
+    for run in left_out:
+        print(f"{run.name} is left out: its settings and its seed are those of another run", file=sys.stderr)
     if len(groups) > len(LETTERS):
         raise UserError(
             f"runs: {len(groups)} settings are named, and at most {len(LETTERS)} are compared; "

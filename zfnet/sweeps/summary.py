@@ -71,12 +71,11 @@ class Setting:
 
     def scores(self, split: str = "validation") -> list[float]:
         """Return the accuracies of the finished jobs; a seed that was trained twice counts once."""
-        scores = ((job, a) for job in self.jobs if (a := job.metric(split)) is not None)
-        return list({id(job) if job.seed is None else job.seed: a for job, a in scores}.values())
+        return list(self.scores_by_seed(split).values())
 
-    def scores_by_seed(self) -> dict[int, float]:
-        """Return the validation accuracy of each finished job that has a seed."""
-        return {job.seed: a for job in self.jobs if job.seed is not None and (a := job.metric()) is not None}
+    def scores_by_seed(self, split: str = "validation") -> dict[Any, float]:
+        """Return the accuracy of each finished job."""
+        return {job.seed: a for job in self.jobs if (a := job.metric(split)) is not None}
 
     def mean_and_std(self, split: str = "validation") -> tuple[float | None, float | None]:
         """Return mean and sample standard deviation over the seeds; None if there are too few."""
@@ -206,8 +205,8 @@ def _group(job: Trained) -> str:
 def swept_keys(settings: Sequence[Mapping[str, Any]], typed: Collection[str] = ()) -> list[str]:
     """Return the keys in which these flat configs differ, without those that only follow another.
 
-    A key follows one of another group if it always has the same value (`scheduler.max_lr: ${optimizer.lr}`), or if the
-    choice of its group's file decides it: a sweep over `model=small,zfnet` does not sweep the number of maps in conv1.
+    A key follows a key of another group if it always has the same value (`scheduler.max_lr: ${optimizer.lr}`), and its
+    own group's choice if that decides it: a sweep over `model=small,zfnet` does not sweep the number of maps in conv1.
 
     typed: keys that follow no other
     """
@@ -221,7 +220,8 @@ def swept_keys(settings: Sequence[Mapping[str, Any]], typed: Collection[str] = (
         group = key.partition(".")[0]
         choices = [kept[name] for name in (f"{group}.name", f"{group}._target_") if name in kept]
         follows = any(len(set(zip(choice, column, strict=True))) == len(set(choice)) for choice in choices) or any(
-            column == other and group != others for others, other in seen
+            column == other and (group != others or repr(ABSENT) in column)  # all of a null layer's keys are absent
+            for others, other in seen
         )
         if len(set(column)) > 1 and (key in typed or not follows):
             kept[key] = column
