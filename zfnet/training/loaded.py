@@ -74,8 +74,10 @@ class LoadedRun:
             if changed := loaded.difference(self.source.environment):
                 log.warning("the images are not those of run=%s: %s", self.source.folder, changed)
             elif self.data.split_seed != before.split_seed:
-                text = "run=%s divided these images by data.split_seed=%d: some of those measured may have trained it"
-                log.warning(text, self.source.folder, before.split_seed)
+                own = load_splits(replace(self.data, split_seed=before.split_seed), self.config.imports)
+                if not torch.equal(own.train.rows, loaded.train.rows):
+                    text = "run=%s divided these images by data.split_seed=%d: it has trained on others"
+                    log.warning(text, self.source.folder, before.split_seed)
         validation, test = (None if s is None else self._by_name(s) for s in (loaded.validation, loaded.test))
         return replace(loaded, train=self._by_name(loaded.train), validation=validation, test=test)
 
