@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 
@@ -34,15 +35,25 @@ def test_benchmark_times_the_step_and_its_phases(run_py, tmp_path: Path) -> None
     assert (tmp_path / "b/figures/benchmark.png").stat().st_size > 5000
 
 
-def test_the_steps_of_a_warm_up_do_not_count() -> None:
+def test_the_steps_of_a_warm_up_do_not_count(monkeypatch) -> None:
     config = compose(*MINUTE)
     runtime, images = resolve_runtime(config.trainer), load_splits(config.data).train
     steps = TrainingSteps("ours", config, runtime, images)
+    real, calls = steps.batches.epoch, []
+
+    def slow_at_first(epoch: int):
+        for number, batch in enumerate(real(epoch)):
+            calls.append(number)
+            time.sleep(0.5 if number < 2 else 0)
+            yield batch
+
+    monkeypatch.setattr(steps.batches, "epoch", slow_at_first)
     steps.turn(3, warmup=2)
+    assert len(calls) >= 5
     assert steps.taken == 3
-    steps.turn(1, warmup=1)
+    assert 0 < steps.data_wait < 0.5
+    steps.turn(1, warmup=2)
     assert steps.taken == 4
-    assert steps.data_wait > 0
 
 
 def test_benchmark_times_each_choice_beside_its_alternative(run_py, tmp_path: Path, monkeypatch) -> None:

@@ -28,6 +28,7 @@ from tests.helpers import MINUTE, TINY, compose
 from zfnet.config.errors import UserError
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory
+from zfnet.runs.session import _Terminal
 from zfnet.training.callbacks import ProgressBar
 
 SHAPES = ("experiment=quickstart", "trainer.epochs=1", "data.train_images=100", "data.test_images=20")
@@ -134,6 +135,11 @@ def test_a_strangers_record_sends_no_codes_to_the_terminal(run_py, tmp_path: Pat
     answer = run_py("job=evaluate", "run=run")
     assert "\\x1b[2Jkey" in answer.error
     assert "\x1b" not in answer.error
+
+
+def test_names_in_the_log_send_no_codes_to_the_terminal(capsys) -> None:
+    _Terminal().emit(logging.LogRecord("zfnet", logging.INFO, "", 0, "class \x1b[2J of\n%s", ("two",), None))
+    assert capsys.readouterr().out == "class \\x1b[2J of\ntwo\n"
 
 
 def test_a_refused_config_takes_nothing_of_others_away(run_py, tmp_path: Path) -> None:
