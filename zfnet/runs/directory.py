@@ -373,7 +373,8 @@ def find_run(text: str) -> RunDirectory:
         and not (sweep and run.folder.resolve().is_relative_to(sweep))
     ]
     if not finished:
-        raise UserError(f"run=last: there is no finished training run in {OUTPUTS.absolute()}")
+        apart = f", outside this sweep's {sweep}" if sweep else ""
+        raise UserError(f"run=last: there is no finished training run in {OUTPUTS.absolute()}{apart}")
     return max(finished, key=lambda run: (run.folder / "results.json").stat().st_mtime_ns)
 
 
