@@ -118,16 +118,18 @@ def test_the_place_of_the_images_does_not_count(branch, run_py, tmp_path: Path, 
     judge(accuracy=[0.9, 0.8, 0.1, 0.2])
     words = [word for word in MINUTE if "_images" not in word]
     words += ["data=folder", "data.root=old", "data.image_size=64", "data.validation=4"]
-    for name, more in (("old", 0), ("new", 0), ("other", 1)):
-        write_images(tmp_path / name, {"train/a": 20, "train/b": 20 + more, "test/a": 3, "test/b": 3})
+    for name, test in (("old", "test"), ("new", "test"), ("other", "val")):  # the same pixels and labels
+        write_images(tmp_path / name, {"train/a": 20, "train/b": 20, f"{test}/a": 3, f"{test}/b": 3})
     train_undrawn(tmp_path / "one", compose(*words))
     extend = ("job=extend", "run=one", "trainer.epochs=4")
     shutil.rmtree("old")
     moved = branch("two", *extend, "data.root=new")
     assert "is not the parent's" not in branch.out
-    assert moved.read_json("results.json")["best_epoch"] == 1
+    results, seconds = moved.read_json("results.json"), [row["seconds"] for row in moved.read_history()]
+    assert results["best_epoch"] == 1
+    assert results["images_per_second"] == pytest.approx(36 * 2 / sum(seconds[2:]), rel=0.02)  # of its own two epochs
     assert branch("three", *extend, "data.root=other").read_json("results.json")["best_epoch"] == 4
-    assert "data.root is not the parent's: its best epoch does not count" in branch.out
+    assert "the images are not the parent's: its best epoch does not count" in branch.out
     answer = run_py("job=reproduce", "run=two")
     assert "identical: every metric of 4 epochs" in answer.out, answer.err
 

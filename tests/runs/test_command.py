@@ -62,6 +62,7 @@ def test_images_that_were_moved_are_the_parents_too(tmp_path: Path) -> None:
     """Where a parent had other images than its child, they stay where they were."""
     run = record(tmp_path / "run", "data=folder", "data.root=old")
     plain = run.recorded()
+    plain["trainer"]["epochs"] = 9
     link = {"run": "x", "epoch": 1, "step": 1, "weights_sha256": "0", "identity": "0", "schedule": "stretch"}
     other = {**plain, "data": {**plain["data"], "root": "other"}}
     middle = {**plain, "parent": {**link, "config": other}}

@@ -245,7 +245,7 @@ class Parent(Checked):
     identity, weights_sha256: of that config and of the weights at that step
     schedule: how the learning rate continues
     threads, compiled: what that run used and its config left open
-    data_fingerprint: of its images; None in earlier records
+    data_hash: of its images; None in earlier records
     """
 
     run: str
@@ -257,7 +257,7 @@ class Parent(Checked):
     config: dict[str, Any]
     threads: Optional[Positive] = None
     compiled: Optional[bool] = None
-    data_fingerprint: Optional[str] = None
+    data_hash: Optional[str] = None
 
 
 @dataclass(kw_only=True)
@@ -316,7 +316,7 @@ NOT_IDENTITY: dict[str, tuple[str, ...]] = {
         *("compile_seconds", "compile_gain"),
     ),
     # its identity stands for its config
-    "parent": ("run", "config", "threads", "compiled", "data_fingerprint"),
+    "parent": ("run", "config", "threads", "compiled", "data_hash"),
 }
 _NOT_RESULT = ("job", "run", "images", "runs", "source", "imports", "logger")
 # Keys that records of earlier versions lack, with the value that says what those did.

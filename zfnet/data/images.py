@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -129,6 +130,16 @@ class Splits:
         if not words and environment["data_fingerprint"] != self.fingerprint:
             words.append("other pixels or labels")
         return "; ".join(words) or None
+
+
+def data_hash(environment: Mapping[str, Any]) -> str | None:
+    """Return a hash of the images that environment.json describes, whatever `data.subset` is; None if it does not."""
+    fingerprint, data = environment.get("data_fingerprint"), environment.get("data")
+    if not isinstance(fingerprint, str) or not isinstance(data, Mapping) or not isinstance(data.get("images"), Mapping):
+        return None
+    sizes = {name: count for name, count in data["images"].items() if name != "training"}
+    text = json.dumps([fingerprint, data.get("classes"), sizes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stratified(labels: Tensor, count: int, seed: int, purpose: int = SPLIT) -> tuple[Tensor, Tensor]:

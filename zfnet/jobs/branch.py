@@ -14,6 +14,7 @@ from pydantic import Field
 from zfnet.config.errors import UserError
 from zfnet.config.reading import read_config
 from zfnet.config.schema import Config, Job, Parent, flatten
+from zfnet.data.images import data_hash
 from zfnet.jobs.train import run_as_worker, train, train_and_test
 from zfnet.runs.directory import RunDirectory, find_run
 from zfnet.runs.session import StopRequest
@@ -137,7 +138,7 @@ def _link(
         config=config.to_dict(),
         threads=parent.threads,
         compiled=parent.environment.get("compiled"),
-        data_fingerprint=parent.environment.get("data_fingerprint"),
+        data_hash=data_hash(parent.environment),
     )
 
 

@@ -36,7 +36,7 @@ class ResumeJob(Job):
             return None
         recorded = run.read_config()
         if recorded.job.name == "reproduce":
-            reproduce(replace(recorded, data=config.data), run)
+            reproduce(replace(recorded, data=config.data, parent=config.parent), run)
             return None
         if recorded.job.name != "train":
             raise UserError(f"run={run.folder} was made by job={recorded.job.name}: only a training can be continued")

@@ -17,9 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError, fault_of
 from zfnet.config.reading import read_config
-from zfnet.config.schema import Config, DataConfig, Job, model_name
+from zfnet.config.schema import Config, DataConfig, Job, Parent, model_name
 from zfnet.data import Batches, Splits, load_splits
-from zfnet.data.images import image_set
+from zfnet.data.images import data_hash, image_set
 from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves, draw_results, log_per_class, log_result, results_of
 from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
@@ -73,7 +73,7 @@ def run_as_worker(config: Config, output: Path) -> bool:
     world = torchrun_world()
     if world is None or world.is_main:
         return False
-    run_worker(world, partial(_train_worker, imports=config.imports, data=config.data))
+    run_worker(world, partial(_train_worker, imports=config.imports, data=config.data, parent=config.parent))
     with contextlib.suppress(OSError):
         output.rmdir()  # Hydra made it for this process; process 0 has another
     return True
@@ -165,20 +165,25 @@ def train_and_test(
     compiled: what trainer.compile=auto became in the run that this one repeats
     epochs: train no further than this, and measure nothing
     """
-    work = partial(_train_worker, imports=config.imports, data=config.data, epochs=epochs)
+    given = {"imports": config.imports, "data": config.data, "parent": config.parent}
+    work = partial(_train_worker, **given, epochs=epochs)
     with processes(config.trainer.devices, work, run.folder) as world:
         return _train(config, run, stop, world, report, compiled, epochs)
 
 
-def _train_worker(world: World, folder: Path, imports: list[str], data: DataConfig, epochs: int | None = None) -> None:
+def _train_worker(
+    world: World, folder: Path, imports: list[str], data: DataConfig, parent: Parent | None, epochs: int | None = None
+) -> None:
     """Train in a process with rank > 0: as process 0 does, without writing files or logs.
 
-    data: says where the images are now; the record may name another place
+    data, parent: say where the images are now; the record may name another place
     """
     log.addHandler(logging.NullHandler())
     log.propagate = False
     run = RunDirectory(folder)
-    _train(replace(run.read_config(imports), data=data), run, StopRequest(), world, epochs=epochs)
+    config = run.read_config(imports)
+    config = replace(config, data=data, parent=parent or config.parent)
+    _train(config, run, StopRequest(), world, epochs=epochs)
 
 
 def _train(
@@ -196,6 +201,7 @@ def _train(
     if saved is not None:
         _refuse_other_images(run, splits)
     _check_against(splits, config)
+    held = data_hash({"data_fingerprint": splits.fingerprint, "data": splits.describe()})
     train = training_batches(config, runtime, splits.train, world)
     sets = {
         name: Batches(split, config.data, runtime.device, channels_last=runtime.channels_last)
@@ -223,7 +229,7 @@ def _train(
         )
     if not world.is_main:
         if saved is not None:
-            state.restore(saved, splits.fingerprint)
+            state.restore(saved, held)
         run_loop(state, train, each_epoch, stop, epochs)
         return {}
     for message in problems:
@@ -249,7 +255,7 @@ def _train(
         log.info(words)
     _write_environment(config, run, state, splits, resumed=saved is not None)
     if saved is not None:
-        state.restore(saved, splits.fingerprint)
+        state.restore(saved, held)
         log.info("continuing from epoch %d, step %d", state.epoch + 1, state.step)
         if "branches" in saved.metadata:
             log.info(_describe_schedule(state))

@@ -28,6 +28,7 @@ from zfnet.config.instantiate import resolve
 from zfnet.config.reading import read_config, read_yaml, upgrade
 from zfnet.config.schema import NOT_IDENTITY, Config, Job, flatten
 from zfnet.config.trust import CONF, imported_packages, only_own_folders
+from zfnet.data.images import data_hash
 from zfnet.runs.directory import RunDirectory, find_run
 
 # groups that may be swapped on top of a record; job and experiment say what to do, not what was done
@@ -158,7 +159,7 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
     run.read_config(imports)  # names the file, if its own part is damaged
     _refuse_to_send(run.recorded().get("logger"), words, f"run={run.folder}: its")
     if not overrides:
-        return read_config(_with_moved_parents({**run.recorded(), **own}, run), imports)
+        return _with_moved_parents(read_config({**run.recorded(), **own}, imports), run)
     base = _composed_record(run)
     # a record without `.hydra/`, such as a reproduction's, holds a number where conf/scheduler/onecycle.yaml refers
     peak, rate = (OmegaConf.select(base, key) for key in ("scheduler.max_lr", "optimizer.lr"))
@@ -183,20 +184,21 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
             raise UserError(f"{override.input_line}: cannot be set ({one_line(error)})") from error
     for key, value in own.items():
         base[key] = value
-    return read_config(_with_moved_parents(base, run), imports)
+    return _with_moved_parents(read_config(base, imports), run)
 
 
-def _with_moved_parents(plain: Any, run: RunDirectory) -> Any:
+def _with_moved_parents(config: Config, run: RunDirectory) -> Config:
     """Return a run's config in which its parents' images lie where its own do, if they are the same images."""
-    recorded, held, parent = run.recorded()["data"], run.environment.get("data_fingerprint"), plain.get("parent")
-    while isinstance(parent, Mapping):
+    recorded, held, link = run.recorded()["data"], data_hash(run.environment), config.parent
+    parent: Any = link and {"config": link.config, "data_hash": link.data_hash}
+    while parent is not None:
         data = parent["config"]["data"]
-        same = held is not None and held == parent.get("data_fingerprint")
+        same = held is not None and held == parent.get("data_hash")
         for key in NOT_IDENTITY["data"]:
-            if data["name"] == plain["data"]["name"] and key in data and (same or data[key] == recorded.get(key)):
-                data[key] = plain["data"].get(key)
+            if data["name"] == config.data.name and key in data and (same or data[key] == recorded.get(key)):
+                data[key] = getattr(config.data, key, None)
         parent = parent["config"].get("parent")
-    return plain
+    return config
 
 
 # keys by which loggers write outside the run directory, and their harmless values

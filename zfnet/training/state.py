@@ -255,15 +255,15 @@ class TrainingState:
         }
         return Checkpoint(tensors, metadata)
 
-    def restore(self, saved: Checkpoint, fingerprint: str | None = None) -> None:
+    def restore(self, saved: Checkpoint, images: str | None = None) -> None:
         """Restore a checkpoint of this run or, if it is a branch, of its parent.
 
-        fingerprint: of the run's images, which a branch compares with its parent's
+        images: the hash of the run's images, which a branch compares with its parent's
 
         Raises UserError if it does not fit the run: a valid checksum does not say which run wrote it.
         """
         try:
-            self._restore(saved, fingerprint)
+            self._restore(saved, images)
         except torch.OutOfMemoryError:
             raise
         except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -278,7 +278,7 @@ class TrainingState:
                 "the one before it is used"
             ) from error
 
-    def _restore(self, saved: Checkpoint, fingerprint: str | None) -> None:
+    def _restore(self, saved: Checkpoint, images: str | None) -> None:
         metadata = saved.metadata
         self.model.load_state_dict(under_prefix("model", saved.tensors))
         self.metrics.sums.copy_(saved.tensors["metrics"])
@@ -288,7 +288,7 @@ class TrainingState:
         self.epoch_seconds = metadata["epoch_seconds"]
         optimizer, callbacks = (unpack(metadata[key], saved.tensors) for key in ("optimizer", "callbacks"))
         if "branches" in metadata:
-            optimizer, callbacks = self._branch(optimizer, callbacks, fingerprint)
+            optimizer, callbacks = self._branch(optimizer, callbacks, images)
         else:
             self.schedule.load_state_dict(metadata["schedule"])
         if optimizer is not None:
@@ -299,7 +299,7 @@ class TrainingState:
                     callback.load_state_dict(callbacks[callback.name])
 
     def _branch(
-        self, optimizer: dict[str, Any], callbacks: dict[str, Any], fingerprint: str | None
+        self, optimizer: dict[str, Any], callbacks: dict[str, Any], images: str | None
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Adapt the parent's state to this run, whose weights and history are restored; return the adapted states.
 
@@ -309,16 +309,17 @@ class TrainingState:
         sees of them, may be others, callbacks begin anew and the parent's best epoch does not count.
         """
         assert self.config.parent is not None
-        before, images = self.config.parent.config, self.config.parent.data_fingerprint
+        before, others = self.config.parent.config, self.config.parent.data_hash
         self.step = self.epoch * self.steps_per_epoch  # the parent may have had batches of another size
         data = self.config.to_dict()["data"]
-        changed = [k for k in data if k not in _OF_TRAINING and before["data"].get(k) != data[k]]
-        if None not in (images, fingerprint):  # not where the images lie, but what they hold
-            changed = [k for k in changed if k != "root"] or ["root"] * (images != fingerprint)
+        keys = [k for k in data if k not in _OF_TRAINING and before["data"].get(k) != data[k]]
+        changed = [f"data.{key} is" for key in keys]
+        if None not in (images, others):  # not where they lie, but what they hold
+            changed = [words for words in changed if words != "data.root is"] + ["the images are"] * (images != others)
         if changed:
             log.warning(
-                "data.%s is not the parent's: its best epoch does not count, and it may have trained on images that "
-                "validate now",
+                "%s not the parent's: its best epoch does not count, and it may have trained on images that validate "
+                "now",
                 changed[0],
             )
             self.best = None
