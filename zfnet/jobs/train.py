@@ -24,12 +24,12 @@ from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves, draw_results, log_per_class, log_result, results_of
 from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
 from zfnet.runs.console import explain
-from zfnet.runs.directory import RunDirectory, objective
+from zfnet.runs.directory import RunDirectory, in_sweep, objective
 from zfnet.runs.hydra_record import record_data
 from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import Pruned, StopRequest, claimed, recorded_state
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
-from zfnet.sweeps.callback import in_sweep, trial_report
+from zfnet.sweeps.callback import trial_report
 from zfnet.training import callbacks as cb
 from zfnet.training.build import (
     build_callbacks,

@@ -11,7 +11,8 @@ from zfnet.config.schema import flatten, result_keys
 from zfnet.runs.directory import RunDirectory
 
 # times, and remarks about the images, are no results
-_NO_RESULTS = (*("seconds", "images_per_second", "validation_chose_and_reports", "unreadable", "test_seen_each_epoch"),)
+_REMARKS = ("validation_chose_and_reports", "unreadable", "test_seen_each_epoch")
+_NO_RESULTS = ("seconds", "images_per_second", *_REMARKS)
 _LONG = 120  # characters; a longer text, such as a diff, is replaced by its hash
 
 

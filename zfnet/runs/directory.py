@@ -351,6 +351,11 @@ def objective(results: Mapping[str, Any]) -> float | None:
     return results["validation"]["accuracy"] if results["validation"] else None
 
 
+def in_sweep() -> bool:
+    """Return whether this process runs a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def find_run(text: str) -> RunDirectory:
     """Return the run that `run=…` names: a directory, or `last` for the newest finished training run in outputs/.
 
@@ -361,9 +366,8 @@ def find_run(text: str) -> RunDirectory:
         if not (folder / "config.yaml").is_file():
             raise UserError(f"run={text}: there is no run (no config.yaml)")
         return RunDirectory(folder)
-    hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
     # not a run of this sweep: all its jobs mean the same
-    sweep = Path(hydra.sweep.dir).resolve() if hydra is not None and hydra.mode == RunMode.MULTIRUN else None
+    sweep = Path(HydraConfig.get().sweep.dir).resolve() if in_sweep() else None
     finished = [
         run
         for run in list_runs(OUTPUTS)

@@ -81,11 +81,6 @@ def _record_failure(run: RunDirectory, error: Exception) -> None:
     write_atomically(run.folder / "train.log", "".join(traceback.format_exception(error)))
 
 
-def in_sweep() -> bool:
-    """Return whether this process runs a job of a sweep."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
 def trial_report() -> Callable[[float, int], bool] | None:
     """Return a function that reports (validation accuracy, epoch) to this job's trial and returns whether to prune.
 
