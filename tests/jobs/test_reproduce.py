@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 
 import zfnet.runs.provenance
 import zfnet.training.loop
-from tests.helpers import TINY, compose, train_tiny
+from tests.helpers import EVERY_STEP, MINUTE, TINY, Killed, compose, dying_at, train_tiny
 from zfnet.jobs.train import train
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory
@@ -95,6 +97,33 @@ def test_changed_code_is_named(run_py, exact_run, monkeypatch) -> None:
     assert comparison["identical"] is False
     assert [d["what"] for d in comparison["surroundings"]] == ["code.source_sha256"]
     assert RunDirectory("again").state == "done"
+
+
+def test_changed_code_of_ones_own_is_named(run_py, tmp_path: Path, monkeypatch) -> None:
+    """By a reproduction, and by a resume of a run that began with other code."""
+    text = "import torch.nn as nn\n\nclass Loss(nn.CrossEntropyLoss):\n    def forward(self, *args):\n"
+    module = tmp_path / "own_loss.py"
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(factor: int) -> None:
+        module.write_text(f"{text}        return {factor} * super().forward(*args)\n")
+        monkeypatch.delitem(sys.modules, "own_loss", raising=False)
+        importlib.invalidate_caches()
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of two files of one second and size
+
+    trust = ("imports=[own_loss]",)
+    words = (*MINUTE, *trust, "loss._target_=own_loss.Loss")
+    write(1)
+    assert run_py(*words, "hydra.run.dir=r").code == 0
+    with dying_at(5), pytest.raises(Killed):
+        run_py(*words, EVERY_STEP, "hydra.run.dir=dead")
+    assert "has changed" not in run_py(*trust, "job=reproduce", "run=r", "hydra.run.dir=same").out
+    write(2)
+    answer = run_py(*trust, "job=reproduce", "run=r", "hydra.run.dir=again")
+    assert answer.error.endswith("the environment differs in code.imported.own_loss (again/reproduction.json)")
+    answer = run_py(*trust, "job=resume", "run=dead")
+    assert answer.code == 0, answer.err
+    assert "the code of own_loss has changed since the run began" in answer.out + answer.err
 
 
 def test_changed_data_is_named(run_py, tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from zfnet.runs import provenance
-from zfnet.runs.provenance import describe_environment
+from zfnet.runs.provenance import changed_code, describe_environment
 
 
 @pytest.fixture
@@ -46,7 +48,28 @@ def test_code_is_the_commit_and_what_differs_from_it(project: Path) -> None:
 def test_code_without_a_repository_still_has_the_hash_of_the_source(project: Path) -> None:
     before = code()
     (project / ".git").rename(project / "git")
-    assert code() == {"source_sha256": before["source_sha256"], "commit": None, "diff": None, "untracked": []}
+    without = {"source_sha256": before["source_sha256"], "commit": None, "diff": None, "untracked": [], "imported": {}}
+    assert code() == without
+
+
+@pytest.mark.parametrize("place", ["my_lab.py", "my_lab/__init__.py", "my_lab/deep/er.py"])
+def test_code_of_an_imported_package_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    file = tmp_path / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("a = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_lab", raising=False)
+    importlib.import_module("my_lab")
+
+    def now() -> dict[str, Any]:
+        return describe_environment(torch.device("cpu"), "", "exact", ["my_lab", "never_imported"])
+
+    first = now()
+    assert first["code"]["imported"].keys() == {"my_lab"}
+    assert changed_code(first, now()) == []
+    file.write_text("a = 2\n")
+    assert changed_code(first, now()) == ["my_lab"]
+    assert changed_code({}, now()) == changed_code({"code": {"imported": None}}, now()) == []  # of earlier records
 
 
 def test_describe_environment_is_json(monkeypatch: pytest.MonkeyPatch) -> None:

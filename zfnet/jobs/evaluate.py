@@ -51,9 +51,9 @@ class EvaluateJob(Job):
             data = data_for_tencrop(data, images.images.shape[1], self.crop_ratio)
         with own_directory(config, output) as run:
             runtime, source = loaded.runtime, str(loaded.source.folder)
-            log.info("%s on %s, %s images", source, data.name, f"{len(images):,}")
+            log.info("%s on %s, %s images", source, data.title, f"{len(images):,}")
             log.info(runtime.describe())
-            environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name)
+            environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name, config.imports)
             run.write_json("environment.json", {**environment, "plan": runtime.describe()})
             evaluation = evaluate(model, loaded.batches(images, data), runtime, self.split, probabilities=True)
             result = results_of(evaluation, images.classes)

@@ -26,7 +26,7 @@ from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
 from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, in_sweep, objective
 from zfnet.runs.hydra_record import record_data
-from zfnet.runs.provenance import describe_environment
+from zfnet.runs.provenance import changed_code, describe_environment
 from zfnet.runs.session import Pruned, StopRequest, claimed, recorded_state
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
 from zfnet.sweeps.callback import trial_report
@@ -235,7 +235,7 @@ def _train(
     for message in problems:
         log.warning("%s; using an earlier one", message)
     sizes = ", ".join(f"{count:,} {name}" for name, count in splits.sizes().items())
-    log.info("%s on %s: %s images of %d classes", model_name(config.model), config.data.name, sizes, classes)
+    log.info("%s on %s: %s images of %d classes", model_name(config.model), config.data.title, sizes, classes)
     if splits.validation_reports:
         log.warning("no test images: validation chooses the epoch and reports as well, so its accuracy is optimistic")
     if config.run is not None and (changed := splits.difference(RunDirectory(config.run).environment)):
@@ -346,7 +346,9 @@ def _advise(state: TrainingState, seconds: float) -> str:
 
 def _write_environment(config: Config, run: RunDirectory, state: TrainingState, splits: Splits, resumed: bool) -> None:
     runtime = replace(state.runtime, compile=state.compiled)
-    environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name)
+    environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name, config.imports)
+    if resumed and (changed := changed_code(run.environment, environment)):
+        log.warning("the code of %s has changed since the run began", ", ".join(changed))
     environment |= {
         "data": splits.describe(),
         "plan": runtime.describe(),

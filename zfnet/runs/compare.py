@@ -73,7 +73,7 @@ def environment_values(run: RunDirectory) -> dict[str, Any]:
 
 def _as_recorded(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Return `now` without what an earlier version did not record; it follows from what is compared."""
-    later = [key for key in now if key.startswith("data.") or key.endswith(".mean_class_accuracy")]
+    later = [k for k in now if k.startswith(("data.", "code.imported")) or k.endswith(".mean_class_accuracy")]
     return {key: value for key, value in now.items() if key in recorded or key not in later}
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 DIFF_LIMIT = 200_000  # characters
 
 
-def describe_environment(device: torch.device, data_fingerprint: str, mode: str) -> dict[str, Any]:
-    """Return code, packages, device and data, as JSON can hold them."""
+def describe_environment(
+    device: torch.device, data_fingerprint: str, mode: str, imports: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return code, packages, device and data, as JSON can hold them.
+
+    imports: the packages that the command trusts; the source of those that it has used is hashed
+    """
     return {
         "mode": mode,
-        "code": _code(),
+        "code": _code() | {"imported": {name: _source_hash(name) for name in imports if name in sys.modules}},
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -59,6 +65,35 @@ def _code() -> dict[str, Any]:
         "diff": diff and diff[:DIFF_LIMIT],
         "untracked": untracked.split() if untracked else [],
     }
+
+
+def _source_hash(package: str) -> str | None:
+    """Return the hash of a package's Python files, or of a module's one; None if it has none."""
+    module = sys.modules[package]
+    folders = [Path(place) for place in getattr(module, "__path__", ())]
+    files = sorted((path.relative_to(folder).as_posix(), path) for folder in folders for path in folder.rglob("*.py"))
+    if not folders and (own := getattr(module, "__file__", None)):
+        files = [(Path(own).name, Path(own))]
+    digest = hashlib.sha256()
+    for name, path in files:
+        digest.update(name.encode(errors="surrogateescape"))
+        with contextlib.suppress(OSError):  # removed since it was imported
+            digest.update(path.read_bytes())
+    return digest.hexdigest() if files else None
+
+
+def changed_code(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the packages whose source is another than in a recorded environment, as far as both know it."""
+    before, after = (_sources(environment) for environment in (recorded, now))
+    return [name for name in after if before.get(name, after[name]) != after[name]]
+
+
+def _sources(environment: Mapping[str, Any]) -> dict[str, Any]:
+    code = environment.get("code")
+    code = code if isinstance(code, dict) else {}
+    imported = code.get("imported")
+    own = {"zfnet": code["source_sha256"]} if "source_sha256" in code else {}
+    return own | (imported if isinstance(imported, dict) else {})
 
 
 def _git(*words: str) -> str | None:
