@@ -170,6 +170,31 @@ class LateNorm(nn.Module):
         return self.head(self.norm(self.body(images.mean((2, 3)))))
 
 
+class GradNorm(Callback):
+    """The norm of the last step's gradients, a column; `column` names another."""
+
+    def __init__(self, column: str = "grad_norm") -> None:
+        self.columns = (column,)
+        self.norm = 0.0
+
+    def on_before_optimizer_step(self, state: Any) -> None:
+        self.norm = float(nn.utils.get_total_norm([p.grad for p in state.model.parameters()]))
+
+    def measure(self, state: Any, results: Mapping[str, Any]) -> dict[str, float]:
+        return {"grad_norm": self.norm}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"norm": self.norm}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.norm = state["norm"]
+
+
+class Writer(Callback):
+    def on_epoch_end(self, state: Any, row: Any) -> None:
+        row["grad_norm"] = 1.0
+
+
 class Counter(Callback):
     """Counts steps, and keeps numbers, lists and tensors about them."""
 
@@ -227,6 +252,9 @@ class Items(Dataset):
             "array": lambda: pixels.numpy(),
             "bytes": lambda: pixels.permute(2, 0, 1),
             "floats": lambda: pixels.permute(2, 0, 1) / 255,
+            "channels first": lambda: pixels.permute(2, 0, 1).numpy(),
+            "channels last": lambda: pixels,
+            "flat": lambda: pixels.flatten(),
             "wide": lambda: pixels[: len(pixels) // 2].numpy(),
             "random": lambda: np.random.randint(0, 256, pixels.shape, dtype=np.uint8),
             "int32": lambda: pixels.numpy().astype(np.int32),
@@ -250,6 +278,31 @@ class Negative(Items):
 class Fractions(Items):
     def __getitem__(self, k: int) -> tuple[Any, Any]:
         return super().__getitem__(k)[0], k / 2
+
+
+class FromOne(Items):
+    def __getitem__(self, k: int) -> tuple[Any, Any]:
+        return super().__getitem__(k)[0], 1 + k % 3
+
+
+class OneHot(Items):
+    def __getitem__(self, k: int) -> tuple[Any, Any]:
+        return super().__getitem__(k)[0], torch.eye(3)[k % 3]
+
+
+class Words(Items):
+    def __getitem__(self, k: int) -> tuple[Any, Any]:
+        return super().__getitem__(k)[0], "bcd"[k % 3]
+
+
+class Mappings(Items):
+    def __getitem__(self, k: int) -> Any:
+        return dict(zip(("image", "label"), super().__getitem__(k), strict=True))
+
+
+class Triples(Items):
+    def __getitem__(self, k: int) -> Any:
+        return (*super().__getitem__(k), k)
 
 
 class Named(Items):

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import zfnet
+from examples.extend.macro_f1 import MacroF1
 from tests.conftest import ROOT
 from tests.helpers import EVERY_STEP, MINUTE, Killed, dying_at, learned, read_csv
 from zfnet import load_run
@@ -22,6 +24,7 @@ from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
 from zfnet.jobs.train import compose
 from zfnet.runs.directory import RunDirectory
+from zfnet.training.metrics import Evaluation
 
 CONF = ROOT / "examples/extend/conf"
 EXAMPLES = ("--config-dir", CONF, "imports=[examples,lion_pytorch]")
@@ -37,6 +40,7 @@ SLOTS = {
     "scheduler=linear_cosine": (*MINUTE, "trainer.epochs=3"),
     "logger=json_lines": MINUTE,
     "callbacks=lookahead": MINUTE,
+    "callbacks=macro_f1": MINUTE,
 }
 
 
@@ -110,6 +114,22 @@ def test_a_network_of_ones_own(run_py) -> None:
         Deconvnet(load_run(folder, ["examples"]).model, image_size=64)
 
 
+def test_a_metric_of_ones_own(run_py, whole) -> None:
+    """It is F1, and changes nothing; early stopping may monitor it."""
+    history = RunDirectory(train_and_kill(run_py, "callbacks=macro_f1")).read_history()
+    assert all(0 <= row["validation_f1"] <= 1 for row in history)
+    assert RunDirectory("r").weights.read_bytes() == whole[0]
+    confusion = torch.tensor([[2, 1, 0], [0, 0, 0], [1, 0, 1]])  # class 1: predicted once, and there is none
+    true, predicted = confusion.nonzero().repeat_interleave(confusion[confusion > 0], 0).unbind(1)
+    result = Evaluation(0.0, 0.0, None, predicted, torch.ones(len(true)), true, 3)
+    f1 = MacroF1().measure(None, {"validation": result})["validation_f1"]
+    assert f1 == pytest.approx((4 / 6 + 0 + 2 / 3) / 3)
+    words = [*EXAMPLES, *MINUTE, "callbacks=[early_stopping,macro_f1]", "callbacks.early_stopping.patience=1"]
+    words += ["callbacks.early_stopping.monitor=validation_f1", "callbacks.early_stopping.min_delta=2"]
+    assert run_py(*words, "trainer.epochs=4", "hydra.run.dir=short").code == 0
+    assert len(RunDirectory("short").read_history()) == 2
+
+
 def test_the_loggers_lines(run_py) -> None:
     train_and_kill(run_py, "logger=json_lines")
     lines = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
@@ -156,7 +176,7 @@ def test_each_command_of_the_page(run_py, tiny_run, line: str) -> None:
 
 
 def test_the_page_has_a_command_for_each_slot() -> None:
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
     for path in CONF.rglob("*.yaml"):
         assert f"{path.parent.name}={path.stem}" in PAGE
 

@@ -23,6 +23,7 @@ from tests.helpers import (
     checked,
     compose,
     die_at,
+    dying_at,
     learned,
     resumes_exactly,
     train_minute,
@@ -208,6 +209,49 @@ def test_callbacks_of_one_name_are_refused() -> None:
 
 
 OWN = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Counter")
+NORM = ("imports=[tests]", "+callbacks.mine._target_=tests.own.GradNorm")
+
+
+def test_a_column_of_ones_own_holds_the_gradients_norm(tmp_path: Path, monkeypatch) -> None:
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(float(clip(*args))))
+    with dying_at(STEPS + 3), pytest.raises(Killed):
+        train_minute(tmp_path / "run", *NORM, EVERY_STEP, "trainer.clip_norm=1e-3")
+    history = train_minute(tmp_path / "run", *NORM, EVERY_STEP, "trainer.clip_norm=1e-3").read_history()
+    assert [row["grad_norm"] for row in history] == pytest.approx([norms[STEPS - 1], norms[-1]], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("+callbacks.mine.column=seconds",), "callbacks.mine: history.csv has a column seconds already; choose"),
+        (("+callbacks.mine.column=train_loss",), "callbacks.mine: history.csv has a column train_loss already"),
+        (("+callbacks.other._target_=tests.own.GradNorm",), "callbacks.other: history.csv has a column grad_norm al"),
+    ],
+)
+def test_a_column_that_is_taken_is_refused(words: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        checked(*MINUTE, *NORM, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("+callbacks.mine.column=other",), "callbacks.mine (GradNorm): KeyError: 'other'"),
+        (("callbacks.mine._target_=tests.own.Writer",), "'mappingproxy' object does not support item assignment"),
+    ],
+)
+def test_a_callback_that_gives_no_number_or_writes_into_the_row_is_named(tmp_path: Path, words, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        train_minute(tmp_path / "run", *NORM, *words)
+
+
+def test_a_metric_without_a_value_leaves_its_cell_empty(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tests.own.GradNorm.measure", lambda *_: {"grad_norm": float("nan")})
+    early = ("callbacks=early_stopping", "callbacks.early_stopping.monitor=grad_norm")
+    run = train_minute(tmp_path / "run", *early, *NORM, "callbacks.early_stopping.patience=1")
+    assert [row["grad_norm"] for row in run.read_history()] == [None, None]
 
 
 def test_callback_of_ones_own_is_restored_exactly(tmp_path: Path) -> None:
@@ -233,7 +277,7 @@ def test_callback_hooks_are_called_in_the_documented_order(tmp_path: Path) -> No
     for epoch in range(2):
         expected.append(("on_epoch_start", epoch * STEPS))
         for step in range(epoch * STEPS, (epoch + 1) * STEPS):
-            expected += [("on_optimizer_step", step), ("on_step_end", step + 1)]
+            expected += [("on_before_optimizer_step", step), ("on_optimizer_step", step), ("on_step_end", step + 1)]
         expected.append(("on_epoch_end", (epoch + 1) * STEPS))
     assert Witness.calls == [*expected, ("on_fit_end", 2 * STEPS)]
     Witness.calls.clear()
@@ -241,7 +285,7 @@ def test_callback_hooks_are_called_in_the_documented_order(tmp_path: Path) -> No
     assert Witness.calls[-2:] == [("on_step_end", 2), ("on_exception", 2)]
     Witness.calls.clear()
     die_at(tmp_path / "dead", 3, *words)
-    assert Witness.calls[:3] == [("on_fit_start", 0), ("on_epoch_start", 2), ("on_optimizer_step", 2)]
+    assert Witness.calls[:3] == [("on_fit_start", 0), ("on_epoch_start", 2), ("on_before_optimizer_step", 2)]
 
 
 def test_callback_that_cannot_be_saved_is_named(tmp_path: Path, monkeypatch) -> None:

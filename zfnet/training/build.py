@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import Dataset
 
 from zfnet.config.errors import UserError, one_line
-from zfnet.config.instantiate import arguments, instantiate, is_number, resolve
+from zfnet.config.instantiate import arguments, check_complete, instantiate, is_number, resolve
 from zfnet.config.randomness import seeded_generators
-from zfnet.config.schema import Config, ModelConfig
+from zfnet.config.schema import Config, DatasetData, ModelConfig
 from zfnet.data import Batches, ImageSet, known_classes
 from zfnet.data.batches import apply_transforms
 from zfnet.model.build import build_model, check_logits, freeze, has_batch_norm, load_initial_weights
@@ -26,7 +27,7 @@ from zfnet.training.device import Runtime
 from zfnet.training.loggers import Logger
 from zfnet.training.processes import SINGLE, World
 from zfnet.training.schedule import OWN_KEYS, Schedule, check_interval, schedule_span, steps_by_batch
-from zfnet.training.state import Callback, TrainingState, check_monitors, measured_columns
+from zfnet.training.state import Callback, TrainingState, check_columns, measured_columns
 
 _BUILT_IN_CALLBACKS = ("ema", "filter_renormalization")  # whose state has these names in checkpoints
 GROUP_KEYS = ("match", "ndim", "lr_scale")  # of a parameter group, beside the optimizer's own
@@ -236,11 +237,13 @@ def check_recipe(config: Config) -> None:
     _check_batch_norm(model, config.trainer.devices, on_gpu)
     check_interval(config.scheduler, schedule_span(config.to_dict())[1])
     check_loss(config, classes)
+    if isinstance(config.data, DatasetData):
+        for name, settings in config.data.parts.items():
+            slot = f"data.{name}"
+            check_complete(slot, *arguments(slot, settings, Dataset, config.imports))
     list(parameter_groups(config, model, 1.0))
     _check_transforms(config)
-    check_monitors(
-        build_callbacks(config), measured_columns(["validation"] + ["test"] * config.trainer.test_each_epoch)
-    )
+    check_columns(build_callbacks(config), measured_columns(["validation"] + ["test"] * config.trainer.test_each_epoch))
     build_loggers(config)
     _check_step(config)
 

@@ -331,6 +331,8 @@ class EarlyStopping(Callback):
 
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
         value = row[self.monitor]
+        if value is None:  # a callback's own metric had none
+            return
         sign = -1 if "loss" in self.monitor else 1
         if self.best is None or sign * (value - self.best) > self.min_delta:
             self.best, self.waited = value, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from zfnet.model.layers import set_dropout_step
 from zfnet.runs.session import StopRequest
 from zfnet.training.device import Runtime, synchronize
 from zfnet.training.metrics import Evaluation, EvaluationSums
-from zfnet.training.state import TrainingState, check_monitors, measured_columns
+from zfnet.training.state import TrainingState, check_columns, measured_columns
 
 
 def fit(
@@ -32,14 +33,14 @@ def fit(
     Raises UserError if the loss diverges or a callback monitors what is not measured; Stopped or Pruned, after
     callbacks have saved.
     """
-    check_monitors(state.callbacks, measured_columns(evaluations))
+    check_columns(state.callbacks, measured_columns(evaluations))
     try:
         with stop.deferred():
             while state.epoch < (epochs or state.config.trainer.epochs) and not state.should_stop:
                 train_epoch(state, train)
                 measured = measure(state, evaluations, stop)
                 row = state.end_epoch(measured, len(train.set))
-                state.call("on_epoch_end", row)
+                state.call("on_epoch_end", MappingProxyType(row))
             state.call("on_fit_end")
     except BaseException as error:
         state.call("on_exception", error)
@@ -76,6 +77,7 @@ def train_step(state: TrainingState, batch: Batch) -> None:
         totals += torch.stack([loss.detach(), (logits.argmax(1) == micro.labels).sum()])
     loss_sum, correct = world.all_reduce(totals).unbind()
     state.metrics.add(loss_sum, correct, batch.total, state.step)
+    state.call("on_before_optimizer_step")
     if config.trainer.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.trainer.clip_norm)
     state.schedule.set_lr(state.step)
@@ -86,14 +88,18 @@ def train_step(state: TrainingState, batch: Batch) -> None:
     state.step += 1
 
 
-def measure(state: TrainingState, evaluations: Mapping[str, Batches], stop: StopRequest) -> dict[str, float]:
-    """Return loss and accuracy of each set, as columns of the history; the same in all processes."""
-    row: dict[str, float] = {}
+def measure(state: TrainingState, evaluations: Mapping[str, Batches], stop: StopRequest) -> dict[str, float | None]:
+    """Return loss and accuracy of each set and the callbacks' numbers, as columns; the same in all processes."""
+    row: dict[str, float | None] = {}
     getattr(state.optimizer, "eval", bool)()  # schedule-free optimizers swap in their averaged weights
     if state.world.is_main:
-        for name, batches in evaluations.items():
-            result = evaluate(state.eval_model, batches, state.runtime, f"{name} {state.epoch + 1}", stop)
+        results = {
+            name: evaluate(state.eval_model, batches, state.runtime, f"{name} {state.epoch + 1}", stop)
+            for name, batches in evaluations.items()
+        }
+        for name, result in results.items():
             row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
+        row |= state.own_metrics(results)
     return state.world.broadcast(row)  # all processes must decide alike
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from torch.optim import Optimizer
 from zfnet.config.errors import UserError, fault_of, one_line
 from zfnet.config.instantiate import is_number
 from zfnet.config.schema import Config
+from zfnet.runs.directory import HISTORY_COLUMNS
 from zfnet.runs.session import Pruned
 from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_prefix, unpack
 from zfnet.training.device import Runtime
-from zfnet.training.metrics import RunningMetrics
+from zfnet.training.metrics import Evaluation, RunningMetrics
 from zfnet.training.processes import World
 from zfnet.training.schedule import SCHEDULED, Schedule, schedule_span
 
@@ -37,6 +39,7 @@ class Callback:
     name: the key under which a config names it; the state that `state_dict` returns is kept under this name
     monitor: a column of history.csv that it needs in each epoch, such as validation_loss; a run that does not measure
         it stops before its first step
+    columns: names of further columns of history.csv, of which `measure` gives the numbers
 
     A callback must be a function of the config, the step and its own state: then a resumed run equals one that never
     stopped. What it keeps from step to step (numbers, lists, tensors) belongs in `state_dict`.
@@ -44,6 +47,7 @@ class Callback:
 
     name = ""
     monitor: str | None = None
+    columns: Sequence[str] = ()
 
     def on_fit_start(self, state: TrainingState) -> None:
         """Called once before the first step of this process, before a checkpoint is loaded."""
@@ -51,14 +55,28 @@ class Callback:
     def on_epoch_start(self, state: TrainingState) -> None:
         """Called before the first step of an epoch, and again after a resume in its middle."""
 
+    def on_before_optimizer_step(self, state: TrainingState) -> None:
+        """Called in each step with the gradients of the whole batch, before they are clipped and used."""
+
     def on_optimizer_step(self, state: TrainingState) -> None:
-        """Called in each step, after the optimizer has changed the weights: part of the step's arithmetic."""
+        """Called in each step, after the optimizer has changed the weights: part of the step's arithmetic.
+
+        The gradients are cleared by then.
+        """
 
     def on_step_end(self, state: TrainingState) -> None:
         """Called after each step; `state.step` counts it already. Raise Stopped or set `state.should_stop` to end."""
 
+    def measure(self, state: TrainingState, results: Mapping[str, Evaluation]) -> Mapping[str, float]:
+        """Return a number for each of `columns`, which history.csv, the loggers and other callbacks' `monitor` get.
+
+        Called after each epoch if there are `columns`, in the main process only. results: predictions, confidences and
+        labels of the sets that are measured then, by name (validation, test)
+        """
+        raise NotImplementedError
+
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
-        """Called after each epoch with its row of history.csv; set `state.should_stop` to end the training."""
+        """Called after each epoch with its row of history.csv, to read; set `state.should_stop` to end the training."""
 
     def on_fit_end(self, state: TrainingState) -> None:
         """Called after the last epoch."""
@@ -79,8 +97,16 @@ def measured_columns(sets: Iterable[str]) -> list[str]:
     return [f"{name}_{metric}" for name in ("train", *sets) for metric in ("loss", "accuracy")]
 
 
-def check_monitors(callbacks: Iterable[Callback], columns: Sequence[str]) -> None:
-    """Raise UserError if a callback monitors a column other than these."""
+def check_columns(callbacks: Iterable[Callback], measured: Iterable[str]) -> None:
+    """Raise UserError if a callback's column has another meaning, or it monitors one that is not measured.
+
+    measured: the columns that hold the program's own metrics
+    """
+    callbacks, columns = list(callbacks), list(measured)
+    for callback in callbacks:
+        if taken := [name for name in callback.columns if name in (*HISTORY_COLUMNS, *columns)]:
+            raise UserError(f"callbacks.{callback.name}: history.csv has a column {taken[0]} already; choose another")
+        columns += callback.columns
     for callback in callbacks:
         if callback.monitor is not None and callback.monitor not in columns:
             raise UserError(
@@ -145,6 +171,17 @@ class TrainingState:
                     raise
                 log.warning(error)  # it must not keep the others from saving
 
+    def own_metrics(self, results: Mapping[str, Evaluation]) -> dict[str, float | None]:
+        """Return what the callbacks measure in the epoch that ends, by column; None for what is not finite."""
+        row: dict[str, float | None] = {}
+        for callback in self.callbacks:
+            if callback.columns:
+                with self._named(callback):
+                    values = callback.measure(self, results)
+                    numbers = {name: float(values[name]) for name in callback.columns}
+                    row |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        return row
+
     @contextlib.contextmanager
     def _named(self, callback: Callback) -> Iterator[None]:
         """Within this block an error of a callback that the config names is a UserError with its name."""
@@ -193,7 +230,7 @@ class TrainingState:
         self.last_reading = loss, accuracy
         return loss, accuracy
 
-    def end_epoch(self, measured: dict[str, float], images: int) -> dict[str, Any]:
+    def end_epoch(self, measured: Mapping[str, float | None], images: int) -> dict[str, Any]:
         """Add the epoch to the history, update the best epoch, advance the learning rate; return the row.
 
         measured: validation_loss, validation_accuracy …, if they are measured; images: trained on in the epoch
