@@ -195,7 +195,7 @@ def test_resolve_imports_nothing_without_trust(monkeypatch: pytest.MonkeyPatch, 
 def test_resolve_names_a_package_that_is_missing_or_broken(monkeypatch, tmp_path: pathlib.Path) -> None:
     (tmp_path / "broken_module.py").write_text("import no_such_package_at_all\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match=r"install it or put it beside run\.py"):
+    with pytest.raises(UserError, match=r"install it, put it beside run\.py, or name its folder in PYTHONPATH"):
         resolve("optimizer", "no_such_package.Lion", Optimizer, ["no_such_package"])
     with pytest.raises(UserError, match="No module named 'no_such_package_at_all'"):
         resolve("optimizer", "broken_module.Lion", Optimizer, ["broken_module"])
@@ -272,6 +272,7 @@ class Sizes(nn.Module):
         count: int | None = None,
         rate: float | None = 0.5,
         flag: Optional[bool] = True,
+        kind: str = "a",
     ) -> None:
         super().__init__()
 
@@ -307,6 +308,7 @@ def test_a_list_of_ones_own_may_have_another_length_and_null_is_what_the_class_t
         ({**OWN_SIZES, "count": 1.5}, "model.count=1.5: must be a whole number"),
         ({**OWN_SIZES, "rate": "fast"}, "model.rate=fast: must be a number"),
         ({**OWN_SIZES, "flag": 1}, "model.flag=1: must be true or false"),
+        ({**OWN_SIZES, "kind": 255}, "model.kind=255: must be text"),
     ],
 )
 def test_an_argument_of_another_type_than_the_default_is_named(settings: dict, expected: str) -> None:

@@ -30,7 +30,7 @@ RECIPES = [(group, name) for group, name in FILES if group != "job"]
 NEEDED = {
     "folder": ["data.root=photos"],
     "paper_imagenet": ["data.root=photos"],
-    "dataset": ["data.train={_target_: torchvision.datasets.FakeData}"],
+    "dataset": ["data.train={_target_: torchvision.datasets.FakeData}", "imports=[torchvision]"],
 }
 
 
@@ -243,6 +243,15 @@ def test_a_record_without_a_later_key_means_what_there_was_before(group: str, ke
         (lambda c: c.update(model="zfnet"), "model"),
         (lambda c: c.update(optimizer=None), "optimizer"),
         (lambda c: c.update(optimizer=["a"]), "optimizer=['a']: must hold keys and values"),
+        (
+            lambda c: c.update(callbacks={"_target_": "a.B"}),
+            "callbacks._target_: needs a name above it, as in callbacks",
+        ),
+        (
+            lambda c: c.update(logger={"_target_": "a.B", "x": 1}),
+            "logger._target_: needs a name above it, as in logger",
+        ),
+        (lambda c: c["data"].update(name="digits", train={}), "data.name=digits: no such data set; known: cifar10, ci"),
         (lambda c: c.update(seed="x"), "seed"),
         (lambda c: c.update(extra=1), "extra: no such key"),
     ],

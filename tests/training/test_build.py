@@ -113,6 +113,19 @@ def test_loss_for_a_number_of_classes_is_tried_with_that_number(tmp_path: Path) 
         train(config, RunDirectory(tmp_path / "run"))
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("+data.train.cuont=1",), "data.train.cuont: Items has no such setting; did you mean 'count'?"),
+        (("~data.train.count",), "data.train.count is missing: Items needs it"),
+        (("data.test={_target_: tests.own.Itmes}",), "data.test._target_=tests.own.Itmes: must name a subclass of"),
+    ],
+)
+def test_data_sets_of_ones_own_are_checked_before_they_are_read(words: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        checked(*UNKNOWN, *words)
+
+
 # -- network
 
 

@@ -149,7 +149,7 @@ class ForcedChoiceJob(Look):
             log.info("\n".join([*_lines(table), *_holds(differences)]))
             if quiz:
                 quiz = [quiz[n] for n in permutation(make_key(config.seed, CONTROL, 32), len(quiz)).tolist()]
-                title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
+                title = f"{model_name(loaded.metadata.model)} on {config.data.title}"
                 asked = list(dict.fromkeys(row["layer"] for row in rows))
                 about: dict[str, Any] = {"title": title, "weights": weights, "layers": asked, "split": split.name}
                 about |= {"conditions": {name: NAMES.get(name, name) for name in CONDITIONS}, "published": PUBLISHED}

@@ -37,6 +37,7 @@ _POSITIVE = ("factor", "gamma", "max_lr", "lr")
 # Given by the program, never by a config.
 _GIVEN = {"optimizer": ("params",), "scheduler": ("optimizer", "last_epoch")}
 _INT = r"<class 'int'>|int|(typing\.)?Optional\[int\]|int \| None"  # annotations of whole numbers
+_TEXT = r"<class 'str'>|str"
 _LARGEST = 1e30  # float32 ends at 3e38, and optimizers divide by small numbers
 
 
@@ -106,7 +107,8 @@ def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
             if error.name != name and not name.startswith(f"{error.name}."):  # one of its own imports is missing
                 raise UserError(f"{target} cannot be imported: {error}; install it first") from error
             if cut == 1:
-                raise UserError(f"{target} cannot be imported ({error}): install it or put it beside run.py") from error
+                place = "install it, put it beside run.py, or name its folder in PYTHONPATH"
+                raise UserError(f"{target} cannot be imported ({error}): {place}") from error
             break
         except Exception as error:
             raise UserError(f"{target} cannot be imported: {type(error).__name__}: {error}") from error
@@ -141,10 +143,7 @@ def instantiate(
     for key, value in (offered or {}).items():
         if key not in keywords and (key in parameters or takes_all):
             keywords[key] = value
-    for key, p in list(parameters.items())[len(given) :]:
-        optional = p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        if not optional and key not in keywords and key not in _GIVEN.get(slot.split(".")[0], ()):
-            raise UserError(f"{slot}.{key} is missing: {cls.__name__} needs it")
+    check_complete(slot, cls, keywords, taken=len(given))
     try:
         made = construct(cls, keywords) if construct else cls(*given, **keywords)
     except UserError:
@@ -155,6 +154,14 @@ def instantiate(
     if not isinstance(made, base):
         raise UserError(f"{slot}._target_={settings['_target_']}: makes a {type(made).__name__}, no {base.__name__}")
     return made
+
+
+def check_complete(slot: str, cls: Any, keywords: Mapping[str, Any], taken: int = 0) -> None:
+    """Raise UserError if the class needs an argument that these are not; the first `taken` are given by position."""
+    for key, p in list(inspect.signature(cls).parameters.items())[taken:]:
+        optional = p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        if not optional and key not in keywords and key not in _GIVEN.get(slot.split(".")[0], ()):
+            raise UserError(f"{slot}.{key} is missing: {cls.__name__} needs it")
 
 
 def arguments(
@@ -188,9 +195,11 @@ def arguments(
         fixed = _below(str(getattr(cls, "__module__", "")), "torch")
         keywords[key] = _check_value(f"{slot}.{key}", value, parameters.get(key), fixed)
         _check_meaning(slot, str(key), value)
-        whole = key in parameters and re.fullmatch(_INT, str(parameters[key].annotation))
-        if whole and isinstance(value, float) and not value.is_integer():
+        annotation = str(parameters[key].annotation) if key in parameters else ""
+        if re.fullmatch(_INT, annotation) and isinstance(value, float) and not value.is_integer():
             raise UserError(f"{slot}.{key}={value}: must be a whole number")
+        if re.fullmatch(_TEXT, annotation) and not isinstance(value, str):
+            raise UserError(f"{slot}.{key}={value}: must be text")
     return cls, keywords
 
 

@@ -137,6 +137,9 @@ def read_config(raw: DictConfig | dict[str, Any], imports: Sequence[str] = ()) -
     for key in ("images", "runs"):
         if isinstance(plain.get(key), str):
             plain[key] = [plain[key]]
+    for key in ("callbacks", "logger"):
+        if isinstance(plain.get(key), dict) and "_target_" in plain[key]:
+            raise UserError(f"{key}._target_: needs a name above it, as in {key}: {{mine: {{_target_: …}}}}")
     config = check(Config, upgrade(plain) | {"imports": list(imports)}, "")
     settings = config.job if isinstance(config.job, dict) else {"name": str(config.job)}
     if "_target_" in settings:
@@ -157,7 +160,10 @@ def read_data(plain: Any) -> DataConfig:
     """Return the checked settings of a data set; raise UserError."""
     name = plain.get("name") if isinstance(plain, dict) else plain
     if name not in DATA:
-        raise UserError(f"data.name={name}: no such data set{did_you_mean(str(name), DATA)}")
+        problem = f"data.name={name}: no such data set{did_you_mean(str(name), DATA)}"
+        raise UserError(
+            problem + "; one of your own keeps name: dataset" * (isinstance(plain, dict) and "train" in plain)
+        )
     return check(DATA[name], plain, "data")
 
 

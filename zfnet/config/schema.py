@@ -118,6 +118,11 @@ class DataConfig(Checked):
     draft: bool = False  # of earlier records, which lack the key
     sampler: Literal["shuffle", "balanced"] = "shuffle"
 
+    @property
+    def title(self) -> str:
+        """What the data set is called in print."""
+        return self.name
+
 
 @dataclass(kw_only=True)
 class CifarData(DataConfig):
@@ -153,6 +158,16 @@ class DatasetData(DataConfig):
     val: Optional[dict[str, Any]] = None
     test: Optional[dict[str, Any]] = None
     classes: Optional[list[str]] = None
+
+    @property
+    def title(self) -> str:
+        return str(self.train.get("_target_")).rpartition(".")[2]
+
+    @property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Those of train, val and test that there are."""
+        named = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: settings for name, settings in named.items() if settings is not None}
 
 
 DATA: dict[str, type[DataConfig]] = {

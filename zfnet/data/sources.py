@@ -72,17 +72,17 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
     Every image is read once, in order, with generators seeded by its number, and kept as bytes: random transforms of a
     data set are applied once, and not in each epoch. Raises UserError for items that are not (image, label).
     """
-    parts = {"train": data.train, "val": data.val, "test": data.test}
     sets: dict[str, Any] = {
-        name: instantiate(f"data.{name}", settings, Dataset, imports)
-        for name, settings in parts.items()
-        if settings is not None
+        name: instantiate(f"data.{name}", settings, Dataset, imports) for name, settings in data.parts.items()
     }
     read = {name: _read_all(name, dataset) for name, dataset in sets.items()}
     side = data.store_size or _common_side(read["train"][0]) or data.image_size
     classes = data.classes or getattr(sets["train"], "classes", None)
     highest = max(max(labels) for _, labels in read.values())
     if classes is None:
+        lowest = min(min(labels) for _, labels in read.values())
+        if lowest > 0:
+            raise UserError(f"the labels are {lowest} to {highest}: number them from 0, or name all in data.classes")
         classes = [str(number) for number in range(highest + 1)]
     if highest >= len(classes):
         raise UserError(f"data.classes={list(classes)}: there is a label {highest}, which has no name")
@@ -107,9 +107,12 @@ def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
         for number in tqdm(range(len(dataset)), f"reading {name}", unit=" images", disable=None, leave=False):
             set_seed(make_key(DATASET, number))
             try:
-                image, label = dataset[number]
-                images.append(to_image(image))
-                labels.append(_to_label(label))
+                item = dataset[number]
+                if not isinstance(item, (tuple, list)) or len(item) != 2:
+                    length = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+                    raise TypeError(f"a {type(item).__name__}{length}; return (image, label)")
+                images.append(to_image(item[0]))
+                labels.append(_to_label(item[1]))
             except Exception as error:  # user code may raise anything
                 raise UserError(
                     f"data.{name}: item {number} is not an image and a label ({type(error).__name__}: {error})"
@@ -125,6 +128,7 @@ def to_image(image: Any) -> Image.Image:
     """Return a PIL image, array or tensor in mode RGB; raise ValueError, or others, for what is none of them."""
     if isinstance(image, Image.Image):
         return to_rgb(image).convert("RGB")  # a copy: a data set may return one object for all items
+    shape = list(np.shape(image))
     if isinstance(image, torch.Tensor):
         if image.is_floating_point():
             low, high = (float(value) for value in image.aminmax())
@@ -133,17 +137,21 @@ def to_image(image: Any) -> Image.Image:
                     f"pixels are floats from {low:g} to {high:g}: return uint8, or floats from 0 to 1 before Normalize"
                 )
             image = image.mul(255).round().clamp(0, 255).to(torch.uint8)
-        image = image.permute(1, 2, 0).numpy()
+        image = image.permute(1, 2, 0).numpy() if image.ndim == 3 else image.numpy()
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise ValueError(f"pixels are {array.dtype}, must be uint8 (or floats from 0 to 1 in a tensor)")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
+        raise ValueError(f"an array of shape {shape}: arrays are [h, w, 3], tensors [3, h, w]")
     return to_rgb(Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array))
 
 
 def _to_label(label: Any) -> int:
-    if int(label) != label:
-        raise ValueError(f"the label {label} is not a whole number")
-    return int(label)
+    value = np.asarray(label)
+    if value.size != 1 or value.dtype.kind not in "iufb" or int(value.item()) != value.item():
+        shown = repr(label) if value.size == 1 else f"of shape {list(value.shape)}"
+        raise ValueError(f"the label {shown:.40} is not a whole number, counted from 0")
+    return int(value.item())
 
 
 def _common_side(images: Sequence[Image.Image]) -> int | None:

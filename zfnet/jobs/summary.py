@@ -38,7 +38,7 @@ class SummaryJob(Job):
             col_names=("output_size", "num_params", "mult_adds"),  # what torchinfo counts
         )
         whose = f"run={config.run}: " if config.run else ""
-        print(f"{whose}model={model_name(config.model)} for {classes} classes ({config.data.name}), {size} px\n")
+        print(f"{whose}model={model_name(config.model)} for {classes} classes ({config.data.title}), {size} px\n")
         rows: list[tuple[str, ...]] = [("layer", "type", "output shape", "parameters", "multiply-adds")]
         for layer in network.summary_list[1:]:  # the first is the whole network
             shape = " × ".join(str(n) for n in layer.output_size)

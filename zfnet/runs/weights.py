@@ -193,7 +193,7 @@ class TrainedRun:
     def inputs(self, *images: Any) -> Tensor:
         """Return images as the network sees them: [N, 3, S, S], on its device.
 
-        images: paths or addresses on the web; PIL images; uint8 arrays [h, w, 3], or what `data=dataset` takes besides
+        images: paths or addresses on the web; PIL images, arrays and tensors as `data=dataset` takes them
         Raises UserError for an image that cannot be read.
         """
         size, data = self.metadata.stored_size, self.metadata.data
@@ -215,7 +215,7 @@ class TrainedRun:
         except Exception as error:  # of an object of any kind
             raise UserError(
                 f"a {type(image).__name__} cannot be read as an image ({one_line(error)}): give a path or address, a "
-                "PIL image or a uint8 array [h, w, 3]"
+                "PIL image, a uint8 array [h, w, 3] or a tensor [3, h, w]"
             ) from error
 
     def predict(self, image: Any) -> dict[str, float]:
