@@ -31,7 +31,7 @@ from zfnet.sweeps.summary import (
 
 
 def write_job(
-    sweep: Path, *words: str, accuracy: float | None = None, test: float = 0.5, state: str = "done"
+    sweep: Path, *words: str, accuracy: float | None = None, test: float = 0.5, state: str = "done", loss: float = 1.0
 ) -> RunDirectory:
     """Write the directory that a training with these overrides would leave, with these accuracies."""
     run = RunDirectory(sweep / ",".join(words))
@@ -40,7 +40,7 @@ def write_job(
     run.set_status(state, "lost the loss" if state == "failed" else None)
     run.write_history([{"epoch": e, "step": e, "train_loss": 1 / e, "validation_accuracy": accuracy} for e in (1, 2)])
     if accuracy is not None:
-        figures = {"validation": {"accuracy": accuracy, "loss": 1.0}, "test": {"accuracy": test}}
+        figures = {"validation": {"accuracy": accuracy, "loss": loss}, "test": {"accuracy": test}}
         run.write_json("results.json", {**figures, "best_epoch": 2, "epochs": 2, "seconds": 1.5})
     return run
 
@@ -75,6 +75,13 @@ def test_read_sweep_groups_seeds_and_ranks_by_validation(tmp_path: Path) -> None
     assert mean == pytest.approx(0.6)
     assert std == pytest.approx(0.1)
     assert sweep.settings[1].mean_and_std()[1] == pytest.approx(statistics.stdev(low))
+
+
+def test_read_sweep_ranks_settings_of_equal_accuracy_by_loss(tmp_path: Path) -> None:
+    for rate, accuracy, loss in ((1, 0.5, 1.2), (2, 0.5, 1.1), (3, 0.4, 0.9), (4, 0.5, 1.3)):
+        write_job(tmp_path, f"optimizer.lr={rate}", accuracy=accuracy, loss=loss)
+    write_job(tmp_path, "optimizer.lr=5", state="failed")
+    assert [s.values["optimizer.lr"] for s in read_sweep(tmp_path).settings] == [2, 1, 4, 3, 5]
 
 
 def on_data(run: RunDirectory, root: str, fingerprint: str | None) -> None:

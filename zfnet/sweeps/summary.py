@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import statistics
 from collections import Counter
@@ -77,6 +78,11 @@ class Setting:
         """Return the accuracy of each finished job."""
         return {job.seed: a for job in self.jobs if (a := job.metric(split)) is not None}
 
+    def order(self) -> tuple[float, float]:
+        """Return what sorts settings, best first: accuracy on validation and, of equal ones, the loss there."""
+        losses = [loss for job in self.jobs if (loss := job.metric(name="loss")) is not None]
+        return -statistics.fmean(self.scores() or [-1]), statistics.fmean(losses or [math.inf])
+
     def mean_and_std(self, split: str = "validation") -> tuple[float | None, float | None]:
         """Return mean and sample standard deviation over the seeds; None if there are too few."""
         scores = self.scores(split)
@@ -93,7 +99,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A whole sweep. `settings` is sorted by validation accuracy, best first; those without one come last."""
+    """A whole sweep. `settings` is sorted by validation accuracy and loss, best first; those without come last."""
 
     jobs: list[Trained]
     keys: list[str]
@@ -115,7 +121,7 @@ def read_sweep(folder: Path) -> Sweep:
     settings = [
         Setting({key: members[0].settings.get(key, ABSENT) for key in keys}, members) for members in groups.values()
     ]
-    return Sweep(jobs, keys, sorted(settings, key=lambda s: -statistics.fmean(s.scores() or [-1])))
+    return Sweep(jobs, keys, sorted(settings, key=Setting.order))
 
 
 def p_against_best(settings: Sequence[Setting]) -> list[float | None]:
