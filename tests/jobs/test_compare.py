@@ -112,7 +112,9 @@ def test_compare_of_many_settings_tests_all_pairs_and_shows_the_best() -> None:
     assert len(comparison.tests) == 15
     rows = rows_of(comparison, "Differences")
     assert [row[0][0] for row in rows[1:]] == ["F"] * 5
-    assert all(len(line) <= 80 for line in to_text(comparison, 80).splitlines())
+    text = to_text(comparison, 80)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "  validation accuracy  A" in text  # one line for each setting, rather than a shortened name
     assert "Differences" in to_text(comparison, 20)
 
 

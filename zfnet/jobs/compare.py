@@ -332,7 +332,9 @@ def _table(section: Section, width: int, bold: bool) -> list[str]:
     if not section.rows:
         return []
     rows = [[f"  {row[0]}", *row[1:]] for row in section.rows]
-    lines = format_table(rows, "<" * len(rows[0]), width, shrink=range(len(rows[0])) if len(rows[0]) == 2 else [0])
+    # metrics keep their names: the ends of two may be equal
+    names = [] if section.title == "Results" else [0]
+    lines = format_table(rows, "<" * len(rows[0]), width, shrink=range(2) if len(rows[0]) == 2 else names)
     if max(map(len, lines)) > width:  # one line per cell
         header, *others = section.rows
         cells = [
