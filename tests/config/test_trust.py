@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 from hydra._internal.hydra import Hydra
+from omegaconf import OmegaConf
 
 from tests.conftest import no_mode
 from tests.helpers import MINUTE, Trap, compose
+from zfnet.config import trust
 from zfnet.config.errors import UserError
 from zfnet.config.trust import CONF, only_own_folders
 from zfnet.runs.directory import RunDirectory
@@ -329,3 +331,19 @@ def test_a_folder_does_not_choose_where_schemas_are_written(run_hostile, folder:
     assert run_hostile({"config.yaml": job}).startswith("job.folder=")
     job = f"job: {{name: compare, _target_: zfnet.jobs.compare.CompareJob, split: auto, sweep: '{folder}'}}\n"
     assert run_hostile({"config.yaml": job}).startswith("job.sweep=")
+
+
+def test_own_files_are_parsed_once_until_they_change(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(trust, "_is_own", lambda *_: True)
+    source = trust.FileConfigSource("main", f"file://{tmp_path}")
+    file = tmp_path / "a.yaml"
+    file.write_text("x: 1")
+    source.load_config("a").config.x = 3
+    with monkeypatch.context() as patch:
+        patch.setattr(OmegaConf, "load", lambda _: pytest.fail("parsed again"))
+        assert source.load_config("a").config == {"x": 1}
+    file.write_text("x: 25")
+    assert source.load_config("a").config == {"x": 25}
+    file.unlink()
+    with pytest.raises(OSError, match="Config not found"):
+        source.load_config("a")

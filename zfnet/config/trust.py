@@ -12,6 +12,7 @@ give for the same choices. The composed config is checked, whatever YAML it was 
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
@@ -67,6 +68,9 @@ def check_what_hydra_composes(words: Sequence[str]) -> None:
     SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
+_parsed: dict[Any, ConfigResult] = {}  # the project's own files, by name, time and size
+
+
 class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's reader of config files, with bounds for those of a folder from elsewhere.
 
@@ -85,7 +89,13 @@ class FileConfigSource(file_config_source.FileConfigSource):
                 raise UserError(f"{path}, {yaml_problem(error)}") from error
             except ValueError as error:
                 raise UserError(f"{path} cannot be read: {error}") from error
-        return super().load_config(config_path)
+            return super().load_config(config_path)
+        # a sweep composes each job's config two or three times
+        state = path.stat() if path.exists() else None
+        key = (self.provider, str(path), state and (state.st_mtime_ns, state.st_size))
+        if key not in _parsed:
+            _parsed[key] = super().load_config(config_path)
+        return copy.deepcopy(_parsed[key])
 
 
 class CheckedConfigLoader(ConfigLoaderImpl):
