@@ -273,6 +273,8 @@ class Sizes(nn.Module):
         rate: float | None = 0.5,
         flag: Optional[bool] = True,
         kind: str = "a",
+        path: str = None,  # noqa: RUF013  # as people write it
+        other: str | None = "b",
     ) -> None:
         super().__init__()
 
@@ -284,7 +286,7 @@ OWN_SIZES = {"_target_": f"{__name__}.Sizes"}
     ("key", "value"),
     [
         *(("widths", [8, 16, 32]), ("widths", []), ("names", ["b", "c"]), ("steps", [3]), ("mixed", [1, "b", 2])),
-        *(("rate", None), ("flag", None)),
+        *(("rate", None), ("flag", None), ("path", None), ("other", None), ("path", "a")),
     ],
 )
 def test_a_list_of_ones_own_may_have_another_length_and_null_is_what_the_class_takes(key: str, value: object) -> None:
@@ -309,6 +311,8 @@ def test_a_list_of_ones_own_may_have_another_length_and_null_is_what_the_class_t
         ({**OWN_SIZES, "rate": "fast"}, "model.rate=fast: must be a number"),
         ({**OWN_SIZES, "flag": 1}, "model.flag=1: must be true or false"),
         ({**OWN_SIZES, "kind": 255}, "model.kind=255: must be text"),
+        ({**OWN_SIZES, "kind": None}, "model.kind=None: must be text"),
+        ({**OWN_SIZES, "other": 3}, "model.other=3: must be text"),
     ],
 )
 def test_an_argument_of_another_type_than_the_default_is_named(settings: dict, expected: str) -> None:

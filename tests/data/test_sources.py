@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers import data_config, random_images
 from zfnet.config.errors import UserError
-from zfnet.data.sources import load_splits
+from zfnet.data.sources import _to_label, load_splits, to_image
 
 
 def test_the_built_in_images() -> None:
@@ -122,24 +122,23 @@ def test_load_datasets_seeds_items_and_leaves_the_generators_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"train": own("words")}, "data.train: item 0 is not an image and a label (ValueError: pixels are"),
-        ({"train": own("int32")}, "data.train: item 0 is not an image and a label (ValueError: pixels are int32"),
-        ({"train": own("0 to 255")}, "data.train: item 0 is not an image and a label (ValueError: pixels are floats"),
+        ({"train": own("words")}, "data.train: item 0 cannot be used (ValueError: pixels are"),
+        ({"train": own("int32")}, "data.train: item 0 cannot be used (ValueError: pixels are int32"),
+        ({"train": own("0 to 255")}, "data.train: item 0 cannot be used (ValueError: pixels are floats"),
         ({"train": own("normalised")}, "floats from -1 to 1: return uint8, or floats from 0 to 1 before Normalize"),
         ({"train": own("not a number")}, "floats from nan to nan: return uint8"),
-        ({"train": own(target="Fractions")}, "item 1 is not an image and a label (ValueError: the label 0.5 is not"),
-        ({"train": own(target="Negative")}, "data.train: item 0 has the label -1; labels count from 0"),
-        ({"train": own(target="FromOne")}, "the labels are 1 to 3: number them from 0, or name all in data.classes"),
-        ({"train": own("channels first")}, "an array of shape [3, 64, 64]: arrays are [h, w, 3], tensors [3, h, w]"),
-        ({"train": own("channels last")}, "an array of shape [64, 64, 3]: arrays are [h, w, 3], tensors [3, h, w]"),
-        ({"train": own("flat")}, "an array of shape [12288]: arrays are [h, w, 3]"),
-        ({"train": own(target="OneHot")}, "the label of shape [3] is not a whole number, counted from 0"),
-        ({"train": own(target="Words")}, "the label 'b' is not a whole number, counted from 0"),
-        ({"train": own(target="Mappings")}, "item 0 is not an image and a label (TypeError: a dict; return (image,"),
         (
-            {"train": own(target="Triples")},
-            "item 0 is not an image and a label (TypeError: a tuple of 3; return (image,",
+            {"train": own(target="Fractions")},
+            "item 1 cannot be used (ValueError: the label 0.5: labels are whole numbers",
         ),
+        ({"train": own(target="Negative")}, "data.train: item 0 has the label -1; labels count from 0"),
+        ({"train": own("channels first")}, "an array of shape [3, 64, 64]: arrays are [h, w, 3], tensors [3, h, w]"),
+        ({"train": own("channels last")}, "a tensor of shape [64, 64, 3]: arrays are [h, w, 3], tensors [3, h, w]"),
+        ({"train": own("flat")}, "a tensor of shape [12288]: arrays are [h, w, 3]"),
+        ({"train": own(target="OneHot")}, "the label of shape [3]: labels are whole numbers from 0"),
+        ({"train": own(target="Words")}, "the label 'b': labels are whole numbers from 0"),
+        ({"train": own(target="Mappings")}, "item 0 cannot be used (TypeError: a dict; return (image,"),
+        ({"train": own(target="Triples")}, "item 0 cannot be used (TypeError: a tuple of 3; return (image,"),
         ({"train": own(count=0)}, "data.train: the data set is empty"),
         ({"train": own(), "classes": ["a", "b"]}, "data.classes=['a', 'b']: there is a label 2"),
         ({"train": own(), "test": own(classes=5), "classes": ["a", "b", "c"]}, "there is a label 4, which has no"),
@@ -152,6 +151,41 @@ def test_load_datasets_seeds_items_and_leaves_the_generators_alone() -> None:
 def test_load_datasets_names_what_it_cannot_use(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
         load_splits(data_config("dataset", **changes), ["tests"])
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        2,
+        np.int8(2),
+        np.array(2),
+        torch.tensor([2]),
+        torch.tensor(2.0, requires_grad=True),
+        torch.tensor(2).bfloat16(),
+        2.0,
+    ],
+)
+def test_load_datasets_takes_whole_numbers_of_any_kind_as_labels(label: Any) -> None:
+    assert _to_label(label) == 2
+    assert _to_label(True) == 1
+    for odd in ("2", [2], None, float("nan"), 0.5, [[1], [2, 3]], np.array([1, 0])):
+        with pytest.raises(ValueError, match=r"^the label .*: labels are whole numbers from 0$"):
+            _to_label(odd)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (5, 5, 1), (5, 5, 2), (5, 5, 3), (5, 5, 4)])
+def test_to_image_takes_grey_and_transparent_arrays(shape: tuple[int, ...]) -> None:
+    array = np.full(shape, 255, dtype=np.uint8)
+    assert np.asarray(to_image(array)).tolist() == np.full((5, 5, 3), 255).tolist()
+    tensor = torch.from_numpy(array)
+    assert to_image(tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor).size == (5, 5)
+
+
+def test_load_datasets_warns_of_labels_that_do_not_begin_with_0(caplog) -> None:
+    for part, warns in (("FromOne", True), ("Items", False)):  # of the training images or of others
+        caplog.clear()
+        load_splits(data_config("dataset", train=own(target=part), test=own(target="FromOne")), ["tests"])
+        assert ("the labels of data.train are 1 to 3: number them from 0" in caplog.text) is warns
 
 
 def test_load_datasets_imports_nothing_that_the_command_does_not_trust() -> None:

@@ -110,6 +110,9 @@ def test_a_network_of_ones_own(run_py) -> None:
         "error: r/model.safetensors: model._target_=examples.extend.tiny_resnet.TinyResNet: the package examples is "
         "not one that this command imports; if you trust it, add imports=[examples]\n"
     )
+    assert run_py(*EXAMPLES, "job=evaluate", "run=r", "hydra.run.dir=measured").code == 0
+    hashes = [RunDirectory(run).environment["code"]["imported"]["examples"] for run in ("r", "measured")]
+    assert hashes[0] == hashes[1] is not None
     with pytest.raises(UserError, match=r"blocks\.0\.conv2 .* is not the output of blocks\.0\.norm1"):
         Deconvnet(load_run(folder, ["examples"]).model, image_size=64)
 
@@ -173,6 +176,7 @@ def test_each_command_of_the_page(run_py, tiny_run, line: str) -> None:
     answer = run_py(*words[2:], *few, "hydra.run.dir=r")
     assert answer.code == 0, answer.err
     assert RunDirectory("r").state == "done"
+    assert (" on Gratings: " in answer.out) is ("data=gratings" in words)
 
 
 def test_the_page_has_a_command_for_each_slot() -> None:

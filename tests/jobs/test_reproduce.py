@@ -123,7 +123,10 @@ def test_changed_code_of_ones_own_is_named(run_py, tmp_path: Path, monkeypatch) 
     assert answer.error.endswith("the environment differs in code.imported.own_loss (again/reproduction.json)")
     answer = run_py(*trust, "job=resume", "run=dead")
     assert answer.code == 0, answer.err
-    assert "the code of own_loss has changed since the run began" in answer.out + answer.err
+    assert "the code of own_loss has changed since the run was stopped" in answer.out + answer.err
+    write(1)  # as it began: the record says that it was another in between
+    answer = run_py(*trust, "job=reproduce", "run=dead", "hydra.run.dir=of_dead")
+    assert "the environment differs in code.imported.own_loss, code.changed (of_dead/" in answer.error
 
 
 def test_changed_data_is_named(run_py, tmp_path: Path) -> None:

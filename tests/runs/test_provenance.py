@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import full_disk
 from zfnet.runs import provenance
 from zfnet.runs.provenance import changed_code, describe_environment
 
@@ -29,7 +30,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def code() -> dict:
-    return describe_environment(torch.device("cpu"), "", "exact")["code"]
+    return describe_environment(torch.device("cpu"), "", "exact", [])["code"]
 
 
 def test_code_is_the_commit_and_what_differs_from_it(project: Path) -> None:
@@ -48,8 +49,7 @@ def test_code_is_the_commit_and_what_differs_from_it(project: Path) -> None:
 def test_code_without_a_repository_still_has_the_hash_of_the_source(project: Path) -> None:
     before = code()
     (project / ".git").rename(project / "git")
-    without = {"source_sha256": before["source_sha256"], "commit": None, "diff": None, "untracked": [], "imported": {}}
-    assert code() == without
+    assert code() == {"source_sha256": before["source_sha256"], "commit": None, "diff": None, "untracked": []}
 
 
 @pytest.mark.parametrize("place", ["my_lab.py", "my_lab/__init__.py", "my_lab/deep/er.py"])
@@ -69,12 +69,21 @@ def test_code_of_an_imported_package_is_hashed(tmp_path: Path, monkeypatch: pyte
     assert changed_code(first, now()) == []
     file.write_text("a = 2\n")
     assert changed_code(first, now()) == ["my_lab"]
+    if file.parent != tmp_path:
+        file.rename(file.with_name("renamed.py"))
+        assert changed_code(first, now()) == ["my_lab"] != changed_code(now(), now())
+        file.with_name("renamed.py").rename(file)
+    zfnets = {**first, "code": {**first["code"], "source_sha256": "0" * 64}}
+    assert changed_code(zfnets, now()) == ["zfnet", "my_lab"]
+    monkeypatch.setattr(Path, "read_bytes", full_disk)
+    assert provenance._source_hash("my_lab") is None
+    monkeypatch.undo()
     assert changed_code({}, now()) == changed_code({"code": {"imported": None}}, now()) == []  # of earlier records
 
 
 def test_describe_environment_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/run.py", "seed=1"])
-    found = describe_environment(torch.device("cpu"), "abc", "exact")
+    found = describe_environment(torch.device("cpu"), "abc", "exact", [])
     assert json.loads(json.dumps(found)) == found
     assert found["packages"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert (found["mode"], found["data_fingerprint"], found["device"]) == ("exact", "abc", {"type": "cpu"})

@@ -235,16 +235,20 @@ def test_a_column_that_is_taken_is_refused(words: tuple[str, ...], expected: str
         checked(*MINUTE, *NORM, *words)
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (("+callbacks.mine.column=other",), "callbacks.mine (GradNorm): KeyError: 'other'"),
-        (("callbacks.mine._target_=tests.own.Writer",), "'mappingproxy' object does not support item assignment"),
-    ],
-)
-def test_a_callback_that_gives_no_number_or_writes_into_the_row_is_named(tmp_path: Path, words, expected: str) -> None:
-    with pytest.raises(UserError, match=re.escape(expected)):
-        train_minute(tmp_path / "run", *NORM, *words)
+@pytest.mark.parametrize("name", ["NoMeasure", "Letters"])
+def test_columns_that_nothing_measures_are_refused_before_data_is_read(name: str) -> None:
+    with pytest.raises(UserError, match=r"^callbacks\.mine: columns must be a list of names, whose numbers measure"):
+        checked(*MINUTE, *NORM, f"callbacks.mine._target_=tests.own.{name}")
+
+
+def test_a_callback_that_does_not_give_its_number_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape("callbacks.mine (GradNorm): KeyError: 'other'")):
+        train_minute(tmp_path / "run", *NORM, "+callbacks.mine.column=other")
+
+
+def test_what_a_callback_writes_into_the_row_changes_no_history(tmp_path: Path) -> None:
+    run = train_minute(tmp_path / "run", *NORM, "+callbacks.other._target_=tests.own.Writer")
+    assert "written" not in run.read_history()[0]
 
 
 def test_a_metric_without_a_value_leaves_its_cell_empty(tmp_path: Path, monkeypatch) -> None:

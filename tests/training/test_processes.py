@@ -36,9 +36,12 @@ WORDS = (
 )
 
 
+NORM = ("imports=[tests]", "+callbacks.norm._target_=tests.own.GradNorm")  # of the whole batch's gradients
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    return train_tiny(tmp_path_factory.mktemp("world") / "one", *WORDS)
+    return train_tiny(tmp_path_factory.mktemp("world") / "one", *WORDS, *NORM)
 
 
 def assert_close(a: RunDirectory, b: RunDirectory) -> None:
@@ -54,9 +57,11 @@ def assert_close(a: RunDirectory, b: RunDirectory) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(alone: RunDirectory, tmp_path: Path) -> None:
-    together = train_tiny(tmp_path / "two", *WORDS, "trainer.devices=2")
+    together = train_tiny(tmp_path / "two", *WORDS, *NORM, "trainer.devices=2")
     assert together.state == "done"
     assert_close(alone, together)
+    norms = [[row["grad_norm"] for row in run.read_history()] for run in (alone, together)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert not torch.distributed.is_initialized()
 
 

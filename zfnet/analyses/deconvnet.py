@@ -144,7 +144,7 @@ class DeconvnetJob(Look):
             }
             search = search_or_continue(search, loaded, images, layers, run, origin, stop)
             write_tables(run, search, chain, images)
-            title = f"{model_name(loaded.metadata.model)} on {config.data.name}"
+            title = f"{model_name(loaded.metadata.model)} on {config.data.title}"
             atlas = Atlas(title, split.name, deconvnet, images, loaded.data, search, weights, verdict=verdict)
             similarity, sensitivity = {}, {}
             for layer in tqdm(layers, "figures", unit="layer", disable=None, leave=False):

@@ -37,7 +37,7 @@ _POSITIVE = ("factor", "gamma", "max_lr", "lr")
 # Given by the program, never by a config.
 _GIVEN = {"optimizer": ("params",), "scheduler": ("optimizer", "last_epoch")}
 _INT = r"<class 'int'>|int|(typing\.)?Optional\[int\]|int \| None"  # annotations of whole numbers
-_TEXT = r"<class 'str'>|str"
+_TEXT = r"<class 'str'>|str|(typing\.)?Optional\[str\]|str \| None"  # of text
 _LARGEST = 1e30  # float32 ends at 3e38, and optimizers divide by small numbers
 
 
@@ -198,7 +198,8 @@ def arguments(
         annotation = str(parameters[key].annotation) if key in parameters else ""
         if re.fullmatch(_INT, annotation) and isinstance(value, float) and not value.is_integer():
             raise UserError(f"{slot}.{key}={value}: must be a whole number")
-        if re.fullmatch(_TEXT, annotation) and not isinstance(value, str):
+        no_value = value is None and ("None" in annotation + str(parameters[key].default) or "Optional" in annotation)
+        if re.fullmatch(_TEXT, annotation) and not isinstance(value, str) and not no_value:
             raise UserError(f"{slot}.{key}={value}: must be text")
     return cls, keywords
 

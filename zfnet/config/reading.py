@@ -161,9 +161,9 @@ def read_data(plain: Any) -> DataConfig:
     name = plain.get("name") if isinstance(plain, dict) else plain
     if name not in DATA:
         problem = f"data.name={name}: no such data set{did_you_mean(str(name), DATA)}"
-        raise UserError(
-            problem + "; one of your own keeps name: dataset" * (isinstance(plain, dict) and "train" in plain)
-        )
+        if isinstance(plain, dict) and "train" in plain:
+            problem += "; one of your own keeps name: dataset"
+        raise UserError(problem)
     return check(DATA[name], plain, "data")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,8 @@ from zfnet.data.decode import fit_square, to_rgb
 from zfnet.data.folder import load_folder
 from zfnet.data.images import Splits, fingerprint, hold_out, image_set, stratified
 from zfnet.data.shapes import draw_shapes
+
+log = logging.getLogger("zfnet")
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": 10, "imagenette": 10}
 
@@ -82,7 +86,9 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
     if classes is None:
         lowest = min(min(labels) for _, labels in read.values())
         if lowest > 0:
-            raise UserError(f"the labels are {lowest} to {highest}: number them from 0, or name all in data.classes")
+            log.warning(
+                "the labels of data.train are %d to %d: number them from 0, or class 0 stays empty", lowest, highest
+            )
         classes = [str(number) for number in range(highest + 1)]
     if highest >= len(classes):
         raise UserError(f"data.classes={list(classes)}: there is a label {highest}, which has no name")
@@ -115,7 +121,7 @@ def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
                 labels.append(_to_label(item[1]))
             except Exception as error:  # user code may raise anything
                 raise UserError(
-                    f"data.{name}: item {number} is not an image and a label ({type(error).__name__}: {error})"
+                    f"data.{name}: item {number} cannot be used ({type(error).__name__}: {error})"
                 ) from error
             if labels[-1] < 0:
                 raise UserError(f"data.{name}: item {number} has the label {labels[-1]}; labels count from 0")
@@ -128,7 +134,7 @@ def to_image(image: Any) -> Image.Image:
     """Return a PIL image, array or tensor in mode RGB; raise ValueError, or others, for what is none of them."""
     if isinstance(image, Image.Image):
         return to_rgb(image).convert("RGB")  # a copy: a data set may return one object for all items
-    shape = list(np.shape(image))
+    pixels = image
     if isinstance(image, torch.Tensor):
         if image.is_floating_point():
             low, high = (float(value) for value in image.aminmax())
@@ -136,22 +142,27 @@ def to_image(image: Any) -> Image.Image:
                 raise ValueError(
                     f"pixels are floats from {low:g} to {high:g}: return uint8, or floats from 0 to 1 before Normalize"
                 )
-            image = image.mul(255).round().clamp(0, 255).to(torch.uint8)
-        image = image.permute(1, 2, 0).numpy() if image.ndim == 3 else image.numpy()
-    array = np.asarray(image)
+            pixels = image.mul(255).round().clamp(0, 255).to(torch.uint8)
+        pixels = pixels.permute(1, 2, 0).numpy() if pixels.ndim == 3 else pixels.numpy()
+    array = np.asarray(pixels)
     if array.dtype != np.uint8:
         raise ValueError(f"pixels are {array.dtype}, must be uint8 (or floats from 0 to 1 in a tensor)")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
-        raise ValueError(f"an array of shape {shape}: arrays are [h, w, 3], tensors [3, h, w]")
+        kind = "a tensor" if isinstance(image, torch.Tensor) else "an array"
+        raise ValueError(f"{kind} of shape {list(np.shape(image))}: arrays are [h, w, 3], tensors [3, h, w]")
     return to_rgb(Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array))
 
 
 def _to_label(label: Any) -> int:
-    value = np.asarray(label)
-    if value.size != 1 or value.dtype.kind not in "iufb" or int(value.item()) != value.item():
-        shown = repr(label) if value.size == 1 else f"of shape {list(value.shape)}"
-        raise ValueError(f"the label {shown:.40} is not a whole number, counted from 0")
-    return int(value.item())
+    try:
+        number = int(label)
+        if isinstance(label, str) or number != label:
+            raise ValueError
+    except Exception as error:  # of any kind of object
+        shape = list(getattr(label, "shape", ()))
+        shown = f"of shape {shape}" if shape else textwrap.shorten(repr(label), 40, placeholder="…")
+        raise ValueError(f"the label {shown}: labels are whole numbers from 0") from error
+    return number
 
 
 def _common_side(images: Sequence[Image.Image]) -> int | None:

@@ -80,7 +80,7 @@ class ImportJob(Job):
                 log.info(compared)
             digest = save_model(run.weights, model, metadata)
             origin = {"source": config.source, "file": path.name, "file_sha256": _sha256(path)}
-            environment = describe_environment(torch.device("cpu"), "", config.trainer.name)
+            environment = describe_environment(torch.device("cpu"), "", config.trainer.name, config.imports)
             environment.pop("data_fingerprint")  # its training images are not available
             run.write_json("environment.json", {**environment, "imported": origin})
             run.write_json("results.json", {"validation": None, "test": None, "weights_sha256": digest, **origin})

@@ -26,7 +26,7 @@ from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
 from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, in_sweep, objective
 from zfnet.runs.hydra_record import record_data
-from zfnet.runs.provenance import changed_code, describe_environment
+from zfnet.runs.provenance import changed_code, describe_environment, recorded_changes
 from zfnet.runs.session import Pruned, StopRequest, claimed, recorded_state
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
 from zfnet.sweeps.callback import trial_report
@@ -347,8 +347,13 @@ def _advise(state: TrainingState, seconds: float) -> str:
 def _write_environment(config: Config, run: RunDirectory, state: TrainingState, splits: Splits, resumed: bool) -> None:
     runtime = replace(state.runtime, compile=state.compiled)
     environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name, config.imports)
-    if resumed and (changed := changed_code(run.environment, environment)):
-        log.warning("the code of %s has changed since the run began", ", ".join(changed))
+    if resumed:
+        before = run.environment
+        changed = changed_code(before, environment)
+        if changed:
+            log.warning("the code of %s has changed since the run was stopped", ", ".join(changed))
+        if ever := sorted({*recorded_changes(before), *changed}):
+            environment["code"]["changed"] = ever
     environment |= {
         "data": splits.describe(),
         "plan": runtime.describe(),

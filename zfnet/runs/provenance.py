@@ -21,15 +21,16 @@ DIFF_LIMIT = 200_000  # characters
 
 
 def describe_environment(
-    device: torch.device, data_fingerprint: str, mode: str, imports: Sequence[str] = ()
+    device: torch.device, data_fingerprint: str, mode: str, imports: Sequence[str]
 ) -> dict[str, Any]:
     """Return code, packages, device and data, as JSON can hold them.
 
     imports: the packages that the command trusts; the source of those that it has used is hashed
     """
+    imported = {name: _source_hash(name) for name in imports if name in sys.modules}
     return {
         "mode": mode,
-        "code": _code() | {"imported": {name: _source_hash(name) for name in imports if name in sys.modules}},
+        "code": _code() | ({"imported": imported} if imported else {}),
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -68,17 +69,19 @@ def _code() -> dict[str, Any]:
 
 
 def _source_hash(package: str) -> str | None:
-    """Return the hash of a package's Python files, or of a module's one; None if it has none."""
+    """Return the hash of a package's Python files, or of a module's one; None if there are none that can be read."""
     module = sys.modules[package]
     folders = [Path(place) for place in getattr(module, "__path__", ())]
     files = sorted((path.relative_to(folder).as_posix(), path) for folder in folders for path in folder.rglob("*.py"))
     if not folders and (own := getattr(module, "__file__", None)):
         files = [(Path(own).name, Path(own))]
     digest = hashlib.sha256()
-    for name, path in files:
-        digest.update(name.encode(errors="surrogateescape"))
-        with contextlib.suppress(OSError):  # removed since it was imported
+    try:
+        for name, path in files:
+            digest.update(name.encode(errors="surrogateescape"))
             digest.update(path.read_bytes())
+    except OSError:  # in an archive, say
+        return None
     return digest.hexdigest() if files else None
 
 
@@ -86,6 +89,13 @@ def changed_code(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     """Return the packages whose source is another than in a recorded environment, as far as both know it."""
     before, after = (_sources(environment) for environment in (recorded, now))
     return [name for name in after if before.get(name, after[name]) != after[name]]
+
+
+def recorded_changes(environment: Mapping[str, Any]) -> list[str]:
+    """Return the packages whose code had changed when the run was resumed, as its environment says."""
+    code = environment.get("code")
+    changed = code.get("changed") if isinstance(code, dict) else None
+    return [str(name) for name in changed] if isinstance(changed, list) else []
 
 
 def _sources(environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class TrainedRun:
     def __repr__(self) -> str:
         name, accuracy = model_name(self.metadata.model), recorded_accuracy(self.run)
         measured = "" if accuracy is None else f", {accuracy[0]} {accuracy[1]:.2%}"
-        return f"<{self.run.folder}: {name} on {self.metadata.data.name}, {len(self.classes)} classes{measured}>"
+        return f"<{self.run.folder}: {name} on {self.metadata.data.title}, {len(self.classes)} classes{measured}>"
 
 
 def recorded_accuracy(run: RunDirectory) -> tuple[str, float] | None:

@@ -1,8 +1,8 @@
 """A sweep's summary: its runs, the keys in which they differ, mean ± std over seeds, and the tables of these.
 
 Everything is read from the run directories, so it does not matter which launcher, process or machine made them.
-Validation chooses: settings are ranked by validation accuracy. The test accuracy is shown for one setting only, the one
-that validation chose.
+Validation chooses: settings are ranked by validation accuracy, equal ones by the loss. The test accuracy is shown for
+one setting only, the one that validation chose.
 """
 
 from __future__ import annotations

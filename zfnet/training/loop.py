@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ def fit(
     epochs: the last epoch to train, if not trainer.epochs
     evaluations: sets to measure after each epoch, by the name of their columns (validation, test)
 
-    Raises UserError if the loss diverges or a callback monitors what is not measured; Stopped or Pruned, after
+    Raises UserError if the loss diverges or a callback's columns cannot be; Stopped or Pruned, after
     callbacks have saved.
     """
     check_columns(state.callbacks, measured_columns(evaluations))
@@ -40,7 +39,7 @@ def fit(
                 train_epoch(state, train)
                 measured = measure(state, evaluations, stop)
                 row = state.end_epoch(measured, len(train.set))
-                state.call("on_epoch_end", MappingProxyType(row))
+                state.call("on_epoch_end", dict(row))
             state.call("on_fit_end")
     except BaseException as error:
         state.call("on_exception", error)

@@ -104,6 +104,10 @@ def check_columns(callbacks: Iterable[Callback], measured: Iterable[str]) -> Non
     """
     callbacks, columns = list(callbacks), list(measured)
     for callback in callbacks:
+        if isinstance(callback.columns, str) or (callback.columns and type(callback).measure is Callback.measure):
+            raise UserError(
+                f"callbacks.{callback.name}: columns must be a list of names, whose numbers measure() returns"
+            )
         if taken := [name for name in callback.columns if name in (*HISTORY_COLUMNS, *columns)]:
             raise UserError(f"callbacks.{callback.name}: history.csv has a column {taken[0]} already; choose another")
         columns += callback.columns
@@ -178,8 +182,8 @@ class TrainingState:
             if callback.columns:
                 with self._named(callback):
                     values = callback.measure(self, results)
-                    numbers = {name: float(values[name]) for name in callback.columns}
-                    row |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+                    for name in callback.columns:
+                        row[name] = number if math.isfinite(number := float(values[name])) else None
         return row
 
     @contextlib.contextmanager
