@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import zfnet
-from tests.helpers import MINUTE, TINY, compose
+from tests.helpers import MINUTE, TINY, compose, data_config
 from zfnet.config.errors import UserError
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory
@@ -135,6 +135,12 @@ def test_a_strangers_record_sends_no_codes_to_the_terminal(run_py, tmp_path: Pat
     answer = run_py("job=evaluate", "run=run")
     assert "\\x1b[2Jkey" in answer.error
     assert "\x1b" not in answer.error
+
+
+def test_the_title_of_a_strangers_data_set_holds_no_codes() -> None:
+    own = data_config("dataset", train={"_target_": "a.\x1b[2JItems"})
+    assert own.title == "\\x1b[2JItems"
+    assert data_config("dataset", train={}).title == "None"
 
 
 def test_names_in_the_log_send_no_codes_to_the_terminal(capsys) -> None:

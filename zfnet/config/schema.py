@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, Optional, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from zfnet.config.errors import UserError, schema_problem
+from zfnet.config.errors import UserError, printable, schema_problem
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -161,7 +161,7 @@ class DatasetData(DataConfig):
 
     @property
     def title(self) -> str:
-        return str(self.train.get("_target_")).rpartition(".")[2]
+        return printable(self.train.get("_target_")).rpartition(".")[2]  # a stranger's record may hold any text
 
     @property
     def parts(self) -> dict[str, dict[str, Any]]:
