@@ -182,10 +182,10 @@ def test_to_image_takes_grey_and_transparent_arrays(shape: tuple[int, ...]) -> N
 
 
 def test_load_datasets_warns_of_labels_that_do_not_begin_with_0(caplog) -> None:
-    for part, warns in (("FromOne", True), ("Items", False)):  # of the training images or of others
+    for part, warns in (("FromOne", True), ("Items", False)):
         caplog.clear()
         load_splits(data_config("dataset", train=own(target=part), test=own(target="FromOne")), ["tests"])
-        assert ("the labels of data.train are 1 to 3: number them from 0" in caplog.text) is warns
+        assert ("the labels are 1 to 3: number them from 0" in caplog.text) is warns
 
 
 def test_load_datasets_imports_nothing_that_the_command_does_not_trust() -> None:

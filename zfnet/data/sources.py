@@ -86,9 +86,7 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
     if classes is None:
         lowest = min(min(labels) for _, labels in read.values())
         if lowest > 0:
-            log.warning(
-                "the labels of data.train are %d to %d: number them from 0, or class 0 stays empty", lowest, highest
-            )
+            log.warning("the labels are %d to %d: number them from 0, or class 0 stays empty", lowest, highest)
         classes = [str(number) for number in range(highest + 1)]
     if highest >= len(classes):
         raise UserError(f"data.classes={list(classes)}: there is a label {highest}, which has no name")
