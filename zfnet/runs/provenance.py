@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,11 @@ def _version(package: str) -> str | None:
 
 def _code() -> dict[str, Any]:
     """Return the git commit, the diff to it, and a hash of the source, which needs no git."""
-    digest = hashlib.sha256()
-    for path in sorted(ROOT.glob("zfnet/**/*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode())
-        digest.update(path.read_bytes())
+    files = [(path.relative_to(ROOT).as_posix(), path) for path in sorted(ROOT.glob("zfnet/**/*.py"))]
     diff = _git("diff", "HEAD", "--", "zfnet", "conf", "run.py")
     untracked = _git("ls-files", "--others", "--exclude-standard", "--", "zfnet", "conf")
     return {
-        "source_sha256": digest.hexdigest(),
+        "source_sha256": _hash(files),
         "commit": _git("rev-parse", "HEAD"),
         "diff": diff and diff[:DIFF_LIMIT],
         "untracked": untracked.split() if untracked else [],
@@ -75,14 +72,19 @@ def _source_hash(package: str) -> str | None:
     files = sorted((path.relative_to(folder).as_posix(), path) for folder in folders for path in folder.rglob("*.py"))
     if not folders and (own := getattr(module, "__file__", None)):
         files = [(Path(own).name, Path(own))]
-    digest = hashlib.sha256()
     try:
-        for name, path in files:
-            digest.update(name.encode(errors="surrogateescape"))
-            digest.update(path.read_bytes())
+        return _hash(files) if files else None
     except OSError:  # in an archive, say
         return None
-    return digest.hexdigest() if files else None
+
+
+def _hash(files: Iterable[tuple[str, Path]]) -> str:
+    """Return the hash of files and of the names that are given with them."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        digest.update(name.encode(errors="surrogateescape"))
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def changed_code(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -93,14 +95,17 @@ def changed_code(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 def recorded_changes(environment: Mapping[str, Any]) -> list[str]:
     """Return the packages whose code had changed when the run was resumed, as its environment says."""
-    code = environment.get("code")
-    changed = code.get("changed") if isinstance(code, dict) else None
+    changed = _recorded_code(environment).get("changed")
     return [str(name) for name in changed] if isinstance(changed, list) else []
 
 
-def _sources(environment: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded_code(environment: Mapping[str, Any]) -> dict[str, Any]:
     code = environment.get("code")
-    code = code if isinstance(code, dict) else {}
+    return code if isinstance(code, dict) else {}
+
+
+def _sources(environment: Mapping[str, Any]) -> dict[str, Any]:
+    code = _recorded_code(environment)
     imported = code.get("imported")
     own = {"zfnet": code["source_sha256"]} if "source_sha256" in code else {}
     return own | (imported if isinstance(imported, dict) else {})
