@@ -195,12 +195,9 @@ def arguments(
         fixed = _below(str(getattr(cls, "__module__", "")), "torch")
         keywords[key] = _check_value(f"{slot}.{key}", value, parameters.get(key), fixed)
         _check_meaning(slot, str(key), value)
-        annotation = str(parameters[key].annotation) if key in parameters else ""
-        if re.fullmatch(_INT, annotation) and isinstance(value, float) and not value.is_integer():
+        whole = key in parameters and re.fullmatch(_INT, str(parameters[key].annotation))
+        if whole and isinstance(value, float) and not value.is_integer():
             raise UserError(f"{slot}.{key}={value}: must be a whole number")
-        no_value = value is None and ("None" in annotation + str(parameters[key].default) or "Optional" in annotation)
-        if re.fullmatch(_TEXT, annotation) and not isinstance(value, str) and not no_value:
-            raise UserError(f"{slot}.{key}={value}: must be text")
     return cls, keywords
 
 
@@ -210,9 +207,12 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter | None, fixe
     fixed: a list has as many values as the default, as the betas of PyTorch's optimizers have
     """
     default = parameter.default if parameter is not None else inspect.Parameter.empty
-    optional = re.search("None|Optional|Any", str(parameter.annotation)) if parameter is not None else None
+    annotation = str(parameter.annotation) if parameter is not None else ""
+    optional = default is None or re.search("None|Optional|Any", annotation)
     if value is None and optional and not key.endswith(".lr"):
         return None
+    if re.fullmatch(_TEXT, annotation) and not isinstance(value, str):
+        raise UserError(f"{key}={value}: must be text")
     if isinstance(default, (list, tuple)):
         kind = next((k for k, fits in _ITEMS.items() if default and all(map(fits, default))), "values")
         is_list = isinstance(value, (list, tuple)) and (len(value) == len(default) or not fixed)
