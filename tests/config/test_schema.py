@@ -217,7 +217,12 @@ def test_identity_counts_all_that_matters_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     ("group", "key", "now"),
-    [("data", "sampler", "balanced"), ("data", "draft", True), ("augment", "flips", "alternating")],
+    [
+        ("data", "sampler", "balanced"),
+        ("data", "draft", True),
+        ("augment", "flips", "alternating"),
+        ("augment", "padding_mode", "reflect"),
+    ],
 )
 def test_a_record_without_a_later_key_means_what_there_was_before(group: str, key: str, now: Any) -> None:
     new = checked("data=folder", "data.root=photos", f"{group}.{key}={now}").to_dict()

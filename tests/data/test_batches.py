@@ -216,6 +216,18 @@ def test_crop_is_a_window_of_the_padded_image() -> None:
     assert torch.equal(out[..., 0], out[..., 2])
 
 
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 20))
+def test_padding_reflects_as_numpy_does(side: int, width: int) -> None:
+    how = augment_config(crop_padding=width, padding_mode="reflect")
+    image, index = random_images(1, side), torch.arange(30)
+    out = augment(image.expand(30, -1, -1, -1), index, how, data_config(), 0, 0)
+    padded = np.pad(image[0].numpy(), [(width, width)] * 2 + [(0, 0)], mode="reflect")
+    tops, lefts, _ = draw(index, side, how, data_config(), 0, 0)
+    for cut, top, left in zip(out.numpy(), tops.tolist(), lefts.tolist(), strict=True):
+        assert np.array_equal(cut, padded[top : top + side, left : left + side])
+
+
 def test_crop_size_takes_windows_inside() -> None:
     data = data_config(crop_size=4, mean=[0.0] * 3)
     out = augment(numbered(500), torch.arange(500), augment_config(), data, 0, 0)

@@ -184,12 +184,14 @@ DATA: dict[str, type[DataConfig]] = {
 class AugmentConfig(Checked):
     """Random changes of training images, in stored pixels. `flip` is a probability.
 
+    padding_mode: of torchvision's `RandomCrop`: padding of the mean colour (`constant`), or of the image (`reflect`)
     flips: `random` draws again in each epoch; `alternating` draws once, and takes the opposite in every second epoch
     transforms: further operations, in order, each a `_target_` with its arguments
     """
 
     name: str
     crop_padding: NotNegative = 0
+    padding_mode: Literal["constant", "reflect"] = "constant"
     flip: Fraction = 0.0
     flips: Literal["random", "alternating"] = "random"
     cutout: NotNegative = 0
@@ -336,7 +338,7 @@ NOT_IDENTITY: dict[str, tuple[str, ...]] = {
 _NOT_RESULT = ("job", "run", "images", "runs", "source", "imports", "logger")
 # Keys that records of earlier versions lack, with the value that says what those did.
 _LATER: dict[str, dict[str, Any]] = {
-    "augment": {"flips": "random"},
+    "augment": {"flips": "random", "padding_mode": "constant"},
     "data": {"sampler": "shuffle", "draft": False},
     "loss": {"weight": None},
     "model": {"width": 1.0},

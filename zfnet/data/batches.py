@@ -275,15 +275,15 @@ def draw(index: Tensor, height: int, how: AugmentConfig, data: DataConfig, seed:
 def augment(pixels: Tensor, drawn: tuple[Tensor, ...], how: AugmentConfig, data: DataConfig) -> Tensor:
     """Random crop, horizontal flip and cutout, with each image's own random numbers, from `draw`.
 
-    pixels: uint8 [B, h, w, 3]. Returns uint8 [B, c, c, 3] with c = data.crop_size or h. Padding and cutout have the
-    mean colour.
+    pixels: uint8 [B, h, w, 3]. Returns uint8 [B, c, c, 3] with c = data.crop_size or h. Cutout has the mean colour, and
+    so has padding unless it is reflected.
     """
     if not drawn:
         return pixels
     size = data.crop_size or pixels.shape[1]
     fill = _mean_colour(tuple(data.mean), pixels.device)
     if how.crop_padding:
-        pixels = _pad(pixels, how.crop_padding, fill)
+        pixels = _pad(pixels, how.crop_padding, None if how.padding_mode == "reflect" else fill)
     top, left, flipped, *hole = drawn
     cut = _crop_on_cpu if pixels.device.type == "cpu" else _crop_on_gpu
     out = cut(pixels, top, left, flipped, size)
@@ -332,9 +332,16 @@ def apply_transforms(
     return torch.stack(out).permute(0, 2, 3, 1).contiguous() if out else pixels
 
 
-def _pad(pixels: Tensor, width: int, fill: Tensor) -> Tensor:
-    """Pad images [B, h, w, 3] on all sides with the colour `fill` [3]."""
+def _pad(pixels: Tensor, width: int, fill: Tensor | None) -> Tensor:
+    """Pad images [B, h, w, 3] on all sides with the colour `fill` [3]; without one, mirror them at their edges."""
     batch, height, across, _ = pixels.shape
+    if fill is None:
+        for dimension, side in ((1, height), (2, across)):
+            # not F.pad, which refuses a padding as wide as the image
+            turn = max(1, 2 * side - 2)
+            place = torch.arange(-width, side + width, device=pixels.device) % turn
+            pixels = pixels.index_select(dimension, torch.minimum(place, turn - place))
+        return pixels
     out = fill.expand(batch, height + 2 * width, across + 2 * width, 3).clone()
     out[:, width:-width, width:-width] = pixels
     return out
