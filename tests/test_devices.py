@@ -161,7 +161,9 @@ def test_explanations(waits: list[str], in_full_precision: None) -> None:
     occluded = occlude(
         model.chain, inputs, labels, layer="conv5", patch=30, stride=30, fill=torch.zeros(3), batch_size=5
     )
-    assert type(occluded.occluded.activation) is torch.Tensor
+    assert type(occluded.occluded.probability) is torch.Tensor
+    assert occluded.strongest is not None
+    assert type(occluded.strongest.occluded) is torch.Tensor
     amounts = make_amounts(size, 0.1, 1.5, 90, 3)
     curves = measure(model.chain, inputs, labels, amounts, ["conv1", "fc7"], 4)
     assert all(type(c.probability) is torch.Tensor for c in curves.values())

@@ -27,13 +27,15 @@ def test_occlude_equals_a_plain_loop() -> None:
     model = network("no_pool").chain
     images, labels = pictures(model), torch.tensor([1, 3])
     result = occlude(model, images, labels, layer="conv5", patch=12, stride=9, fill=FILL, batch_size=7)
-    starts = result.starts.tolist()
+    starts, strongest = result.starts.tolist(), result.strongest
     assert starts == [-3, 6, 15, 24]
+    assert strongest is not None
     for n, image in enumerate(images):
         maps = model.activations(image[None], ["conv5"])["conv5"][0]
         channel = int(maps.sum((1, 2)).argmax())
-        assert channel == result.channel[n]
-        assert maps[channel].max() == maps[channel, result.peak[n, 0], result.peak[n, 1]]
+        assert channel == strongest.channel[n]
+        assert maps[channel].max() == maps[channel, strongest.peak[n, 0], strongest.peak[n, 1]]
+        torch.testing.assert_close(strongest.whole[n], maps[channel].sum())
         for y, top in enumerate(starts):
             for x, left in enumerate(starts):
                 hidden = image.clone()
@@ -43,7 +45,7 @@ def test_occlude_equals_a_plain_loop() -> None:
                 torch.testing.assert_close(result.occluded.probability[n, y, x], chances[labels[n]])
                 torch.testing.assert_close(result.occluded.confidence[n, y, x], chances.max())
                 assert result.occluded.predicted[n, y, x] == chances.argmax()
-                torch.testing.assert_close(result.occluded.activation[n, y, x], answer["conv5"][0, channel].sum())
+                torch.testing.assert_close(strongest.occluded[n, y, x], answer["conv5"][0, channel].sum())
 
 
 class Linear2(Chain):
@@ -67,8 +69,21 @@ def test_occlude_of_a_linear_network_drops_by_the_hidden_products() -> None:
     )
     change = 0.1 * weight * (image - FILL[:, None, None].double())
     expected = change.unfold(1, 4, 4).unfold(2, 4, 4).sum((0, 3, 4))
-    torch.testing.assert_close(result.whole.activation[0] - result.occluded.activation[0], expected)
+    assert result.strongest is not None
+    torch.testing.assert_close(result.strongest.whole[0] - result.strongest.occluded[0], expected)
     torch.testing.assert_close(result.whole.probability.logit() - result.occluded.probability[0].logit(), expected)
+
+
+def test_occlude_takes_any_module_and_gives_the_same_probabilities() -> None:
+    model = network("no_pool")
+    images, labels = pictures(model.chain, 3), torch.tensor([0, 1, 2])
+    settings = {"patch": 9, "stride": 6, "fill": FILL, "batch_size": 5}
+    result, other = (
+        occlude(m, images, labels, layer=k, **settings) for m, k in ((model, None), (model.chain, "conv5"))
+    )
+    assert result.strongest is None
+    for ours, theirs in zip(result.occluded + result.whole, other.occluded + other.whole, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_occlude_labels_agree_with_probabilities() -> None:
@@ -122,9 +137,8 @@ def test_box_evidence_is_none_where_the_place_is_the_same_in_all_images() -> Non
     starts, boxes = torch.arange(0, 60, 6), torch.tensor([[20.0, 20, 40, 40], [22, 18, 42, 38], [0, 0, 12, 12]])
     probability = torch.ones(3, 10, 10)
     probability[:, 4, 4] = 0.1
-    outputs = Outputs(probability, probability, probability.long(), probability)
-    nothing = torch.zeros(3, dtype=torch.int64)
-    evidence = box_evidence(Occlusion(starts, 12, nothing, nothing, outputs, outputs), boxes)
+    outputs = Outputs(probability, probability.long(), probability)
+    evidence = box_evidence(Occlusion(starts, 12, outputs, outputs, None), boxes)
     lowest = evidence["lowest_in_the_box"]
     assert lowest["own"]["mean"] == pytest.approx(2 / 3)
     assert lowest["others"]["mean"] == pytest.approx(2 / 3)  # of all the other boxes, as many

@@ -1,4 +1,4 @@
-"""All seven analyses of networks that are not ZFNet: a user's own, torchvision's AlexNet; a residual one is refused."""
+"""All seven analyses of networks that are not ZFNet: a user's own, torchvision's AlexNet, and residual ones."""
 
 from __future__ import annotations
 
@@ -128,8 +128,9 @@ def test_analysis_of_torchvisions_alexnet(run_py, tmp_path: Path) -> None:
 
 def test_a_module_without_a_rule_is_refused_before_the_work(run_py, tmp_path: Path) -> None:
     run = train_other(tmp_path / "run", Smooth, "trainer.epochs=1")
-    for job in ("deconvnet", "evolution", "occlusion", "attribution", "verdict"):
-        answer = run_py(f"job={job}", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
+    for words in ("deconvnet", "evolution", "occlusion job.layer='0'", "attribution", "verdict"):
+        job, *more = words.split()
+        answer = run_py(f"job={job}", *more, f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
         assert "1 (SiLU): the deconvnet has no rule for it" in answer.error
         assert not Path("out").exists()
     assert run_py("job=filters", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out").code == 0
@@ -137,10 +138,26 @@ def test_a_module_without_a_rule_is_refused_before_the_work(run_py, tmp_path: Pa
 
 def test_a_residual_network_is_refused_by_name(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:
     run = train_other(tmp_path / "run", Residual, "trainer.epochs=1")
-    for job in ("deconvnet", "evolution", "filters", "invariance", "occlusion", "attribution", "verdict"):
+    for job in ("deconvnet", "evolution", "filters", "invariance", "attribution", "verdict"):
         answer = run_py(f"job={job}", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
         assert f"job={job}: Residual is not a chain of layers: the input of head.0" in answer.error
         assert not Path("out").exists()
     words = (f"run={tiny_run.folder}", f"job.other={run.folder}", "imports=[tests]")
     assert f"job.other={run.folder}: is not a chain of layers: the input" in run_py("job=forced_choice", *words).err
     assert run_py("job=evaluate", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out").code == 0
+
+
+@pytest.mark.drawn
+def test_occlusion_takes_any_network(run_py, tmp_path: Path) -> None:
+    run = train_other(tmp_path / "run", Residual, "trainer.epochs=1")
+    words = ("job=occlusion", f"run={run.folder}", "imports=[tests]", "job.split=test", "job.stride=12")
+    answer = run_py(*words, "job.count=2", "job.boxed_images=3", "hydra.run.dir=out")
+    assert answer.code == 0, answer.err
+    assert "without the strongest map (panels b and c): job=occlusion: Residual is not a chain of layers" in answer.out
+    summary = json.loads(Path("out/occlusion.json").read_text())
+    assert len(summary["images"]) == 2
+    assert "map" not in summary["images"][0]
+    assert set(read_csv(Path("out/maps.csv"))[0]) == {"image", "top", "left", "probability", "predicted", "confidence"}
+    assert Path("out/figures/occlusion.png").stat().st_size > 20_000
+    refused = run_py(*words, "job.layer=conv", "hydra.run.dir=other")
+    assert "Residual is not a chain of layers: the input of head.0" in refused.error

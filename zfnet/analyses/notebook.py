@@ -100,6 +100,7 @@ def occlusion(
     number = torch.tensor([run.classes.index(label)], device=inputs.device)
     few, fill = min(data.batch_size, 64), torch.zeros(3)
     result = occlude(chain, inputs, number, layer=layer, patch=patch, stride=stride, fill=fill, batch_size=few)
+    assert result.strongest is not None
     return OcclusionMaps(
         picture=to_pixels(inputs, data)[0].numpy(),
         centres=(result.starts + patch / 2).numpy(),
@@ -107,7 +108,7 @@ def occlusion(
         whole=float(result.whole.probability[0]),
         probability=result.occluded.probability[0].numpy(),
         predicted=np.array(run.classes)[result.occluded.predicted[0].numpy()],
-        activation=result.occluded.activation[0].numpy(),
+        activation=result.strongest.occluded[0].numpy(),
     )
 
 

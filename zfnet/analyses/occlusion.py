@@ -4,6 +4,9 @@ Source: Zeiler & Fergus 2013, section 4.2 and Fig. 7. The paper gives neither th
 follow the image's size. Places cover the whole image; at the borders the square extends beyond it and hides less. Where
 the objects' boxes are known, the place of the lowest probability tells whether the object matters: it is in its own
 image's box more often than in the boxes of other images, which are in the middle of most images, too.
+
+Any network will do. Panels b and c, of its strongest map, need one that the deconvnet can project, and are left out for
+others.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from zfnet.explain.selection import (
 )
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
+from zfnet.model.layers import full_precision
 from zfnet.plots.figures import PALETTE, RED, WHITE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.session import own_directory
@@ -69,29 +73,42 @@ class OcclusionJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/occlusion.png, every number of its maps (maps.csv), and a summary (occlusion.json)."""
         loaded = LoadedRun(config)
-        chain, data = loaded.chain, loaded.data
-        (layer,) = pick_layers(chain, "job.layer", self.layer, chain.conv_layers[-1:], only_conv=True)
+        data, (layer, problem) = loaded.data, self._layer(loaded)
         patch, stride = square_and_steps(data.image_size, self.patch, self.stride)
         square_starts(data.image_size, patch, stride)  # raises before any data is read
-        Deconvnet(chain).check(layer)
         split = chosen_split(loaded)
         chosen = choose_images(loaded, config, self.count, split)
         fill = mean_colour(loaded, self.fill)
         with own_directory(config, output) as run:
+            if problem:
+                log.info(f"without the strongest map (panels b and c): {problem}")
             settings: dict[str, Any] = {"layer": layer, "patch": patch, "fill": fill, "batch_size": data.batch_size}
-            result = occlude(chain, chosen.inputs, chosen.labels, stride=stride, **settings)
+            network = loaded.model if layer is None else loaded.chain
+            result = occlude(network, chosen.inputs, chosen.labels, stride=stride, **settings)
             boxes = None
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images, split)
                 coarse = max(stride, patch // 2)  # finer steps are for maps
-                boxes = box_evidence(occlude(chain, many.inputs, many.labels, stride=coarse, **settings), many.boxes)
+                boxes = box_evidence(occlude(network, many.inputs, many.labels, stride=coarse, **settings), many.boxes)
             pictures = to_pixels(chosen.inputs, data).numpy()
             colour = (to_pixels(fill.view(1, 3, 1, 1), data).flatten() / 255).tolist()
-            panels = project_strongest_map(loaded, layer, chosen.inputs, result, split.images)
+            panels = project_strongest_map(loaded, layer, chosen.inputs, result.strongest, split.images)
             figure = draw_occlusion(result, pictures, chosen, loaded.classes, layer, panels, colour)
             save_figure(figure, run.figures / "occlusion.png")
             run.write_csv("maps.csv", _rows(result, chosen, loaded.classes))
             run.write_json("occlusion.json", _summarise(result, chosen, loaded.classes, boxes))
+
+    def _layer(self, loaded: LoadedRun) -> tuple[str | None, str]:
+        """Return the layer of panels b and c; None, and why, if the network has none that can be projected."""
+        try:
+            chain = loaded.chain
+            (layer,) = pick_layers(chain, "job.layer", self.layer, chain.conv_layers[-1:], only_conv=True)
+            Deconvnet(chain).check(layer)
+        except UserError as error:
+            if self.layer is not None:
+                raise
+            return None, str(error)
+        return layer, ""
 
 
 # ---- measurement
@@ -100,14 +117,26 @@ class OcclusionJob(Look):
 class Outputs(NamedTuple):
     """The network's outputs for images, whole ones [N] or occluded at P × P places [N, P, P].
 
-    activation: sum over the map that is strongest on the whole image (panel b); probability: of the true class
-    (panel d); predicted: int64, the most probable class (panel e); confidence: its probability
+    probability: of the true class (panel d); predicted: int64, the most probable class (panel e); confidence: its
+    probability
     """
 
-    activation: Tensor
     probability: Tensor
     predicted: Tensor
     confidence: Tensor
+
+
+class StrongestMap(NamedTuple):
+    """The map with the largest sum of activations on each whole image (panels b and c).
+
+    channel: int64 [N]; peak: int64 [N, 2], where (y, x) it is strongest; whole: [N], its sum on the whole image;
+    occluded: [N, P, P], its sum with the square at each place
+    """
+
+    channel: Tensor
+    peak: Tensor
+    whole: Tensor
+    occluded: Tensor
 
 
 @dataclass(frozen=True)
@@ -116,16 +145,14 @@ class Occlusion:
 
     starts: int64 [P], the first row (and column) of the square at each place; it may lie outside the image
     patch: side of the square in pixels
-    channel: int64 [N], the map with the largest sum of activations on the whole image
-    peak: int64 [N, 2], where (y, x) that map is strongest on the whole image
+    strongest: None where no layer is looked at
     """
 
     starts: Tensor
     patch: int
-    channel: Tensor
-    peak: Tensor
     whole: Outputs
     occluded: Outputs
+    strongest: StrongestMap | None
 
 
 def square_and_steps(size: int, patch: int | None, stride: int | None) -> tuple[int, int]:
@@ -150,26 +177,42 @@ def square_starts(size: int, patch: int, stride: int) -> Tensor:
 
 
 @torch.no_grad()
+@full_precision()
 def occlude(
-    chain: Chain, images: Tensor, labels: Tensor, *, layer: str, patch: int, stride: int, fill: Tensor, batch_size: int
+    network: Any,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    layer: str | None,
+    patch: int,
+    stride: int,
+    fill: Tensor,
+    batch_size: int,
 ) -> Occlusion:
     """Slide a square over each image and record the network's outputs.
 
+    network: a module in evaluation mode; a `Chain` if there is a `layer`, whose strongest map is recorded, too
     images: [N, 3, S, S], normalised; labels: int64 [N]; fill: [3], the square's colour in the same units.
     Occluded images are made batch by batch on the images' device. Raises UserError (see `square_starts`).
     """
     count, size, device = len(images), images.shape[-1], images.device
     starts = square_starts(size, patch, stride).to(device)
     side = len(starts)
-    channels, peaks, whole = [], [], []
-    for chunk, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        maps = chain.activations(chunk, [layer])[layer]
-        strongest = maps.sum((2, 3)).argmax(1)
-        peak = maps[torch.arange(len(chunk), device=device), strongest].flatten(1).argmax(1)
-        channels.append(strongest)
-        peaks.append(torch.stack([peak // maps.shape[3], peak % maps.shape[3]], 1))
-        whole.append(_outputs(chain, chunk, layer, strongest, truth))
-    channel = torch.cat(channels)
+    channel = peak = None
+    if layer is not None:
+        channel, peak = _strongest_maps(network, layer, images, batch_size)
+
+    def outputs(inputs: Tensor, image: Tensor) -> list[Tensor]:
+        if layer is None or channel is None:
+            logits, sums = network(inputs), []
+        else:
+            maps, logits = network.activations(inputs, [layer, OUTPUT]).values()
+            sums = [maps[torch.arange(len(inputs), device=device), channel[image]].sum((1, 2))]
+        probabilities = logits.softmax(1)
+        confidence, predicted = probabilities.max(1)
+        return [probabilities.gather(1, labels[image, None])[:, 0], predicted, confidence, *sums]
+
+    whole = [outputs(images[index], index) for index in torch.arange(count, device=device).split(batch_size)]
     along = torch.arange(size, device=device)
     hidden = (along >= starts[:, None]) & (along < starts[:, None] + patch)  # [P, S]
     colour = fill.to(images).view(1, 3, 1, 1)
@@ -178,26 +221,25 @@ def occlude(
         for number in torch.arange(total, device=device).split(batch_size):
             image, row, column = number // side**2, number // side % side, number % side
             square = (hidden[row][:, :, None] & hidden[column][:, None, :])[:, None]
-            inputs = torch.where(square, colour, images[image])
-            occluded.append(_outputs(chain, inputs, layer, channel[image], labels[image]))
+            occluded.append(outputs(torch.where(square, colour, images[image]), image))
             bar.update(len(number))
-    return Occlusion(
-        starts.cpu(),
-        patch,
-        channel.cpu(),
-        torch.cat(peaks).cpu(),
-        Outputs(*(torch.cat(chunks).cpu() for chunks in zip(*whole, strict=True))),
-        Outputs(*(torch.cat(chunks).cpu().view(count, side, side) for chunks in zip(*occluded, strict=True))),
-    )
+    before = [torch.cat(chunks).cpu() for chunks in zip(*whole, strict=True)]
+    there = [torch.cat(chunks).cpu().view(count, side, side) for chunks in zip(*occluded, strict=True)]
+    strongest = None
+    if channel is not None and peak is not None:
+        strongest = StrongestMap(channel.cpu(), peak.cpu(), before[3], there[3])
+    return Occlusion(starts.cpu(), patch, Outputs(*before[:3]), Outputs(*there[:3]), strongest)
 
 
-def _outputs(chain: Chain, images: Tensor, layer: str, channel: Tensor, labels: Tensor) -> Outputs:
-    outputs = chain.activations(images, [layer, OUTPUT])
-    rows = torch.arange(len(images), device=images.device)
-    probabilities = outputs[OUTPUT].softmax(1)
-    confidence, predicted = probabilities.max(1)
-    activation = outputs[layer][rows, channel].sum((1, 2))
-    return Outputs(activation, probabilities[rows, labels], predicted, confidence)
+def _strongest_maps(chain: Chain, layer: str, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Return, for each image, the map with the largest sum [N], and where (y, x) it is strongest [N, 2]."""
+    channels, peaks = [], []
+    for chunk in images.split(batch_size):
+        maps = chain.activations(chunk, [layer])[layer]
+        channels.append(maps.sum((2, 3)).argmax(1))
+        peak = maps[torch.arange(len(chunk), device=maps.device), channels[-1]].flatten(1).argmax(1)
+        peaks.append(torch.stack([peak // maps.shape[3], peak % maps.shape[3]], 1))
+    return torch.cat(channels), torch.cat(peaks)
 
 
 def box_evidence(result: Occlusion, boxes: Tensor | None) -> dict[str, Any]:
@@ -220,7 +262,10 @@ def box_evidence(result: Occlusion, boxes: Tensor | None) -> dict[str, Any]:
 
 def _rows(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each image and place: the numbers that the figure's maps show."""
-    starts, columns = (result.starts.tolist(), {k: v.flatten().tolist() for k, v in result.occluded._asdict().items()})
+    starts, columns = result.starts.tolist(), result.occluded._asdict()
+    if result.strongest is not None:
+        columns = {"activation": result.strongest.occluded, **columns}
+    columns = {name: values.flatten().tolist() for name, values in columns.items()}
     columns["predicted"] = [classes[c] for c in columns["predicted"]]
     return to_rows(
         image=[name for name in chosen.names for _ in range(len(starts) ** 2)],
@@ -241,14 +286,14 @@ def _summarise(
             "image": name,
             "class": classes[int(chosen.labels[number])],
             "class_is_the_truth": chosen.known,
-            "map": int(result.channel[number]),
-            "activation": float(result.whole.activation[number]),
             "probability": float(result.whole.probability[number]),
             "predicted": classes[int(result.whole.predicted[number])],
             "lowest_probability": float(result.occluded.probability[number, y, x]),
             "lowest_at": [int(result.starts[y]), int(result.starts[x])],
             "predicted_at_lowest": classes[int(result.occluded.predicted[number, y, x])],
         }
+        if (strongest := result.strongest) is not None:
+            row |= {"map": int(strongest.channel[number]), "activation": float(strongest.whole[number])}
         log.info(
             f"{name}: P {row['probability']:.1%}, at the lowest {row['lowest_probability']:.1%}, "
             f"where the prediction is {row['predicted_at_lowest']}"
@@ -276,19 +321,24 @@ class Panels(NamedTuple):
 
 
 def project_strongest_map(
-    loaded: LoadedRun, layer: str, inputs: Tensor, result: Occlusion, images: ImageSet
+    loaded: LoadedRun, layer: str | None, inputs: Tensor, found: StrongestMap | None, images: ImageSet
 ) -> list[Panels]:
-    """Project each image's strongest map in that image and in the images of the split that excite it most."""
+    """Project each image's strongest map in that image and in the images of the split that excite it most.
+
+    Returns an empty list if no layer is looked at.
+    """
+    if layer is None or found is None:
+        return []
     search = TopActivations(OTHERS + 1, len(loaded.classes))
     strongest = collect(loaded.chain, images, loaded.batches, [layer], search).layers[layer]
     deconvnet, shown = Deconvnet(loaded.chain), []
-    for number, channel in enumerate(result.channel.tolist()):
+    for number, channel in enumerate(found.channel.tolist()):
         places = strongest.places()[channel][strongest.filled[channel]].cpu()
         others = to_inputs(loaded, images.pixels(places[:, 0]))
         # the image itself may be among the strongest of its split
         new = [k for k in range(len(others)) if not torch.equal(others[k], inputs[number])][:OTHERS]
         row = torch.cat([inputs[number : number + 1], others[new]])
-        where = torch.cat([result.peak[number : number + 1], places[new, 1:]])
+        where = torch.cat([found.peak[number : number + 1], places[new, 1:]])
         units = [(k, channel, int(y), int(x)) for k, (y, x) in enumerate(where.tolist())]
         titles = ["this image", *(loaded.classes[c] for c in images.labels[places[new, 0]].tolist())]
         projections = on_grey(deconvnet.project(row, layer, units)).numpy()
@@ -302,51 +352,64 @@ def draw_occlusion(
     pictures: np.ndarray,
     chosen: Chosen,
     classes: Sequence[str],
-    layer: str,
+    layer: str | None,
     projections: Sequence[Panels],
     fill: Sequence[float],
 ) -> Figure:
-    """Draw five panels for each image (paper, Fig. 7). The square is where the probability is lowest; dashed: the box.
+    """Draw five panels for each image (paper, Fig. 7), without b and c if no layer is looked at.
 
+    The square is where the probability is lowest; dashed: the object's box.
     pictures: uint8 [N, S, S, 3] of the chosen images; fill: the square's colour, in 0 … 1
     """
     rows, size, boxes = len(pictures), pictures.shape[1], chosen.boxes
-    figure = new_figure(figsize=(18, 1.1 + 2.9 * rows))
+    panels = {
+        "image": ("(a) Image and square where\nthe probability is lowest", 1.0),
+        "activation": (f"(b) Activation of the strongest\nmap of {layer}, summed", 1.0),
+        "activation bar": ("", 0.05),
+        "projections": (
+            f"(c) Image and projection of that map of {layer},\nhere and where it is strongest (grey: no signal)",
+            2.0,
+        ),
+        "probability": ("(d) Probability\nof the class", 1.0),
+        "probability bar": ("", 0.05),
+        "predicted": ("(e) Most probable\nclass", 1.0),
+    }
+    if result.strongest is None:
+        panels = {name: panel for name, panel in panels.items() if name[:10] not in ("activation", "projection")}
+    widths = [width for _, width in panels.values()]
+    figure = new_figure(figsize=(2.95 * sum(widths), 1.1 + 2.9 * rows))
     dashed = "" if boxes is None else "; dashed: the object's box"
     figure.suptitle(f"Occlusion by a square of {result.patch} px; maps are drawn at the square's centre{dashed}")
-    axes = figure.subplots(rows, 7, squeeze=False, width_ratios=(1, 1, 0.05, 2, 1, 0.05, 1))
-    titles = (
-        "(a) Image and square where\nthe probability is lowest",
-        f"(b) Activation of the strongest\nmap of {layer}, summed",
-        f"(c) Image and projection of that map of {layer},\nhere and where it is strongest (grey: no signal)",
-        "(d) Probability\nof the class",
-        "(e) Most probable\nclass",
-    )
-    for panel, title in zip(axes[0, [0, 1, 3, 4, 6]], titles, strict=True):
-        panel.set_title(title)
+    axes = figure.subplots(rows, len(panels), squeeze=False, width_ratios=widths)
     extent = _extent(result, size)
     predicted_classes = result.occluded.predicted.unique().tolist()  # sorted; their colours are the same in every row
     colours = {c: PALETTE[n % len(PALETTE)] for n, c in enumerate(predicted_classes)}
-    for row, (image, activation, bar_b, projected, probability, bar_d, predicted) in enumerate(axes):
-        show(image, pictures[row])
+    for axis, (title, _) in zip(axes[0], panels.values(), strict=True):
+        axis.set_title(title)
+    for row, of_row in enumerate(axes):
+        panel = dict(zip(panels, of_row, strict=True))
+        show(panel["image"], pictures[row])
         y, x = divmod(int(result.occluded.probability[row].argmin()), len(result.starts))
         corner = (float(result.starts[x]) - 0.5, float(result.starts[y]) - 0.5)
-        image.add_patch(Rectangle(corner, result.patch, result.patch, fc=tuple(fill), ec=WHITE, lw=0.8))
-        image.set_ylabel(plain(chosen.names)[row])
-        heat = show(activation, result.occluded.activation[row], cmap="magma", extent=extent, vmin=0)
-        whole = float(result.whole.activation[row])
-        activation.set_xlabel(f"map {int(result.channel[row])}; whole image: {whole:.3g}")
-        figure.colorbar(heat, cax=bar_b)
-        _draw_projections(projected, projections[row])
-        heat = show(probability, result.occluded.probability[row], cmap="viridis", extent=extent, vmin=0, vmax=1)
-        probability.set_xlabel(f"whole image: {float(result.whole.probability[row]):.1%}")
-        figure.colorbar(heat, cax=bar_d)
-        bar_d.yaxis.set_major_formatter("{x:.0%}")
-        _draw_classes(predicted, result.occluded.predicted[row].numpy(), classes, colours, extent)
-        for panel in (image, activation, probability, predicted):
-            panel.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
-            if boxes is not None and panel is not image:
-                outline_box(panel, boxes[row], WHITE)
+        panel["image"].add_patch(Rectangle(corner, result.patch, result.patch, fc=tuple(fill), ec=WHITE, lw=0.8))
+        panel["image"].set_ylabel(plain(chosen.names)[row])
+        if (strongest := result.strongest) is not None:
+            heat = show(panel["activation"], strongest.occluded[row], cmap="magma", extent=extent, vmin=0)
+            whole = float(strongest.whole[row])
+            panel["activation"].set_xlabel(f"map {int(strongest.channel[row])}; whole image: {whole:.3g}")
+            figure.colorbar(heat, cax=panel["activation bar"])
+            _draw_projections(panel["projections"], projections[row])
+        heat = show(
+            panel["probability"], result.occluded.probability[row], cmap="viridis", extent=extent, vmin=0, vmax=1
+        )
+        panel["probability"].set_xlabel(f"whole image: {float(result.whole.probability[row]):.1%}")
+        figure.colorbar(heat, cax=panel["probability bar"])
+        panel["probability bar"].yaxis.set_major_formatter("{x:.0%}")
+        _draw_classes(panel["predicted"], result.occluded.predicted[row].numpy(), classes, colours, extent)
+        for name in panel.keys() & {"image", "activation", "probability", "predicted"}:
+            panel[name].set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+            if boxes is not None and name != "image":
+                outline_box(panel[name], boxes[row], WHITE)
     return figure
 
 
