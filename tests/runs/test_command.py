@@ -324,3 +324,14 @@ def test_a_records_logger_sends_nothing_elsewhere(tmp_path: Path, name: str, key
     with pytest.raises(UserError, match=rf"its logger.mine.{key}={value} sends results elsewhere"):
         overlay(run, [], OWN)
     assert overlay(run, ["logger=none"], OWN).logger == {}
+
+
+def test_a_job_of_ones_own_needs_a_name(run_py, tmp_path: Path) -> None:
+    (tmp_path / "own/job").mkdir(parents=True)
+    text = "# @package _global_\njob: {_target_: zfnet.jobs.summary.SummaryJob}\n"
+    (tmp_path / "own/job/mine.yaml").write_text(text)
+    answer = run_py("--config-dir", "own", "job=mine")
+    assert (
+        answer.error == "job._target_=zfnet.jobs.summary.SummaryJob: the job's file must also have a name, under job:"
+    )
+    assert not (tmp_path / "outputs").exists()

@@ -122,12 +122,13 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
     # a command trusts the packages of its own words, and those of the project's own `conf/`
     own_imports = [w for w in words if w.lstrip("+").startswith("imports=")]
     imports = imported_packages(compose_raw(own_imports) if from_elsewhere else raw)
-    target = OmegaConf.select(raw, "job._target_")
+    target, name = (OmegaConf.select(raw, f"job.{key}") for key in ("_target_", "name"))
     if target is None:
-        name = OmegaConf.select(raw, "job.name")
         raise UserError(f"job.name={name}: choose a job by job=NAME, such as job=train")
+    if name is None:
+        raise UserError(f"job._target_={target}: the job's file must also have a name, under job:")
     job_class = resolve("job", target, Job, imports)
-    job, run = f"job={raw.job.name}", raw.get("run")
+    job, run = f"job={name}", raw.get("run")
     if raw.get("images") is not None and not job_class.reads_images:
         raise UserError(f"{job} reads no image files: leave images=… out")
     if run is None:
