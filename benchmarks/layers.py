@@ -1,23 +1,25 @@
-"""The rate of each layer's forward and backward pass, in both memory formats, beside a large matrix product.
+"""The rate of each layer's forward and backward pass beside a large matrix product; of convolutions in both formats.
 
     python benchmarks/layers.py data=shapes data.store_size=32 data.batch_size=32
 
-takes a network's words as `run.py` does (of those that are a chain of layers), and times each layer alone: the best of
-five calls. As in training, no gradient with respect to the images is computed.
+takes `model`, `data` and `trainer` words of `run.py`, for networks that are chains of layers, and times each layer by
+itself: the best of five calls, with ten classes. As in training, no gradient with respect to the images is computed.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 from zfnet import compose
+from zfnet.config.errors import UserError
+from zfnet.config.schema import Config
 from zfnet.jobs.benchmark import matmul_peak
 from zfnet.model.build import build_model
-from zfnet.model.chain import WEIGHTED, Chain, Step
+from zfnet.model.chain import WEIGHTED, Chain
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.tables import format_table
 from zfnet.training.device import Runtime, resolve_runtime, timed
@@ -25,36 +27,57 @@ from zfnet.training.device import Runtime, resolve_runtime, timed
 CALLS = 5
 
 
+class Pass(NamedTuple):
+    """Floating-point operations and seconds of one batch."""
+
+    operations: float
+    seconds: float
+
+    @property
+    def cells(self) -> tuple[str, str]:
+        return f"{self.operations / self.seconds / 1e9:.1f}", f"{1000 * self.seconds:.1f} ms"
+
+
 def main() -> None:
     register_resolvers()
-    config = compose(sys.argv[1:])
-    runtime = resolve_runtime(config.trainer)
-    model = build_model(config.model, 10, config.data.image_size).to(runtime.device)
-    layers = [step for step in Chain.of(model, config.data.image_size).steps if isinstance(step.module, WEIGHTED)]
-    peak = matmul_peak(runtime) / 1e12
+    try:
+        config = compose(sys.argv[1:])
+        runtime = resolve_runtime(config.trainer, own_network=isinstance(config.model, dict))
+        layers = dict(time_layers(config, runtime))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     rows: list[tuple[str, ...]] = [("", "forward", "", "backward", "")]
-    for name, memory_format in (("NHWC", torch.channels_last), ("NCHW", torch.contiguous_format)):
-        flops = seconds = 0.0
-        for number, layer in enumerate(layers):
-            parts = time_layer(layer, config.data.batch_size, memory_format, runtime, number > 0)
-            rows.append(
-                (f"{layer.name}, {name}", *(w for n, s in parts for w in (f"{n / s / 1e12:.3f}", f"{s * 1e3:.1f} ms")))
-            )
-            flops, seconds = flops + sum(n for n, _ in parts), seconds + sum(s for _, s in parts)
-        rows.append((f"together, {name}", f"{flops / seconds / 1e12:.3f}", f"{seconds * 1e3:.1f} ms", "", ""))
-    print(f"{runtime.describe()}, batches of {config.data.batch_size}; TFLOP/s, a large matrix product {peak:.3f}\n")
-    print("\n".join(format_table(rows, "<>>>>", 80)))
+    rows += [(name, *there.cells, *back.cells) for name, (there, back) in layers.items()]
+    peak = matmul_peak(runtime) / 1e9
+    print(
+        f"{runtime.device}, {runtime.precision}, {torch.get_num_threads()} threads, batches of {config.data.batch_size}"
+    )
+    print(f"GFLOP/s; a large matrix product {peak:.1f}\n")
+    print("\n".join(format_table(rows, "<>>>>", 80, shrink=[0])))
 
 
-def time_layer(
-    layer: Step, batch: int, memory_format: torch.memory_format, runtime: Runtime, to_input: bool
-) -> list[tuple[float, float]]:
-    """Return (floating-point operations, seconds) of the forward and of the backward pass of a batch."""
-    images = torch.randn(batch, *layer.input_shape, device=runtime.device)
-    if images.ndim == 4:
-        images = images.contiguous(memory_format=memory_format)
-    module: Any = layer.module
-    module.to(memory_format=memory_format)
+def time_layers(config: Config, runtime: Runtime) -> Iterator[tuple[str, tuple[Pass, Pass]]]:
+    """Yield each layer's name and its forward and backward pass; raise UserError for a network that is no chain."""
+    model = build_model(config.model, 10, config.data.image_size, config.imports).to(runtime.device)
+    # PyTorch's convolutions of other networks may corrupt memory in NHWC (see `resolve_runtime`)
+    formats = {"NHWC": torch.channels_last} if runtime.channels_last else {}
+    trained = False  # anything before, so that the gradient with respect to the layer's input is needed
+    for step in Chain.of(model, config.data.image_size).steps:
+        module: Any = step.module
+        if isinstance(module, WEIGHTED):
+            images = torch.randn(config.data.batch_size, *step.input_shape, device=runtime.device)
+            if images.ndim == 4:
+                for name, memory_format in {**formats, "NCHW": torch.contiguous_format}.items():
+                    module.to(memory_format=memory_format)
+                    inputs = images.contiguous(memory_format=memory_format)
+                    yield f"{step.name}, {name}", time_layer(module, inputs, runtime, trained)
+            else:
+                yield step.name, time_layer(module, images, runtime, trained)
+        trained = trained or any(True for _ in module.parameters())
+
+
+def time_layer(module: Any, images: torch.Tensor, runtime: Runtime, to_input: bool) -> tuple[Pass, Pass]:
+    """Return the forward and the backward pass of a layer for a batch [N, …]."""
     images.requires_grad_(to_input)
 
     def forward() -> torch.Tensor:
@@ -71,11 +94,8 @@ def time_layer(
         output.backward(gradient, retain_graph=True)
 
     operations = 2.0 * output.numel() * module.weight[0].numel()
-    return [(operations, best_of(forward, runtime)), (operations * (1 + to_input), best_of(backward, runtime))]
-
-
-def best_of(call: Callable[[], object], runtime: Runtime) -> float:
-    return min(timed(call, runtime.device) for _ in range(CALLS))
+    times = [min(timed(call, runtime.device) for _ in range(CALLS)) for call in (forward, backward)]
+    return Pass(operations, times[0]), Pass(operations * (1 + to_input), times[1])
 
 
 if __name__ == "__main__":

@@ -4,18 +4,51 @@ from __future__ import annotations
 
 import sys
 
+import pytest
+import torch
+
 from benchmarks import layers
+from tests.helpers import compose
+from zfnet.jobs.benchmark import flops_per_image
+from zfnet.model.build import build_model
+from zfnet.training.device import resolve_runtime
+
+WORDS = ("experiment=quickstart", "data.batch_size=3", "trainer.device=cpu", "trainer.precision=fp32")
 
 
-def test_main_times_each_layer_in_both_formats(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("network", ["", "model.norm=batch"])
+def test_time_layers_counts_the_operations_of_a_training_step(network: str) -> None:
+    config = compose(*WORDS, *network.split())
+    size = config.data.image_size
+    parts = dict(layers.time_layers(config, resolve_runtime(config.trainer)))
+    names = ["conv1, NHWC", "conv1, NCHW", "conv2, NHWC"]
+    assert list(parts)[:3] == names
+    assert list(parts)[-1] == "fc8"
+    counted = sum(p.operations for name, pair in parts.items() if "NHWC" not in name for p in pair)
+    model = build_model(config.model, 10, size)
+    assert counted == 3 * flops_per_image(model, torch.randn(2, 3, size, size))
+    assert all(p.seconds > 0 for pair in parts.values() for p in pair)
+
+
+def test_main_prints_a_table(monkeypatch, capsys) -> None:
     monkeypatch.setattr(layers, "matmul_peak", lambda _: 1e11)
-    words = ["experiment=quickstart", "data.batch_size=2", "trainer.device=cpu", "trainer.precision=fp32"]
-    monkeypatch.setattr(sys, "argv", ["layers.py", *words])
+    monkeypatch.setattr(sys, "argv", ["layers.py", *WORDS])
     layers.main()
-    first, _, _, *rows = capsys.readouterr().out.splitlines()
-    assert first.endswith("batches of 2; TFLOP/s, a large matrix product 0.100")
-    names = [row.split("  ")[0] for row in rows]
-    assert names[:2] == ["conv1, NHWC", "conv2, NHWC"]
-    assert names.count("together, NHWC") == names.count("together, NCHW") == 1
-    assert len(names) == 2 * (names.index("together, NHWC") + 1)
+    first, second, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert first.endswith("batches of 3")
+    assert second == "GFLOP/s; a large matrix product 100.0"
+    assert [row.split("  ")[0] for row in rows][:2] == ["conv1, NHWC", "conv1, NCHW"]
     assert max(map(len, rows)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["data.batch_sze=3"], "data.batch_sze"), (["model.conv1.kernel_size=99"], "conv1 receives 64×64 pixels")],
+)
+def test_main_refuses_in_one_line(words: list[str], message: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["layers.py", *WORDS, *words])
+    with pytest.raises(SystemExit) as end:
+        layers.main()
+    assert str(end.value.code).startswith("error: ")
+    assert message in str(end.value.code)
+    assert "\n" not in str(end.value.code)
