@@ -76,9 +76,10 @@ def test_random_numbers_are_drawn_in_one_kernel() -> None:
     assert _one_kernel(device) is not None
 
 
-def test_augmentation_is_the_cpus() -> None:
+@pytest.mark.parametrize("padding", ["constant", "reflect"])
+def test_augmentation_is_the_cpus(padding: str) -> None:
     pixels, index = random_images(64, 32), torch.arange(64)
-    how, data = augment_config(crop_padding=4, flip=0.5, cutout=8), data_config()
+    how, data = augment_config(crop_padding=4, padding_mode=padding, flip=0.5, cutout=8), data_config()
     drawn, there = (draw(i, 32, how, data, 0, 0) for i in (index, index.cuda()))
     assert all(torch.equal(a, b.cpu()) for a, b in zip(drawn, there, strict=True))
     on_gpu = augment(pixels.cuda(), there, how, data)

@@ -336,15 +336,19 @@ def _pad(pixels: Tensor, width: int, fill: Tensor | None) -> Tensor:
     """Pad images [B, h, w, 3] on all sides with the colour `fill` [3]; without one, mirror them at their edges."""
     batch, height, across, _ = pixels.shape
     if fill is None:
-        for dimension, side in ((1, height), (2, across)):
-            # not F.pad, which refuses a padding as wide as the image
-            turn = max(1, 2 * side - 2)
-            place = torch.arange(-width, side + width, device=pixels.device) % turn
-            pixels = pixels.index_select(dimension, torch.minimum(place, turn - place))
-        return pixels
+        rows, columns = (_reflected(side, width, pixels.device) for side in (height, across))
+        return pixels[:, rows[:, None], columns]
     out = fill.expand(batch, height + 2 * width, across + 2 * width, 3).clone()
     out[:, width:-width, width:-width] = pixels
     return out
+
+
+def _reflected(side: int, width: int, device: torch.device) -> Tensor:
+    """Return which pixel of a row of `side` is at each place of the padded one, int64 [side + 2 · width]."""
+    # not F.pad, which refuses a padding as wide as the image
+    turn = max(1, 2 * side - 2)
+    place = torch.arange(-width, side + width, device=device) % turn
+    return torch.minimum(place, turn - place)
 
 
 def _crop_on_gpu(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: int) -> Tensor:
