@@ -39,6 +39,25 @@ class Smooth(nn.Sequential):
         super().__init__(nn.Conv2d(3, 4, 5, 4), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 15 * 15, num_classes))
 
 
+class Gated(nn.Module):
+    """A leaf gives one number for each image, which another module's input is multiplied by."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 5, 4), nn.ReLU())
+        self.score = Score()
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return self.head(x.mean((2, 3)) * self.score(x)[:, None])
+
+
+class Score(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2, 3)).sigmoid()
+
+
 class Residual(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -148,16 +167,26 @@ def test_a_residual_network_is_refused_by_name(run_py, tiny_run: RunDirectory, t
 
 
 @pytest.mark.drawn
-def test_occlusion_takes_any_network(run_py, tmp_path: Path) -> None:
-    run = train_other(tmp_path / "run", Residual, "trainer.epochs=1")
+@pytest.mark.parametrize(
+    ("network", "layer", "problem"),
+    [
+        (Residual, "conv", "Residual is not a chain of layers: the input of head.0"),
+        (Gated, "body.0", "Gated is not a chain of layers: the input of head"),
+        (Smooth, "'0'", "1 (SiLU): the deconvnet has no rule for it"),
+    ],
+)
+def test_occlusion_takes_any_network(
+    network: type[nn.Module], layer: str, problem: str, run_py, tmp_path: Path
+) -> None:
+    run = train_other(tmp_path / "run", network, "trainer.epochs=1")
     words = ("job=occlusion", f"run={run.folder}", "imports=[tests]", "job.split=test", "job.stride=12")
     answer = run_py(*words, "job.count=2", "job.boxed_images=3", "hydra.run.dir=out")
     assert answer.code == 0, answer.err
-    assert "without the strongest map (panels b and c): job=occlusion: Residual is not a chain of layers" in answer.out
+    assert "without panels b and c" in answer.out
     summary = json.loads(Path("out/occlusion.json").read_text())
     assert len(summary["images"]) == 2
     assert "map" not in summary["images"][0]
     assert set(read_csv(Path("out/maps.csv"))[0]) == {"image", "top", "left", "probability", "predicted", "confidence"}
     assert Path("out/figures/occlusion.png").stat().st_size > 20_000
-    refused = run_py(*words, "job.layer=conv", "hydra.run.dir=other")
-    assert "Residual is not a chain of layers: the input of head.0" in refused.error
+    refused = run_py(*words, f"job.layer={layer}", "hydra.run.dir=other")
+    assert problem in refused.error

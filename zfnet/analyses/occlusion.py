@@ -24,7 +24,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
@@ -55,6 +55,7 @@ log = logging.getLogger("zfnet")
 
 OTHERS = 3  # images beside the occluded one, in panel c (paper, Fig. 7)
 _NAMED = 8  # classes in a legend
+_OF_STRONGEST = ("activation", "activation bar", "projections")  # panels b and c
 
 
 @dataclass(kw_only=True)
@@ -73,15 +74,15 @@ class OcclusionJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/occlusion.png, every number of its maps (maps.csv), and a summary (occlusion.json)."""
         loaded = LoadedRun(config)
-        data, (layer, problem) = loaded.data, self._layer(loaded)
+        data, layer = loaded.data, self._layer(loaded)
         patch, stride = square_and_steps(data.image_size, self.patch, self.stride)
         square_starts(data.image_size, patch, stride)  # raises before any data is read
         split = chosen_split(loaded)
         chosen = choose_images(loaded, config, self.count, split)
         fill = mean_colour(loaded, self.fill)
         with own_directory(config, output) as run:
-            if problem:
-                log.info(f"without the strongest map (panels b and c): {problem}")
+            if layer is None:
+                log.info("without panels b and c: the deconvnet cannot project this network; job.layer=NAME says why")
             settings: dict[str, Any] = {"layer": layer, "patch": patch, "fill": fill, "batch_size": data.batch_size}
             network = loaded.model if layer is None else loaded.chain
             result = occlude(network, chosen.inputs, chosen.labels, stride=stride, **settings)
@@ -98,17 +99,17 @@ class OcclusionJob(Look):
             run.write_csv("maps.csv", _rows(result, chosen, loaded.classes))
             run.write_json("occlusion.json", _summarise(result, chosen, loaded.classes, boxes))
 
-    def _layer(self, loaded: LoadedRun) -> tuple[str | None, str]:
-        """Return the layer of panels b and c; None, and why, if the network has none that can be projected."""
+    def _layer(self, loaded: LoadedRun) -> str | None:
+        """Return the layer of panels b and c; None if the deconvnet cannot project one. Raise if one was asked for."""
         try:
             chain = loaded.chain
             (layer,) = pick_layers(chain, "job.layer", self.layer, chain.conv_layers[-1:], only_conv=True)
             Deconvnet(chain).check(layer)
-        except UserError as error:
+        except UserError:
             if self.layer is not None:
                 raise
-            return None, str(error)
-        return layer, ""
+            return None
+        return layer
 
 
 # ---- measurement
@@ -179,7 +180,7 @@ def square_starts(size: int, patch: int, stride: int) -> Tensor:
 @torch.no_grad()
 @full_precision()
 def occlude(
-    network: Any,
+    network: nn.Module | Chain,
     images: Tensor,
     labels: Tensor,
     *,
@@ -198,15 +199,18 @@ def occlude(
     count, size, device = len(images), images.shape[-1], images.device
     starts = square_starts(size, patch, stride).to(device)
     side = len(starts)
+    chain = network if isinstance(network, Chain) else None
     channel = peak = None
     if layer is not None:
-        channel, peak = _strongest_maps(network, layer, images, batch_size)
+        assert chain is not None
+        channel, peak = _strongest_maps(chain, layer, images, batch_size)
 
     def outputs(inputs: Tensor, image: Tensor) -> list[Tensor]:
-        if layer is None or channel is None:
-            logits, sums = network(inputs), []
+        sums = []
+        if layer is None or chain is None or channel is None:
+            logits = network(inputs)  # type: ignore[operator]
         else:
-            maps, logits = network.activations(inputs, [layer, OUTPUT]).values()
+            maps, logits = chain.activations(inputs, [layer, OUTPUT]).values()
             sums = [maps[torch.arange(len(inputs), device=device), channel[image]].sum((1, 2))]
         probabilities = logits.softmax(1)
         confidence, predicted = probabilities.max(1)
@@ -375,7 +379,7 @@ def draw_occlusion(
         "predicted": ("(e) Most probable\nclass", 1.0),
     }
     if result.strongest is None:
-        panels = {name: panel for name, panel in panels.items() if name[:10] not in ("activation", "projection")}
+        panels = {name: panel for name, panel in panels.items() if name not in _OF_STRONGEST}
     widths = [width for _, width in panels.values()]
     figure = new_figure(figsize=(2.95 * sum(widths), 1.1 + 2.9 * rows))
     dashed = "" if boxes is None else "; dashed: the object's box"
@@ -406,10 +410,11 @@ def draw_occlusion(
         figure.colorbar(heat, cax=panel["probability bar"])
         panel["probability bar"].yaxis.set_major_formatter("{x:.0%}")
         _draw_classes(panel["predicted"], result.occluded.predicted[row].numpy(), classes, colours, extent)
-        for name in panel.keys() & {"image", "activation", "probability", "predicted"}:
-            panel[name].set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
-            if boxes is not None and name != "image":
-                outline_box(panel[name], boxes[row], WHITE)
+        for name in ("image", "activation", "probability", "predicted"):
+            if name in panel:
+                panel[name].set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+                if boxes is not None and name != "image":
+                    outline_box(panel[name], boxes[row], WHITE)
     return figure
 
 

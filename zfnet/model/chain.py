@@ -152,7 +152,7 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
         former = steps[-1].name if steps else "the image"
         if _same(x, last):
             return
-        if x.ndim != 2 or not _same(x, last.flatten(1)):
+        if x.ndim != 2 or last.ndim < 2 or not _same(x, last.flatten(1)):
             raise UserError(
                 f"{name} is not the output of {former}: a network can be explained if it is a chain of modules, "
                 "without branches and with no function but torch.flatten between them"
@@ -180,7 +180,9 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
     try:
         model.eval()
         output = model(images)
-    except RuntimeError as error:
+    except UserError:
+        raise
+    except Exception as error:  # user code may raise anything
         place = f"after {steps[-1]}" if steps else "at the first module"
         raise UserError(
             f"the network cannot take {channels}×{image_size}×{image_size} images: {place}: {one_line(error)}"
