@@ -147,7 +147,7 @@ def alternatives(config: Config, runtime: Runtime, images: ImageSet) -> Iterator
     """Yield the steps with each choice of trainer=auto replaced by its alternative.
 
     Without bf16 where the CPU has AVX2 only: oneDNN has no kernels for it there, and a matrix product takes
-    hundreds of times as long.
+    a hundred times as long.
     """
     precision, nhwc = "fp32" if runtime.precision == "bf16" else "bf16", runtime.channels_last
     runtimes = {
