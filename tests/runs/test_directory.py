@@ -240,3 +240,14 @@ def test_a_run_does_not_write_through_links(tiny_run, tmp_path: Path, name: str)
     with refused, hold(run, "train.log"):  # as a reproduction that is continued
         pass
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_links_of_earlier_wandb_runs_are_no_obstacle(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    logs = run.folder / "wandb/offline-run-20260101_000000-abc/logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(tmp_path / "elsewhere.log")
+    run.refuse_links()
+    (logs / "other.log").symlink_to(tmp_path / "elsewhere.log")
+    with pytest.raises(UserError, match=r"other\.log: is a link"):
+        run.refuse_links()

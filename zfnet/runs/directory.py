@@ -174,11 +174,15 @@ class RunDirectory:
         return False
 
     def refuse_links(self) -> None:
-        """Raise UserError if a link in the directory points outside: nothing is written through it."""
+        """Raise UserError if a link in the directory points outside: nothing is written through it.
+
+        But for one that W&B leaves in the folders of its finished runs, to which it never returns.
+        """
         inside = self.folder.resolve()
         for place, folders, files in os.walk(self.folder):
             for path in (Path(place, name) for name in (*folders, *files)):
-                if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                outside = path.is_symlink() and not path.resolve().is_relative_to(inside)
+                if outside and not path.relative_to(self.folder).match("wandb/*run-*/logs/debug-core.log"):
                     raise UserError(f"{path}: is a link, through which the run would write elsewhere: replace it")
 
     def remove_partials(self) -> None:
