@@ -146,8 +146,7 @@ class TrainingSteps:
 def alternatives(config: Config, runtime: Runtime, images: ImageSet) -> Iterator[TrainingSteps]:
     """Yield the steps with each choice of trainer=auto replaced by its alternative.
 
-    Without bf16 where the CPU has AVX2 only: oneDNN has no kernels for it there, and a matrix product takes
-    a hundred times as long.
+    Without bf16 where the CPU has AVX2 only: oneDNN has no kernels for it there, and it is far slower.
     """
     precision, nhwc = "fp32" if runtime.precision == "bf16" else "bf16", runtime.channels_last
     runtimes = {
