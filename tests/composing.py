@@ -1,0 +1,114 @@
+"""Hydra's compositions, remembered: most of the tests' time would go there, and nearly all read the same files.
+
+What the files of `conf/` and the chosen groups give is composed once in a process. The overrides of keys, Hydra's own
+part and the checks of this package are applied to it each time. A composition with anybody else's folder is not
+remembered. `ZFNET_COMPOSE_ANEW=1 python -m pytest` runs the tests without this.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.defaults_list import DefaultsList
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from zfnet.config.trust import CONF, _is_own
+
+_create = config_loader_impl.create_defaults_list
+_join = ConfigLoaderImpl._compose_config_from_defaults_list
+_parse = OverridesParser.parse_rule
+
+_is_group: dict[Any, bool] = {}
+_defaults: dict[Any, DefaultsList] = {}
+_joined: dict[Any, bytes] = {}
+_words: dict[Any, Any] = {}
+
+
+def remember(patch: Any) -> None:
+    """Let Hydra remember what it composes, as long as `patch`, a pytest.MonkeyPatch, lasts."""
+    if os.environ.get("ZFNET_COMPOSE_ANEW") == "1":
+        return
+    patch.setattr(config_loader_impl, "create_defaults_list", _create_once)
+    patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", _join_once)
+    patch.setattr(OverridesParser, "parse_rule", _parse_once)
+    # each composition copies the store to protect it from changes; what is loaded from it is a copy in any case
+    patch.setattr(ConfigStore, "__deepcopy__", lambda store, _: store, raising=False)
+
+
+def forget(patch: Any) -> None:
+    """Let Hydra compose as it does by itself, as long as `patch` lasts."""
+    patch.setattr(config_loader_impl, "create_defaults_list", _create)
+    patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", _join)
+    patch.setattr(OverridesParser, "parse_rule", _parse)
+    patch.delattr(ConfigStore, "__deepcopy__", raising=False)
+
+
+def _state(repo: Any) -> Any:
+    """Return what a composition reads: the sources, with time and size of each file; None with a folder not ours."""
+    state: list[Any] = []
+    for source in repo.get_sources():
+        if not _is_own(source.scheme(), source.path):
+            return None
+        state.append((source.scheme(), source.provider, source.path))
+    for folder, _, names in os.walk(CONF):
+        for name in names:
+            file = os.stat(Path(folder, name))
+            state.append((folder, name, file.st_mtime_ns, file.st_size))
+    return tuple(state)
+
+
+def _create_once(
+    repo: Any, config_name: str | None, overrides_list: Sequence[Override], prepend_hydra: bool, skip_missing: bool
+) -> DefaultsList:
+    """Stand for Hydra's `create_defaults_list`: the defaults of the chosen groups, and the overrides of keys."""
+    rest: dict[str, Any] = {"config_name": config_name, "prepend_hydra": prepend_hydra, "skip_missing": skip_missing}
+    state = _state(repo)
+    if state is None:
+        return _create(repo=repo, overrides_list=list(overrides_list), **rest)
+    groups: list[Override] = []
+    keys: list[Override] = []
+    for override in overrides_list:
+        if override.is_sweep_override():  # Hydra leaves them out as well
+            continue
+        name = (state, override.key_or_group)
+        if name not in _is_group:
+            _is_group[name] = repo.group_exists(override.key_or_group)
+        (groups if _is_group[name] and not isinstance(override.value(), dict) else keys).append(override)
+    key = (state, tuple(override.input_line for override in groups), *rest.values())
+    if key not in _defaults:  # an error is not remembered
+        _defaults[key] = _create(repo=repo, overrides_list=groups, **rest)
+    known = _defaults[key]
+    return DefaultsList(
+        defaults=known.defaults, defaults_tree=known.defaults_tree, config_overrides=keys, overrides=known.overrides
+    )
+
+
+def _join_once(self: ConfigLoaderImpl, defaults: Sequence[Any], repo: Any) -> DictConfig:
+    """Stand for Hydra's method of this name: the config of these defaults, before any override of a key."""
+    state = _state(repo)
+    if state is None:
+        return _join(self, defaults=list(defaults), repo=repo)
+    parts = ((d.config_path, d.parent, d.package, d.is_self, d.primary, d.override_key) for d in defaults)
+    key = (state, *parts)
+    if key not in _joined:
+        config = _join(self, defaults=list(defaults), repo=repo)
+        OmegaConf.clear_cache(config)  # it holds the time, which names the next run's directory
+        _joined[key] = pickle.dumps(config)
+    return pickle.loads(_joined[key])  # five times as fast as copy.deepcopy
+
+
+def _parse_once(self: OverridesParser, text: str, rule_name: str) -> Any:
+    """Stand for Hydra's method of this name: a word is parsed up to four times in a command."""
+    if (text, rule_name) not in _words:
+        _words[text, rule_name] = _parse(self, text, rule_name)
+    return copy.deepcopy(_words[text, rule_name])
