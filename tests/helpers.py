@@ -172,7 +172,7 @@ def no_figures() -> Iterator[None]:
     """Draw no figures, and draw each set of built-in images once: they are a function of three numbers."""
     with pytest.MonkeyPatch.context() as patch:
         for job, names in (
-            ("train", ("draw_results", "save_figure")),
+            ("train", ("draw_curves", "draw_results", "save_figure")),
             ("evaluate", ("draw_results", "draw_samples", "save_figure")),
         ):
             for name in names:
@@ -191,7 +191,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
 
 _PROGRAM = """
 import runpy, zfnet.jobs.train
-zfnet.jobs.train.draw_results = lambda *_: None
+zfnet.jobs.train.draw_curves = zfnet.jobs.train.draw_results = lambda *_: None
 zfnet.jobs.train.save_figure = zfnet.plots.figures.save_figure = lambda *_: None
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

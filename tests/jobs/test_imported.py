@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -226,6 +227,7 @@ def test_jobs_work_on_a_network_that_is_no_zfnet(
     imported_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(imported_run.folder.parent)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # other tests look at the figures
     config = used(imported_run, f"job={words[0]}", *words[1:]).config
     config.job.main(config, tmp_path / "out")
 

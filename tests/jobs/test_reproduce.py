@@ -17,7 +17,7 @@ from PIL import Image
 
 import zfnet.runs.provenance
 import zfnet.training.loop
-from tests.helpers import EVERY_STEP, MINUTE, TINY, Killed, compose, dying_at, train_tiny
+from tests.helpers import EVERY_STEP, MINUTE, TINY, Killed, compose, dying_at, no_figures, train_tiny
 from zfnet.jobs.train import train
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory
@@ -28,7 +28,8 @@ SHORT = ("trainer=exact", "trainer.epochs=1", "data.train_images=60", "data.test
 
 @pytest.fixture(scope="module")
 def exact_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    return train_tiny(tmp_path_factory.mktemp("exact") / "run", *SHORT)
+    with no_figures():
+        return train_tiny(tmp_path_factory.mktemp("exact") / "run", *SHORT)
 
 
 def contents(folder: Path) -> dict[str, str]:

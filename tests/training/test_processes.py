@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.helpers import TINY, checked, train_tiny
+from tests.helpers import TINY, checked, no_figures, train_tiny
 from zfnet.config.errors import UserError
 from zfnet.data import Batch
 from zfnet.runs.directory import RunDirectory
@@ -41,7 +41,8 @@ NORM = ("imports=[tests]", "+callbacks.norm._target_=tests.own.GradNorm")  # of 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    return train_tiny(tmp_path_factory.mktemp("world") / "one", *WORDS, *NORM)
+    with no_figures():
+        return train_tiny(tmp_path_factory.mktemp("world") / "one", *WORDS, *NORM)
 
 
 def assert_close(a: RunDirectory, b: RunDirectory) -> None:
