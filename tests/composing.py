@@ -1,6 +1,6 @@
 """Hydra's compositions, remembered: most of the tests' time would go there, and nearly all read the same files.
 
-What the files of `conf/` and the chosen groups give is composed once in a process. The overrides of keys, Hydra's own
+What the project's files and the chosen groups give is composed once in a process. The overrides of keys, Hydra's own
 part and the checks of this package are applied to it each time. A composition with anybody else's folder is not
 remembered. `ZFNET_COMPOSE_ANEW=1 python -m pytest` runs the tests without this.
 """
@@ -23,6 +23,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from zfnet.config.trust import CONF, _is_own
+
+OWN = (CONF, CONF.parent / "examples/extend/conf")
 
 _create = config_loader_impl.create_defaults_list
 _join = ConfigLoaderImpl._compose_config_from_defaults_list
@@ -54,16 +56,17 @@ def forget(patch: Any) -> None:
 
 
 def _state(repo: Any) -> Any:
-    """Return what a composition reads: the sources, with time and size of each file; None with a folder not ours."""
+    """Return what a composition reads: sources, with time and size of each file; None with a folder not ours."""
     state: list[Any] = []
     for source in repo.get_sources():
-        if not _is_own(source.scheme(), source.path):
+        is_file = source.scheme() == "file"
+        if Path(source.path).resolve() not in OWN if is_file else not _is_own(source.scheme(), source.path):
             return None
         state.append((source.scheme(), source.provider, source.path))
-    for folder, _, names in os.walk(CONF):
-        for name in names:
-            file = os.stat(Path(folder, name))
-            state.append((folder, name, file.st_mtime_ns, file.st_size))
+        for folder, _, names in os.walk(source.path) if is_file else ():
+            for name in names:
+                file = os.stat(Path(folder, name))
+                state.append((folder, name, file.st_mtime_ns, file.st_size))
     return tuple(state)
 
 
