@@ -7,7 +7,6 @@ integrated gradients (Sundararajan et al. 2017) and Grad-CAM (Selvaraju et al. 2
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 
+from zfnet.config.errors import log
 from zfnet.config.schema import Config, Positive
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.selection import Chosen, Look, choose_images, in_boxes, pick_layers, share_in_boxes, to_rows
@@ -33,8 +33,6 @@ from zfnet.runs.directory import write_tensors
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import own_and_others, percent
 from zfnet.training.loaded import LoadedRun
-
-log = logging.getLogger("zfnet")
 
 INTEGRATED = "integrated gradients"
 _CLIP = 0.99  # quantile of the sizes of integrated gradients: larger ones are drawn as this value

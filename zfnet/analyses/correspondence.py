@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, DataConfig, Positive
 from zfnet.data.decode import UnreadableImage, fit_square, read_image
 from zfnet.explain.selection import (
@@ -48,8 +47,6 @@ from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import holm, rank_p
 from zfnet.training.loaded import LoadedRun
-
-log = logging.getLogger("zfnet")
 
 SAME, RANDOM = "same place", "random"
 MARGIN = 1.6  # built-in shapes are then as large as the larger ones that the network was trained on

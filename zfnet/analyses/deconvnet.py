@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, log
 from zfnet.config.randomness import CONTROL, make_key, permutation, uniform
 from zfnet.config.schema import Config, NotNegative, Positive, model_name
 from zfnet.data import ImageSet, preprocess
@@ -64,8 +63,6 @@ from zfnet.runs.tables import shorten
 from zfnet.runs.weights import ModelMetadata, load_model, weights_hash
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
 from zfnet.training.loaded import LoadedRun
-
-log = logging.getLogger("zfnet")
 
 CONTROLS = {
     "random_weights": "the same network with each layer's weights shuffled",

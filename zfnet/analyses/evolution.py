@@ -8,7 +8,6 @@ map's responses to a fixed set of images are from snapshot to snapshot, and how 
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Positive
 from zfnet.explain.crops import project_frames
 from zfnet.explain.deconvnet import Deconvnet
@@ -33,8 +32,6 @@ from zfnet.runs.session import own_directory
 from zfnet.runs.weights import load_model
 from zfnet.training.checkpoint import epoch_files
 from zfnet.training.loaded import LoadedRun
-
-log = logging.getLogger("zfnet")
 
 _CONTRAST = 0.6  # exponent of the values drawn: the paper enhances the contrast, too
 

@@ -9,7 +9,6 @@ network has learnt, so aliasing is reported beside that of noise filters of the 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from matplotlib.patches import Rectangle
 from pydantic import Field
 from torch import Tensor, nn
 
+from zfnet.config.errors import log
 from zfnet.config.schema import Config, model_name
 from zfnet.data import Batch
 from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
@@ -33,8 +33,6 @@ from zfnet.plots.pictures import enlarge, mosaic, show
 from zfnet.runs.directory import find_run
 from zfnet.runs.session import own_directory
 from zfnet.training.loaded import LoadedRun
-
-log = logging.getLogger("zfnet")
 
 FLAT = 0.1  # a filter whose RMS is below this share of the layer's median counts as flat
 _GRID = 64  # frequencies are sampled on a grid of this many points a side

@@ -8,7 +8,6 @@ machine is another network, and pictures of another map of the layer are the con
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, log
 from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits
 from zfnet.config.schema import Config, DataConfig, Positive, model_name
 from zfnet.data import Batches, ImageSet, preprocess
@@ -40,8 +39,6 @@ from zfnet.runs.statistics import clustered, clustered_p, holm
 from zfnet.runs.tables import shorten
 from zfnet.runs.weights import load_model, weights_hash
 from zfnet.training.loaded import LoadedRun
-
-log = logging.getLogger("zfnet")
 
 ALL = "all"  # the layers together
 CHANCE = "chance"

@@ -7,7 +7,6 @@ distance between two different images.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from zfnet.config.errors import log
 from zfnet.config.schema import Config, Positive
 from zfnet.explain.selection import Look, choose_images, chosen_split, pick_layers, sample, take, to_rows
 from zfnet.model.chain import OUTPUT, Chain
@@ -30,8 +30,6 @@ from zfnet.plots.figures import INK, PALETTE, new_figure, plain, save_figure, st
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
 from zfnet.training.loaded import LoadedRun
-
-log = logging.getLogger("zfnet")
 
 # transform → the unit of its amounts
 TRANSFORMS = {

@@ -11,7 +11,6 @@ others.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Positive
 from zfnet.data import ImageSet
 from zfnet.explain.deconvnet import Deconvnet
@@ -50,8 +49,6 @@ from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import own_and_others, percent
 from zfnet.training.loaded import LoadedRun
-
-log = logging.getLogger("zfnet")
 
 OTHERS = 3  # images beside the occluded one, in panel c (paper, Fig. 7)
 _NAMED = 8  # classes in a legend

@@ -8,7 +8,6 @@ makes the pictures, `explain/faithfulness.py` holds the metrics; docs/verdict.md
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import textwrap
 import time
@@ -26,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from zfnet.analyses.deconvnet import shuffle_weights
-from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError, did_you_mean, log
 from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits, uniform
 from zfnet.config.schema import Config, Positive, ShapesData
 from zfnet.data.shapes import draw_without
@@ -63,8 +62,6 @@ from zfnet.runs.session import continued_directory
 from zfnet.runs.statistics import LEVEL, clustered, clustered_p, holm, rank_correlation, standard_ranks
 from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import LoadedRun
-
-log = logging.getLogger("zfnet")
 
 Numbers = Mapping[tuple[str, str, str], Mapping[str, Any]]  # rows of verdict.csv by target, method and measure
 Looks = Mapping[str, dict[str, Any]]  # how each method is drawn

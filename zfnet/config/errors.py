@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args, get_type_hints
 
 import yaml
 from pydantic import ValidationError
+
+log = logging.getLogger("zfnet")  # runs/session.py sends it to the terminal and a file
 
 _LISTED = 24  # names that a message lists
 

@@ -7,7 +7,6 @@ threads together decode at most `_AT_ONCE` pixels at a time.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import threading
@@ -19,9 +18,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from zfnet.config.errors import log
 from zfnet.config.schema import MAX_PIXELS
-
-log = logging.getLogger("zfnet")
 
 # A few of the forty formats that Pillow opens: hostile files may attack each decoder. AVIF is not in every Pillow.
 Image.init()

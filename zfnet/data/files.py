@@ -13,7 +13,6 @@ import glob
 import http.client
 import io
 import ipaddress
-import logging
 import os
 import re
 import string
@@ -29,7 +28,7 @@ from typing import Any
 
 from PIL import Image
 
-from zfnet.config.errors import printable
+from zfnet.config.errors import log, printable
 from zfnet.data.decode import UnreadableImage, is_image, read_image
 
 MAX_BYTES = 50 * 2**20
@@ -39,8 +38,6 @@ _SOCKET_TIMEOUT_S = 10.0  # without a byte from the server
 _NO_PICTURES = ("__MACOSX", "@eaDir")  # what macOS and network drives put beside images; hidden, like .thumbs
 _CONVERTIBLE = (".heic", ".heif", ".jxl", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".svg", ".pdf", ".psd")
 _NAMES_SHOWN = 4
-
-log = logging.getLogger("zfnet")
 
 
 def read_named(name: str, max_pixels: int, draft: int) -> Image.Image:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError, printable
+from zfnet.config.errors import UserError, log, printable
 from zfnet.config.reading import read_json
 from zfnet.config.schema import NO_ROOT, FolderData
 from zfnet.data.decode import UnreadableImage, fit_square, image_size, read_image
@@ -43,8 +42,6 @@ _WORDS = {
 _FILLERS = ("set", "data", "dataset", "image", "images", "img", "imgs", "split", "folder")  # as in training_set
 _TEST_FRACTION = 0.2  # of a folder that is not divided
 _COARSEST_CLOCK_NS = 2 * 10**9  # of a file system: within it a second change may leave a file's time as it is
-
-log = logging.getLogger("zfnet")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 import textwrap
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError, one_line
+from zfnet.config.errors import UserError, log, one_line
 from zfnet.config.instantiate import instantiate
 from zfnet.config.randomness import DATASET, SUBSET, make_key, seeded_generators
 from zfnet.config.schema import DataConfig, DatasetData, FolderData, ShapesData
@@ -26,8 +25,6 @@ from zfnet.data.decode import fit_square, to_rgb
 from zfnet.data.folder import load_folder
 from zfnet.data.images import Splits, fingerprint, hold_out, image_set, stratified
 from zfnet.data.shapes import draw_shapes
-
-log = logging.getLogger("zfnet")
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": 10, "imagenette": 10}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Optional
 
 from pydantic import Field
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, log
 from zfnet.config.reading import read_config
 from zfnet.config.schema import Config, Job, Parent, flatten
 from zfnet.data.images import data_hash
@@ -34,8 +33,6 @@ from zfnet.training.checkpoint import (
     under_prefix,
 )
 from zfnet.training.device import recorded_threads
-
-log = logging.getLogger("zfnet")
 
 # of the network and the images: what does not change the shapes of the weights
 _MAY_CHANGE = ("model.name", "model.dropout", "model.rms_limit", "model.init")

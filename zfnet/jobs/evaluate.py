@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchvision.transforms.functional import hflip, ten_crop
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, DataConfig, Job
 from zfnet.data import ImageSet
 from zfnet.jobs.predict import prediction_rows
@@ -26,8 +25,6 @@ from zfnet.runs.session import own_directory
 from zfnet.training.loaded import LoadedRun
 from zfnet.training.loop import evaluate
 from zfnet.training.metrics import Evaluation
-
-log = logging.getLogger("zfnet")
 
 
 @dataclass(kw_only=True)

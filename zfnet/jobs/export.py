@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Job
 from zfnet.runs.directory import write_atomically
 from zfnet.runs.session import own_directory
 from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import LoadedRun
-
-log = logging.getLogger("zfnet")
 
 FORMATS = ("onnx", "pt2")
 TOLERANCE = 1e-4  # of the largest logit: other kernels sum in another order

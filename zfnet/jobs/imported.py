@@ -7,7 +7,6 @@ run code, and names and sizes are compared with the network before memory is all
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 import warnings
 import zipfile
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from zfnet.config.errors import UserError, did_you_mean, one_line
+from zfnet.config.errors import UserError, did_you_mean, log, one_line
 from zfnet.config.schema import Config, FolderData, Job, model_name
 from zfnet.data import preprocess
 from zfnet.data.images import class_name
@@ -32,8 +31,6 @@ from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import own_directory
 from zfnet.runs.weights import ModelMetadata, load_model, network_with, save_model
 from zfnet.training.loaded import PREPROCESSING
-
-log = logging.getLogger("zfnet")
 
 PUBLISHED = ("alexnet", "vgg11")  # torchvision's, with weights that were trained on ImageNet
 _BATCH_SIZE = 64  # of jobs on the imported run

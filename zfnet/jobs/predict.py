@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Job, Positive
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
@@ -30,7 +29,6 @@ from zfnet.training.loaded import PREPROCESSING, LoadedRun
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-log = logging.getLogger("zfnet")
 
 _DATA_KEYS = ("batch_size", "max_pixels", *PREPROCESSING)  # the keys of `data` that count here
 SHOWN = 48  # images in the figure

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from zfnet.config.errors import UserError
+from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Job
 from zfnet.jobs.branch import train_parent
 from zfnet.jobs.train import train_and_test
@@ -17,8 +16,6 @@ from zfnet.runs.session import StopRequest, claimed, hold, recorded_state
 from zfnet.training.build import check_initial_weights
 from zfnet.training.device import recorded_threads
 from zfnet.training.processes import torchrun_world
-
-log = logging.getLogger("zfnet")
 
 
 @dataclass(kw_only=True)

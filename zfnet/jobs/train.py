@@ -15,7 +15,7 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from zfnet.config.errors import UserError, fault_of
+from zfnet.config.errors import UserError, fault_of, log
 from zfnet.config.reading import read_config
 from zfnet.config.schema import Config, DataConfig, Job, Parent, model_name
 from zfnet.data import Batches, Splits, load_splits
@@ -48,8 +48,6 @@ from zfnet.training.loop import fit as run_loop
 from zfnet.training.processes import World, processes, run_worker, torchrun_world
 from zfnet.training.schedule import schedule_span
 from zfnet.training.state import TrainingState
-
-log = logging.getLogger("zfnet")
 
 Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
 _FOR_CPUS, _LONG = "cifar10_fast", 1200  # an experiment, and seconds of a run that make it worth a mention

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import functools
 import io
-import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from zfnet.config.errors import log
 from zfnet.runs.directory import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-log = logging.getLogger("zfnet")
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zfnet.config.errors import log
 from zfnet.data import ImageSet
 from zfnet.plots.figures import (
     GREEN,
@@ -33,7 +33,6 @@ from zfnet.training.metrics import Evaluation
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-log = logging.getLogger("zfnet")
 
 _FEW = 40  # classes, of which each has its number in a figure
 _NAMES = 100  # of classes along an axis

@@ -17,12 +17,10 @@ from types import FrameType
 from omegaconf import DictConfig
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError, printable
+from zfnet.config.errors import UserError, log, printable
 from zfnet.config.schema import Config
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import write_hydra_record
-
-log = logging.getLogger("zfnet")
 
 
 class Stopped(KeyboardInterrupt):

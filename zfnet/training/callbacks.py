@@ -15,13 +15,14 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from zfnet.config.errors import log
 from zfnet.model.build import has_batch_norm
 from zfnet.model.layers import renormalize_filters
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Pruned, Stopped, StoppedAtOnce, StopRequest
 from zfnet.runs.weights import ModelMetadata, save_model
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, copy_checkpoint, epoch_name, step_name
-from zfnet.training.loggers import Logger, epoch_line, log, tell
+from zfnet.training.loggers import Logger, epoch_line, tell
 from zfnet.training.state import Callback, TrainingState
 
 # -- part of the arithmetic

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from zfnet.config.errors import UserError, did_you_mean
+from zfnet.config.errors import UserError, did_you_mean, log
 from zfnet.config.schema import Config, DataConfig, model_name
 from zfnet.data import Batches, ImageSet, Splits, load_splits
 from zfnet.data.images import class_name
@@ -18,8 +17,6 @@ from zfnet.model.chain import Chain
 from zfnet.runs.directory import find_run
 from zfnet.runs.weights import ModelMetadata, load_model
 from zfnet.training.device import resolve_runtime
-
-log = logging.getLogger("zfnet")
 
 # what the network sees of an image: the run decides it, whatever data is used
 PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit", "draft")

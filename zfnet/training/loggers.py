@@ -21,11 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError, fault_of, one_line
+from zfnet.config.errors import UserError, fault_of, log, one_line
 from zfnet.config.schema import flatten
 from zfnet.runs.directory import RunDirectory, write_atomically
-
-log = logging.getLogger("zfnet")
 
 
 @dataclass(frozen=True)

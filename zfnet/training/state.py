@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import time
 from collections import Counter
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zfnet.config.errors import UserError, fault_of, one_line
+from zfnet.config.errors import UserError, fault_of, log, one_line
 from zfnet.config.instantiate import is_number
 from zfnet.config.schema import Config
 from zfnet.runs.directory import HISTORY_COLUMNS
@@ -24,8 +23,6 @@ from zfnet.training.device import Runtime
 from zfnet.training.metrics import Evaluation, RunningMetrics
 from zfnet.training.processes import World
 from zfnet.training.schedule import SCHEDULED, Schedule, schedule_span
-
-log = logging.getLogger("zfnet")
 
 # keys of `data` that do not change how an image is validated
 _OF_TRAINING = (
