@@ -28,7 +28,7 @@ from zfnet.plots.pictures import mosaic, on_grey, show
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-@styled
+@styled()
 def draw_blog(result: dict[str, Any]) -> Figure:
     """Draw loss and accuracy of the blog's network by epoch: this program's run, and what the blog prints."""
     figure = new_figure(figsize=(8.5, 3.2))
@@ -55,7 +55,7 @@ def draw_blog(result: dict[str, Any]) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def draw_time(small: list[dict[str, Any]], fast: list[dict[str, Any]]) -> Figure:
     """Draw test accuracy on CIFAR-10 against the minutes of a training on one core, by the epochs of each setting."""
     figure = new_figure(figsize=(6.5, 3.4))
@@ -84,7 +84,7 @@ def draw_time(small: list[dict[str, Any]], fast: list[dict[str, Any]]) -> Figure
     return figure
 
 
-@styled
+@styled()
 def draw_first_layers(runs: Mapping[str, str]) -> Figure:
     """Draw the first layer of each run, by directory: a row of filters, largest RMS first, each scaled for itself."""
     figure = new_figure(figsize=(11, 0.9 * len(runs)))

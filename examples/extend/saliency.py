@@ -60,7 +60,7 @@ def saliency(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return gradient.abs().amax(1).cpu()
 
 
-@styled
+@styled()
 def draw(pixels: Tensor, maps: Tensor, others: Tensor, names: tuple[str, ...]) -> Figure:
     """Draw each image with its map and the control; the brightest pixel is the largest of both maps."""
     figure = new_figure(figsize=(6, 2.1 * len(names)), layout="constrained")

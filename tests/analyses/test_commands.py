@@ -99,7 +99,7 @@ class Confidence(Look):
             run.write_csv("confidence.csv", rows)
             save_figure(self.draw([row["confidence"] for row in rows]), run.figures / "confidence.png")
 
-    @styled
+    @styled()
     def draw(self, values: list[float]):
         figure = new_figure(figsize=(4, 3))
         figure.subplots().bar(range(len(values)), values)

@@ -15,7 +15,7 @@ from zfnet.plots import figures
 from zfnet.plots.figures import PALETTE, new_figure, plain, save_figure, styled
 
 
-@styled
+@styled()
 def draw(names: list[str]):
     figure = new_figure(figsize=(3, 2))
     axis = figure.subplots()

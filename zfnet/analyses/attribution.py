@@ -139,7 +139,7 @@ def _rows(result: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
 # ---- figure
 
 
-@styled
+@styled()
 def draw_attribution(
     result: Attributions, pictures: Tensor, names: Sequence[str], layer: str, boxes: Tensor | None
 ) -> Figure:

@@ -395,7 +395,7 @@ def _place_rows(measured: Measured) -> list[dict[str, Any]]:
 # ---- figure
 
 
-@styled
+@styled()
 def draw_correspondence(measured: Measured, examples: Mapping[str, Tensor]) -> Figure:
     """Draw a column of masked images for each row (paper, Fig. 8), and κ by row for each layer.
 

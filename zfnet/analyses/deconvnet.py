@@ -269,7 +269,7 @@ def explain_photographs(
         log.info("open %s in a browser", run.folder / "index.html")
 
 
-@styled
+@styled()
 def draw_photograph(photograph: Photograph) -> Figure:
     """Draw an image with its predictions, and beside it a row for each layer: projections above their patches."""
     columns = max([1, *(len(row.maps) for row in photograph.layers.values())])
@@ -538,7 +538,7 @@ def draw_layer(atlas: Atlas, layer: str, count: int, seed: int, run: RunDirector
     return torch.stack((image, sampled, y, x), 1)
 
 
-@styled
+@styled()
 def draw_projections(
     title: str, maps: Sequence[int], projections: Sequence[Tensor], patches: Sequence[Tensor]
 ) -> Figure:
@@ -569,7 +569,7 @@ def draw_projections(
     return figure
 
 
-@styled
+@styled()
 def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
     """Draw the rank correlation of projections with those of each control, by layer: signed, and unsigned."""
     layers = list(similarity)

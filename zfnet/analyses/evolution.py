@@ -183,7 +183,7 @@ def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[di
 # ---- figures
 
 
-@styled
+@styled()
 def draw_evolution(
     projections: Mapping[int, Mapping[str, Tensor]], maps: Mapping[str, Tensor], epochs: Sequence[int]
 ) -> Figure:
@@ -212,7 +212,7 @@ def draw_evolution(
     return figure
 
 
-@styled
+@styled()
 def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Figure:
     """Draw against the epoch how similar a layer's maps are to those before and to the last, and how many change."""
     figure = new_figure(figsize=(13, 3.9))

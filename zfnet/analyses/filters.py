@@ -279,7 +279,7 @@ def _rows(name: str, filters: Filters) -> list[dict[str, Any]]:
 # ---- figure
 
 
-@styled
+@styled()
 def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
     """Draw the filters of each run on one common scale, largest RMS first (paper, Fig. 6), and their measures below."""
     columns = 12 if len(measured) > 1 else 24

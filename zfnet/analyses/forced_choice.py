@@ -405,7 +405,7 @@ def _holds(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-@styled
+@styled()
 def draw_forced_choice(table: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the accuracy of each condition by layer, with standard errors, beside chance and people's."""
     layers = [name for name in dict.fromkeys(row["layer"] for row in table) if name != ALL]

@@ -245,7 +245,7 @@ def _rows(
 # ---- figure
 
 
-@styled
+@styled()
 def draw_invariance(
     own: Mapping[str, Curves],
     mean: Mapping[str, Curves],

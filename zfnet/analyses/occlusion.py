@@ -347,7 +347,7 @@ def project_strongest_map(
     return shown
 
 
-@styled
+@styled()
 def draw_occlusion(
     result: Occlusion,
     pictures: np.ndarray,

@@ -627,7 +627,7 @@ def _ablation_lines(agreement: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
         yield "  " + ", ".join(cells)
 
 
-@styled
+@styled()
 def draw_verdict(table: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> Figure:
     """Draw a panel for each score, by layer and for the class, and the curves of shuffled weights.
 

@@ -274,7 +274,7 @@ def write_result(result: Result, config: Config, runtime: Runtime, output: Path)
     run.write_json("benchmark.json", {**result, "config": config.to_dict(), "environment": environment})
 
 
-@styled
+@styled()
 def draw_benchmark(result: Result) -> Figure:
     """Draw bars of median images per second, with a dot for each turn; below them, the phases of one step."""
     rows, phases = result["contenders"], result["breakdown_seconds"]

@@ -403,7 +403,7 @@ def to_page(comparison: Comparison, picture: bytes) -> str:
     )
 
 
-@styled
+@styled()
 def draw_comparison(groups: Sequence[Group], split: str) -> Figure:
     """Draw training loss and accuracy of every run by epoch; a colour for each group."""
     figure = new_figure(figsize=(11, 4))

@@ -190,7 +190,7 @@ def prediction_table(predictions: Sequence[Prediction], width: int) -> list[str]
     return format_table(rows, "<<>", width, shrink=[0, 1])
 
 
-@styled
+@styled()
 def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
     """Draw each picture with bars for its most probable classes below it."""
     shown = [p for p in predictions if p.picture is not None]

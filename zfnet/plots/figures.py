@@ -5,13 +5,13 @@ matplotlib takes a quarter of a second to import, so it is imported where a figu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from zfnet.config.errors import log
 from zfnet.runs.directory import write_atomically
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 BLUE, ORANGE, PURPLE, GREEN, RED = "#0969da", "#bc4c00", "#8250df", "#1a7f37", "#cf222e"
 LIGHT_BLUE, PALE_BLUE = "#54aeff", "#b6e3ff"
@@ -62,11 +59,14 @@ def plot_history(
         axis.plot([epoch for epoch, _ in points], [value for _, value in points], marker=marker, **style)
 
 
-def _style() -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Draw in this project's style, in a block or a decorated function; the caller's settings are restored."""
     import matplotlib
     from cycler import cycler
 
-    return matplotlib.rc_context({"axes.prop_cycle": cycler(color=PALETTE), "font.family": _families()}, _STYLE)
+    with matplotlib.rc_context({"axes.prop_cycle": cycler(color=PALETTE), "font.family": _families()}, _STYLE):
+        yield
 
 
 @functools.cache
@@ -82,17 +82,6 @@ def _say_once(message: str) -> None:
     log.warning(message)
 
 
-def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function that draws: it uses this project's style, and keeps the caller's settings."""
-
-    @functools.wraps(draw)
-    def in_style(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _style():
-            return draw(*args, **kwargs)
-
-    return in_style
-
-
 def new_figure(**settings: Any) -> Figure:
     """Return an empty figure; `settings` are those of `matplotlib.figure.Figure`."""
     from matplotlib.figure import Figure
@@ -104,7 +93,7 @@ def save_figure(figure: Figure, path: Path) -> bytes:
     """Write a PNG and return it; the metadata names no program version, so that equal figures are equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    with _style(), warnings.catch_warnings(record=True) as caught:  # ticks are made when a figure is saved
+    with styled(), warnings.catch_warnings(record=True) as caught:  # ticks are made when a figure is saved
         warnings.filterwarnings("always", "Glyph .* missing")
         figure.savefig(buffer, metadata={"Software": None})
     for warning in caught:

@@ -91,7 +91,7 @@ def draw_results(run: RunDirectory, evaluation: Evaluation, images: ImageSet) ->
         save_figure(figure, run.figures / f"{name}.png")
 
 
-@styled
+@styled()
 def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw loss, accuracy and learning rate against the epoch."""
     figure = new_figure(figsize=(12, 3.6))
@@ -114,7 +114,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     """Draw how the images of each true class (row) are divided among the predicted classes (column)."""
     counts, count, classes = evaluation.confusion().numpy(), len(classes), plain(classes)
@@ -142,7 +142,7 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     """Draw the accuracy of each class that has images as a bar; dashed: over all images, dotted: the classes' mean."""
     values, few = evaluation.per_class(), len(classes) <= _FEW
@@ -169,7 +169,7 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None = None) -> Figure:
     """Draw images with their predicted (true) class, green where these agree, as the blog does.
 

@@ -49,7 +49,7 @@ def draw_sweep(sweep: Sweep) -> dict[str, Figure]:
     return figures
 
 
-@styled
+@styled()
 def draw_sweep_curves(sweep: Sweep) -> Figure:
     """Training loss and validation accuracy of every job; a colour for each of the best settings, one line per seed."""
     short = short_names(sweep.keys)
@@ -128,7 +128,7 @@ def _means(settings: Sequence[Setting]) -> list[float]:
     return [s.mean_and_std()[0] or 0.0 for s in settings]
 
 
-@styled
+@styled()
 def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     """Validation accuracy against the one swept key: mean ± std, and every seed as a dot.
 
@@ -162,7 +162,7 @@ def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     """A heat map of the mean accuracy over two keys; points in their plane where values hardly repeat.
 
@@ -210,7 +210,7 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def draw_parallel(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     """Parallel coordinates: an axis per key and one for the accuracy, a line per setting, the best on top."""
     figure = new_figure(figsize=(max(7.0, 1.9 * (len(keys) + 1)), 4.8))
