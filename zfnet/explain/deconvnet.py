@@ -94,6 +94,8 @@ class Deconvnet:
         self.model: Any = self.chain.model
         self.rule, self.dead_windows, self.lrn = rule, dead_windows, lrn
 
+    @torch.no_grad()
+    @full_precision()
     def project(
         self,
         images: Tensor,
@@ -183,8 +185,6 @@ class Deconvnet:
 
     # -- forward
 
-    @torch.no_grad()
-    @full_precision()
     def _forward(self, x: Tensor, steps: list[Step]) -> _Trace:
         """Run images [n, 3, H, W] through the steps as in evaluation mode, and keep what the backward pass needs."""
         # channels last: fastest for cutting windows and for convolutions
@@ -199,8 +199,6 @@ class Deconvnet:
 
     # -- backward
 
-    @torch.no_grad()
-    @full_precision()
     def _backward(self, steps: list[Step], trace: _Trace, units: Tensor, seeds: Tensor | None) -> Signal:
         """Return the signals of the units at the pixels; units: int64 [u, 4], counting the trace's images.
 
@@ -273,10 +271,6 @@ def _relu_back(net: Deconvnet, relu: nn.ReLU, signal: Signal, active: Tensor | N
         signal.values = signal.values * signal.gather(active)
 
 
-def _max_pool(net: Deconvnet, pool: nn.MaxPool2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    return pool_with_switches(x, pool, net.dead_windows)
-
-
 def _max_pool_back(net: Deconvnet, pool: nn.MaxPool2d, signal: Signal, switches: Tensor, shape: torch.Size) -> None:
     window = window_of(pool)
     signal.move_down(unpool(signal.values, signal.gather(switches), window), window, shape)
@@ -340,25 +334,17 @@ def _flatten_back(net: Deconvnet, flatten: nn.Flatten, signal: Signal, kept: Non
         signal.corner = torch.zeros_like(signal.corner)
 
 
-def _pass(net: Deconvnet, module: nn.Module, x: Tensor) -> tuple[Tensor, None]:
-    return x, None
-
-
-def _pass_back(net: Deconvnet, module: nn.Module, signal: Signal, kept: None, shape: torch.Size) -> None:
-    pass
-
-
 _RULES: dict[tuple[Any, ...], _Rule] = {
     (nn.Conv2d,): _Rule(_run, _convolution_back),
     (nn.ReLU,): _Rule(_relu, _relu_back),
-    (nn.MaxPool2d,): _Rule(_max_pool, _max_pool_back),
+    (nn.MaxPool2d,): _Rule(lambda net, pool, x: pool_with_switches(x, pool, net.dead_windows), _max_pool_back),
     (nn.AvgPool2d,): _Rule(_average_pool, _average_pool_back),
     (nn.AdaptiveAvgPool2d,): _Rule(_adaptive_pool, _adaptive_pool_back),
     BATCH_NORMS: _Rule(_batch_norm, _batch_norm_back),
     (LocalResponseNorm, nn.LocalResponseNorm): _Rule(_contrast, _contrast_back),
     (nn.Linear,): _Rule(_run, _linear_back),
     (nn.Flatten,): _Rule(_run, _flatten_back),
-    NEUTRAL: _Rule(_pass, _pass_back),
+    NEUTRAL: _Rule(lambda net, module, x: (x, None), lambda *_: None),
 }
 
 
