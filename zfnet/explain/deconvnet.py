@@ -11,8 +11,6 @@ differ in what the ReLU passes:
 
 A projection shows what in *this* image excited the unit, through this image's switches. It does not show what else the
 unit responds to, and says little about the class (Nie et al. 2018): compare it with controls.
-
-In this file: `Deconvnet`, and the table of rules by module type.
 """
 
 from __future__ import annotations

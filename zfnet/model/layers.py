@@ -1,8 +1,4 @@
-"""Layers that replace PyTorch's, and changes to the layers of any network.
-
-Contrast normalisation, deterministic and fast on every device; dropout without hidden state; the limit on the
-filters' RMS.
-"""
+"""Layers that replace PyTorch's, and changes to the layers of any network."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Callbacks: the hooks that run beside the training step.
-
-The program uses them for the moving average of the weights, filter renormalisation, the progress bar, metrics,
-checkpoints, snapshots, pruning and stops; `callbacks:` in a config adds early stopping and your own.
-"""
+"""Callbacks: the hooks that run beside the training step; `callbacks:` in a config adds early stopping and your own."""
 
 from __future__ import annotations
 
