@@ -65,7 +65,8 @@ class RunsJob(Job):
         rows, hidden = [], 0
         for run in list_runs(root):
             plain = run.plain_config()
-            if not self.all and _job(plain) not in _TRAININGS and not (run.folder / "history.csv").is_file():
+            job = _name(plain.get("job"))
+            if not self.all and job not in _TRAININGS and not (run.folder / "history.csv").is_file():
                 hidden += 1
                 continue
             row = describe(run, plain)
@@ -104,7 +105,7 @@ def describe(run: RunDirectory, plain: Mapping[str, Any]) -> Row:
     return Row(
         state,
         changed,
-        _job(plain),
+        _name(plain.get("job")),
         _name(plain.get("model")) if one_network else "",
         _name(plain.get("data")) if one_network else "",
         recorded_accuracy(run),
@@ -112,10 +113,6 @@ def describe(run: RunDirectory, plain: Mapping[str, Any]) -> Row:
         " ".join(run.overrides),
         str(run.folder),
     )
-
-
-def _job(plain: Mapping[str, Any]) -> str:
-    return _name(plain.get("job"))
 
 
 def _name(group: Any) -> str:
@@ -165,14 +162,8 @@ def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
         cells, align = [(*cell[:2], *cell[3:]) for cell in cells], "<><><"  # type: ignore[misc]
     lines = format_table(cells, align, width, shrink=[len(align) - 1], gap=1)
     below = ["  " + ": ".join(filter(None, (model and f"{model} on {data}", changed))) for model, data, changed in what]
-    pairs = zip(lines, (_beginning(text, width) for text in below), strict=True)
+    pairs = zip(lines, (t if len(t) <= width else f"{t[: width - 1]}…" for t in map(printable, below)), strict=True)
     return [line for pair in pairs for line in pair if line.strip()]
-
-
-def _beginning(text: str, width: int) -> str:
-    """Return the beginning of a line, in printable characters."""
-    text = printable(text)
-    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _age(seconds: float) -> str:
