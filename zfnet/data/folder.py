@@ -7,6 +7,7 @@ renamed, so it is either whole or absent.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,6 @@ from zfnet.data.decode import UnreadableImage, fit_square, image_size, read_imag
 from zfnet.data.files import LeftOut, is_folder, is_hidden, list_images
 from zfnet.data.images import Splits, class_name, image_set, release, stratified
 
-T = TypeVar("T")
-
 CACHE_VERSION = 3
 _WORDS = {
     "train": ("train", "training", "trn", "trainset"),
@@ -42,6 +41,8 @@ _WORDS = {
 _FILLERS = ("set", "data", "dataset", "image", "images", "img", "imgs", "split", "folder")  # as in training_set
 _TEST_FRACTION = 0.2  # of a folder that is not divided
 _COARSEST_CLOCK_NS = 2 * 10**9  # of a file system: within it a second change may leave a file's time as it is
+
+_progress = functools.partial(tqdm, unit=" images", disable=None, leave=False)
 
 
 @dataclass(frozen=True)
@@ -377,10 +378,6 @@ def _cannot_be_read(listing: _Listing, number: int, problem: str) -> UserError:
         f"{listing.name(number)} cannot be read as an image ({printable(problem)}): "
         "remove or repair it, or set data.on_error=skip"
     )
-
-
-def _progress(items: Iterable[T], what: str, count: int) -> Iterable[T]:
-    return tqdm(items, what, count, unit=" images", disable=None, leave=False)
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:

@@ -136,9 +136,8 @@ def _pt2(program: ExportedProgram, metadata: str) -> bytes:
     return content.getvalue()
 
 
-def _read_pt2(path: Path) -> Callable[[Tensor], Tensor]:
-    return torch.export.load(path).module()
-
-
 _WRITE: dict[str, Callable[[ExportedProgram, str], bytes]] = {"onnx": _onnx, "pt2": _pt2}
-_READ: dict[str, Callable[[Path], Callable[[Tensor], Tensor]]] = {"onnx": _read_onnx, "pt2": _read_pt2}
+_READ: dict[str, Callable[[Path], Callable[[Tensor], Tensor]]] = {
+    "onnx": _read_onnx,
+    "pt2": lambda path: torch.export.load(path).module(),
+}

@@ -77,9 +77,7 @@ def _families() -> list[str]:
     return ["DejaVu Sans", *(name for name in _FALLBACKS if name in installed)]
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    log.warning(message)
+_say_once = functools.cache(log.warning)
 
 
 def new_figure(**settings: Any) -> Figure:
