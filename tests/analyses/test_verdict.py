@@ -44,7 +44,7 @@ def study(trained: Trained) -> Study:
 
 def test_prepare_takes_the_strongest_activations(study: Study) -> None:
     target = study.subjects[0].target
-    maps = study.chain.activations(target.images, ["conv2"])["conv2"].detach()
+    maps = study.loaded.chain.activations(target.images, ["conv2"])["conv2"].detach()
     image, channel, y, x = target.units.unbind(1)
     assert maps[image, channel, y, x].tolist() == maps[image, channel].amax((1, 2)).tolist()
     assert len(channel.unique()) == 4
@@ -209,7 +209,7 @@ def test_own_of_baselines_is_chance_and_of_ones_own_unit_is_not(study: Study) ->
 
 def test_others_are_all_that_are_active_at_the_same_place(study: Study) -> None:
     target, job = study.subjects[0].target, dataclasses.replace(study.job, others=None)
-    maps = study.chain.activations(target.images, ["conv2"])["conv2"]
+    maps = study.loaded.chain.activations(target.images, ["conv2"])["conv2"]
     found, few = verdict._others(dataclasses.replace(study, job=job), target), verdict._others(study, target)
     for (image, channel, y, x), row, drawn in zip(target.units.tolist(), found.tolist(), few.tolist(), strict=True):
         active = set((maps[image, :, y, x] > 0).nonzero().flatten().tolist()) - {channel}
@@ -231,7 +231,7 @@ def test_ablation_of_a_map_is_the_network_without_it(study: Study) -> None:
     inputs, labels = verdict.to_inputs(study.loaded, split.pixels(numbers)), split.labels[numbers]
     with torch.no_grad():
         before = model(inputs)
-        hook = study.chain.end("conv5").register_forward_hook(
+        hook = study.loaded.chain.end("conv5").register_forward_hook(
             lambda module, given, out: out.index_fill(1, maps[place : place + 1], 0)
         )
         after = model(inputs)

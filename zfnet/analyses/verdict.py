@@ -55,7 +55,7 @@ from zfnet.explain.selection import (
 )
 from zfnet.explain.targets import BASELINES, GRAD_CAM, INTEGRATED, Target, blur
 from zfnet.explain.top_activations import MapStatistics, TopActivations, collect
-from zfnet.model.chain import OUTPUT, Chain
+from zfnet.model.chain import OUTPUT
 from zfnet.plots.figures import INK, PALE, PALETTE, SOFT, WHITE, new_figure, save_figure, styled
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import continued_directory
@@ -205,10 +205,6 @@ class Study:
     split: Split
     subjects: list[Subject]
     statistics: dict[str, MapStatistics]
-
-    @property
-    def chain(self) -> Chain:
-        return self.loaded.chain
 
     @property
     def seed(self) -> int:
@@ -426,7 +422,7 @@ def measure_parts(study: Study) -> Iterator[Row]:
 
 def measure_ablation(study: Study) -> Iterator[Row]:
     """Set each map to zero: the change of the accuracy and of the logits, beside the map's class selectivity."""
-    images, loaded, chain = study.split.images, study.loaded, study.chain
+    images, loaded, chain = study.split.images, study.loaded, study.loaded.chain
     numbers = sample(loaded, images, study.job.ablation_images)
     labels, classes = images.labels[numbers], len(loaded.classes)
     present = torch.bincount(labels, minlength=classes)
