@@ -60,11 +60,6 @@ class LeftOut:
     def add(self, kind: str, name: str) -> None:
         self.names.setdefault(kind, []).append(name)
 
-    def add_file(self, name: str) -> None:
-        """Count a file that is not an image by its name."""
-        suffix = os.path.splitext(name)[1].lower()
-        self.add(*((self.HIDDEN_FILE, name) if is_hidden(name) else (self.FORMAT, suffix or name)))
-
     def __str__(self) -> str:
         parts = []
         for kind, names in self.names.items():
@@ -114,8 +109,10 @@ def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> 
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif is_image(entry.name):
                 files.append(entry.path)
+            elif is_hidden(entry.name):
+                left_out.add(LeftOut.HIDDEN_FILE, entry.name)
             else:
-                left_out.add_file(entry.name)
+                left_out.add(LeftOut.FORMAT, os.path.splitext(entry.name)[1].lower() or entry.name)
     return sorted(files, key=lambda file: file.split(os.sep))
 
 
