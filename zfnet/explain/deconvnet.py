@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError
-from zfnet.explain.receptive_field import receptive_field
+from zfnet.explain.receptive_field import receptive_field, window_at
 from zfnet.explain.windows import (
     DEAD_WINDOWS,
     MOST_CELLS,
@@ -361,12 +361,9 @@ def _check_support(step: Step) -> None:
     _rule_of(step)
     module, problem = step.module, ""
     if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
-        try:
-            cells = math.prod(window_of(module).kernel)
-            if isinstance(module, nn.MaxPool2d) and cells > MOST_CELLS:
-                problem = f"its windows have {cells} cells; at most {MOST_CELLS} are supported"
-        except ValueError as error:
-            problem = str(error)
+        cells = math.prod(window_at(step).kernel)
+        if isinstance(module, nn.MaxPool2d) and cells > MOST_CELLS:
+            problem = f"its windows have {cells} cells; at most {MOST_CELLS} are supported"
     elif isinstance(module, BATCH_NORMS) and module.running_var is None:
         problem = "track_running_stats=False: its output depends on the batch"
     elif isinstance(module, nn.Linear) and len(step.input_shape) != 1:

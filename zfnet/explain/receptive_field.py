@@ -53,7 +53,7 @@ def receptive_field(model: nn.Module | Chain, layer: str) -> Window:
 def _along(step: Step, axis: int) -> tuple[int, int, int]:
     """Return a step's (extent, stride, padding) along rows or columns."""
     if isinstance(step.module, _WINDOWED):
-        window = _window(step)
+        window = window_at(step)
         return window.extent[axis], window.stride[axis], window.padding[axis]
     cells, windows = step.input_shape[1 + axis], step.output_shape[1 + axis]
     if cells % windows:
@@ -63,7 +63,8 @@ def _along(step: Step, axis: int) -> tuple[int, int, int]:
     return cells // windows, cells // windows, 0
 
 
-def _window(step: Step) -> Window:
+def window_at(step: Step) -> Window:
+    """Return the window of a convolution or a pooling; raise UserError, naming the module, if it has none."""
     assert isinstance(step.module, _WINDOWED)
     try:
         return window_of(step.module)
@@ -107,7 +108,7 @@ def _cells_read(step: Step, axis: int) -> Tensor:
     windows, cells = step.output_shape[1 + axis], step.input_shape[1 + axis]
     if not isinstance(step.module, _WINDOWED):
         return adaptive_windows(windows, cells)
-    window = _window(step)
+    window = window_at(step)
     first = torch.arange(windows)[:, None] * window.stride[axis] - window.padding[axis]
     place = torch.arange(cells) - first
     return (place >= 0) & (place < window.extent[axis]) & (place % window.spacing[axis] == 0)
