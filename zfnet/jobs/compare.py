@@ -6,7 +6,6 @@ import base64
 import glob
 import html
 import itertools
-import json
 import re
 import shutil
 import statistics
@@ -26,7 +25,7 @@ from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import LEVEL, Difference, difference, holm
 from zfnet.runs.tables import format_table, shorten
 from zfnet.sweeps.callback import summarize
-from zfnet.sweeps.summary import ABSENT, Trained, format_value, read_training, swept_keys, tell_data_apart
+from zfnet.sweeps.summary import ABSENT, Trained, format_value, read_training, settings_key, swept_keys, tell_data_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,9 +121,7 @@ def group(runs: Sequence[Trained]) -> list[Group]:
     settings: dict[str, dict[int, list[Trained]]] = {}
     for run in runs:
         # a run that cannot be read has settings of its own
-        known = (
-            json.dumps(run.settings, sort_keys=True, default=str) if run.settings and run.seed is not None else run.name
-        )
+        known = settings_key(run) if run.settings and run.seed is not None else run.name
         settings.setdefault(known, {}).setdefault(run.seed or 0, []).append(run)
     groups = [[same[0] for same in seeds.values()] for seeds in settings.values()]
     left_out = [run for seeds in settings.values() for same in seeds.values() for run in same[1:]]

@@ -117,7 +117,7 @@ def read_sweep(folder: Path) -> Sweep:
     groups: dict[str, list[Trained]] = {}
     for job in sorted(jobs, key=lambda job: -1 if job.seed is None else job.seed):
         if job.settings:
-            groups.setdefault(_group(job), []).append(job)
+            groups.setdefault(settings_key(job), []).append(job)
     settings = [
         Setting({key: members[0].settings.get(key, ABSENT) for key in keys}, members) for members in groups.values()
     ]
@@ -187,7 +187,7 @@ def tell_data_apart(jobs: Sequence[Trained]) -> None:
     for fingerprint, root in zip(fingerprints, roots, strict=True):
         root_of.setdefault(fingerprint, root)
     roots = [root if held is None else root_of[held] for held, root in zip(fingerprints, roots, strict=True)]
-    places = [(_group(job), root) for job, root in zip(jobs, roots, strict=True)]
+    places = [(settings_key(job), root) for job, root in zip(jobs, roots, strict=True)]
     sets: dict[tuple[str, str | None], set[str]] = {place: set() for place in places}
     for place, fingerprint in zip(places, fingerprints, strict=True):
         sets[place].update([fingerprint] if fingerprint else [])
@@ -204,8 +204,9 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _group(job: Trained) -> str:
-    return json.dumps(job.settings, sort_keys=True, default=str)
+def settings_key(run: Trained) -> str:
+    """Return what runs share that differ in nothing but the seed."""
+    return json.dumps(run.settings, sort_keys=True, default=str)
 
 
 def swept_keys(settings: Sequence[Mapping[str, Any]], typed: Collection[str] = ()) -> list[str]:
