@@ -19,6 +19,7 @@ from zfnet.config.randomness import CONTROL, make_key, permutation
 from zfnet.data import Batches, ImageSet
 from zfnet.explain.windows import as_maps
 from zfnet.model.chain import Chain
+from zfnet.model.layers import evaluation_mode
 from zfnet.runs.statistics import rank_p
 
 SHUFFLES = 19  # of the labels: p is at least 0.05
@@ -227,17 +228,13 @@ def collect(
     layers that the network does not have.
     """
     chain = Chain.of(model)
-    start, modes = collection.images, {module: module.training for module in chain.model.modules()}
+    start = collection.images
     rest = batches_of(images.take(torch.arange(start, len(images))))
     bar = tqdm(
         rest.in_order(), "strongest activations", len(rest), unit="batch", disable=None, leave=False, dynamic_ncols=True
     )
-    chain.model.eval()
-    try:
+    with evaluation_mode(chain.model):
         for batch in bar:
             collection.add(chain.activations(batch.images, layers), batch.index + start, batch.labels)
             after_batch(collection)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return collection

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zfnet.config.errors import UserError, did_you_mean, one_line
-from zfnet.model.layers import DROPOUTS, full_precision
+from zfnet.model.layers import DROPOUTS, evaluation_mode, full_precision
 
 WEIGHTED = (nn.Conv2d, nn.Linear)  # these are the layers; all other modules belong to the layer before them
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -176,10 +176,9 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
         last = output.clone()  # something like `out += identity` would change the output itself
 
     hooks = [m.register_forward_pre_hook(before) for m in names] + [m.register_forward_hook(after) for m in names]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        output = model(images)
+        with evaluation_mode(model):
+            output = model(images)
     except UserError:
         raise
     except Exception as error:  # user code may raise anything
@@ -190,8 +189,6 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not isinstance(output, Tensor):
         raise UserError(f"{type(model).__name__}: returns a {type(output).__name__}; a chain returns one tensor")
     connect(output, "the network's output")

@@ -44,6 +44,19 @@ class LocalResponseNorm(nn.Module):
 
 
 @contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode; afterwards each of its modules has the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(modes[model])  # a module's own `train` may do more than set the mode
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Compute as explanations need it: without autocast; on CUDA in IEEE fp32 (not TF32) and with deterministic
     kernels.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zfnet.config.errors import UserError, fault_of, log, one_line
 from zfnet.config.schema import flatten
+from zfnet.model.layers import evaluation_mode
 from zfnet.runs.directory import RunDirectory, write_atomically
 
 
@@ -138,18 +139,13 @@ class TensorBoardLogger(Logger):
 
     def _graph(self, run: LoggedRun) -> None:
         """Draw the network's graph; the model's mode and its values are left as they are."""
-        training = run.model.training
         device = next(run.model.parameters()).device
         try:
-            with warnings.catch_warnings(), torch.no_grad():
+            with warnings.catch_warnings(), torch.no_grad(), evaluation_mode(run.model):
                 warnings.simplefilter("ignore")
-                self.writer.add_graph(
-                    run.model.eval(), torch.zeros(1, 3, run.image_size, run.image_size, device=device)
-                )
+                self.writer.add_graph(run.model, torch.zeros(1, 3, run.image_size, run.image_size, device=device))
         except Exception as error:  # PyTorch's tracer may fail; a missing graph must not stop a training
             log.warning("TensorBoard: the graph could not be drawn (%s)", one_line(error))
-        finally:
-            run.model.train(training)
 
 
 class WandbLogger(Logger):

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from zfnet.data import Batch, Batches
-from zfnet.model.layers import set_dropout_step
+from zfnet.model.layers import evaluation_mode, set_dropout_step
 from zfnet.runs.session import StopRequest
 from zfnet.training.device import Runtime, synchronize
 from zfnet.training.metrics import Evaluation, EvaluationSums
@@ -115,10 +115,9 @@ def evaluate(
 
     probabilities: keep every image's probability of every class
     """
-    sums, training = EvaluationSums(probabilities), model.training
-    model.eval()
+    sums = EvaluationSums(probabilities)
     bar = tqdm(batches.in_order(), name, len(batches), unit="batch", disable=None, leave=False, dynamic_ncols=True)
-    try:
+    with evaluation_mode(model), bar:
         for batch in bar:
             runtime.choose_kernels(full=len(batch.labels) == batches.data.batch_size)
             with runtime.autocast():
@@ -126,7 +125,4 @@ def evaluate(
             sums.add(logits, batch.labels)
             if stop is not None:
                 stop.check()
-    finally:
-        bar.close()
-        model.train(training)
     return sums.result()
