@@ -13,6 +13,7 @@ import zfnet
 from tests.helpers import MINUTE, TINY, compose
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
+from zfnet.config.trust import parse_overrides
 from zfnet.runs import command as composing
 from zfnet.runs.command import CONF, allow_keys_of_record, overlay, read_command
 from zfnet.runs.directory import RunDirectory
@@ -275,7 +276,7 @@ def test_values_that_hydra_would_misread_are_quoted(tmp_path: Path, monkeypatch,
         Path(name).touch()
     word = allow_keys_of_record([word])[0]
     assert expected in (None, word)
-    assert value is None or composing._parse([word])[0].value() == value
+    assert value is None or parse_overrides([word])[0].value() == value
 
 
 def test_an_interpolation_on_the_command_line_follows_the_record(onecycle: RunDirectory) -> None:

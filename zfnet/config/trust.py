@@ -55,6 +55,14 @@ _REFERENCE = re.compile(r"\$\{[\w.]+\}")  # to a value of the config, and nothin
 _ABOUT_COMMAND = ("imports", "run", "images")  # never from a folder's sweeper.params
 
 
+_parser = functools.cache(OverridesParser.create)  # each new one registers all functions of the grammar
+
+
+def parse_overrides(words: Iterable[str]) -> list[Override]:
+    """Return words of a command line, such as `optimizer=sgd`, as Hydra reads them; raise HydraException."""
+    return _parser().parse_overrides(list(words))
+
+
 def check_what_hydra_composes(words: Sequence[str]) -> None:
     """Make Hydra check each config that it composes from now on; `words` are those of the command line.
 
@@ -151,7 +159,7 @@ def _check(config: DictConfig, words: Sequence[str]) -> None:
     given = part["overrides"]["hydra"] + part["overrides"]["task"]
     if sorted(given) != sorted(words):  # the task's words count as the command line's
         raise _refusal("hydra.overrides", next(word for word in given if word not in words))
-    overrides = OverridesParser.create().parse_overrides(list(words))
+    overrides = parse_overrides(words)
     typed = {o.key_or_group.removeprefix("hydra.") for o in overrides if o.key_or_group.startswith("hydra.")}
     for key in ("job.folder", "job.sweep"):  # job=schema and job=compare write there
         folder = OmegaConf.select(config, key, throw_on_resolution_failure=False)
@@ -256,7 +264,7 @@ def _check_parameters(params: Any) -> None:
         raise _refusal("hydra.sweeper.params", params)
     for key, value in params.items():
         try:
-            parsed = OverridesParser.create().parse_override(f"{key}={value}").key_or_group
+            parsed = parse_overrides([f"{key}={value}"])[0].key_or_group
         except HydraException as error:
             raise _refusal(f"hydra.sweeper.params.{key}", value) from error
         if parsed in _ABOUT_COMMAND or parsed.startswith(("hydra.", "hydra/")):

@@ -17,7 +17,6 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -27,7 +26,7 @@ from zfnet.config.errors import UserError, one_line
 from zfnet.config.instantiate import resolve
 from zfnet.config.reading import read_config, read_yaml, upgrade
 from zfnet.config.schema import NOT_IDENTITY, Config, Job, flatten
-from zfnet.config.trust import CONF, imported_packages, only_own_folders
+from zfnet.config.trust import CONF, imported_packages, only_own_folders, parse_overrides
 from zfnet.data.images import data_hash
 from zfnet.runs.directory import RunDirectory, find_run
 
@@ -98,7 +97,7 @@ def _quote(word: str) -> str:
 def _value(word: str) -> Any:
     """Return the value that Hydra reads in an override; None if it cannot be parsed."""
     try:
-        override = _parse([word])[0]
+        override = parse_overrides([word])[0]
     except HydraException:
         return None
     value = override.value()
@@ -112,7 +111,7 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
     Raises UserError for anything that is not acceptable.
     """
     from_elsewhere = not only_own_folders(sources)
-    for override in _parse(words):
+    for override in parse_overrides(words):
         if override.value() == {}:
             raise UserError(f"{override.input_line}: holds nothing; set keys, as in {override.key_or_group}.KEY=VALUE")
         if override.value() == "" and override.key_or_group in _PATHS:  # a variable of the shell that is not set
@@ -156,7 +155,8 @@ def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], import
 
     A group override (`optimizer=sgd`) swaps the whole group for today's file, a key override sets that key.
     """
-    overrides = [o for o in _parse(words) if o.key_or_group not in _OWN and not o.key_or_group.startswith("job.")]
+    parsed = parse_overrides(words)
+    overrides = [o for o in parsed if o.key_or_group not in _OWN and not o.key_or_group.startswith("job.")]
     run.read_config(imports)  # names the file, if its own part is damaged
     _refuse_to_send(run.recorded().get("logger"), words, f"run={run.folder}: its")
     if not overrides:
@@ -217,10 +217,6 @@ def _refuse_to_send(loggers: Any, words: Sequence[str], whose: str) -> None:
                     f"{whose} logger.{name}.{key}={settings[key]} sends results elsewhere; name the "
                     f"loggers yourself, as in logger={name} or logger=none"
                 )
-
-
-def _parse(words: Sequence[str]) -> list[Override]:
-    return list(OverridesParser.create().parse_overrides(list(words)))
 
 
 def _is_group(override: Override) -> bool:

@@ -17,7 +17,6 @@ from typing import NoReturn
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
@@ -27,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from zfnet.config.errors import UserError, did_you_mean, printable, yaml_problem
 from zfnet.config.instantiate import resolve
 from zfnet.config.schema import flatten
-from zfnet.config.trust import CONF, check_what_hydra_composes
+from zfnet.config.trust import CONF, check_what_hydra_composes, parse_overrides
 from zfnet.runs.command import compose_raw
 
 _SWEEP = ("optuna", "joblib", "submitit_local", "submitit_slurm")  # packages and launchers of the extra `sweep`
@@ -148,7 +147,7 @@ def _overrides(words: Sequence[str]) -> list[Override]:
     for word in words:
         if "=" in word and not word.startswith("-"):
             with contextlib.suppress(HydraException):  # the value of an option, such as a folder's name
-                parsed += OverridesParser.create().parse_overrides([word])
+                parsed += parse_overrides([word])
     return parsed
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from zfnet.config.errors import UserError
+from zfnet.config.trust import parse_overrides
 from zfnet.runs.console import explain
 from zfnet.runs.directory import BEFORE_RUN, RunDirectory, write_atomically
 from zfnet.runs.hydra_record import register_resolvers
@@ -43,7 +43,7 @@ class SweepReport(Callback):
             return
         take_one_gpu(config.hydra.launcher.get("n_jobs", 1), Path(str(config.hydra.sweep.dir)))
         shared = config.hydra.job.config.override_dirname.exclude_keys
-        words = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        words = parse_overrides(config.hydra.overrides.task)
         own = [str(word.input_line) for word in words if word.key_or_group not in shared]
         head = f"job {config.hydra.job.num}: "
         print("\n" + textwrap.fill(head + " ".join(own), 80, subsequent_indent=" " * len(head)), flush=True)
