@@ -24,7 +24,7 @@ from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves, draw_results, log_per_class, log_result, results_of
 from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
 from zfnet.runs.console import explain
-from zfnet.runs.directory import RunDirectory, in_sweep, objective
+from zfnet.runs.directory import RunDirectory, in_sweep, objective, remove_if_empty
 from zfnet.runs.hydra_record import record_data
 from zfnet.runs.provenance import changed_code, describe_environment, recorded_changes
 from zfnet.runs.session import Pruned, StopRequest, claimed, recorded_state
@@ -72,8 +72,7 @@ def run_as_worker(config: Config, output: Path) -> bool:
     if world is None or world.is_main:
         return False
     run_worker(world, partial(_train_worker, imports=config.imports, data=config.data, parent=config.parent))
-    with contextlib.suppress(OSError):
-        output.rmdir()  # Hydra made it for this process; process 0 has another
+    remove_if_empty(output)  # Hydra made it for this process; process 0 has another
     return True
 
 

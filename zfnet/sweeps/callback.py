@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from zfnet.config.errors import UserError
 from zfnet.config.trust import parse_overrides
 from zfnet.runs.console import explain
-from zfnet.runs.directory import BEFORE_RUN, RunDirectory, write_atomically
+from zfnet.runs.directory import BEFORE_RUN, RunDirectory, remove_if_empty, write_atomically
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.launch import TRIAL, take_one_gpu, value_or_error
 from zfnet.sweeps.summary import job_rows, read_sweep, to_markdown, to_text
@@ -57,8 +57,8 @@ class SweepReport(Callback):
         if isinstance(result, Exception):
             print(f"failed: {explain(result)}", flush=True)
             _record_failure(RunDirectory(folder), result)
-        elif folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # Hydra made it, and the job wrote nothing
+        else:
+            remove_if_empty(folder)  # Hydra made it, and the job may have written nothing
         began = time.monotonic()
         if began >= self._next_summary:
             summarize(Path(str(config.hydra.sweep.dir)))
