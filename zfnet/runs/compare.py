@@ -68,19 +68,17 @@ def largest_differences(
 
 def environment_values(run: RunDirectory) -> dict[str, Any]:
     """Return the values of environment.json by dotted key."""
-    return {key: _hash_if_long(value) for key, value in flatten(run.environment).items() if key != "command"}
+    values = {key: value for key, value in flatten(run.environment).items() if key != "command"}
+    for key, value in values.items():
+        if isinstance(value, str) and len(value) > _LONG:
+            values[key] = f"{len(value):,} characters, sha256 {hashlib.sha256(value.encode()).hexdigest()[:16]}"
+    return values
 
 
 def _as_recorded(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Return `now` without what an earlier version did not record; it follows from what is compared."""
     later = [k for k in now if k.startswith(("data.", "code.imported")) or k.endswith(".mean_class_accuracy")]
     return {key: value for key, value in now.items() if key in recorded or key not in later}
-
-
-def _hash_if_long(value: Any) -> Any:
-    if isinstance(value, str) and len(value) > _LONG:
-        return f"{len(value):,} characters, sha256 {hashlib.sha256(value.encode()).hexdigest()[:16]}"
-    return value
 
 
 def _differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:

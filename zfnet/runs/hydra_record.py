@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import re
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +138,8 @@ def explain_job(text: str, job: str) -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def described_keys(text: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (key, `job.` or nothing, default as written, comment) of a YAML file in conf/, without a job's name."""
+def described_keys(text: str) -> list[list[str]]:
+    """Return [key, `job.` or nothing, default as written, comment] of a YAML file in conf/, without a job's name."""
     rows: list[list[str]] = []
     prefix = ""
     for line in text.splitlines():
@@ -155,4 +154,4 @@ def described_keys(text: str) -> Iterator[tuple[str, str, str, str]]:
                 rows.append([key[2], "", key[3], key[4] or ""])
         elif prefix == "job." and len(key[1]) == 2 and key[2] not in ("name", "_target_"):
             rows.append([key[2], prefix, key[3] or "", key[4] or ""])
-    yield from ((k, p, v, c) for k, p, v, c in rows)
+    return rows
