@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import inspect
 import io
 import os
@@ -12,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from hydra._internal.utils import get_args_parser
@@ -164,11 +165,24 @@ def find_bad_override(words: Sequence[str]) -> str | None:
                 return f"{o.input_line}: this config has no choices of jobs; write job.name={o.value()}"
     sweeps = any(re.fullmatch("-m|--multirun|hydra.mode=MULTIRUN", word) for word in words)
     groups = [o.input_line or "" for o in overrides if (CONF / o.key_or_group).is_dir()]
-    return next(filter(None, (_override_problem(o, groups, sweeps) for o in overrides)), None)
+
+    @functools.cache
+    def composed() -> dict[str, Any] | None:
+        try:
+            return flatten(OmegaConf.to_container(compose_raw(groups), resolve=False))  # type: ignore[arg-type]
+        except Exception:  # one of the groups is wrong
+            return None
+
+    return next(filter(None, (_override_problem(o, groups, composed, sweeps) for o in overrides)), None)
 
 
-def _override_problem(override: Override, groups: Sequence[str], sweeps: bool) -> str | None:
-    """Return what is wrong with an override: several values, an unknown choice of a group, or an unknown key."""
+def _override_problem(
+    override: Override, groups: Sequence[str], compose: Callable[[], dict[str, Any] | None], sweeps: bool
+) -> str | None:
+    """Return what is wrong with an override: several values, an unknown choice of a group, or an unknown key.
+
+    compose: returns what the groups give, as dotted keys; None if one of them is wrong
+    """
     key, word = override.key_or_group, str(override.input_line)
     given = word.partition("=")[2]
     if override.is_sweep_override() and not sweeps:
@@ -188,10 +202,8 @@ def _override_problem(override: Override, groups: Sequence[str], sweeps: bool) -
         return None
     if override.is_add() or override.is_force_add():
         return None
-    try:
-        raw = compose_raw(groups)
-        composed = flatten(OmegaConf.to_container(raw, resolve=False))  # type: ignore[arg-type]
-    except Exception:  # one of the groups is wrong
+    composed = compose()
+    if composed is None:
         return None
     known = {".".join(name.split(".")[: n + 1]) for name in composed for n in range(name.count(".") + 1)}
     if key in known:
