@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -15,7 +16,14 @@ from tests.helpers import tiny_model_config
 from zfnet.config.randomness import DROPOUT, make_key
 from zfnet.config.schema import Linear
 from zfnet.model import ZFNet
-from zfnet.model.layers import Dropout, LocalResponseNorm, renormalize_filters, replace_dropout, set_dropout_step
+from zfnet.model.layers import (
+    Dropout,
+    LocalResponseNorm,
+    evaluation_mode,
+    renormalize_filters,
+    replace_dropout,
+    set_dropout_step,
+)
 
 GOLDEN = "001010000101001111000111010001110101110101010010"
 
@@ -250,3 +258,13 @@ def test_renormalize_filters_of_any_network() -> None:
     renormalize_filters(model, 0.5)
     torch.testing.assert_close(model[0][0].weight, torch.full((6, 2, 3, 1), 0.5))
     assert (model[1].weight == 2).all()
+
+
+def test_evaluation_mode_gives_each_module_its_own_mode_back() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3))).train()
+    model[1].eval()
+    with contextlib.suppress(RuntimeError), evaluation_mode(model):
+        within = [module.training for module in model.modules()]
+        raise RuntimeError("stop")
+    assert not any(within)
+    assert [module.training for module in model.modules()] == [True, True, False, False, False]
