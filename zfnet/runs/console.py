@@ -30,7 +30,13 @@ from zfnet.config.schema import flatten
 from zfnet.config.trust import CONF, check_what_hydra_composes, parse_overrides
 from zfnet.runs.command import compose_raw
 
-_SWEEP = ("optuna", "joblib", "submitit_local", "submitit_slurm")  # packages and launchers of the extra `sweep`
+# which extra of pyproject.toml brings a package or a launcher
+_EXTRAS = {
+    "sweep": ("optuna", "joblib", "submitit_local", "submitit_slurm"),
+    "explain": ("captum",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+}
+_EXTRA_OF = {name: extra for extra, names in _EXTRAS.items() for name in names}
 _BESIDE = {"optimizer": ("param_groups",)}  # keys of a slot that its class does not take
 _COMMA = re.compile(r"[-+]?\d+,\d+(e[-+]?\d+)?")  # a decimal comma: 0,001
 
@@ -109,8 +115,8 @@ def explain(error: Exception, words: Sequence[str] | None = None) -> str:
             return yaml_problem(cause) if isinstance(cause, yaml.YAMLError) else first
     if isinstance(error, yaml.YAMLError):
         return yaml_problem(error)
-    if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in _SWEEP:
-        return f"this needs {error.name}: pip install -e '.[sweep]'"
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRA_OF.get(str(error.name).split(".")[0])):
+        return f"this needs {error.name}: pip install -e '.[{extra}]'"
     if isinstance(error, MemoryError) or ("memory" in first and ("out of" in first or "allocate" in first)):
         return f"out of memory ({first}): lower data.batch_size or the network's sizes"
     if isinstance(error, OSError) and error.__traceback__ and _makes_run_directory(error):
@@ -190,8 +196,8 @@ def _override_problem(
         return f"{word}: several values are a sweep, with -m; a list is written {key}=[{given}]{point}"
     values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value()
     values = values if isinstance(values, list) else [values]
-    if key == "hydra/launcher" and str(values[0]) in _SWEEP:
-        return f"{key}={values[0]} needs packages of its own: pip install -e '.[sweep]'"
+    if key == "hydra/launcher" and (extra := _EXTRA_OF.get(str(values[0]))):
+        return f"{key}={values[0]} needs packages of its own: pip install -e '.[{extra}]'"
     if key.startswith("hydra") and not key.startswith("hydra/sweeper/"):  # Hydra's own groups have Hydra's choices
         return None
     if (folder := CONF / key).is_dir():
