@@ -8,9 +8,10 @@ remembered. `ZFNET_COMPOSE_ANEW=1 python -m pytest` runs the tests without this.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,11 @@ def forget(patch: Any) -> None:
 
 
 def _state(repo: Any) -> Any:
-    """Return what a composition reads: sources, with time and size of each file; None with a folder not ours."""
-    state: list[Any] = []
+    """Return what a composition reads: Hydra's store, and sources with time and size of each file.
+
+    None with a folder that is not ours.
+    """
+    state: list[Any] = sorted(_stored(ConfigStore.instance().repo))
     for source in repo.get_sources():
         is_file = source.scheme() == "file"
         if Path(source.path).resolve() not in OWN if is_file else not _is_own(source.scheme(), source.path):
@@ -68,6 +72,15 @@ def _state(repo: Any) -> Any:
                 file = os.stat(Path(folder, name))
                 state.append((folder, name, file.st_mtime_ns, file.st_size))
     return tuple(state)
+
+
+def _stored(entries: dict[str, Any], group: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the name of each config in Hydra's store, with what tells it from others of this name."""
+    for name, entry in entries.items():
+        if isinstance(entry, dict):
+            yield from _stored(entry, f"{group}/{name}")
+        else:
+            yield f"{group}/{name}", id(entry.node)
 
 
 def _create_once(
@@ -101,8 +114,7 @@ def _join_once(self: ConfigLoaderImpl, defaults: Sequence[Any], repo: Any) -> Di
     state = _state(repo)
     if state is None:
         return _join(self, defaults=list(defaults), repo=repo)
-    parts = ((d.config_path, d.parent, d.package, d.is_self, d.primary, d.override_key) for d in defaults)
-    key = (state, *parts)
+    key = (state, *map(dataclasses.astuple, defaults))
     if key not in _joined:
         config = _join(self, defaults=list(defaults), repo=repo)
         OmegaConf.clear_cache(config)  # it holds the time, which names the next run's directory

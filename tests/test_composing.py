@@ -14,6 +14,8 @@ COMMANDS: tuple[list[str], ...] = (
     ["experiment=quickstart", "optimizer=sgd", "optimizer.lr=0.5", "seed=3"],
     ["experiment=quickstart", "optimizer=sgd", "~optimizer.nesterov", "+callbacks.own={_target_: a.B}", "seed=4"],
     ["job=evaluate", "run=x", "job.split=test", "data.mean=[0.5,0.4,0.3]", "augment=none"],
+    ["~scheduler", "+optimizer@second=adamw", "optimizer.lr=0.1"],
+    [f"hydra.searchpath=[file://{CONF.parent}/examples/extend/conf]", "model=tiny_resnet", "optimizer=sgd"],
     ["experiment=cifar10_fast", "model.conv3=null", "++model.unknown=1", "hydra/launcher=basic"],
 )
 
@@ -37,7 +39,7 @@ def compose_described(words: list[str]) -> tuple[str, list[object]]:
         return described(compose("config", words, return_hydra_config=True))
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("words", COMMANDS, ids=range(len(COMMANDS)))
 def test_remembered_compositions_are_hydras(words, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         composing.remember(patch)

@@ -206,6 +206,7 @@ for job in (zfnet.jobs.train, zfnet.jobs.evaluate):
 for words in json.loads(sys.argv[1]):
     sys.argv[:] = ["run.py", *words]
     runpy.run_path("run.py", run_name="__main__")
+    sys.modules.pop("tiny_resnet")  # the next command must find it by itself
 """
 
 

@@ -261,10 +261,19 @@ def test_renormalize_filters_of_any_network() -> None:
 
 
 def test_evaluation_mode_gives_each_module_its_own_mode_back() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3))).train()
+    class Recording(nn.Sequential):
+        """A network whose own `train` does more than set the mode, as one that merges weights may."""
+
+        def train(self, mode: bool = True) -> nn.Module:
+            calls.append(mode)
+            return super().train(mode)
+
+    calls: list[bool] = []
+    model = Recording(nn.BatchNorm2d(3), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3))).train()
     model[1].eval()
     with contextlib.suppress(RuntimeError), evaluation_mode(model):
         within = [module.training for module in model.modules()]
         raise RuntimeError("stop")
     assert not any(within)
     assert [module.training for module in model.modules()] == [True, True, False, False, False]
+    assert calls == [True, False, True]

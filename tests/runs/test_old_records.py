@@ -84,6 +84,7 @@ def test_finished_record_reproduces(finished: RunDirectory, run_py) -> None:
         assert comparison["identical"]
 
 
+@pytest.mark.drawn  # its history comes from a checkpoint of that time
 def test_killed_record_goes_on(tmp_path: Path, run_py) -> None:
     run = RunDirectory(shutil.copytree(FIXTURES / "killed", tmp_path / "killed"))
     answer = run_py("job=resume", f"run={run.folder}")

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one line that names the thing, the value and what to do."""
+"""The program's logger, and errors that a user can act on: one line that names the thing, the value and what to do."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _along(step: Step, axis: int) -> tuple[int, int, int]:
 
 
 def window_at(step: Step) -> Window:
-    """Return the window of a convolution or a pooling; raise UserError, naming the module, if it has none."""
+    """Return the window of a convolution or a pooling; raise UserError if it pads with other than zeros."""
     assert isinstance(step.module, _WINDOWED)
     try:
         return window_of(step.module)

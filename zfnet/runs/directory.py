@@ -102,7 +102,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a directory that Hydra made and that is still empty, and those above it."""
+    """Remove a directory that Hydra made and that is still empty, and of `outputs/KIND/NAME` those above it."""
     with contextlib.suppress(OSError):  # not empty, or not there
         folder.rmdir()
         if folder.parent.parent == OUTPUTS:

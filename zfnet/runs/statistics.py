@@ -27,8 +27,6 @@ _RESAMPLES = 2000
 _MANY = 30  # values that a bootstrap needs
 _ROWS = 16  # ranked at once
 
-_rule = functools.cache(np.polynomial.legendre.leggauss)
-
 
 def describe(values: Tensor) -> dict[str, float | int | None]:
     """Return n, mean, std, low and high of values [n]; values that are not finite do not count."""
@@ -197,11 +195,16 @@ def t_test(t: float, freedom: float) -> float:
     Gauss and Legendre's rule takes to rounding.
     """
     end = math.sqrt(math.atan2(math.sqrt(freedom), abs(t)))
-    nodes, weights = _rule(100)
+    nodes, weights = _rule()
     v = (nodes + 1) * end / 2
     tail = float((weights * np.sin(v**2) ** (freedom - 1) * 2 * v).sum()) * end / 2
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
     return min(1.0, 2 * scale * tail)
+
+
+@functools.cache
+def _rule() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(100)
 
 
 def t_quantile(freedom: float, p: float = LEVEL) -> float:
