@@ -23,7 +23,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError, log
@@ -177,7 +177,7 @@ def square_starts(size: int, patch: int, stride: int) -> Tensor:
 @torch.no_grad()
 @full_precision()
 def occlude(
-    network: nn.Module | Chain,
+    network: Any,
     images: Tensor,
     labels: Tensor,
     *,
@@ -189,25 +189,23 @@ def occlude(
 ) -> Occlusion:
     """Slide a square over each image and record the network's outputs.
 
-    network: a module in evaluation mode; a `Chain` if there is a `layer`, whose strongest map is recorded, too
+    network: an `nn.Module` in evaluation mode; a `Chain` if there is a `layer`, whose strongest map is recorded, too
     images: [N, 3, S, S], normalised; labels: int64 [N]; fill: [3], the square's colour in the same units.
     Occluded images are made batch by batch on the images' device. Raises UserError (see `square_starts`).
     """
     count, size, device = len(images), images.shape[-1], images.device
     starts = square_starts(size, patch, stride).to(device)
     side = len(starts)
-    chain = network if isinstance(network, Chain) else None
     channel = peak = None
     if layer is not None:
-        assert chain is not None
-        channel, peak = _strongest_maps(chain, layer, images, batch_size)
+        channel, peak = _strongest_maps(network, layer, images, batch_size)
 
     def outputs(inputs: Tensor, image: Tensor) -> list[Tensor]:
         sums = []
-        if layer is None or chain is None or channel is None:
-            logits = network(inputs)  # type: ignore[operator]
+        if channel is None:
+            logits = network(inputs)
         else:
-            maps, logits = chain.activations(inputs, [layer, OUTPUT]).values()
+            maps, logits = network.activations(inputs, [layer, OUTPUT]).values()
             sums = [maps[torch.arange(len(inputs), device=device), channel[image]].sum((1, 2))]
         probabilities = logits.softmax(1)
         confidence, predicted = probabilities.max(1)
