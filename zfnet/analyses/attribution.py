@@ -5,8 +5,6 @@ backpropagation (Springenberg et al. 2014) and the gradient (Simonyan et al. 201
 integrated gradients (Sundararajan et al. 2017) and Grad-CAM (Selvaraju et al. 2017) in `explain/targets.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,8 +10,6 @@ objects change features alike even in an untrained network, so a part is ranked 
 random: p is the share of them whose κ is as large (Holm's correction over parts and layers).
 """
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import statistics

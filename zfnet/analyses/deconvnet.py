@@ -8,8 +8,6 @@ another image's, or when another unit is projected from the same place, is not e
 2018; Nie et al. 2018; Mahendran & Vedaldi 2016).
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

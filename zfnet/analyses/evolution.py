@@ -5,8 +5,6 @@ activation over all training images at each epoch, contrast enhanced. Ours are t
 map's responses to a fixed set of images are from snapshot to snapshot, and how many maps change their strongest image.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

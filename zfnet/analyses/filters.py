@@ -6,8 +6,6 @@ Source: Zeiler & Fergus 2013, section 4.1 and Fig. 6: one filter may dominate un
 network has learnt, so aliasing is reported beside that of noise filters of the same shape.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -6,8 +6,6 @@ similarity of the pictures. Here the pictures are the deconvnet's projections an
 machine is another network, and pictures of another map of the layer are the control. docs/verdict.md has the protocol.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

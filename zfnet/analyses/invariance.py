@@ -5,8 +5,6 @@ of distance. The paper calls its axis "canonical distance" and does not define i
 distance between two different images.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@
 The network computes in fp32 on its own device: the CPU, or that of `run.model.to(…)`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

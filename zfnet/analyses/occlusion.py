@@ -9,8 +9,6 @@ Any network will do. Panels b and c, of its strongest map, need one that the dec
 others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ integrated gradients and Grad-CAM); the baselines are pictures that do not depen
 makes the pictures, `explain/faithfulness.py` holds the metrics; docs/verdict.md says what each asks.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import textwrap
@@ -155,7 +153,7 @@ class Row:
         return vars(self) | {"values": values, "clusters": self.clusters.tolist()}
 
     @staticmethod
-    def read(plain: Mapping[str, Any]) -> Row:
+    def read(plain: Mapping[str, Any]) -> "Row":
         """Return the row from its plain values."""
         values = [math.nan if v is None else v for v in plain["values"]]
         named = {key: plain[key] for key in ("target", "method", "measure")}

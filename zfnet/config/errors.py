@@ -1,7 +1,5 @@
 """The program's logger, and errors that a user can act on: one line that names the thing, the value and what to do."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import logging

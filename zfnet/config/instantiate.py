@@ -7,8 +7,6 @@ resolve to a class of the slot's type, and that class must be defined in one of 
 and mappings of them, checked against the class's own signature.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re

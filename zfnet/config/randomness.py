@@ -6,8 +6,6 @@ n-th number under a key is a hash of (key, n). The mixing function is the 32-bit
 int64 so that CPU and GPU agree.
 """
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Callable, Iterator

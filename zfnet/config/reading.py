@@ -5,8 +5,6 @@ aliases), and a number of a million digits takes minutes. What is within the bou
 is a ValueError.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections import Counter

@@ -4,8 +4,6 @@ The values are in `conf/`; here are their types and their meaning. What Hydra co
 checked once, when it becomes an object of these classes: no other code sees an unchecked value.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
@@ -249,7 +247,7 @@ class Job(Checked):
 
     name: str
 
-    def main(self, config: Config, output: Path) -> float | None:
+    def main(self, config: "Config", output: Path) -> float | None:
         """Do the job; `output` is the directory that Hydra made for it. Returns what a sweep may optimise."""
         raise NotImplementedError
 

@@ -10,8 +10,6 @@ from elsewhere is checked before Hydra uses it: its `hydra` part is compared wit
 give for the same choices. The composed config is checked, whatever YAML it was written in.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import os

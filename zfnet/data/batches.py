@@ -4,8 +4,6 @@ Order and augmentation are functions of (seed, epoch, image): batch k of an epoc
 in the middle of an epoch is exact and costs nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -52,7 +50,7 @@ class Batch:
     first: int
     total: int
 
-    def split(self, count: int, exactly: bool = False) -> Iterator[tuple[Batch, bool]]:
+    def split(self, count: int, exactly: bool = False) -> Iterator[tuple["Batch", bool]]:
         """Yield (micro-batch, whether it is the last): up to `count`, of about equal size.
 
         exactly: `count`, of which the last may be empty, so that all processes take part in as many forward passes

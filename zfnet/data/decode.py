@@ -4,8 +4,6 @@ The cost of a file is known from its header, before a pixel is decoded: at most 
 threads together decode at most `_AT_ONCE` pixels at a time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -6,8 +6,6 @@ A download is limited in size, time and redirects: no server can make a job hang
 from the public internet into the local network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import http.client

@@ -4,8 +4,6 @@ The cache is keyed by what it holds (the content of each file, and how it is sto
 renamed, so it is either whole or absent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Labelled images in one array, and how a set is divided."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import mmap
@@ -45,7 +43,7 @@ class ImageSet:
         counts = self.labels.bincount(minlength=len(self.classes)).tolist()
         return [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
 
-    def take(self, index: Tensor) -> ImageSet:
+    def take(self, index: Tensor) -> "ImageSet":
         """Return the set of the images at `index`; the pixels are shared, not copied."""
         boxes = None if self.boxes is None else self.boxes[index]
         return replace(self, labels=self.labels[index], rows=self.rows[index], boxes=boxes)

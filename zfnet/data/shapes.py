@@ -4,8 +4,6 @@ Every image is a function of (split, index): no file, no download, no generator 
 shape is known, so a test can measure whether an explanation looks at the object.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

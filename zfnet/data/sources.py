@@ -1,7 +1,5 @@
 """Load the data that a config names: training, validation and test images."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import textwrap

@@ -12,8 +12,6 @@ when they are shown:
 tiles link to the maps in the atlas: `index.html#conv5/12`.
 """
 
-from __future__ import annotations
-
 import base64
 import csv
 import hashlib

@@ -3,8 +3,6 @@
 All are in frames of one size: the receptive field, or the whole image where the field is larger.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -13,8 +13,6 @@ A projection shows what in *this* image excited the unit, through this image's s
 unit responds to, and says little about the class (Nie et al. 2018): compare it with controls.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

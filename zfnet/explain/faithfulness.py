@@ -5,8 +5,6 @@ over the pixels that count, so that every method, the random order and the greed
 in Samek et al. 2017).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Numbers about single feature maps: activations, effects on the classes, and similar maps of another network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

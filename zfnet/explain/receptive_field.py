@@ -3,8 +3,6 @@
 For the paper's network at 224 px the fields are 7, 27, 75, 107 and 139 px wide (conv1 … conv5).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

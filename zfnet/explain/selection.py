@@ -3,8 +3,6 @@
 An analysis of your own is one class and one YAML file: see examples/extend/saliency.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal

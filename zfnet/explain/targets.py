@@ -5,8 +5,6 @@ function of the frame. A unit's frame is its receptive field, from which `window
 if the field is larger than the image, the frame is the image.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ image counts, so that nine activations are nine images (the paper does not say w
 depends on the network and on `top`, never on the number of images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,7 +178,7 @@ class TopActivations:
     @classmethod
     def from_state(
         cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], device: torch.device
-    ) -> TopActivations:
+    ) -> "TopActivations":
         """Return the collection that `state` described, with its tensors on `device`."""
         self = cls(metadata["top"], metadata["num_classes"])
         self.images, self.class_counts = metadata["images"], tensors["class_counts"]

@@ -6,8 +6,6 @@ neighbour: the backward pass must add their signals. (`nn.MaxUnpool2d` keeps one
 projection of conv5 off by 60 %.)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 `benchmarks/` times the same steps beside other training loops, with the functions of this file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import resource
@@ -14,7 +12,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -26,7 +24,7 @@ from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
 from zfnet.data import Batch, ImageSet, load_splits
 from zfnet.model.layers import set_dropout_step
-from zfnet.plots.figures import BLUE, INK, LIGHT_BLUE, ORANGE, PALE, PURPLE, new_figure, save_figure, styled
+from zfnet.plots.figures import BLUE, INK, LIGHT_BLUE, ORANGE, PALE, PURPLE, Figure, new_figure, save_figure, styled
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import own_directory
@@ -34,9 +32,6 @@ from zfnet.runs.tables import format_table
 from zfnet.training.build import build_state, training_batches
 from zfnet.training.device import Runtime, keep_memory, resolve_runtime, set_switches, synchronize, timed
 from zfnet.training.loop import train_step
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PHASES = {"data": ORANGE, "forward": BLUE, "backward": LIGHT_BLUE, "optimizer": PURPLE}
 Result = dict[str, Any]  # what benchmark.json holds

@@ -1,7 +1,5 @@
 """job=extend and job=fork: continue from an epoch of another run, in a new directory and with other settings."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial

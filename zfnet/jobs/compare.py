@@ -1,7 +1,5 @@
 """job=compare: runs or settings side by side, only where they differ; or a sweep's table and figures, made again."""
 
-from __future__ import annotations
-
 import base64
 import glob
 import html
@@ -14,11 +12,11 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import Any, Literal, Optional
 
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
-from zfnet.plots.figures import CSS, PALETTE, epoch_axis, new_figure, plain, plot_history, save_figure, styled
+from zfnet.plots.figures import CSS, PALETTE, Figure, epoch_axis, new_figure, plain, plot_history, save_figure, styled
 from zfnet.runs.compare import first_difference
 from zfnet.runs.directory import RunDirectory, find_run, list_runs, remove_if_empty, write_atomically
 from zfnet.runs.session import own_directory
@@ -26,9 +24,6 @@ from zfnet.runs.statistics import LEVEL, Difference, difference, holm
 from zfnet.runs.tables import format_table, shorten
 from zfnet.sweeps.callback import summarize
 from zfnet.sweeps.summary import ABSENT, Trained, format_value, read_training, settings_key, swept_keys, tell_data_apart
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_PAIRS = 10  # tests shown; if there are more, those of the best group

@@ -1,7 +1,5 @@
 """job=evaluate: a run's accuracy on a split of its own data, or on other images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """job=export: a run's network as ONNX and torch.export files, each compared with the network."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import json

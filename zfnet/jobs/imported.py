@@ -4,8 +4,6 @@ What is read is safetensors, state dicts that `torch.load(weights_only=True)` ac
 run code, and names and sizes are compared with the network before memory is allocated.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import warnings

@@ -1,14 +1,12 @@
 """job=predict: a run's network on image files."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,15 +18,11 @@ from zfnet.config.schema import Config, Job, Positive
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images, read_named
-from zfnet.plots.figures import LIGHT_BLUE, PALE_BLUE, PALEST, SOFT, new_figure, save_figure, styled
+from zfnet.plots.figures import LIGHT_BLUE, PALE_BLUE, PALEST, SOFT, Figure, new_figure, save_figure, styled
 from zfnet.runs.session import own_directory
 from zfnet.runs.tables import format_table, shorten
 from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import PREPROCESSING, LoadedRun
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 _DATA_KEYS = ("batch_size", "max_pixels", *PREPROCESSING)  # the keys of `data` that count here
 SHOWN = 48  # images in the figure

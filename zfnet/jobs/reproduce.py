@@ -1,7 +1,5 @@
 """job=reproduce: run a training again from its record, and compare."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """job=resume: continue a stopped run, in its own directory."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar

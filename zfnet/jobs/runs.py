@@ -1,7 +1,5 @@
 """job=runs: list the runs below outputs/."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

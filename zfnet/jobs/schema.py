@@ -1,7 +1,5 @@
 """job=schema: JSON schemas of the YAML files in conf/, from the classes that check them when a config is read."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable

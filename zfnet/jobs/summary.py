@@ -1,7 +1,5 @@
 """job=summary: the network's layers, as a table."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """job=train: load, train, test once, and write everything into one run directory."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence

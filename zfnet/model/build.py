@@ -1,7 +1,5 @@
 """The network that a config names, and its initial weights."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A network as a chain: its modules in the order in which an image passes them, however they are nested."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +61,7 @@ class Chain:
         self.num_classes = self.steps[-1].output_shape[0]
 
     @staticmethod
-    def of(model: nn.Module | Chain, image_size: int | None = None) -> Chain:
+    def of(model: "nn.Module | Chain", image_size: int | None = None) -> "Chain":
         """Return the chain of a model: a chain itself, a ZFNet's, or a new one for images of `image_size`."""
         if isinstance(model, Chain):
             return model

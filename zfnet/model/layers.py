@@ -1,7 +1,5 @@
 """Layers that replace PyTorch's, and changes to the layers of any network."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ The file is read by the package `onnx` alone and is data: only the operations in
 is compared with the graph before memory is allocated, and weights beside the file come from its own folder only.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Mapping

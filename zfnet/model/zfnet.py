@@ -4,8 +4,6 @@ The paper's layer numbers are the names everywhere: `conv1 … conv5`, `fc6, fc7
 weights' names, in configs and in figures.
 """
 
-from __future__ import annotations
-
 import bisect
 import functools
 import re

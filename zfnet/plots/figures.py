@@ -3,8 +3,6 @@
 matplotlib takes a quarter of a second to import, so it is imported where a figure is drawn: training starts without it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io
@@ -19,7 +17,8 @@ from zfnet.runs.directory import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
+else:
+    Axes = Figure = Any
 
 BLUE, ORANGE, PURPLE, GREEN, RED = "#0969da", "#bc4c00", "#8250df", "#1a7f37", "#cf222e"
 LIGHT_BLUE, PALE_BLUE = "#54aeff", "#b6e3ff"

@@ -1,7 +1,5 @@
 """Tensors as pictures: images back from the network's input, projections on grey, and mosaics of both."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

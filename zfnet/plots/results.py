@@ -1,10 +1,8 @@
 """The results of a training or an evaluation: figures, numbers for results.json, and lines of the log."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from zfnet.plots.figures import (
     SOFT,
     SPLIT_COLOURS,
     WHITE,
+    Figure,
     epoch_axis,
     new_figure,
     plain,
@@ -29,10 +28,6 @@ from zfnet.plots.figures import (
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.tables import shorten
 from zfnet.training.metrics import Evaluation
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 _FEW = 40  # classes, of which each has its number in a figure
 _NAMES = 100  # of classes along an axis

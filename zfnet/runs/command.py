@@ -6,8 +6,6 @@ composition may lack their keys (the record's optimizer may have others than tod
 `allow_keys_of_record`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Two runs side by side: where their metrics first differ, and what else differs."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest

@@ -1,7 +1,5 @@
 """Errors as one line on the terminal, with a suggestion."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools

@@ -4,8 +4,6 @@ A file is written beside its final place, synced and renamed, so it is whole or 
 lock. Configs are YAML without interpolation: nothing that is read back can run code.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import functools

@@ -1,7 +1,5 @@
 """Hydra's side of a run: its record in `.hydra/`, and the names of a sweep's directories."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """The environment of a run: code, versions, machine. Recorded so that a difference can be explained later."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

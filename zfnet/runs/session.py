@@ -1,7 +1,5 @@
 """A running job in its run directory: the lock, the log, the recorded status, and the reasons to end early."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging
@@ -46,7 +44,7 @@ class StopRequest:
         self.number: int | None = None
         self._deferred = False
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         self._before = {}
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

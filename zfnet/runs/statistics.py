@@ -9,8 +9,6 @@ else it is Welch's, which does not assume equal variances (Welch 1947). Several 
 1979 or, where some false ones are acceptable, after Benjamini and Hochberg 1995.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import statistics

@@ -1,7 +1,5 @@
 """Tables for the terminal, and cells of CSV files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

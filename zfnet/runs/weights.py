@@ -3,8 +3,6 @@
 Weights are safetensors with a JSON header; no pickle is read, so a stranger's file cannot run code.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

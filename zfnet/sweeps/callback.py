@@ -4,8 +4,6 @@ Jobs may run in other processes or on other machines; there this object is a cop
 needs from the sweep's directory.
 """
 
-from __future__ import annotations
-
 import textwrap
 import time
 import traceback

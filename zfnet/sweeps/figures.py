@@ -1,7 +1,5 @@
 """The figures of a sweep: curves of all jobs, and validation accuracy against the swept keys."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

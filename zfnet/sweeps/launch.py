@@ -4,8 +4,6 @@ Parallel jobs on one machine take one GPU each. (CPU threads need no care: jobli
 divided among them.)
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

@@ -4,8 +4,6 @@ A study is in its storage alone: a search that was killed continues when it is r
 share one study.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import socket

@@ -5,8 +5,6 @@ Validation chooses: settings are ranked by validation accuracy, equal ones by th
 one setting only, the one that validation chose.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """From a config to the objects that train: loss, optimizer, schedule, transforms, callbacks and loggers."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import warnings

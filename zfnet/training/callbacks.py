@@ -1,7 +1,5 @@
 """Callbacks: the hooks that run beside the training step; `callbacks:` in a config adds early stopping and your own."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ thread from copies, synced, and renamed to a name that sorts by step; only then 
 cut short fails its own length check, one that changed on the disk fails its checksum, and the one before it is used.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

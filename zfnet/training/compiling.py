@@ -1,7 +1,5 @@
 """trainer.compile=auto: time torch.compile with this network on this device, before the first step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

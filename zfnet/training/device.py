@@ -1,7 +1,5 @@
 """How a run uses the hardware: resolves every `auto`, once, when it starts."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

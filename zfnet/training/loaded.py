@@ -1,7 +1,5 @@
 """A finished run as jobs use it: its network on the chosen device, and images prepared as in its training."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Where metrics go beside history.csv: TensorBoard, a CSV file, Weights & Biases, MLflow, Trackio, or your own."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import importlib

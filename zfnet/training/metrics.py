@@ -1,7 +1,5 @@
 """Loss and accuracy accumulators kept on the device; `read()` and `result()` are the only host syncs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

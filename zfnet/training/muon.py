@@ -1,7 +1,5 @@
 """Muon: momentum whose step has all singular values equal, for the weights of convolutions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ processes on this machine; `torchrun` starts them all, on any number of machines
 data's folders. Every process holds the same state after every step, so the checkpoint of process 0 is enough.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

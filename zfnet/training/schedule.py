@@ -4,8 +4,6 @@ A run that branches from another one's epoch (job=extend, job=fork) chooses its 
 case the rate is a function of the config, the step and the recorded metrics: `replay` repeats the parent's epochs.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
