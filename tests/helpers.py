@@ -84,6 +84,12 @@ def checked(*words: str) -> Config:
     return config
 
 
+def claim(run: RunDirectory, config: Config) -> bool:
+    """Make this the directory of `config`'s run; return whether there is something to resume."""
+    with run.claimed(config) as resumed:
+        return resumed
+
+
 def train_tiny(folder: Path, *words: str) -> RunDirectory:
     """Train the tiny run, with these overrides, in `folder`."""
     run = RunDirectory(folder)

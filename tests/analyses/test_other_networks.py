@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tests.helpers import TINY, compose, read_csv, train_undrawn
+from tests.helpers import TINY, claim, compose, read_csv, train_undrawn
 from zfnet.data import load_splits
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import ModelMetadata, save_model
@@ -133,7 +133,7 @@ def test_analysis_of_torchvisions_alexnet(run_py, tmp_path: Path) -> None:
     config = compose(*TINY)
     config = dataclasses.replace(config, model={"_target_": "torchvision.models.AlexNet"})
     run = RunDirectory(tmp_path / "alexnet")
-    run.claim(config)
+    claim(run, config)
     classes = load_splits(config.data).train.classes
     torch.manual_seed(0)
     model = torchvision.models.AlexNet(num_classes=len(classes))

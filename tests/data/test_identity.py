@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.helpers import EVERY_STEP, MINUTE, Killed, compose, dying_at, used, write_images
+from tests.helpers import EVERY_STEP, MINUTE, Killed, claim, compose, dying_at, used, write_images
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.data import load_splits
@@ -165,7 +165,7 @@ def again(run: RunDirectory, root: Path) -> RunDirectory:
     """Reproduce a run; its figures and weights are compared with the record's."""
     config, other = config_for(root), RunDirectory(run.folder.with_name("again"))
     config.run = str(run.folder)
-    other.claim(config)
+    claim(other, config)
     reproduce(config, other)
     return other
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import EVERY_STEP, MINUTE, STEPS, compose, die_at, learned, train_minute
+from tests.helpers import EVERY_STEP, MINUTE, STEPS, claim, compose, die_at, learned, train_minute
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
 from zfnet.runs.directory import RunDirectory
@@ -55,7 +55,7 @@ def _hold(folder: Path, held: Any) -> None:
 
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     config, run = compose(*MINUTE), RunDirectory(tmp_path / "r")
-    run.claim(config)
+    claim(run, config)
     fork = multiprocessing.get_context("fork")  # a new interpreter would take two seconds to import PyTorch
     held = fork.Event()
     process = fork.Process(target=_hold, args=(run.folder, held))

@@ -6,14 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
-from tests.helpers import TINY, compose
+from tests.helpers import TINY, claim, compose
 from zfnet.jobs.runs import Row, describe, run_table
 from zfnet.runs.directory import RunDirectory
 
 
 def claimed(folder: Path, state: str, changed: float, *words: str) -> RunDirectory:
     run = RunDirectory(folder)
-    run.claim(compose(*TINY, *words))
+    claim(run, compose(*TINY, *words))
     run.set_status(state)
     for path in folder.iterdir():
         os.utime(path, (changed, changed))

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import zfnet
-from tests.helpers import MINUTE, TINY, compose
+from tests.helpers import MINUTE, TINY, claim, compose
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.config.trust import parse_overrides
@@ -24,7 +24,7 @@ OWN = {"job": {"name": "train"}, "run": None, "images": None}
 def record(folder: Path, *words: str) -> RunDirectory:
     """Make a run directory with the record that `python run.py WORDS` would leave, Hydra's included."""
     run = RunDirectory(folder)
-    run.claim(compose(*words))
+    claim(run, compose(*words))
     (folder / ".hydra").mkdir()
     text = OmegaConf.to_yaml(composing.compose_raw(words))
     (folder / ".hydra/config.yaml").write_text(text)
@@ -150,7 +150,7 @@ def test_a_deleted_key_is_gone(onecycle: RunDirectory) -> None:
 
 def test_a_record_without_hydras_works_too(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.claim(compose(*MINUTE))
+    claim(run, compose(*MINUTE))
     assert overlay(run, ["optimizer.lr=0.5"], OWN).optimizer["lr"] == 0.5
 
 

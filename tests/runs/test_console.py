@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import zfnet
-from tests.helpers import MINUTE, TINY, compose, data_config
+from tests.helpers import MINUTE, TINY, claim, compose, data_config
 from zfnet.config.errors import UserError
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory
@@ -230,7 +230,7 @@ def test_words_are_taken_as_they_are(run_py, tmp_path: Path, monkeypatch) -> Non
     seen = []
     monkeypatch.setattr("zfnet.jobs.predict.PredictJob.main", lambda job, config, output: seen.append(config))
     run = tmp_path / "a run (1), x=2"
-    RunDirectory(run).claim(compose(*SHAPES))
+    claim(RunDirectory(run), compose(*SHAPES))
     names = ["cat (1).jpg", "it's.png", "a+b@c#d%e.png", "~/x.png", "größe.png", "a=b.png"]
     for name in names[:3]:
         answer = run_py("job=predict", f"run={run.name}", f"images={name}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import TINY, compose, full_disk, write_images
+from tests.helpers import TINY, claim, compose, full_disk, write_images
 from zfnet.config.errors import UserError
 from zfnet.runs import directory as run_module
 from zfnet.runs.command import CONF
@@ -26,7 +26,7 @@ def test_last_is_the_newest_finished_training_run(tiny_run, tmp_path: Path, monk
         find_run("last")
     (tmp_path / "outputs/train").mkdir(parents=True)
     (tmp_path / "outputs/train/a").symlink_to(tiny_run.folder)
-    RunDirectory(tmp_path / "outputs/train/b").claim(compose(*TINY))  # newer, but never run
+    claim(RunDirectory(tmp_path / "outputs/train/b"), compose(*TINY))  # newer, but never run
     assert find_run("last").folder == Path("outputs/train/a")
 
 
@@ -43,11 +43,11 @@ def test_last_is_the_same_run_in_all_jobs_of_a_sweep(run_py, tiny_run, tmp_path:
 
 def test_another_runs_directory_is_refused_and_left_alone(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    assert run.claim(compose(*TINY)) is False
+    assert claim(run, compose(*TINY)) is False
     before = (run.folder / "config.yaml").read_bytes()
-    assert run.claim(compose(*TINY)) is True
+    assert claim(run, compose(*TINY)) is True
     with pytest.raises(UserError, match="holds a run with another config"):
-        run.claim(compose(*TINY, "seed=1"))
+        claim(run, compose(*TINY, "seed=1"))
     assert (run.folder / "config.yaml").read_bytes() == before
 
 
@@ -145,22 +145,22 @@ def test_a_table_holds_no_formulas(tmp_path: Path) -> None:
 def test_a_folder_of_configs_is_no_run(tmp_path: Path) -> None:
     shutil.copy(CONF / "config.yaml", tmp_path)
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        RunDirectory(tmp_path).claim(compose(*TINY))
+        claim(RunDirectory(tmp_path), compose(*TINY))
 
 
 def test_a_folder_that_holds_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        RunDirectory(tmp_path).claim(compose(*TINY))
+        claim(RunDirectory(tmp_path), compose(*TINY))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_where_data_lies_and_what_is_logged_do_not_make_another_run(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.claim(compose(*TINY))
-    assert run.claim(compose(*TINY, "data.device_memory=0.1", "trainer.log_every=1", "logger=tensorboard"))
+    claim(run, compose(*TINY))
+    assert claim(run, compose(*TINY, "data.device_memory=0.1", "trainer.log_every=1", "logger=tensorboard"))
     with pytest.raises(UserError):
-        run.claim(compose(*TINY, "optimizer=sgd"))
+        claim(run, compose(*TINY, "optimizer=sgd"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"state": 1}', "\xff"])
@@ -205,7 +205,7 @@ def test_run_last_looks_at_training_runs_that_are_done(tiny_run, tmp_path: Path,
 
 def test_a_claim_that_was_killed_leaves_the_directory_free(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.123.partial").write_text("half")
-    assert RunDirectory(tmp_path).claim(compose(*TINY)) is False
+    assert claim(RunDirectory(tmp_path), compose(*TINY)) is False
 
 
 def test_a_record_that_contains_itself_is_named(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_run_does_not_write_through_links(tiny_run, tmp_path: Path, name: str)
     place.symlink_to(tmp_path / "elsewhere")
     refused = pytest.raises(UserError, match=f"{name}: is a link, through which the run would write elsewhere")
     with refused:
-        run.claim(run.read_config())
+        claim(run, run.read_config())
     with refused, hold(run, "train.log"):  # as a reproduction that is continued
         pass
     assert not any((tmp_path / "elsewhere").iterdir())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import MINUTE, TINY, compose, full_disk, train_minute
+from tests.helpers import MINUTE, TINY, claim, compose, full_disk, train_minute
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory, write_atomically
 from zfnet.runs.session import Stopped, StopRequest, hold, own_directory
@@ -161,9 +161,9 @@ def test_a_full_disk_ends_with_its_own_error(tmp_path: Path, monkeypatch, capfd)
 def test_what_killed_writes_left_is_removed_by_the_next_start(tmp_path: Path) -> None:
     """Only what this program leaves, and not another run's, which may be at work."""
     run = RunDirectory(tmp_path / "run")
-    run.claim(compose(*TINY))
+    claim(run, compose(*TINY))
     other = RunDirectory(run.folder / "inside")
-    other.claim(compose(*TINY, "seed=1"))
+    claim(other, compose(*TINY, "seed=1"))
     run.checkpoints.mkdir()
     places = [run.checkpoints / "step-000000001.safetensors", run.folder / "status.json", other.folder / "config.yaml"]
     for place in places:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import MINUTE, compose, learned, train_minute, training_state
+from tests.helpers import MINUTE, claim, compose, learned, train_minute, training_state
 from zfnet.data import Batches, load_splits
 from zfnet.jobs import reproduce, train
 from zfnet.model.layers import set_dropout_step
@@ -138,7 +138,7 @@ def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(tried, tmp_path: Path, 
     train.train(config, run)
     config.run = str(run.folder)
     again = type(run)(tmp_path / "again")
-    again.claim(config)
+    claim(again, config)
     reproduce.reproduce(config, again)
     assert settled == [faster, faster]
     assert len(tried) == 1

@@ -176,13 +176,13 @@ def train_parent(config: Config, run: RunDirectory, stop: StopRequest) -> None:
         return
     before = read_config({**link.config, "logger": {}}, config.imports)
     parent = RunDirectory(run.folder / "parent")
-    parent.claim(before)
-    train_parent(before, parent, stop)
-    log.info("first its parent, %s, to epoch %d", link.run, link.epoch)
-    with recorded_threads(link.threads, before.trainer.devices):
-        train_and_test(before, parent, stop, compiled=link.compiled, epochs=link.epoch)
-    saved = read_checkpoint(step_files(parent.checkpoints)[-1])
-    if weights_hash(under_prefix("model", saved.tensors)) != link.weights_sha256:
-        log.warning("after epoch %d the weights are not those that are recorded", link.epoch)
-    begin(config, run, saved, parent.checkpoints / BEST)
+    with parent.claimed(before):
+        train_parent(before, parent, stop)
+        log.info("first its parent, %s, to epoch %d", link.run, link.epoch)
+        with recorded_threads(link.threads, before.trainer.devices):
+            train_and_test(before, parent, stop, compiled=link.compiled, epochs=link.epoch)
+        saved = read_checkpoint(step_files(parent.checkpoints)[-1])
+        if weights_hash(under_prefix("model", saved.tensors)) != link.weights_sha256:
+            log.warning("after epoch %d the weights are not those that are recorded", link.epoch)
+        begin(config, run, saved, parent.checkpoints / BEST)
     shutil.rmtree(parent.folder)

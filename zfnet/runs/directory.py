@@ -124,18 +124,12 @@ class RunDirectory:
 
     # -- claim and lock
 
-    def claim(self, config: Config) -> bool:
-        """Make this the directory of `config`'s run; return whether there is something to resume.
+    @contextlib.contextmanager
+    def claimed(self, config: Config, new: bool = False) -> Iterator[bool]:
+        """Make this the directory of `config`'s run and hold it within this block; yield whether to resume the run.
 
         A directory without a run is taken; one that holds the same run is resumed; one that holds another
         run, or other files, is refused and left as it is.
-        """
-        with self.claimed(config) as resumed:
-            return resumed
-
-    @contextlib.contextmanager
-    def claimed(self, config: Config, new: bool = False) -> Iterator[bool]:
-        """Claim the directory, see `claim`, and hold it within this block.
 
         new: the directory must be absent or empty
         """
