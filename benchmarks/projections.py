@@ -102,7 +102,7 @@ def time_projections(
             raise UserError(f"{maps} maps of {layer}: none is active in the {len(images)} images; take more")
         index = torch.tensor(units, device=images.device).unbind(1)
         seeds = chain.activations(images, [layer])[layer][index]
-        captum = NeuronDeconvolution(chain.model, chain.end(layer))
+        captum = NeuronDeconvolution(chain.model, chain.up_to(layer)[-1].module)
         calls = {
             "zfnet": partial(deconvnet.project, images, layer, units, seeds=seeds),
             "captum": partial(project_one_by_one, captum, images, units),

@@ -231,7 +231,7 @@ def test_ablation_of_a_map_is_the_network_without_it(study: Study) -> None:
     inputs, labels = verdict.to_inputs(study.loaded, split.pixels(numbers)), split.labels[numbers]
     with torch.no_grad():
         before = model(inputs)
-        hook = study.loaded.chain.end("conv5").register_forward_hook(
+        hook = study.loaded.chain.up_to("conv5")[-1].module.register_forward_hook(
             lambda module, given, out: out.index_fill(1, maps[place : place + 1], 0)
         )
         after = model(inputs)

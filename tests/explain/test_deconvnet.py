@@ -74,7 +74,7 @@ def test_project_equals_captum(name: str, layers: tuple[str, ...]) -> None:
     for layer in layers:
         units = alive(model, images, layer)[:3]
         activations = model.activations(images, [layer])[layer]
-        end = module.get_submodule(names[model.end(layer)])
+        end = module.get_submodule(names[model.up_to(layer)[-1].module])
         for rule, method in (("deconvnet", attr.NeuronDeconvolution), ("guided", attr.NeuronGuidedBackprop)):
             ours = Deconvnet(model, rule).project(images, layer, units)
             with warnings.catch_warnings():  # captum warns of its hooks, and at each attribution

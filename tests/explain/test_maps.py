@@ -34,7 +34,7 @@ def test_ablation_is_the_change_of_the_mean_output(name: str) -> None:
     with torch.no_grad():
         before = own.model(images).mean(0)
         if name == "pad":  # the mixed network has one ReLU for all layers
-            handle = own.end(layer).register_forward_hook(without)
+            handle = own.up_to(layer)[-1].module.register_forward_hook(without)
             after = own.model(images).mean(0)
             handle.remove()
             torch.testing.assert_close(effect[channel], after - before)

@@ -25,7 +25,7 @@ def test_activations_are_those_of_the_forward_pass(name: str) -> None:
     images = pictures(model)
     seen: dict[str, list[Tensor]] = {}
     for layer in model.layers:
-        model.end(layer).register_forward_hook(
+        model.up_to(layer)[-1].module.register_forward_hook(
             lambda module, inputs, output, layer=layer: seen.setdefault(layer, []).append(output.clone())
         )
     logits = model.model(images)

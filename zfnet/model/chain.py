@@ -89,10 +89,6 @@ class Chain:
                 f"images of shape {list(images.shape)}: the network takes [N, {', '.join(map(str, wanted))}]"
             )
 
-    def end(self, layer: str) -> nn.Module:
-        """Return the module whose output is the layer's, such as its ReLU; raise UserError for an unknown layer."""
-        return self.up_to(layer)[-1].module
-
     @full_precision()
     def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return each named layer's output: after the ReLU and before pooling, the logits for `OUTPUT`.
