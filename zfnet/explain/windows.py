@@ -9,11 +9,12 @@ projection of conv5 off by 60 %.)
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 Pair = tuple[int, int]  # rows, columns
 
@@ -56,12 +57,6 @@ def window_of(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> Window:
         rows, columns = ((k - 1) * d // 2 for k, d in zip(kernel, spacing, strict=True))
         return Window(kernel, spacing, stride, (rows, columns))
     return Window(kernel, spacing, stride, _pair(0 if module.padding == "valid" else module.padding))
-
-
-def _pair(value: Any) -> Pair:
-    """PyTorch keeps kernel sizes, strides and paddings as a number or as a pair."""
-    rows, columns = value if isinstance(value, (tuple, list)) else (value, value)
-    return int(rows), int(columns)
 
 
 def adaptive_windows(windows: int, cells: int) -> Tensor:
