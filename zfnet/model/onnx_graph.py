@@ -231,10 +231,6 @@ def _gemm(reader: _Reader, node: Any, values: Mapping[str, Any]) -> None:
     reader.add("fc", "Linear", weights, in_features=inputs, out_features=outputs, **bias)
 
 
-def _max_pool(reader: _Reader, node: Any, values: Mapping[str, Any]) -> None:
-    reader.add("pool", "MaxPool2d", {}, **_pads(reader, values, is_pooling=True))
-
-
 def _lrn(reader: _Reader, node: Any, values: Mapping[str, Any]) -> None:
     size = values["size"]  # α there multiplies the mean over the size, here the sum
     settings = {"alpha": values.get("alpha", 1e-4) / size, "beta": values.get("beta", 0.75), "k": values.get("bias", 1)}
@@ -257,18 +253,14 @@ def _softmax(reader: _Reader, node: Any, values: Mapping[str, Any]) -> None:
         raise ValueError("must be the last operation")
 
 
-def _plain(name: str, kind: str) -> Callable[[_Reader, Any, Mapping[str, Any]], None]:
-    return lambda reader, node, values: reader.add(name, kind, {})
-
-
 _READ: dict[str, Callable[[_Reader, Any, Mapping[str, Any]], None]] = {
     "Conv": _conv,
     "Gemm": _gemm,
     "LRN": _lrn,
-    "Relu": _plain("relu", "ReLU"),
-    "MaxPool": _max_pool,
+    "Relu": lambda reader, *_: reader.add("relu", "ReLU", {}),
+    "MaxPool": lambda reader, _, values: reader.add("pool", "MaxPool2d", {}, **_pads(reader, values, is_pooling=True)),
     "Flatten": _flatten,
     "Reshape": _flatten,
-    "Dropout": _plain("dropout", "Dropout"),
+    "Dropout": lambda reader, *_: reader.add("dropout", "Dropout", {}),
     "Softmax": _softmax,
 }
