@@ -126,6 +126,13 @@ def test_what_does_not_fit_the_images_is_named(tmp_path: Path, words: list[str],
             "augment.transforms.0 (RandomCrop): fails on an image [3, 64, 64]: Required crop size (65, 65)",
         ),
         (
+            [
+                "augment.transforms=[{_target_:torchvision.transforms.v2.ToPILImage},"
+                "{_target_:torchvision.transforms.v2.Normalize,mean:[0.5],std:[0.5]}]"
+            ],
+            "augment.transforms.1 (Normalize): fails on an Image: ",
+        ),
+        (
             ["augment.transforms=[{_target_:torchvision.transforms.v2.CenterCrop,size:[9,10]}]"],
             "augment.transforms: give [3, 9, 10] of torch.uint8, not uint8 [3, s, s]",
         ),

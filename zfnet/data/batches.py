@@ -317,7 +317,8 @@ def apply_transforms(
                     image = transform(image)
                 except Exception as error:  # user code may raise anything
                     slot = f"augment.transforms.{place} ({type(transform).__name__})"
-                    raise UserError(f"{slot}: fails on an image {list(image.shape)}: {one_line(error)}") from error
+                    given = f"image {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+                    raise UserError(f"{slot}: fails on an {given}: {one_line(error)}") from error
             if not isinstance(image, Tensor):
                 raise UserError(f"augment.transforms: give {type(image).__name__}; must be a tensor, uint8 [3, s, s]")
             if image.is_floating_point():
