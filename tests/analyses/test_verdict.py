@@ -350,7 +350,7 @@ def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkey
         f"run={tiny_run.folder}",
         *WORDS,
         "job.layers=[conv1]",
-        "job.metrics=[own,pointing,removal,parts,ablation,stability]",
+        "job.metrics=[own,pointing,own,removal,parts,ablation,stability]",
         "hydra.run.dir=out",
         "trainer.threads=1",
     )
@@ -372,6 +372,7 @@ def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkey
     assert Path("out/metrics/removal.json").read_text() == before
     rows = read_csv(Path("out/verdict.csv"))
     assert {row["measure"] for row in rows} >= set(SCORES) - {"weights"}
+    assert len({(row["target"], row["method"], row["measure"]) for row in rows}) == len(rows)  # `own` counts once
     assert {row["target"] for row in rows} == {"conv1", "units", "class"}
     assert {row["method"] for row in rows} == {
         *("deconvnet", "guided", "gradient", "integrated", "Grad-CAM"),

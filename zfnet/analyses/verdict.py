@@ -99,9 +99,10 @@ class VerdictJob(Look):
         loaded = LoadedRun(config)
         chain = loaded.chain
         layers = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
-        if self.metrics is not None and not self.metrics:
+        metrics = list(dict.fromkeys(METRICS if self.metrics is None else self.metrics))
+        if not metrics:
             raise UserError("job.metrics=[]: names no metric; null is all of them")
-        for name in self.metrics or ():
+        for name in metrics:
             if name not in METRICS:
                 raise UserError(f"job.metrics={name}: there is no such metric{did_you_mean(name, list(METRICS))}")
         Deconvnet(chain).check(OUTPUT)
@@ -111,7 +112,7 @@ class VerdictJob(Look):
             origin = {"weights": weights_hash(loaded.model.state_dict()), "data": splits.fingerprint}
             study = prepare(self, loaded, split, layers)
             all_rows: list[Row] = []
-            for name in self.metrics or METRICS:
+            for name in metrics:
                 rows = saved_rows(run, name, origin)
                 if rows is None:
                     start, used, plain = time.perf_counter(), time.process_time(), []
@@ -126,7 +127,7 @@ class VerdictJob(Look):
                     rows = [Row.read(row) for row in plain]  # as read by a job that continues
                 all_rows += rows
             if not all_rows:
-                names, data = ",".join(self.metrics or METRICS), loaded.data.name
+                names, data = ",".join(metrics), loaded.data.name
                 raise UserError(
                     f"job.metrics=[{names}]: data={data} has neither the parts nor the boxes or four classes that "
                     "these need; add another metric, such as own"
