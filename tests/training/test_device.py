@@ -89,7 +89,8 @@ def test_memory_format() -> None:
     [
         ("cuda:99", "CUDA devices to PyTorch"),
         ("cuda:x", "trainer.device=cuda:x: must be one of auto, cpu, cuda, cuda:N, mps"),
-        (f"cuda:{10**30}", "is not a device name"),
+        ("cuda:01", "must be one of auto, cpu, cuda, cuda:N, mps"),
+        (f"cuda:{10**30}", "must be one of auto, cpu, cuda, cuda:N, mps"),
         ("mps", "no Apple GPU"),
     ],
 )

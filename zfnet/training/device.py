@@ -109,10 +109,7 @@ def _device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"trainer.device={name}: is not a device name, such as cpu, cuda or cuda:1") from error
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"trainer.device={name}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch; "
