@@ -67,10 +67,11 @@ def test_balanced_class_weights_are_inverse_to_the_counts(tmp_path: Path, monkey
     run = train_minute(tmp_path / "run", "loss.weight=balanced", "trainer.epochs=1", "data.subset=30")
     assert sum(given[-1]) == 30
     assert run.read_config().loss["weight"] == "balanced"
-    with pytest.raises(
-        UserError, match=r"loss.weight=even: must be a number for each class, as in \[1,2,1\], balanced"
-    ):
-        checked(*MINUTE, "loss.weight=even")
+    for weight in ("even", "{a:1}", f"[{','.join('abcdefghij')}]"):
+        with pytest.raises(
+            UserError, match=r"loss.weight=.*: must be a number for each class, as in \[1,2,1\], balanced"
+        ):
+            checked(*MINUTE, f"loss.weight={weight}")
     for weights in ([0] * 10, [-1] + [1] * 9):
         with pytest.raises(UserError, match=r"loss\.weight=\[.*\]: must be 0 or more for each class, and more for one"):
             checked(*MINUTE, f"loss.weight={weights}")

@@ -61,16 +61,18 @@ def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
         {"reduction": "sum"} if sums else {}
     )
     weight, offered = settings.get("weight"), {}
-    if isinstance(weight, str):
-        if weight != "balanced":
-            raise UserError(f"loss.weight={weight}: must be a number for each class, as in [1,2,1], balanced or null")
+    if weight == "balanced":
         weight = balanced_weights(counts)
     numbers = weight if isinstance(weight, list) and all(map(is_number, weight)) else [1]
     if not min(numbers, default=0) >= 0 < max(numbers, default=0):
         raise UserError(f"loss.weight={weight}: must be 0 or more for each class, and more for one")
     if weight is not None and "weight" in inspect.signature(cls).parameters:
         del settings["weight"]
-        offered = {"weight": torch.tensor(weight, dtype=torch.float32)}
+        try:
+            offered = {"weight": torch.tensor(weight, dtype=torch.float32)}
+        except (TypeError, ValueError) as error:
+            problem = "must be a number for each class, as in [1,2,1], balanced or null"
+            raise UserError(f"loss.weight={weight}: {problem}") from error
     loss = instantiate("loss", settings, nn.Module, config.imports, offered=offered)
     if any(True for _ in loss.parameters()):
         raise UserError(f"loss ({cls.__name__}): has parameters of its own, which the optimizer would not train")
