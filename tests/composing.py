@@ -30,11 +30,13 @@ OWN = (CONF, CONF.parent / "examples/extend/conf")
 _create = config_loader_impl.create_defaults_list
 _join = ConfigLoaderImpl._compose_config_from_defaults_list
 _parse = OverridesParser.parse_rule
+_load = OmegaConf.load
 
 _is_group: dict[Any, bool] = {}
 _defaults: dict[Any, DefaultsList] = {}
 _joined: dict[Any, bytes] = {}
 _words: dict[Any, Any] = {}
+_loaded: dict[str, bytes] = {}
 
 
 def remember(patch: Any) -> None:
@@ -44,6 +46,7 @@ def remember(patch: Any) -> None:
     patch.setattr(config_loader_impl, "create_defaults_list", _create_once)
     patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", _join_once)
     patch.setattr(OverridesParser, "parse_rule", _parse_once)
+    patch.setattr(OmegaConf, "load", _load_once)
     # each composition copies the store to protect it from changes; what is loaded from it is a copy in any case
     patch.setattr(ConfigStore, "__deepcopy__", lambda store, _: store, raising=False)
 
@@ -53,6 +56,7 @@ def forget(patch: Any) -> None:
     patch.setattr(config_loader_impl, "create_defaults_list", _create)
     patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", _join)
     patch.setattr(OverridesParser, "parse_rule", _parse)
+    patch.setattr(OmegaConf, "load", _load)
     patch.delattr(ConfigStore, "__deepcopy__", raising=False)
 
 
@@ -69,7 +73,7 @@ def _state(repo: Any) -> Any:
         state.append((source.scheme(), source.provider, source.path))
         for folder, _, names in os.walk(source.path) if is_file else ():
             for name in names:
-                file = os.stat(Path(folder, name))
+                file = os.stat(f"{folder}/{name}")
                 state.append((folder, name, file.st_mtime_ns, file.st_size))
     return tuple(state)
 
@@ -127,3 +131,14 @@ def _parse_once(self: OverridesParser, text: str, rule_name: str) -> Any:
     if (text, rule_name) not in _words:
         _words[text, rule_name] = _parse(self, text, rule_name)
     return copy.deepcopy(_words[text, rule_name])
+
+
+def _load_once(file: Any) -> Any:
+    """Stand for OmegaConf's function of this name: each composition reads conf/config.yaml once more."""
+    if not hasattr(file, "read"):
+        return _load(file)
+    text = file.read()
+    if text not in _loaded:
+        file.seek(0)  # an error names the file
+        _loaded[text] = pickle.dumps(_load(file))
+    return pickle.loads(_loaded[text])

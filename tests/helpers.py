@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import dataclasses
 import errno
 import functools
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -68,13 +68,13 @@ EVERY_STEP = "trainer.checkpoint_minutes=1e-9"  # not part of a run's identity
 
 def compose(*words: str) -> Config:
     """Return the config that these words on the command line would give."""
-    return copy.deepcopy(_composed(words))
+    return pickle.loads(_composed(words))
 
 
 @functools.cache
-def _composed(words: tuple[str, ...]) -> Config:
+def _composed(words: tuple[str, ...]) -> bytes:
     marked = allow_keys_of_record(words)
-    return read_command(compose_raw(marked), marked, sources=())
+    return pickle.dumps(read_command(compose_raw(marked), marked, sources=()))  # five times as fast as copy.deepcopy
 
 
 def checked(*words: str) -> Config:
