@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal import config_loader_impl
+from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.defaults_list import DefaultsList
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 from zfnet.config.trust import CONF, _is_own
@@ -31,6 +32,8 @@ _create = config_loader_impl.create_defaults_list
 _join = ConfigLoaderImpl._compose_config_from_defaults_list
 _parse = OverridesParser.parse_rule
 _load = OmegaConf.load
+_load_stored = ConfigStore.load
+_choices = defaults_list._create_interpolation_map
 
 _is_group: dict[Any, bool] = {}
 _defaults: dict[Any, DefaultsList] = {}
@@ -47,6 +50,9 @@ def remember(patch: Any) -> None:
     patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", _join_once)
     patch.setattr(OverridesParser, "parse_rule", _parse_once)
     patch.setattr(OmegaConf, "load", _load_once)
+    patch.setattr(ConfigStore, "load", _load_stored_fast)
+    patch.setattr(ConfigResult, "__deepcopy__", lambda result, _: _copied(result), raising=False)
+    patch.setattr(defaults_list, "_create_interpolation_map", _choices_if_named)
     # each composition copies the store to protect it from changes; what is loaded from it is a copy in any case
     patch.setattr(ConfigStore, "__deepcopy__", lambda store, _: store, raising=False)
 
@@ -57,6 +63,9 @@ def forget(patch: Any) -> None:
     patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", _join)
     patch.setattr(OverridesParser, "parse_rule", _parse)
     patch.setattr(OmegaConf, "load", _load)
+    patch.setattr(ConfigStore, "load", _load_stored)
+    patch.delattr(ConfigResult, "__deepcopy__", raising=False)
+    patch.setattr(defaults_list, "_create_interpolation_map", _choices)
     patch.delattr(ConfigStore, "__deepcopy__", raising=False)
 
 
@@ -123,7 +132,7 @@ def _join_once(self: ConfigLoaderImpl, defaults: Sequence[Any], repo: Any) -> Di
         config = _join(self, defaults=list(defaults), repo=repo)
         OmegaConf.clear_cache(config)  # it holds the time, which names the next run's directory
         _joined[key] = pickle.dumps(config)
-    return pickle.loads(_joined[key])  # five times as fast as copy.deepcopy
+    return pickle.loads(_joined[key])
 
 
 def _parse_once(self: OverridesParser, text: str, rule_name: str) -> Any:
@@ -142,3 +151,19 @@ def _load_once(file: Any) -> Any:
         file.seek(0)  # an error names the file
         _loaded[text] = pickle.dumps(_load(file))
     return pickle.loads(_loaded[text])
+
+
+def _copied(thing: Any) -> Any:
+    """Return a copy, in a fraction of copy.deepcopy's time."""
+    return pickle.loads(pickle.dumps(thing))
+
+
+def _load_stored_fast(self: ConfigStore, config_path: str) -> ConfigNode:
+    """Stand for Hydra's method `load`."""
+    found = self._load(config_path)
+    return dataclasses.replace(found, node=_copied(found.node))
+
+
+def _choices_if_named(overrides: Any, defaults: Sequence[Any], self_added: bool) -> DictConfig | None:
+    """Stand for Hydra's `_create_interpolation_map`: only defaults with a `${…}` look into it."""
+    return _choices(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else None
