@@ -28,11 +28,11 @@ from zfnet.training.build import check_recipe
 def main(raw: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     # unresolved: `${…}` in them is resolved with the config that they change, and its errors are reported there
-    words: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     output = Path(os.path.relpath(hydra_config.runtime.output_dir))
     with errors_pass_hydra():
         try:
-            config = read_command(raw, words, hydra_config.runtime.config_sources)
+            config = read_command(raw, overrides, hydra_config.runtime.config_sources)
             if config.job.trains:
                 check_recipe(config)
             return config.job.main(config, output)
@@ -43,6 +43,6 @@ def main(raw: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     register_resolvers()
-    # Hydra reads sys.argv itself, and has no hook for words that need quotes or `++` before it parses them
+    # Hydra reads sys.argv itself, and has no hook for overrides that need quotes or `++` before it parses them
     sys.argv[1:] = allow_keys_of_record(sys.argv[1:])
     run_with_clear_errors(main)

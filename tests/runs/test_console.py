@@ -249,7 +249,7 @@ def test_words_are_taken_as_they_are(run_py, tmp_path: Path, monkeypatch) -> Non
         (["optimizer.lr=0,001"], "a decimal number has a point: optimizer.lr=0.001"),
         (["optimizer.lr"], "cannot be parsed (optimizer.lr): write key=value"),
         (["model=null"], "model=null: no such choice; known: "),
-        ("experiment=quickstart", "give a list of words, as in compose(['experiment=quickstart'])"),
+        ("experiment=quickstart", "give a list of overrides, as in compose(['experiment=quickstart'])"),
     ],
 )
 def test_compose_says_in_python_what_the_command_line_says(words, expected: str, monkeypatch) -> None:

@@ -284,7 +284,7 @@ class Config(Checked):
     logger, callbacks: each entry a `_target_` and its arguments
     parent: of a run that job=extend or job=fork made; not in the record of any other
     imports: packages that a `_target_` of this command may come from, beside PyTorch, torchvision and this one
-    overrides, composed: the words of the current command, and what Hydra composed from them; not recorded
+    overrides, composed: the overrides of the current command, and what Hydra composed from them; not recorded
     """
 
     job: Any

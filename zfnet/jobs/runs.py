@@ -27,7 +27,7 @@ class Row:
 
     changed: seconds since 1970; model, data: empty for a comparison of runs; size: bytes on disk
     accuracy: the split and the accuracy on it; None if none is recorded
-    overrides: the words of the command that made it, without those about Hydra and the job
+    overrides: those of the command that made it, without those about Hydra and the job
     """
 
     state: str

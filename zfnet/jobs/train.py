@@ -74,20 +74,20 @@ def run_as_worker(config: Config, output: Path) -> bool:
     return True
 
 
-def compose(words: Sequence[str] = ()) -> Config:
-    """Return the checked config that these words would give on the command line, for use in Python:
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """Return the checked config that these overrides would give on the command line, for use in Python:
 
     config = compose(["experiment=quickstart", "optimizer.lr=3e-3"])
 
     Raises UserError for a key, a choice or a value that is not acceptable.
     """
-    if isinstance(words, str):
-        raise UserError(f"compose({words!r}): give a list of words, as in compose([{words!r}])")
-    words = allow_keys_of_record([str(word) for word in words])
+    if isinstance(overrides, str):
+        raise UserError(f"compose({overrides!r}): give a list of overrides, as in compose([{overrides!r}])")
+    overrides = allow_keys_of_record([str(each) for each in overrides])
     try:
-        config = read_command(compose_raw(words), words, sources=())
+        config = read_command(compose_raw(overrides), overrides, sources=())
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(explain(error, words)) from error
+        raise UserError(explain(error, overrides)) from error
     if config.job.trains:
         check_recipe(config)
     return config
@@ -99,7 +99,7 @@ def fit(config: Config, folder: str | Path) -> TrainedRun:
     The same call continues a stopped run, and returns a finished one. Raises UserError.
     """
     if not isinstance(config, Config):
-        raise UserError(f"fit: a config is what compose(list of words) returns, and no {type(config).__name__}")
+        raise UserError(f"fit: a config is what compose(list of overrides) returns, and no {type(config).__name__}")
     if not config.job.trains or config.job.name in ("resume", "reproduce"):
         raise UserError(f"job={config.job.name}: fit trains only, by itself or by job=extend or job=fork")
     read_config(config.to_dict(), config.imports)  # it may have been changed since

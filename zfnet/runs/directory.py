@@ -314,13 +314,13 @@ class RunDirectory:
 
     @property
     def overrides(self) -> list[str]:
-        """The words of the command that made it, without those about Hydra, the job and the run; perhaps none."""
+        """The overrides of the command that made it, without those about Hydra, the job and the run; perhaps none."""
         try:
-            words = read_yaml(self.folder / ".hydra" / "overrides.yaml")
+            overrides = read_yaml(self.folder / ".hydra" / "overrides.yaml")
         except (OSError, ValueError, yaml.YAMLError):
             return []
-        words = [str(word).removeprefix("++") for word in words] if isinstance(words, list) else []
-        return [word for word in words if not word.lstrip("+~").startswith(("hydra", "job=", "run="))]
+        overrides = [str(each).removeprefix("++") for each in overrides] if isinstance(overrides, list) else []
+        return [each for each in overrides if not each.lstrip("+~").startswith(("hydra", "job=", "run="))]
 
     @property
     def job(self) -> str | None:

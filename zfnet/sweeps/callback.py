@@ -41,8 +41,8 @@ class SweepReport(Callback):
             return
         take_one_gpu(config.hydra.launcher.get("n_jobs", 1), Path(str(config.hydra.sweep.dir)))
         shared = config.hydra.job.config.override_dirname.exclude_keys
-        words = parse_overrides(config.hydra.overrides.task)
-        own = [str(word.input_line) for word in words if word.key_or_group not in shared]
+        overrides = parse_overrides(config.hydra.overrides.task)
+        own = [str(each.input_line) for each in overrides if each.key_or_group not in shared]
         head = f"job {config.hydra.job.num}: "
         print("\n" + textwrap.fill(head + " ".join(own), 80, subsequent_indent=" " * len(head)), flush=True)
 

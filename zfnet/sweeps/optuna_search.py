@@ -286,8 +286,8 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
             if not batch:
                 return
             key = f"+hydra.job.env_set.{TRIAL}"
-            words = [_as_overrides({**fixed, **trial.params, key: f"'{trial.number}'"}) for trial in batch]
-            outcomes = jobs.launch(words, first=batch[0].number)
+            given = [_as_overrides({**fixed, **trial.params, key: f"'{trial.number}'"}) for trial in batch]
+            outcomes = jobs.launch(given, first=batch[0].number)
             others = [other_images(study, space, RunDirectory(jobs.folder / outcome.name)) for outcome in outcomes]
             for trial, outcome, other in zip(batch, outcomes, others, strict=True):
                 if other is not None:
@@ -305,12 +305,12 @@ def _as_overrides(params: Mapping[str, Any]) -> list[str]:
 def _check_same_search(study: Study, fixed: Mapping[str, str]) -> None:
     """Raise UserError if the study's trials have other fixed settings; all processes must agree on them."""
     not_identity = {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys}
-    words = sorted(_as_overrides({k: v for k, v in fixed.items() if k.lstrip("+~") not in not_identity}))
+    given = sorted(_as_overrides({k: v for k, v in fixed.items() if k.lstrip("+~") not in not_identity}))
     known = study.user_attrs.get("fixed")
     if known is None:
-        study.set_user_attr("fixed", words)
-    elif known != words:
-        differing = sorted(set(known) ^ set(words))
+        study.set_user_attr("fixed", given)
+    elif known != given:
+        differing = sorted(set(known) ^ set(given))
         raise UserError(
             f"the study {study.study_name} was begun with other settings ({', '.join(differing)}): "
             "choose another hydra.sweep.dir or hydra.sweeper.study_name"
