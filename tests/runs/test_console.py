@@ -210,12 +210,25 @@ def test_a_search_path_adds_choices(run_py, tmp_path: Path) -> None:
     assert (answer.code, answer.err) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model=mine", "model.nothing=80"], "model.nothing: no such key with model=mine; known: model."),
+        (["optimizer.lrr=1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
+        (["optimizer.lr=0,001"], "optimizer.lr=0,001: several values are a sweep, with -m"),
+        (["model=mina"], "model=mina: no such choice; did you mean 'mine'?"),
+        (["-m", "optimizer.lrr=1,2"], "no job has started: optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
+        (["-m", "model=mine,mina"], "no job has started: model=mina: no such choice; did you mean 'mine'?"),
+        (["-m", "hydra/sweeper=optuna", "optimizer.lrr=1,2"], "no job has started: optimizer.lrr: no such key; did "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 @pytest.mark.parametrize("option", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
-def test_with_a_further_folder_its_choices_are_not_called_missing(run_py, tmp_path: Path, option: str) -> None:
+def test_a_fault_is_named_with_a_further_folder(run_py, tmp_path: Path, option: str, words, expected: str) -> None:
     (tmp_path / "more/model").mkdir(parents=True)
     shutil.copy(CONF / "model/small.yaml", tmp_path / "more/model/mine.yaml")
-    answer = run_py(option.format(tmp_path / "more"), "job=summary", "model=mine", "model.nothing=80")
-    assert answer.error.startswith("Could not override 'model.nothing'")
+    answer = run_py(*words, option.format(tmp_path / "more"))
+    assert answer.error.startswith(expected)
 
 
 def test_a_reason_on_the_second_line_is_shown(run_py, tmp_path: Path) -> None:

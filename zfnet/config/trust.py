@@ -23,7 +23,8 @@ from hydra._internal import hydra as hydra_internal
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
-from hydra._internal.utils import create_config_search_path
+from hydra._internal.utils import create_automatic_config_search_path, create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -133,6 +134,17 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                 if OmegaConf.is_dict(primary) and OmegaConf.select(primary, "hydra.searchpath"):
                     raise _refusal("hydra.searchpath", OmegaConf.select(primary, "hydra.searchpath"))
                 return
+
+
+def config_loader(words: Sequence[str]) -> CheckedConfigLoader:
+    """Return a loader of the folders that Hydra composes from with these words of a command line."""
+    options = get_args_parser().parse_known_args(list(words))[0]
+    run_py = str(CONF.parent / "run.py")
+    folders = create_automatic_config_search_path(run_py, None, options.config_path or CONF.name)
+    if options.config_dir:  # as Hydra's `_run_hydra` does
+        folder = f"file://{os.path.abspath(options.config_dir)}"
+        folders.prepend("command-line", folder, SearchPathQuery(provider="schema"))
+    return CheckedConfigLoader(folders)
 
 
 def only_own_folders(sources: Iterable[Any]) -> bool:

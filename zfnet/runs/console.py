@@ -10,12 +10,13 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
@@ -25,8 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from zfnet.config.errors import UserError, did_you_mean, printable, yaml_problem
 from zfnet.config.instantiate import resolve
 from zfnet.config.schema import flatten
-from zfnet.config.trust import CONF, check_what_hydra_composes, parse_overrides
-from zfnet.runs.command import compose_raw
+from zfnet.config.trust import CONF, check_what_hydra_composes, config_loader, parse_overrides
 
 # which extra of pyproject.toml brings a package or a launcher
 _EXTRAS = {
@@ -92,10 +92,10 @@ def _fail(error: Exception) -> NoReturn:
     sys.exit(1)
 
 
-def explain(error: Exception, words: Sequence[str] | None = None) -> str:
+def explain(error: Exception, words: Sequence[str] | None = None, loader: ConfigLoader | None = None) -> str:
     """Return one line for an error: what to correct or, for a fault of the program, how to see the traceback.
 
-    words: what was composed, if it is not the program's own command line
+    words, loader: what was composed, and by what, if it is not the program's own command line
     """
     if isinstance(error, UserError):
         return str(error)
@@ -106,7 +106,7 @@ def explain(error: Exception, words: Sequence[str] | None = None) -> str:
         word = printable(error.override)
         return f"the command line cannot be parsed ({word}): write key=value, and quote lists for the shell"
     if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):  # ValueError: model=null
-        if problem := find_bad_override(sys.argv[1:] if words is None else words):
+        if problem := find_bad_override(sys.argv[1:] if words is None else words, loader):
             return problem
         if not isinstance(error, ValueError):
             cause = error.__cause__
@@ -156,35 +156,51 @@ def _overrides(words: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def find_bad_override(words: Sequence[str]) -> str | None:
-    """Return what is wrong with the first bad key=value among the words of a command; None if all are good."""
+def find_bad_override(words: Sequence[str], loader: ConfigLoader | None = None) -> str | None:
+    """Return what is wrong with the first bad key=value among the words of a command; None if all are good.
+
+    loader: what composes the config, if it is not the words' own: of the job of a sweep
+    """
     overrides = _overrides(words)
-    options = get_args_parser().parse_known_args(list(words))[0]
-    if options.config_dir or any(o.key_or_group == "hydra.searchpath" for o in overrides):
-        return None  # that folder may have choices and keys that conf/ lacks
-    folder = options.config_path
-    if folder and not any((place / "job").is_dir() for place in (Path(folder), CONF.parent / folder)):
-        for o in overrides:  # a record, in which job is no group
-            if o.key_or_group == "job":
-                return f"{o.input_line}: this config has no choices of jobs; write job.name={o.value()}"
+    name = get_args_parser().parse_known_args(list(words))[0].config_name or "config"
+    # what decides which choices there are, and which of them may be composed
+    further = [o.input_line or "" for o in overrides if o.key_or_group in ("hydra.searchpath", "imports")]
+    loader = loader or config_loader(words)
     sweeps = any(re.fullmatch("-m|--multirun|hydra.mode=MULTIRUN", word) for word in words)
-    groups = [o.input_line or "" for o in overrides if (CONF / o.key_or_group).is_dir()]
+
+    def list_group(group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
+        return loader.get_group_options(group, kind, name, further)
 
     @functools.cache
     def composed() -> dict[str, Any] | None:
         try:
-            return flatten(OmegaConf.to_container(compose_raw(groups), resolve=False))  # type: ignore[arg-type]
+            config = loader.load_configuration(name, [*further, *groups], RunMode.RUN, validate_sweep_overrides=False)
         except Exception:  # one of the groups is wrong
             return None
+        plain: Any = OmegaConf.to_container(config, resolve=False)
+        return flatten({key: value for key, value in plain.items() if key != "hydra"})
 
-    return next(filter(None, (_override_problem(o, groups, composed, sweeps) for o in overrides)), None)
+    try:
+        has_jobs = bool(list_group("job"))
+        groups = [o.input_line or "" for o in overrides if list_group(o.key_or_group)]
+    except Exception:  # the folder or its config cannot be read, which the error itself says
+        return None
+    for o in overrides:
+        if o.key_or_group == "job" and not has_jobs:  # a record, in which job is no group
+            return f"{o.input_line}: this config has no choices of jobs; write job.name={o.value()}"
+    return next(filter(None, (_override_problem(o, groups, list_group, composed, sweeps) for o in overrides)), None)
 
 
 def _override_problem(
-    override: Override, groups: Sequence[str], compose: Callable[[], dict[str, Any] | None], sweeps: bool
+    override: Override,
+    groups: Sequence[str],
+    list_group: Callable[..., list[str]],
+    compose: Callable[[], dict[str, Any] | None],
+    sweeps: bool,
 ) -> str | None:
     """Return what is wrong with an override: several values, an unknown choice of a group, or an unknown key.
 
+    list_group: returns the choices of a group, or its groups
     compose: returns what the groups give, as dotted keys; None if one of them is wrong
     """
     key, word = override.key_or_group, str(override.input_line)
@@ -196,13 +212,14 @@ def _override_problem(
     values = values if isinstance(values, list) else [values]
     if key == "hydra/launcher" and (extra := _EXTRA_OF.get(str(values[0]))):
         return f"{key}={values[0]} needs packages of its own: pip install -e '.[{extra}]'"
-    if key.startswith("hydra") and not key.startswith("hydra/sweeper/"):  # Hydra's own groups have Hydra's choices
+    if key.startswith("hydra."):
         return None
-    if (folder := CONF / key).is_dir():
-        choices = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+    if choices := list_group(key):
         for value in ("null" if v is None else str(v) for v in values):
-            if value not in choices:
-                return f"{key}={value}: no such choice{did_you_mean(value, choices)}"
+            folder, _, last = f"{key}/{value}".rpartition("/")
+            if last not in list_group(folder):
+                nested = [f"{g}/{c}" for g in list_group(key, ObjectType.GROUP) for c in list_group(f"{key}/{g}")]
+                return f"{key}={value}: no such choice{did_you_mean(value, [*choices, *nested])}"
         return None
     if override.is_add() or override.is_force_add():
         return None

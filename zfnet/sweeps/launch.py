@@ -95,7 +95,8 @@ class SweepJobs:
                 except (UserError, HydraException, OmegaConfBaseException, ValueError) as error:
                     shared = set(overrides).intersection(*jobs)
                     own = " ".join(word for word in overrides if word not in shared)
-                    problem = f"no job has started: {explain(error, overrides)}"
+                    words = (*self.config.hydra.overrides.hydra, *overrides)
+                    problem = f"no job has started: {explain(error, words, self.context.config_loader)}"
                     raise UserError(f"{problem} (the job {own})" if own else problem) from error
         finally:
             HydraConfig.instance().cfg = before
