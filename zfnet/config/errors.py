@@ -63,7 +63,7 @@ _MESSAGES = {
     "finite_number": "must be a finite number",
     "bool_type": "must be true or false",
     "string_type": "must be text",
-    "list_type": "must be a list, as in [1,2]",
+    "list_type": "must be a list, as in [{item}]",
     "dict_type": "must hold keys and values",
     "dataclass_type": "must hold keys and values",
     "literal_error": "must be one of {expected}",
@@ -96,12 +96,14 @@ def schema_problem(error: ValidationError, schema: Any, plain: dict[str, Any], p
         return f"{key} is missing from the config: give it a value, as in {key}=…"
     if first["type"] == "unexpected_keyword_argument":
         return f"{where}: no such key{did_you_mean(last, _fields_at(schema, keys[:-1]))}"
+    shown = "null" if value is None else " ".join(str(value).split())
     reasons = dict.fromkeys(
-        _MESSAGES.get(e["type"], e["msg"].removeprefix("Value error, ")).format(**e.get("ctx", {})).replace("'", "")
+        _MESSAGES.get(e["type"], e["msg"].removeprefix("Value error, "))
+        .format(**e.get("ctx", {}), item="1,2" if value is None else shown)
+        .replace("'", "")
         for e in error.errors()
         if path(e["loc"])[0] == keys
     )
-    shown = "null" if value is None else " ".join(str(value).split())
     return f"{where}={shown}: {', or '.join(reasons)}"
 
 
