@@ -88,8 +88,9 @@ def test_runs_shows_trainings_sorts_and_filters(run_py, tmp_path: Path) -> None:
     assert listed(run_py("job=runs", "job.where=[optimizer._target_:torch.optim.SGD]")) == ["c"]
     assert run_py("job=runs", "job.where=[model:zfnet]").out.startswith("no such runs below outputs\n")
     assert "error: job.where=done: must be key:value" in run_py("job=runs", "job.where=[done]").err
-    answer = run_py("job=runs", "job.where=[optimizer.rate:1]")
-    assert answer.error.startswith("job.where: no run has a key optimizer.rate")
+    assert run_py("job=runs", "job.where=[optimzer.lr:1]").error.endswith("did you mean 'optimizer.lr'?")
+    answer = run_py("job=runs", "job.where=[foo:bar]")
+    assert answer.error.endswith("no run has a key foo; known: state, job, model, data, or a key of --cfg job")
 
 
 def test_runs_without_any_run(run_py, tmp_path: Path) -> None:

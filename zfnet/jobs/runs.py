@@ -1,5 +1,6 @@
 """job=runs: list the runs below outputs/."""
 
+import difflib
 import json
 import os
 import re
@@ -74,7 +75,9 @@ class RunsJob(Job):
                 rows.append(row)
         for key, _ in pairs if known else ():
             if key not in known:
-                raise UserError(f"job.where: no run has a key {key}{did_you_mean(key, known)}"[:500])
+                close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+                advice = did_you_mean(key, close) or "; known: state, job, model, data, or a key of --cfg job"
+                raise UserError(f"job.where: no run has a key {key}{advice}"[:500])
         if rows:
             rows.sort(key=lambda row: (_rank(row, self.sort), -row.changed))
             # in a file or a pipe, directories are not shortened
