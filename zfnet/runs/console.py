@@ -131,7 +131,8 @@ def _makes_run_directory(error: OSError) -> bool:
     modules = [str(frame.f_globals.get("__name__")) for frame in frames]
     ours = [name for name in modules if name.startswith(("hydra", "zfnet"))]
     where = ("hydra", "zfnet.runs", "zfnet.sweeps")
-    return frames[-1].f_code.co_name == "mkdir" and bool(ours) and ours[-1].startswith(where)
+    made = any(frame.f_code.co_name == "mkdir" for frame in frames)  # which looks at a name that is too long
+    return made and bool(ours) and ours[-1].startswith(where)
 
 
 def check_options(words: Sequence[str]) -> None:
