@@ -18,7 +18,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -102,12 +102,17 @@ def explain(error: Exception, words: Sequence[str] | None = None, loader: Config
     first, *more = (str(error).strip() or type(error).__name__).splitlines()
     if first.endswith(":") and more:
         first += f" {more[0].strip()}"
+    if first.startswith("Multiple values for "):  # Hydra's advice is that for config.yaml
+        first += "; in a file of a group such as experiment, with a slash: override /GROUP: CHOICE"
     if isinstance(error, OverrideParseException):
         word = printable(error.override)
         return f"the command line cannot be parsed ({word}): write key=value, and quote lists for the shell"
     if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):  # ValueError: model=null
         if problem := find_bad_override(sys.argv[1:] if words is None else words, loader):
             return problem
+        if isinstance(error, MissingConfigException) and error.options:  # of a file's defaults list
+            group, _, name = str(error.missing_cfg_file).rpartition("/")
+            return f"{group}={name}: no such choice{did_you_mean(name, error.options)}"
         if not isinstance(error, ValueError):
             cause = error.__cause__
             return yaml_problem(cause) if isinstance(cause, yaml.YAMLError) else first
@@ -148,10 +153,10 @@ def check_options(words: Sequence[str]) -> None:
 
 
 def _overrides(words: Sequence[str]) -> list[Override]:
-    """Return those words of a command line that are key=value, parsed."""
+    """Return those words of a command line that are key=value or ~key, parsed."""
     parsed: list[Override] = []
     for word in words:
-        if "=" in word and not word.startswith("-"):
+        if ("=" in word or word.startswith("~")) and not word.startswith("-"):
             with contextlib.suppress(HydraException):  # the value of an option, such as a folder's name
                 parsed += parse_overrides([word])
     return parsed
@@ -220,6 +225,8 @@ def _override_problem(
             folder, _, last = f"{key}/{value}".rpartition("/")
             if last not in list_group(folder):
                 nested = [f"{g}/{c}" for g in list_group(key, ObjectType.GROUP) for c in list_group(f"{key}/{g}")]
+        if override.is_delete():
+            return None
                 return f"{key}={value}: no such choice{did_you_mean(value, [*choices, *nested])}"
         return None
     if override.is_add() or override.is_force_add():
@@ -232,6 +239,8 @@ def _override_problem(
         below = sorted(name for name in known if name.rpartition(".")[0] == key)
         if below and not isinstance(override.value(), (dict, type(None))) and not override.is_sweep_override():
             return f"{word}: holds keys of its own; set one of them, as in {below[0]}=VALUE"
+    if override.is_delete() and composed.get(key, key) is None:
+        return f"{word}: is null already, and Hydra removes no such key; leave it out"
         return None
     group, _, name = key.partition(".")
     with contextlib.suppress(UserError, ValueError):
