@@ -30,6 +30,7 @@ from zfnet.runs.directory import RunDirectory, find_run
 
 # groups that may be swapped on top of a record; job and experiment say what to do, not what was done
 GROUPS = ("model", "data", "augment", "loss", "optimizer", "scheduler", "trainer", "logger", "callbacks")
+_ONE_CHOICE = ("job", "experiment", "debug", *(group for group in GROUPS if group not in ("logger", "callbacks")))
 # about the command itself, and not about the record
 _OWN = ("job", "run", "images", "imports")
 
@@ -109,7 +110,12 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
     Raises UserError for anything that is not acceptable.
     """
     from_elsewhere = not only_own_folders(sources)
-    for override in parse_overrides(words):
+    overrides = parse_overrides(words)
+    for override in overrides:
+        value = override.value()
+        if isinstance(value, list) and override.key_or_group in _ONE_CHOICE:  # Hydra would merge the files
+            several = f"{override.key_or_group}={','.join(map(str, value))}"
+            raise UserError(f"{override.input_line}: choose one; several are a sweep, run.py -m {several}")
         if override.value() == {}:
             raise UserError(f"{override.input_line}: holds nothing; set keys, as in {override.key_or_group}.KEY=VALUE")
         if override.value() == "" and override.key_or_group in _PATHS:  # a variable of the shell that is not set

@@ -212,8 +212,12 @@ def _override_problem(
     key, word = override.key_or_group, str(override.input_line)
     given = word.partition("=")[2]
     if override.is_sweep_override() and not sweeps:
-        point = f"; a decimal number has a point: {key}={given.replace(',', '.')}" if _COMMA.fullmatch(given) else ""
-        return f"{word}: several values are a sweep, with -m; a list is written {key}=[{given}]{point}"
+        value = (compose() or {}).get(key)
+        lists = key in ("logger", "callbacks") or isinstance(value, list)
+        advice = f"; a list is written {key}=[{given}]" if lists else ""
+        if isinstance(value, float) and _COMMA.fullmatch(given):
+            advice = f"; a decimal number has a point: {key}={given.replace(',', '.')}"
+        return f"{word}: several values are a sweep, with run.py -m{advice}"
     values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value()
     values = values if isinstance(values, list) else [values]
     if key == "hydra/launcher" and (extra := _EXTRA_OF.get(str(values[0]))):
@@ -221,12 +225,12 @@ def _override_problem(
     if key.startswith("hydra."):
         return None
     if choices := list_group(key):
+        if override.is_delete():
+            return None
         for value in ("null" if v is None else str(v) for v in values):
             folder, _, last = f"{key}/{value}".rpartition("/")
             if last not in list_group(folder):
                 nested = [f"{g}/{c}" for g in list_group(key, ObjectType.GROUP) for c in list_group(f"{key}/{g}")]
-        if override.is_delete():
-            return None
                 return f"{key}={value}: no such choice{did_you_mean(value, [*choices, *nested])}"
         return None
     if override.is_add() or override.is_force_add():
@@ -235,12 +239,12 @@ def _override_problem(
     if composed is None:
         return None
     known = {".".join(name.split(".")[: n + 1]) for name in composed for n in range(name.count(".") + 1)}
+    if override.is_delete() and composed.get(key, key) is None:
+        return f"{word}: is null already, and Hydra removes no such key; leave it out"
     if key in known:
         below = sorted(name for name in known if name.rpartition(".")[0] == key)
         if below and not isinstance(override.value(), (dict, type(None))) and not override.is_sweep_override():
             return f"{word}: holds keys of its own; set one of them, as in {below[0]}=VALUE"
-    if override.is_delete() and composed.get(key, key) is None:
-        return f"{word}: is null already, and Hydra removes no such key; leave it out"
         return None
     group, _, name = key.partition(".")
     with contextlib.suppress(UserError, ValueError):
