@@ -243,6 +243,39 @@ def test_a_fault_is_named_with_a_further_folder(run_py, tmp_path: Path, option: 
     assert answer.error.startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("word", "text", "expected"),
+    [
+        ("experiment=mine", "trainer: {epochs: 3}", "its first line must be # @package _global_"),
+        ("debug=mine", "trainer: {epochs: 3}", "its first line must be # @package _global_"),
+        ("job=mine", "job: {name: mine}", "its first line must be # @package _global_"),
+        ("job=mine", "# @package _global_\nname: mine", "its keys must be below job:, with # @package _global_ above"),
+        ("model=mine", "", "holds nothing"),
+        ("augment=mine", "# nothing", "holds nothing"),
+    ],
+)
+def test_a_choice_whose_file_is_wrong_is_named(run_py, tmp_path: Path, word: str, text: str, expected: str) -> None:
+    file = Path(word.replace("=", "/") + ".yaml")
+    (tmp_path / "more" / file).parent.mkdir(parents=True)
+    (tmp_path / "more" / file).write_text(text)
+    assert run_py("--config-dir=more", word).error == f"{file}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("/model: small", "with a slash: override /GROUP"), ("override /model: smal", "model=smal: no such choice; did ")],
+)
+def test_a_wrong_defaults_list_of_an_experiment(run_py, tmp_path: Path, line: str, expected: str) -> None:
+    (tmp_path / "more/experiment").mkdir(parents=True)
+    (tmp_path / "more/experiment/mine.yaml").write_text(f"# @package _global_\ndefaults:\n  - {line}\n")
+    assert expected in run_py("--config-dir=more", "experiment=mine").error
+
+
+@pytest.mark.parametrize("word", ["model=small,zfnet", "seed=0,1", "optimizer.lr=range(1,3)"])
+def test_no_list_is_offered_for_one_value(run_py, word: str) -> None:
+    assert run_py(word).error == f"{word}: several values are a sweep, with run.py -m"
+
+
 def test_a_reason_on_the_second_line_is_shown(run_py, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("hydra: {launcher: 3}\n")
     answer = run_py("--config-path", tmp_path)

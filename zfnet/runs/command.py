@@ -122,10 +122,19 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
             raise UserError(f"{override.input_line}: names nothing; name a file or folder")
     if isinstance(raw.get("job"), str):  # in a record given as --config-path, job is no group
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
+    chosen = {o.key_or_group: f"{o.key_or_group}/{o.value()}.yaml" for o in overrides}
+    for group, misplaced in (("experiment", "experiment"), ("debug", "debug"), ("job", "job.job")):
+        if group in chosen and OmegaConf.select(raw, misplaced) is not None:
+            raise UserError(f"{chosen[group]}: its first line must be # @package _global_")
+    for group in _ONE_CHOICE:
+        if raw.get(group) == {}:
+            raise UserError(f"{chosen.get(group, f'the file of {group}')}: holds nothing")
     # a command trusts the packages of its own words, and those of the project's own `conf/`
     own_imports = [w for w in words if w.lstrip("+").startswith("imports=")]
     imports = imported_packages(compose_raw(own_imports) if from_elsewhere else raw)
     target, name = (OmegaConf.select(raw, f"job.{key}") for key in ("_target_", "name"))
+    if target is None and name is None and "job" in chosen:
+        raise UserError(f"{chosen['job']}: its keys must be below job:, with # @package _global_ above")
     if target is None:
         raise UserError(f"job.name={name}: choose a job by job=NAME, such as job=train")
     if name is None:
