@@ -241,6 +241,13 @@ def test_columns_that_nothing_measures_are_refused_before_data_is_read(name: str
         checked(*MINUTE, *NORM, f"callbacks.mine._target_=tests.own.{name}")
 
 
+def test_a_misspelt_hook_is_refused_before_data_is_read() -> None:
+    with pytest.raises(
+        UserError, match=r"^callbacks\.mine: there is no hook on_epoch_ends; did you mean 'on_epoch_end'"
+    ):
+        checked(*MINUTE, *NORM, "callbacks.mine._target_=tests.own.Misspelt")
+
+
 def test_a_callback_that_does_not_give_its_number_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape("callbacks.mine (GradNorm): KeyError: 'other'")):
         train_minute(tmp_path / "run", *NORM, "+callbacks.mine.column=other")

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
-from zfnet.config.errors import UserError, one_line
+from zfnet.config.errors import UserError, did_you_mean, one_line
 from zfnet.config.instantiate import arguments, check_complete, instantiate, is_number, resolve
 from zfnet.config.randomness import seeded_generators
 from zfnet.config.schema import Config, DatasetData, ModelConfig
@@ -94,13 +94,17 @@ def build_transforms(config: Config) -> list[nn.Module]:
 
 
 def build_callbacks(config: Config) -> list[Callback]:
-    """Return the callbacks that `config.callbacks` names, in its order."""
+    """Return the callbacks that `config.callbacks` names, in its order; raise UserError for a hook that none has."""
+    hooks = [hook for hook in dir(Callback) if hook.startswith("on_")]
     made = []
     for name, settings in config.callbacks.items():
         if name in _BUILT_IN_CALLBACKS:
             raise UserError(f"callbacks.{name}: the program's own callback has this name; choose another")
         callback = instantiate(f"callbacks.{name}", settings, Callback, config.imports)
         callback.name = name
+        for method in dir(callback):  # a misspelt hook would never be called
+            if method.startswith("on_") and method not in hooks and callable(getattr(callback, method)):
+                raise UserError(f"callbacks.{name}: there is no hook {method}{did_you_mean(method, hooks)}")
         made.append(callback)
     return made
 
