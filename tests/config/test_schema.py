@@ -220,6 +220,7 @@ def test_identity_counts_all_that_matters_and_nothing_else() -> None:
     [
         ("data", "sampler", "balanced"),
         ("data", "draft", True),
+        ("data", "eval_subset", 20),
         ("augment", "flips", "alternating"),
         ("augment", "padding_mode", "reflect"),
     ],

@@ -34,6 +34,16 @@ def test_the_split_does_not_depend_on_the_runs_seed_or_the_subset() -> None:
     assert len(load_splits(huge).train) == 90
 
 
+def test_an_eval_subset_bounds_validation_and_test_alone() -> None:
+    settings = {"train_images": 100, "test_images": 30, "image_size": 32, "validation": 20}
+    whole, part = (load_splits(data_config(**settings, **more)) for more in ({}, {"eval_subset": 20}))
+    assert part.sizes() == {"training": 80, "validation": 20, "test": 20}
+    assert part.test.labels.bincount().tolist() == [2] * 10
+    assert torch.equal(part.train.rows, whole.train.rows)
+    assert torch.equal(part.validation.rows, whole.validation.rows)
+    assert load_splits(data_config(**(settings | {"validation": 0}), eval_subset=20)).validation is None
+
+
 def test_no_validation_if_none_is_asked_for() -> None:
     splits = load_splits(data_config(train_images=50, test_images=10, image_size=32, validation=0))
     assert splits.validation is None

@@ -97,6 +97,7 @@ class DataConfig(Checked):
     """What every data set has: how its images become batches. `crop_size` is counted in stored pixels.
 
     sampler: `shuffle` takes each training image once an epoch; `balanced` takes each class equally often
+    subset, eval_subset: at most so many images of the training set, and of the validation and the test set each
     """
 
     name: str
@@ -106,6 +107,7 @@ class DataConfig(Checked):
     validation: Amount
     split_seed: NotNegative
     subset: Optional[Positive] = None
+    eval_subset: Optional[Positive] = None
     mean: Colour
     std: Annotated[list[Annotated[float, Field(ge=1e-6, le=1e6)]], Field(min_length=3, max_length=3)]
     crop_size: Optional[Positive] = None
@@ -337,7 +339,7 @@ _NOT_RESULT = ("job", "run", "images", "runs", "source", "imports", "logger")
 # Keys that records of earlier versions lack, with the value that says what those did.
 _LATER: dict[str, dict[str, Any]] = {
     "augment": {"flips": "random", "padding_mode": "constant"},
-    "data": {"sampler": "shuffle", "draft": False},
+    "data": {"sampler": "shuffle", "draft": False, "eval_subset": None},
     "loss": {"weight": None},
     "model": {"width": 1.0},
     "trainer": {"version": 1},

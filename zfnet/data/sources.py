@@ -21,7 +21,7 @@ from zfnet.config.randomness import DATASET, SUBSET, make_key, seeded_generators
 from zfnet.config.schema import DataConfig, DatasetData, FolderData, ShapesData
 from zfnet.data.decode import fit_square, to_rgb
 from zfnet.data.folder import load_folder
-from zfnet.data.images import Splits, fingerprint, hold_out, image_set, stratified
+from zfnet.data.images import ImageSet, Splits, fingerprint, hold_out, image_set, stratified
 from zfnet.data.shapes import draw_shapes
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": 10, "imagenette": 10}
@@ -51,15 +51,22 @@ def load_splits(data: DataConfig, imports: Sequence[str] = ()) -> Splits:
     train, validation = splits.train, splits.validation
     if validation is None:
         train, validation = hold_out(train, data.validation, data.split_seed)
-    if data.subset is not None and data.subset < len(train):
-        chosen, _ = stratified(train.labels, data.subset, data.split_seed, SUBSET)
-        train = train.take(chosen)
+    train = _subset(train, data.subset, data.split_seed)
+    validation = validation and _subset(validation, data.eval_subset, data.split_seed)
+    tested = splits.test and _subset(splits.test, data.eval_subset, data.split_seed)
     stored = train.images.shape[1]
     if data.crop_size is not None and data.crop_size > stored:
         raise UserError(
             f"data.crop_size={data.crop_size}: images are stored at {stored}×{stored}; raise data.store_size"
         )
-    return replace(splits, train=train, validation=validation)
+    return replace(splits, train=train, validation=validation, test=tested)
+
+
+def _subset(images: ImageSet, count: int | None, seed: int) -> ImageSet:
+    """Return `count` of the images, class by class; all of them if there are fewer, or it is None."""
+    if count is None or count >= len(images):
+        return images
+    return images.take(stratified(images.labels, count, seed, SUBSET)[0])
 
 
 # -- your own torch.utils.data.Dataset
