@@ -15,7 +15,7 @@ from PIL import Image
 from tests.explain.networks import network, pictures
 from tests.explain.trained import Trained
 from tests.helpers import read_csv
-from zfnet.analyses.occlusion import Occlusion, Outputs, box_evidence, occlude, square_starts
+from zfnet.analyses.occlusion import Occlusion, Outputs, box_evidence, falls_at, occlude, square_starts
 from zfnet.config.errors import UserError
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.runs.directory import RunDirectory
@@ -146,6 +146,28 @@ def test_box_evidence_is_none_where_the_place_is_the_same_in_all_images() -> Non
     assert evidence["share_of_places_in_the_box"] < 0.15
 
 
+def test_falls_at_the_lowest_place_are_those_of_a_closed_form() -> None:
+    """Each image's evidence is one block of ones; the logits of a class are 0 and the image's sum."""
+    images, labels = torch.zeros(3, 3, 12, 12), torch.tensor([1, 1, 1])
+    for number, (y, x) in enumerate([(0, 0), (4, 8), (8, 4)]):
+        images[number, :, y : y + 4, x : x + 4] = 1 / 48
+    black, settings = torch.zeros(3), {"layer": None, "patch": 4, "stride": 4, "batch_size": 4}
+
+    def network(inputs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.zeros(len(inputs)), inputs.sum((1, 2, 3))], 1)
+
+    result = occlude(network, images, labels, fill=black, **settings)
+    falls = falls_at(network, images, labels, result, torch.full((3,), -1 / 48), 2)  # another colour: sums 1 - 2, 1 - 1
+    own, others = (1 / (1 + math.exp(-1)) - 1 / (1 + math.exp(-left)) for left in (-1, 0))
+    expected = torch.full((3, 3), others, dtype=torch.float64).fill_diagonal_(own)
+    torch.testing.assert_close(falls, expected, atol=1e-6, rtol=0)
+
+    blank = torch.zeros_like(images)  # nothing to hide: the lowest place means nothing
+    result = occlude(network, blank, labels, fill=black, **settings)
+    falls = falls_at(network, blank, labels, result, torch.ones(3), 2)
+    assert torch.equal(falls, falls[:1, :1].expand(3, 3))
+
+
 def test_occlusion_of_image_files(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:
     picture = tmp_path / "a, b.png"  # a name that a careless table would tear apart
     Image.new("RGB", (50, 80), "red").save(picture)
@@ -161,5 +183,8 @@ def test_occlusion_of_image_files(run_py, tiny_run: RunDirectory, tmp_path: Path
     assert metadata["images"][0]["lowest_probability"] == min(float(r["probability"]) for r in rows)
     assert "a, b.png" in rows[0]["image"]
     assert "boxes" not in metadata
+    assert metadata["control"]["own"]["n"] == 1
+    assert metadata["images"][0]["control"]["others"] is None
+    assert "a square of another colour" not in answer.out  # it takes other images
     assert Image.open("out/figures/occlusion.png").width > 1000
     assert RunDirectory("out").state == "done"

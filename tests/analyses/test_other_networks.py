@@ -185,6 +185,8 @@ def test_occlusion_takes_any_network(
     assert "without panels b and c" in answer.out
     summary = json.loads(Path("out/occlusion.json").read_text())
     assert len(summary["images"]) == 2
+    assert summary["control"]["difference"]["n"] == 2
+    assert "a square of another colour lowers P by" in answer.out
     assert "map" not in summary["images"][0]
     assert set(read_csv(Path("out/maps.csv"))[0]) == {"image", "top", "left", "probability", "predicted", "confidence"}
     assert Path("out/figures/occlusion.png").stat().st_size > 20_000

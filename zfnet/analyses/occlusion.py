@@ -1,15 +1,17 @@
 """job=occlusion: what a network predicts while a grey square hides one part of an image after another.
 
 Source: Zeiler & Fergus 2013, section 4.2 and Fig. 7. The paper gives neither the square's size nor its steps; ours
-follow the image's size. Places cover the whole image; at the borders the square extends beyond it and hides less. Where
-the objects' boxes are known, the place of the lowest probability tells whether the object matters: it is in its own
-image's box more often than in the boxes of other images, which are in the middle of most images, too.
+follow the image's size. Places cover the whole image; at the borders the square extends beyond it and hides less. A
+square of another colour, which did not choose it, tests each image's lowest place: there the probability falls more
+than at the other images' lowest places, if the maps show something of their own image. Where the objects' boxes are
+known, the place of the lowest probability tells whether the object matters: it is in its own image's box more often
+than in the boxes of other images, which are in the middle of most images, too.
 
 Any network will do. Panels b and c, of its strongest map, need one that the deconvnet can project, and are left out for
 others.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Optional
@@ -86,13 +88,15 @@ class OcclusionJob(Look):
                 many = choose_images(loaded, config, self.boxed_images, split)
                 coarse = max(stride, patch // 2)  # finer steps are for maps
                 boxes = box_evidence(occlude(network, many.inputs, many.labels, stride=coarse, **settings), many.boxes)
+            second = mean_colour(loaded, 255 if self.fill == 0 else 0)
+            falls = falls_at(loaded.model, chosen.inputs, chosen.labels, result, second, data.batch_size)
             pictures = to_pixels(chosen.inputs, data).numpy()
             colour = (to_pixels(fill.view(1, 3, 1, 1), data).flatten() / 255).tolist()
             panels = project_strongest_map(loaded, layer, chosen.inputs, result.strongest, split.images)
             figure = draw_occlusion(result, pictures, chosen, loaded.classes, layer, panels, colour)
             save_figure(figure, run.figures / "occlusion.png")
             run.write_csv("maps.csv", _rows(result, chosen, loaded.classes))
-            run.write_json("occlusion.json", _summarise(result, chosen, loaded.classes, boxes))
+            run.write_json("occlusion.json", _summarise(result, chosen, loaded.classes, falls, boxes))
 
     def _layer(self, loaded: LoadedRun) -> str | None:
         """Return the layer of panels b and c; None if the deconvnet cannot project one. Raise if one was asked for."""
@@ -228,6 +232,36 @@ def occlude(
     return Occlusion(starts.cpu(), patch, Outputs(*before[:3]), Outputs(*there[:3]), strongest)
 
 
+@torch.no_grad()
+@full_precision()
+def falls_at(
+    network: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    result: Occlusion,
+    fill: Tensor,
+    batch_size: int,
+) -> Tensor:
+    """Return how much the class's probability falls in each image (row) at each image's lowest place: float64 [N, N].
+
+    network: returns logits; images, labels: what `result` is of; fill: [3], not the colour in `result`.
+    The lowest place is the lowest of many, by chance too; in another colour it is no longer so by its choice.
+    """
+    count, size, side = len(images), images.shape[-1], len(result.starts)
+    lowest = result.occluded.probability.flatten(1).argmin(1)
+    along = torch.arange(size)
+    top, left = (result.starts[place][:, None] for place in (lowest // side, lowest % side))
+    rows, columns = ((along >= start) & (along < start + result.patch) for start in (top, left))  # [N, S]
+    squares = (rows[:, :, None] & columns[:, None, :])[:, None].to(images.device)
+    colour = fill.to(images).view(1, 3, 1, 1)
+    falls = []
+    for number in torch.arange(count**2, device=images.device).split(batch_size):
+        image = number // count
+        logits = network(torch.where(squares[number % count], colour, images[image]))
+        falls.append(logits.softmax(1).gather(1, labels[image, None])[:, 0].cpu())
+    return result.whole.probability[:, None].double() - torch.cat(falls).view(count, count)
+
+
 def _strongest_maps(chain: Chain, layer: str, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """Return, for each image, the map with the largest sum [N], and where (y, x) it is strongest [N, 2]."""
     channels, peaks = [], []
@@ -273,9 +307,12 @@ def _rows(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> list[dic
 
 
 def _summarise(
-    result: Occlusion, chosen: Chosen, classes: Sequence[str], boxes: Mapping[str, Any] | None
+    result: Occlusion, chosen: Chosen, classes: Sequence[str], falls: Tensor, boxes: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return and log the results of each image and, if the objects' boxes are known, whether the objects matter."""
+    """Return and log the results of each image, their control and, if boxes are known, whether the objects matter.
+
+    falls: what `falls_at` returned
+    """
     images, lowest = [], result.occluded.probability.flatten(1).argmin(1)
     for number, name in enumerate(chosen.names):
         y, x = divmod(int(lowest[number]), len(result.starts))
@@ -289,6 +326,8 @@ def _summarise(
             "lowest_at": [int(result.starts[y]), int(result.starts[x])],
             "predicted_at_lowest": classes[int(result.occluded.predicted[number, y, x])],
         }
+        others = torch.cat([falls[number, :number], falls[number, number + 1 :]])
+        row["control"] = {"own": float(falls[number, number]), "others": float(others.mean()) if len(others) else None}
         if (strongest := result.strongest) is not None:
             row |= {"map": int(strongest.channel[number]), "activation": float(strongest.whole[number])}
         log.info(
@@ -297,6 +336,13 @@ def _summarise(
         )
         images.append(row)
     summary: dict[str, Any] = {"patch": result.patch, "starts": result.starts.tolist(), "images": images}
+    summary["control"] = control = own_and_others(falls)
+    if (std := control["difference"]["std"]) is not None:
+        own, among, difference = (f"{row['mean']:.1%}" for row in control.values())
+        log.info(
+            f"a square of another colour lowers P by {own} at the image's own lowest place, by {among} at the other "
+            f"images'; difference {difference} ± {std:.1%} (n = {len(falls)})"
+        )
     if boxes is not None:
         summary["boxes"], lowest_in = boxes, boxes["lowest_in_the_box"]
         log.info(
