@@ -49,6 +49,7 @@ def test_without_network_one_line_says_what_to_do(name: str, tmp_path: Path, off
     assert "\n" not in text
     assert offline == [NETWORK_TIMEOUT_S]
     assert socket.getdefaulttimeout() == before
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_command_says_it_too(run_py, offline) -> None:

@@ -221,15 +221,18 @@ def _read_or_download(cls: type, name: str, folder: Path, **settings: Any) -> An
     absent = (RuntimeError, FileNotFoundError)  # or damaged
     with contextlib.suppress(*absent):
         return cls(str(folder), **settings)
-    before = socket.getdefaulttimeout()
+    before, lock = socket.getdefaulttimeout(), folder / ".download.lock"
     socket.setdefaulttimeout(NETWORK_TIMEOUT_S)  # torchvision sets none, and would wait for ever
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".download.lock"):  # if several processes start together, one downloads
+        with FileLock(lock):  # if several processes start together, one downloads
             with contextlib.suppress(*absent):
                 return cls(str(folder), **settings)
             return cls(str(folder), download=True, **settings)
     except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):  # a failed download leaves nothing, but what others put there stays
+            lock.unlink(missing_ok=True)
+            folder.rmdir()
         reason = one_line(getattr(error, "reason", None) or error)
         raise UserError(
             f"{name} is not in {folder.absolute()} and could not be downloaded ({reason}): set data.root=… to a folder "
