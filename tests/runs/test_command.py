@@ -336,3 +336,9 @@ def test_a_job_of_ones_own_needs_a_name(run_py, tmp_path: Path) -> None:
         answer.error == "job._target_=zfnet.jobs.summary.SummaryJob: the job's file must also have a name, under job:"
     )
     assert not (tmp_path / "outputs").exists()
+
+
+def test_an_installed_package_says_that_it_lacks_conf(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("zfnet.runs.command.CONF", tmp_path / "conf")
+    with pytest.raises(UserError, match=r"conf/, which is not at .*/conf: install it by pip install -e \.$"):
+        composing.compose_raw([])

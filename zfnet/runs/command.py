@@ -273,6 +273,8 @@ def _names_a_value(text: Any, values: Mapping[str, Any]) -> bool:
 
 def compose_raw(words: Sequence[str]) -> DictConfig:
     """Compose this project's `conf/` with these overrides; works inside and outside a Hydra program."""
+    if not CONF.is_dir():  # only an editable install reads the repository's
+        raise UserError(f"compose needs the repository's conf/, which is not at {CONF}: install it by pip install -e .")
     program = GlobalHydra.instance().hydra  # composing replaces a running program's own state for a moment
     GlobalHydra.instance().clear()
     try:
