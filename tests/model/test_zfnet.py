@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -314,3 +315,9 @@ def test_feature_sizes_name_the_layer_without_pixels() -> None:
         feature_sizes(ModelConfig(), 20)
     with pytest.raises(UserError, match=r"the pooling after conv5 receives 2×2 pixels"):
         feature_sizes(ModelConfig(), 50)
+
+
+@pytest.mark.parametrize(("classes", "size"), [(0, 64), (-1, 64), (10.0, 64), (10, 64.0), (10, 0), ("10", 64)])
+def test_sizes_that_are_no_whole_numbers_are_refused(classes: Any, size: Any) -> None:
+    with pytest.raises(UserError, match=r"^(num_classes|image_size)=\S+: must be a whole number of at least 1$"):
+        ZFNet(classes, size)

@@ -6,6 +6,7 @@ weights' names, in configs and in figures.
 
 import bisect
 import functools
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 
@@ -42,11 +43,14 @@ class ZFNet(nn.Module):
     config: kernels, channels, normalisation …; the default is the blog's network, with 58,301,578
         parameters at 10 classes and 224 px.
 
-    Raises UserError if the settings leave a layer without pixels.
+    Raises UserError if num_classes or image_size is no whole number of at least 1, or a layer is left without pixels.
     """
 
     def __init__(self, num_classes: int = 10, image_size: int = 224, config: ModelConfig | None = None) -> None:
         super().__init__()
+        for name, value in (("num_classes", num_classes), ("image_size", image_size)):
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise UserError(f"{name}={value!r}: must be a whole number of at least 1")
         self.config = config = config or ModelConfig()
         self.num_classes, self.image_size = num_classes, image_size
         sizes = feature_sizes(config, image_size)
