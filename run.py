@@ -8,7 +8,6 @@ python run.py job=summary                      another job (conf/job)
 python run.py --help                           every group, and the composed config
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ def main(raw: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     # unresolved: `${…}` in them is resolved with the config that they change, and its errors are reported there
     overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
-    output = Path(os.path.relpath(hydra_config.runtime.output_dir))
+    folder, here = Path(hydra_config.runtime.output_dir), Path.cwd()
+    output = folder.relative_to(here) if folder.is_relative_to(here) else folder
     with errors_pass_hydra():
         try:
             config = read_command(raw, overrides, hydra_config.runtime.config_sources)

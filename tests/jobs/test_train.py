@@ -153,3 +153,12 @@ def test_what_cannot_be_read_or_fails_is_named_before_a_directory_is_taken(
 
 def test_what_just_fits_the_images_is_taken(tmp_path: Path) -> None:
     assert train_minute(tmp_path / "run", "data.subset=72", "augment.cutout=64", "trainer.epochs=1").state == "done"
+
+
+def test_a_directory_outside_the_current_one_keeps_its_absolute_name(run_py, tmp_path_factory, monkeypatch) -> None:
+    given: list[Path] = []
+    monkeypatch.setattr("zfnet.jobs.train.TrainJob.main", lambda self, config, output: given.append(output))
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "run"
+    for folder in (elsewhere, "a/b", Path.cwd() / "c"):
+        assert run_py(*MINUTE, f"hydra.run.dir={folder}").code == 0
+    assert given == [elsewhere, Path("a/b"), Path("c")]
