@@ -17,6 +17,12 @@ def test_summary_lists_layers_with_shapes_parameters_and_multiply_adds(run_py) -
     assert cells["total"][0] == "58,301,578"
 
 
+def test_summary_counts_weights_that_no_memory_holds(run_py) -> None:
+    answer = run_py("job=summary", "model.width=100", "model.norm=lrn", "model.init=he")
+    assert answer.code == 0, answer.err
+    assert "4,096,010" in answer.out  # of fc8; all weights together would take 2 TB
+
+
 def test_summary_and_benchmark_take_a_data_set_of_ones_own(run_py, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e11)  # takes two seconds
     own = ("imports=[tests]", "data=dataset", "+data.train._target_=tests.own.Items", "+data.train.count=24")

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 import torchinfo
 
-from zfnet.config.schema import Config, Job, model_name
+from zfnet.config.schema import Config, Job, ModelConfig, model_name
 from zfnet.data import known_classes, load_splits
 from zfnet.runs.directory import find_run
 from zfnet.runs.tables import format_table
@@ -27,11 +28,15 @@ class SummaryJob(Job):
             classes = len(load_model(weights, config.imports)[1].classes)
         elif classes is None:
             classes = len(load_splits(config.data, config.imports).train.classes)
+        # counting takes no weights: on `meta` they take no memory; another network's code may need real ones
+        device = "meta" if isinstance(config.model, ModelConfig) and config.trainer.init_from is None else "cpu"
+        with torch.device(device):
+            model = initial_model(config, classes)[0].eval()
         network = torchinfo.summary(
-            initial_model(config, classes)[0].eval(),
+            model,
             (BATCH, 3, size, size),
             verbose=0,
-            device="cpu",
+            device=device,
             depth=1,
             col_names=("output_size", "num_params", "mult_adds"),  # what torchinfo counts
         )
