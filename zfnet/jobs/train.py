@@ -45,7 +45,7 @@ from zfnet.training.loop import evaluate, train_step
 from zfnet.training.loop import fit as run_loop
 from zfnet.training.processes import World, processes, run_worker, torchrun_world
 from zfnet.training.schedule import schedule_span
-from zfnet.training.state import TrainingState
+from zfnet.training.state import TrainingState, set_optimizer_mode
 
 Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
 _FOR_CPUS, _LONG = "cifar10_fast", 1200  # an experiment, and seconds of a run that make it worth a mention
@@ -278,7 +278,7 @@ def _train(
             state.eval_model.load_state_dict(best.tensors)
             state.best = best.metadata
         else:
-            getattr(state.optimizer, "eval", bool)()
+            set_optimizer_mode(state.optimizer, "eval")
         return _report(config, run, state, metadata, splits, sets, loggers)
     finally:
         writer.close()

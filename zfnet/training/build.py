@@ -25,7 +25,7 @@ from zfnet.training.device import Runtime
 from zfnet.training.loggers import Logger
 from zfnet.training.processes import SINGLE, World
 from zfnet.training.schedule import OWN_KEYS, Schedule, check_interval, schedule_span, steps_by_batch
-from zfnet.training.state import Callback, TrainingState, check_columns, measured_columns
+from zfnet.training.state import Callback, TrainingState, check_columns, measured_columns, set_optimizer_mode
 
 _BUILT_IN_CALLBACKS = ("ema", "filter_renormalization")  # whose state has these names in checkpoints
 GROUP_KEYS = ("match", "ndim", "lr_scale")  # of a parameter group, beside the optimizer's own
@@ -312,7 +312,7 @@ def _check_step(config: Config) -> None:
         "optimizer", plain, Optimizer, config.imports, construct=lambda cls, k: cls(network.parameters(), **k)
     )
     network(torch.zeros(1, 3, 3, 3)).sum().backward()
-    getattr(optimizer, "train", bool)()  # some optimizers step in this mode only
+    set_optimizer_mode(optimizer, "train")  # some optimizers step in this mode only
     try:
         optimizer.step()
     except Exception as error:  # LBFGS wants a closure, SparseAdam sparse gradients; others raise other errors

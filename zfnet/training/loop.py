@@ -12,7 +12,7 @@ from zfnet.model.layers import evaluation_mode, set_dropout_step
 from zfnet.runs.session import StopRequest
 from zfnet.training.device import Runtime, synchronize
 from zfnet.training.metrics import Evaluation, EvaluationSums
-from zfnet.training.state import TrainingState, check_columns, measured_columns
+from zfnet.training.state import TrainingState, check_columns, measured_columns, set_optimizer_mode
 
 
 def fit(
@@ -88,7 +88,7 @@ def train_step(state: TrainingState, batch: Batch) -> None:
 def measure(state: TrainingState, evaluations: Mapping[str, Batches], stop: StopRequest) -> dict[str, float | None]:
     """Return loss and accuracy of each set and the callbacks' numbers, as columns; the same in all processes."""
     row: dict[str, float | None] = {}
-    getattr(state.optimizer, "eval", bool)()  # schedule-free optimizers swap in their averaged weights
+    set_optimizer_mode(state.optimizer, "eval")
     if state.world.is_main:
         results = {
             name: evaluate(state.eval_model, batches, state.runtime, f"{name} {state.epoch + 1}", stop)

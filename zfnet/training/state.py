@@ -115,6 +115,15 @@ def check_columns(callbacks: Iterable[Callback], measured: Iterable[str]) -> Non
             )
 
 
+def set_optimizer_mode(optimizer: Optimizer, mode: str) -> None:
+    """Call the optimizer's `train` or `eval`, if it has them.
+
+    Those of schedule-free optimizers swap in the weights that are trained, or their average, which is evaluated.
+    """
+    if hasattr(optimizer, mode):
+        getattr(optimizer, mode)()
+
+
 class TrainingState:
     """One training: model, optimizer, schedule, metrics, and its progress.
 
@@ -203,7 +212,7 @@ class TrainingState:
         self.model.train()
         for name in self.config.trainer.freeze:
             self.model.get_submodule(name).eval()
-        getattr(self.optimizer, "train", bool)()
+        set_optimizer_mode(self.optimizer, "train")
 
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Return the context of a backward pass: processes average their gradients after the last one of a step."""
@@ -269,7 +278,7 @@ class TrainingState:
 
     def checkpoint(self) -> Checkpoint:
         """Return what a resume needs."""
-        getattr(self.optimizer, "train", bool)()  # schedule-free optimizers: the trained weights, not the averaged ones
+        set_optimizer_mode(self.optimizer, "train")
         tensors = {**self.model.state_dict(prefix="model."), "metrics": self.metrics.sums}
         optimizer = self.optimizer.state_dict()
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]]
