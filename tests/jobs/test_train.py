@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from zfnet.config.errors import UserError
 from zfnet.jobs.train import train
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
 from zfnet.runs.weights import load_model
+from zfnet.training import callbacks
 from zfnet.training.checkpoint import epoch_files
 
 
@@ -162,3 +164,17 @@ def test_a_directory_outside_the_current_one_keeps_its_absolute_name(run_py, tmp
     for folder in (elsewhere, "a/b", Path.cwd() / "c"):
         assert run_py(*MINUTE, f"hydra.run.dir={folder}").code == 0
     assert given == [elsewhere, Path("a/b"), Path("c")]
+
+
+@pytest.mark.parametrize("where", ["BestWeights.on_epoch_end", "Metrics.on_epoch_end", "Checkpoints.on_fit_end"])
+def test_a_directory_that_is_deleted_ends_the_run(tmp_path: Path, monkeypatch, where: str) -> None:
+    name, hook = where.split(".")
+    before = getattr(getattr(callbacks, name), hook)
+
+    def deleted(self, *given) -> None:
+        before(self, *given)
+        shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+
+    monkeypatch.setattr(f"zfnet.training.callbacks.{where}", deleted)
+    with pytest.raises(UserError, match=r"/gone was deleted while the run went on \(it lacks config\.yaml\)"):
+        train_minute(tmp_path / "gone", "trainer.epochs=1")

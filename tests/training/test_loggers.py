@@ -108,6 +108,7 @@ def test_logger_is_told_where_a_resumed_run_goes_on(tmp_path: Path, notes: Notes
 
 def test_metrics_go_to_history_and_loggers(tmp_path: Path, notes: Notes) -> None:
     run = RunDirectory(tmp_path)
+    (tmp_path / "config.yaml").touch()
     metrics, state = Metrics(run, {"mine": notes}), training_state(compose(*MINUTE, "trainer.log_every=7"))
     state.metrics.add(torch.tensor(3.0), torch.tensor(1), 2, 0)
     for state.step in range(1, 8):
@@ -128,9 +129,10 @@ def test_metrics_without_loggers_or_in_another_process(tmp_path: Path) -> None:
     state = training_state(compose(*MINUTE))
     state.history = [{**ROW, "validation_loss": None, "validation_accuracy": None}]
     (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.yaml").touch()
     Metrics(RunDirectory(tmp_path / "a"), {}).on_epoch_end(state, state.history[0])
     Metrics(None, {}).on_epoch_end(state, state.history[0])  # of a process that writes no files
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")] == ["a/history.csv"]
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")} == {"a/config.yaml", "a/history.csv"}
 
 
 def test_test_columns_follow_the_usual_ones_and_gaps_are_empty(tmp_path: Path) -> None:

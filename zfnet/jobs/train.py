@@ -433,6 +433,7 @@ def _report(
     """Measure validation and test with the weights to keep, and write figures, weights and results.json."""
     model = state.eval_model
     measured = {name: evaluate(model, batches, state.runtime, name) for name, batches in sets.items()}
+    run.check_record()
     digest = save_model(run.weights, model, metadata)
     begun = config.parent.epoch if config.parent else 0
     own = [row["seconds"] for row in state.history if row["epoch"] > begun]  # the parent may have had other images

@@ -295,6 +295,11 @@ class RunDirectory:
         columns = dict.fromkeys([*HISTORY_COLUMNS, *(key for row in rows for key in row)])
         self.write_csv("history.csv", rows, list(columns))
 
+    def check_record(self) -> None:
+        """Raise UserError if config.yaml, without which nothing can be done with a run, was deleted since it began."""
+        if not (self.folder / "config.yaml").is_file():
+            raise UserError(f"{self.folder} was deleted while the run went on (it lacks config.yaml): start a new run")
+
     def set_status(self, state: str, error: str | None = None) -> None:
         """Record running, done, stopped, pruned (stopped by a search) or failed."""
         self.write_json("status.json", {"state": state, "error": error, "pid": os.getpid()})

@@ -166,6 +166,7 @@ class Metrics(Callback):
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
         if self.run is None:  # not the main process
             return
+        self.run.check_record()
         self.run.write_history(state.history)
         log.info(epoch_line(row, state.config.trainer.epochs))
         values = {f"epoch/{k}": v for k, v in row.items() if k not in ("epoch", "step") and v is not None}
