@@ -267,7 +267,6 @@ def test_grid_goes_on_after_a_batch_with_a_failed_job(run_py, tmp_path, monkeypa
     monkeypatch.setattr("zfnet.jobs.train.train_and_test", fails)
     answer = run_py("-m", *SMALL, "seed=0,1,2", "hydra.sweeper.max_batch_size=1")
     assert answer.err == "error: 1 of 3 jobs failed\n  seed=0: no luck\n"
-    assert "no luck" not in answer.out  # once is enough
     assert (tmp_path / "s/seed=2/config.yaml").exists()
 
 

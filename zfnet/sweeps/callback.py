@@ -53,7 +53,7 @@ class SweepReport(Callback):
         folder = Path(config.hydra.runtime.output_dir)
         result = value_or_error(job_return)
         if isinstance(result, Exception):
-            print("failed: the end of the sweep says why", flush=True)
+            print(f"failed: {explain(result)}", flush=True)
             _record_failure(RunDirectory(folder), result)
         else:
             remove_if_empty(folder)  # Hydra made it, and the job may have written nothing
