@@ -162,6 +162,16 @@ def test_a_hostile_folder_runs_nothing_in_a_sweep(run_hostile, kind: str) -> Non
     run_hostile(files, "-m", *(["experiment=y,x"] if "experiment/y.yaml" in files else []))
 
 
+@pytest.mark.parametrize("words", [["-m", "--cfg", "job"], ["--config-dir", "nowhere"], ["model=nope"]])
+def test_an_error_is_explained_without_running_anything(run_py, tmp_path: Path, monkeypatch, words: list[str]) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "witness_module.py").write_text("open('witness', 'w').close()\n")
+    folder = folder_of(tmp_path, RUNS_CODE["a package to search"])
+    assert run_py("--config-path", folder, *words).code == 1
+    assert not (tmp_path / "witness").exists()
+    assert "witness_module" not in sys.modules
+
+
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in SETS.items() for value in values])
 def test_only_the_command_line_sets(run_hostile, key: str, value: object) -> None:
     text = f"{value!r}"

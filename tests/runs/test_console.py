@@ -64,6 +64,12 @@ hydra: {run: {dir: 'x/${job.name}'}}
             "choose one; several are a sweep, run.py -m experiment=quickstart,",
         ),
         (["~loss.weight"], "~loss.weight: is null already"),
+        (["~optimizer.maximize"], "optimizer.maximize"),
+        (["hydra/lancher=basic"], "hydra/lancher: no such group; did you mean 'hydra/launcher'?"),
+        (
+            ["-m", "optimizer=glob(*)", "hydra/launcher=nope"],
+            "hydra/launcher=nope: no such choice; known: basic, joblib",
+        ),
         (["~loss.weigth"], "loss.weigth: no such key; did you mean 'loss.weight'?"),
         (["trainer.freeze=conv1"], "trainer.freeze=conv1: must be a list, as in [conv1]"),
         (["data.mean=0.5,0.4,0.3"], "a list is written data.mean=[0.5,0.4,0.3]"),

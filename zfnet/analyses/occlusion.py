@@ -88,7 +88,8 @@ class OcclusionJob(Look):
                 many = choose_images(loaded, config, self.boxed_images, split)
                 coarse = max(stride, patch // 2)  # finer steps are for maps
                 boxes = box_evidence(occlude(network, many.inputs, many.labels, stride=coarse, **settings), many.boxes)
-            second = mean_colour(loaded, 255 if self.fill == 0 else 0)
+            grey = sum(data.mean) / len(data.mean) * 255 if self.fill is None else self.fill
+            second = mean_colour(loaded, 255 if grey < 64 else 0)
             falls = falls_at(loaded.model, chosen.inputs, chosen.labels, result, second, data.batch_size)
             pictures = to_pixels(chosen.inputs, data).numpy()
             colour = (to_pixels(fill.view(1, 3, 1, 1), data).flatten() / 255).tolist()

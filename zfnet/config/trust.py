@@ -115,11 +115,15 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *args: Any, **kwargs: Any
     ) -> DictConfig:
         """Return the composed config."""
-        self._refuse_search_path(config_name)
         config = super().load_configuration(config_name, overrides, run_mode, *args, **kwargs)
         if not only_own_folders(config.hydra.runtime.config_sources):
             _check(config, overrides)
         return config
+
+    def _process_config_searchpath(self, config_name: str | None, *args: Any) -> None:
+        """Check the search paths before Hydra adds them, whether it composes a config or lists a group's choices."""
+        self._refuse_search_path(config_name)
+        super()._process_config_searchpath(config_name, *args)
 
     def _refuse_search_path(self, config_name: str | None) -> None:
         """Raise UserError if a config from elsewhere adds search paths: of `pkg://` ones Hydra imports the package.
@@ -141,7 +145,7 @@ def config_loader(words: Sequence[str]) -> CheckedConfigLoader:
     options = get_args_parser().parse_known_args(list(words))[0]
     run_py = str(CONF.parent / "run.py")
     folders = create_automatic_config_search_path(run_py, None, options.config_path or CONF.name)
-    if options.config_dir:  # as Hydra's `_run_hydra` does
+    if options.config_dir and os.path.isdir(options.config_dir):  # as Hydra's `_run_hydra` does
         folder = f"file://{os.path.abspath(options.config_dir)}"
         folders.prepend("command-line", folder, SearchPathQuery(provider="schema"))
     return CheckedConfigLoader(folders)

@@ -109,8 +109,11 @@ class Splits:
         """Return what results.json says about the files: those that were left out, if any."""
         return {"unreadable": list(self.unreadable)} if self.unreadable else {}
 
-    def difference(self, environment: Mapping[str, Any]) -> str | None:
-        """Return in words how these images differ from those that environment.json describes; None if they do not."""
+    def difference(self, environment: Mapping[str, Any], sizes: bool = True) -> str | None:
+        """Return in words how these images differ from those that environment.json describes; None if they do not.
+
+        sizes: whether another number of images is a difference, and not what the command asked for
+        """
         if "data_fingerprint" not in environment:  # nothing is recorded
             return None
         recorded, words = environment.get("data"), []
@@ -120,10 +123,10 @@ class Splits:
                 changed = [f"'{c}' is new" for c in now if c not in before]
                 changed += [f"'{printable(c)}' is gone" for c in before if c not in now]
                 words.append(f"class {', '.join(changed)}" if changed else "the classes' order")
-            sizes, counts = self.sizes(), recorded.get("images")
-            counts = counts if isinstance(counts, dict) else sizes
-            for name in dict.fromkeys([*counts, *sizes]):
-                if (old := counts.get(name, 0)) != (new := sizes.get(name, 0)):
+            current, counts = self.sizes(), recorded.get("images")
+            counts = counts if isinstance(counts, dict) else current
+            for name in dict.fromkeys([*counts, *current]) if sizes else ():
+                if (old := counts.get(name, 0)) != (new := current.get(name, 0)):
                     words.append(f"{new:,} {printable(name)} images, were {old}")
         if not words and environment["data_fingerprint"] != self.fingerprint:
             words.append("other pixels or labels")

@@ -233,7 +233,8 @@ def _train(
     log.info("%s on %s: %s images of %d classes", model_name(config.model), config.data.title, sizes, classes)
     if splits.validation_reports:
         log.warning("no test images: validation chooses the epoch and reports as well, so its accuracy is optimistic")
-    if config.run is not None and (changed := splits.difference(RunDirectory(config.run).environment)):
+    environment = RunDirectory(config.run).environment if config.run is not None else {}
+    if changed := splits.difference(environment, sizes=config.data.eval_subset is None):
         log.warning("the images are not those of run=%s: %s", config.run, changed)
     record_data(run, config.data)
     for name, images in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):

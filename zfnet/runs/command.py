@@ -113,7 +113,8 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
     overrides = parse_overrides(words)
     for override in overrides:
         value = override.value()
-        if isinstance(value, list) and override.key_or_group in _ONE_CHOICE:  # Hydra would merge the files
+        # Hydra would merge the files
+        if isinstance(value, list) and len(value) > 1 and override.key_or_group in _ONE_CHOICE:
             several = f"{override.key_or_group}={','.join(map(str, value))}"
             raise UserError(f"{override.input_line}: choose one; several are a sweep, run.py -m {several}")
         if override.value() == {}:
@@ -124,7 +125,7 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
     chosen = {o.key_or_group: f"{o.key_or_group}/{o.value()}.yaml" for o in overrides}
     for group, misplaced in (("experiment", "experiment"), ("debug", "debug"), ("job", "job.job")):
-        if group in chosen and OmegaConf.select(raw, misplaced) is not None:
+        if group in chosen and OmegaConf.is_dict(OmegaConf.select(raw, misplaced)):
             raise UserError(f"{chosen[group]}: its first line must be # @package _global_")
     for group in _ONE_CHOICE:
         if raw.get(group) == {}:

@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -218,6 +218,8 @@ def _override_problem(
         if isinstance(value, float) and _COMMA.fullmatch(given):
             advice = f"; a decimal number has a point: {key}={given.replace(',', '.')}"
         return f"{word}: several values are a sweep, with run.py -m{advice}"
+    if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+        return None  # Hydra looks for its choices
     values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value()
     values = values if isinstance(values, list) else [values]
     if key == "hydra/launcher" and (extra := _EXTRA_OF.get(str(values[0]))):
@@ -233,6 +235,8 @@ def _override_problem(
                 nested = [f"{g}/{c}" for g in list_group(key, ObjectType.GROUP) for c in list_group(f"{key}/{g}")]
                 return f"{key}={value}: no such choice{did_you_mean(value, [*choices, *nested])}"
         return None
+    if key.startswith("hydra/"):
+        return f"{key}: no such group{did_you_mean(key, [f'hydra/{g}' for g in list_group('hydra', ObjectType.GROUP)])}"
     if override.is_add() or override.is_force_add():
         return None
     composed = compose()
@@ -250,7 +254,7 @@ def _override_problem(
     with contextlib.suppress(UserError, ValueError):
         target = composed.get(f"{group}._target_")
         taken = [*inspect.signature(resolve(group, target, object)).parameters, *_BESIDE.get(group, ())]
-        if name in taken:
+        if name in taken and not override.is_delete():
             return f"{key}: is not in conf/{group}/, but {str(target).rpartition('.')[2]} takes it: write +{word}"
     parent, _, last = key.rpartition(".")
     beside = {k.removeprefix(f"{parent}."): k for k in known if k.rpartition(".")[0] == parent}

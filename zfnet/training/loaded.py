@@ -66,7 +66,7 @@ class LoadedRun:
         before = self.metadata.data
         stored = (self.data.name, self.data.fit, loaded.train.images.shape[1])
         if stored == (before.name, before.fit, self.metadata.stored_size):
-            if changed := loaded.difference(self.source.environment):
+            if changed := loaded.difference(self.source.environment, sizes=self.data.eval_subset is None):
                 log.warning("the images are not those of run=%s: %s", self.source.folder, changed)
             elif self.data.split_seed != before.split_seed:
                 own = load_splits(replace(self.data, split_seed=before.split_seed), self.config.imports)
