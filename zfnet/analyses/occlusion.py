@@ -177,6 +177,13 @@ def square_starts(size: int, patch: int, stride: int) -> Tensor:
     return torch.arange(places) * stride - beyond // 2
 
 
+def _squares(top: Tensor, left: Tensor, patch: int, size: int) -> Tensor:
+    """Return bool [N, 1, S, S]: which pixels squares hide whose first rows and columns are `top` and `left`, [N]."""
+    along = torch.arange(size, device=top.device)
+    rows, columns = ((along >= start[:, None]) & (along < start[:, None] + patch) for start in (top, left))
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
 @torch.no_grad()
 @full_precision()
 def occlude(
@@ -215,15 +222,13 @@ def occlude(
         return [probabilities.gather(1, labels[image, None])[:, 0], predicted, confidence, *sums]
 
     whole = [outputs(images[index], index) for index in torch.arange(count, device=device).split(batch_size)]
-    along = torch.arange(size, device=device)
-    hidden = (along >= starts[:, None]) & (along < starts[:, None] + patch)  # [P, S]
     colour = fill.to(images).view(1, 3, 1, 1)
     occluded, total = [], count * side**2
     with tqdm(total=total, desc="occlusion", unit="image", disable=None, leave=False, dynamic_ncols=True) as bar:
         for number in torch.arange(total, device=device).split(batch_size):
             image, row, column = number // side**2, number // side % side, number % side
-            square = (hidden[row][:, :, None] & hidden[column][:, None, :])[:, None]
-            occluded.append(outputs(torch.where(square, colour, images[image]), image))
+            hidden = _squares(starts[row], starts[column], patch, size)
+            occluded.append(outputs(torch.where(hidden, colour, images[image]), image))
             bar.update(len(number))
     before = [torch.cat(chunks).cpu() for chunks in zip(*whole, strict=True)]
     there = [torch.cat(chunks).cpu().view(count, side, side) for chunks in zip(*occluded, strict=True)]
@@ -250,15 +255,12 @@ def falls_at(
     """
     count, size, side = len(images), images.shape[-1], len(result.starts)
     lowest = result.occluded.probability.flatten(1).argmin(1)
-    along = torch.arange(size)
-    top, left = (result.starts[place][:, None] for place in (lowest // side, lowest % side))
-    rows, columns = ((along >= start) & (along < start + result.patch) for start in (top, left))  # [N, S]
-    squares = (rows[:, :, None] & columns[:, None, :])[:, None].to(images.device)
+    hidden = _squares(result.starts[lowest // side], result.starts[lowest % side], result.patch, size).to(images.device)
     colour = fill.to(images).view(1, 3, 1, 1)
     falls = []
     for number in torch.arange(count**2, device=images.device).split(batch_size):
         image = number // count
-        logits = network(torch.where(squares[number % count], colour, images[image]))
+        logits = network(torch.where(hidden[number % count], colour, images[image]))
         falls.append(logits.softmax(1).gather(1, labels[image, None])[:, 0].cpu())
     return result.whole.probability[:, None].double() - torch.cat(falls).view(count, count)
 

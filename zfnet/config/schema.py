@@ -40,7 +40,7 @@ Colour = Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_l
 
 
 def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:(\d|[1-9]\d))?", name):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[1-9]?\d)?", name):
         raise ValueError("must be one of auto, cpu, cuda, cuda:N, mps")
     return name
 

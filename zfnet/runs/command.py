@@ -117,9 +117,9 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
         if isinstance(value, list) and len(value) > 1 and override.key_or_group in _ONE_CHOICE:
             several = f"{override.key_or_group}={','.join(map(str, value))}"
             raise UserError(f"{override.input_line}: choose one; several are a sweep, run.py -m {several}")
-        if override.value() == {}:
+        if value == {}:
             raise UserError(f"{override.input_line}: holds nothing; set keys, as in {override.key_or_group}.KEY=VALUE")
-        if override.value() == "" and override.key_or_group in _PATHS:  # a variable of the shell that is not set
+        if value == "" and override.key_or_group in _PATHS:  # a variable of the shell that is not set
             raise UserError(f"{override.input_line}: names nothing; name a file or folder")
     if isinstance(raw.get("job"), str):  # in a record given as --config-path, job is no group
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
