@@ -275,7 +275,7 @@ class Tries:
     def result(self, seed: int, seconds: float) -> dict[str, Any]:
         """Return what the JSON file holds."""
         identical = sum(self.hashes[name][expected] for name, expected in self.expected.items())
-        environment = describe_environment(torch.device("cpu"), "", "exact", [])
+        environment = describe_environment(torch.device("cpu"), "exact", [])
         return {
             "command": f"python benchmarks/exactness.py --seconds {seconds:g} --seed {seed}",
             "tries": self.tries,

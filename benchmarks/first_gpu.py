@@ -464,11 +464,7 @@ def main(words: list[str] | None = None) -> None:
     targets = verdicts(setting)
     setting.write(
         "summary",
-        {
-            "rehearsal": options.rehearse,
-            "targets": targets,
-            "environment": describe_environment(device, "", "auto", []),
-        },
+        {"rehearsal": options.rehearse, "targets": targets, "environment": describe_environment(device, "auto", [])},
     )
     for row in targets:
         print(f"{row['verdict']:<7}{row['target']}: {row['measured']}")

@@ -69,7 +69,7 @@ def main() -> None:
         "chunk": options.chunk,
         "rounds": options.rounds,
         "config": config.to_dict(),
-        "environment": describe_environment(runtime.device, "", config.trainer.name, []),
+        "environment": describe_environment(runtime.device, config.trainer.name, []),
     }
     print_result(result)
     options.output.mkdir(parents=True, exist_ok=True)

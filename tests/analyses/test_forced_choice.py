@@ -73,7 +73,7 @@ def colours() -> Shown:
     images = image_set(pixels.expand(-1, SIZE, SIZE, -1).numpy(), torch.zeros(400), ["one"])
     data = data_config(image_size=SIZE, batch_size=50, mean=[0.5] * 3, std=[0.5] * 3)
     chain = colour_network(torch.ones(3))
-    found = strongest_places(chain, Batches(images, data, torch.device("cpu")), ["a"])
+    found = strongest_places(chain, (b.images for b in Batches(images, data, torch.device("cpu")).in_order()), ["a"])
     trials = draw_trials(*found["a"], torch.arange(200), torch.arange(200, 400), settings(references=20), 0)
     return Shown(Deconvnet(chain), images, data, "a", trials)
 

@@ -16,7 +16,7 @@ from tests.helpers import MINUTE, checked, compose, data_config
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import resolve
 from zfnet.config.reading import read_config, read_data
-from zfnet.config.schema import NOT_IDENTITY, Job, Parent, flatten, result_keys
+from zfnet.config.schema import NOT_IDENTITY, AugmentConfig, Job, Parent, check, flatten, result_keys
 from zfnet.config.trust import CONF
 
 FILES = [
@@ -187,6 +187,15 @@ def test_read_data_names_a_folder_whose_name_is_no_text() -> None:
     plain = dataclasses.asdict(data_config("folder"))
     with pytest.raises(UserError, match=r"^data\.root: holds bytes that are no text in UTF-8"):
         read_data({**plain, "root": b"photos\xff".decode(errors="surrogateescape")})
+
+
+def test_check_names_what_is_no_json() -> None:
+    deep: list = []
+    for _ in range(300):
+        deep = [deep]
+    for transform, problem in (({"a": deep}, "recursion limit"), ({"a\udcff": 1}, "surrogate")):
+        with pytest.raises(UserError, match=rf"^augment: Invalid JSON: .*{problem}"):
+            check(AugmentConfig, {"name": "x", "transforms": [transform]}, "augment")
 
 
 def test_identity_counts_all_that_matters_and_nothing_else() -> None:

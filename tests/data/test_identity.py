@@ -173,10 +173,10 @@ def again(run: RunDirectory, root: Path) -> RunDirectory:
 def test_evaluation_and_reproduction_say_that_the_images_changed(photos: Path, tmp_path: Path, caplog) -> None:
     run = start(tmp_path / "r", photos)
     line = f"the images are not those of run={run.folder}: other pixels or labels"
-    used(run).splits()
+    used(run).split("all")
     assert not caplog.records
     exchange(photos)
-    used(run).splits()
+    used(run).split("all")
     assert caplog.messages == [line]
     with pytest.raises(UserError, match=r"not identical to .* data_fingerprint"):
         again(run, photos)

@@ -20,8 +20,8 @@ def test_chosen_split_auto_is_validation_or_else_test(asked: str, has_validation
     sets = {name: draw_shapes(10, 16, k) for k, name in enumerate(("train", "validation", "test"))}
     splits = Splits(sets["train"], sets["validation"] if has_validation else None, sets["test"], "")
     loaded: Any = SimpleNamespace(
-        splits=lambda: splits,
-        split=lambda name, s: getattr(s, name),
+        splits=splits,
+        split=lambda name: getattr(splits, name),
         config=SimpleNamespace(job=SimpleNamespace(split=asked)),
     )
     split = chosen_split(loaded)

@@ -87,8 +87,8 @@ def test_evaluate_matches_a_folders_classes_by_name(tiny_run, gallery: Path) -> 
 
 def test_split_all_is_every_image_once(tiny_run) -> None:
     run = used(tiny_run)
-    splits = run.splits()
-    images = run.split("all", splits)
+    splits = run.splits
+    images = run.split("all")
     assert splits.validation is not None
     assert splits.test is not None
     assert len(images) == 250
@@ -101,8 +101,8 @@ def test_split_all_is_every_image_once(tiny_run) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["model.dropout=0.5"], "model.dropout=…: job=evaluate uses the network and the weights"),
-        (["optimizer=sgd"], "optimizer=…: job=evaluate uses"),
+        (["model.dropout=0.5"], "model.dropout=0.5: job=evaluate uses the network and the weights"),
+        (["optimizer=sgd"], "optimizer=sgd: job=evaluate uses"),
         (["data.image_size=128"], "data.image_size=128: the run's network takes images of 64 px"),
         (["job.split=dev"], "job.split=dev: must be one of test, validation, train or all"),
         (["job.tta=mirror"], "job.tta=mirror: must be one of none, flip, flip_shift or tencrop"),

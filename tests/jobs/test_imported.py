@@ -57,7 +57,7 @@ def test_a_state_dict_becomes_a_run_on_which_jobs_work(tmp_path: Path, name: str
     assert run.job == "import"
     assert len(results["weights_sha256"]) == 64
     with pytest.raises(UserError, match=r"data\.root is not set: name the folder"):
-        used(run).splits()
+        used(run).split("all")
     root = write_images(tmp_path / "photos", {"Sea_Lion": 5, "dog": 5})  # as people name folders
     assert used(run, f"data.root={root}").split("all").labels.unique().tolist() == [0, 2]
     own = import_(tmp_path / "again", run.weights)  # its header says all that must be known
@@ -195,6 +195,8 @@ def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> 
     ]
     assert "outputs within" in (run.folder / "import.log").read_text()
     assert loaded.classes == tuple("01234")
+    with pytest.raises(UserError, match=r"^job\.channels=bgr: model\.safetensors records its classes and channels"):
+        import_(tmp_path / "again", run.weights, "job.channels=bgr")
     # the settings and the weights have the run's own checks, too
     recorded = run.recorded()
     recorded["model"]["layers"][0]["type"] = "Bilinear"

@@ -57,7 +57,7 @@ def test_predict_job_reports_unreadable_images_and_does_the_rest(run_py, tiny_ru
     (tmp_path / "bad.jpg").write_text("not an image")
     (tmp_path / "cut.png").write_bytes((tmp_path / "tall $x_{y.png").read_bytes()[:60])
     answer = run_py(
-        "job=predict", f"run={tiny_run.folder}", f"images=[{tmp_path},gone.png,file:///etc/passwd]",
+        "job=predict", f"run={tiny_run.folder}", f"images=[{tmp_path},gone.png,{'a' * 300},file:///etc/passwd]",
         "job.top=2", "hydra.run.dir=p",
     )  # fmt: skip
     assert answer.code == 0, answer.err
@@ -65,11 +65,11 @@ def test_predict_job_reports_unreadable_images_and_does_the_rest(run_py, tiny_ru
     assert [i["image"] for i in written["images"]] == [str(tmp_path / "tall $x_{y.png")]
     assert len(written["images"][0]["predictions"]) == 2
     unread = {Path(i["image"]).name: i["error"] for i in written["unreadable"]}
-    assert unread["gone.png"] == "there is no such file"
+    assert unread["gone.png"] == unread["a" * 300] == "there is no such file"
     assert unread["bad.jpg"].startswith("not an image of a known format (JPEG, ")
     assert unread["passwd"] == "file: is not fetched, only http and https"
     assert "cut.png" in unread
-    assert "1 of 5 images" in answer.out
+    assert "1 of 6 images" in answer.out
     assert Path("p/figures/predictions.png").stat().st_size > 5000
     (row,) = read_csv("p/predictions.csv")
     best = written["images"][0]["predictions"][0]

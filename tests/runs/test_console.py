@@ -108,6 +108,8 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["data=folder", "data.root=/nowhere"], "data.root=/nowhere: there is no such folder"),
         (["job=resume"], "job=resume needs run=<dir>"),
         (["job=resume", "run=nowhere"], "run=nowhere: there is no run"),
+        (["job=resume", f"run={'a' * 300}"], "aaa: there is no run"),
+        (["+loss.reduction=mean"], "loss.reduction=mean: must be sum"),
         (["run=x"], "job=train reads no run: job=resume continues one"),
         (["images=cat.jpg"], "job=train reads no image files"),
         (["optimizer.lr"], "the command line cannot be parsed"),

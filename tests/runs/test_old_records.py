@@ -24,7 +24,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures/run_before_slots"
 
 def same_machine() -> bool:
     """Return whether this machine computes what the recording one did, to the bit."""
-    now = describe_environment(torch.device("cpu"), "", "exact", [])
+    now = describe_environment(torch.device("cpu"), "exact", [])
     then = json.loads((FIXTURES / "finished/environment.json").read_text())
 
     def what_counts(environment: dict[str, Any]) -> tuple:

@@ -30,7 +30,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def code() -> dict:
-    return describe_environment(torch.device("cpu"), "", "exact", [])["code"]
+    return describe_environment(torch.device("cpu"), "exact", [])["code"]
 
 
 def test_code_is_the_commit_and_what_differs_from_it(project: Path) -> None:
@@ -44,6 +44,14 @@ def test_code_is_the_commit_and_what_differs_from_it(project: Path) -> None:
     assert changed["untracked"] == ["zfnet/b.py"]
     assert changed["commit"] == clean["commit"]
     assert changed["source_sha256"] != clean["source_sha256"]
+
+
+def test_code_names_files_and_changes_of_any_bytes(project: Path) -> None:
+    (project / "zfnet/a.py").write_bytes(b"a = 1  # caf\xe9\n")
+    (project / "zfnet/b b.py").touch()
+    changed = code()
+    assert "+a = 1  # caf\ufffd\n" in changed["diff"]  # a patch ends with a line's end
+    assert changed["untracked"] == ["zfnet/b b.py"]
 
 
 def test_code_without_a_repository_still_has_the_hash_of_the_source(project: Path) -> None:
@@ -62,7 +70,7 @@ def test_code_of_an_imported_package_is_hashed(tmp_path: Path, monkeypatch: pyte
     importlib.import_module("my_lab")
 
     def now() -> dict[str, Any]:
-        return describe_environment(torch.device("cpu"), "", "exact", ["my_lab", "never_imported"])
+        return describe_environment(torch.device("cpu"), "exact", ["my_lab", "never_imported"])
 
     first = now()
     assert first["code"]["imported"].keys() == {"my_lab"}
@@ -83,9 +91,9 @@ def test_code_of_an_imported_package_is_hashed(tmp_path: Path, monkeypatch: pyte
 
 def test_describe_environment_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/run.py", "seed=1"])
-    found = describe_environment(torch.device("cpu"), "abc", "exact", [])
+    found = describe_environment(torch.device("cpu"), "exact", [])
     assert json.loads(json.dumps(found)) == found
     assert found["packages"]["torch"].startswith(torch.__version__.partition("+")[0])
-    assert (found["mode"], found["data_fingerprint"], found["device"]) == ("exact", "abc", {"type": "cpu"})
+    assert (found["mode"], found["device"]) == ("exact", {"type": "cpu"})
     assert found["cpu"]["threads"] == torch.get_num_threads()
     assert found["command"] == ["run.py", "seed=1"]

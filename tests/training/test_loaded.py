@@ -11,9 +11,9 @@ from tests.helpers import used
 
 
 def test_images_that_are_divided_otherwise_are_named(tiny_run, caplog) -> None:
-    used(tiny_run, "trainer.threads=1").splits()
+    used(tiny_run, "trainer.threads=1").split("all")
     assert "divided" not in caplog.text
-    used(tiny_run, "data.split_seed=1").splits()
+    used(tiny_run, "data.split_seed=1").split("all")
     assert "divided these images by data.split_seed=0: it has trained on others" in caplog.text
 
 

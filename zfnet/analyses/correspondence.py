@@ -31,6 +31,7 @@ from zfnet.data.decode import UnreadableImage, fit_square, read_image
 from zfnet.explain.selection import (
     Look,
     chosen_split,
+    cover,
     mean_colour,
     pick_layers,
     predict,
@@ -326,11 +327,7 @@ def _mean(agreements: Sequence[Agreement]) -> Agreement:
 
 def mask(images: Tensor, centres: Tensor, patch: int, fill: Tensor) -> Tensor:
     """Return images [N, 3, S, S] with a square of side `patch` around each one's centre (y, x) [N, 2] filled, [3]."""
-    along = torch.arange(images.shape[-1], device=images.device)
-    start = (centres.to(images.device) - (patch - 1) / 2).round()
-    hidden = (along >= start[..., None]) & (along < start[..., None] + patch)  # [N, 2, S]
-    square = hidden[:, 0, :, None] & hidden[:, 1, None, :]
-    return torch.where(square[:, None], fill.to(images).view(1, 3, 1, 1), images)
+    return cover(images, (centres.to(images.device) - (patch - 1) / 2).round(), patch, fill)
 
 
 @torch.no_grad()

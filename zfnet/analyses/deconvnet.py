@@ -19,7 +19,6 @@ from typing import Annotated, Any, ClassVar, Literal, Optional
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from zfnet.config.errors import UserError, log
 from zfnet.config.randomness import CONTROL, make_key, permutation, uniform
 from zfnet.config.schema import Config, NotNegative, Positive, model_name
 from zfnet.data import ImageSet, preprocess
+from zfnet.data.batches import resize
 from zfnet.data.images import image_set
 from zfnet.explain.atlas import (
     Atlas,
@@ -45,7 +45,7 @@ from zfnet.explain.atlas import (
 from zfnet.explain.crops import frame_size, project_frames, view_maps, view_units
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.faithfulness import box_cells
-from zfnet.explain.maps import MapResponses, ablation_effects, nearest_maps, strongest_activations
+from zfnet.explain.maps import MapResponses, ablation_effects, nearest_maps, peaks, strongest_activations
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
 from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
 from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
@@ -118,8 +118,7 @@ class DeconvnetJob(Look):
             verdict = find_verdict(weights, self.rule, self.verdict)
         elif self.verdict is not None:
             raise UserError("job.verdict: its scores are of pictures with job.dead_windows=first and job.lrn=identity")
-        splits = loaded.splits()
-        split = chosen_split(loaded, splits)
+        split = chosen_split(loaded)
         images = split.images
         if self.max_images is not None and self.max_images < len(images):
             images = images.take(torch.linspace(0, len(images) - 1, self.max_images).round().long())
@@ -134,7 +133,7 @@ class DeconvnetJob(Look):
             search = TopActivations(self.top, len(images.classes), images.labels)
             origin: dict[str, Any] = {
                 "weights": weights,
-                "data": splits.fingerprint,
+                "data": loaded.splits.fingerprint,
                 "shuffles": SHUFFLES,  # a search that an older version stopped has none
             }
             search = search_or_continue(search, loaded, images, layers, run, origin, stop)
@@ -193,12 +192,9 @@ class DeconvnetJob(Look):
         model, metadata = other
         there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
         theirs = []
-        for part in pixels:
-            side = metadata.stored_size
-            if part.shape[1] != side:  # the same images, as large as the other network's are stored
-                wide = F.interpolate(part.permute(0, 3, 1, 2).float(), (side, side), mode="bilinear", antialias=True)
-                part = wide.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-            theirs.append(preprocess(part.to(loaded.runtime.device), metadata.data, channels_last=False))
+        for part in pixels:  # the same images, as large as the other network's are stored
+            stored = resize(part.permute(0, 3, 1, 2), metadata.stored_size).permute(0, 2, 3, 1)
+            theirs.append(preprocess(stored.to(loaded.runtime.device), metadata.data, channels_last=False))
         nearest = nearest_maps(strongest, strongest_activations(there, theirs, there.conv_layers))
         page = find_atlas(weights_hash(model.state_dict()))
         link = None if page is None else link_to(page, folder if self.atlas == "single" else folder / "atlas")
@@ -233,11 +229,10 @@ def explain_photographs(
             photograph = Photograph(name, to_pixels(inputs[number : number + 1], loaded.data)[0], best, {})
             for layer in layers:
                 maps = activations[layer][number].cpu()
-                value, place = maps.flatten(1).max(1)
+                ((value,), (place,)) = peaks(maps[None])
                 order = value.argsort(descending=True, stable=True)[: job.maps]
                 order = order[value[order] > 0]
-                y, x = place[order] // maps.shape[2], place[order] % maps.shape[2]
-                units = torch.stack((torch.full_like(order, number), order, y, x), 1)
+                units = torch.column_stack((torch.full_like(order, number), order, place[order]))
                 projections, patches = view_units(deconvnet, images, loaded.data, layer, units)
                 boxes = receptive_boxes(loaded.chain, layer, units[:, 2:])
                 photograph.layers[layer] = Strongest(
@@ -249,8 +244,8 @@ def explain_photographs(
                     rank=range(1, len(order) + 1),
                     map=order.tolist(),
                     activation=[f"{v:.6g}" for v in value[order].tolist()],
-                    y=y.tolist(),
-                    x=x.tolist(),
+                    y=units[:, 2].tolist(),
+                    x=units[:, 3].tolist(),
                     **dict(zip(("top", "left", "bottom", "right"), boxes.T.tolist(), strict=True)),
                 )
             photographs.append(photograph)

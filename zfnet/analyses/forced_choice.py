@@ -22,10 +22,12 @@ from tqdm.auto import tqdm
 from zfnet.config.errors import UserError, log
 from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits
 from zfnet.config.schema import Config, DataConfig, Positive, model_name
-from zfnet.data import Batches, ImageSet, preprocess
+from zfnet.data import ImageSet, preprocess
+from zfnet.data.batches import resize
 from zfnet.explain.atlas import find_atlas, write_quiz
 from zfnet.explain.crops import frame_size, view_units
 from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.maps import strongest_places
 from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
 from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
@@ -33,7 +35,7 @@ from zfnet.plots.figures import INK, PALETTE, SOFT, WHITE, new_figure, save_figu
 from zfnet.plots.pictures import mosaic, on_grey
 from zfnet.runs.directory import find_run
 from zfnet.runs.session import own_directory
-from zfnet.runs.statistics import clustered, clustered_p, holm
+from zfnet.runs.statistics import clustered, clustered_tests
 from zfnet.runs.tables import shorten
 from zfnet.runs.weights import load_model, weights_hash
 from zfnet.training.loaded import LoadedRun
@@ -121,7 +123,9 @@ class ForcedChoiceJob(Look):
             log.info("%s: %s; the choice is by %s", loaded.source.folder, ", ".join(layers), self.other)
             if whole:
                 log.info("%s: the receptive field is larger than the image; units see all of it", ", ".join(whole))
-            strongest = strongest_places(chain, loaded.batches(images), layers)
+            batches = loaded.batches(images)
+            bar = tqdm(batches.in_order(), "strongest places", len(batches), unit="batch", disable=None, leave=False)
+            strongest = strongest_places(chain, (batch.images for batch in bar), layers)
             rows: list[dict[str, Any]] = []
             quiz: list[dict[str, Any]] = []
             for number, layer in enumerate(layers):
@@ -153,19 +157,6 @@ class ForcedChoiceJob(Look):
 
 
 # ---- trials
-
-
-@torch.no_grad()
-@full_precision()
-def strongest_places(chain: Chain, batches: Batches, layers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return each map's strongest activation in each image, [N, C], and where it is, (y, x), int64 [N, C, 2]."""
-    strongest: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
-    for batch in tqdm(batches.in_order(), "strongest places", len(batches), unit="batch", disable=None, leave=False):
-        for layer, maps in chain.activations(batch.images, layers).items():
-            value, place = maps.flatten(2).max(2)
-            width = maps.shape[3]
-            strongest[layer].append((value.cpu(), torch.stack((place // width, place % width), 2).cpu()))
-    return {layer: (torch.cat([v for v, _ in of]), torch.cat([p for _, p in of])) for layer, of in strongest.items()}
 
 
 @dataclass(frozen=True)
@@ -357,21 +348,12 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compare_conditions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Test each condition against chance and the pairs of PAIRS, map by map (paired t-tests).
-
-    Of equal differences a sign-flip test takes its place (`clustered_p`). Conditions that never differ are not tested.
-    p_holm is corrected for the tests of one layer (Holm 1979).
-    """
+    """Test each condition against chance and the pairs of PAIRS, map by map, layer by layer (`clustered_tests`)."""
     tests = []
     for target, (values, maps) in _targets(rows).items():
-        family: list[dict[str, Any]] = []
-        for first, second in [*((name, CHANCE) for name in CONDITIONS), *PAIRS]:
-            of = clustered(values[first] - (0.5 if second == CHANCE else values[second]), maps)
-            if (p := clustered_p(of)) is not None:
-                named = {"layer": target, "first": first, "second": second}
-                family.append(named | {"difference": of["mean"], "se": of["se"], "p": p})
-        corrected = holm([row["p"] for row in family])
-        tests += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
+        pairs = [*((name, CHANCE) for name in CONDITIONS), *PAIRS]
+        differences = clustered_tests({**values, CHANCE: torch.tensor(0.5)}, maps, pairs)
+        tests += [{"layer": target, **row} for row in differences]
     return tests
 
 
@@ -473,7 +455,4 @@ def quiz_trials(shown: Shown, count: int, key: int) -> list[dict[str, Any]]:
 
 def _shrink(pictures: Tensor) -> Tensor:
     """Return pictures, uint8 [n, s, s, 3], with sides of at most _QUIZ_SIDE."""
-    if pictures.shape[1] <= _QUIZ_SIDE:
-        return pictures
-    planes = pictures.permute(0, 3, 1, 2)
-    return F.interpolate(planes, (_QUIZ_SIDE, _QUIZ_SIDE), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    return resize(pictures.permute(0, 3, 1, 2), min(pictures.shape[1], _QUIZ_SIDE)).permute(0, 2, 3, 1)

@@ -60,7 +60,7 @@ class InvarianceJob(Look):
         layers = pick_layers(chain, "job.layers", self.layers, first_and_last_hidden)
         amounts = make_amounts(data.image_size, self.translation, self.scale, self.rotation, self.steps)
         split = chosen_split(loaded)
-        chosen = choose_images(loaded, config, self.count, split)
+        chosen = choose_images(loaded, config, self.count)
         many = take(loaded, split, sample(loaded, split.images, self.mean_images))
         with own_directory(config, output) as run:
             units = typical_distance(chain, many.inputs, layers, data.batch_size)

@@ -19,6 +19,7 @@ from zfnet.config.errors import UserError, did_you_mean
 from zfnet.data import Batches, load_splits
 from zfnet.explain.crops import view_maps
 from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.maps import peaks
 from zfnet.explain.selection import pick_layers
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.chain import Chain
@@ -121,17 +122,15 @@ def projections(
     """
     chain, inputs = _chain(run), run.inputs(image)
     (layer,) = pick_layers(chain, "layer", layer, [], only_conv=True)
-    activations = chain.activations(inputs, [layer])[layer][0]
-    peaks, places = activations.flatten(1).max(1)
-    chosen = _map_numbers(maps, len(peaks), peaks.argsort(descending=True, stable=True).tolist())
-    width = activations.shape[2]
-    units = [(0, k, int(places[k]) // width, int(places[k]) % width) for k in chosen]
+    ((strongest,), (places,)) = peaks(chain.activations(inputs, [layer])[layer])
+    chosen = _map_numbers(maps, len(strongest), strongest.argsort(descending=True, stable=True).tolist())
+    units = [(0, k, *places[k].tolist()) for k in chosen]
     values = Deconvnet(chain, rule).project(inputs, layer, units)
     return Projections(
         pictures=on_grey(values).numpy(),
         values=values.permute(0, 2, 3, 1).cpu().numpy(),
         units=np.array(units),
-        activations=peaks[chosen].cpu().numpy(),
+        activations=strongest[chosen].cpu().numpy(),
         picture=to_pixels(inputs, run.metadata.data)[0].numpy(),
     )
 

@@ -30,11 +30,13 @@ from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Positive
 from zfnet.data import ImageSet
 from zfnet.explain.deconvnet import Deconvnet
+from zfnet.explain.maps import peaks
 from zfnet.explain.selection import (
     Chosen,
     Look,
     choose_images,
     chosen_split,
+    cover,
     in_boxes,
     mean_colour,
     pick_layers,
@@ -75,7 +77,7 @@ class OcclusionJob(Look):
         patch, stride = square_and_steps(data.image_size, self.patch, self.stride)
         square_starts(data.image_size, patch, stride)  # raises before any data is read
         split = chosen_split(loaded)
-        chosen = choose_images(loaded, config, self.count, split)
+        chosen = choose_images(loaded, config, self.count)
         fill = mean_colour(loaded, self.fill)
         with own_directory(config, output) as run:
             if layer is None:
@@ -85,7 +87,7 @@ class OcclusionJob(Look):
             result = occlude(network, chosen.inputs, chosen.labels, stride=stride, **settings)
             boxes = None
             if chosen.boxes is not None:
-                many = choose_images(loaded, config, self.boxed_images, split)
+                many = choose_images(loaded, config, self.boxed_images)
                 coarse = max(stride, patch // 2)  # finer steps are for maps
                 boxes = box_evidence(occlude(network, many.inputs, many.labels, stride=coarse, **settings), many.boxes)
             grey = sum(data.mean) / len(data.mean) * 255 if self.fill is None else self.fill
@@ -177,13 +179,6 @@ def square_starts(size: int, patch: int, stride: int) -> Tensor:
     return torch.arange(places) * stride - beyond // 2
 
 
-def _squares(top: Tensor, left: Tensor, patch: int, size: int) -> Tensor:
-    """Return bool [N, 1, S, S]: which pixels squares hide whose first rows and columns are `top` and `left`, [N]."""
-    along = torch.arange(size, device=top.device)
-    rows, columns = ((along >= start[:, None]) & (along < start[:, None] + patch) for start in (top, left))
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
-
-
 @torch.no_grad()
 @full_precision()
 def occlude(
@@ -222,13 +217,12 @@ def occlude(
         return [probabilities.gather(1, labels[image, None])[:, 0], predicted, confidence, *sums]
 
     whole = [outputs(images[index], index) for index in torch.arange(count, device=device).split(batch_size)]
-    colour = fill.to(images).view(1, 3, 1, 1)
     occluded, total = [], count * side**2
     with tqdm(total=total, desc="occlusion", unit="image", disable=None, leave=False, dynamic_ncols=True) as bar:
         for number in torch.arange(total, device=device).split(batch_size):
             image, row, column = number // side**2, number // side % side, number % side
-            hidden = _squares(starts[row], starts[column], patch, size)
-            occluded.append(outputs(torch.where(hidden, colour, images[image]), image))
+            corners = torch.stack((starts[row], starts[column]), 1)
+            occluded.append(outputs(cover(images[image], corners, patch, fill), image))
             bar.update(len(number))
     before = [torch.cat(chunks).cpu() for chunks in zip(*whole, strict=True)]
     there = [torch.cat(chunks).cpu().view(count, side, side) for chunks in zip(*occluded, strict=True)]
@@ -253,27 +247,24 @@ def falls_at(
     network: returns logits; images, labels: what `result` is of; fill: [3], not the colour in `result`.
     The lowest place is the lowest of many, by chance too; in another colour it is no longer so by its choice.
     """
-    count, size, side = len(images), images.shape[-1], len(result.starts)
-    lowest = result.occluded.probability.flatten(1).argmin(1)
-    hidden = _squares(result.starts[lowest // side], result.starts[lowest % side], result.patch, size).to(images.device)
-    colour = fill.to(images).view(1, 3, 1, 1)
+    count = len(images)
+    corners = result.starts[peaks(-result.occluded.probability[:, None])[1][:, 0]].to(images.device)
     falls = []
     for number in torch.arange(count**2, device=images.device).split(batch_size):
         image = number // count
-        logits = network(torch.where(hidden[number % count], colour, images[image]))
+        logits = network(cover(images[image], corners[number % count], result.patch, fill))
         falls.append(logits.softmax(1).gather(1, labels[image, None])[:, 0].cpu())
     return result.whole.probability[:, None].double() - torch.cat(falls).view(count, count)
 
 
 def _strongest_maps(chain: Chain, layer: str, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """Return, for each image, the map with the largest sum [N], and where (y, x) it is strongest [N, 2]."""
-    channels, peaks = [], []
+    channels, places = [], []
     for chunk in images.split(batch_size):
         maps = chain.activations(chunk, [layer])[layer]
         channels.append(maps.sum((2, 3)).argmax(1))
-        peak = maps[torch.arange(len(chunk), device=maps.device), channels[-1]].flatten(1).argmax(1)
-        peaks.append(torch.stack([peak // maps.shape[3], peak % maps.shape[3]], 1))
-    return torch.cat(channels), torch.cat(peaks)
+        places.append(peaks(maps)[1][torch.arange(len(chunk), device=maps.device), channels[-1]])
+    return torch.cat(channels), torch.cat(places)
 
 
 def box_evidence(result: Occlusion, boxes: Tensor | None) -> dict[str, Any]:

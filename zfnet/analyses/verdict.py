@@ -57,7 +57,7 @@ from zfnet.model.chain import OUTPUT
 from zfnet.plots.figures import INK, PALE, PALETTE, SOFT, WHITE, new_figure, save_figure, styled
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import continued_directory
-from zfnet.runs.statistics import LEVEL, clustered, clustered_p, holm, rank_correlation, standard_ranks
+from zfnet.runs.statistics import LEVEL, clustered, clustered_tests, rank_correlation, standard_ranks
 from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import LoadedRun
 
@@ -106,10 +106,9 @@ class VerdictJob(Look):
             if name not in METRICS:
                 raise UserError(f"job.metrics={name}: there is no such metric{did_you_mean(name, list(METRICS))}")
         Deconvnet(chain).check(OUTPUT)
-        splits = loaded.splits()
-        split = chosen_split(loaded, splits)
+        split = chosen_split(loaded)
         with continued_directory(config, output) as (run, stop):
-            origin = {"weights": weights_hash(loaded.model.state_dict()), "data": splits.fingerprint}
+            origin = {"weights": weights_hash(loaded.model.state_dict()), "data": loaded.splits.fingerprint}
             study = prepare(self, loaded, split, layers)
             all_rows: list[Row] = []
             for name in metrics:
@@ -539,26 +538,16 @@ def _pooled(rows: Sequence[Row]) -> list[Row]:
 
 
 def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Test the difference of each two methods in each score, unit by unit, with errors by image (paired t-test).
-
-    Of equal differences a sign-flip test takes its place (`clustered_p`). Methods that never differ are not tested.
-    p_holm is corrected for the pairs of one score and target (Holm 1979).
-    """
+    """Test the difference of each two methods in each score, unit by unit, with errors by image (`clustered_tests`)."""
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if row.measure in SCORES:
             groups.setdefault((row.target, row.measure), {})[row.method] = row
     tests = []
     for (target, measure), methods in groups.items():
-        family: list[dict[str, Any]] = []
-        for first, second in itertools.combinations(methods, 2):
-            of = clustered(methods[first].values - methods[second].values, methods[first].clusters)
-            if (p := clustered_p(of)) is not None:
-                named = {"target": target, "measure": measure, "first": first, "second": second}
-                numbers = {"difference": of["mean"], "se": of["se"], "n": of["n"], "clusters": of["clusters"], "p": p}
-                family.append(named | numbers)
-        corrected = holm([row["p"] for row in family])
-        tests += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
+        values, clusters = {name: row.values for name, row in methods.items()}, next(iter(methods.values())).clusters
+        differences = clustered_tests(values, clusters, itertools.combinations(methods, 2))
+        tests += [{"target": target, "measure": measure, **row} for row in differences]
     return tests
 
 

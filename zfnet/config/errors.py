@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
@@ -32,6 +33,11 @@ def fault_of(slot: str, part: object, error: Exception) -> str:
     """Return one line about an error of the object that a slot, such as callbacks.mine, names."""
     reason = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
     return f"{slot} ({type(part).__name__}): {reason} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def naming(path: Path, error: UserError) -> UserError:
+    """Return the error with the name of the file, whose keys the user did not type."""
+    return error if str(path) in str(error) else UserError(f"{path}: {error}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Optional, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from zfnet.config.errors import UserError, printable, schema_problem
+from zfnet.config.errors import UserError, one_line, printable, schema_problem
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -309,6 +309,11 @@ class Config(Checked):
     overrides: list[str] = field(default_factory=list)
     composed: Any = field(default=None, repr=False)
 
+    @property
+    def overridden(self) -> dict[str, str]:
+        """The keys and groups that the current command sets or removes, in its order, each with its override."""
+        return {each.split("=", 1)[0].lstrip("+~"): each.lstrip("+") for each in self.overrides}
+
     def to_dict(self) -> dict[str, Any]:
         """Return what is recorded, as plain dicts, lists and numbers."""
         plain = dataclasses.asdict(dataclasses.replace(self, composed=None))  # slow to copy
@@ -396,7 +401,10 @@ def check(schema: type[T], plain: Any, prefix: str) -> T:
         return _adapter(schema).validate_json(json.dumps(plain, default=str))  # type: ignore[arg-type]
     except ValidationError as error:
         if not error.errors()[0]["loc"]:  # no JSON, which holds text; a file's name may hold any bytes
-            odd = next(k for k, v in flatten(plain).items() if str(v) != str(v).encode(errors="replace").decode())
+            texts = ((k, f"{k}{v}") for k, v in flatten(plain).items())
+            odd = next((k for k, text in texts if text != text.encode(errors="replace").decode()), None)
+            if odd is None:
+                raise UserError(f"{prefix or 'config'}: {one_line(error.errors()[0]['msg'])}") from error
             key, advice = f"{prefix}.{odd}".lstrip("."), "name it by a link with a plain name"
             raise UserError(f"{key}: holds bytes that are no text in UTF-8; {advice}") from error
         raise UserError(schema_problem(error, schema, plain, prefix)) from error

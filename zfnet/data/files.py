@@ -132,16 +132,16 @@ def find_images(items: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         path = Path(item).expanduser()
         if _is_address(item):
             names.append(item)
-        elif path.is_dir():
+        elif os.path.isdir(path):  # False for a name that is too long, where Path.is_dir raises
             left_out = LeftOut()
             names += (images := list_images(path, left_out))
             if not images:
                 errors[item] = f"holds no image files{f'; left out: {left_out}' if left_out.names else ''}"
             elif left_out.names:
                 log.warning("%s: left out: %s", printable(item), left_out)
-        elif path.is_file():
+        elif os.path.isfile(path):
             names.append(str(path))
-        elif path.exists():  # a device or a pipe, which might never end
+        elif os.path.exists(path):  # a device or a pipe, which might never end
             errors[item] = "is not a regular file"
         elif matches := _matches(str(path)):
             names += matches

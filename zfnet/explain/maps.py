@@ -1,6 +1,6 @@
 """Numbers about single feature maps: activations, effects on the classes, and similar maps of another network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,15 +36,29 @@ class MapResponses:
         return counts, highest
 
 
+def peaks(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest value of each map of [N, C, h, w], [N, C], and where (y, x) it is, int64 [N, C, 2]."""
+    value, place = maps.flatten(2).max(2)
+    return value, torch.stack(torch.unravel_index(place, maps.shape[2:]), 2)
+
+
 @torch.no_grad()
 @full_precision()
-def strongest_activations(chain: Chain, batches: Sequence[Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return each map's strongest activation in each image [n, C], on the CPU, for batches [b, 3, S, S]."""
-    strongest: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+def strongest_places(
+    chain: Chain, batches: Iterable[Tensor], layers: Sequence[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the `peaks` of each layer's maps in each image, on the CPU, for batches [b, 3, S, S]."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     for batch in batches:
         for layer, maps in chain.activations(batch, layers).items():
-            strongest[layer].append(maps.flatten(2).amax(2).cpu())
-    return {layer: torch.cat(parts) for layer, parts in strongest.items()}
+            value, place = peaks(maps)
+            found[layer].append((value.cpu(), place.cpu()))
+    return {layer: (torch.cat([v for v, _ in of]), torch.cat([p for _, p in of])) for layer, of in found.items()}
+
+
+def strongest_activations(chain: Chain, batches: Iterable[Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
+    """Return each map's strongest activation in each image [n, C], on the CPU, for batches [b, 3, S, S]."""
+    return {layer: values for layer, (values, _) in strongest_places(chain, batches, layers).items()}
 
 
 class Ablation:

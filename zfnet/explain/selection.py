@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zfnet.config.errors import UserError, did_you_mean
 from zfnet.config.schema import Config, DataConfig, Job
-from zfnet.data import ImageSet, Splits, preprocess
+from zfnet.data import ImageSet, preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images, read_named
 from zfnet.data.images import stratified
@@ -83,23 +83,23 @@ def pick_layers(
     return list(dict.fromkeys(default if names is None else names))
 
 
-def chosen_split(loaded: LoadedRun, splits: Splits | None = None) -> Split:
+def chosen_split(loaded: LoadedRun) -> Split:
     """Return the split that `job.split` names (see `Look`); raise UserError if the run has no such images."""
-    splits, name = splits or loaded.splits(), loaded.config.job.split
+    name = loaded.config.job.split
     if name == "auto":
-        name = "test" if splits.validation is None else "validation"
-    return Split(name, loaded.split(name, splits))
+        name = "test" if loaded.splits.validation is None else "validation"
+    return Split(name, loaded.split(name))
 
 
-def choose_images(loaded: LoadedRun, config: Config, count: int, split: Split | None = None) -> Chosen:
-    """Return the files that `images=[…]` names or, without it, `count` images of `split` (default: of `job.split`).
+def choose_images(loaded: LoadedRun, config: Config, count: int) -> Chosen:
+    """Return the files that `images=[…]` names or, without it, `count` images of `job.split`.
 
     Classes alternate; within a class, correctly classified images come first, since a wrong prediction leaves little to
     explain. Raises UserError for an unreadable file.
     """
     if config.images is not None:
         return _from_files(loaded, config.images)
-    split = split or chosen_split(loaded)
+    split = chosen_split(loaded)
     return take(loaded, split, _correct_first(loaded, split.images, min(count, len(split.images))))
 
 
@@ -144,6 +144,15 @@ def in_boxes(centres: Tensor, boxes: Tensor) -> Tensor:
     top, left, bottom, right = (boxes[:, k, None] for k in range(4))
     rows, columns = (centres >= top) & (centres < bottom), (centres >= left) & (centres < right)
     return rows[:, :, None] & columns[:, None, :]
+
+
+def cover(images: Tensor, corners: Tensor, patch: int, fill: Tensor) -> Tensor:
+    """Return images [N, 3, S, S], each with a square of side `patch` in the colour `fill`, [3].
+
+    corners: (row, column) of each square's first pixel, [N, 2]; squares may reach beyond the images
+    """
+    hidden = in_boxes(torch.arange(images.shape[-1], device=images.device), torch.cat((corners, corners + patch), 1))
+    return torch.where(hidden[:, None], fill.to(images).view(1, 3, 1, 1), images)
 
 
 def share_in_boxes(maps: Tensor, boxes: Tensor) -> Tensor:

@@ -265,7 +265,7 @@ def write_result(result: Result, config: Config, runtime: Runtime, output: Path)
     """Write benchmark.json and figures/benchmark.png."""
     run = RunDirectory(output)
     save_figure(draw_benchmark(result), run.figures / "benchmark.png")
-    environment = describe_environment(runtime.device, "", config.trainer.name, config.imports)
+    environment = describe_environment(runtime.device, config.trainer.name, config.imports)
     run.write_json("benchmark.json", {**result, "config": config.to_dict(), "environment": environment})
 
 

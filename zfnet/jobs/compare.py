@@ -176,7 +176,7 @@ def compare(groups: Sequence[Group], split: str = "auto") -> Comparison:
     around = dict.fromkeys(key for g in groups for r in g.runs for key in r.environment)
     places = [{key: _common(r.environment.get(key, ABSENT) for r in g.runs) for key in around} for g in groups]
     environment = [
-        [key, *(_short_hash(format_value(place[key])) for place in places)]
+        [key, *(re.sub("([0-9a-f]{10})[0-9a-f]{22,}", r"\1", format_value(place[key])) for place in places)]
         for key in around
         if len({repr(place[key]) for place in places}) > 1
     ]
@@ -198,10 +198,6 @@ def _by_epoch(groups: Sequence[Group], split: str) -> str:
     """Return the split whose accuracy curves show: the test set is seldom measured after each epoch."""
     rows = [row for g in groups for r in g.runs for row in r.history]
     return split if any(row.get(f"{split}_accuracy") is not None for row in rows) else "validation"
-
-
-def _short_hash(text: str) -> str:
-    return text[:10] if re.fullmatch("[0-9a-f]{32,}", text) else text
 
 
 def _describe(g: Group) -> str:
@@ -314,7 +310,8 @@ def to_text(comparison: Comparison, width: int, bold: bool = False) -> str:
     for section in comparison.sections:
         lines += ["", section.title]
         lines += _table(section, width, bold)
-        lines += [line for note in section.notes for line in _wrap(note, width)]
+        for note in section.notes:
+            lines += textwrap.wrap(shorten(note, 1000), width, initial_indent="  ", subsequent_indent="    ")
         if section.title == "Results" and any(len(_known(curve)) > 1 for _, curve in comparison.curves):
             lines += ["", *_sparklines(comparison, width)]
     return "\n".join(lines[1:])
@@ -338,10 +335,6 @@ def _table(section: Section, width: int, bold: bool) -> list[str]:
     elif bold:
         lines = [f"\x1b[1m{line}\x1b[0m" if n in section.bold else line for n, line in enumerate(lines)]
     return lines
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    return textwrap.wrap(shorten(text, 1000), width, initial_indent="  ", subsequent_indent="    ")
 
 
 def _known(curve: Sequence[float | None]) -> list[float]:

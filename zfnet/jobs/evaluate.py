@@ -36,8 +36,7 @@ class EvaluateJob(Job):
     def main(self, config: Config, output: Path) -> None:
         """Evaluate one split; write results.json, predictions.csv and figures. Raises UserError for unknown classes."""
         loaded = LoadedRun(config)
-        splits = loaded.splits()
-        images, data = loaded.split(self.split, splits), loaded.data
+        images, data = loaded.split(self.split), loaded.data
         model: nn.Module = loaded.model
         if self.tta != "none":
             stored = data.crop_size or images.images.shape[1]
@@ -48,12 +47,13 @@ class EvaluateJob(Job):
             runtime, source = loaded.runtime, str(loaded.source.folder)
             log.info("%s on %s, %s images", source, data.title, f"{len(images):,}")
             log.info(runtime.describe())
-            environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name, config.imports)
-            run.write_json("environment.json", {**environment, "plan": runtime.describe()})
+            environment = describe_environment(runtime.device, config.trainer.name, config.imports)
+            environment |= {"data_fingerprint": loaded.splits.fingerprint, "plan": runtime.describe()}
+            run.write_json("environment.json", environment)
             evaluation = evaluate(model, loaded.batches(images, data), runtime, self.split, probabilities=True)
             result = results_of(evaluation, images.classes)
             shown = {"name": data.name, "root": data.root}
-            about = {"run": source, "data": shown, "tta": self.tta, **splits.remarks()}
+            about = {"run": source, "data": shown, "tta": self.tta, **loaded.splits.remarks()}
             run.write_json("results.json", {self.split: result, **about})
             log_result(self.split, result)
             log_per_class(result)

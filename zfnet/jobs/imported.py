@@ -56,6 +56,8 @@ class ImportJob(Job):
             raise UserError(f"source={config.source}: there is no such file{did_you_mean(config.source, PUBLISHED)}")
         kind = path.suffix.lower()
         if kind == ".safetensors" and "zfnet" in _read(path)[0]:  # of this program, with all metadata
+            for key in {"job.classes", "job.channels"} & {*config.overridden}:
+                raise UserError(f"{config.overridden[key]}: {path.name} records its classes and channels; leave it out")
             model, metadata = load_model(path, config.imports)
             compared = None
         else:
@@ -75,8 +77,7 @@ class ImportJob(Job):
                 log.info(compared)
             digest = save_model(run.weights, model, metadata)
             origin = {"source": config.source, "file": path.name, "file_sha256": _sha256(path)}
-            environment = describe_environment(torch.device("cpu"), "", config.trainer.name, config.imports)
-            environment.pop("data_fingerprint")  # its training images are not available
+            environment = describe_environment(torch.device("cpu"), config.trainer.name, config.imports)
             run.write_json("environment.json", {**environment, "imported": origin})
             run.write_json("results.json", {"validation": None, "test": None, "weights_sha256": digest, **origin})
             count = sum(p.numel() for p in model.parameters())
@@ -86,7 +87,6 @@ class ImportJob(Job):
 
 def _data(config: Config, image_size: int) -> FolderData:
     """Return how images are prepared: as torchvision's evaluation does, except for the keys that the command sets."""
-    given = {word.split("=", 1)[0].lstrip("+~") for word in config.overrides}
     base: dict[str, Any] = {
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
@@ -96,7 +96,7 @@ def _data(config: Config, image_size: int) -> FolderData:
         "validation": 0.1,
     }
     keys = (*PREPROCESSING, "batch_size", "validation", "root")
-    base |= {key: getattr(config.data, key) for key in keys if "data" in given or f"data.{key}" in given}
+    base |= {key: getattr(config.data, key) for key in keys if {"data", f"data.{key}"} & {*config.overridden}}
     base["image_size"] = image_size
     return FolderData(name="folder", split_seed=config.data.split_seed, **base)
 
@@ -185,7 +185,7 @@ def _state_dict(path: Path, config: Config) -> _Found:
     """Return the weights of a file with their network: one of torchvision's if they fit it, else that of the config."""
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in _read(path)[1].items()}
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    chosen = any(word.split("=", 1)[0].lstrip("+").split(".")[0] == "model" for word in config.overrides)
+    chosen = any(key.split(".")[0] == "model" for key in config.overridden)
     for name in () if chosen else PUBLISHED:
         settings = {"_target_": f"torchvision.models.{name}"}
         own = _empty(settings, 224)

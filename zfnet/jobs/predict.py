@@ -59,15 +59,14 @@ class PredictJob(Job):
         """
         if not config.images:
             raise UserError("job=predict needs images, as in 'images=[cat.jpg,photos/,https://…]'")
-        for word in (w.lstrip("+~") for w in config.overrides):
-            key = word.split("=", 1)[0]
+        for key, override in config.overridden.items():
             if key == "data" or (key.startswith("data.") and key.removeprefix("data.") not in _DATA_KEYS):
-                raise UserError(f"{word}: job=predict reads images=[…] and no data set; leave it out")
+                raise UserError(f"{override}: job=predict reads images=[…] and no data set; leave it out")
         images, errors = find_images(config.images)
         if not images:
             raise _none_readable(errors)
         loaded = LoadedRun(config)
-        if self.top > len(loaded.classes) and any(w.startswith("job.top=") for w in config.overrides):
+        if self.top > len(loaded.classes) and "job.top" in config.overridden:
             raise UserError(f"job.top={self.top}: the run has {len(loaded.classes)} classes")
         with own_directory(config, output) as run:
             results = list(predict(loaded, images, self.top, config.data.batch_size))

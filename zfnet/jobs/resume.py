@@ -23,12 +23,12 @@ class ResumeJob(Job):
         # trust, loggers, the number of processes and the place of the data (its content is compared) do not change the
         # result
         free = ("job", "run", "imports", "logger", "trainer.devices", *_FREE_DATA)
-        others = [o for o in config.overrides if o.split("=")[0].lstrip("+~") not in free]
-        if others:
-            raise UserError(
-                f"job=resume uses the run's own settings and takes no others, such as {others[0].lstrip('+')}: "
-                "start a new run for other settings"
-            )
+        for key, override in config.overridden.items():
+            if key not in free:
+                raise UserError(
+                    f"job=resume uses the run's own settings and takes no others, such as {override}: "
+                    "start a new run for other settings"
+                )
         run = RunDirectory(str(config.run))
         if run_as_worker(config, output):
             return None

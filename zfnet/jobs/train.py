@@ -1,6 +1,5 @@
 """job=train: load, train, test once, and write everything into one run directory."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,7 +14,7 @@ from zfnet.config.errors import UserError, fault_of, log
 from zfnet.config.reading import read_config
 from zfnet.config.schema import Config, DataConfig, Job, Parent, model_name
 from zfnet.data import Batches, Splits, load_splits
-from zfnet.data.images import data_hash, image_set
+from zfnet.data.images import data_hash
 from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves, draw_results, log_per_class, log_result, results_of
 from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
@@ -39,16 +36,16 @@ from zfnet.training.build import (
 )
 from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, read_newest, step_files
 from zfnet.training.compiling import resolve_compile
-from zfnet.training.device import recorded_threads, resolve_runtime, timed
+from zfnet.training.device import recorded_threads, resolve_runtime
 from zfnet.training.loggers import LoggedRun, Logger, tell
-from zfnet.training.loop import evaluate, train_step
+from zfnet.training.loop import evaluate
 from zfnet.training.loop import fit as run_loop
 from zfnet.training.processes import World, processes, run_worker, torchrun_world
 from zfnet.training.schedule import schedule_span
 from zfnet.training.state import TrainingState, set_optimizer_mode
 
 Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
-_FOR_CPUS, _LONG = "cifar10_fast", 1200  # an experiment, and seconds of a run that make it worth a mention
+_FOR_CPUS, _LONG = ("fast", "small"), 1200  # models, and seconds of a run of another that are worth a mention
 _FEW = 100  # images, of which one is more than 1 % of accuracy
 _NAMED = 12  # classes in one line
 
@@ -319,30 +316,17 @@ def _callbacks(
 
 
 def _advise(state: TrainingState, seconds: float) -> str:
-    """Return how long a run takes and, if that is long on a CPU, a faster experiment, timed here."""
+    """Return how long a run takes and, if that is long on a CPU, which experiments are made for one."""
     device = {"cpu": "this CPU", "cuda": "this GPU"}.get(state.runtime.device.type, "this device")
-    words = f"about {cb.duration(seconds)} on {device}, by its first steps"
-    if state.runtime.device.type != "cpu" or state.world.size > 1 or seconds < _LONG:
-        return words
-    with contextlib.suppress(UserError):  # the user's own defaults may not fit it
-        config = compose([f"experiment={_FOR_CPUS}"])
-        size = config.data.batch_size
-        images = image_set(np.zeros((size, 32, 32, 3), np.uint8), torch.arange(size) % 10, [str(n) for n in range(10)])
-        batches = training_batches(config, state.runtime, images)
-        small, batch = build_state(config, state.runtime, 10, 1), next(batches.epoch(0))
-        small.train()
-        train_step(small, batch)  # the first is slower
-        each = timed(partial(train_step, small, batch), state.runtime.device)
-        images_seen = state.steps_per_epoch * state.config.data.batch_size * config.trainer.epochs
-        other = each * images_seen / size
-        if other < seconds / 3:
-            words += f"; experiment={_FOR_CPUS} takes about {cb.duration(other)} with as many images"
-    return words
+    advice = f"about {cb.duration(seconds)} on {device}, by its first steps"
+    if state.runtime.device.type == "cpu" and seconds >= _LONG and model_name(state.config.model) not in _FOR_CPUS:
+        advice += "; made for a CPU: experiment=cifar10_fast and, for photographs, photos_small"
+    return advice
 
 
 def _write_environment(config: Config, run: RunDirectory, state: TrainingState, splits: Splits, resumed: bool) -> None:
     runtime = replace(state.runtime, compile=state.compiled)
-    environment = describe_environment(runtime.device, splits.fingerprint, config.trainer.name, config.imports)
+    environment = describe_environment(runtime.device, config.trainer.name, config.imports)
     if resumed:
         before = run.environment
         changed = changed_code(before, environment)
@@ -351,6 +335,7 @@ def _write_environment(config: Config, run: RunDirectory, state: TrainingState, 
         if ever := sorted({*recorded_changes(before), *changed}):
             environment["code"]["changed"] = ever
     environment |= {
+        "data_fingerprint": splits.fingerprint,
         "data": splits.describe(),
         "plan": runtime.describe(),
         "compiled": runtime.compile,

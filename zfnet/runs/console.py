@@ -145,7 +145,7 @@ def check_options(words: Sequence[str]) -> None:
     known = re.findall(r"--[a-z-]+", get_args_parser().format_usage())
     for number, word in enumerate(words):
         name, _, value = word.removeprefix("--").partition("=")
-        is_key = (CONF / name).is_dir() or name in ("seed", "run", "images", "imports")
+        is_key = (name and (CONF / name).is_dir()) or name in ("seed", "run", "images", "imports")
         if word.startswith("--") and (is_key or not any(o.startswith(f"--{name}") for o in known)):
             value = value or next((w for w in words[number + 1 : number + 2] if not w.startswith("-")), "VALUE")
             example = f"{name}={value}" if is_key else "optimizer.lr=0.01"

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zfnet.config.errors import UserError, one_line, yaml_problem
+from zfnet.config.errors import UserError, naming, one_line, yaml_problem
 from zfnet.config.reading import read_bytes, read_config, read_json, read_yaml, upgrade
 from zfnet.config.schema import Config
 from zfnet.runs.tables import csv_cell
@@ -249,7 +249,7 @@ class RunDirectory:
         try:
             return read_config(self.recorded(), imports)
         except UserError as error:
-            raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+            raise naming(path, error) from error
 
     def write_json(self, name: str, content: Any) -> None:
         write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
@@ -364,7 +364,7 @@ def find_run(text: str) -> RunDirectory:
     """
     if text != "last":
         folder = Path(text).expanduser()
-        if not (folder / "config.yaml").is_file():
+        if not os.path.isfile(folder / "config.yaml"):  # False for a name that is too long, too
             raise UserError(f"run={text}: there is no run (no config.yaml)")
         return RunDirectory(folder)
     # not a run of this sweep: all its jobs mean the same

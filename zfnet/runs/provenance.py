@@ -19,10 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DIFF_LIMIT = 200_000  # characters
 
 
-def describe_environment(
-    device: torch.device, data_fingerprint: str, mode: str, imports: Sequence[str]
-) -> dict[str, Any]:
-    """Return code, packages, device and data, as JSON can hold them.
+def describe_environment(device: torch.device, mode: str, imports: Sequence[str] = ()) -> dict[str, Any]:
+    """Return code, packages and device, as JSON can hold them.
 
     imports: the packages that the command trusts; the source of those that it has used is hashed
     """
@@ -40,7 +38,6 @@ def describe_environment(
             "capability": torch.backends.cpu.get_cpu_capability(),
         },
         "device": _device(device),
-        "data_fingerprint": data_fingerprint,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
@@ -57,11 +54,12 @@ def _code() -> dict[str, Any]:
     files = [(path.relative_to(ROOT).as_posix(), path) for path in sorted(ROOT.glob("zfnet/**/*.py"))]
     diff = _git("diff", "HEAD", "--", "zfnet", "conf", "run.py")
     untracked = _git("ls-files", "--others", "--exclude-standard", "--", "zfnet", "conf")
+    commit = _git("rev-parse", "HEAD")
     return {
         "source_sha256": _hash(files),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit and commit.strip(),
         "diff": diff and diff[:DIFF_LIMIT],
-        "untracked": untracked.split() if untracked else [],
+        "untracked": untracked.splitlines() if untracked else [],
     }
 
 
@@ -111,13 +109,14 @@ def _sources(environment: Mapping[str, Any]) -> dict[str, Any]:
     return own | (imported if isinstance(imported, dict) else {})
 
 
-def _git(*words: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     """Return what git prints about this project; None if there is no git or no repository."""
     if not (ROOT / ".git").exists():
         return None
     try:
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        command = ["git", "-C", str(ROOT), *arguments]
+        output = subprocess.run(command, capture_output=True, timeout=20, check=True).stdout
+        return output.decode(errors="replace")  # a file in the diff may hold any bytes
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -12,8 +12,9 @@ else it is Welch's, which does not assume equal variances (Welch 1947). Several 
 import functools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,23 @@ def clustered_p(row: Mapping[str, float | int | None]) -> float | None:
     if error > 1e-12 * abs(mean):  # else rounding
         return t_test(mean / error, clusters - 1)
     return 2.0 ** (1 - clusters) if mean else None
+
+
+def clustered_tests(
+    values: Mapping[str, Tensor], clusters: Tensor, pairs: Iterable[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """Test the differences of pairs of settings, value by value, with errors by cluster (paired t-tests).
+
+    values: those of each setting, [n]; clusters: int64 [n]. Of equal differences a sign-flip test takes the t-test's
+    place (`clustered_p`); settings that never differ are not tested. p_holm is corrected for all pairs (Holm 1979).
+    """
+    rows: list[dict[str, Any]] = []
+    for first, second in pairs:
+        of = clustered(values[first] - values[second], clusters)
+        if (p := clustered_p(of)) is not None:
+            numbers = {"difference": of["mean"], "se": of["se"], "n": of["n"], "clusters": of["clusters"], "p": p}
+            rows.append({"first": first, "second": second, **numbers})
+    return [row | {"p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
 
 
 def rank_correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:

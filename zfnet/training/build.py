@@ -56,6 +56,8 @@ def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
     """
     cls = resolve("loss", config.loss.get("_target_"), nn.Module, config.imports)
     sums = "reduction" in inspect.signature(cls).parameters
+    if sums and config.loss.get("reduction", "sum") != "sum":
+        raise UserError(f"loss.reduction={config.loss['reduction']}: must be sum, of which the loop makes means")
     # a weight of null is left out, for classes of your own that take none
     settings = {k: v for k, v in config.loss.items() if (k, v) != ("weight", None)} | (
         {"reduction": "sum"} if sums else {}
@@ -355,7 +357,7 @@ def build_state(
     schedule = Schedule(config.scheduler, scheduler, optimizer, length, steps_per_epoch, first * steps_per_epoch)
     criterion = build_loss(config, counts or [1] * num_classes).to(runtime.device)
     return TrainingState(
-        config, runtime, model, criterion, optimizer, schedule, steps_per_epoch, world, callbacks, new_weights
+        config, runtime, model, criterion, optimizer, schedule, steps_per_epoch, world, list(callbacks), new_weights
     )
 
 

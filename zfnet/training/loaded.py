@@ -1,7 +1,7 @@
 """A finished run as jobs use it: its network on the chosen device, and images prepared as in its training."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -33,17 +33,16 @@ class LoadedRun:
     """
 
     def __init__(self, config: Config) -> None:
-        given = {word.split("=", 1)[0].lstrip("+~") for word in config.overrides}
-        for key in sorted(given):
+        for key, override in config.overridden.items():
             if key.split(".")[0] in _FIXED:
                 raise UserError(
-                    f"{key}=…: job={config.job.name} uses the network and the weights of run={config.run} "
+                    f"{override}: job={config.job.name} uses the network and the weights of run={config.run} "
                     "as they are; leave it out"
                 )
         self.config = config
         self.source = find_run(str(config.run))
         model, self.metadata = load_model(self.source.weights, config.imports)
-        self.data = _data_for(config.data, self.metadata, given)
+        self.data = _data_for(config.data, self.metadata, config.overridden)
         self.runtime = resolve_runtime(config.trainer, own_network=isinstance(self.metadata.model, dict))
         self.model = model.to(self.runtime.device).to(memory_format=self.runtime.memory_format)
 
@@ -60,8 +59,9 @@ class LoadedRun:
             name = model_name(self.metadata.model)
             raise UserError(f"job={self.config.job.name}: {name} is not a chain of layers: {error}") from error
 
+    @functools.cached_property
     def splits(self) -> Splits:
-        """Load the images; labels are the run's own numbers, matched by class name."""
+        """The images, loaded when they are first asked for; labels are the run's own numbers, matched by class name."""
         loaded = load_splits(self.data, self.config.imports)
         before = self.metadata.data
         stored = (self.data.name, self.data.fit, loaded.train.images.shape[1])
@@ -76,12 +76,12 @@ class LoadedRun:
         validation, test = (None if s is None else self._by_name(s) for s in (loaded.validation, loaded.test))
         return replace(loaded, train=self._by_name(loaded.train), validation=validation, test=test)
 
-    def split(self, name: str, splits: Splits | None = None) -> ImageSet:
+    def split(self, name: str) -> ImageSet:
         """Return train, validation, test, or `all` of them; raise UserError if there is no such split."""
-        splits = splits or self.splits()
         if name == "all":
-            return _joined([p for p in (splits.train, splits.validation, splits.test) if p is not None])
-        images: ImageSet | None = getattr(splits, name)
+            every = (self.splits.train, self.splits.validation, self.splits.test)
+            return _joined([images for images in every if images is not None])
+        images: ImageSet | None = getattr(self.splits, name)
         if images is None:
             raise UserError(f"job.split={name}: data={self.data.name} has no {name} images")
         return images
@@ -108,7 +108,7 @@ def _plain(name: str) -> str:
     return name.replace("_", " ").casefold()
 
 
-def _data_for(data: DataConfig, metadata: ModelMetadata, given: set[str]) -> DataConfig:
+def _data_for(data: DataConfig, metadata: ModelMetadata, given: Collection[str]) -> DataConfig:
     """Return `data` with the run's preprocessing, except where the command line says otherwise, key by key."""
     if "data" in given:  # the whole group was swapped for today's file
         kept = {key: getattr(metadata.data, key) for key in PREPROCESSING if f"data.{key}" not in given}

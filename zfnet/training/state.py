@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ def set_optimizer_mode(optimizer: Optimizer, mode: str) -> None:
         getattr(optimizer, mode)()
 
 
+@dataclass(eq=False)
 class TrainingState:
     """One training: model, optimizer, schedule, metrics, and its progress.
 
@@ -134,37 +136,32 @@ class TrainingState:
     new_weights: names of weights that `trainer.init_from` did not set
     """
 
-    def __init__(
-        self,
-        config: Config,
-        runtime: Runtime,
-        model: nn.Module,
-        criterion: nn.Module,
-        optimizer: Optimizer,
-        schedule: Schedule,
-        steps_per_epoch: int,
-        world: World,
-        callbacks: Sequence[Callback],
-        new_weights: Sequence[str],
-    ) -> None:
-        self.config, self.runtime, self.steps_per_epoch, self.world = config, runtime, steps_per_epoch, world
-        self.model, self.criterion, self.optimizer, self.schedule = model, criterion, optimizer, schedule
+    config: Config
+    runtime: Runtime
+    model: nn.Module
+    criterion: nn.Module
+    optimizer: Optimizer
+    schedule: Schedule
+    steps_per_epoch: int
+    world: World
+    callbacks: list[Callback]
+    new_weights: list[str]
+    epoch: int = 0  # the epoch in progress, counted from 0
+    step: int = 0  # optimizer steps since the beginning
+    should_stop: bool = False  # set by a callback to end the training before its last epoch
+    best: dict[str, Any] | None = None  # epoch and metrics of the best validation so far
+    history: list[dict[str, Any]] = field(default_factory=list)  # one row per finished epoch
+    last_reading: tuple[float, float] | None = None  # mean loss and accuracy, when last read
+    seconds: float = 0.0  # spent in earlier processes
+    epoch_seconds: float = 0.0  # spent training in this epoch, by all processes
+
+    def __post_init__(self) -> None:
         # wrapping and compiling create new modules; the state dict is always that of the plain model
-        self.parallel = world.wrap(self.model, runtime.device, config.trainer.gradients)
-        self.use_compiled(runtime.compile)
-        self.metrics = RunningMetrics(runtime.device)
-        self.epoch = 0  # the epoch in progress, counted from 0
-        self.step = 0  # optimizer steps since the beginning
-        self.should_stop = False  # set by a callback to end the training before its last epoch
-        self.best: dict[str, Any] | None = None  # epoch and metrics of the best validation so far
-        self.history: list[dict[str, Any]] = []  # one row per finished epoch
-        self.last_reading: tuple[float, float] | None = None  # mean loss and accuracy, when last read
-        self.seconds = 0.0  # spent in earlier processes
-        self.epoch_seconds = 0.0  # spent training in this epoch, by all processes
+        self.parallel = self.world.wrap(self.model, self.runtime.device, self.config.trainer.gradients)
+        self.use_compiled(self.runtime.compile)
+        self.metrics = RunningMetrics(self.runtime.device)
+        self.eval_model = self.model
         self._started = time.perf_counter()
-        self.eval_model: nn.Module = self.model
-        self.new_weights = list(new_weights)
-        self.callbacks = list(callbacks)
         for name, count in Counter(callback.name for callback in self.callbacks).items():
             if name and count > 1:  # the state of one would take the place of the other's in a checkpoint
                 raise UserError(f"callbacks.{name}: {count} callbacks have this name; give each its own")
