@@ -16,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from zfnet.runs.command import allow_keys_of_record, read_command
+from zfnet.runs.command import prepare_overrides, read_command
 from zfnet.runs.console import errors_pass_hydra, run_with_clear_errors
 from zfnet.runs.directory import remove_if_empty
 from zfnet.runs.hydra_record import register_resolvers
@@ -44,5 +44,5 @@ def main(raw: DictConfig) -> float | None:
 if __name__ == "__main__":
     register_resolvers()
     # Hydra reads sys.argv itself, and has no hook for overrides that need quotes or `++` before it parses them
-    sys.argv[1:] = allow_keys_of_record(sys.argv[1:])
+    sys.argv[1:] = prepare_overrides(sys.argv[1:])
     run_with_clear_errors(main)

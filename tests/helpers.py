@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 from zfnet.config.schema import DATA, AugmentConfig, Config, Conv, DataConfig, Linear, ModelConfig
 from zfnet.data.shapes import draw_shapes
 from zfnet.jobs.train import train
-from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
+from zfnet.runs.command import compose_raw, prepare_overrides, read_command
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
 from zfnet.training.build import build_state, check_recipe
@@ -73,7 +73,7 @@ def compose(*words: str) -> Config:
 
 @functools.cache
 def _composed(words: tuple[str, ...]) -> bytes:
-    marked = allow_keys_of_record(words)
+    marked = prepare_overrides(words)
     return pickle.dumps(read_command(compose_raw(marked), marked, sources=()))  # five times as fast as copy.deepcopy
 
 
@@ -297,4 +297,4 @@ def read_csv(path: Path | str) -> list[dict[str, str]]:
 def used(run: RunDirectory, *words: str) -> LoadedRun:
     """Return a run as the jobs that read one see it, with these overrides on the command line."""
     words = ("job=evaluate", f"run={run.folder}", *words)
-    return LoadedRun(read_command(compose_raw(allow_keys_of_record(words)), words, sources=()))
+    return LoadedRun(read_command(compose_raw(prepare_overrides(words)), words, sources=()))

@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 from tests.helpers import MINUTE, read_csv, tiny_model_config, write_images
 from zfnet.config.schema import Config
 from zfnet.jobs.train import compose
-from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
+from zfnet.runs.command import compose_raw, prepare_overrides, read_command
 from zfnet.runs.weights import save_model
 from zfnet.training.build import check_recipe
 
@@ -144,7 +144,7 @@ def first_and_last_job(words: list[str]) -> Iterator[list[str]]:
 
 def checked(words: list[str]) -> Config:
     """Return the config of these words on the command line; raise UserError for what cannot work."""
-    words = allow_keys_of_record(words)
+    words = prepare_overrides(words)
     own = [w for w in words if not w.lstrip("+").startswith("hydra")]
     config = read_command(compose_raw(words), own, sources=())
     if config.job.trains:

@@ -20,7 +20,7 @@ from zfnet.analyses.forced_choice import (
     CONDITIONS,
     PUBLISHED,
     Observer,
-    Shown,
+    TrialPictures,
     accuracies,
     choices,
     choose,
@@ -67,7 +67,7 @@ def colour_network(signs: Tensor) -> Chain:
 
 
 @pytest.fixture(scope="module")
-def colours() -> Shown:
+def colours() -> TrialPictures:
     """Trials of the three maps of a network that sees red, green and blue, on 400 images of one colour each."""
     pixels = torch.randint(0, 256, (400, 1, 1, 3), dtype=torch.uint8, generator=generator())
     images = image_set(pixels.expand(-1, SIZE, SIZE, -1).numpy(), torch.zeros(400), ["one"])
@@ -75,10 +75,10 @@ def colours() -> Shown:
     chain = colour_network(torch.ones(3))
     found = strongest_places(chain, (b.images for b in Batches(images, data, torch.device("cpu")).in_order()), ["a"])
     trials = draw_trials(*found["a"], torch.arange(200), torch.arange(200, 400), settings(references=20), 0)
-    return Shown(Deconvnet(chain), images, data, "a", trials)
+    return TrialPictures(Deconvnet(chain), images, data, "a", trials)
 
 
-def test_maps_of_a_colour_are_predicted_by_a_network_with_colours(colours: Shown) -> None:
+def test_maps_of_a_colour_are_predicted_by_a_network_with_colours(colours: TrialPictures) -> None:
     assert sorted(colours.trials.maps.tolist()) == [0, 1, 2]
     right = choices(colours, Observer(colour_network(torch.tensor([1.0, 1, 1, -1, -1, -1])), colours.data, ["a"]))
     assert right["patches"].eq(1).all()
@@ -89,13 +89,13 @@ def test_maps_of_a_colour_are_predicted_by_a_network_with_colours(colours: Shown
     assert all(float(row["strong_activation"]) > float(row["weak_activation"]) for row in rows)
 
 
-def test_an_observer_whose_weights_are_no_numbers_is_no_guesser(colours: Shown) -> None:
+def test_an_observer_whose_weights_are_no_numbers_is_no_guesser(colours: TrialPictures) -> None:
     diverged = colour_network(torch.tensor([1.0, torch.nan]))
     with pytest.raises(UserError, match=r"^job\.other: a of that network is not finite"):
         choices(colours, Observer(diverged, colours.data, ["a"]))
 
 
-def test_observer_takes_some_pictures_at_a_time(colours: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_observer_takes_some_pictures_at_a_time(colours: TrialPictures, monkeypatch: pytest.MonkeyPatch) -> None:
     observer, pictures = (
         Observer(colour_network(torch.ones(3)), colours.data, ["a", "b"]),
         colours.references(0)["patches"],
@@ -107,7 +107,7 @@ def test_observer_takes_some_pictures_at_a_time(colours: Shown, monkeypatch: pyt
         torch.testing.assert_close(values, whole[layer])
 
 
-def test_shown_pictures_are_what_the_units_see(colours: Shown) -> None:
+def test_shown_pictures_are_what_the_units_see(colours: TrialPictures) -> None:
     queries, units = colours.queries(1), colours.trials.queries[1]
     assert queries.shape == (10, 2, 3, 3, 3)
     for pair, of in zip(queries, units, strict=True):
@@ -227,7 +227,7 @@ def test_figure_shows_every_accuracy() -> None:
 # ---- the quiz
 
 
-def test_quiz_trials_know_the_answer_and_come_from_different_maps(colours: Shown) -> None:
+def test_quiz_trials_know_the_answer_and_come_from_different_maps(colours: TrialPictures) -> None:
     trials = quiz_trials(colours, 3, key=0)
     assert [t["condition"] for t in trials[::3]] == list(CONDITIONS)
     assert {t["answer"] for t in trials} == {0, 1}
@@ -243,7 +243,7 @@ def test_quiz_trials_know_the_answer_and_come_from_different_maps(colours: Shown
 
 
 @pytest.fixture
-def page(colours: Shown, tmp_path: Path) -> Path:
+def page(colours: TrialPictures, tmp_path: Path) -> Path:
     about = {"title": "tiny <net>", "weights": "abc", "layers": ["a", "z"], "split": "test", "published": PUBLISHED}
     about |= {"conditions": dict.fromkeys(CONDITIONS, "</script><b>")}
     return write_quiz(tmp_path, quiz_trials(colours, 2, key=0), about)
@@ -260,7 +260,7 @@ ENTER_ON_A_LINK = """const press = new KeyboardEvent('keydown', {key: 'Enter', b
 return document.getElementById('save').dispatchEvent(press)"""
 
 
-def test_a_quiz_is_linked_from_an_atlas_whose_page_is_no_text(page: Path, colours: Shown) -> None:
+def test_a_quiz_is_linked_from_an_atlas_whose_page_is_no_text(page: Path, colours: TrialPictures) -> None:
     atlas = page.with_name("atlas.html")
     atlas.write_bytes(b'\xff<a id="quiz" href="quiz.html" hidden>')
     about = {"title": "", "weights": "abc", "layers": ["a"], "split": "test", "published": [], "conditions": {}}

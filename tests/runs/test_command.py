@@ -15,7 +15,7 @@ from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.config.trust import parse_overrides
 from zfnet.runs import command as composing
-from zfnet.runs.command import CONF, allow_keys_of_record, overlay, read_command
+from zfnet.runs.command import CONF, overlay, prepare_overrides, read_command
 from zfnet.runs.directory import RunDirectory
 
 OWN = {"job": {"name": "train"}, "run": None, "images": None}
@@ -222,17 +222,17 @@ def test_a_damaged_record_is_one_line(tmp_path: Path, content: str) -> None:
 
 def test_forgive_marks_keys_of_swept_groups() -> None:
     words = ["optimizer=sgd,rmsprop", "optimizer.momentum=0.5", "model.dropout=0.1", "job.top=1"]
-    assert allow_keys_of_record(words) == words
-    assert allow_keys_of_record(["-m", *words]) == ["-m", words[0], "++optimizer.momentum=0.5", *words[2:]]
+    assert prepare_overrides(words) == words
+    assert prepare_overrides(["-m", *words]) == ["-m", words[0], "++optimizer.momentum=0.5", *words[2:]]
     words[0] = "experiment=quickstart,blog"
-    assert allow_keys_of_record(["--multirun", *words])[1:] == [words[0], *(f"++{w}" for w in words[1:3]), "job.top=1"]
+    assert prepare_overrides(["--multirun", *words])[1:] == [words[0], *(f"++{w}" for w in words[1:3]), "job.top=1"]
 
 
 def test_forgive_marks_keys_only_where_a_run_is_named() -> None:
     words = ["job=resume", "optimizer.momentum=0.5", "optimizer=sgd", "hydra.run.dir=x", "+a.b=1", "seed=1"]
-    assert allow_keys_of_record(words) == words
-    assert allow_keys_of_record([*words, "run=null"]) == [*words, "run=null"]
-    assert allow_keys_of_record([*words, "run=x"]) == [
+    assert prepare_overrides(words) == words
+    assert prepare_overrides([*words, "run=null"]) == [*words, "run=null"]
+    assert prepare_overrides([*words, "run=x"]) == [
         "job=resume",
         "++optimizer.momentum=0.5",
         "optimizer=sgd",
@@ -274,14 +274,14 @@ def test_values_that_hydra_would_misread_are_quoted(tmp_path: Path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     for name in ("a,b.png", "1e5", "k=v.png", "5", "[x]", "plain.png"):
         Path(name).touch()
-    word = allow_keys_of_record([word])[0]
+    word = prepare_overrides([word])[0]
     assert expected in (None, word)
     assert value is None or parse_overrides([word])[0].value() == value
 
 
 def test_an_interpolation_on_the_command_line_follows_the_record(onecycle: RunDirectory) -> None:
     words = ["job=summary", f"run={onecycle.folder}", "optimizer.lr=0.25", "data.std=[1.0,1.0,${optimizer.lr}]"]
-    raw = composing.compose_raw(allow_keys_of_record(words))
+    raw = composing.compose_raw(prepare_overrides(words))
     assert read_command(raw, words, sources=()).data.std == [1.0, 1.0, 0.25]
 
 
@@ -293,7 +293,7 @@ def test_an_empty_group_says_nothing(word: str) -> None:
 
 def test_read_command_lays_words_on_the_named_run(onecycle: RunDirectory) -> None:
     words = ["job=summary", f"run={onecycle.folder}", "model.dropout=0.3"]
-    raw = composing.compose_raw(allow_keys_of_record(words))
+    raw = composing.compose_raw(prepare_overrides(words))
     config = read_command(raw, words, sources=())
     assert config.job.name == "summary"
     assert config.run == str(onecycle.folder)

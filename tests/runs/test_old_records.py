@@ -61,7 +61,7 @@ def test_finished_record_loads(finished: RunDirectory) -> None:
 
 
 def test_identity_of_a_record_stays_what_its_checkpoints_and_branches_say(finished: RunDirectory) -> None:
-    """A key that comes later must be in `_LATER`: else no run that was begun before can be continued or branched."""
+    """A later key must be in `_DEFAULTS_OF_OLD_RECORDS`, or no run that was begun before can be continued."""
     identity = "49a1582cf3fa34e275564dec55fd5997de6664567d4e55e1fb1ef8f11846cfb7"
     assert finished.read_config().identity() == identity
 

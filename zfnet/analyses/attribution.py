@@ -21,7 +21,7 @@ from torch import Tensor
 from zfnet.config.errors import log
 from zfnet.config.schema import Config, Positive
 from zfnet.explain.deconvnet import RULES, Deconvnet
-from zfnet.explain.selection import Chosen, Look, choose_images, in_boxes, pick_layers, share_in_boxes, to_rows
+from zfnet.explain.selection import ChosenImages, Look, choose_images, in_boxes, pick_layers, share_in_boxes, to_rows
 from zfnet.explain.targets import GRAD_CAM, grad_cam, integrated_gradients
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
@@ -116,7 +116,7 @@ def box_evidence(maps: Mapping[str, Tensor], boxes: Tensor | None) -> dict[str, 
     return {method: own_and_others(share_in_boxes(each, boxes)) for method, each in maps.items()}
 
 
-def _rows(result: Attributions, chosen: Chosen) -> list[dict[str, Any]]:
+def _rows(result: Attributions, chosen: ChosenImages) -> list[dict[str, Any]]:
     """One row for each image and method; the box's columns are empty if it is not known."""
     count, boxes, rows = len(chosen), chosen.boxes, []
     for method, maps in result.maps.items():

@@ -134,7 +134,7 @@ class ForcedChoiceJob(Look):
                 if len(trials.maps) < 2:
                     log.info("%s: no two maps are active in enough images, so it is left out", layer)
                     continue
-                shown = Shown(deconvnet, images, loaded.data, layer, trials)
+                shown = TrialPictures(deconvnet, images, loaded.data, layer, trials)
                 rows += trial_rows(layer, trials, choices(shown, observer))
                 quiz += quiz_trials(shown, self.quiz, key)
             if not rows:
@@ -211,7 +211,7 @@ def _units(images: Tensor, number: int, places: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Shown:
+class TrialPictures:
     """The trials of a layer as pictures, uint8 [n, s, s, 3] with s the side of what a unit sees."""
 
     deconvnet: Deconvnet
@@ -266,7 +266,7 @@ class Observer:
         return features
 
 
-def choices(shown: Shown, observer: Observer) -> dict[str, Tensor]:
+def choices(shown: TrialPictures, observer: Observer) -> dict[str, Tensor]:
     """Return for each condition whether each choice is right: [M, T], 1 or 0, and 0.5 where both are alike."""
     features: dict[str, list[dict[str, Tensor]]] = {"projections": [], "patches": [], "queries": []}
     count = len(shown.trials.maps)
@@ -422,7 +422,7 @@ def draw_forced_choice(table: Sequence[Mapping[str, Any]]) -> Figure:
 # ---- the quiz
 
 
-def quiz_trials(shown: Shown, count: int, key: int) -> list[dict[str, Any]]:
+def quiz_trials(shown: TrialPictures, count: int, key: int) -> list[dict[str, Any]]:
     """Return `count` trials of each condition for the page: different maps as long as there are some.
 
     Each has its layer, map, condition, the pictures that are shown, which query excites the map more (0: left,

@@ -32,7 +32,7 @@ from zfnet.data import ImageSet
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import peaks
 from zfnet.explain.selection import (
-    Chosen,
+    ChosenImages,
     Look,
     choose_images,
     chosen_split,
@@ -285,7 +285,7 @@ def box_evidence(result: Occlusion, boxes: Tensor | None) -> dict[str, Any]:
     }
 
 
-def _rows(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(result: Occlusion, chosen: ChosenImages, classes: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each image and place: the numbers that the figure's maps show."""
     starts, columns = result.starts.tolist(), result.occluded._asdict()
     if result.strongest is not None:
@@ -301,7 +301,7 @@ def _rows(result: Occlusion, chosen: Chosen, classes: Sequence[str]) -> list[dic
 
 
 def _summarise(
-    result: Occlusion, chosen: Chosen, classes: Sequence[str], falls: Tensor, boxes: Mapping[str, Any] | None
+    result: Occlusion, chosen: ChosenImages, classes: Sequence[str], falls: Tensor, boxes: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return and log the results of each image, their control and, if boxes are known, whether the objects matter.
 
@@ -387,7 +387,7 @@ def project_strongest_map(
 def draw_occlusion(
     result: Occlusion,
     pictures: np.ndarray,
-    chosen: Chosen,
+    chosen: ChosenImages,
     classes: Sequence[str],
     layer: str | None,
     projections: Sequence[Panels],

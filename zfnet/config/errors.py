@@ -29,7 +29,7 @@ def one_line(error: object, line: int = 0) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[line].strip()
 
 
-def fault_of(slot: str, part: object, error: Exception) -> str:
+def describe_fault(slot: str, part: object, error: Exception) -> str:
     """Return one line about an error of the object that a slot, such as callbacks.mine, names."""
     reason = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
     return f"{slot} ({type(part).__name__}): {reason} (HYDRA_FULL_ERROR=1 shows where)"

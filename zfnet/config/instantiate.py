@@ -33,7 +33,7 @@ _REFUSED_ARGUMENTS = {"model": ("weights", "weights_backbone", "pretrained", "pr
 _WHOLE = {"step_size": 1, "patience": 0, "cooldown": 0, "T_max": 1, "total_steps": 1, "total_iters": 1}
 _POSITIVE = ("factor", "gamma", "max_lr", "lr")
 # Given by the program, never by a config.
-_GIVEN = {"optimizer": ("params",), "scheduler": ("optimizer", "last_epoch")}
+_PASSED_BY_PROGRAM = {"optimizer": ("params",), "scheduler": ("optimizer", "last_epoch")}
 _INT = r"<class 'int'>|int|(typing\.)?Optional\[int\]|int \| None"  # annotations of whole numbers
 _TEXT = r"<class 'str'>|str|(typing\.)?Optional\[str\]|str \| None"  # of text
 _LARGEST = 1e30  # float32 ends at 3e38, and optimizers divide by small numbers
@@ -158,7 +158,7 @@ def check_complete(slot: str, cls: Any, keywords: Mapping[str, Any], taken: int 
     """Raise UserError if the class needs an argument that these are not; the first `taken` are given by position."""
     for key, p in list(inspect.signature(cls).parameters.items())[taken:]:
         optional = p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        if not optional and key not in keywords and key not in _GIVEN.get(slot.split(".")[0], ()):
+        if not optional and key not in keywords and key not in _PASSED_BY_PROGRAM.get(slot.split(".")[0], ()):
             raise UserError(f"{slot}.{key} is missing: {cls.__name__} needs it")
 
 
@@ -175,7 +175,7 @@ def arguments(
     if not isinstance(settings, Mapping) or "_target_" not in settings:
         raise UserError(f"{slot}._target_ is missing: name a class, as the files in conf/{slot.split('.')[0]} do")
     cls = resolve(slot, settings["_target_"], base, imports)
-    given = _GIVEN.get(slot.split(".")[0], ())
+    given = _PASSED_BY_PROGRAM.get(slot.split(".")[0], ())
     parameters = {k: p for k, p in list(inspect.signature(cls).parameters.items())[taken:] if k not in given}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     keywords: dict[str, Any] = {}

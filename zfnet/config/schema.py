@@ -342,7 +342,7 @@ NOT_IDENTITY: dict[str, tuple[str, ...]] = {
 }
 _NOT_RESULT = ("job", "run", "images", "runs", "source", "imports", "logger")
 # Keys that records of earlier versions lack, with the value that says what those did.
-_LATER: dict[str, dict[str, Any]] = {
+_DEFAULTS_OF_OLD_RECORDS: dict[str, dict[str, Any]] = {
     "augment": {"flips": "random", "padding_mode": "constant"},
     "data": {"sampler": "shuffle", "draft": False, "eval_subset": None},
     "loss": {"weight": None},
@@ -360,7 +360,7 @@ def result_keys(plain: Mapping[str, Any]) -> dict[str, Any]:
         group: {
             k: v
             for k, v in value.items()
-            if k not in NOT_IDENTITY.get(group, ()) and (k, v) not in _LATER.get(group, {}).items()
+            if k not in NOT_IDENTITY.get(group, ()) and (k, v) not in _DEFAULTS_OF_OLD_RECORDS.get(group, {}).items()
         }
         if isinstance(value, Mapping)
         else value

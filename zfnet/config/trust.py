@@ -57,18 +57,18 @@ _ABOUT_COMMAND = ("imports", "run", "images")  # never from a folder's sweeper.p
 _parser = functools.cache(OverridesParser.create)  # each new one registers all functions of the grammar
 
 
-def parse_overrides(words: Iterable[str]) -> list[Override]:
-    """Return words of a command line, such as `optimizer=sgd`, as Hydra reads them; raise HydraException."""
-    return _parser().parse_overrides(list(words))
+def parse_overrides(overrides: Iterable[str]) -> list[Override]:
+    """Return overrides of a command line, such as `optimizer=sgd`, as Hydra reads them; raise HydraException."""
+    return _parser().parse_overrides(list(overrides))
 
 
-def check_what_hydra_composes(words: Sequence[str]) -> None:
-    """Make Hydra check each config that it composes from now on; `words` are those of the command line.
+def check_what_hydra_composes(argv: Sequence[str]) -> None:
+    """Make Hydra check each config that it composes from now on; `argv` is the command line.
 
     Raises UserError for an option that reads a pickle.
     """
     # argparse accepts abbreviations, and no other option begins with --e
-    if any(word.startswith("--e") for word in words):
+    if any(argument.startswith("--e") for argument in argv):
         raise UserError("--experimental-rerun reads a pickle, which can run code: use job=reproduce run=<dir>")
     hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
     Plugins.instance()  # registers Hydra's own reader of files
@@ -140,9 +140,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                 return
 
 
-def config_loader(words: Sequence[str]) -> CheckedConfigLoader:
-    """Return a loader of the folders that Hydra composes from with these words of a command line."""
-    options = get_args_parser().parse_known_args(list(words))[0]
+def config_loader(argv: Sequence[str]) -> CheckedConfigLoader:
+    """Return a loader of the folders that Hydra composes from with these arguments of a command line."""
+    options = get_args_parser().parse_known_args(list(argv))[0]
     run_py = str(CONF.parent / "run.py")
     folders = create_automatic_config_search_path(run_py, None, options.config_path or CONF.name)
     if options.config_dir and os.path.isdir(options.config_dir):  # as Hydra's `_run_hydra` does
@@ -166,23 +166,23 @@ def _is_own(scheme: str, path: Any) -> bool:
     return scheme == "structured" or (scheme == "pkg" and f"{path}.".startswith(("hydra.conf.", "hydra_plugins.")))
 
 
-def _check(config: DictConfig, words: Sequence[str]) -> None:
+def _check(config: DictConfig, overrides: Sequence[str]) -> None:
     """Raise UserError if a config that was composed with a folder from elsewhere sets what it may not."""
     whole: Any = OmegaConf.to_container(config, resolve=False)
     part = whole["hydra"]
     given = part["overrides"]["hydra"] + part["overrides"]["task"]
-    if sorted(given) != sorted(words):  # the task's words count as the command line's
-        raise _refusal("hydra.overrides", next(word for word in given if word not in words))
-    overrides = parse_overrides(words)
-    typed = {o.key_or_group.removeprefix("hydra.") for o in overrides if o.key_or_group.startswith("hydra.")}
+    if sorted(given) != sorted(overrides):  # those of the task count as the command line's
+        raise _refusal("hydra.overrides", next(each for each in given if each not in overrides))
+    parsed = parse_overrides(overrides)
+    typed = {o.key_or_group.removeprefix("hydra.") for o in parsed if o.key_or_group.startswith("hydra.")}
     for key in ("job.folder", "job.sweep"):  # job=schema and job=compare write there
         folder = OmegaConf.select(config, key, throw_on_resolution_failure=False)
-        if folder is not None and all(o.key_or_group != key for o in overrides) and not _stays_below(str(folder)):
+        if folder is not None and all(o.key_or_group != key for o in parsed) and not _stays_below(str(folder)):
             raise _refusal(key, folder)
     for key, value in leaves({k: v for k, v in whole.items() if k != "hydra"}):
-        if "${" in str(value) and not _REFERENCE.fullmatch(str(value)) and not any(str(value) in w for w in words):
+        if "${" in str(value) and not _REFERENCE.fullmatch(str(value)) and not any(str(value) in o for o in overrides):
             raise _refusal(key, value)  # a variable of the environment, or text that doubles with each reference
-    own = _own_config(part["runtime"]["choices"], overrides)
+    own = _own_config(part["runtime"]["choices"], parsed)
     imports = imported_packages(own)
     expected: Any = OmegaConf.to_container(own.hydra, resolve=False)
     for name, base in _CONSTRUCTED.items():
@@ -204,7 +204,7 @@ def _check(config: DictConfig, words: Sequence[str]) -> None:
 def _own_config(choices: Mapping[str, Any], overrides: Sequence[Override]) -> DictConfig:
     """Return what `conf/` composes with the same choices of Hydra's own groups, the typed `hydra.…` and `imports`."""
     sources = _own_loader().get_sources()
-    words = [
+    groups = [
         f"{group}={choice}"
         for group, choice in choices.items()
         if group.startswith("hydra/") and any(source.is_config(f"{group}/{choice}") for source in sources)
@@ -216,10 +216,10 @@ def _own_config(choices: Mapping[str, Any], overrides: Sequence[Override]) -> Di
         or (o.key_or_group.startswith("hydra.") and o.key_or_group not in ("hydra.searchpath", "hydra.mode"))
     ]
     try:
-        return _compose_own(CONF, (*words, *typed))
+        return _compose_own(CONF, (*groups, *typed))
     except HydraException as error:
         raise UserError(
-            f"{' '.join(typed or words)}: not accepted with a config folder from elsewhere ({one_line(error)})"
+            f"{' '.join(typed or groups)}: not accepted with a config folder from elsewhere ({one_line(error)})"
         ) from error
 
 
@@ -229,8 +229,8 @@ def _own_loader() -> ConfigLoaderImpl:
 
 
 @functools.lru_cache(maxsize=4)  # Hydra composes twice for each command
-def _compose_own(conf: Path, words: tuple[str, ...]) -> DictConfig:
-    return _own_loader().load_configuration("config", list(words), RunMode.RUN, validate_sweep_overrides=False)
+def _compose_own(conf: Path, overrides: tuple[str, ...]) -> DictConfig:
+    return _own_loader().load_configuration("config", list(overrides), RunMode.RUN, validate_sweep_overrides=False)
 
 
 def imported_packages(config: DictConfig) -> list[str]:
@@ -273,7 +273,7 @@ def _check_constructed(name: str, part: Any, expected: Any, base: type, imports:
 
 
 def _check_parameters(params: Any) -> None:
-    """Check a sweep's `params`: they become words of each job, as if they had been typed."""
+    """Check a sweep's `params`: they become overrides of each job, as if they had been typed."""
     if not isinstance(params, dict):
         raise _refusal("hydra.sweeper.params", params)
     for key, value in params.items():

@@ -1,7 +1,7 @@
 """Image files as RGB images: the only place where image files are opened.
 
 The cost of a file is known from its header, before a pixel is decoded: at most `max_pixels`, of four bytes each. All
-threads together decode at most `_AT_ONCE` pixels at a time.
+threads together decode at most `_PIXELS_AT_ONCE` pixels at a time.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ Image.init()
 FORMATS = tuple(f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
 SUFFIXES = frozenset(s for s, f in Image.registered_extensions().items() if f in FORMATS)
 
-_AT_ONCE = 3 * MAX_PIXELS  # 1 GiB for each copy of them
+_PIXELS_AT_ONCE = 3 * MAX_PIXELS  # 1 GiB for each copy of them
 _BAND = 1 << 20  # pixels that are scaled at once
 _said_range = threading.Event()
 
@@ -121,7 +121,7 @@ class _PixelLimit:
                 self._changed.notify_all()
 
 
-_pixel_limit = _PixelLimit(_AT_ONCE)
+_pixel_limit = _PixelLimit(_PIXELS_AT_ONCE)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -33,7 +33,7 @@ MAX_BYTES = 50 * 2**20
 MAX_SECONDS = 30.0  # for the whole download, redirects included
 MAX_REDIRECTS = 5
 _SOCKET_TIMEOUT_S = 10.0  # without a byte from the server
-_NO_PICTURES = ("__MACOSX", "@eaDir")  # what macOS and network drives put beside images; hidden, like .thumbs
+_LEFT_OUT_FOLDERS = ("__MACOSX", "@eaDir")  # what macOS and network drives put beside images; hidden, like .thumbs
 _CONVERTIBLE = (".heic", ".heif", ".jxl", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".svg", ".pdf", ".psd")
 _NAMES_SHOWN = 4
 
@@ -72,7 +72,7 @@ class LeftOut:
 
 def is_hidden(name: str) -> bool:
     """Return whether a folder of this name is skipped."""
-    return name.startswith(".") or name in _NO_PICTURES
+    return name.startswith(".") or name in _LEFT_OUT_FOLDERS
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -31,7 +31,7 @@ from zfnet.data.files import LeftOut, is_folder, is_hidden, list_images
 from zfnet.data.images import Splits, class_name, image_set, release, stratified
 
 CACHE_VERSION = 3
-_WORDS = {
+_SPLIT_NAMES = {
     "train": ("train", "training", "trn", "trainset"),
     "val": ("val", "valid", "validation", "valset"),
     "test": ("test", "testing", "tst", "testset"),
@@ -86,7 +86,7 @@ def load_folder(data: FolderData) -> Splits:
     whole = replace(image_set(images, torch.tensor(listing.labels), listing.classes), files=files)
     splits = np.array(listing.splits)
     splits[skipped] = ""
-    rows = {name: torch.from_numpy((splits == name).nonzero()[0]) for name in (*_WORDS, "all")}
+    rows = {name: torch.from_numpy((splits == name).nonzero()[0]) for name in (*_SPLIT_NAMES, "all")}
     train, val, test, undivided = (whole.take(r) if len(r) else None for r in rows.values())
     if train is None:
         if undivided is None:
@@ -173,14 +173,14 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
                 f"{listing}: {_names([path])} is not clearly a class or a split: name the splits train/, val/ and "
                 f"test/, with the class folders in them{_folder_names(root)}"
             )
-    return {split: folders[split] for split in _WORDS if split in folders} or {"all": (root, below)}
+    return {split: folders[split] for split in _SPLIT_NAMES if split in folders} or {"all": (root, below)}
 
 
 def _split_word(name: str) -> tuple[str, tuple[str, ...]] | None:
     """Return the split in a folder's name, in any case, and the name's other words; None if it has none."""
     words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
-    named = [split for word in words for split, known in _WORDS.items() if word in known]
-    rest = tuple(w for w in words if w not in _FILLERS and not any(w in known for known in _WORDS.values()))
+    named = [split for word in words for split, known in _SPLIT_NAMES.items() if word in known]
+    rest = tuple(w for w in words if w not in _FILLERS and not any(w in known for known in _SPLIT_NAMES.values()))
     return (named[0], rest) if len(named) == 1 else None
 
 

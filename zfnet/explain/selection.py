@@ -46,7 +46,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenImages:
     """Images chosen for an analysis.
 
     inputs: [N, 3, S, S], normalised, on the device; labels: int64 [N], on the device
@@ -91,7 +91,7 @@ def chosen_split(loaded: LoadedRun) -> Split:
     return Split(name, loaded.split(name))
 
 
-def choose_images(loaded: LoadedRun, config: Config, count: int) -> Chosen:
+def choose_images(loaded: LoadedRun, config: Config, count: int) -> ChosenImages:
     """Return the files that `images=[…]` names or, without it, `count` images of `job.split`.
 
     Classes alternate; within a class, correctly classified images come first, since a wrong prediction leaves little to
@@ -110,13 +110,13 @@ def sample(loaded: LoadedRun, images: ImageSet, count: int) -> Tensor:
     return stratified(images.labels, count, loaded.config.seed)[0]
 
 
-def take(loaded: LoadedRun, split: Split, index: Tensor) -> Chosen:
+def take(loaded: LoadedRun, split: Split, index: Tensor) -> ChosenImages:
     """Return the images at `index` of a split as network inputs."""
     images, labels = split.images, split.images.labels[index]
     names = (f"{loaded.classes[c]} ({split.name} {i})" for i, c in zip(index.tolist(), labels.tolist(), strict=True))
     boxes = None if images.boxes is None else boxes_in_input(images.boxes[index], images, loaded.data)
     inputs = to_inputs(loaded, images.pixels(index))
-    return Chosen(inputs, labels.to(loaded.runtime.device), tuple(names), known=True, boxes=boxes)
+    return ChosenImages(inputs, labels.to(loaded.runtime.device), tuple(names), known=True, boxes=boxes)
 
 
 def to_inputs(loaded: LoadedRun, pixels: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def read_files(loaded: LoadedRun, items: Sequence[str]) -> tuple[Tensor, list[st
     return torch.stack(pixels), images
 
 
-def _from_files(loaded: LoadedRun, items: Sequence[str]) -> Chosen:
+def _from_files(loaded: LoadedRun, items: Sequence[str]) -> ChosenImages:
     pixels, files = read_files(loaded, items)
     inputs = to_inputs(loaded, pixels)
     labels = predict(loaded, inputs).argmax(1)
@@ -220,4 +220,4 @@ def _from_files(loaded: LoadedRun, items: Sequence[str]) -> Chosen:
         f"{loaded.classes[c]}? ({shorten(name.rpartition('/')[2], 24)})"
         for name, c in zip(files, labels.tolist(), strict=True)
     )
-    return Chosen(inputs, labels.to(loaded.runtime.device), tuple(names), known=False)
+    return ChosenImages(inputs, labels.to(loaded.runtime.device), tuple(names), known=False)

@@ -101,8 +101,8 @@ class ForkJob(BranchJob):
             raise UserError(f"trainer.epochs={config.trainer.epochs}: must be more than job.epoch={self.epoch}")
         problem = f"job.epoch={self.epoch}: {keeps}"
         if self.epoch <= len(parent.read_history()):
-            words = f"job=reproduce run={parent.folder} trainer.checkpoint_epochs=[{self.epoch}]"
-            problem += f"; {words} makes a run to fork instead"
+            command = f"job=reproduce run={parent.folder} trainer.checkpoint_epochs=[{self.epoch}]"
+            problem += f"; {command} makes a run to fork instead"
         raise UserError(problem)
 
 

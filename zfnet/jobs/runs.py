@@ -57,8 +57,8 @@ class RunsJob(Job):
         root = Path(self.root).expanduser()
         if not root.is_dir():
             raise UserError(f"job.root={root}: there is no such folder")
-        pairs = [re.split("[:=]", word, maxsplit=1) for word in self.where]
-        if bad := [word for word, pair in zip(self.where, pairs, strict=True) if len(pair) < 2]:
+        pairs = [re.split("[:=]", each, maxsplit=1) for each in self.where]
+        if bad := [each for each, pair in zip(self.where, pairs, strict=True) if len(pair) < 2]:
             raise UserError(f"job.where={bad[0]}: must be key:value, as in 'job.where=[state:done,optimizer.lr:0.01]'")
         known: set[str] = set()
         rows, hidden = [], 0

@@ -20,7 +20,7 @@ _TARGET = {"_target_": {"type": "string", "description": "a class, by its dotted
 _PART = {"type": "object", "properties": _TARGET}  # its arguments are the class's own
 _DEFAULTS = {"type": "array", "description": "Hydra's defaults list: what this file builds on"}
 # a file may leave a value to another key or to its user
-_LATER = {"type": "string", "pattern": r"^(\$\{.*\}|\?\?\?)$"}
+_INTERPOLATION = {"type": "string", "pattern": r"^(\$\{.*\}|\?\?\?)$"}
 _GLOBAL = ("config", "experiment", "debug", "job")  # their files hold whole configs, from the top
 
 
@@ -107,7 +107,7 @@ def _relaxed(node: Any, parts: dict[str, Any]) -> Any:
         if key not in left_out
     }
     if node.get("type") in ("integer", "number", "boolean", "object", "array") or "enum" in node or "const" in node:
-        return {"anyOf": [made, _LATER]}
+        return {"anyOf": [made, _INTERPOLATION]}
     return made
 
 

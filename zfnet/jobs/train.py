@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from zfnet.config.errors import UserError, fault_of, log
+from zfnet.config.errors import UserError, describe_fault, log
 from zfnet.config.reading import read_config
 from zfnet.config.schema import Config, DataConfig, Job, Parent, model_name
 from zfnet.data import Batches, Splits, load_splits
 from zfnet.data.images import data_hash
 from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves, draw_results, log_per_class, log_result, results_of
-from zfnet.runs.command import allow_keys_of_record, compose_raw, read_command
+from zfnet.runs.command import compose_raw, prepare_overrides, read_command
 from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, in_sweep, objective, remove_if_empty
 from zfnet.runs.hydra_record import record_data
@@ -80,7 +80,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """
     if isinstance(overrides, str):
         raise UserError(f"compose({overrides!r}): give a list of overrides, as in compose([{overrides!r}])")
-    overrides = allow_keys_of_record([str(each) for each in overrides])
+    overrides = prepare_overrides([str(each) for each in overrides])
     try:
         config = read_command(compose_raw(overrides), overrides, sources=())
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -193,7 +193,7 @@ def _train(
     if saved is not None:
         _refuse_other_images(run, splits)
     _check_against(splits, config)
-    held = data_hash({"data_fingerprint": splits.fingerprint, "data": splits.describe()})
+    images_hash = data_hash({"data_fingerprint": splits.fingerprint, "data": splits.describe()})
     train = training_batches(config, runtime, splits.train, world)
     sets = {
         name: Batches(split, config.data, runtime.device, channels_last=runtime.channels_last)
@@ -221,7 +221,7 @@ def _train(
         )
     if not world.is_main:
         if saved is not None:
-            state.restore(saved, held)
+            state.restore(saved, images_hash)
         run_loop(state, train, each_epoch, stop, epochs)
         return {}
     for message in problems:
@@ -244,11 +244,11 @@ def _train(
         log.info("trainer.init_from: %s is new, since the number of classes differs", name)
     if saved is not None:
         compiled = saved.metadata.get("compiled", compiled)
-    if (words := resolve_compile(state, train, compiled)) is not None:
-        log.info(words)
+    if (decision := resolve_compile(state, train, compiled)) is not None:
+        log.info(decision)
     _write_environment(config, run, state, splits, resumed=saved is not None)
     if saved is not None:
-        state.restore(saved, held)
+        state.restore(saved, images_hash)
         log.info("continuing from epoch %d, step %d", state.epoch + 1, state.step)
         if "branches" in saved.metadata:
             log.info(_describe_schedule(state))
@@ -261,7 +261,7 @@ def _train(
             try:
                 logger.start(started)
             except Exception as error:  # nothing is trained yet, so it need not go on without
-                raise UserError(fault_of(f"logger.{name}", logger, error)) from error
+                raise UserError(describe_fault(f"logger.{name}", logger, error)) from error
         run_loop(state, train, each_epoch, stop, epochs)
         if epochs is not None:
             return {}

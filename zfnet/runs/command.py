@@ -3,7 +3,7 @@
 Without `run=…` a config is what Hydra composes from `conf/`. With it, the run's own record is the base and the command
 line's overrides are applied to it; today's defaults have no effect. Hydra must accept those overrides first, though its
 composition may lack their keys (the record's optimizer may have others than today's default): see
-`allow_keys_of_record`.
+`prepare_overrides`.
 """
 
 import os
@@ -32,29 +32,29 @@ from zfnet.runs.directory import RunDirectory, find_run
 GROUPS = ("model", "data", "augment", "loss", "optimizer", "scheduler", "trainer", "logger", "callbacks")
 _ONE_CHOICE = ("job", "experiment", "debug", *(group for group in GROUPS if group not in ("logger", "callbacks")))
 # about the command itself, and not about the record
-_OWN = ("job", "run", "images", "imports")
+_COMMAND_KEYS = ("job", "run", "images", "imports")
 
 
-def allow_keys_of_record(words: Sequence[str]) -> list[str]:
+def prepare_overrides(argv: Sequence[str]) -> list[str]:
     """Mark key overrides so that Hydra accepts keys that its composition lacks: of a named run, of swept groups.
 
     The record, or the config of each job, decides later whether such a key exists. Values that Hydra's grammar does not
     allow, and names of files that it would misread, are quoted (see `_quote`).
     """
-    words = [_quote(word) for word in words if word != "hydra.output_subdir=.hydra"]  # the default
-    named = any(word.startswith("run=") and word not in ("run=", "run=null") for word in words)
-    sweeps = {"-m", "--multirun"} & set(words)
+    argv = [_quote(argument) for argument in argv if argument != "hydra.output_subdir=.hydra"]  # the default
+    named = any(argument.startswith("run=") and argument not in ("run=", "run=null") for argument in argv)
+    sweeps = {"-m", "--multirun"} & set(argv)
     swept = {
-        key for key, _, value in (w.partition("=") for w in words) if sweeps and "," in value and (CONF / key).is_dir()
+        key for key, _, value in (a.partition("=") for a in argv) if sweeps and "," in value and (CONF / key).is_dir()
     }
 
-    def marked(word: str) -> str:
-        group = re.match(r"([A-Za-z_]\w*)\.\S*=", word)
+    def marked(argument: str) -> str:
+        group = re.match(r"([A-Za-z_]\w*)\.\S*=", argument)
         if group is None or group[1] in ("hydra", "job"):
-            return word
-        return f"++{word}" if named or {group[1], "experiment"} & swept else word
+            return argument
+        return f"++{argument}" if named or {group[1], "experiment"} & swept else argument
 
-    return [marked(word) for word in words]
+    return [marked(argument) for argument in argv]
 
 
 # keys whose values are names of files and folders, and an item of a list
@@ -62,15 +62,15 @@ _PATHS = ("run", "images", "data.root", "data.cache_dir", "trainer.init_from", "
 _ITEM = re.compile(r"""\s*(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+)""")
 
 
-def _quote(word: str) -> str:
+def _quote(argument: str) -> str:
     """Quote a value, or the items of a list or a sweep, that Hydra cannot parse, such as `cat (1).jpg` and `größe`.
 
     The name of an existing file or folder is taken literally: in `run=a,b=1` Hydra would see a list and another
     override.
     """
-    key, equals, value = word.partition("=")
-    if not equals or word.startswith("-"):
-        return word
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-"):
+        return argument
     is_path = key.lstrip("+") in _PATHS
 
     def quoted(text: str) -> str:
@@ -84,34 +84,34 @@ def _quote(word: str) -> str:
     if is_path and os.path.exists(os.path.expanduser(value)):
         return f"{key}={quoted(value)}"
     is_list = value.startswith("[") and value.endswith("]")
-    if _value(word) is not None and not (is_path and is_list):
-        return word
+    if _value(argument) is not None and not (is_path and is_list):
+        return argument
     items = ",".join(quoted(item) for item in _ITEM.findall(value[1:-1] if is_list else value))
     # a bracket may be a part of something longer: `choice(1,2` is no sweep over two values
     apart = [] if re.search(r"[()\[\]{}]", value) else [f"{key}={items}"]
     candidates = [f"{key}=[{items}]"] if is_list else [*apart, f"{key}={quoted(value)}"]
-    return next((c for c in candidates if _value(c) is not None), word)
+    return next((c for c in candidates if _value(c) is not None), argument)
 
 
-def _value(word: str) -> Any:
+def _value(text: str) -> Any:
     """Return the value that Hydra reads in an override; None if it cannot be parsed."""
     try:
-        override = parse_overrides([word])[0]
+        override = parse_overrides([text])[0]
     except HydraException:
         return None
     value = override.value()
     return "null" if value is None else value
 
 
-def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) -> Config:
-    """Return the checked config of a command: `raw` is what Hydra composed, `words` the overrides given to it.
+def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[Any]) -> Config:
+    """Return the checked config of a command: `raw` is what Hydra composed, `overrides` those given to it.
 
     sources: where `raw` came from, Hydra's `runtime.config_sources`; none, which is trusted, for `compose_raw`
     Raises UserError for anything that is not acceptable.
     """
     from_elsewhere = not only_own_folders(sources)
-    overrides = parse_overrides(words)
-    for override in overrides:
+    parsed = parse_overrides(overrides)
+    for override in parsed:
         value = override.value()
         # Hydra would merge the files
         if isinstance(value, list) and len(value) > 1 and override.key_or_group in _ONE_CHOICE:
@@ -123,15 +123,15 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
             raise UserError(f"{override.input_line}: names nothing; name a file or folder")
     if isinstance(raw.get("job"), str):  # in a record given as --config-path, job is no group
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
-    chosen = {o.key_or_group: f"{o.key_or_group}/{o.value()}.yaml" for o in overrides}
+    chosen = {o.key_or_group: f"{o.key_or_group}/{o.value()}.yaml" for o in parsed}
     for group, misplaced in (("experiment", "experiment"), ("debug", "debug"), ("job", "job.job")):
         if group in chosen and OmegaConf.is_dict(OmegaConf.select(raw, misplaced)):
             raise UserError(f"{chosen[group]}: its first line must be # @package _global_")
     for group in _ONE_CHOICE:
         if raw.get(group) == {}:
             raise UserError(f"{chosen.get(group, f'the file of {group}')}: holds nothing")
-    # a command trusts the packages of its own words, and those of the project's own `conf/`
-    own_imports = [w for w in words if w.lstrip("+").startswith("imports=")]
+    # a command trusts the packages of its own overrides, and those of the project's own `conf/`
+    own_imports = [o for o in overrides if o.lstrip("+").startswith("imports=")]
     imports = imported_packages(compose_raw(own_imports) if from_elsewhere else raw)
     target, name = (OmegaConf.select(raw, f"job.{key}") for key in ("_target_", "name"))
     if target is None and name is None and "job" in chosen:
@@ -149,7 +149,7 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
             raise UserError(f"{job} needs run=<dir>: the directory of a run, or run=last for the newest one")
         config = read_config(raw, imports)
         if from_elsewhere:
-            _refuse_to_send(config.logger, words, "a config folder from elsewhere:")
+            _refuse_to_send(config.logger, overrides, "a config folder from elsewhere:")
     elif job_class.reads_run == "refused":
         raise UserError(
             f"{job} reads no run: job=resume continues one, job=reproduce runs one again, in a new directory"
@@ -158,35 +158,35 @@ def read_command(raw: DictConfig, words: Sequence[str], sources: Iterable[Any]) 
         base = find_run(str(run))
         if job_class.trains and base.job == "import":
             raise UserError(f"run={base.folder} was made by job=import: {job} needs a run that this program trained")
-        own = {key: OmegaConf.to_container(raw, resolve=True)[key] for key in _OWN}  # type: ignore[index,call-overload]
-        config = overlay(base, words, {**own, "run": str(base.folder)}, imports)
-    config.overrides, config.composed = list(words), raw
+        own = {key: OmegaConf.to_container(raw, resolve=True)[key] for key in _COMMAND_KEYS}  # type: ignore[index,call-overload]
+        config = overlay(base, overrides, {**own, "run": str(base.folder)}, imports)
+    config.overrides, config.composed = list(overrides), raw
     return config
 
 
-def overlay(run: RunDirectory, words: Sequence[str], own: dict[str, Any], imports: Sequence[str] = ()) -> Config:
+def overlay(run: RunDirectory, overrides: Sequence[str], own: dict[str, Any], imports: Sequence[str] = ()) -> Config:
     """Return a run's recorded config with overrides on top; `own` holds the command's job, run and images.
 
     A group override (`optimizer=sgd`) swaps the whole group for today's file, a key override sets that key.
     """
-    parsed = parse_overrides(words)
-    overrides = [o for o in parsed if o.key_or_group not in _OWN and not o.key_or_group.startswith("job.")]
+    parsed = parse_overrides(overrides)
+    applied = [o for o in parsed if o.key_or_group not in _COMMAND_KEYS and not o.key_or_group.startswith("job.")]
     run.read_config(imports)  # names the file, if its own part is damaged
-    _refuse_to_send(run.recorded().get("logger"), words, f"run={run.folder}: its")
-    if not overrides:
+    _refuse_to_send(run.recorded().get("logger"), overrides, f"run={run.folder}: its")
+    if not applied:
         return _with_moved_parents(read_config({**run.recorded(), **own}, imports), run)
     base = _composed_record(run)
     # a record without `.hydra/`, such as a reproduction's, holds a number where conf/scheduler/onecycle.yaml refers
     peak, rate = (OmegaConf.select(base, key) for key in ("scheduler.max_lr", "optimizer.lr"))
     if peak is not None and peak == rate:
         OmegaConf.update(base, "scheduler.max_lr", "${optimizer.lr}")
-    groups = [o for o in overrides if _is_group(o)]
+    groups = [o for o in applied if _is_group(o)]
     if groups:
         composed = OmegaConf.to_container(compose_raw([o.input_line or "" for o in groups]), resolve=False)
         assert isinstance(composed, dict)
         for override in groups:
             base[override.key_or_group] = composed[override.key_or_group]
-    for override in overrides:
+    for override in applied:
         if override in groups:
             continue
         try:
@@ -220,9 +220,9 @@ def _with_moved_parents(config: Config, run: RunDirectory) -> Config:
 _ELSEWHERE = {"tracking_uri": (None,), "space_id": (None,), "entity": (None,), "mode": (None, "offline")}
 
 
-def _refuse_to_send(loggers: Any, words: Sequence[str], whose: str) -> None:
+def _refuse_to_send(loggers: Any, overrides: Sequence[str], whose: str) -> None:
     """Raise UserError if loggers of a foreign config, which the command does not name, would write elsewhere."""
-    if any(word.lstrip("+~").startswith("logger") for word in words) or not isinstance(loggers, dict):
+    if any(each.lstrip("+~").startswith("logger") for each in overrides) or not isinstance(loggers, dict):
         return
     for name, settings in loggers.items():
         for key, harmless in _ELSEWHERE.items():
@@ -272,7 +272,7 @@ def _names_a_value(text: Any, values: Mapping[str, Any]) -> bool:
     return all(part.isidentifier() for part in key.split(".")) and "${" not in str(values.get(key, "${"))
 
 
-def compose_raw(words: Sequence[str]) -> DictConfig:
+def compose_raw(overrides: Sequence[str]) -> DictConfig:
     """Compose this project's `conf/` with these overrides; works inside and outside a Hydra program."""
     if not CONF.is_dir():  # only an editable install reads the repository's
         raise UserError(f"compose needs the repository's conf/, which is not at {CONF}: install it by pip install -e .")
@@ -280,7 +280,7 @@ def compose_raw(words: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra_compose("config", overrides=list(words))
+            return hydra_compose("config", overrides=list(overrides))
     finally:
         if program is not None:
             GlobalHydra.instance().initialize(program)

@@ -35,7 +35,7 @@ _EXTRAS = {
     "export": ("onnx", "onnxruntime", "onnxscript"),
 }
 _EXTRA_OF = {name: extra for extra, names in _EXTRAS.items() for name in names}
-_BESIDE = {"optimizer": ("param_groups",)}  # keys of a slot that its class does not take
+_EXTRA_KEYS = {"optimizer": ("param_groups",)}  # keys of a slot that its class does not take
 _COMMA = re.compile(r"[-+]?\d+,\d+(e[-+]?\d+)?")  # a decimal comma: 0,001
 
 _one_line_errors = False  # not so with HYDRA_FULL_ERROR=1
@@ -92,10 +92,10 @@ def _fail(error: Exception) -> NoReturn:
     sys.exit(1)
 
 
-def explain(error: Exception, words: Sequence[str] | None = None, loader: ConfigLoader | None = None) -> str:
+def explain(error: Exception, argv: Sequence[str] | None = None, loader: ConfigLoader | None = None) -> str:
     """Return one line for an error: what to correct or, for a fault of the program, how to see the traceback.
 
-    words, loader: what was composed, and by what, if it is not the program's own command line
+    argv, loader: what was composed, and by what, if it is not the program's own command line
     """
     if isinstance(error, UserError):
         return str(error)
@@ -105,10 +105,10 @@ def explain(error: Exception, words: Sequence[str] | None = None, loader: Config
     if first.startswith("Multiple values for "):  # Hydra's advice is that for config.yaml
         first += "; in a file of a group such as experiment, with a slash: override /GROUP: CHOICE"
     if isinstance(error, OverrideParseException):
-        word = printable(error.override)
-        return f"the command line cannot be parsed ({word}): write key=value, and quote lists for the shell"
+        override = printable(error.override)
+        return f"the command line cannot be parsed ({override}): write key=value, and quote lists for the shell"
     if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):  # ValueError: model=null
-        if problem := find_bad_override(sys.argv[1:] if words is None else words, loader):
+        if problem := find_bad_override(sys.argv[1:] if argv is None else argv, loader):
             return problem
         if isinstance(error, MissingConfigException) and error.options:  # of a file's defaults list
             group, _, name = str(error.missing_cfg_file).rpartition("/")
@@ -140,39 +140,39 @@ def _makes_run_directory(error: OSError) -> bool:
     return made and bool(ours) and ours[-1].startswith(where)
 
 
-def check_options(words: Sequence[str]) -> None:
+def check_options(argv: Sequence[str]) -> None:
     """Raise UserError for an option that Hydra does not have; some it would take for an abbreviation of its own."""
     known = re.findall(r"--[a-z-]+", get_args_parser().format_usage())
-    for number, word in enumerate(words):
-        name, _, value = word.removeprefix("--").partition("=")
+    for number, argument in enumerate(argv):
+        name, _, value = argument.removeprefix("--").partition("=")
         is_key = (name and (CONF / name).is_dir()) or name in ("seed", "run", "images", "imports")
-        if word.startswith("--") and (is_key or not any(o.startswith(f"--{name}") for o in known)):
-            value = value or next((w for w in words[number + 1 : number + 2] if not w.startswith("-")), "VALUE")
+        if argument.startswith("--") and (is_key or not any(o.startswith(f"--{name}") for o in known)):
+            value = value or next((a for a in argv[number + 1 : number + 2] if not a.startswith("-")), "VALUE")
             example = f"{name}={value}" if is_key else "optimizer.lr=0.01"
             raise UserError(f"--{name}: no such option; settings have no dashes, as in {example}")
 
 
-def _overrides(words: Sequence[str]) -> list[Override]:
-    """Return those words of a command line that are key=value or ~key, parsed."""
+def _overrides(argv: Sequence[str]) -> list[Override]:
+    """Return those arguments of a command line that are key=value or ~key, parsed."""
     parsed: list[Override] = []
-    for word in words:
-        if ("=" in word or word.startswith("~")) and not word.startswith("-"):
+    for argument in argv:
+        if ("=" in argument or argument.startswith("~")) and not argument.startswith("-"):
             with contextlib.suppress(HydraException):  # the value of an option, such as a folder's name
-                parsed += parse_overrides([word])
+                parsed += parse_overrides([argument])
     return parsed
 
 
-def find_bad_override(words: Sequence[str], loader: ConfigLoader | None = None) -> str | None:
-    """Return what is wrong with the first bad key=value among the words of a command; None if all are good.
+def find_bad_override(argv: Sequence[str], loader: ConfigLoader | None = None) -> str | None:
+    """Return what is wrong with the first bad key=value among a command's arguments; None if all are good.
 
-    loader: what composes the config, if it is not the words' own: of the job of a sweep
+    loader: what composes the config, if it is not what `argv` names: of the job of a sweep
     """
-    overrides = _overrides(words)
-    name = get_args_parser().parse_known_args(list(words))[0].config_name or "config"
+    overrides = _overrides(argv)
+    name = get_args_parser().parse_known_args(list(argv))[0].config_name or "config"
     # what decides which choices there are, and which of them may be composed
     further = [o.input_line or "" for o in overrides if o.key_or_group in ("hydra.searchpath", "imports")]
-    loader = loader or config_loader(words)
-    sweeps = any(re.fullmatch("-m|--multirun|hydra.mode=MULTIRUN", word) for word in words)
+    loader = loader or config_loader(argv)
+    sweeps = any(re.fullmatch("-m|--multirun|hydra.mode=MULTIRUN", argument) for argument in argv)
 
     def list_group(group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
         return loader.get_group_options(group, kind, name, further)
@@ -209,15 +209,15 @@ def _override_problem(
     list_group: returns the choices of a group, or its groups
     compose: returns what the groups give, as dotted keys; None if one of them is wrong
     """
-    key, word = override.key_or_group, str(override.input_line)
-    given = word.partition("=")[2]
+    key, text = override.key_or_group, str(override.input_line)
+    given = text.partition("=")[2]
     if override.is_sweep_override() and not sweeps:
         value = (compose() or {}).get(key)
         lists = key in ("logger", "callbacks") or isinstance(value, list)
         advice = f"; a list is written {key}=[{given}]" if lists else ""
         if isinstance(value, float) and _COMMA.fullmatch(given):
             advice = f"; a decimal number has a point: {key}={given.replace(',', '.')}"
-        return f"{word}: several values are a sweep, with run.py -m{advice}"
+        return f"{text}: several values are a sweep, with run.py -m{advice}"
     if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
         return None  # Hydra looks for its choices
     values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value()
@@ -244,18 +244,18 @@ def _override_problem(
         return None
     known = {".".join(name.split(".")[: n + 1]) for name in composed for n in range(name.count(".") + 1)}
     if override.is_delete() and composed.get(key, key) is None:
-        return f"{word}: is null already, and Hydra removes no such key; leave it out"
+        return f"{text}: is null already, and Hydra removes no such key; leave it out"
     if key in known:
         below = sorted(name for name in known if name.rpartition(".")[0] == key)
         if below and not isinstance(override.value(), (dict, type(None))) and not override.is_sweep_override():
-            return f"{word}: holds keys of its own; set one of them, as in {below[0]}=VALUE"
+            return f"{text}: holds keys of its own; set one of them, as in {below[0]}=VALUE"
         return None
     group, _, name = key.partition(".")
     with contextlib.suppress(UserError, ValueError):
         target = composed.get(f"{group}._target_")
-        taken = [*inspect.signature(resolve(group, target, object)).parameters, *_BESIDE.get(group, ())]
+        taken = [*inspect.signature(resolve(group, target, object)).parameters, *_EXTRA_KEYS.get(group, ())]
         if name in taken and not override.is_delete():
-            return f"{key}: is not in conf/{group}/, but {str(target).rpartition('.')[2]} takes it: write +{word}"
+            return f"{key}: is not in conf/{group}/, but {str(target).rpartition('.')[2]} takes it: write +{text}"
     parent, _, last = key.rpartition(".")
     beside = {k.removeprefix(f"{parent}."): k for k in known if k.rpartition(".")[0] == parent}
     longer = sorted((k for k in known if k.endswith(f".{key}")), key=len)

@@ -86,7 +86,7 @@ _GENERAL_HELP = """Groups: GROUP=CHOICE, as in optimizer=sgd. `python run.py job
 
 $APP_CONFIG_GROUPS
 
-Keys: KEY=VALUE, as in optimizer.lr=0.01. What these words compose:
+Keys: KEY=VALUE, as in optimizer.lr=0.01. What these overrides compose:
 
 $CONFIG"""
 

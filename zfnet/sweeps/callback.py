@@ -22,7 +22,7 @@ from zfnet.config.trust import parse_overrides
 from zfnet.runs.console import explain
 from zfnet.runs.directory import BEFORE_RUN, RunDirectory, remove_if_empty, write_atomically
 from zfnet.runs.hydra_record import register_resolvers
-from zfnet.sweeps.launch import TRIAL, take_one_gpu, value_or_error
+from zfnet.sweeps.launch import TRIAL, outcome_of_job, take_one_gpu
 from zfnet.sweeps.summary import job_rows, read_sweep, to_markdown, to_text
 
 # in the process of a parallel launcher this module is imported before a job's directory is named
@@ -51,7 +51,7 @@ class SweepReport(Callback):
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         folder = Path(config.hydra.runtime.output_dir)
-        result = value_or_error(job_return)
+        result = outcome_of_job(job_return)
         if isinstance(result, Exception):
             print(f"failed: {explain(result)}", flush=True)
             _record_failure(RunDirectory(folder), result)

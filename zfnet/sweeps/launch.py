@@ -69,10 +69,9 @@ class SweepJobs:
 
     def compose(self, overrides: Sequence[str], number: int = 0) -> DictConfig:
         """Return the config of one job; raise HydraException if a key or a choice does not exist."""
-        words = (*self.for_all_jobs, *overrides)
-        config = self.composed.pop(words, None)  # launched after it was checked, with a number of its own
+        config = self.composed.pop(tuple(overrides), None)  # launched after it was checked, with a number of its own
         if config is None:
-            config = self.context.config_loader.load_sweep_config(self.config, list(words))
+            config = self.context.config_loader.load_sweep_config(self.config, [*self.for_all_jobs, *overrides])
         with open_dict(config), read_write(config.hydra):
             config.hydra.job.num = number
             config.hydra.job.id = str(number)
@@ -86,17 +85,16 @@ class SweepJobs:
             for overrides in jobs:
                 try:
                     config = self.compose(overrides)
-                    words = (*self.for_all_jobs, *overrides)
-                    self.composed[words] = config
+                    self.composed[tuple(overrides)] = config
                     HydraConfig.instance().set_config(config)  # in it, `${hydra:…}` is that of this job
                     checked = _read(config)
                     if checked.job.trains:
                         check_recipe(checked)
                 except (UserError, HydraException, OmegaConfBaseException, ValueError) as error:
                     shared = set(overrides).intersection(*jobs)
-                    own = " ".join(word for word in overrides if word not in shared)
-                    words = (*self.config.hydra.overrides.hydra, *overrides)
-                    problem = f"no job has started: {explain(error, words, self.context.config_loader)}"
+                    own = " ".join(each for each in overrides if each not in shared)
+                    argv = (*self.config.hydra.overrides.hydra, *overrides)
+                    problem = f"no job has started: {explain(error, argv, self.context.config_loader)}"
                     raise UserError(f"{problem} (the job {own})" if own else problem) from error
         finally:
             HydraConfig.instance().cfg = before
@@ -170,7 +168,7 @@ class SweepJobs:
         if isinstance(returned, Exception):
             error = None if state in ("done", "pruned") else returned
             return self._finished(config) or Outcome(name, state, error=error)
-        result = value_or_error(returned)
+        result = outcome_of_job(returned)
         if isinstance(result, Exception):
             return Outcome(name, "failed", error=result)
         return Outcome(name, state, result)
@@ -182,7 +180,7 @@ def _read(config: DictConfig) -> Config:
     return read_command(raw, config.hydra.overrides.task, config.hydra.runtime.config_sources)
 
 
-def value_or_error(returned: JobReturn) -> float | Exception | None:
+def outcome_of_job(returned: JobReturn) -> float | Exception | None:
     """Return what a job returned, or the error that it raised."""
     with contextlib.redirect_stderr(io.StringIO()):  # the property raises a job's error, and prints as well
         try:

@@ -153,7 +153,7 @@ def read_training(run: RunDirectory, name: str) -> Trained:
         environment_values(run),
         results if isinstance(results, dict) else {},
         history,
-        frozenset(word.partition("=")[0].lstrip("+~") for word in run.overrides),
+        frozenset(override.partition("=")[0].lstrip("+~") for override in run.overrides),
     )
 
 

@@ -110,18 +110,18 @@ class ProgressBar(Callback):
         self.began = self.began or (now, state.step)
         seconds, steps = now - self.began[0], state.step - self.began[1]
         each = seconds / steps if steps else 0.0  # evaluations included, from the second epoch on
-        words = [f"{duration(each * (self._steps(state) - state.step))} left"] if steps else []
+        parts = [f"{duration(each * (self._steps(state) - state.step))} left"] if steps else []
         if state.last_reading is not None:
             loss, accuracy = state.last_reading
             speed = state.step_in_epoch * state.config.data.batch_size / state.epoch_seconds
-            words += [f"loss {loss:.2f}", f"accuracy {accuracy:.0%}"]  # in 80 columns
-            words += [f"{speed:.0f} images/s"] if self.bar.disable else []
+            parts += [f"loss {loss:.2f}", f"accuracy {accuracy:.0%}"]  # in 80 columns
+            parts += [f"{speed:.0f} images/s"] if self.bar.disable else []
         self.bar.update()
-        self.bar.set_postfix_str(", ".join(words), refresh=False)
-        if self.bar.disable and words and now - self.printed > 60:
+        self.bar.set_postfix_str(", ".join(parts), refresh=False)
+        if self.bar.disable and parts and now - self.printed > 60:
             self.printed = now
             where = f"step {state.step_in_epoch}/{state.steps_per_epoch}"
-            log.info("epoch %d, %s: %s", state.epoch + 1, where, ", ".join(words))
+            log.info("epoch %d, %s: %s", state.epoch + 1, where, ", ".join(parts))
         if seconds > 5 and self.advice is not None:
             advice, self.advice = self.advice, None
             if each * self._steps(state) > 60:

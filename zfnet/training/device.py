@@ -48,12 +48,12 @@ class Runtime:
     def describe(self) -> str:
         """Return one line for the log."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        words = [name, self.precision, "NHWC" if self.channels_last else "NCHW"]
-        words += ["compiled"] * self.compile + ["deterministic"] * self.deterministic
+        parts = [name, self.precision, "NHWC" if self.channels_last else "NCHW"]
+        parts += ["compiled"] * self.compile + ["deterministic"] * self.deterministic
         if self.device.type == "cpu":
             count = torch.get_num_threads()
-            words.append(f"{count} thread{'s' * (count > 1)}")
-        return ", ".join(words)
+            parts.append(f"{count} thread{'s' * (count > 1)}")
+        return ", ".join(parts)
 
 
 def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: bool = False) -> Runtime:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError, fault_of, log, one_line
+from zfnet.config.errors import UserError, describe_fault, log, one_line
 from zfnet.config.schema import flatten
 from zfnet.model.layers import evaluation_mode
 from zfnet.runs.directory import RunDirectory, write_atomically
@@ -70,7 +70,7 @@ def tell(loggers: dict[str, Logger], method: str, *arguments: Any) -> None:
         try:
             getattr(logger, method)(*arguments)
         except Exception as error:  # a service may raise anything, and a training must not end by it
-            log.warning("%s; the run goes on without this logger", fault_of(f"logger.{name}", logger, error))
+            log.warning("%s; the run goes on without this logger", describe_fault(f"logger.{name}", logger, error))
             del loggers[name]
             if method != "close":
                 with contextlib.suppress(Exception):
@@ -302,12 +302,12 @@ def _kept_id(path: Path, create: Callable[[], str]) -> str:
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
     """Return one line about an epoch, within 80 columns unless test is measured."""
-    words = [
+    parts = [
         f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}",
         f"train {row['train_loss']:.4f} {row['train_accuracy']:.2%}",
     ]
     for name in ("validation", "test"):
         if row.get(f"{name}_loss") is not None:
-            words.append(f"{name} {row[f'{name}_loss']:.4f} {row[f'{name}_accuracy']:.2%}")
-    words += [f"lr {row['lr']:.2g}", f"{row['images_per_second']:.0f}/s"]
-    return "  ".join(words)
+            parts.append(f"{name} {row[f'{name}_loss']:.4f} {row[f'{name}_accuracy']:.2%}")
+    parts += [f"lr {row['lr']:.2g}", f"{row['images_per_second']:.0f}/s"]
+    return "  ".join(parts)

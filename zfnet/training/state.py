@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zfnet.config.errors import UserError, fault_of, log, one_line
+from zfnet.config.errors import UserError, describe_fault, log, one_line
 from zfnet.config.instantiate import is_number
 from zfnet.config.schema import Config
 from zfnet.runs.directory import HISTORY_COLUMNS
@@ -197,7 +197,7 @@ class TrainingState:
         except Exception as error:  # user code may raise anything
             if callback.name not in self.config.callbacks or isinstance(error, (UserError, Pruned)):
                 raise
-            raise UserError(fault_of(f"callbacks.{callback.name}", callback, error)) from error
+            raise UserError(describe_fault(f"callbacks.{callback.name}", callback, error)) from error
 
     def use_compiled(self, wanted: bool) -> None:
         """Train through torch.compile from now on, or not; each batch size is compiled separately."""
@@ -359,7 +359,7 @@ class TrainingState:
         keys = [k for k in data if k not in _OF_TRAINING and before["data"].get(k) != data[k]]
         changed = [f"data.{key} is" for key in keys]
         if None not in (images, others):  # not where they lie, but what they hold
-            changed = [words for words in changed if words != "data.root is"] + ["the images are"] * (images != others)
+            changed = [each for each in changed if each != "data.root is"] + ["the images are"] * (images != others)
         if changed:
             log.warning(
                 "%s not the parent's: its best epoch does not count, and it may have trained on images that validate "
