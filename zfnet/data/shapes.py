@@ -14,6 +14,8 @@ from torch import Tensor
 from zfnet.config.randomness import SHAPES, make_key, uniform
 from zfnet.data.images import ImageSet, image_set
 
+_AT_ONCE = 100  # images; glibc returns larger blocks to the system after each step, which zeroes them again
+
 
 def draw_shapes(count: int, size: int, part: int) -> ImageSet:
     """Return `count` images of size × size pixels; `part` keeps training (0) and test (1) apart.
@@ -23,10 +25,9 @@ def draw_shapes(count: int, size: int, part: int) -> ImageSet:
     images = np.empty((count, size, size, 3), dtype=np.uint8)
     boxes = torch.empty(count, 4, dtype=torch.long)
     labels = torch.arange(count) % len(CLASSES)
-    for start in range(0, count, 500):
-        index = torch.arange(start, min(start + 500, count))
+    for index in torch.arange(count).split(_AT_ONCE):
         pixels, boxes[index] = _draw(index, labels[index], size, part)
-        images[start : start + len(index)] = pixels.numpy()
+        images[index] = pixels.numpy()
     return image_set(images, labels, CLASSES, boxes)
 
 

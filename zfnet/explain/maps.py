@@ -39,7 +39,7 @@ class MapResponses:
 def peaks(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest value of each map of [N, C, h, w], [N, C], and where (y, x) it is, int64 [N, C, 2]."""
     value, place = maps.flatten(2).max(2)
-    return value, torch.stack(torch.unravel_index(place, maps.shape[2:]), 2)
+    return value, torch.stack((place // maps.shape[3], place % maps.shape[3]), 2)
 
 
 @torch.no_grad()
