@@ -53,7 +53,7 @@ EXTRA = {  # words that make a job cheap, or possible with 80 images
     "benchmark": [*SMALL, "job.rounds=1", "job.steps=1", "job.warmup=0"],
     "attribution": ["job.boxed_images=2"],
     "correspondence": ["job.split=train", "job.places=99", "job.count=20"],
-    "deconvnet": ["job.maps=4", "job.ablation=2"],
+    "deconvnet": ["job.maps=2", "job.ablation=2", "job.max_images=20", "job.top=2"],
     "forced_choice": [
         *("job.split=train", "job.maps=2", "job.references=2", "job.trials=2", "job.extreme=0.5", "job.quiz=1")
     ],
@@ -67,7 +67,15 @@ EXTRA = {  # words that make a job cheap, or possible with 80 images
     "train": SMALL,
     "verdict": [
         f"job.{key}"
-        for key in ("layers=[conv5]", "images=4", "units=2", "others=1", "metrics=[own,ablation]", "ablation_images=8")
+        for key in (
+            "layers=[conv5]",
+            "images=4",
+            "units=2",
+            "others=1",
+            "metrics=[own,ablation]",
+            "ablation_images=8",
+            "cells=2",
+        )
     ],
 }
 RUN = "outputs/train/first"
