@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.conftest import ROOT
 from tests.helpers import TINY, checked, no_figures, train_tiny
@@ -18,6 +21,7 @@ from zfnet.config.errors import UserError
 from zfnet.data import Batch
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import load_run
+from zfnet.training.processes import World
 
 # 90 training images in batches of 40, 40 and 10: shares of unequal size, cut into parts once more
 WORDS = (
@@ -127,6 +131,26 @@ def test_batch_norm_over_processes_needs_gpus(monkeypatch) -> None:
     for device in ("cpu", "auto"):
         with pytest.raises(UserError, match="batch normalisation over several processes needs GPUs"):
             checked(*TINY, "model.norm=batch", "trainer.devices=2", f"trainer.device={device}")
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_are_sent_with_as_many_digits_as_the_config_says(group_of_one, precision: str) -> None:
+    images, alone = torch.rand(4, 5), torch.nn.Linear(5, 3)
+    model = copy.deepcopy(alone)
+    wrapped = World(0, 2, 0).wrap(model, torch.device("cpu"), precision)
+    wrapped(images).sum().backward()
+    alone(images).sum().backward()
+    for ours, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        sent = expected.grad if precision == "fp32" else expected.grad.bfloat16().float()
+        assert torch.equal(ours.grad, sent)
+    assert (precision == "fp32") == torch.equal(model.weight.grad, alone.weight.grad)
 
 
 def test_processes_divide_their_shares_into_as_many_micro_batches() -> None:
