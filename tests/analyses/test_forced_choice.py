@@ -376,8 +376,8 @@ def test_the_quiz_becomes_a_page_of_the_atlas(run_py, tiny_run: RunDirectory, an
         (["job.other=nowhere"], "run=nowhere: there is no run"),
         (["job.other=OTHER", "job.layers=[fc6]"], "job.layers=fc6: the network has no such convolution"),
         (["job.other=OTHER", "job.features=[conv9]"], "job.features=conv9: the network has no such layer"),
-        (["job.other=OTHER", "job.split=validation"], "job.trials=10: needs 200 images, half of them for references"),
-        (["job.other=OTHER", "job.references=100", "job.trials=1"], "job.references=100: needs 200 images"),
+        (["job.other=OTHER", "job.split=validation"], "job.trials=10: needs 200 validation images"),
+        (["job.other=OTHER", "job.references=100", "job.trials=1"], "job.references=100: needs 200 "),
         (["job.other=OTHER", "job.extreme=0.6"], "job.extreme=0.6: must be at most 0.5"),
         (["job.other=OTHER", "job.trials=3", "job.pages=nowhere"], "job.pages=nowhere: holds no atlas of this network"),
     ],
@@ -398,7 +398,7 @@ def test_maps_that_are_seldom_active_are_an_error(run_py, tiny_run, another: Pat
     monkeypatch.setattr(forced_choice, "strongest_places", nothing)
     answer = run_py(*WORDS, f"run={tiny_run.folder}", f"job.other={another}", "job.trials=3", "job.layers=[conv2]")
     assert answer.code == 1
-    assert "job.layers: in conv2 no two maps are active in enough images" in answer.err
+    assert "job.layers: conv2 have fewer than two maps active in enough images" in answer.err
 
 
 def test_a_layer_whose_maps_are_seldom_active_is_left_out(run_py, tiny_run, another: Path, monkeypatch) -> None:

@@ -421,7 +421,7 @@ def test_verdict_on_data_without_parts_is_one_line(tiny_run: RunDirectory, tmp_p
     root = write_images(tmp_path / "photos", {"disc": 4, "ring": 4}, size=64)
     words = (*WORDS, "job.layers=[conv1]", "job.metrics=[parts]", "data=folder", f"data.root={root}", "job.split=train")
     config = used(tiny_run, "job=verdict", *words).config
-    with pytest.raises(verdict.UserError, match=r"job\.metrics=\[parts\]: data=folder has neither the parts nor"):
+    with pytest.raises(verdict.UserError, match=r"job\.metrics=\[parts\]: data=folder lacks the parts, boxes or"):
         config.job.main(config, tmp_path / "out")
 
 

@@ -91,7 +91,7 @@ def test_what_honest_files_hold_is_read(tmp_path: Path) -> None:
 
 def test_read_bytes_neither_waits_for_a_pipe_nor_reads_without_end(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="it is no file"):
+    with pytest.raises(ValueError, match="it is not a file"):
         read_bytes(tmp_path / "pipe")
     with open(tmp_path / "sparse", "wb") as file:
         file.truncate(MOST_BYTES + 1)

@@ -185,7 +185,7 @@ def test_a_record_reads_back_as_the_same_config() -> None:
 
 def test_read_data_names_a_folder_whose_name_is_no_text() -> None:
     plain = dataclasses.asdict(data_config("folder"))
-    with pytest.raises(UserError, match=r"^data\.root: holds bytes that are no text in UTF-8"):
+    with pytest.raises(UserError, match=r"^data\.root: holds bytes that are not valid UTF-8"):
         read_data({**plain, "root": b"photos\xff".decode(errors="surrogateescape")})
 
 

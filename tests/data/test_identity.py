@@ -101,7 +101,7 @@ def test_a_run_does_not_go_on_with_other_images(photos: Path, tmp_path: Path, ru
     exchange(photos)
     before = files_of(run.folder)
     answer = run_py("job=resume", "run=r")
-    assert answer.error.startswith("r was trained on other images (other pixels or labels): put those back, or")
+    assert answer.error.startswith("r was trained on other images (other pixels or labels): restore those, or")
     assert files_of(run.folder) == before
 
 
@@ -186,7 +186,7 @@ def test_evaluation_and_reproduction_say_that_the_images_changed(photos: Path, t
 def test_validation_that_chooses_and_reports_says_so(photos: Path, tmp_path: Path) -> None:
     (photos / "test").rename(photos / "val")
     run = start(tmp_path / "r", photos)
-    line = "no test images: validation chooses the epoch and reports as well, so its accuracy is optimistic"
+    line = "no test images: validation chooses the epoch and gives the result, so its accuracy is optimistic"
     assert (run.folder / "train.log").read_text().count(line) == 1
     results = run.read_json("results.json")
     assert results.pop("validation_chose_and_reports") is True

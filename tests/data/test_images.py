@@ -77,7 +77,7 @@ def test_hold_out_at_its_ends() -> None:
     whole = some_set(torch.arange(10) % 5)
     assert hold_out(whole, 0, 0) == (whole, None)
     for amount in (10, 11, 1000):
-        with pytest.raises(UserError, match="leaves nothing to train on, there are 10 images"):
+        with pytest.raises(UserError, match="leaves no training images of 10"):
             hold_out(whole, amount, 0)
 
 

@@ -203,7 +203,7 @@ def test_a_chain_is_reproduced_from_its_start_without_its_parents(branch, run_py
     answer = run_py("job=resume", "run=again")
     assert answer.code == 0, answer.err
     assert "first its parent, two, to epoch 2" in answer.out
-    assert "not those that are recorded" not in answer.out
+    assert "not the recorded ones" not in answer.out
     assert "identical: every metric of 3 epochs" in answer.out
     assert not Path("again/parent").exists()
 
@@ -220,7 +220,7 @@ def test_a_parent_that_comes_out_otherwise_is_named(branch, run_py, tmp_path: Pa
     monkeypatch.setattr("zfnet.training.loop.train_step", other)
     answer = run_py("job=reproduce", "run=two")
     assert answer.code == 1
-    assert "after epoch 1 the weights are not those that are recorded" in answer.out
+    assert "after epoch 1 the weights are not the recorded ones" in answer.out
     assert "not identical to two: epoch 1, train_loss was" in answer.err
 
 
@@ -245,7 +245,7 @@ def test_refusals(run_py, branch, tmp_path: Path) -> None:
             "job.epoch=1: run=two-epochs keeps the state of epoch 2; job=reproduce run=two-epochs "
             "trainer.checkpoint_epochs=[1] makes a run to fork instead\n",
         ),
-        ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: the run continues with its"),
+        ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: must be the parent's"),
         (
             "job=fork run=one job.epoch=1 scheduler.warmup_epochs=1.5 job.schedule=restart",
             "scheduler.warmup_epochs=1.5",

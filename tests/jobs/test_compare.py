@@ -69,7 +69,7 @@ def test_a_reproduction_among_runs_of_several_seeds_is_no_reason_not_to_test(cap
     runs = [trained(lr, seed, lr + seed * lr / 50) for lr in (0.1, 0.2) for seed in (0, 1, 2)]
     (test,) = compare(group([*runs, dataclasses.replace(runs[0], name="again")])).tests
     assert test == compare(group(runs)).tests[0]
-    assert "again is left out: its settings and its seed are those of another run" in capsys.readouterr().err
+    assert "again is left out: another run has the same settings and seed" in capsys.readouterr().err
     unreadable = [dataclasses.replace(runs[0], name=name, settings={}, seed=None) for name in "xy"]
     assert [len(g.runs) for g in group([*runs, *unreadable])] == [3, 3, 1, 1]
     assert len(group([runs[0], runs[0], runs[3]])) == 3  # one by one

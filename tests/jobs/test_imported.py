@@ -78,7 +78,7 @@ def test_the_last_layer_need_not_be_the_last_in_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"job\.channels=bgr: the network has no first convolution"):
         import_(tmp_path / "other", tmp_path / "x.pth", *LATE, "job.channels=bgr")
     torch.save(model.state_dict() | {"head.bias": torch.tensor(1.0)}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="do not tell how many classes"):
+    with pytest.raises(UserError, match="do not show the number of classes"):
         import_(tmp_path / "other", tmp_path / "x.pth", *LATE)
 
 

@@ -177,6 +177,6 @@ def test_a_directory_that_is_deleted_ends_the_run(tmp_path: Path, monkeypatch, w
 
     monkeypatch.setattr(f"zfnet.training.callbacks.{where}", deleted)
     # the best weights are written beside the training, which may be the first to miss the directory
-    gone = r" was deleted while the run went on \(it lacks config\.yaml\)"
+    gone = r" was deleted during the run \(it lacks config\.yaml\)"
     with pytest.raises(UserError, match=rf"/gone({gone}|/checkpoints/best\.safetensors cannot be written: .*No such)"):
         train_minute(tmp_path / "gone", "trainer.epochs=1")

@@ -45,11 +45,11 @@ def test_the_structure_of_the_zoos_zfnet512() -> None:
         ([("Conv", ["w"], {"auto_pad": "SAME_UPPER"})], "Conv .*auto_pad=SAME_UPPER"),
         ([("Conv", ["w"], {"pads": [0, 0, 1, 1]})], r"Conv .*pads=\[0, 0, 1, 1\]: differ"),
         ([("Conv", ["v"], {})], r"Conv \(y0\) cannot be read: .*channel"),
-        ([("Conv", ["nothing"], {})], "Conv .*nothing is no constant"),
+        ([("Conv", ["nothing"], {})], "Conv .*nothing is not a constant"),
         ([("MaxPool", [], {"kernel_shape": [30, 30]})], "MaxPool .* cannot be read"),
         ([("Relu", [], {}), ("Softmax", [], {}), ("Relu", [], {})], "Softmax .*must be the last"),
         ([("Reshape", ["s2"], {})], r"Reshape .*shape=\[3, -1\]: must flatten"),
-        ([("Flatten", [], {})], "is no chain from its input to its output"),
+        ([("Flatten", [], {})], "is not a chain from its input to its output"),
     ],
 )
 def test_onnx_graphs_of_other_kinds_are_refused(tmp_path: Path, nodes: list[Any], message: str) -> None:
@@ -73,7 +73,7 @@ def test_onnx_files_cannot_claim_memory_or_other_peoples_files(tmp_path: Path) -
         tensor.raw_data = b""
         onnx.external_data_helper.set_external_data(tensor, place)
         path.write_bytes(model.SerializeToString())
-        with pytest.raises(UserError, match=r"which is no file beside x\.onnx"):
+        with pytest.raises(UserError, match=r"which is not a file beside x\.onnx"):
             read_onnx(path, 19)
     model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.array([MOST_WEIGHTS, 3, 1, 1]), "shape"))
     model.graph.node.insert(0, onnx.helper.make_node("ConstantOfShape", ["shape"], ["w"]))

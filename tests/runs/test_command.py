@@ -127,8 +127,8 @@ def test_todays_defaults_have_no_say(onecycle: RunDirectory, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("experiment=blog", "experiment=blog: sets keys of several groups and cannot be laid on"),
-        ("debug=batch", "debug=batch: sets keys of several groups and cannot be laid on"),
+        ("experiment=blog", "experiment=blog: sets keys of several groups and cannot be applied to"),
+        ("debug=batch", "debug=batch: sets keys of several groups and cannot be applied to"),
         ("trainer.epoch=3", "trainer.epoch: no such key; did you mean 'epochs'?"),
         ("++model.conv1.kernel=3", "model.conv1.kernel: no such key; did you mean 'kernel_size'?"),
         ("trainer.epochs=0", "trainer.epochs=0: must be at least 1"),
@@ -287,7 +287,7 @@ def test_an_interpolation_on_the_command_line_follows_the_record(onecycle: RunDi
 
 @pytest.mark.parametrize("word", ["model={}", "optimizer={}", "model.conv2={}", "+data.root={}"])
 def test_an_empty_group_says_nothing(word: str) -> None:
-    with pytest.raises(UserError, match=r"=\{\}: holds nothing; set keys, as in "):
+    with pytest.raises(UserError, match=r"=\{\}: is empty; set keys, as in "):
         read_command(composing.compose_raw(["job=summary"]), ["job=summary", word], sources=())
 
 

@@ -77,8 +77,8 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["optimizer=sgd", "optimizer.betas=1"], "optimizer.betas: no such key with optimizer=sgd; known: optimizer."),
         (["model.conv1=[1]"], "model.conv1=[1]: holds keys of its own; set one of them, as in model.conv1.channels="),
         (["model.conv3=null", "optimizer.lrr=0.1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
-        (["job=predict", "run=last", "images="], "images=: names nothing; name a file or folder"),
-        (["job=compare", "job.sweep="], "job.sweep=: names nothing; name a file or folder"),
+        (["job=predict", "run=last", "images="], "images=: is empty; name a file or folder"),
+        (["job=compare", "job.sweep="], "job.sweep=: is empty; name a file or folder"),
         (["optimizer=adamw", "optimizer.foreach=true"], "AdamW takes it: write +optimizer.foreach=true"),
         (["loss.ignore_index=3"], "is not in conf/loss/, but CrossEntropyLoss takes it: write +loss.ignore_index=3"),
         (["optimizer.param_groups=[]"], "AdamW takes it: write +optimizer.param_groups=[]"),
@@ -336,7 +336,7 @@ def test_fit_names_what_is_wrong_before_it_takes_a_directory(tmp_path: Path) -> 
         (changed("optimizer", "lr", -1), "optimizer.lr=-1: must be a number greater than 0"),
         (changed("trainer", "epochs", "x"), "trainer.epochs=x: must be a whole number"),
         (compose("job=summary"), "job=summary: fit trains only"),
-        (["experiment=quickstart"], "fit: a config is what compose"),
+        (["experiment=quickstart"], "fit: needs a config from compose"),
     ):
         with pytest.raises(UserError, match=re.escape(expected)):
             zfnet.fit(config, tmp_path / "run")

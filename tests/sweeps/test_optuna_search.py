@@ -209,8 +209,8 @@ def test_ask_is_a_function_of_the_seed_and_of_earlier_trials(run_py, tmp_path, m
     ("words", "expected"),
     [
         ([], "has nothing to search"),
-        (["optimizer.lr=interval(2,1)"], "is no space to search"),
-        (["optimizer.lr=interval(1e-4,abc)"], 'interval(1e-4,abc)": is no space to search; its bounds must be numbers'),
+        (["optimizer.lr=interval(2,1)"], "is not a search space"),
+        (["optimizer.lr=interval(1e-4,abc)"], 'interval(1e-4,abc)": is not a search space; its bounds must be numbers'),
         (["optimizer.lrr=interval(1,2)"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
         ([*SPACE, "trainer.epochs=0"], "no job has started: trainer.epochs=0: must be at least 1"),
         ([*SPACE, "optimizer=sdg"], "optimizer=sdg: no such choice; did you mean 'sgd'?"),

@@ -73,9 +73,9 @@ def test_balanced_class_weights_are_inverse_to_the_counts(tmp_path: Path, monkey
         ):
             checked(*MINUTE, f"loss.weight={weight}")
     for weights in ([0] * 10, [-1] + [1] * 9):
-        with pytest.raises(UserError, match=r"loss\.weight=\[.*\]: must be 0 or more for each class, and more for one"):
+        with pytest.raises(UserError, match=r"loss\.weight=\[.*\]: must be 0 or more for each class, above 0 for one"):
             checked(*MINUTE, f"loss.weight={weights}")
-    with pytest.raises(UserError, match="each makes up for uneven classes; choose one"):
+    with pytest.raises(UserError, match="both balance uneven classes; choose one"):
         checked(*MINUTE, "loss.weight=balanced", "data.sampler=balanced")
 
 

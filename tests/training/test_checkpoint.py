@@ -132,7 +132,7 @@ def test_a_damaged_file_gives_way_to_the_one_before(writer: CheckpointWriter, ki
     newest, (problem,) = read_newest(writer.folder)
     assert newest is not None
     assert newest.metadata["step"] == 1
-    assert re.fullmatch(rf"{re.escape(str(path))} is damaged or no checkpoint \({reason}\)", problem)
+    assert re.fullmatch(rf"{re.escape(str(path))} is damaged or not a checkpoint \({reason}\)", problem)
 
 
 def test_every_flipped_bit_is_found(writer: CheckpointWriter) -> None:

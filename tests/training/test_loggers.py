@@ -84,7 +84,7 @@ def test_logger_that_fails_is_left_out_with_one_warning(tmp_path: Path, notes: N
     words = ("+logger.broken._target_=tests.own.Broken", f"+logger.broken.method={method}", *OWN, "trainer.log_every=1")
     run = train_minute(tmp_path / "run", *words)
     assert learned(run) == whole
-    assert (run.folder / "train.log").read_text().count(f"{BROKEN}; the run goes on without this logger") == 1
+    assert (run.folder / "train.log").read_text().count(f"{BROKEN}; the run continues without this logger") == 1
     steps = range(1, 2 * STEPS + 1)
     assert [c[1] for c in notes.calls if c[0] == "log"] == [*steps[:STEPS], 1, *steps[STEPS:], 2]
     assert notes.calls[-1] == ("close",)

@@ -128,7 +128,7 @@ def test_killed_while_writing_a_checkpoint(whole, tmp_path: Path) -> None:
     assert "using an earlier one" not in log
     assert learned(train_minute(tmp_path / "run", EVERY_STEP)) == whole
     log = (tmp_path / "run/train.log").read_text()
-    assert f"{files[-1]} is damaged or no checkpoint" in log
+    assert f"{files[-1]} is damaged or not a checkpoint" in log
     assert "using an earlier one" in log
     assert "continuing from epoch 1, step 5" in log
 
@@ -285,4 +285,4 @@ def test_a_process_of_torchrun_joins_a_resumed_run(tmp_path: Path, run_py, monke
     assert run_py("job=resume", "run=run").code == 0
     assert joined == [World(1, 2)]
     monkeypatch.setattr("zfnet.jobs.reproduce.torchrun_world", lambda: World(1, 2))
-    assert "job=reproduce does not run under torchrun: give trainer.devices" in run_py("job=reproduce", "run=run").err
+    assert "job=reproduce does not run under torchrun: set trainer.devices" in run_py("job=reproduce", "run=run").err

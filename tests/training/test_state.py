@@ -60,7 +60,7 @@ def test_a_checkpoint_that_lacks_something_is_one_line(name: str) -> None:
     """A checksum does not say who made it."""
     saved = state().checkpoint()
     del saved.metadata[name]
-    with pytest.raises(UserError, match=r"the checkpoint does not fit this run .*: delete it, and the one before"):
+    with pytest.raises(UserError, match=r"the checkpoint does not fit this run .*: delete it to use the one before"):
         state().restore(saved)
 
 

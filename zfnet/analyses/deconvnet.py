@@ -117,7 +117,7 @@ class DeconvnetJob(Look):
         if (deconvnet.dead_windows, deconvnet.lrn) == ("first", "identity"):  # of which job=verdict knows the pictures
             verdict = find_verdict(weights, self.rule, self.verdict)
         elif self.verdict is not None:
-            raise UserError("job.verdict: its scores are of pictures with job.dead_windows=first and job.lrn=identity")
+            raise UserError("job.verdict: its scores need job.dead_windows=first and job.lrn=identity")
         split = chosen_split(loaded)
         images = split.images
         if self.max_images is not None and self.max_images < len(images):
@@ -256,7 +256,7 @@ def explain_photographs(
         write_photographs(run.folder / "index.html", photographs, str(loaded.source.folder), link)
         if link is None:
             log.info(
-                "no atlas of this network was found, so the tiles have no links: make one by job=deconvnet run=%s",
+                "no atlas of this network was found, so the tiles have no links: make one with job=deconvnet run=%s",
                 loaded.source.folder,
             )
         log.info("open %s in a browser", run.folder / "index.html")
@@ -309,7 +309,7 @@ def search_or_continue(
         saved = read_checkpoint(path)
         if saved.metadata["of"] != origin:
             raise UserError(
-                f"{path} is of other weights, images or another version: choose another directory (hydra.run.dir=…)"
+                f"{path} has other weights, images or another version: choose another directory (hydra.run.dir=…)"
             )
         search = TopActivations.from_state(saved.tensors, saved.metadata["search"], loaded.runtime.device)
         log.info("continuing after %d images", search.images)
@@ -487,7 +487,7 @@ def shuffle_weights(
     for name in chain.layers:
         module: Any = chain.model.get_submodule(name)
         if not parametrize.is_parametrized(module, "weight") and not isinstance(module.weight, nn.Parameter):
-            raise UserError(f"{name}: a hook computes its weights; take a norm of torch.nn.utils.parametrizations")
+            raise UserError(f"{name}: a hook computes its weights; use a norm of torch.nn.utils.parametrizations")
     twin = copy.deepcopy(chain)
     weighted = [(step.name, step.module) for step in twin.up_to(layer) if step.name in twin.layers]
     for number, (name, module) in enumerate(weighted):

@@ -52,7 +52,7 @@ class EvolutionJob(Look):
         snapshots = epoch_files(loaded.source.snapshots)
         if len(snapshots) < 2:
             raise UserError(
-                f"run={loaded.source.folder}: kept the weights of {len(snapshots)} epochs, and a comparison needs two: "
+                f"run={loaded.source.folder}: has the weights of {len(snapshots)} epochs, and a comparison needs two: "
                 "train with 'trainer.snapshots=[1,2,5,10]'"
             )
         images = chosen_split(loaded).images

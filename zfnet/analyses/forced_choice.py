@@ -115,9 +115,9 @@ class ForcedChoiceJob(Look):
         ):
             if needed > len(images):
                 raise UserError(
-                    f"{name}: needs {needed} images, half of them for references and, of the other half, "
-                    f"{self.extreme:g} for each side of the pairs; there are {len(images)} {split.name} images: choose "
-                    "another job.split, a smaller number or, of trials, a larger job.extreme"
+                    f"{name}: needs {needed} {split.name} images, there are {len(images)} (half for references, of the "
+                    f"rest the fraction {self.extreme:g} for each side of a pair): choose another job.split, a smaller "
+                    "number or a larger job.extreme"
                 )
         with own_directory(config, output) as run:
             log.info("%s: %s; the choice is by %s", loaded.source.folder, ", ".join(layers), self.other)
@@ -138,7 +138,7 @@ class ForcedChoiceJob(Look):
                 rows += trial_rows(layer, trials, choices(shown, observer))
                 quiz += quiz_trials(shown, self.quiz, key)
             if not rows:
-                raise UserError(f"job.layers: in {', '.join(layers)} no two maps are active in enough images")
+                raise UserError(f"job.layers: {', '.join(layers)} have fewer than two maps active in enough images")
             table, differences = accuracies(rows), compare_conditions(rows)
             run.write_csv("forced_choice.csv", rows)
             origin = {"run": str(loaded.source.folder), "weights": weights, "other": self.other, "split": split.name}

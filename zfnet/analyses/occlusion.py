@@ -2,7 +2,7 @@
 
 Source: Zeiler & Fergus 2013, section 4.2 and Fig. 7. The paper gives neither the square's size nor its steps; ours
 follow the image's size. Places cover the whole image; at the borders the square extends beyond it and hides less. A
-square of another colour, which did not choose it, tests each image's lowest place: there the probability falls more
+square of another colour, which did not select it, tests each image's lowest place: there the probability falls more
 than at the other images' lowest places, if the maps show something of their own image. Where the objects' boxes are
 known, the place of the lowest probability tells whether the object matters: it is in its own image's box more often
 than in the boxes of other images, which are in the middle of most images, too.
@@ -173,7 +173,7 @@ def square_starts(size: int, patch: int, stride: int) -> Tensor:
     if patch >= size:
         raise UserError(f"job.patch={patch}: the occluder must be smaller than the image, which is {size} px")
     if stride > patch:
-        raise UserError(f"job.stride={stride}: must be at most job.patch={patch}, or pixels are never covered")
+        raise UserError(f"job.stride={stride}: must be at most job.patch={patch}, else some pixels are never covered")
     places = -(-size // stride)
     beyond = (places - 1) * stride + patch - size
     return torch.arange(places) * stride - beyond // 2

@@ -1,8 +1,8 @@
-"""job=verdict: what an explanation is worth, measured by seven metrics, each between chance (0) and the best (1).
+"""job=verdict: measure explanations by seven metrics, each between chance (0) and the best (1).
 
 The pictures are those of units of each convolution layer (deconvnet, guided, gradient) and of classes (these,
 integrated gradients and Grad-CAM); the baselines are pictures that do not depend on the network. `explain/targets.py`
-makes the pictures, `explain/faithfulness.py` holds the metrics; docs/verdict.md says what each asks.
+makes the pictures, `explain/faithfulness.py` holds the metrics; docs/verdict.md defines each of them.
 """
 
 import itertools
@@ -128,8 +128,8 @@ class VerdictJob(Look):
             if not all_rows:
                 names, data = ",".join(metrics), loaded.data.name
                 raise UserError(
-                    f"job.metrics=[{names}]: data={data} has neither the parts nor the boxes or four classes that "
-                    "these need; add another metric, such as own"
+                    f"job.metrics=[{names}]: data={data} lacks the parts, boxes or four classes that these need; "
+                    "add another metric, such as own"
                 )
             report(run, study, all_rows, origin)
 
@@ -172,7 +172,7 @@ def saved_rows(run: RunDirectory, metric: str, origin: Mapping[str, str]) -> lis
         saved = run.read_json(f"metrics/{metric}.json")
         return [Row.read(row) for row in saved["rows"]] if saved["of"] == origin else None
     except (KeyError, TypeError, ValueError, RuntimeError, UserError) as error:
-        raise UserError(f"{path} is damaged: delete it, and the metric is measured again") from error
+        raise UserError(f"{path} is damaged: delete it to measure the metric again") from error
 
 
 # ---- what is explained
@@ -232,7 +232,7 @@ def prepare(job: VerdictJob, loaded: LoadedRun, split: Split, layers: Sequence[s
         order = permutation(make_key(loaded.config.seed, CONTROL, 20, chain.layers.index(layer)), len(record.values))
         rank, place = record.filled.cpu()[order].T.nonzero()[: job.units].unbind(1)
         if len(rank) < 2:
-            log.info("%s: no two maps are ever active, so its units are left out", layer)
+            log.info("%s: fewer than two maps are ever active, so its units are left out", layer)
             continue
         image, y, x = record.places().cpu()[order[place], rank].unbind(1)
         numbers, item = image.unique(return_inverse=True)
@@ -296,7 +296,7 @@ def _ranked(target: Target, method: str, **settings: Any) -> tuple[Tensor, dict[
 
 
 def measure_own(study: Study) -> Iterator[Row]:
-    """Rank the number that a unit keeps on its own picture's support among those on other units' supports."""
+    """Rank each unit's activation on its own picture's support among its activations on others' supports."""
     for subject, method in study.each("own"):
         target, units = subject.target, subject.target.units
         if method in BASELINES:  # the same for every unit of a place: all tie

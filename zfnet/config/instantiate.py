@@ -150,7 +150,7 @@ def instantiate(
         values = ", ".join(f"{k}={v}" for k, v in settings.items() if k != "_target_")
         raise UserError(f"{slot} ({cls.__name__}): {one_line(error)} ({values or 'no arguments'})") from error
     if not isinstance(made, base):
-        raise UserError(f"{slot}._target_={settings['_target_']}: makes a {type(made).__name__}, no {base.__name__}")
+        raise UserError(f"{slot}._target_={settings['_target_']}: makes a {type(made).__name__}, not a {base.__name__}")
     return made
 
 

@@ -1,7 +1,7 @@
 """Randomness without state: every random number is a function of a key and an index.
 
-No generator is advanced anywhere in training, so there is nothing to save in a checkpoint, and no skipped step, other
-number of workers or other device changes a number. A key is made from integers such as (seed, purpose, epoch); the
+Training advances no generator, so a checkpoint has no random state, and no skipped step, other number of workers or
+other device changes a number. A key is made from integers such as (seed, purpose, epoch); the
 n-th number under a key is a hash of (key, n). The mixing function is the 32-bit finaliser of MurmurHash3, computed in
 int64 so that CPU and GPU agree.
 """

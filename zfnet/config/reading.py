@@ -32,7 +32,7 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 def refuse_pipe(path: Path) -> None:
     """Raise ValueError for a path that exists and is not a file: opening a pipe would wait for ever."""
     if path.exists() and not path.is_file():
-        raise ValueError("it is no file")
+        raise ValueError("it is not a file")
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
@@ -218,7 +218,7 @@ def _check_together(config: Config) -> None:
     if data.name == "folder" and not data.root and config.job.trains:  # others may not need images
         raise UserError(NO_ROOT)
     if data.sampler == "balanced" and config.loss.get("weight") == "balanced":
-        raise UserError("data.sampler=balanced and loss.weight=balanced: each makes up for uneven classes; choose one")
+        raise UserError("data.sampler=balanced and loss.weight=balanced: both balance uneven classes; choose one")
     if data.name == "shapes" and data.root:
         raise UserError(
             f"data.root={data.root}: data=shapes draws its images and reads no files; choose data=folder for your own"
@@ -239,7 +239,7 @@ def _check_together(config: Config) -> None:
             )
     if config.parent is not None:
         if config.parent.epoch >= trainer.epochs:
-            raise UserError(f"trainer.epochs={trainer.epochs}: the run begins after epoch {config.parent.epoch}")
+            raise UserError(f"trainer.epochs={trainer.epochs}: must exceed the parent's {config.parent.epoch}")
         try:
             read_config(config.parent.config)
         except UserError as error:

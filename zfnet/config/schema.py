@@ -406,5 +406,5 @@ def check(schema: type[T], plain: Any, prefix: str) -> T:
             if odd is None:
                 raise UserError(f"{prefix or 'config'}: {one_line(error.errors()[0]['msg'])}") from error
             key, advice = f"{prefix}.{odd}".lstrip("."), "name it by a link with a plain name"
-            raise UserError(f"{key}: holds bytes that are no text in UTF-8; {advice}") from error
+            raise UserError(f"{key}: holds bytes that are not valid UTF-8; {advice}") from error
         raise UserError(schema_problem(error, schema, plain, prefix)) from error

@@ -309,5 +309,5 @@ def _value_at(node: Any, key: str) -> Any:
 def _refusal(key: str, value: Any) -> UserError:
     return UserError(
         f"{key}={value!s:.80}: a config folder from elsewhere may not set this, since it can run code or write "
-        f"elsewhere; give it on the command line or in {CONF.name}/, if it is meant"
+        f"elsewhere; to set it, use the command line or {CONF.name}/"
     )

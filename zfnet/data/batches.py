@@ -327,7 +327,7 @@ def apply_transforms(
                 raise UserError(f"augment.transforms: give {list(image.shape)} of {image.dtype}, not uint8 [3, s, s]")
             out.append(image)
     if len({image.shape for image in out}) > 1:
-        raise UserError("augment.transforms: give images of different sizes; end with one that makes them equal")
+        raise UserError("augment.transforms: return images of different sizes; end with a resize")
     return torch.stack(out).permute(0, 2, 3, 1).contiguous() if out else pixels
 
 

@@ -72,7 +72,7 @@ def load_folder(data: FolderData) -> Splits:
         closed = listing.left_out.names.get(LeftOut.UNREADABLE)
         if closed and data.on_error == "stop":
             raise UserError(
-                f"{listing}: a folder cannot be read ({printable(closed[0])}): give yourself the right to, or set "
+                f"{listing}: a folder cannot be read ({printable(closed[0])}): change its permissions, or set "
                 "data.on_error=skip"
             )
     images, unreadable, mark = _cached(listing, data)

@@ -167,7 +167,7 @@ def hold_out(train: ImageSet, amount: float, seed: int) -> tuple[ImageSet, Image
         return train, None
     count = max(1, round(amount * len(train))) if amount < 1 else int(amount)
     if count >= len(train):
-        raise UserError(f"data.validation={amount:g}: leaves nothing to train on, there are {len(train)} images")
+        raise UserError(f"data.validation={amount:g}: leaves no training images of {len(train)}")
     held_out, kept = stratified(train.labels, count, seed)
     return train.take(kept), train.take(held_out)
 

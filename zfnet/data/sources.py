@@ -91,7 +91,7 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
             log.warning("the labels are %d to %d: number them from 0, or class 0 stays empty", lowest, highest)
         classes = [str(number) for number in range(highest + 1)]
     if highest >= len(classes):
-        raise UserError(f"data.classes={list(classes)}: there is a label {highest}, which has no name")
+        raise UserError(f"data.classes={list(classes)}: the label {highest} has no name")
     made = {
         name: image_set(
             np.stack([fit_square(image, side, data.fit) for image in images]),

@@ -146,7 +146,7 @@ def _check(config: Config) -> None:
     )
     for key in [*now, *before]:
         if before.get(key) != now.get(key) and key not in _MAY_CHANGE:
-            raise UserError(f"{key}={now.get(key)}: the run continues with its parent's network ({before.get(key)})")
+            raise UserError(f"{key}={now.get(key)}: must be the parent's, {before.get(key)}")
     if config.trainer.init_from != config.parent.config["trainer"]["init_from"]:
         raise UserError(f"trainer.init_from={config.trainer.init_from}: the run begins with its parent's weights")
     check_recipe(config)  # again: the schedule has another length now
@@ -183,6 +183,6 @@ def train_parent(config: Config, run: RunDirectory, stop: StopRequest) -> None:
             train_and_test(before, parent, stop, compiled=link.compiled, epochs=link.epoch)
         saved = read_checkpoint(step_files(parent.checkpoints)[-1])
         if weights_hash(under_prefix("model", saved.tensors)) != link.weights_sha256:
-            log.warning("after epoch %d the weights are not those that are recorded", link.epoch)
+            log.warning("after epoch %d the weights are not the recorded ones", link.epoch)
         begin(config, run, saved, parent.checkpoints / BEST)
     shutil.rmtree(parent.folder)

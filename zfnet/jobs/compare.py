@@ -123,7 +123,7 @@ def group(runs: Sequence[Trained]) -> list[Group]:
     if len(groups) < 2 or (left_out and max(map(len, groups)) == 1):
         groups, left_out = [[run] for run in runs], []
     for run in left_out:
-        print(f"{run.name} is left out: its settings and its seed are those of another run", file=sys.stderr)
+        print(f"{run.name} is left out: another run has the same settings and seed", file=sys.stderr)
     if len(groups) > len(LETTERS):
         raise UserError(
             f"runs: {len(groups)} settings are named, and at most {len(LETTERS)} are compared; "

@@ -64,7 +64,7 @@ class EvaluateJob(Job):
             else:
                 log.info("all images are correct, so there is no figures/worst.png")
             if not math.isfinite(evaluation.loss):
-                raise UserError(f"run={source}: the loss is {evaluation.loss}; its network gives no numbers")
+                raise UserError(f"run={source}: the loss is {evaluation.loss}; its network's outputs are not finite")
 
 
 def worst(evaluation: Evaluation) -> Tensor:

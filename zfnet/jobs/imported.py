@@ -1,4 +1,4 @@
-"""job=import: a run directory of a network that was trained elsewhere, on which every other job works.
+"""job=import: a run directory of a network that was trained elsewhere, for all jobs that do not train.
 
 What is read is safetensors, state dicts that `torch.load(weights_only=True)` accepts, and ONNX graphs. None of them can
 run code, and names and sizes are compared with the network before memory is allocated.
@@ -104,7 +104,7 @@ def _data(config: Config, image_size: int) -> FolderData:
 def _count_classes(path: Path, state: dict[str, Tensor]) -> int:
     last = next(reversed(state.values()), torch.tensor(0))
     if not last.ndim:
-        raise UserError(f"{path}: its weights do not tell how many classes the network has")
+        raise UserError(f"{path}: its weights do not show the number of classes")
     return len(last)
 
 
@@ -165,7 +165,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         try:
             return read_tensors(path)
         except (OSError, SafetensorError, ValueError) as error:
-            raise UserError(f"{path} is no file of weights, or is damaged ({error})") from error
+            raise UserError(f"{path} is not a file of weights, or is damaged ({error})") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -177,7 +177,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     for key in ("state_dict", "model"):  # of a checkpoint
         content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no state dict: names and tensors")
+        raise UserError(f"{path} is not a state dict (tensors by name)")
     return {}, {str(key): value for key, value in content.items()}
 
 

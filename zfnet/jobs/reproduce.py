@@ -27,7 +27,7 @@ class ReproduceJob(Job):
         Raises UserError if there is nothing to compare with, and if the result of the same config differs.
         """
         if torchrun_world() is not None:
-            raise UserError("job=reproduce does not run under torchrun: give trainer.devices=<processes> in its place")
+            raise UserError("job=reproduce does not run under torchrun: set trainer.devices=<processes> instead")
         original = _finished(config)
         if output.resolve().is_relative_to(original.folder.resolve()):
             raise UserError(f"hydra.run.dir={output}: lies in the run itself; choose a directory of its own")

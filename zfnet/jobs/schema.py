@@ -35,7 +35,7 @@ class SchemaJob(Job):
         for group, schema in group_schemas().items():
             write_atomically(folder / f"{group}.json", json.dumps(schema, indent=1) + "\n")
         path = os.path.relpath(folder / "optimizer.json", CONF / "optimizer")
-        print(f"written to {folder}; a file, such as one in conf/optimizer, names its schema in the first line")
+        print(f"written to {folder}; to use a schema, begin a file, such as one in conf/optimizer, with this line:")
         print(f"# yaml-language-server: $schema={path}")
 
 

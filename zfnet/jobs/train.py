@@ -96,9 +96,9 @@ def fit(config: Config, folder: str | Path) -> TrainedRun:
     The same call continues a stopped run, and returns a finished one. Raises UserError.
     """
     if not isinstance(config, Config):
-        raise UserError(f"fit: a config is what compose(list of overrides) returns, and no {type(config).__name__}")
+        raise UserError(f"fit: needs a config from compose(list of overrides), not a {type(config).__name__}")
     if not config.job.trains or config.job.name in ("resume", "reproduce"):
-        raise UserError(f"job={config.job.name}: fit trains only, by itself or by job=extend or job=fork")
+        raise UserError(f"job={config.job.name}: fit trains only (job=train, job=extend or job=fork)")
     read_config(config.to_dict(), config.imports)  # it may have been changed since
     check_recipe(config)
     config.job.main(config, Path(folder))
@@ -212,7 +212,7 @@ def _train(
     )
     if saved is not None and saved.metadata.get("identity", config.identity()) != config.identity():
         raise UserError(
-            f"{run.folder / 'config.yaml'} is not the config that the checkpoint was made with: put the old one back, "
+            f"{run.folder / 'config.yaml'} is not the config that the checkpoint was made with: restore the old one, "
             "or start a new run"
         )
     if saved is None and config.parent is not None:
@@ -229,7 +229,7 @@ def _train(
     sizes = ", ".join(f"{count:,} {name}" for name, count in splits.sizes().items())
     log.info("%s on %s: %s images of %d classes", model_name(config.model), config.data.title, sizes, classes)
     if splits.validation_reports:
-        log.warning("no test images: validation chooses the epoch and reports as well, so its accuracy is optimistic")
+        log.warning("no test images: validation chooses the epoch and gives the result, so its accuracy is optimistic")
     environment = RunDirectory(config.run).environment if config.run is not None else {}
     if changed := splits.difference(environment, sizes=config.data.eval_subset is None):
         log.warning("the images are not those of run=%s: %s", config.run, changed)
@@ -355,7 +355,7 @@ def _refuse_other_images(run: RunDirectory, splits: Splits) -> None:
     """Raise UserError if these are not the images that the run was trained on."""
     if changed := splits.difference(run.environment):
         raise UserError(
-            f"{run.folder} was trained on other images ({changed}): put those back, or start a new run in another "
+            f"{run.folder} was trained on other images ({changed}): restore those, or start a new run in another "
             "directory (hydra.run.dir=…)"
         )
 

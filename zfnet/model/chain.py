@@ -148,8 +148,8 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
             return
         if x.ndim != 2 or last.ndim < 2 or not _same(x, last.flatten(1)):
             raise UserError(
-                f"{name} is not the output of {former}: a network can be explained if it is a chain of modules, "
-                "without branches and with no function but torch.flatten between them"
+                f"{name} is not the output of {former}: only a chain of modules can be explained, without branches "
+                "and with no function but torch.flatten between them"
             )
         steps.append(Step(f"the flatten after {former}", nn.Flatten(), last.shape[1:], x.shape[1:]))
 

@@ -121,7 +121,7 @@ class _Reader:
         """Return a weight of the file; floats as fp32."""
         maker = self.makers.get(name)
         if maker is None and name not in self.tensors:
-            raise ValueError(f"{printable(name)} is no constant")
+            raise ValueError(f"{printable(name)} is not a constant")
         if maker is not None and maker.op_type == "ConstantOfShape":
             shape = [int(n) for n in self.constant(maker.input[0]).tolist()]
             self.count(shape)
@@ -139,7 +139,7 @@ class _Reader:
             places = [entry.value for entry in tensor.external_data if entry.key == "location"]
             beside = os.path.realpath(os.path.join(folder, *places[:1]))
             if len(places) != 1 or os.path.dirname(beside) != folder or not os.path.isfile(beside):
-                raise ValueError(f"its weights lie in {printable(places)}, which is no file beside {self.path.name}")
+                raise ValueError(f"its weights lie in {printable(places)}, which is not a file beside {self.path.name}")
         try:
             value = torch.from_numpy(self.onnx.numpy_helper.to_array(tensor, folder).copy())
         except Exception as error:  # onnx raises all kinds of errors for a damaged tensor
@@ -179,7 +179,7 @@ def read_onnx(path: Path, image_size: int) -> tuple[list[dict[str, Any]], dict[s
     if reader.at != model.graph.output[0].name or not any(
         layer["type"] in ("Conv2d", "Linear") for layer in reader.layers
     ):
-        raise UserError(f"{path}: is no chain from its input to its output with a convolution or a linear layer")
+        raise UserError(f"{path}: is not a chain from its input to its output with a convolution or a linear layer")
     if reader.x.ndim != 2:
         raise UserError(f"{path}: gives {list(reader.x.shape)} for an image; must give one number for each class")
     return reader.layers, reader.state, reader.image_size

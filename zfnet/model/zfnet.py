@@ -147,7 +147,7 @@ class ZFNet(nn.Module):
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         """Load a state dict of this class or of the blog's, with or without DataParallel's `module.` prefix.
 
-        The program reads safetensors only. A `.pth` file is converted once, in a place where its pickle may
+        This method takes tensors and reads no file. Convert a `.pth` file once, in a place where its pickle may
         be trusted: `save_file(torch.load("zfnet.pth", weights_only=True), "zfnet.safetensors")`, with
         `save_file` from `safetensors.torch`; then `model.load_weights(load_file("zfnet.safetensors"))`.
 

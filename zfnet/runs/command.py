@@ -118,9 +118,9 @@ def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[An
             several = f"{override.key_or_group}={','.join(map(str, value))}"
             raise UserError(f"{override.input_line}: choose one; several are a sweep, run.py -m {several}")
         if value == {}:
-            raise UserError(f"{override.input_line}: holds nothing; set keys, as in {override.key_or_group}.KEY=VALUE")
+            raise UserError(f"{override.input_line}: is empty; set keys, as in {override.key_or_group}.KEY=VALUE")
         if value == "" and override.key_or_group in _PATHS:  # a variable of the shell that is not set
-            raise UserError(f"{override.input_line}: names nothing; name a file or folder")
+            raise UserError(f"{override.input_line}: is empty; name a file or folder")
     if isinstance(raw.get("job"), str):  # in a record given as --config-path, job is no group
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
     chosen = {o.key_or_group: f"{o.key_or_group}/{o.value()}.yaml" for o in parsed}
@@ -237,7 +237,7 @@ def _is_group(override: Override) -> bool:
     key = override.key_or_group
     if key in ("experiment", "debug"):
         raise UserError(
-            f"{override.input_line}: sets keys of several groups and cannot be laid on a recorded run; "
+            f"{override.input_line}: sets keys of several groups and cannot be applied to a recorded run; "
             "choose groups or keys, as in optimizer=sgd optimizer.lr=0.01"
         )
     return key in GROUPS

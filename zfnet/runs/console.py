@@ -244,7 +244,7 @@ def _override_problem(
         return None
     known = {".".join(name.split(".")[: n + 1]) for name in composed for n in range(name.count(".") + 1)}
     if override.is_delete() and composed.get(key, key) is None:
-        return f"{text}: is null already, and Hydra removes no such key; leave it out"
+        return f"{text}: is null already, and Hydra cannot delete it; leave it out"
     if key in known:
         below = sorted(name for name in known if name.rpartition(".")[0] == key)
         if below and not isinstance(override.value(), (dict, type(None))) and not override.is_sweep_override():

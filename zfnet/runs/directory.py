@@ -298,7 +298,7 @@ class RunDirectory:
     def check_record(self) -> None:
         """Raise UserError if config.yaml, without which nothing can be done with a run, was deleted since it began."""
         if not (self.folder / "config.yaml").is_file():
-            raise UserError(f"{self.folder} was deleted while the run went on (it lacks config.yaml): start a new run")
+            raise UserError(f"{self.folder} was deleted during the run (it lacks config.yaml): start a new run")
 
     def set_status(self, state: str, error: str | None = None) -> None:
         """Record running, done, stopped, pruned (stopped by a search) or failed."""

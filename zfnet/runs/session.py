@@ -64,7 +64,7 @@ class StopRequest:
             raise StoppedAtOnce(number)
         self.number = number
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print("\nstopping after this step; once more to stop at once, unsaved", file=sys.stderr)
+            print("\nstopping after this step; a second signal stops at once without saving", file=sys.stderr)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

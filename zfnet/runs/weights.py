@@ -153,7 +153,7 @@ def _compare_with_record(path: Path, model: nn.Module) -> None:
         return
     if recorded != weights_hash(model.state_dict()):
         raise UserError(
-            f"{path} holds other weights than results.json was measured with: the file was exchanged or is damaged"
+            f"{path} does not hold the weights that results.json was measured with: it was replaced or is damaged"
         )
 
 

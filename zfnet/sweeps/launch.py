@@ -1,7 +1,7 @@
 """Launch the jobs of a sweep: finished jobs are skipped, a failed job does not stop the others, nothing is overwritten.
 
-Parallel jobs on one machine take one GPU each. (CPU threads need no care: joblib's workers start with the cores
-divided among them.)
+Parallel jobs on one machine take one GPU each. (joblib already divides the CPU threads among its
+workers.)
 """
 
 import contextlib

@@ -112,7 +112,7 @@ def search_space(overrides: Sequence[Override]) -> dict[str, BaseDistribution]:
     """Return a distribution for each override that names several values; raise UserError if none does."""
     for o in overrides:  # Hydra reads a bound that is not a number as plain text
         if not o.is_sweep_override() and re.match(r"\W?(tag|interval|range)\(", o.get_value_element_as_str()):
-            raise UserError(f"{o.input_line}: is no space to search; its bounds must be numbers")
+            raise UserError(f"{o.input_line}: is not a search space; its bounds must be numbers")
     space = {o.get_key_element(): _distribution(o) for o in overrides if o.is_sweep_override()}
     if not space:
         raise UserError(
@@ -141,7 +141,7 @@ def _distribution(override: Override) -> BaseDistribution:
                 return FloatDistribution(float(first), float(last), step=float(step), log=log)
         return CategoricalDistribution(texts)
     except ValueError as error:
-        raise UserError(f"{override.input_line}: is no space to search ({one_line(error)})") from error
+        raise UserError(f"{override.input_line}: is not a search space ({one_line(error)})") from error
 
 
 # -- the study in its storage

@@ -67,7 +67,7 @@ def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
         weight = balanced_weights(counts)
     numbers = weight if isinstance(weight, list) and all(map(is_number, weight)) else [1]
     if not min(numbers, default=0) >= 0 < max(numbers, default=0):
-        raise UserError(f"loss.weight={weight}: must be 0 or more for each class, and more for one")
+        raise UserError(f"loss.weight={weight}: must be 0 or more for each class, above 0 for one")
     if weight is not None and "weight" in inspect.signature(cls).parameters:
         del settings["weight"]
         try:

@@ -142,7 +142,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         header, tensors = read_tensors(path)
         metadata = json.loads(header["checkpoint"])
         if not isinstance(metadata, dict):
-            raise ValueError("its header is no record")
+            raise ValueError("its header is not a record")
         version = metadata.pop("format", None)
         if version not in (1, 2, CHECKPOINT_FORMAT):
             raise UserError(f"{path} was written by another version of this program")
@@ -151,7 +151,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         checkpoint = Checkpoint(tensors, metadata)
         return _from_format_1(checkpoint) if version == 1 and "optimizer" in metadata else checkpoint
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint ({error})") from error
+        raise UserError(f"{path} is damaged or not a checkpoint ({error})") from error
 
 
 def read_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:

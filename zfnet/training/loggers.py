@@ -70,7 +70,7 @@ def tell(loggers: dict[str, Logger], method: str, *arguments: Any) -> None:
         try:
             getattr(logger, method)(*arguments)
         except Exception as error:  # a service may raise anything, and a training must not end by it
-            log.warning("%s; the run goes on without this logger", describe_fault(f"logger.{name}", logger, error))
+            log.warning("%s; the run continues without this logger", describe_fault(f"logger.{name}", logger, error))
             del loggers[name]
             if method != "close":
                 with contextlib.suppress(Exception):

@@ -27,7 +27,7 @@ def fit(
     epochs: the last epoch to train, if not trainer.epochs
     evaluations: sets to measure after each epoch, by the name of their columns (validation, test)
 
-    Raises UserError if the loss diverges or a callback's columns cannot be; Stopped or Pruned, after
+    Raises UserError if the loss diverges or a callback's columns are not allowed; Stopped or Pruned after the
     callbacks have saved.
     """
     check_columns(state.callbacks, measured_columns(evaluations))

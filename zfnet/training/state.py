@@ -231,7 +231,7 @@ class TrainingState:
         if bad is not None:
             raise UserError(
                 f"training diverged: the loss at step {bad} (epoch {bad // self.steps_per_epoch + 1}, learning rate "
-                f"{self.schedule.lr(bad):g}) is not a number or beyond all bounds: lower optimizer.lr, or try "
+                f"{self.schedule.lr(bad):g}) is not finite or too large: lower optimizer.lr, or try "
                 "scheduler.warmup_epochs=1 or trainer.clip_norm=1"
             )
         self.last_reading = loss, accuracy
@@ -318,8 +318,8 @@ class TrainingState:
                     "trainer.init_from=<weights>"
                 ) from error
             raise UserError(
-                f"step {saved.metadata.get('step')}: the checkpoint does not fit this run ({reason}): delete it, and "
-                "the one before it is used"
+                f"step {saved.metadata.get('step')}: the checkpoint does not fit this run ({reason}): delete it "
+                "to use the one before it"
             ) from error
 
     def _restore(self, saved: Checkpoint, images: str | None) -> None:
@@ -362,8 +362,8 @@ class TrainingState:
             changed = [each for each in changed if each != "data.root is"] + ["the images are"] * (images != others)
         if changed:
             log.warning(
-                "%s not the parent's: its best epoch does not count, and it may have trained on images that validate "
-                "now",
+                "%s not the parent's: its best epoch does not count, and it may have trained on validation images of "
+                "this run",
                 changed[0],
             )
             self.best = None
