@@ -38,8 +38,8 @@ class _Sweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Run the jobs of `params` and of the command line, which wins; the swept keys name their directories."""
         parser = OverridesParser.create(config_loader=self.jobs.context.config_loader)
-        words = [*(f"{key}={value}" for key, value in (self.params or {}).items()), *arguments]
-        overrides = {o.get_key_element(): o for o in parser.parse_overrides(words)}
+        every = [*(f"{key}={value}" for key, value in (self.params or {}).items()), *arguments]
+        overrides = {o.get_key_element(): o for o in parser.parse_overrides(every)}
         swept = {o.key_or_group for o in overrides.values() if o.is_sweep_override()}
         if swept:  # what all jobs share is left out of their directories' names
             keys = [o.key_or_group for o in overrides.values() if o.key_or_group not in swept]
@@ -62,7 +62,7 @@ class GridSweeper(_Sweeper):
 
         if self.max_batch_size is not None and self.max_batch_size < 1:
             raise UserError(f"hydra.sweeper.max_batch_size={self.max_batch_size}: must be at least 1, or null")
-        words: list[list[str]] = []
+        choices: list[list[str]] = []
         for override in overrides:
             key = override.get_key_element()
             if not override.is_sweep_override():
@@ -74,8 +74,8 @@ class GridSweeper(_Sweeper):
                     f"{override.input_line}: a grid needs single values, as in {key}=1,2; "
                     "hydra/sweeper=optuna searches intervals"
                 )
-            words.append([f"{key}={value}" for value in values])
-        grid = [list(combination) for combination in itertools.product(*words)]
+            choices.append([f"{key}={value}" for value in values])
+        grid = [list(combination) for combination in itertools.product(*choices)]
         self.jobs.check(grid)
         size = self.max_batch_size or len(grid)
         for first in range(0, len(grid), size):

@@ -398,7 +398,7 @@ def test_maps_that_are_seldom_active_are_an_error(run_py, tiny_run, another: Pat
     monkeypatch.setattr(forced_choice, "strongest_places", nothing)
     answer = run_py(*WORDS, f"run={tiny_run.folder}", f"job.other={another}", "job.trials=3", "job.layers=[conv2]")
     assert answer.code == 1
-    assert "job.layers: conv2 have fewer than two maps active in enough images" in answer.err
+    assert "job.layers: none of conv2 has two maps that are active in enough images" in answer.err
 
 
 def test_a_layer_whose_maps_are_seldom_active_is_left_out(run_py, tiny_run, another: Path, monkeypatch) -> None:

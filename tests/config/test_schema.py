@@ -189,13 +189,25 @@ def test_read_data_names_a_folder_whose_name_is_no_text() -> None:
         read_data({**plain, "root": b"photos\xff".decode(errors="surrogateescape")})
 
 
+def test_overridden_names_the_keys_of_a_command() -> None:
+    overrides = ["optimizer=sgd", "+loss.ignore_index=3", "++data.root=a=b", "~loss.weight", "trainer.epochs=2"]
+    config = dataclasses.replace(checked(), overrides=overrides)
+    assert list(config.overridden) == ["optimizer", "loss.ignore_index", "data.root", "loss.weight", "trainer.epochs"]
+    assert config.overridden["data.root"] == "data.root=a=b"
+
+
 def test_check_names_what_is_no_json() -> None:
     deep: list = []
     for _ in range(300):
         deep = [deep]
-    for transform, problem in (({"a": deep}, "recursion limit"), ({"a\udcff": 1}, "surrogate")):
+    odd = {"a\udcff": 1}
+    for keys, problem in (
+        ({"transforms": [{"a": deep}]}, "recursion"),
+        ({"transforms": [odd]}, "surrogate"),
+        (odd, "surr"),
+    ):
         with pytest.raises(UserError, match=rf"^augment: Invalid JSON: .*{problem}"):
-            check(AugmentConfig, {"name": "x", "transforms": [transform]}, "augment")
+            check(AugmentConfig, {"name": "x", **keys}, "augment")
 
 
 def test_identity_counts_all_that_matters_and_nothing_else() -> None:

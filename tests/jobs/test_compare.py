@@ -211,9 +211,11 @@ def test_a_run_without_results_does_not_bring_the_test_set_in() -> None:
 def test_group_keeps_other_images_apart() -> None:
     """A folder whose content was exchanged, or another folder: not seeds of one setting."""
     runs = [trained(0.1, seed, 0.5) for seed in range(4)]
-    runs = [dataclasses.replace(r, environment={"data_fingerprint": "ab"[n // 2]}) for n, r in enumerate(runs)]
+    runs = [dataclasses.replace(r, environment={"data_fingerprint": "ab"[n // 2] * 64}) for n, r in enumerate(runs)]
     runs = [dataclasses.replace(r, settings=dict(r.settings)) for r in runs]
     assert [len(g.runs) for g in group(runs)] == [2, 2]
+    (row,) = [line for line in to_text(compare(group(runs)), 80).splitlines() if "data_fingerprint" in line]
+    assert row.split() == ["data_fingerprint", "a" * 10, "b" * 10]
 
 
 def test_curves_leave_out_the_epochs_that_were_not_measured() -> None:

@@ -220,7 +220,7 @@ def test_a_damaged_record_is_one_line(tmp_path: Path, content: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_forgive_marks_keys_of_swept_groups() -> None:
+def test_prepare_overrides_marks_keys_of_swept_groups() -> None:
     words = ["optimizer=sgd,rmsprop", "optimizer.momentum=0.5", "model.dropout=0.1", "job.top=1"]
     assert prepare_overrides(words) == words
     assert prepare_overrides(["-m", *words]) == ["-m", words[0], "++optimizer.momentum=0.5", *words[2:]]
@@ -228,7 +228,7 @@ def test_forgive_marks_keys_of_swept_groups() -> None:
     assert prepare_overrides(["--multirun", *words])[1:] == [words[0], *(f"++{w}" for w in words[1:3]), "job.top=1"]
 
 
-def test_forgive_marks_keys_only_where_a_run_is_named() -> None:
+def test_prepare_overrides_marks_keys_only_where_a_run_is_named() -> None:
     words = ["job=resume", "optimizer.momentum=0.5", "optimizer=sgd", "hydra.run.dir=x", "+a.b=1", "seed=1"]
     assert prepare_overrides(words) == words
     assert prepare_overrides([*words, "run=null"]) == [*words, "run=null"]

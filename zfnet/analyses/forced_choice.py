@@ -109,15 +109,14 @@ class ForcedChoiceJob(Look):
         images = split.images
         order = permutation(make_key(config.seed, CONTROL, 30), len(images))
         first, second = order[: len(images) // 2], order[len(images) // 2 :]
-        for name, needed in (
-            (f"job.references={self.references}", 2 * self.references),
-            (f"job.trials={self.trials}", 2 * math.ceil(self.trials / self.extreme)),
+        for name, needed, advice in (
+            (f"job.references={self.references}", 2 * self.references, "fewer"),
+            (f"job.trials={self.trials}", 2 * math.ceil(self.trials / self.extreme), "fewer, or a larger job.extreme"),
         ):
             if needed > len(images):
                 raise UserError(
                     f"{name}: needs {needed} {split.name} images, there are {len(images)} (half for references, of the "
-                    f"rest the fraction {self.extreme:g} for each side of a pair): choose another job.split, a smaller "
-                    "number or a larger job.extreme"
+                    f"rest the fraction {self.extreme:g} for each side of a pair): try another job.split, or {advice}"
                 )
         with own_directory(config, output) as run:
             log.info("%s: %s; the choice is by %s", loaded.source.folder, ", ".join(layers), self.other)
@@ -138,7 +137,9 @@ class ForcedChoiceJob(Look):
                 rows += trial_rows(layer, trials, choices(shown, observer))
                 quiz += quiz_trials(shown, self.quiz, key)
             if not rows:
-                raise UserError(f"job.layers: {', '.join(layers)} have fewer than two maps active in enough images")
+                raise UserError(
+                    f"job.layers: none of {', '.join(layers)} has two maps that are active in enough images"
+                )
             table, differences = accuracies(rows), compare_conditions(rows)
             run.write_csv("forced_choice.csv", rows)
             origin = {"run": str(loaded.source.folder), "weights": weights, "other": self.other, "split": split.name}

@@ -199,6 +199,7 @@ def occlude(
     Occluded images are made batch by batch on the images' device. Raises UserError (see `square_starts`).
     """
     count, size, device = len(images), images.shape[-1], images.device
+    fill = fill.to(images)
     starts = square_starts(size, patch, stride).to(device)
     side = len(starts)
     channel = peak = None
@@ -247,7 +248,7 @@ def falls_at(
     network: returns logits; images, labels: what `result` is of; fill: [3], not the colour in `result`.
     The lowest place is the lowest of many, by chance too; in another colour it is no longer so by its choice.
     """
-    count = len(images)
+    count, fill = len(images), fill.to(images)
     corners = result.starts[peaks(-result.occluded.probability[:, None])[1][:, 0]].to(images.device)
     falls = []
     for number in torch.arange(count**2, device=images.device).split(batch_size):

@@ -545,7 +545,8 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
             groups.setdefault((row.target, row.measure), {})[row.method] = row
     tests = []
     for (target, measure), methods in groups.items():
-        values, clusters = {name: row.values for name, row in methods.items()}, next(iter(methods.values())).clusters
+        values = {name: row.values for name, row in methods.items()}
+        (clusters, *_) = (row.clusters for row in methods.values())  # all have the same
         differences = clustered_tests(values, clusters, itertools.combinations(methods, 2))
         tests += [{"target": target, "measure": measure, **row} for row in differences]
     return tests

@@ -35,7 +35,7 @@ def describe_fault(slot: str, part: object, error: Exception) -> str:
     return f"{slot} ({type(part).__name__}): {reason} (HYDRA_FULL_ERROR=1 shows where)"
 
 
-def naming(path: Path, error: UserError) -> UserError:
+def with_file_name(path: Path, error: UserError) -> UserError:
     """Return the error with the name of the file, whose keys the user did not type."""
     return error if str(path) in str(error) else UserError(f"{path}: {error}")
 

@@ -239,7 +239,8 @@ def _check_together(config: Config) -> None:
             )
     if config.parent is not None:
         if config.parent.epoch >= trainer.epochs:
-            raise UserError(f"trainer.epochs={trainer.epochs}: must exceed the parent's {config.parent.epoch}")
+            begins = f"{config.parent.epoch}, the epoch after which the run begins"
+            raise UserError(f"trainer.epochs={trainer.epochs}: must be more than {begins}")
         try:
             read_config(config.parent.config)
         except UserError as error:

@@ -401,10 +401,9 @@ def check(schema: type[T], plain: Any, prefix: str) -> T:
         return _adapter(schema).validate_json(json.dumps(plain, default=str))  # type: ignore[arg-type]
     except ValidationError as error:
         if not error.errors()[0]["loc"]:  # no JSON, which holds text; a file's name may hold any bytes
-            texts = ((k, f"{k}{v}") for k, v in flatten(plain).items())
-            odd = next((k for k, text in texts if text != text.encode(errors="replace").decode()), None)
-            if odd is None:
+            odd = (k for k, v in flatten(plain).items() if str(v) != str(v).encode(errors="replace").decode())
+            if (key := next(odd, None)) is None:  # nested too deeply, or in a key or a list
                 raise UserError(f"{prefix or 'config'}: {one_line(error.errors()[0]['msg'])}") from error
-            key, advice = f"{prefix}.{odd}".lstrip("."), "name it by a link with a plain name"
+            key, advice = printable(f"{prefix}.{key}".lstrip(".")), "name it by a link with a plain name"
             raise UserError(f"{key}: holds bytes that are not valid UTF-8; {advice}") from error
         raise UserError(schema_problem(error, schema, plain, prefix)) from error

@@ -201,7 +201,7 @@ def _check(config: DictConfig, overrides: Sequence[str]) -> None:
             raise _refusal(f"hydra.{key}", value)
 
 
-def _own_config(choices: Mapping[str, Any], overrides: Sequence[Override]) -> DictConfig:
+def _own_config(choices: Mapping[str, Any], parsed: Sequence[Override]) -> DictConfig:
     """Return what `conf/` composes with the same choices of Hydra's own groups, the typed `hydra.…` and `imports`."""
     sources = _own_loader().get_sources()
     groups = [
@@ -211,7 +211,7 @@ def _own_config(choices: Mapping[str, Any], overrides: Sequence[Override]) -> Di
     ]
     typed = [
         o.input_line or ""
-        for o in overrides
+        for o in parsed
         if o.key_or_group == "imports"
         or (o.key_or_group.startswith("hydra.") and o.key_or_group not in ("hydra.searchpath", "hydra.mode"))
     ]

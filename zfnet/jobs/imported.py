@@ -1,4 +1,4 @@
-"""job=import: a run directory of a network that was trained elsewhere, for all jobs that do not train.
+"""job=import: a run directory of a network that was trained elsewhere, for all jobs but trainings and evolution.
 
 What is read is safetensors, state dicts that `torch.load(weights_only=True)` accepts, and ONNX graphs. None of them can
 run code, and names and sizes are compared with the network before memory is allocated.
@@ -56,8 +56,9 @@ class ImportJob(Job):
             raise UserError(f"source={config.source}: there is no such file{did_you_mean(config.source, PUBLISHED)}")
         kind = path.suffix.lower()
         if kind == ".safetensors" and "zfnet" in _read(path)[0]:  # of this program, with all metadata
-            for key in {"job.classes", "job.channels"} & {*config.overridden}:
-                raise UserError(f"{config.overridden[key]}: {path.name} records its classes and channels; leave it out")
+            for key, value, default in (("classes", self.classes, None), ("channels", self.channels, "rgb")):
+                if value != default:
+                    raise UserError(f"job.{key}={value}: {path.name} records its classes and channels; leave it out")
             model, metadata = load_model(path, config.imports)
             compared = None
         else:
@@ -95,8 +96,8 @@ def _data(config: Config, image_size: int) -> FolderData:
         "batch_size": _BATCH_SIZE,
         "validation": 0.1,
     }
-    keys = (*PREPROCESSING, "batch_size", "validation", "root")
-    base |= {key: getattr(config.data, key) for key in keys if {"data", f"data.{key}"} & {*config.overridden}}
+    keys, given = (*PREPROCESSING, "batch_size", "validation", "root"), config.overridden
+    base |= {key: getattr(config.data, key) for key in keys if "data" in given or f"data.{key}" in given}
     base["image_size"] = image_size
     return FolderData(name="folder", split_seed=config.data.split_seed, **base)
 

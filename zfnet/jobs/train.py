@@ -319,7 +319,8 @@ def _advise(state: TrainingState, seconds: float) -> str:
     """Return how long a run takes and, if that is long on a CPU, which experiments are made for one."""
     device = {"cpu": "this CPU", "cuda": "this GPU"}.get(state.runtime.device.type, "this device")
     advice = f"about {cb.duration(seconds)} on {device}, by its first steps"
-    if state.runtime.device.type == "cpu" and seconds >= _LONG and model_name(state.config.model) not in _FOR_CPUS:
+    alone = state.runtime.device.type == "cpu" and state.world.size == 1
+    if alone and seconds >= _LONG and model_name(state.config.model) not in _FOR_CPUS:
         advice += "; made for a CPU: experiment=cifar10_fast and, for photographs, photos_small"
     return advice
 

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zfnet.config.errors import UserError, naming, one_line, yaml_problem
+from zfnet.config.errors import UserError, one_line, with_file_name, yaml_problem
 from zfnet.config.reading import read_bytes, read_config, read_json, read_yaml, upgrade
 from zfnet.config.schema import Config
 from zfnet.runs.tables import csv_cell
@@ -249,7 +249,7 @@ class RunDirectory:
         try:
             return read_config(self.recorded(), imports)
         except UserError as error:
-            raise naming(path, error) from error
+            raise with_file_name(path, error) from error
 
     def write_json(self, name: str, content: Any) -> None:
         write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DIFF_LIMIT = 200_000  # characters
 
 
-def describe_environment(device: torch.device, mode: str, imports: Sequence[str] = ()) -> dict[str, Any]:
+def describe_environment(device: torch.device, mode: str, imports: Sequence[str]) -> dict[str, Any]:
     """Return code, packages and device, as JSON can hold them.
 
     imports: the packages that the command trusts; the source of those that it has used is hashed

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError, naming, one_line
+from zfnet.config.errors import UserError, one_line, with_file_name
 from zfnet.config.reading import parse_json, read_data, refuse_interpolation, upgrade_data
 from zfnet.config.schema import LARGEST_SIDE, Config, DataConfig, ModelConfig, check, model_name
 from zfnet.data import preprocess
@@ -59,7 +59,7 @@ def load_model(path: Path, imports: Sequence[str] = ()) -> tuple[Any, ModelMetad
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a file of ZFNet weights, or is damaged ({error})") from error
     except UserError as error:
-        raise naming(path, error) from error
+        raise with_file_name(path, error) from error
     model = network_with(path, metadata, state, imports)
     if path.name == "model.safetensors":
         _compare_with_record(path, model)
@@ -76,7 +76,7 @@ def network_with(path: Path, metadata: ModelMetadata, state: dict[str, Tensor], 
         model = _build(path, metadata, state, imports)
         _load(path, model, state)
     except UserError as error:
-        raise naming(path, error) from error
+        raise with_file_name(path, error) from error
     return model
 
 

@@ -1,7 +1,6 @@
 """Launch the jobs of a sweep: finished jobs are skipped, a failed job does not stop the others, nothing is overwritten.
 
-Parallel jobs on one machine take one GPU each. (joblib already divides the CPU threads among its
-workers.)
+Parallel jobs on one machine take one GPU each. (joblib already divides the CPU threads among its workers.)
 """
 
 import contextlib

@@ -56,7 +56,7 @@ def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
     """
     cls = resolve("loss", config.loss.get("_target_"), nn.Module, config.imports)
     sums = "reduction" in inspect.signature(cls).parameters
-    if sums and config.loss.get("reduction", "sum") != "sum":
+    if sums and "loss.reduction" in config.overridden and config.loss.get("reduction") != "sum":  # old records have it
         raise UserError(f"loss.reduction={config.loss['reduction']}: must be sum, of which the loop makes means")
     # a weight of null is left out, for classes of your own that take none
     settings = {k: v for k, v in config.loss.items() if (k, v) != ("weight", None)} | (

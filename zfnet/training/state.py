@@ -125,7 +125,7 @@ def set_optimizer_mode(optimizer: Optimizer, mode: str) -> None:
         getattr(optimizer, mode)()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class TrainingState:
     """One training: model, optimizer, schedule, metrics, and its progress.
 
