@@ -27,7 +27,8 @@ def test_evaluate_repeats_the_runs_own_results(run_py, tiny_run, monkeypatch) ->
     assert answer.code == 0, answer.err
     assert RunDirectory("e").read_json("results.json")["test"] == recorded["test"]
     assert RunDirectory("e").state == "done"
-    ((_, shown, images),) = drawn
+    ((_, shown, images, what),) = drawn
+    assert what == "test"
     assert shown.accuracy == recorded["test"]["accuracy"]
     assert len(images) == 50
     run = used(tiny_run)

@@ -36,7 +36,7 @@ def test_runs_lists_states_newest_first(run_py, tiny_run, tmp_path: Path) -> Non
         ("killed", "outputs/train/killed"),
         ("stopped", "outputs/train/stopped"),
     ]
-    assert f"{tiny_run.read_json('results.json')['test']['accuracy']:.2%} test" in answer.out
+    assert f"{tiny_run.read_json('results.json')['validation']['accuracy']:.2%} val." in answer.out
     assert RunDirectory(root / "killed").state == "running"  # only looked at
 
 
@@ -70,7 +70,7 @@ def test_runs_shows_trainings_sorts_and_filters(run_py, tmp_path: Path) -> None:
         (("a", ["optimizer.lr=0.001"], 0.5), ("b", ["optimizer.lr=0.01"], 0.9), ("c", ["optimizer=sgd"], 0.7))
     ):
         run = claimed(tmp_path / "outputs/train" / name, "failed" if name == "c" else "done", 1e9 + n, *words)
-        run.write_json("results.json", {"test": {"accuracy": accuracy}})
+        run.write_json("results.json", {"validation": {"accuracy": accuracy}, "test": {"accuracy": 0.5}})
         (run.folder / ".hydra").mkdir()
         (run.folder / ".hydra/overrides.yaml").write_text(f"[job=train, hydra.run.dir=x, ++{words[0]}]")
         for path in run.folder.rglob("*"):

@@ -105,7 +105,7 @@ def test_draw_curves_shows_what_there_is() -> None:
     axes = draw_curves(history(3, validation_loss=2.0, validation_accuracy=0.4, test_loss=3.0)).axes
     assert [line.get_label() for line in axes[0].lines] == ["train", "validation", "test"]
     assert [line.get_label() for line in axes[1].lines] == ["train", "validation"]
-    assert axes[0].get_ylabel() == "train: the criterion; others: cross-entropy"
+    assert axes[0].get_ylabel() == "loss (train: of the config; others: cross-entropy)"
     assert axes[2].lines[0].get_ydata().tolist() == [0.1] * 3
 
 
@@ -134,8 +134,9 @@ def test_draw_curves_of_one_epoch_marks_it_as_one() -> None:
 def test_draw_confusion_says_what_a_cell_is() -> None:
     sums = EvaluationSums()
     sums.add(torch.eye(2)[[0, 0, 1, 1]] * 5, torch.tensor([0, 0, 0, 1]))
-    axis = draw_confusion(sums.result(), list("ab")).axes[0]
-    assert [text.get_text() for text in axis.texts] == ["67\n(2)", "33\n(1)", "100\n(1)"]
+    axis = draw_confusion(sums.result(), list("ab"), "test").axes[0]
+    assert [text.get_text() for text in axis.texts] == ["66.7\n(2)", "33.3\n(1)", "100.0\n(1)"]
+    assert axis.get_title().startswith("Confusion matrix (test): 75.00 % of 4 images are correct\n")
     assert "% of the true class's images, and their number" in axis.get_title()
 
 

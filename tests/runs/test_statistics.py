@@ -23,6 +23,15 @@ from zfnet.runs.statistics import (
 )
 
 
+def test_describe_gives_wilsons_interval_for_shares() -> None:
+    row = describe(torch.tensor([True, True, False, True, True]))
+    assert (row["n"], row["mean"]) == (5, pytest.approx(0.8))
+    assert (row["low"], row["high"]) == (pytest.approx(0.37553, abs=1e-4), pytest.approx(0.96380, abs=1e-4))
+    row = describe(torch.ones(3))
+    assert (row["low"], row["high"]) == (pytest.approx(3 / (3 + 1.96**2)), pytest.approx(1))
+    assert describe(torch.zeros(3))["high"] == 0  # differences that are all 0, say
+
+
 def test_describe_one_convention_and_nothing_for_one_value() -> None:
     row = describe(torch.tensor([1.0, 2, 6, torch.nan]))
     assert (row["n"], row["mean"]) == (3, 3)

@@ -237,7 +237,7 @@ def test_to_text_fits_80_columns_with_mean_std_and_n(tmp_path: Path) -> None:
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "2 settings, 4 jobs: 3 done, 1 failed"
-    assert lines[1].split() == ["lr", "validation", "accuracy", "n", "state"]
+    assert lines[1].split() == ["lr", "validation", "accuracy", "±", "std", "n", "state"]
     assert lines[2].split() == ["0.01", "60.00", "±", "10.00", "%", "3", "3", "done"]
     assert lines[3].split() == ["0.1", "–", "0", "failed"]
 

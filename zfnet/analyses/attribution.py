@@ -21,7 +21,16 @@ from torch import Tensor
 from zfnet.config.errors import log
 from zfnet.config.schema import Config, Positive
 from zfnet.explain.deconvnet import RULES, Deconvnet
-from zfnet.explain.selection import ChosenImages, Look, choose_images, in_boxes, pick_layers, share_in_boxes, to_rows
+from zfnet.explain.selection import (
+    ChosenImages,
+    Look,
+    choose_images,
+    in_boxes,
+    pick_layers,
+    predict,
+    share_in_boxes,
+    to_rows,
+)
 from zfnet.explain.targets import GRAD_CAM, grad_cam, integrated_gradients
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
@@ -69,7 +78,9 @@ class AttributionJob(Look):
                 many = choose_images(loaded, config, self.boxed_images)
                 evidence = box_evidence(attribute(chain, many.inputs, many.labels, *settings).maps, many.boxes)
                 run.write_json("boxes.json", evidence)
-                log.info(f"attribution inside the object's box and inside other images' boxes, {len(many)} images:")
+                right = int((predict(loaded, many.inputs).argmax(1) == many.labels.cpu()).sum())
+                log.info(f"attribution inside the object's box and inside other images' boxes, {len(many)} images,")
+                log.info(f"{right} of them correctly classified:")
                 for method, row in evidence.items():
                     own, others, difference = (percent(row[key]) for key in ("own", "others", "difference"))
                     log.info(f"  {method:<20} {own}, {others}; difference {difference}")

@@ -89,7 +89,9 @@ class OcclusionJob(Look):
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images)
                 coarse = max(stride, patch // 2)  # finer steps are for maps
-                boxes = box_evidence(occlude(network, many.inputs, many.labels, stride=coarse, **settings), many.boxes)
+                occluded = occlude(network, many.inputs, many.labels, stride=coarse, **settings)
+                boxes = box_evidence(occluded, many.boxes)
+                boxes["correctly_classified"] = int((occluded.whole.predicted == many.labels.cpu()).sum())
             grey = sum(data.mean) / len(data.mean) * 255 if self.fill is None else self.fill
             second = mean_colour(loaded, 255 if grey < 64 else 0)
             falls = falls_at(loaded.model, chosen.inputs, chosen.labels, result, second, data.batch_size)
@@ -333,17 +335,15 @@ def _summarise(
     summary: dict[str, Any] = {"patch": result.patch, "starts": result.starts.tolist(), "images": images}
     summary["control"] = control = own_and_others(falls)
     if (std := control["difference"]["std"]) is not None:
-        own, among, difference = (f"{row['mean']:.1%}" for row in control.values())
-        log.info(
-            f"a square of another colour lowers P by {own} at the image's own lowest place, by {among} at the other "
-            f"images'; difference {difference} ± {std:.1%} (n = {len(falls)})"
-        )
+        own, among, difference = (f"{100 * (row['mean'] or 0):.1f}" for row in control.values())
+        log.info(f"a square of another colour lowers P by {own} points at the image's own lowest place,")
+        log.info(f"by {among} at the other images'; difference {difference} ± {100 * std:.1f} (std, n = {len(falls)})")
     if boxes is not None:
         summary["boxes"], lowest_in = boxes, boxes["lowest_in_the_box"]
-        log.info(
-            f"lowest in the object's box: {percent(lowest_in['own'])} of {lowest_in['own']['n']} images, "
-            f"in other images' boxes: {percent(lowest_in['others'])}; difference {percent(lowest_in['difference'])}"
-        )
+        right = f"{boxes['correctly_classified']} of them correctly classified"
+        log.info(f"lowest in the object's box: {percent(lowest_in['own'])} of {lowest_in['own']['n']} images, {right};")
+        among, difference = percent(lowest_in["others"]), percent(lowest_in["difference"])
+        log.info(f"in other images' boxes: {among}; difference {difference}")
     return summary
 
 

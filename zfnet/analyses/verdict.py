@@ -592,14 +592,14 @@ def _lines(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if not columns:
             continue
         most = max(row["n"] for row in of.values())
-        yield f"{target}, n up to {most}: mean ± standard error, in hundredths; 0 chance, 100 best"
+        yield f"{target}, n up to {most}: 100 × mean ± standard error; 0 chance, 100 best"
         yield f"{'':10}" + "".join(f"{_SHORT.get(name, name):>8}" for name in columns)
         for method in dict.fromkeys(key[0] for key in of):
             cells = []
             for measure in columns:
                 row = of.get((method, measure), {"mean": None, "se": None})
                 error = "" if row["se"] is None else f"±{100 * row['se']:.0f}"
-                cells.append("–" if row["mean"] is None else f"{100 * row['mean']:.0f}{error}")
+                cells.append("–" if row["mean"] is None else f"{round(100 * row['mean'])}{error}")  # not -0
             yield f"{method:10}" + "".join(f"{cell:>8}" for cell in cells)
 
 
@@ -626,15 +626,18 @@ def draw_verdict(table: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> 
         for n, method in enumerate(methods)
     }
     panels = [m for m in SCORES if any(key[2] == m for key in of)]
-    figure = new_figure(figsize=(16, 8.6))
+    last = [t for t in targets if t != CLASS][-1:]
+    cascades = [t for t in (*last, CLASS) if any(k[0] == t and k[2].startswith("top-down") for k in of)]
+    count = len(panels) + len(cascades)
+    rows = -(-count // 5)
+    figure = new_figure(figsize=(16, 4.3 * rows))
     figure.suptitle("What the pictures are worth: mean ± standard error; 0: chance, 1: best")
-    axes = figure.subplots(2, 5).flatten()
+    axes = figure.subplots(rows, 5, squeeze=False).flatten()
     for axis, measure in zip(axes, panels, strict=False):
         _draw_score(axis, measure, targets, of, looks)
-    last = [t for t in targets if t != CLASS][-1:]
-    for axis, target in zip(axes[len(panels) :], [*last, CLASS], strict=False):
+    for axis, target in zip(axes[len(panels) :], cascades, strict=False):
         _draw_cascade(axis, target, of, looks)
-    for axis in axes[len(panels) + 2 :]:
+    for axis in axes[count:]:
         axis.set_visible(False)
     handles: dict[str, Any] = {}
     for axis in axes:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from matplotlib.ticker import PercentFormatter
+
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config, Job
 from zfnet.plots.figures import CSS, PALETTE, Figure, epoch_axis, new_figure, plain, plot_history, save_figure, styled
@@ -402,7 +404,7 @@ def draw_comparison(groups: Sequence[Group], split: str) -> Figure:
             style.pop("label", None)  # one entry of the legend for all seeds
     axes[0].set(title="Training loss", ylabel="training loss")
     axes[1].set(title=f"{split.capitalize()} accuracy", ylabel="correctly classified images")
-    axes[1].yaxis.set_major_formatter("{x:.0%}")
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1))
     for axis in axes:
         epoch_axis(axis, [row["epoch"] for g in groups for run in g.runs for row in run.history])
     names = plain(f"{g.letter}  {shorten(_describe(g), 90)}" for g in groups)

@@ -45,7 +45,8 @@ class EvaluateJob(Job):
             data = data_for_tencrop(data, images.images.shape[1], self.crop_ratio)
         with own_directory(config, output) as run:
             runtime, source = loaded.runtime, str(loaded.source.folder)
-            log.info("%s on %s, %s images", source, data.title, f"{len(images):,}")
+            what = self.split if self.tta == "none" else f"{self.split}, tta {self.tta}"
+            log.info("%s on %s (%s), %s images", source, data.title, what, f"{len(images):,}")
             log.info(runtime.describe())
             environment = describe_environment(runtime.device, config.trainer.name, config.imports)
             environment |= {"data_fingerprint": loaded.splits.fingerprint, "plan": runtime.describe()}
@@ -57,7 +58,7 @@ class EvaluateJob(Job):
             run.write_json("results.json", {self.split: result, **about})
             log_result(self.split, result)
             log_per_class(result)
-            draw_results(run, evaluation, images)
+            draw_results(run, evaluation, images, what)
             run.write_csv("predictions.csv", _rows(evaluation, images, self.split, data.root))
             if len(wrong := worst(evaluation)):
                 save_figure(draw_samples(images, evaluation, wrong), run.figures / "worst.png")

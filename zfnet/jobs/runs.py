@@ -91,8 +91,11 @@ class RunsJob(Job):
 
 def _rank(row: Row, by: str) -> Any:
     """Return what sorts the newest, best or largest run first, and names from a to z."""
-    if by in ("age", "accuracy", "size"):
-        return -({"age": row.changed, "accuracy": row.accuracy[1] if row.accuracy else 0.0, "size": row.size}[by])
+    if by == "accuracy":  # a split is not ranked among another's
+        split, value = row.accuracy or ("", 0.0)
+        return split != "validation", not split, split, -value
+    if by in ("age", "size"):
+        return -(row.changed if by == "age" else row.size)
     return row.folder if by == "directory" else getattr(row, by)
 
 

@@ -22,7 +22,7 @@ class SummaryJob(Job):
     reads_run: ClassVar[str] = "optional"
 
     def main(self, config: Config, output: Path) -> None:
-        """Print each layer's output shape, parameters and multiply-adds for BATCH images, and the sums."""
+        """Print each layer's output shape for BATCH images, its parameters and multiply-adds for one, and the sums."""
         size, classes = config.data.image_size, known_classes(config.data)
         if classes is None and config.run and (weights := find_run(str(config.run)).weights).is_file():
             classes = len(load_model(weights, config.imports)[1].classes)
@@ -42,12 +42,12 @@ class SummaryJob(Job):
         )
         whose = f"run={config.run}: " if config.run else ""
         print(f"{whose}model={model_name(config.model)} for {classes} classes ({config.data.title}), {size} px\n")
-        rows: list[tuple[str, ...]] = [("layer", "type", "output shape", "parameters", "multiply-adds")]
+        rows: list[tuple[str, ...]] = [("layer", "type", "output shape", "parameters", "multiply-adds/image")]
         for layer in network.summary_list[1:]:  # the first is the whole network
             shape = " × ".join(str(n) for n in layer.output_size)
-            counts = (f"{n:,}" if n else "" for n in (layer.num_params, layer.macs))
+            counts = (f"{n:,}" if n else "" for n in (layer.num_params, layer.macs // BATCH))
             rows.append((layer.var_name, layer.class_name, shape, *counts))
-        rows.append(("total", "", "", f"{network.total_params:,}", f"{network.total_mult_adds:,}"))
+        rows.append(("total", "", "", f"{network.total_params:,}", f"{network.total_mult_adds // BATCH:,}"))
         print("\n".join(format_table(rows, "<<<>>", 80, shrink=(0, 1))))
         print(
             f"\n{network.trainable_params:,} of {network.total_params:,} parameters are trainable; weights "

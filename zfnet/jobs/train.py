@@ -443,7 +443,7 @@ def _report(
     save_figure(draw_curves(state.history), run.figures / "curves.png")
     for name, split in (("test", splits.test), ("validation", splits.validation)):
         if split is not None:
-            draw_results(run, measured[name], split)
+            draw_results(run, measured[name], split, name)
             break
     for path in sorted(run.figures.glob("*.png")):
         tell(loggers, "figure", path.stem, path, state.step)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from zfnet.config.errors import log
@@ -51,7 +52,7 @@ def log_result(name: str, result: Mapping[str, Any]) -> None:
     """Log one line for a split's entry of results.json."""
     top5 = "" if result["top5"] is None else f"top-5 {result['top5']:.2%}, ".replace("%", " %")
     accuracy, loss, images = 100 * result["accuracy"], result["loss"], result["images"]
-    log.info("%-10s accuracy %.2f %%, %sloss %.4f (%d images)", name, accuracy, top5, loss, images)
+    log.info("%-10s accuracy %.2f %%, %sloss %.4f (%s images)", name, accuracy, top5, loss, f"{images:,}")
 
 
 def log_per_class(result: Mapping[str, Any]) -> None:
@@ -65,7 +66,7 @@ def log_per_class(result: Mapping[str, Any]) -> None:
         shown = {name: shown[name] for name in (*ranked[:_ENDS], *ranked[-_ENDS:])}
     width = max(map(len, shown), default=0)
     for name, accuracy in shown.items():
-        log.info("  %-*s %s", width, name, "no images" if accuracy is None else f"{accuracy:7.2%}")
+        log.info("  %-*s %s", width, name, "no images" if accuracy is None else f"{100 * accuracy:6.2f} %")
     if absent:
         log.info("  the other %d classes have no images", absent)
 
@@ -75,12 +76,12 @@ def _named(count: int) -> range:
     return range(0, count, -(-count // _NAMES) or 1)
 
 
-def draw_results(run: RunDirectory, evaluation: Evaluation, images: ImageSet) -> None:
-    """Write confusion.png, per_class.png and samples.png of the evaluation of `images`."""
+def draw_results(run: RunDirectory, evaluation: Evaluation, images: ImageSet, what: str) -> None:
+    """Write confusion.png, per_class.png and samples.png of the evaluation of `images`; `what` names it in titles."""
     figures = {
-        "confusion": draw_confusion(evaluation, images.classes),
-        "per_class": draw_per_class(evaluation, images.classes),
-        "samples": draw_samples(images, evaluation),
+        "confusion": draw_confusion(evaluation, images.classes, what),
+        "per_class": draw_per_class(evaluation, images.classes, what),
+        "samples": draw_samples(images, evaluation, what=what),
     }
     for name, figure in figures.items():
         save_figure(figure, run.figures / f"{name}.png")
@@ -98,9 +99,9 @@ def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
             if any(v is not None for v in values):
                 axis.plot(epochs, values, ".-", color=colour, label=name)
         axis.legend()
-    axes[0].set(title="Loss", ylabel="train: the criterion; others: cross-entropy")
-    axes[1].set(title="Accuracy", ylabel="correctly classified images")
-    axes[1].yaxis.set_major_formatter("{x:.0%}")
+    axes[0].set(title="Loss", ylabel="loss (train: of the config; others: cross-entropy)")
+    axes[1].set(title="Accuracy (train: while the weights change)", ylabel="correctly classified images")
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1))
     axes[2].plot(epochs, [row["lr"] for row in history], ".-", color=SOFT)
     axes[2].set(title="Learning rate", ylabel="at the epoch's last step")
     axes[2].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
@@ -110,7 +111,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 @styled()
-def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
+def draw_confusion(evaluation: Evaluation, classes: Sequence[str], what: str = "") -> Figure:
     """Draw how the images of each true class (row) are divided among the predicted classes (column)."""
     counts, count, classes = evaluation.confusion().numpy(), len(classes), plain(classes)
     rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -122,7 +123,8 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     bar = figure.colorbar(heat, ax=axis, shrink=0.7, label="of the true class's images")
     bar.ax.yaxis.set_major_formatter("{x:.0%}")
     cell = "% of the true class's images" + (", and their number" if count <= 12 else "")
-    title = f"Confusion matrix: {evaluation.accuracy:.2%} of {counts.sum():,} images are correct\neach cell: {cell}"
+    correct = f"{100 * evaluation.accuracy:.2f} % of {counts.sum():,} images are correct"
+    title = f"Confusion matrix{what and f' ({what})'}: {correct}\neach cell: {cell}"
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
     ticks = _named(count)
     axis.set_xticks(
@@ -131,14 +133,14 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     axis.set_yticks(ticks, [classes[t] for t in ticks])
     for row, column in np.argwhere(rates >= 0.005) if count <= 20 else ():
         rate = rates[row, column]
-        colour = WHITE if rate > 0.5 else INK
-        text = f"{100 * rate:.0f}" + (f"\n({counts[row, column]:,})" if count <= 12 else "")
+        colour = WHITE if rate > 0.6 else INK
+        text = f"{100 * rate:.1f}" + (f"\n({counts[row, column]:,})" if count <= 12 else "")
         axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     return figure
 
 
 @styled()
-def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
+def draw_per_class(evaluation: Evaluation, classes: Sequence[str], what: str = "") -> Figure:
     """Draw the accuracy of each class that has images as a bar; dashed: over all images, dotted: the classes' mean."""
     values, few = evaluation.per_class(), len(classes) <= _FEW
     if not few:
@@ -156,7 +158,8 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     ticks, names = _named(len(classes)), plain(classes)
     axis.set_yticks(ticks, [names[t] for t in ticks], fontsize=8 if len(classes) <= _FEW else 6)
     axis.invert_yaxis()
-    title = f"Accuracy by class (dashed: all images, {evaluation.accuracy:.2%}; dotted: mean of classes, {mean:.2%})"
+    lines = f"dashed: all images, {evaluation.accuracy:.2%}; dotted: mean of classes, {mean:.2%}"
+    title = f"Accuracy by class{what and f' ({what})'}\n{lines}"
     axis.set(xlim=(0, 1.14), title=title, xlabel="correctly classified images")
     axis.set_xticks(np.linspace(0, 1, 6))
     axis.xaxis.set_major_formatter("{x:.0%}")
@@ -165,7 +168,7 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
 
 
 @styled()
-def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None = None) -> Figure:
+def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None = None, what: str = "") -> Figure:
     """Draw images with their predicted (true) class, green where these agree, as the blog does.
 
     `evaluation` is that of `images`. With `index`, the images at these places are drawn, each with its file's name or
@@ -183,7 +186,7 @@ def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None 
             shorten(f"{Path(images.files[images.rows[n]]).name if images.files else n}", 20) + "\n"
             for n in index.tolist()
         ]
-    count = len(index)
+    count, title = len(index), title + (what and f": {what}")
     title = title if count >= 5 else title.partition(":")[0]  # it would run off a narrow figure
     columns = min(columns, count)
     rows = -(-count // columns)

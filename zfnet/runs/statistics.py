@@ -2,7 +2,7 @@
 
 One convention everywhere: `std` is the sample's standard deviation (ddof=1), which a single value does not have;
 `low` and `high` are the ends of a 95 % interval: of a bootstrap over the `n` values or, if there are fewer than 30, for
-which that is too narrow, of Student's t.
+which that is too narrow, of Student's t. Of values that are 0 or 1 the interval is Wilson's (1927).
 
 Where two settings have the same seeds, which share the initial weights and the order of images, their t-test is paired;
 else it is Welch's, which does not assume equal variances (Welch 1947). Several tests at once are corrected after Holm
@@ -39,11 +39,20 @@ def describe(values: Tensor) -> dict[str, float | int | None]:
         mean, std = float(known.mean()), float(known.std(correction=1))
         reach = t_quantile(count - 1) * std / math.sqrt(count)
         low, high = mean - reach, mean + reach
-        if count >= _MANY:
+        if known.unique().tolist() in ([0, 1], [1]):  # a share, whose interval ends at 0 and 1
+            low, high = _wilson(mean, count)
+        elif count >= _MANY:
             drawn = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
             low, high = known[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         row |= {"std": std, "low": low, "high": high}
     return row
+
+
+def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % interval of a share of `count` (Wilson 1927)."""
+    middle, scale = share + z**2 / (2 * count), 1 + z**2 / count
+    reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return (middle - reach) / scale, (middle + reach) / scale
 
 
 def own_and_others(table: Tensor) -> dict[str, dict[str, float | int | None]]:

@@ -230,10 +230,10 @@ class TrainedRun:
 
 
 def recorded_accuracy(run: RunDirectory) -> tuple[str, float] | None:
-    """Return the split and the accuracy on it that results.json holds: test, else another; None without one."""
+    """Return the split and the accuracy on it in results.json: validation, by which runs are compared, else another."""
     with contextlib.suppress(UserError):
         results: Any = run.read_json("results.json")
-        for split in ("test", "validation", "train", "all"):
+        for split in ("validation", "test", "train", "all"):
             metrics = results.get(split) if isinstance(results, dict) else None
             value = metrics.get("accuracy") if isinstance(metrics, dict) else None
             if isinstance(value, (int, float)) and math.isfinite(value):

@@ -291,7 +291,8 @@ def setting_rows(sweep: Sweep, keys: Sequence[str]) -> list[list[str]]:
     not_done = any(set(count) != {"done"} for count in states)
     p = p_against_best(sweep.settings)
     tested = any(value is not None for value in p)
-    rows = [[*(names[key] for key in keys), "validation accuracy", "n"] + ["against the best"] * tested]
+    accuracy = "validation accuracy" + " ± std" * any(len(s.scores()) > 1 for s in sweep.settings)
+    rows = [[*(names[key] for key in keys), accuracy, "n"] + ["against the best"] * tested]
     rows[0] += ["state"] * not_done
     for rank, (setting, count) in enumerate(zip(sweep.settings, states, strict=True)):
         state = _count_states(count) if len(setting.jobs) > 1 else setting.jobs[0].state
