@@ -119,9 +119,10 @@ class DeconvnetJob(Look):
         elif self.verdict is not None:
             raise UserError("job.verdict: its scores need job.dead_windows=first and job.lrn=identity")
         split = chosen_split(loaded)
-        images = split.images
+        images, numbers = split.images, torch.arange(len(split.images))
         if self.max_images is not None and self.max_images < len(images):
-            images = images.take(torch.linspace(0, len(images) - 1, self.max_images).round().long())
+            numbers = torch.linspace(0, len(images) - 1, self.max_images).round().long()
+            images = images.take(numbers)
         finished = RunDirectory(output).state == "done"
         with continued_directory(config, output) as (run, stop):
             if finished:
@@ -137,9 +138,11 @@ class DeconvnetJob(Look):
                 "shuffles": SHUFFLES,  # a search that an older version stopped has none
             }
             search = search_or_continue(search, loaded, images, layers, run, origin, stop)
-            write_tables(run, search, chain, images)
+            write_tables(run, search, chain, images, numbers)
             title = f"{model_name(loaded.metadata.model)} on {config.data.title}"
-            atlas = Atlas(title, split.name, deconvnet, images, loaded.data, search, weights, verdict=verdict)
+            atlas = Atlas(
+                title, split.name, deconvnet, images, loaded.data, search, weights, verdict=verdict, numbers=numbers
+            )
             similarity, sensitivity = {}, {}
             for layer in tqdm(layers, "figures", unit="layer", disable=None, leave=False):
                 units = draw_layer(atlas, layer, self.maps, config.seed, run)
@@ -334,8 +337,11 @@ def search_or_continue(
     return search
 
 
-def write_tables(run: RunDirectory, search: TopActivations, chain: Chain, images: ImageSet) -> None:
-    """Write top_activations.csv, one row for each activation, and maps.csv, one for each map."""
+def write_tables(run: RunDirectory, search: TopActivations, chain: Chain, images: ImageSet, numbers: Tensor) -> None:
+    """Write top_activations.csv, one row for each activation, and maps.csv, one for each map.
+
+    numbers: int64 [N], the images' numbers in their split
+    """
     tops, maps = [], []
 
     def short(values: Tensor) -> list[str]:
@@ -350,7 +356,7 @@ def write_tables(run: RunDirectory, search: TopActivations, chain: Chain, images
             map=channel.tolist(),
             rank=(rank + 1).tolist(),
             activation=short(record.values.cpu()[channel, rank]),
-            image=image.tolist(),
+            image=numbers[image].tolist(),
             **{"class": [images.classes[c] for c in images.labels[image].tolist()]},
             y=y.tolist(),
             x=x.tolist(),
@@ -526,7 +532,8 @@ def draw_layer(atlas: Atlas, layer: str, count: int, seed: int, run: RunDirector
     save_figure(figure, run.figures / f"deconvnet_{layer}.png")
     path = run.folder / "projections" / f"{layer}.safetensors"
     path.parent.mkdir(exist_ok=True)
-    write_tensors(path, {"units": views.units, "projections": views.projections, "patches": views.patches}, {})
+    units = torch.column_stack((torch.tensor(atlas.in_split(views.units[:, 0])), views.units[:, 1:].cpu()))
+    write_tensors(path, {"units": units, "projections": views.projections, "patches": views.patches}, {})
     image, y, x = record.places().cpu()[sampled, 0].unbind(1)
     return torch.stack((image, sampled, y, x), 1)
 

@@ -72,7 +72,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Atlas:
-    """What the page is made from; `images` are those of the split named `split`."""
+    """What the page is made from; `images` are those of the split named `split`, or a part of them.
+
+    numbers: int64 [N], the images' numbers in the split, if they are a part of it
+    """
 
     title: str
     split: str
@@ -85,6 +88,11 @@ class Atlas:
     nearest: Mapping[str, Any] = field(default_factory=dict)  # see `nearest_maps`
     other: Mapping[str, Any] | None = None  # the name of the other network, and its own atlas, if there is one
     verdict: Verdict | None = None
+    numbers: Tensor | None = None
+
+    def in_split(self, places: Tensor) -> list[int]:
+        """Return the numbers in the split of the images at these places."""
+        return list((places if self.numbers is None else self.numbers[places]).tolist())
 
 
 def write_atlas(atlas: Atlas, folder: Path, after_file: Callable[[], None] = lambda: None) -> Path:
@@ -236,7 +244,7 @@ def find_atlas(weights: str, folder: str | None = None) -> Path | None:
 
     Raises UserError if that one is of another network.
     """
-    for path, _ in _records("deconvnet", ("atlas/atlas.json", "atlas.json"), weights, folder):
+    for path, _ in _records(("atlas/atlas.json", "atlas.json"), weights, folder):
         for page in (path.with_name("index.html"), path.with_suffix(".html")):
             if page.is_file():
                 return page
@@ -255,7 +263,7 @@ def find_verdict(weights: str, method: str, folder: str | None = None) -> Verdic
 
     None if outputs/ has none. Raises UserError if `folder` holds none of this network, or is damaged.
     """
-    for record, content in _records("verdict", ("verdict.json",), weights, folder):
+    for record, content in _records(("verdict.json",), weights, folder):
         path = record.with_name("maps.csv")  # which earlier versions did not write
         if path.is_file():
             try:
@@ -286,15 +294,17 @@ def _read_scores(path: Path, method: str) -> dict[tuple[str, int], dict[str, Sco
     return scores
 
 
-def _records(
-    job: str, names: Sequence[str], weights: str, folder: str | None
-) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Yield the JSON files of a job's directories, the newest first, that are of the network with these weights.
+def _records(names: Sequence[str], weights: str, folder: str | None) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Yield the JSON files of these names in outputs/, the newest first, that are of the network with these weights.
 
     folder: search only this one, where a damaged file is an error; elsewhere it is skipped
     """
-    places = sorted((OUTPUTS / job).glob("*"), reverse=True) if folder is None else [Path(folder)]
-    for path in (place / name for place in places for name in names):
+    if folder is None:
+        found = [path for name in names for depth in ("*", "*/*") for path in OUTPUTS.glob(f"{depth}/{name}")]
+        paths = sorted(found, key=lambda path: (path.stat().st_mtime_ns, path), reverse=True)
+    else:
+        paths = [Path(folder) / name for name in names]
+    for path in paths:
         if path.is_file():
             try:
                 record = RunDirectory(path.parent).read_json(path.name)
@@ -352,7 +362,7 @@ def _write_images(atlas: Atlas, folder: Path, after_file: Callable[[], None]) ->
         pixels = atlas.images.pixels(group)
         size = atlas.data.crop_size or pixels.shape[1]
         top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
-        for number, image in zip(group.tolist(), pixels[:, top : top + size, left : left + size], strict=True):
+        for number, image in zip(atlas.in_split(group), pixels[:, top : top + size, left : left + size], strict=True):
             if not (path := folder / f"{number}.webp").exists():
                 _save(path, image.numpy(), lossless=size <= _LOSSLESS)
         after_file()
@@ -393,12 +403,11 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
     row, rank = filled.nonzero().unbind(1)
     place = places[row, rank]
     boxes = receptive_boxes(chain, layer, place[:, 1:]) / atlas.data.image_size
-    labels = atlas.images.labels[place[:, 0]]
+    labels, numbers = atlas.images.labels[place[:, 0]], atlas.in_split(place[:, 0])
     tops: list[list[list[float]]] = [[] for _ in range(len(values))]
-    for n, value, where, label, box in zip(
-        row.tolist(), values[row, rank].tolist(), place.tolist(), labels.tolist(), boxes.tolist(), strict=True
-    ):
-        tops[n].append([_short(value), where[0], label, *where[1:], *map(_short, box)])
+    shown = (numbers, labels.tolist(), place[:, 1:].tolist(), boxes.tolist())
+    for n, value, number, label, where, box in zip(row.tolist(), values[row, rank].tolist(), *shown, strict=True):
+        tops[n].append([_short(value), number, label, *where, *map(_short, box)])
     present = atlas.search.class_counts.nonzero().flatten()
     best = stats.class_means.cpu()[:, present].topk(min(_CLASSES, len(present)))
     means = [[_short(value) for value in row] for row in best.values.tolist()]
