@@ -235,7 +235,7 @@ function follow() {
 $("about").textContent = `${metadata.title}: the ${metadata.top} strongest activations of each map over `
   + `${metadata.images.toLocaleString("en")} ${metadata.split} images, rule ${metadata.rule}. `
   + "Below each map: its class selectivity, from 0 to 1, and the class that excites it most; "
-  + "maps are sorted by what it has beyond that of shuffled labels.";
+  + "sorting by class selectivity uses its excess over shuffled labels.";
 for (const name of ["", ...metadata.layers.map((layer) => layer.name)]) {
   $("layers").append(make("button", { type: "button", value: name, textContent: name || "all", onclick: () => chooseLayer(name) }));
 }
