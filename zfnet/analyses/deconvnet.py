@@ -186,12 +186,14 @@ class DeconvnetJob(Look):
         batches = [to_inputs(loaded, part) for part in pixels]
         strongest = strongest_activations(chain, batches, layers)
         effects: dict[str, Tensor] = {}
-        if self.ablation:
-            few = torch.cat(batches)[torch.linspace(0, count - 1, min(count, self.ablation)).round().long()]
+        ablated = min(count, self.ablation)
+        if ablated:
+            few = torch.cat(batches)[torch.linspace(0, count - 1, ablated).round().long()]
             effects = ablation_effects(chain, few.split(loaded.data.batch_size), layers)
         responses = {layer: MapResponses(strongest[layer], effects.get(layer)) for layer in layers}
+        atlas = replace(atlas, responses=responses, ablated=ablated)
         if other is None:
-            return replace(atlas, responses=responses)
+            return atlas
         model, metadata = other
         there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
         theirs = []
@@ -201,9 +203,7 @@ class DeconvnetJob(Look):
         nearest = nearest_maps(strongest, strongest_activations(there, theirs, there.conv_layers))
         page = find_atlas(weights_hash(model.state_dict()))
         link = None if page is None else link_to(page, folder if self.atlas == "single" else folder / "atlas")
-        return replace(
-            atlas, responses=responses, nearest=nearest, other={"name": Path(str(self.other)).name, "atlas": link}
-        )
+        return replace(atlas, nearest=nearest, other={"name": Path(str(self.other)).name, "atlas": link})
 
 
 # ---- your own photographs

@@ -85,6 +85,7 @@ class Atlas:
     search: TopActivations
     weights: str = ""  # their hash
     responses: Mapping[str, MapResponses] = field(default_factory=dict)
+    ablated: int = 0  # the images that the responses' effects are means over
     nearest: Mapping[str, Any] = field(default_factory=dict)  # see `nearest_maps`
     other: Mapping[str, Any] | None = None  # the name of the other network, and its own atlas, if there is one
     verdict: Verdict | None = None
@@ -391,6 +392,7 @@ def _page_data(atlas: Atlas) -> dict[str, Any]:
         "classes": list(atlas.images.classes),
         "imageSize": atlas.data.image_size,
         "sample": len(next(iter(atlas.responses.values())).strongest) if atlas.responses else 0,
+        "ablated": atlas.ablated,
         "other": atlas.other,
         "verdict": None if atlas.verdict is None else {"name": atlas.verdict.name, "split": atlas.verdict.split},
         "layers": [_layer_data(atlas, layer, record) for layer, record in atlas.search.layers.items()],

@@ -193,7 +193,9 @@ function showMap(map) {
     : `Active in ${percent(map.images)} of images and at ${percent(map.positions)} of positions; `
       + `mean activation ${map.mean}; class selectivity ${map.selectivity.toFixed(3)} `
       + `(${favourite(map)}; with shuffled labels ${map.chance.toFixed(3)}); `
-      + `sees ${map.layer.field} × ${map.layer.field} px`;
+      + (map.layer.field > metadata.imageSize
+        ? `sees up to the whole image (receptive field ${map.layer.field} × ${map.layer.field} px)`
+        : `sees ${map.layer.field} × ${map.layer.field} px`);
   $("tiles").replaceChildren(...map.top.map((entry, place) => tile(map, entry, place)));
   $("detail").classList.toggle("empty", map.dead);
   document.querySelector(".columns").hidden = map.dead;
@@ -262,7 +264,8 @@ $("theme").onclick = () => {
   root.dataset.theme = dark ? "light" : "dark";
 };
 addEventListener("hashchange", follow);
-if (metadata.other) $("other").textContent = `Nearest maps in ${metadata.other.name}`;
+$("unit").textContent = `mean class output before the softmax, n = ${metadata.ablated} images`;
+if (metadata.other) $("other").textContent = `Nearest maps in ${metadata.other.name} (correlation r)`;
 for (const [name, has] of [["effect", maps.some((map) => map.effect)], ["match", metadata.other]]) {
   if (!has) $("sort").querySelector(`[value=${name}]`).remove();
 }
