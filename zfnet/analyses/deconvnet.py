@@ -160,11 +160,11 @@ class DeconvnetJob(Look):
                 run.write_json("dead_windows.json", sensitivity)
                 save_figure(draw_controls(similarity), run.figures / "controls.png")
                 log.info("rank correlation of projections with those of controls, mean [95 % interval]")
-                log.info("(near 1: the pictures do not depend on the unit):")
+                log.info("(near 1: the pictures do not depend on the unit), %s:", " and ".join(SIMILARITIES))
                 for layer, rows in similarity.items():
                     for name, row in rows.items():
-                        cells = ", ".join(f"{kind} {_interval(row[kind])}" for kind in SIMILARITIES)
-                        log.info("  %-8s %-15s n %-3s %s", layer, name, row["signed"]["n"], cells)
+                        cells = "  ".join(f"{_interval(row[kind]):<20}" for kind in SIMILARITIES)
+                        log.info("  %-6s %-14s n %-3s %s", layer, name, row["signed"]["n"], cells.rstrip())
             if self.atlas:
                 atlas = self._with_responses(atlas, loaded, layers, other, run.folder)
                 page = write_atlas(atlas, run.folder / "atlas", stop.check)
@@ -270,7 +270,7 @@ def draw_photograph(photograph: Photograph) -> Figure:
     """Draw an image with its predictions, and beside it a row for each layer: projections above their patches."""
     columns = max([1, *(len(row.maps) for row in photograph.layers.values())])
     figure = new_figure(figsize=(2.6 + 0.95 * columns, max(3.4, 2.3 * len(photograph.layers)) + 0.4))
-    figure.suptitle(f"{shorten(photograph.name, 60)}: each layer's strongest maps, projected, and what they see")
+    figure.suptitle(f"{shorten(photograph.name, 30)}: each layer's strongest maps, projected, and what they see")
     grid = figure.add_gridspec(len(photograph.layers), 2, width_ratios=[2.4, 0.95 * columns])
     picture = figure.add_subplot(grid[:, 0])
     show(picture, photograph.pixels)
