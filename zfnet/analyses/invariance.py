@@ -53,7 +53,11 @@ class InvarianceJob(Look):
     steps: Annotated[int, Field(ge=3, le=1000)]
 
     def main(self, config: Config, output: Path) -> None:
-        """Write figures/invariance.png, every point of its curves (curves.csv), and invariance.json."""
+        """Write figures/invariance.png, every point of its curves (curves.csv), and invariance.json.
+
+        There, `mean_at_largest` holds the extremes over all amounts: the largest mean distances, and the lowest mean
+        probability.
+        """
         loaded = LoadedRun(config)
         chain, data = loaded.chain, loaded.data
         first_and_last_hidden = [chain.layers[0], *chain.layers[-2:-1]]
@@ -263,13 +267,15 @@ def draw_invariance(
     figure.suptitle("Invariance of features and predictions (distance 1: as far apart as two different images)")
     axes = figure.subplots(len(own), columns, squeeze=False, width_ratios=[0.8] + [1] * (columns - 1))
     count = len(next(iter(mean.values())).probability)
-    labels = (*plain(names), f"mean of {count} images, middle half")
+    labels = (*plain(names), f"mean of {count} images", f"middle half of {count} images")
+    everything = (c for curves in (own, mean) for c in curves.values())
+    highest = max(float(d.max() / units[layer]) for c in everything for layer, d in c.distances.items())
     for panels, (transform, curves) in zip(axes, own.items(), strict=True):
         _draw_examples(panels[0], transform, curves.amounts, examples[transform])
         for panel, layer in zip(panels[1:], units, strict=False):
             everyone = mean[transform].distances[layer] / units[layer]
             _draw_curves(panel, curves.amounts, curves.distances[layer] / units[layer], everyone, labels)
-            panel.set(ylabel=f"distance in {layer}", ylim=(0, None))
+            panel.set(ylabel=f"distance in {layer}", ylim=(0, 1.05 * highest))
         _draw_curves(panels[-1], curves.amounts, curves.probability, mean[transform].probability, labels)
         panels[-1].set(ylabel="probability of the class", ylim=(0, 1.02))
         for panel in panels[1:]:
@@ -297,5 +303,5 @@ def _draw_curves(panel: Axes, amounts: Tensor, own: Tensor, many: Tensor, labels
     for n, line in enumerate(own):
         panel.plot(amounts, line, color=PALETTE[n % len(PALETTE)], lw=1.2, label=labels[n])
     low, high = np.quantile(many.numpy(), [0.25, 0.75], axis=0)
-    panel.fill_between(amounts.numpy(), low, high, color=INK, alpha=0.12, lw=0)
-    panel.plot(amounts, many.mean(0), color=INK, lw=2, label=labels[-1])
+    panel.fill_between(amounts.numpy(), low, high, color=INK, alpha=0.12, lw=0, label=labels[-1])
+    panel.plot(amounts, many.mean(0), color=INK, lw=2, label=labels[-2])
