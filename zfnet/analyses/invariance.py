@@ -268,19 +268,20 @@ def draw_invariance(
     axes = figure.subplots(len(own), columns, squeeze=False, width_ratios=[0.8] + [1] * (columns - 1))
     count = len(next(iter(mean.values())).probability)
     labels = (*plain(names), f"mean of {count} images", f"middle half of {count} images")
-    everything = (c for curves in (own, mean) for c in curves.values())
-    highest = max(float(d.max() / units[layer]) for c in everything for layer, d in c.distances.items())
     for panels, (transform, curves) in zip(axes, own.items(), strict=True):
         _draw_examples(panels[0], transform, curves.amounts, examples[transform])
         for panel, layer in zip(panels[1:], units, strict=False):
             everyone = mean[transform].distances[layer] / units[layer]
             _draw_curves(panel, curves.amounts, curves.distances[layer] / units[layer], everyone, labels)
-            panel.set(ylabel=f"distance in {layer}", ylim=(0, 1.05 * highest))
+            panel.set_ylabel(f"distance in {layer}")
         _draw_curves(panels[-1], curves.amounts, curves.probability, mean[transform].probability, labels)
         panels[-1].set(ylabel="probability of the class", ylim=(0, 1.02))
         for panel in panels[1:]:
             panel.set_xlabel(TRANSFORMS[transform])
             panel.margins(x=0)
+    highest = max(panel.get_ylim()[1] for panel in axes[:, 1:-1].flat)
+    for panel in axes[:, 1:-1].flat:
+        panel.set_ylim(0, highest)
     figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
