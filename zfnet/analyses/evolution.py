@@ -212,9 +212,12 @@ def draw_evolution(
 
 @styled()
 def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Figure:
-    """Draw against the epoch how similar a layer's maps are to those before and to the last, and how many change."""
+    """Draw against the epoch how similar a layer's maps are to those before and to the last, and how many change.
+
+    Dotted: the correlation of different maps, one of the snapshot before.
+    """
     figure = new_figure(figsize=(13, 3.9))
-    figure.suptitle("Stability of feature maps, mean over each layer's maps")
+    figure.suptitle("Stability of feature maps, mean over each layer's maps (dotted: different maps)")
     axes = figure.subplots(1, 3)
     panels = (
         ("epoch", "correlation_with_previous", "Similarity to the snapshot before", "correlation"),
@@ -225,10 +228,13 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> 
         for k, layer in enumerate(layers):
             own = [row for row in rows if row["layer"] == layer]
             colour = PALETTE[k % len(PALETTE)]
-            axis.plot([row[at] for row in own], [row[key] for row in own], "o-", color=colour, label=layer)
-        lowest = min((row[key] for row in rows if row[key] < 0), default=0.0)
+            epochs, maps = [row[at] for row in own], own[-1]["maps"]
+            axis.plot(epochs, [row[key] for row in own], "o-", color=colour, label=f"{layer}, {maps} maps")
+            if axis is axes[0]:  # measured between these two snapshots only
+                axis.plot(epochs, [row["correlation_of_different_maps"] for row in own], ":", color=colour)
+        lowest = min((row[k] for row in rows for k in (key, "correlation_of_different_maps") if row[k] < 0), default=0.0)
         axis.set(title=title, ylabel=label, ylim=(lowest - 0.02, 1.02))
         epoch_axis(axis, [row[at] for row in rows])
     axes[2].yaxis.set_major_formatter("{x:.0%}")
-    axes[0].legend()
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     return figure
