@@ -95,13 +95,16 @@ class CorrespondenceJob(Look):
             about = {"images": len(marked.groups), "patch": patch, "places": self.places, "accuracy": accuracy}
             run.write_json("correspondence.json", {**about, "table": rows})
             tests = len(layers) * len(marked.parts)
-            log.info("%d images; p: rank of κ among %d same places on the object", about["images"], self.places)
+            pairs = measured.table[layers[0]][RANDOM].pairs
+            log.info("%d images, %d pairs; Δ ± std over pairs", about["images"], pairs)
+            log.info("p: rank of κ among %d same places on the object", self.places)
             log.info("(%d tests; the smallest p by Holm's correction: %.2g)", tests, tests / (1 + self.places))
             for layer, parts in measured.table.items():
                 for part, row in parts.items():
                     kappa = "  –  " if row.kappa is None else f"{row.kappa:.3f}"
-                    p = "" if row.p_holm is None else f", p {row.p:.3f} (Holm {row.p_holm:.3f})"
-                    log.info(f"  {layer} {part:<12} κ {kappa}, Δ {row.delta:.3f}, {row.changed:.0%} changed{p}")
+                    p = "" if row.p_holm is None else f", p {row.p:.2g} (Holm {row.p_holm:.2g})"
+                    std = "" if row.std is None else f" ± {row.std:.3f}"
+                    log.info(f"  {layer} {part:<12} κ {kappa}, Δ {row.delta:.3f}{std}, {row.changed:.0%} changed{p}")
 
 
 # ---- images with parts
@@ -405,25 +408,27 @@ def draw_correspondence(measured: Measured, examples: Mapping[str, Tensor]) -> F
     tiles = torch.stack([examples[part][n] for n in range(count) for part in parts])
     show_mosaic(panel, tiles, plain(parts), gap=max(2, size // 24))
     panel.set_title(f"Masks on the first {count} images")
-    axes = right.subplots(1, len(measured.table), squeeze=False, sharey=True)[0]
+    axes = right.subplots(1, len(measured.table), squeeze=False, sharex=True, sharey=True)[0]
+    nulls = {layer: (k := _kappas(same))[k.isfinite()] for layer, same in measured.same.items()}
+    every = [row.kappa or 0.0 for rows in measured.table.values() for row in rows.values()]
+    lowest, largest = min([0.0, *every]), max([0.01, *every, *torch.cat(list(nulls.values())).tolist()])
     for axis, (layer, rows) in zip(axes, measured.table.items(), strict=True):
-        null = _kappas(measured.same[layer])
-        null = null[null.isfinite()]
+        null = nulls[layer]
         if len(null):
             low, high = null.quantile(torch.tensor([0.025, 0.975], dtype=null.dtype)).tolist()
             axis.axvspan(low, high, color=PALE, alpha=0.6, lw=0, zorder=0)
-        largest = max([row.kappa or 0.0 for row in rows.values()] + null.tolist())
         for y, row in enumerate(rows.values()):
             axis.barh(y, row.kappa or 0.0, color=LIGHT_BLUE if row.p_holm is not None else SOFT, height=0.65)
-            p = "" if row.p_holm is None else f"\np = {row.p:.3g}, by Holm {row.p_holm:.3g}"
+            p = "" if row.p_holm is None else f"\np = {row.p:.2g}, by Holm {row.p_holm:.2g}"
             text = "nothing changes" if row.kappa is None else f"Δ {row.delta:.3f}, {row.changed:.0%} changed{p}"
-            axis.text(1.03 * max(largest, 0.01), y, text, va="center", fontsize=8)
+            axis.text(1.03 * largest, y, text, va="center", fontsize=8)
         axis.set_yticks(range(len(rows)), plain(rows))
         axis.grid(axis="y", visible=False)
         axis.set(
             title=f"{layer} (grey: middle 95 % of {len(measured.places)} same places)",
             xlabel="agreement κ beyond chance\n(1: the part changes features alike in every image)",
-            xlim=(min([0.0, *(row.kappa or 0.0 for row in rows.values())]), 1.9 * max(largest, 0.01)),
+            xlim=(lowest, 1.9 * largest),
         )
+    axes[0].set_xticks([tick for tick in axes[0].get_xticks() if lowest <= tick <= 1])
     axes[0].invert_yaxis()
     return figure
