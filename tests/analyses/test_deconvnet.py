@@ -255,9 +255,9 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: P
     for name in ("controls", "deconvnet_conv1", "deconvnet_conv4"):
         assert (whole / f"figures/{name}.png").stat().st_size > 10_000
     assert (whole / "atlas/index.html").is_file()
-    atlas = json.loads((whole / "atlas/atlas.json").read_text())
-    layers = atlas["layers"]
-    assert atlas["ablated"] == 3
+    numbers = json.loads((whole / "atlas/atlas.json").read_text())
+    layers = numbers["layers"]
+    assert numbers["ablated"] == 3
     assert [m["scores"] for m in layers[1]["maps"][4:6]] == [{}, {"own": [0.5, 0.1, 2]}]
 
     # every number of the table holds, recomputed one by one

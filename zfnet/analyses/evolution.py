@@ -220,7 +220,12 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> 
     figure.suptitle("Stability of feature maps, mean over each layer's maps (dotted: different maps)")
     axes = figure.subplots(1, 3)
     panels = (
-        ("epoch", "correlation_with_previous", "Similarity to the snapshot before", "correlation"),
+        (
+            "epoch",
+            "correlation_with_previous",
+            "Similarity to the snapshot before\n(dotted: of different maps)",
+            "correlation",
+        ),
         ("previous", "correlation_of_previous_with_last", "Similarity to the last snapshot", "correlation"),
         ("epoch", "strongest_image_changed", "Maps with a new strongest image", "of the layer's maps"),
     )
@@ -232,7 +237,7 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> 
             axis.plot(epochs, [row[key] for row in own], "o-", color=colour, label=f"{layer}, {maps} maps")
             if axis is axes[0]:  # measured between these two snapshots only
                 axis.plot(epochs, [row["correlation_of_different_maps"] for row in own], ":", color=colour)
-        lowest = min((row[k] for row in rows for k in (key, "correlation_of_different_maps") if row[k] < 0), default=0.0)
+        lowest = min(0.0, *(row[k] for row in rows for k in (key, "correlation_of_different_maps")))
         axis.set(title=title, ylabel=label, ylim=(lowest - 0.02, 1.02))
         epoch_axis(axis, [row[at] for row in rows])
     axes[2].yaxis.set_major_formatter("{x:.0%}")
