@@ -34,7 +34,7 @@ from zfnet.explain.selection import (
 from zfnet.explain.targets import GRAD_CAM, grad_cam, integrated_gradients
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
-from zfnet.plots.figures import SOFT, new_figure, plain, save_figure, styled
+from zfnet.plots.figures import WHITE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.directory import write_tensors
 from zfnet.runs.session import own_directory
@@ -179,7 +179,7 @@ def draw_attribution(
                 show(panel, pictures[row].float().mean(-1), cmap="gray", vmin=0, vmax=255)
                 show(panel, maps[0] / maps.max().clamp(min=1e-12), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
         for panel in panels if boxes is not None else ():
-            outline_box(panel, boxes[row], SOFT)  # type: ignore[index]
+            outline_box(panel, boxes[row], WHITE)  # type: ignore[index]
     titles = {INTEGRATED: "red: for, blue: against", GRAD_CAM: f"of {layer}, over the image"}
     axes[0, 0].set_title("image" if boxes is None else "image\ndashed: the object's box")
     for panel, method in zip(axes[0, 1:], methods, strict=True):

@@ -8,6 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from zfnet.config.schema import DataConfig
@@ -77,6 +78,8 @@ def show_mosaic(
 
 
 def outline_box(axis: Axes, box: Tensor, colour: str) -> None:
-    """Draw a dashed outline around (top, left, bottom, right), in pixels of the image that `axis` shows."""
+    """Draw a dashed outline, on a thin dark line, around (top, left, bottom, right), in pixels of the image that `axis` shows."""
     top, left, bottom, right = box.tolist()
-    axis.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour, ls="--"))
+    outline = Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour, ls="--")
+    outline.set_path_effects([withStroke(linewidth=2.5, foreground="black")])
+    axis.add_patch(outline)
