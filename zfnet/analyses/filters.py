@@ -74,7 +74,7 @@ class FiltersJob(Look):
                 }
                 rms, beyond = row["rms"], row["beyond_limit_for_inputs_of_0_to_255"]
                 log.info(f"{name}: {measured[name]}")
-                log.info(f"  RMS: median {rms['median']:.3g}, largest {rms['max']:.3g}")
+                log.info(f"  RMS: median {rms['median']:#.4g}, largest {rms['max']:#.4g}")
                 log.info(f"  {row['beyond_limit']} beyond {self.limit:g} (for inputs of 0 … 255: {beyond})")
                 log.info(f"  {row['dead']} dead on {len(images)} images, {row['flat']} flat")
                 for key, what in (("aliasing_energy", "of the filters'"), ("aliasing_response", "of their responses'")):
