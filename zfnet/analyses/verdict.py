@@ -629,10 +629,10 @@ def draw_verdict(table: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> 
     last = [t for t in targets if t != CLASS][-1:]
     cascades = [t for t in (*last, CLASS) if any(k[0] == t and k[2].startswith("top-down") for k in of)]
     count = len(panels) + len(cascades)
-    rows = -(-count // 5)
-    figure = new_figure(figsize=(16, 4.3 * rows))
+    columns, rows = min(count, 5), -(-count // 5)
+    figure = new_figure(figsize=(max(8, 3.2 * columns), 4.3 * rows))
     figure.suptitle("What the pictures are worth: mean ± standard error; 0: chance, 1: best")
-    axes = figure.subplots(rows, 5, squeeze=False).flatten()
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, measure in zip(axes, panels, strict=False):
         _draw_score(axis, measure, targets, of, looks)
     for axis, target in zip(axes[len(panels) :], cascades, strict=False):
