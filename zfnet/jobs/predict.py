@@ -111,6 +111,9 @@ def predict(loaded: LoadedRun, images: Sequence[str], top: int, batch_size: int)
             picture = read_named(image, loaded.data.max_pixels, size * loaded.data.draft)
         except UnreadableImage as error:
             return str(error)
+        share = min(picture.size) / max(picture.size)
+        if fit == "crop" and share < 0.5:
+            log.info("%s: data.fit=crop keeps the central %.0f %%; stretch keeps all", shorten(image, 200), 100 * share)
         shown = fit_square(picture, max(size, PICTURE_SIZE), fit) if with_picture else None
         return fit_square(picture, size, fit), shown
 
