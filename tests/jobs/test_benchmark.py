@@ -25,6 +25,7 @@ def test_benchmark_times_the_step_and_its_phases(run_py, tmp_path: Path) -> None
     assert answer.code == 0, answer.err
     assert max(len(line) for line in answer.out.splitlines()) <= 80
     result = json.loads((tmp_path / "b/benchmark.json").read_text())
+    assert "faster" not in answer.out
     (row,) = result["contenders"]
     assert row["name"] == "as chosen"
     assert row["median"] == pytest.approx(sum(row["images_per_second"]) / 2)

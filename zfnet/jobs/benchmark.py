@@ -249,7 +249,9 @@ def print_result(result: Result) -> None:
         numbers = (f"{speed:.1f}" for speed in (row["median"], min(speeds), max(speeds)))
         ratio, seconds = row["first_is_faster_by"], row["first_step_seconds"]
         rows.append((row["name"], *numbers, f"{ratio:.2f}×", f"{seconds:.2f} s"))
-    print("\n".join(format_table(rows, "<>>>>>", 80, shrink=[0])))
+    shown = [0, 1, 2, 3, 5] if len(rows) == 2 else range(6)  # a single one is compared with none
+    table = [[row[k] for k in shown] for row in rows]
+    print("\n".join(format_table(table, "<>>>>>"[: len(shown)], 80, shrink=[0])))
     phases, total = result["breakdown_seconds"], sum(result["breakdown_seconds"].values())
     print(f"\none step ({result['contenders'][0]['name']}), the device waited for after each phase")
     lines = [(f"  {phase}", f"{1000 * s:.2f} ms", f"{s / total:.1%}") for phase, s in phases.items()]
