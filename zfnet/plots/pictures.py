@@ -78,7 +78,7 @@ def show_mosaic(
 
 
 def outline_box(axis: Axes, box: Tensor, colour: str) -> None:
-    """Draw a dashed outline, on a thin dark line, around (top, left, bottom, right), in pixels of the image that `axis` shows."""
+    """Draw a dashed outline on a dark line around (top, left, bottom, right), in pixels of the image in `axis`."""
     top, left, bottom, right = box.tolist()
     outline = Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour, ls="--")
     outline.set_path_effects([withStroke(linewidth=2.5, foreground="black")])
