@@ -73,8 +73,8 @@ def test_predict_names_what_is_no_image(run: TrainedRun, image: object, problem:
 
 
 def test_repr_is_one_short_line(run: TrainedRun, tiny_run) -> None:
-    accuracy = tiny_run.read_json("results.json")["test"]["accuracy"]
-    assert repr(run) == f"<{tiny_run.folder}: small on shapes, 10 classes, test {accuracy:.2%}>"
+    accuracy = tiny_run.read_json("results.json")["validation"]["accuracy"]
+    assert repr(run) == f"<{tiny_run.folder}: small on shapes, 10 classes, validation {accuracy:.2%}>"
 
 
 def test_occlusion_hides_where_it_says(run: TrainedRun, photo: Path) -> None:
