@@ -1,1 +1,1 @@
-"""What a user can say: types, overrides, instantiation and trust."""
+"""Configs: their types, reading and checking, instantiation of classes, and trust."""

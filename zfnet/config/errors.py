@@ -1,4 +1,4 @@
-"""The program's logger, and errors that a user can act on: one line that names the thing, the value and what to do."""
+"""The program's logger, and errors that a user can correct: one line that names the key, its value and what to do."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 log = logging.getLogger("zfnet")  # runs/session.py sends it to the terminal and a file
 
-_LISTED = 24  # names that a message lists
+_LISTED = 24  # a message lists at most this many names
 
 
 class UserError(Exception):
@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 def printable(text: object) -> str:
-    """Return a name as one line: control and unprintable characters are escaped, as in Python."""
+    """Return text as one line, with control and unprintable characters escaped as in Python."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -30,13 +30,13 @@ def one_line(error: object, line: int = 0) -> str:
 
 
 def describe_fault(slot: str, part: object, error: Exception) -> str:
-    """Return one line about an error of the object that a slot, such as callbacks.mine, names."""
+    """Return one line about an error that the object in a slot, such as callbacks.mine, raised."""
     reason = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
     return f"{slot} ({type(part).__name__}): {reason} (HYDRA_FULL_ERROR=1 shows where)"
 
 
 def with_file_name(path: Path, error: UserError) -> UserError:
-    """Return the error with the name of the file, whose keys the user did not type."""
+    """Return the error with the file's name, because the user did not type the file's keys."""
     return error if str(path) in str(error) else UserError(f"{path}: {error}")
 
 
@@ -51,7 +51,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:
-    """Return one line for a syntax error: the place, with the file where it is known, and what is wrong there."""
+    """Return one line about a syntax error: the file if it is known, the line and column, and what is wrong there."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return one_line(error)
@@ -59,7 +59,7 @@ def yaml_problem(error: yaml.YAMLError) -> str:
     return f"{file}line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'no YAML'}"
 
 
-# pydantic's kinds of error, in the words of this program's other messages
+# messages for pydantic's types of errors, worded like this program's other messages
 _MESSAGES = {
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
@@ -83,10 +83,10 @@ _MESSAGES = {
 
 
 def schema_problem(error: ValidationError, schema: Any, plain: dict[str, Any], prefix: str) -> str:
-    """Return one line about the first bad key of `plain`, below `prefix`: with all of pydantic's reasons."""
+    """Return one line about the first bad key of `plain` (below `prefix`), with all of pydantic's reasons."""
 
     def path(loc: tuple[int | str, ...]) -> tuple[list[str], Any]:
-        keys, node = [], plain  # pydantic's places also name the members of a union
+        keys, node = [], plain  # skip the parts of `loc` that name members of a union
         for key in loc:
             if (isinstance(node, dict) and key in node) or (isinstance(node, list) and isinstance(key, int)):
                 node = node[key]
@@ -114,7 +114,7 @@ def schema_problem(error: ValidationError, schema: Any, plain: dict[str, Any], p
 
 
 def _fields_at(schema: Any, keys: Sequence[str]) -> list[str]:
-    """Return the names of the fields of the dataclass at `keys` below `schema`; empty for none."""
+    """Return the field names of the dataclass at `keys` below `schema`; empty if there is no dataclass."""
     node = schema
     for key in keys:
         hint = get_type_hints(node).get(key)

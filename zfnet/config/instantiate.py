@@ -1,4 +1,4 @@
-"""Safe instantiation of what a config names by `_target_`: models, data sets, losses, optimizers, callbacks …
+"""Safe instantiation of classes that a config names by `_target_`: models, data sets, losses, optimizers, callbacks …
 
 A `_target_` is only a name. It is looked up in this package, in the parts of PyTorch and torchvision that belong to the
 slot, and in the packages that the command imports (`imports=[my_lab]`); nothing else is imported for a config. It must
@@ -16,7 +16,7 @@ from typing import Any
 
 from zfnet.config.errors import UserError, did_you_mean, one_line
 
-# Modules whose classes a slot may use without `imports`. The place of its definition counts.
+# Modules with classes that a slot can use without `imports`. A class must be defined there, not only imported there.
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "model": ("torchvision.models",),
     "loss": ("torch.nn.modules.loss",),
@@ -25,24 +25,24 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "scheduler": ("torch.optim.lr_scheduler",),
     "hydra": ("hydra", "hydra_plugins"),
 }
-# A model of torchvision's may be made by a function, as in torchvision.models.vgg11.
+# Slots that accept a function as well as a class, such as torchvision.models.vgg11.
 _FUNCTIONS = ("model",)
-# torchvision's functions would download what these name.
+# Arguments with which torchvision's functions download weights.
 _REFUSED_ARGUMENTS = {"model": ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress")}
-# What PyTorch accepts silently though it means nothing: whole numbers below these, factors and rates of 0 or less.
+# PyTorch silently accepts meaningless values: whole numbers below these limits, and factors and rates of 0 or less.
 _WHOLE = {"step_size": 1, "patience": 0, "cooldown": 0, "T_max": 1, "total_steps": 1, "total_iters": 1}
 _POSITIVE = ("factor", "gamma", "max_lr", "lr")
-# Given by the program, never by a config.
+# Arguments that the program passes and a config must not set.
 _PASSED_BY_PROGRAM = {"optimizer": ("params",), "scheduler": ("optimizer", "last_epoch")}
 _INT = r"<class 'int'>|int|(typing\.)?Optional\[int\]|int \| None"  # annotations of whole numbers
-_TEXT = r"<class 'str'>|str|(typing\.)?Optional\[str\]|str \| None"  # of text
-_LARGEST = 1e30  # float32 ends at 3e38, and optimizers divide by small numbers
+_TEXT = r"<class 'str'>|str|(typing\.)?Optional\[str\]|str \| None"  # annotations of text
+_LARGEST = 1e30  # float32 overflows at 3e38, and optimizers divide by small numbers
 
 
 def resolve(slot: str, target: Any, base: type, imports: Sequence[str] = ()) -> Any:
     """Return the class that `target` names, if `slot` may instantiate it; raise UserError otherwise.
 
-    slot: the key that holds the `_target_`, such as optimizer or callbacks.ema
+    slot: the key with the `_target_`, such as optimizer or callbacks.ema
     base: the class that it must derive from
     imports: the packages that the command trusts
     """
@@ -78,12 +78,12 @@ def resolve(slot: str, target: Any, base: type, imports: Sequence[str] = ()) -> 
 
 
 def _makes_models(function: Any, where: str, imports: Sequence[str]) -> bool:
-    """Whether a function may make a model: one of torchvision's for classification, or one of a trusted package."""
+    """Return whether a function may make a model: it is in a trusted package, or makes a classifier of torchvision."""
     if any(_below(where, package) for package in imports):
         return True
     if not _below(where, "torchvision.models"):
         return False
-    import torchvision  # half a second
+    import torchvision  # imported only here, because it takes half a second
 
     return function.__name__ in torchvision.models.list_models(module=torchvision.models)
 
@@ -93,7 +93,7 @@ def _below(module: str, place: str) -> bool:
 
 
 def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
-    """Import the module part of `target`, no other than those at or below `places`, and return what it names there."""
+    """Import the module of `target` if it is in `places`, or in a package of them, and return the object or None."""
     parts, obj, rest = target.split("."), None, 0
     for cut in range(1, len(parts)):
         name = ".".join(parts[:cut])
@@ -102,7 +102,7 @@ def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
         try:
             obj, rest = sys.modules.get(name) or importlib.import_module(name), cut
         except ModuleNotFoundError as error:
-            if error.name != name and not name.startswith(f"{error.name}."):  # one of its own imports is missing
+            if error.name != name and not name.startswith(f"{error.name}."):  # one of the module's own imports
                 raise UserError(f"{target} cannot be imported: {error}; install it first") from error
             if cut == 1:
                 place = "install it, put it beside run.py, or name its folder in PYTHONPATH"
@@ -113,7 +113,7 @@ def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
     for part in parts[rest:]:
         if obj is None:
             return None
-        # vars() and not getattr(): a module's __getattr__ may run something
+        # vars() instead of getattr(), because a module's __getattr__ can run code
         obj = getattr(obj, part, None) if trusted else vars(obj).get(part) if hasattr(obj, "__dict__") else None
     return obj
 
@@ -129,11 +129,11 @@ def instantiate(
     own: Sequence[str] = (),
     construct: Callable[..., Any] | None = None,
 ) -> Any:
-    """Return an object of the class that `settings` names; raise UserError naming the key or what the class says.
+    """Return an object of the class that `settings` names; raise UserError with the key or the class's own message.
 
     given: positional arguments that the program passes; offered: keyword arguments that it passes if the class takes
     them and the config does not set them; own: keys that belong to the slot and not to the class
-    construct: is called with the class and its keyword arguments instead of the class
+    construct: function that makes the object from the class and its keyword arguments; by default the class is called
     """
     cls, keywords = arguments(slot, settings, base, imports, taken=len(given), own=own)
     parameters = inspect.signature(cls).parameters
@@ -146,7 +146,7 @@ def instantiate(
         made = construct(cls, keywords) if construct else cls(*given, **keywords)
     except UserError:
         raise
-    except Exception as error:  # a class may raise anything about its arguments
+    except Exception as error:  # a class can raise any exception about its arguments
         values = ", ".join(f"{k}={v}" for k, v in settings.items() if k != "_target_")
         raise UserError(f"{slot} ({cls.__name__}): {one_line(error)} ({values or 'no arguments'})") from error
     if not isinstance(made, base):
@@ -155,7 +155,7 @@ def instantiate(
 
 
 def check_complete(slot: str, cls: Any, keywords: Mapping[str, Any], taken: int = 0) -> None:
-    """Raise UserError if the class needs an argument that these are not; the first `taken` are given by position."""
+    """Raise UserError if a required argument is not in `keywords`; the first `taken` are passed by position."""
     for key, p in list(inspect.signature(cls).parameters.items())[taken:]:
         optional = p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         if not optional and key not in keywords and key not in _PASSED_BY_PROGRAM.get(slot.split(".")[0], ()):
@@ -200,9 +200,9 @@ def arguments(
 
 
 def _check_value(key: str, value: Any, parameter: inspect.Parameter | None, fixed: bool) -> Any:
-    """Compare a value's type with the default in the class's signature; lists become tuples where it has one.
+    """Check a value's type against the default in the class's signature; if that is a tuple, convert a list to a tuple.
 
-    fixed: a list has as many values as the default, as the betas of PyTorch's optimizers have
+    fixed: whether a list must have as many values as the default, such as the betas of PyTorch's optimizers
     """
     default = parameter.default if parameter is not None else inspect.Parameter.empty
     annotation = str(parameter.annotation) if parameter is not None else ""
@@ -233,7 +233,7 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter | None, fixe
 
 
 def _check_meaning(slot: str, key: str, value: Any) -> None:
-    """Raise UserError for a value that an optimizer or a schedule cannot use; `auto` and null have other checks."""
+    """Raise UserError for a value that an optimizer or schedule cannot use; `auto` and null are checked elsewhere."""
     if value is None or value == "auto" or slot.split(".")[0] not in ("optimizer", "scheduler"):
         return
     low = _WHOLE.get(key)
@@ -253,5 +253,5 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-# what the items of a list may be, if those of the default are
+# kinds of list items; a list must have items of the same kind as the default
 _ITEMS: dict[str, Callable[[Any], bool]] = {"numbers": is_number, "text": lambda value: isinstance(value, str)}

@@ -1,9 +1,9 @@
-"""Randomness without state: every random number is a function of a key and an index.
+"""Stateless random numbers: every random number is a function of a key and an index.
 
-Training advances no generator, so a checkpoint has no random state, and no skipped step, other number of workers or
-other device changes a number. A key is made from integers such as (seed, purpose, epoch); the
-n-th number under a key is a hash of (key, n). The mixing function is the 32-bit finaliser of MurmurHash3, computed in
-int64 so that CPU and GPU agree.
+Training advances no generator. So a checkpoint stores no random state, and the numbers do not change if a step is
+skipped, or if the number of workers or the device changes. A key is made from integers such as (seed, purpose, epoch);
+the n-th number under a key is a hash of (key, n). The mixing function is the 32-bit finaliser of MurmurHash3, computed
+in int64 so that CPU and GPU agree.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _MASK = 0xFFFFFFFF
 
 
 def _mix(x):
-    """Scramble 32-bit values held in Python ints or int64 tensors."""
+    """Scramble 32-bit values, given as Python ints or int64 tensors."""
     x = x ^ (x >> 16)
     x = (x * 0x85EBCA6B) & _MASK
     x = x ^ (x >> 13)
@@ -53,7 +53,7 @@ def _random_bits(key: int | Tensor, index: Tensor) -> Tensor:
     return _mix((first + (key * 0x9E3779B1 & _MASK)) & _MASK)
 
 
-# `_random_bits` of one entry, in CUDA: 22 kernels in one
+# `_random_bits` of one entry in CUDA: a single kernel replaces 22
 SOURCE = """
 template <typename T> T random_bits(T index, T key) {
   unsigned int x = (unsigned int)(index + 0x2545F491) ^ (unsigned int)key;
@@ -67,7 +67,7 @@ template <typename T> T random_bits(T index, T key) {
 
 @cache
 def _one_kernel(device: torch.device) -> Callable[[Tensor, int | Tensor], Tensor] | None:
-    """Return `random_bits` as one kernel for a GPU; None if it does not compile, or differs."""
+    """Return `random_bits` as a single GPU kernel; None if it does not compile or returns other numbers."""
     if not torch.cuda.is_available():
         return None
     try:
@@ -81,7 +81,7 @@ def _one_kernel(device: torch.device) -> Callable[[Tensor, int | Tensor], Tensor
         expected = _random_bits(number, index)
         keys = (number, torch.tensor(number, device=device))
         return kernel if all(torch.equal(kernel(index, key), expected) for key in keys) else None
-    except Exception:  # no NVRTC, another PyTorch: the plain operations give the same
+    except Exception:  # without NVRTC or with another PyTorch, use plain operations, which give the same numbers
         return None
 
 
@@ -104,9 +104,9 @@ def permutation(key: int, n: int) -> Tensor:
 
 @contextlib.contextmanager
 def seeded_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Within this block the yielded function seeds the generators that user code draws from.
+    """Yield a function that seeds the generators of user code, to be called within this block.
 
-    Those are Python's, NumPy's and PyTorch's global ones, on the CPU and on `device`; afterwards they are as before.
+    They are the global generators of Python, NumPy and PyTorch (CPU and `device`). They are restored afterwards.
     """
     devices = [device] if device.type == "cuda" else []
     before = random.getstate(), np.random.get_state()

@@ -1,8 +1,8 @@
 """Read a composed config or a record as a checked `Config`, and files of unknown origin as plain values.
 
-YAML and JSON are read with bounds on size, depth and numbers: a kilobyte of YAML can stand for gigabytes (aliases of
-aliases), and a number of a million digits takes minutes. What is within the bounds is read in a moment; anything else
-is a ValueError.
+YAML and JSON are read with limits on size, depth and digits: a kilobyte of YAML can expand to gigabytes (aliases of
+aliases), and a number of a million digits takes minutes to parse. Files within the limits are read quickly; other files
+raise ValueError.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ from zfnet.config.schema import DATA, NO_ROOT, Config, DataConfig, Job, ModelCon
 
 MOST_BYTES = 64 * 2**20
 _MOST_YAML_BYTES = 2**20
-_MOST_VALUES = 100_000  # of a YAML file, its aliases written out
+_MOST_VALUES = 100_000  # in a YAML file with its aliases expanded
 _DEEPEST = 50
 _MOST_DIGITS = 100
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader is ten times as fast
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def refuse_pipe(path: Path) -> None:
-    """Raise ValueError for a path that exists and is not a file: opening a pipe would wait for ever."""
+    """Raise ValueError for a path that exists and is not a file, because opening a pipe would wait for ever."""
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """Return a file's content; raise ValueError if it is larger than `most` bytes, and OSError."""
+    """Return a file's content; raise ValueError if it is larger than `most` bytes, OSError if it cannot be read."""
     refuse_pipe(path)
     with open(path, "rb") as file:
         content = file.read(most + 1)
@@ -46,16 +46,16 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds, Python's own tags refused; raise OSError, ValueError or yaml.YAMLError."""
+    """Load a YAML file and refuse Python's own tags; raise OSError, ValueError or yaml.YAMLError."""
     loader, node = parse_yaml(path)
     try:
         return None if node is None else loader.construct_document(node)
-    except (LookupError, AttributeError, TypeError) as error:  # PyYAML's own, for a tag such as `!!int ""`
+    except (LookupError, AttributeError, TypeError) as error:  # PyYAML raises these for `!!int ""`
         raise ValueError(f"it holds a value that does not fit its tag ({type(error).__name__})") from error
 
 
 def parse_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
-    """Return a file's loader and node; raise ValueError if it is out of bounds, OSError or yaml.YAMLError."""
+    """Return a file's loader and root node; raise OSError, yaml.YAMLError, or ValueError if it exceeds a limit."""
     loader = _LOADER(read_bytes(path, _MOST_YAML_BYTES))
     try:
         node = loader.get_single_node()
@@ -67,12 +67,12 @@ def parse_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; raise OSError or ValueError."""
+    """Load a JSON file; raise OSError or ValueError."""
     return parse_json(read_bytes(path))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text; raise ValueError, also for a key that an object holds twice."""
+    """Parse JSON; raise ValueError if it is invalid, exceeds a limit or has the same key twice in an object."""
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError as error:
@@ -87,7 +87,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Raise ValueError if a document is too large, before it is constructed: aliases and merges multiply."""
+    """Raise ValueError if a document is too large, before its construction expands aliases and merges."""
     count, waiting = 0, [(root, 0)]
     while waiting:
         node, depth = waiting.pop()
@@ -127,9 +127,9 @@ def _integer(digits: str) -> int:
 
 
 def read_config(raw: DictConfig | dict[str, Any], imports: Sequence[str] = ()) -> Config:
-    """Return the typed and checked form of a composed config or of a record; raise UserError naming the bad key.
+    """Return a composed config or a record as a checked `Config`; raise UserError that names the bad key.
 
-    imports: the packages that this command trusts; what `raw` itself says about them has no effect
+    imports: the packages that this command trusts; the `imports` in `raw` have no effect
     """
     plain = _plain(raw)
     for key in ("images", "runs"):
@@ -143,7 +143,7 @@ def read_config(raw: DictConfig | dict[str, Any], imports: Sequence[str] = ()) -
     if "_target_" in settings:
         job_class = resolve("job", settings["_target_"], Job, imports)
         config.job = check(job_class, {k: v for k, v in settings.items() if k != "_target_"}, "job")
-    else:  # of a record only the name counts
+    else:  # in a record, only the job's name is used
         config.job = Job(name=str(settings.get("name")))
     if not isinstance(config.model, dict):
         raise UserError(f"model={config.model}: must hold keys and values")
@@ -178,18 +178,18 @@ def _plain(raw: DictConfig | dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_interpolation(plain: Mapping[str, Any]) -> None:
-    """Raise UserError if a record, perhaps of unknown origin, holds `${…}`, which could read environment variables."""
+    """Raise UserError if a record contains `${…}`: a record of unknown origin could read environment variables."""
     for key, value in flatten(plain).items():
         if "${" in str(value):
             raise UserError(f"{key}={value}: a recorded config may not contain an interpolation")
 
 
-# What the one class for all data sets held in earlier records.
+# Earlier versions had a single class for all data sets and recorded these keys for every data set.
 _OLD_DATA_KEYS = ("root", "store_size", "fit", "on_error", "cache_dir", "train_images", "test_images")
 
 
 def upgrade(plain: dict[str, Any]) -> dict[str, Any]:
-    """Return a record of an earlier version as this version would have written it; others come back unchanged."""
+    """Convert a record of an earlier version to the format of this version; return other records unchanged."""
     trainer, data = plain.get("trainer"), plain.get("data")
     if not isinstance(trainer, dict) or not isinstance(data, dict) or "loss" in plain:
         return plain
@@ -201,7 +201,7 @@ def upgrade(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_data(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a data set without those that earlier versions recorded for every other one."""
+    """Return a data set's settings without the keys of other data sets, which earlier versions recorded too."""
     if data.get("name") not in DATA:
         return data
     known = {f.name for f in dataclasses.fields(DATA[data["name"]])}
@@ -215,7 +215,7 @@ def upgrade_data(data: dict[str, Any]) -> dict[str, Any]:
 def _check_together(config: Config) -> None:
     """Check keys against each other; raise UserError."""
     data, trainer = config.data, config.trainer
-    if data.name == "folder" and not data.root and config.job.trains:  # others may not need images
+    if data.name == "folder" and not data.root and config.job.trains:  # other jobs can run without images
         raise UserError(NO_ROOT)
     if data.sampler == "balanced" and config.loss.get("weight") == "balanced":
         raise UserError("data.sampler=balanced and loss.weight=balanced: both balance uneven classes; choose one")

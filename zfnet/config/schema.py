@@ -1,7 +1,7 @@
-"""What a config may say: the classes behind the YAML files, with types and ranges checked by pydantic.
+"""Classes of the config: the type and range of every key in the YAML files, checked by pydantic.
 
-The values are in `conf/`; here are their types and their meaning. What Hydra composed, or what a run recorded, is
-checked once, when it becomes an object of these classes: no other code sees an unchecked value.
+The values are in `conf/`, their types and meanings are here. A config that Hydra composed or a run recorded is checked
+once, when it becomes an object of these classes, so no other code sees an unchecked value.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from zfnet.config.errors import UserError, one_line, printable, schema_problem
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 LARGEST_SIDE = 4096
-Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]  # of an image, in pixels
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]  # side of an image, in pixels
 NO_ROOT = "data.root is not set: name the folder that holds train/ and test/, as in data.root=photos"
-MAX_PIXELS = 89_478_485  # of an image file: the limit of Pillow's own warning, 256 MiB of RGB
+MAX_PIXELS = 89_478_485  # per image file: Pillow's own limit, 256 MiB of RGB
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -35,7 +35,7 @@ def _amount(value: float) -> float:
 
 Amount = Annotated[float, Field(ge=0), AfterValidator(_amount)]
 Folder = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder may be named 2024
-# red, green, blue; fractions of full scale, with room for other conventions
+# red, green and blue as fractions of full scale; the range also allows other scales, such as 0 to 255
 Colour = Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
 
 
@@ -46,7 +46,7 @@ def _device(name: str) -> str:
 
 
 class Checked:
-    """A dataclass whose values pydantic checks strictly: no conversion of text to numbers, no unknown key."""
+    """Base of dataclasses that pydantic checks strictly: no conversion of text to numbers, no unknown keys."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -94,10 +94,10 @@ class ModelConfig(Checked):
 
 @dataclass(kw_only=True)
 class DataConfig(Checked):
-    """What every data set has: how its images become batches. `crop_size` is counted in stored pixels.
+    """Keys that all data sets share: how images become batches. `crop_size` is in stored pixels.
 
     sampler: `shuffle` takes each training image once an epoch; `balanced` takes each class equally often
-    subset, eval_subset: at most so many images of the training set, and of the validation and the test set each
+    subset, eval_subset: largest number of training images, and of validation and test images each
     """
 
     name: str
@@ -115,12 +115,12 @@ class DataConfig(Checked):
     store_size: Optional[Side] = None
     fit: Literal["crop", "stretch"] = "crop"
     max_pixels: Annotated[int, Field(ge=1, le=2**30)] = MAX_PIXELS
-    draft: bool = False  # of earlier records, which lack the key
+    draft: bool = False  # for earlier records, which do not have this key
     sampler: Literal["shuffle", "balanced"] = "shuffle"
 
     @property
     def title(self) -> str:
-        """What the data set is called in print."""
+        """Name of the data set in messages."""
         return self.name
 
 
@@ -161,11 +161,11 @@ class DatasetData(DataConfig):
 
     @property
     def title(self) -> str:
-        return printable(self.train.get("_target_")).rpartition(".")[2]  # a stranger's record may hold any text
+        return printable(self.train.get("_target_")).rpartition(".")[2]  # a record can contain any text
 
     @property
     def parts(self) -> dict[str, dict[str, Any]]:
-        """Those of train, val and test that there are."""
+        """Settings of train, val and test by name, without those that are null."""
         named = {"train": self.train, "val": self.val, "test": self.test}
         return {name: settings for name, settings in named.items() if settings is not None}
 
@@ -224,8 +224,8 @@ class TrainerConfig(Checked):
     test_each_epoch: bool
     log_every: Positive
     checkpoint_minutes: Annotated[float, Field(gt=0)]
-    version: Literal[1, 2] = 1  # 1: of the earliest records, which lack the key
-    profile: bool = False  # these are missing from the oldest records
+    version: Literal[1, 2] = 1  # 1 for the earliest records, which do not have this key
+    profile: bool = False  # the oldest records do not have this key and those below
     snapshots: list[Positive] = field(default_factory=list)
     checkpoint_epochs: list[Positive] = field(default_factory=list)
     init_from: Optional[str] = None
@@ -236,11 +236,11 @@ class TrainerConfig(Checked):
 
 @dataclass(kw_only=True)
 class Job(Checked):
-    """What a command does: its settings are the fields of a subclass, and `main` does it.
+    """Base of jobs, which commands run: the fields of a subclass are the job's settings, and `main` runs it.
 
-    reads_run: whether it reads a run directory (`run=<dir>`): needed, optional or refused
-    reads_images: whether it reads image files (`images=[…]`)
-    trains: whether it trains what the config describes, so that all of it must be built; others build what they use
+    reads_run: whether the job reads a run directory (`run=<dir>`): needed, optional or refused
+    reads_images: whether the job reads image files (`images=[…]`)
+    trains: whether the job trains, so that all parts of the config must be valid; other jobs build only what they use
     """
 
     reads_run: ClassVar[str] = "refused"
@@ -250,19 +250,19 @@ class Job(Checked):
     name: str
 
     def main(self, config: "Config", output: Path) -> float | None:
-        """Do the job; `output` is the directory that Hydra made for it. Returns what a sweep may optimise."""
+        """Run the job; `output` is the directory that Hydra made for it. Return the value that a sweep can optimise."""
         raise NotImplementedError
 
 
 @dataclass(kw_only=True)
 class Parent(Checked):
-    """Where a branched run began: in the state of another run after `epoch`, its optimizer step `step`.
+    """Start of a branched run: the state of another run after epoch `epoch`, at its optimizer step `step`.
 
-    run: that run's directory at the time; config: its whole config, its own parent included
-    identity, weights_sha256: of that config and of the weights at that step
+    run: the other run's directory at that time; config: its whole config, including its own parent
+    identity, weights_sha256: hashes of that config and of the weights at that step
     schedule: how the learning rate continues
-    threads, compiled: what that run used and its config left open
-    data_hash: of its images; None in earlier records
+    threads, compiled: what the other run chose where its config left the choice open
+    data_hash: hash of its images; None in earlier records
     """
 
     run: str
@@ -279,14 +279,14 @@ class Parent(Checked):
 
 @dataclass(kw_only=True)
 class Config(Checked):
-    """A whole run. Two runs with equal identity compute the same thing.
+    """Config of a whole run. Two runs with equal identity compute the same results.
 
     model: a ModelConfig, or the settings of another network: a `_target_` and its arguments
     loss, optimizer, scheduler: a `_target_` and its arguments
     logger, callbacks: each entry a `_target_` and its arguments
-    parent: of a run that job=extend or job=fork made; not in the record of any other
-    imports: packages that a `_target_` of this command may come from, beside PyTorch, torchvision and this one
-    overrides, composed: the overrides of the current command, and what Hydra composed from them; not recorded
+    parent: start of a run that job=extend or job=fork made; other runs do not record this key
+    imports: packages, besides PyTorch, torchvision and zfnet, in which a `_target_` of this command can be
+    overrides, composed: the current command's overrides and the config that Hydra composed from them; not recorded
     """
 
     job: Any
@@ -311,37 +311,37 @@ class Config(Checked):
 
     @property
     def overridden(self) -> dict[str, str]:
-        """The keys and groups that the current command sets or removes, in its order, each with its override."""
+        """Keys and groups that the current command sets or removes, in that order, mapped to their overrides."""
         return {each.split("=", 1)[0].lstrip("+~"): each.lstrip("+") for each in self.overrides}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is recorded, as plain dicts, lists and numbers."""
-        plain = dataclasses.asdict(dataclasses.replace(self, composed=None))  # slow to copy
-        # only job=compare has `runs`, job=import `source`, and a branched run `parent`
+        """Return the config to record, as plain dicts, lists and numbers."""
+        plain = dataclasses.asdict(dataclasses.replace(self, composed=None))  # asdict would copy it, which is slow
+        # only job=compare records `runs`, only job=import `source`, and only a branched run `parent`
         omitted = ("overrides", "composed", *(key for key in ("runs", "source", "parent") if plain[key] is None))
         return {key: value for key, value in plain.items() if key not in omitted}
 
     def identity(self) -> str:
-        """Return a hash of everything in it that the result depends on (not where data lies or what is logged).
+        """Return a hash of all keys that affect the results (so not of paths to data or of loggers).
 
-        What the data holds is no part of it: `Splits.difference` compares that with what the run recorded.
+        The hash does not cover the images: `Splits.difference` compares them with those that the run recorded.
         """
         return hashlib.sha256(json.dumps(result_keys(self.to_dict()), sort_keys=True).encode()).hexdigest()
 
 
-# Keys that change neither the weights nor the figures of a run.
+# Keys that change neither the weights nor the metrics of a run.
 NOT_IDENTITY: dict[str, tuple[str, ...]] = {
     "data": ("root", "cache_dir", "device_memory", "max_pixels"),
-    # the compiler's decision is recorded
+    # compile_seconds and compile_gain decide whether to compile; that decision is recorded instead
     "trainer": (
         *("name", "devices", "log_every", "checkpoint_minutes", "profile", "snapshots", "checkpoint_epochs"),
         *("compile_seconds", "compile_gain"),
     ),
-    # its identity stands for its config
+    # the parent's identity represents its config
     "parent": ("run", "config", "threads", "compiled", "data_hash"),
 }
 _NOT_RESULT = ("job", "run", "images", "runs", "source", "imports", "logger")
-# Keys that records of earlier versions lack, with the value that says what those did.
+# Keys that earlier versions did not record, each with the value that describes what those versions did.
 _DEFAULTS_OF_OLD_RECORDS: dict[str, dict[str, Any]] = {
     "augment": {"flips": "random", "padding_mode": "constant"},
     "data": {"sampler": "shuffle", "draft": False, "eval_subset": None},
@@ -354,7 +354,7 @@ _DEFAULTS_OF_OLD_RECORDS: dict[str, dict[str, Any]] = {
 def result_keys(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a config (as plain dicts) that the result depends on."""
     data = plain.get("data")
-    if isinstance(data, Mapping) and "on_error" in data:  # what it left out shows in the images' fingerprint
+    if isinstance(data, Mapping) and "on_error" in data:  # skipped files change the images' fingerprint
         plain = {**plain, "data": {**data, "on_error": "stop"}}
     return {
         group: {
@@ -375,7 +375,7 @@ def model_name(model: ModelConfig | Mapping[str, Any]) -> str:
 
 
 def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys and values of a nested config; a list, and an empty or null part, is a value."""
+    """Yield the dotted keys and values of a nested config. Lists, empty mappings and nulls are values."""
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, f"{prefix}{key}.")
@@ -389,7 +389,7 @@ def flatten(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 T = TypeVar("T")
-_adapter = functools.cache(TypeAdapter)  # it takes ten times as long to make one as to use it
+_adapter = functools.cache(TypeAdapter)  # making an adapter takes ten times as long as using it
 
 
 def check(schema: type[T], plain: Any, prefix: str) -> T:
@@ -397,12 +397,12 @@ def check(schema: type[T], plain: Any, prefix: str) -> T:
     if not isinstance(plain, dict):
         raise UserError(f"{prefix}={plain!r:.40}: must hold keys and values")
     try:
-        # as JSON, where pydantic is strict about numbers and text and still makes dataclasses of mappings
+        # validate JSON: pydantic is then strict about numbers and text, but still converts mappings to dataclasses
         return _adapter(schema).validate_json(json.dumps(plain, default=str))  # type: ignore[arg-type]
     except ValidationError as error:
-        if not error.errors()[0]["loc"]:  # no JSON, which holds text; a file's name may hold any bytes
+        if not error.errors()[0]["loc"]:  # not valid JSON: a file name can contain bytes that are not text
             odd = (k for k, v in flatten(plain).items() if str(v) != str(v).encode(errors="replace").decode())
-            if (key := next(odd, None)) is None:  # nested too deeply, or in a key or a list
+            if (key := next(odd, None)) is None:  # nested too deeply, or bytes in a key or a list
                 raise UserError(f"{prefix or 'config'}: {one_line(error.errors()[0]['msg'])}") from error
             key, advice = printable(f"{prefix}.{key}".lstrip(".")), "name it by a link with a plain name"
             raise UserError(f"{key}: holds bytes that are not valid UTF-8; {advice}") from error

@@ -1,13 +1,13 @@
-"""Which packages a command trusts, and what a config folder from elsewhere may say to Hydra.
+"""Which packages a command trusts, and which Hydra settings a config folder from elsewhere can change.
 
-Trust is what the user types (`imports=[lion_pytorch]`) or keeps in the project's own `conf/`, such as conf/local.yaml.
-A run's record, and a folder given by `--config-path`, `--config-dir` or `hydra.searchpath`, may name packages too; that
-has no effect.
+A command trusts the packages that the user types (`imports=[lion_pytorch]`) or lists in the project's own `conf/`, for
+example in conf/local.yaml. The `imports` of a run's record, or of a folder given by `--config-path`, `--config-dir` or
+`hydra.searchpath`, have no effect.
 
-Hydra constructs what the `hydra` part of a config names (callbacks, launchers, log handlers), sets environment
-variables and makes directories before this program sees the config. So each config that Hydra composes with a folder
-from elsewhere is checked before Hydra uses it: its `hydra` part is compared with the one that the project's own files
-give for the same choices. The composed config is checked, whatever YAML it was written in.
+Before this program sees a config, Hydra constructs the objects in its `hydra` part (callbacks, launchers, log
+handlers), sets environment variables and makes directories. So each config that Hydra composes with a folder from
+elsewhere is checked before Hydra uses it: its `hydra` part is compared with the one that the project's own files give
+for the same choices. The check reads the composed config, so it does not depend on how the YAML is written.
 """
 
 import copy
@@ -43,22 +43,22 @@ from zfnet.config.schema import leaves
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
-# what Hydra constructs, and the class that it must derive from
+# the parts of `hydra` that Hydra constructs, and their base classes
 _CONSTRUCTED: dict[str, type] = {"callbacks": Callback, "launcher": Launcher, "sweeper": Sweeper}
-# set by Hydra itself for each config, or shown and never used; `overrides` has a check of its own
+# keys that Hydra sets for each config or only displays; `overrides` has its own check
 _HARMLESS = ("runtime", "overrides", "mode", "verbose", "help", "hydra_help")
 _HARMLESS_JOB = ("override_dirname", "id", "num", "config_name", "chdir")
 _DIRECTORIES = ("run.dir", "sweep.dir", "output_subdir", "job.name")
-_NUMBERED = "${hydra.job.num}"  # Hydra's own default of sweep.subdir
-_REFERENCE = re.compile(r"\$\{[\w.]+\}")  # to a value of the config, and nothing else
-_ABOUT_COMMAND = ("imports", "run", "images")  # never from a folder's sweeper.params
+_NUMBERED = "${hydra.job.num}"  # Hydra's own default for sweep.subdir
+_REFERENCE = re.compile(r"\$\{[\w.]+\}")  # a value that consists of one reference to a key
+_ABOUT_COMMAND = ("imports", "run", "images")  # a folder's sweeper.params must not set these
 
 
-_parser = functools.cache(OverridesParser.create)  # each new one registers all functions of the grammar
+_parser = functools.cache(OverridesParser.create)  # a new parser would register all functions of the grammar again
 
 
 def parse_overrides(overrides: Iterable[str]) -> list[Override]:
-    """Return overrides of a command line, such as `optimizer=sgd`, as Hydra reads them; raise HydraException."""
+    """Parse command-line overrides such as `optimizer=sgd`, as Hydra does; raise HydraException if one is invalid."""
     return _parser().parse_overrides(list(overrides))
 
 
@@ -67,37 +67,37 @@ def check_what_hydra_composes(argv: Sequence[str]) -> None:
 
     Raises UserError for an option that reads a pickle.
     """
-    # argparse accepts abbreviations, and no other option begins with --e
+    # argparse accepts abbreviations, and only this option begins with --e
     if any(argument.startswith("--e") for argument in argv):
         raise UserError("--experimental-rerun reads a pickle, which can run code: use job=reproduce run=<dir>")
     hydra_internal.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
-    Plugins.instance()  # registers Hydra's own reader of files
+    Plugins.instance()  # registers Hydra's own file reader, which the next line replaces
     SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
-_parsed: dict[Any, ConfigResult] = {}  # the project's own files, by name, time and size
+_parsed: dict[Any, ConfigResult] = {}  # files of the project's own `conf/`, by name, time and size
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Hydra's reader of config files, with bounds for those of a folder from elsewhere.
+    """Hydra's reader of config files, with limits on files in a folder from elsewhere.
 
-    It keeps the name of Hydra's own: a launcher's processes register that one again, and names must agree.
+    It has the same name as Hydra's class: a launcher's processes register Hydra's again, and the names must agree.
     """
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Return the file's content; raise UserError if it is out of bounds."""
+        """Return the file's content; raise UserError if it exceeds a limit."""
         path = Path(self.path) / self._normalize_file_name(config_path)
         if not _is_own("file", self.path):
             try:
                 parse_yaml(path)
             except OSError:
-                pass  # Hydra names it
-            except yaml.YAMLError as error:  # Hydra's own parser would recurse without end
+                pass  # Hydra's own reader, called below, reports the file
+            except yaml.YAMLError as error:  # deeply nested YAML would make Hydra's own parser recurse without end
                 raise UserError(f"{path}, {yaml_problem(error)}") from error
             except ValueError as error:
                 raise UserError(f"{path} cannot be read: {error}") from error
             return super().load_config(config_path)
-        # a sweep composes each job's config two or three times
+        # cache the files, because a sweep composes each job's config two or three times
         state = path.stat() if path.exists() else None
         key = (self.provider, str(path), state and (state.st_mtime_ns, state.st_size))
         if key not in _parsed:
@@ -106,9 +106,9 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 
 class CheckedConfigLoader(ConfigLoaderImpl):
-    """Composes as Hydra does, and raises UserError if a folder from elsewhere sets what it may not.
+    """Hydra's config loader, but raises UserError if a folder from elsewhere sets a key that it must not set.
 
-    Hydra calls it for a command and for each job of a sweep, in whatever process the job runs.
+    Hydra calls it for a command and for each job of a sweep, in the process in which the job runs.
     """
 
     def load_configuration(
@@ -126,9 +126,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         super()._process_config_searchpath(config_name, *args)
 
     def _refuse_search_path(self, config_name: str | None) -> None:
-        """Raise UserError if a config from elsewhere adds search paths: of `pkg://` ones Hydra imports the package.
+        """Raise UserError if a config from elsewhere adds search paths: Hydra imports the packages of `pkg://` paths.
 
-        Hydra reads this key before it composes.
+        This check is separate because Hydra reads hydra.searchpath before it composes.
         """
         for source in self.get_sources():
             if config_name is not None and source.is_config(config_name):
@@ -141,7 +141,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
 
 
 def config_loader(argv: Sequence[str]) -> CheckedConfigLoader:
-    """Return a loader of the folders that Hydra composes from with these arguments of a command line."""
+    """Return a loader for the folders from which Hydra composes with these command-line arguments."""
     options = get_args_parser().parse_known_args(list(argv))[0]
     run_py = str(CONF.parent / "run.py")
     folders = create_automatic_config_search_path(run_py, None, options.config_path or CONF.name)
@@ -152,9 +152,9 @@ def config_loader(argv: Sequence[str]) -> CheckedConfigLoader:
 
 
 def only_own_folders(sources: Iterable[Any]) -> bool:
-    """Return whether Hydra composed a config from this project's `conf/` and Hydra's own packages alone.
+    """Return whether Hydra composed a config only from this project's `conf/` and Hydra's own packages.
 
-    sources: Hydra's `runtime.config_sources`; none counts as this project's own
+    sources: Hydra's `runtime.config_sources`; an empty list returns True
     """
     return all(_is_own(source.schema, source.path) for source in sources)
 
@@ -162,32 +162,32 @@ def only_own_folders(sources: Iterable[Any]) -> bool:
 def _is_own(scheme: str, path: Any) -> bool:
     if scheme == "file":
         return Path(str(path)).resolve() == CONF
-    # installed plugins of Hydra bring configs; Hydra imports them in any case
+    # installed Hydra plugins bring configs of their own, and Hydra imports these plugins in any case
     return scheme == "structured" or (scheme == "pkg" and f"{path}.".startswith(("hydra.conf.", "hydra_plugins.")))
 
 
 def _check(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Raise UserError if a config that was composed with a folder from elsewhere sets what it may not."""
+    """Raise UserError if a config that was composed with a folder from elsewhere sets a key that it must not set."""
     whole: Any = OmegaConf.to_container(config, resolve=False)
     part = whole["hydra"]
     given = part["overrides"]["hydra"] + part["overrides"]["task"]
-    if sorted(given) != sorted(overrides):  # those of the task count as the command line's
+    if sorted(given) != sorted(overrides):  # the program takes them for the command line
         raise _refusal("hydra.overrides", next(each for each in given if each not in overrides))
     parsed = parse_overrides(overrides)
     typed = {o.key_or_group.removeprefix("hydra.") for o in parsed if o.key_or_group.startswith("hydra.")}
-    for key in ("job.folder", "job.sweep"):  # job=schema and job=compare write there
+    for key in ("job.folder", "job.sweep"):  # job=schema and job=compare write to these folders
         folder = OmegaConf.select(config, key, throw_on_resolution_failure=False)
         if folder is not None and all(o.key_or_group != key for o in parsed) and not _stays_below(str(folder)):
             raise _refusal(key, folder)
     for key, value in leaves({k: v for k, v in whole.items() if k != "hydra"}):
         if "${" in str(value) and not _REFERENCE.fullmatch(str(value)) and not any(str(value) in o for o in overrides):
-            raise _refusal(key, value)  # a variable of the environment, or text that doubles with each reference
+            raise _refusal(key, value)  # could read an environment variable, or double a text with each reference
     own = _own_config(part["runtime"]["choices"], parsed)
     imports = imported_packages(own)
     expected: Any = OmegaConf.to_container(own.hydra, resolve=False)
     for name, base in _CONSTRUCTED.items():
         _check_constructed(name, part[name], expected[name], base, imports)
-    for key, value in leaves(part):  # not `flatten`, in which one of two equal dotted keys would hide the other
+    for key, value in leaves(part):  # not `flatten`, which would keep only one of two equal dotted keys
         head, _, rest = key.partition(".")
         if head in (*_CONSTRUCTED, *_HARMLESS) or (head == "job" and rest in _HARMLESS_JOB):
             continue
@@ -202,7 +202,7 @@ def _check(config: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def _own_config(choices: Mapping[str, Any], parsed: Sequence[Override]) -> DictConfig:
-    """Return what `conf/` composes with the same choices of Hydra's own groups, the typed `hydra.…` and `imports`."""
+    """Compose `conf/` with the same choices of Hydra's own groups and the typed `hydra.…` and `imports` overrides."""
     sources = _own_loader().get_sources()
     groups = [
         f"{group}={choice}"
@@ -224,17 +224,17 @@ def _own_config(choices: Mapping[str, Any], parsed: Sequence[Override]) -> DictC
 
 
 def _own_loader() -> ConfigLoaderImpl:
-    # `hydra.compose` would replace the running program's GlobalHydra and job name; Hydra has no other public way
+    # not the public `hydra.compose`, which would replace the running program's GlobalHydra and job name
     return ConfigLoaderImpl(create_config_search_path(f"file://{CONF}"))
 
 
-@functools.lru_cache(maxsize=4)  # Hydra composes twice for each command
+@functools.lru_cache(maxsize=4)  # Hydra composes each command's config twice
 def _compose_own(conf: Path, overrides: tuple[str, ...]) -> DictConfig:
     return _own_loader().load_configuration("config", list(overrides), RunMode.RUN, validate_sweep_overrides=False)
 
 
 def imported_packages(config: DictConfig) -> list[str]:
-    """Return the packages that a config's `imports` names; raise UserError if they are none."""
+    """Return the packages in a config's `imports`; raise UserError if they are not names of packages."""
     imports: Any = OmegaConf.select(config, "imports")
     imports = OmegaConf.to_container(imports) if OmegaConf.is_list(imports) else imports or []
     if not isinstance(imports, list) or not all(str(i).isidentifier() for i in imports):
@@ -243,7 +243,7 @@ def imported_packages(config: DictConfig) -> list[str]:
 
 
 def _check_constructed(name: str, part: Any, expected: Any, base: type, imports: Sequence[str]) -> None:
-    """Check what Hydra constructs: an object of ours or its own, other numbers perhaps, or one of a trusted class."""
+    """Check what Hydra will construct: classes of zfnet or Hydra with at most other numbers, or trusted classes."""
     if not isinstance(part, dict):
         raise _refusal(f"hydra.{name}", part)
     if name == "sweeper" and part.get("params") is not None:
@@ -263,9 +263,9 @@ def _check_constructed(name: str, part: Any, expected: Any, base: type, imports:
             if name == "sweeper" and rest.split(".")[0] == "params":
                 continue
             last = rest.rpartition(".")[2]
-            if trusted:  # its own arguments, but nothing that could become another object
+            if trusted:  # allow all arguments except those that could become another object
                 refused = rest != "_target_" and (last == "_target_" or "${" in str(value))
-            else:  # Hydra's own launchers run commands that they are given, so only numbers may differ
+            else:  # only numbers may differ, because some arguments of Hydra's launchers are commands to run
                 differs = value != _value_at(own, rest) and rest != "_target_"
                 refused = differs and (isinstance(value, (str, list)) or last == "_recursive_")
             if refused:
@@ -273,7 +273,7 @@ def _check_constructed(name: str, part: Any, expected: Any, base: type, imports:
 
 
 def _check_parameters(params: Any) -> None:
-    """Check a sweep's `params`: they become overrides of each job, as if they had been typed."""
+    """Check a sweep's `params`, which become overrides of each job as if the user had typed them."""
     if not isinstance(params, dict):
         raise _refusal("hydra.sweeper.params", params)
     for key, value in params.items():
@@ -286,7 +286,7 @@ def _check_parameters(params: Any) -> None:
 
 
 def _check_directory(config: DictConfig, key: str) -> None:
-    """Check that a name lies below the current directory, and keep it as it was checked."""
+    """Check that a directory lies below the current one, and store the resolved name so that it cannot change later."""
     value = OmegaConf.select(config.hydra, key)
     if value is None:
         return
