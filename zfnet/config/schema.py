@@ -53,7 +53,7 @@ class Checked:
 
 @dataclass
 class Conv(Checked):
-    """One convolution layer: `channels` maps of kernel_size × kernel_size filters, ReLU, perhaps 3×3/2 pooling."""
+    """A convolution layer with `channels` filters, ReLU and, if `pool`, 3×3 max pooling with stride 2."""
 
     channels: Positive
     kernel_size: Positive
@@ -64,7 +64,7 @@ class Conv(Checked):
 
 @dataclass
 class Linear(Checked):
-    """One fully connected layer with ReLU and dropout."""
+    """A fully connected layer with ReLU and dropout."""
 
     features: Positive
 
@@ -126,14 +126,14 @@ class DataConfig(Checked):
 
 @dataclass(kw_only=True)
 class CifarData(DataConfig):
-    """CIFAR-10 or CIFAR-100; `root` is the folder that holds, or will hold, the files."""
+    """CIFAR-10 or CIFAR-100; the files are downloaded if they are not in the folder `root`."""
 
     name: Literal["cifar10", "cifar100"]
 
 
 @dataclass(kw_only=True)
 class FolderData(DataConfig):
-    """Images in folders, one for each class, below `root`; Imagenette is downloaded there."""
+    """Images below the folder `root`, with one folder per class; Imagenette is downloaded there."""
 
     name: Literal["folder", "imagenette"]
     on_error: Literal["stop", "skip"] = "stop"
@@ -182,10 +182,10 @@ DATA: dict[str, type[DataConfig]] = {
 
 @dataclass(kw_only=True)
 class AugmentConfig(Checked):
-    """Random changes of training images, in stored pixels. `flip` is a probability.
+    """Random changes of training images. Lengths are in stored pixels; `flip` is a probability.
 
-    padding_mode: of torchvision's `RandomCrop`: padding of the mean colour (`constant`), or of the image (`reflect`)
-    flips: `random` draws again in each epoch; `alternating` draws once, and takes the opposite in every second epoch
+    padding_mode: as in torchvision's `RandomCrop`: pad with the mean colour (`constant`) or mirrored pixels (`reflect`)
+    flips: `random` draws again in each epoch; `alternating` draws once and inverts the draw in every second epoch
     transforms: further operations, in order, each a `_target_` with its arguments
     """
 
@@ -200,11 +200,11 @@ class AugmentConfig(Checked):
 
 @dataclass(kw_only=True)
 class TrainerConfig(Checked):
-    """How the loop runs. The hardware decides `auto` values.
+    """Settings of the training loop. The hardware decides `auto` values.
 
-    version: of the loop's rules. In 2 the decay of `ema` grows, of two epochs of equal accuracy the one with the lower
-        loss is the better, and history.csv has the learning rate of the epoch's last step. In 1 the decay is constant,
-        the earlier epoch is the better, and the rate is the next step's.
+    version: version of the loop's rules. In 2, the decay of `ema` grows, the lower loss decides between epochs of equal
+        accuracy, and history.csv has the learning rate of the epoch's last step. In 1, the decay is constant, the
+        earlier of these epochs wins, and history.csv has the learning rate of the next step.
     """
 
     name: str
