@@ -106,7 +106,7 @@ def permutation(key: int, n: int) -> Tensor:
 def seeded_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
     """Yield a function that seeds the generators of user code, to be called within this block.
 
-    They are the global generators of Python, NumPy and PyTorch (CPU and `device`). They are restored afterwards.
+    It seeds the global generators of Python, NumPy and PyTorch (CPU and `device`), which are restored afterwards.
     """
     devices = [device] if device.type == "cuda" else []
     before = random.getstate(), np.random.get_state()

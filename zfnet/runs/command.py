@@ -1,9 +1,9 @@
-"""From the command line to a checked config, with or without a recorded run underneath.
+"""Make a checked config from the command line, with or without a recorded run as the base.
 
-Without `run=…` a config is what Hydra composes from `conf/`. With it, the run's own record is the base and the command
-line's overrides are applied to it; today's defaults have no effect. Hydra must accept those overrides first, though its
-composition may lack their keys (the record's optimizer may have others than today's default): see
-`prepare_overrides`.
+Without `run=…`, Hydra composes the config from `conf/`. With `run=…`, the run's own record is the base, and the command
+line's overrides are applied to it; the current defaults have no effect. Hydra must accept these overrides first, even
+if the config that it composes does not have their keys (the default optimizer can have other keys than the record's):
+see `prepare_overrides`.
 """
 
 import os
@@ -28,20 +28,20 @@ from zfnet.config.trust import CONF, imported_packages, only_own_folders, parse_
 from zfnet.data.images import data_hash
 from zfnet.runs.directory import RunDirectory, find_run
 
-# groups that may be swapped on top of a record; job and experiment say what to do, not what was done
+# groups that a command can replace in a record; job and experiment describe the new command, not the recorded run
 GROUPS = ("model", "data", "augment", "loss", "optimizer", "scheduler", "trainer", "logger", "callbacks")
 _ONE_CHOICE = ("job", "experiment", "debug", *(group for group in GROUPS if group not in ("logger", "callbacks")))
-# about the command itself, and not about the record
+# keys of the command itself, not of the record
 _COMMAND_KEYS = ("job", "run", "images", "imports")
 
 
 def prepare_overrides(argv: Sequence[str]) -> list[str]:
-    """Mark key overrides so that Hydra accepts keys that its composition lacks: of a named run, of swept groups.
+    """Mark overrides with `++` so that Hydra accepts keys that only a named run or some choices of a swept group have.
 
-    The record, or the config of each job, decides later whether such a key exists. Values that Hydra's grammar does not
-    allow, and names of files that it would misread, are quoted (see `_quote`).
+    Whether these keys exist is checked later, in the record or in each job's config. Values that Hydra's grammar does
+    not allow, and file names that it would misread, are quoted (see `_quote`).
     """
-    argv = [_quote(argument) for argument in argv if argument != "hydra.output_subdir=.hydra"]  # the default
+    argv = [_quote(argument) for argument in argv if argument != "hydra.output_subdir=.hydra"]  # written in any case
     named = any(argument.startswith("run=") and argument not in ("run=", "run=null") for argument in argv)
     sweeps = {"-m", "--multirun"} & set(argv)
     swept = {
@@ -57,15 +57,15 @@ def prepare_overrides(argv: Sequence[str]) -> list[str]:
     return [marked(argument) for argument in argv]
 
 
-# keys whose values are names of files and folders, and an item of a list
+# keys that have names of files or folders as values; the pattern of a list's item
 _PATHS = ("run", "images", "data.root", "data.cache_dir", "trainer.init_from", "source", "job.sweep", "job.root")
 _ITEM = re.compile(r"""\s*(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+)""")
 
 
 def _quote(argument: str) -> str:
-    """Quote a value, or the items of a list or a sweep, that Hydra cannot parse, such as `cat (1).jpg` and `größe`.
+    """Quote a value, or the items of a list or a sweep, if Hydra cannot parse them, such as `cat (1).jpg` and `größe`.
 
-    The name of an existing file or folder is taken literally: in `run=a,b=1` Hydra would see a list and another
+    The name of an existing file or folder is taken literally: in `run=a,b=1`, Hydra would see a list and another
     override.
     """
     key, equals, value = argument.partition("=")
@@ -74,7 +74,7 @@ def _quote(argument: str) -> str:
     is_path = key.lstrip("+") in _PATHS
 
     def quoted(text: str) -> str:
-        """Return the text, quoted if need be."""
+        """Return the text, quoted if Hydra would misread it."""
         text = text.strip()
         parsed = _value(f"{key}={text}")
         exists = is_path and os.path.exists(os.path.expanduser(text))
@@ -87,7 +87,7 @@ def _quote(argument: str) -> str:
     if _value(argument) is not None and not (is_path and is_list):
         return argument
     items = ",".join(quoted(item) for item in _ITEM.findall(value[1:-1] if is_list else value))
-    # a bracket may be a part of something longer: `choice(1,2` is no sweep over two values
+    # text with a bracket is not split at commas: `choice(1,2` is not a sweep over two values
     apart = [] if re.search(r"[()\[\]{}]", value) else [f"{key}={items}"]
     candidates = [f"{key}=[{items}]"] if is_list else [*apart, f"{key}={quoted(value)}"]
     return next((c for c in candidates if _value(c) is not None), argument)
@@ -104,24 +104,24 @@ def _value(text: str) -> Any:
 
 
 def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[Any]) -> Config:
-    """Return the checked config of a command: `raw` is what Hydra composed, `overrides` those given to it.
+    """Return the checked config of a command, given the config `raw` that Hydra composed with `overrides`.
 
-    sources: where `raw` came from, Hydra's `runtime.config_sources`; none, which is trusted, for `compose_raw`
+    sources: Hydra's `runtime.config_sources` of `raw`; empty, which means trusted, for a config of `compose_raw`
     Raises UserError for anything that is not acceptable.
     """
     from_elsewhere = not only_own_folders(sources)
     parsed = parse_overrides(overrides)
     for override in parsed:
         value = override.value()
-        # Hydra would merge the files
+        # Hydra would merge the files of several choices
         if isinstance(value, list) and len(value) > 1 and override.key_or_group in _ONE_CHOICE:
             several = f"{override.key_or_group}={','.join(map(str, value))}"
             raise UserError(f"{override.input_line}: choose one; several are a sweep, run.py -m {several}")
         if value == {}:
             raise UserError(f"{override.input_line}: is empty; set keys, as in {override.key_or_group}.KEY=VALUE")
-        if value == "" and override.key_or_group in _PATHS:  # a variable of the shell that is not set
+        if value == "" and override.key_or_group in _PATHS:  # for example, an unset shell variable
             raise UserError(f"{override.input_line}: is empty; name a file or folder")
-    if isinstance(raw.get("job"), str):  # in a record given as --config-path, job is no group
+    if isinstance(raw.get("job"), str):  # in a record given by --config-path, job is not a group
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
     chosen = {o.key_or_group: f"{o.key_or_group}/{o.value()}.yaml" for o in parsed}
     for group, misplaced in (("experiment", "experiment"), ("debug", "debug"), ("job", "job.job")):
@@ -130,7 +130,7 @@ def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[An
     for group in _ONE_CHOICE:
         if raw.get(group) == {}:
             raise UserError(f"{chosen.get(group, f'the file of {group}')}: holds nothing")
-    # a command trusts the packages of its own overrides, and those of the project's own `conf/`
+    # a command trusts the packages in its own overrides and in the project's own `conf/`
     own_imports = [o for o in overrides if o.lstrip("+").startswith("imports=")]
     imports = imported_packages(compose_raw(own_imports) if from_elsewhere else raw)
     target, name = (OmegaConf.select(raw, f"job.{key}") for key in ("_target_", "name"))
@@ -165,18 +165,18 @@ def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[An
 
 
 def overlay(run: RunDirectory, overrides: Sequence[str], own: dict[str, Any], imports: Sequence[str] = ()) -> Config:
-    """Return a run's recorded config with overrides on top; `own` holds the command's job, run and images.
+    """Return a run's recorded config with overrides applied; `own` contains the command's own job, run and images.
 
-    A group override (`optimizer=sgd`) swaps the whole group for today's file, a key override sets that key.
+    A group override (`optimizer=sgd`) replaces the whole group by the file in `conf/`; a key override sets that key.
     """
     parsed = parse_overrides(overrides)
     applied = [o for o in parsed if o.key_or_group not in _COMMAND_KEYS and not o.key_or_group.startswith("job.")]
-    run.read_config(imports)  # names the file, if its own part is damaged
+    run.read_config(imports)  # if the record is damaged, this error names the file
     _refuse_to_send(run.recorded().get("logger"), overrides, f"run={run.folder}: its")
     if not applied:
         return _with_moved_parents(read_config({**run.recorded(), **own}, imports), run)
     base = _composed_record(run)
-    # a record without `.hydra/`, such as a reproduction's, holds a number where conf/scheduler/onecycle.yaml refers
+    # a record without `.hydra/`, such as a reproduction's, has a number for a reference in conf/scheduler/onecycle.yaml
     peak, rate = (OmegaConf.select(base, key) for key in ("scheduler.max_lr", "optimizer.lr"))
     if peak is not None and peak == rate:
         OmegaConf.update(base, "scheduler.max_lr", "${optimizer.lr}")
@@ -203,7 +203,7 @@ def overlay(run: RunDirectory, overrides: Sequence[str], own: dict[str, Any], im
 
 
 def _with_moved_parents(config: Config, run: RunDirectory) -> Config:
-    """Return a run's config in which its parents' images lie where its own do, if they are the same images."""
+    """Set the data folders of a run's parents to the run's own, if they use the same images, and return its config."""
     recorded, held, link = run.recorded()["data"], data_hash(run.environment), config.parent
     parent: Any = link and {"config": link.config, "data_hash": link.data_hash}
     while parent is not None:
@@ -216,12 +216,12 @@ def _with_moved_parents(config: Config, run: RunDirectory) -> Config:
     return config
 
 
-# keys by which loggers write outside the run directory, and their harmless values
+# keys that let loggers write outside the run directory, each with its harmless values
 _ELSEWHERE = {"tracking_uri": (None,), "space_id": (None,), "entity": (None,), "mode": (None, "offline")}
 
 
 def _refuse_to_send(loggers: Any, overrides: Sequence[str], whose: str) -> None:
-    """Raise UserError if loggers of a foreign config, which the command does not name, would write elsewhere."""
+    """Raise UserError if loggers of a foreign config would write elsewhere and the command does not set loggers."""
     if any(each.lstrip("+~").startswith("logger") for each in overrides) or not isinstance(loggers, dict):
         return
     for name, settings in loggers.items():
@@ -244,10 +244,10 @@ def _is_group(override: Override) -> bool:
 
 
 def _composed_record(run: RunDirectory) -> DictConfig:
-    """Return the run's config as it was composed, so that keys which follow others still follow them.
+    """Return the run's config with its interpolations, so that keys that refer to others still follow them.
 
-    `.hydra/config.yaml` holds it with its `${…}`. It counts only if it resolves to the same as the record, and only if
-    each of them is the name of a plain value: others could read environment variables, or multiply without bound.
+    `.hydra/config.yaml` is used only if it resolves to the record and if each `${…}` in it names a plain value: other
+    interpolations could read environment variables or expand without bound. Otherwise the record itself is returned.
     """
     recorded = run.recorded()
     plain = OmegaConf.create(recorded)
@@ -255,7 +255,7 @@ def _composed_record(run: RunDirectory) -> DictConfig:
         unresolved = read_yaml(run.folder / ".hydra" / "config.yaml")
         if not isinstance(unresolved, dict):
             return plain
-        job = {k: v for k, v in upgrade(unresolved).items() if k in plain}  # less what concerns Hydra
+        job = {k: v for k, v in upgrade(unresolved).items() if k in plain}  # without the keys for Hydra
         values = flatten(job)
         if any("${" in str(v) and not _names_a_value(v, values) for v in values.values()):
             return plain
@@ -267,16 +267,16 @@ def _composed_record(run: RunDirectory) -> DictConfig:
 
 
 def _names_a_value(text: Any, values: Mapping[str, Any]) -> bool:
-    """Return whether `text` is `${a.b}` alone, and `a.b` one of these values, itself without an interpolation."""
+    """Return whether `text` is a single `${a.b}`, and `a.b` is one of these values and has no interpolation itself."""
     key = text[2:-1] if isinstance(text, str) and text.startswith("${") and text.endswith("}") else ""
     return all(part.isidentifier() for part in key.split(".")) and "${" not in str(values.get(key, "${"))
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
     """Compose this project's `conf/` with these overrides; works inside and outside a Hydra program."""
-    if not CONF.is_dir():  # only an editable install reads the repository's
+    if not CONF.is_dir():  # only an editable install has the repository's conf/
         raise UserError(f"compose needs the repository's conf/, which is not at {CONF}: install it by pip install -e .")
-    program = GlobalHydra.instance().hydra  # composing replaces a running program's own state for a moment
+    program = GlobalHydra.instance().hydra  # compose replaces a running program's state, so restore it below
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):

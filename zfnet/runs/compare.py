@@ -1,4 +1,4 @@
-"""Two runs side by side: where their metrics first differ, and what else differs."""
+"""Compare two runs: where their metrics first differ, and what else differs."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,16 @@ from typing import Any
 from zfnet.config.schema import flatten, result_keys
 from zfnet.runs.directory import RunDirectory
 
-# times, and remarks about the images, are no results
+# keys that are not results: times, and remarks about the images
 _REMARKS = ("validation_chose_and_reports", "unreadable", "test_seen_each_epoch")
 _NO_RESULTS = ("seconds", "images_per_second", *_REMARKS)
 _LONG = 120  # characters; a longer text, such as a diff, is replaced by its hash
 
 
 def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
-    """Return what reproduction.json holds: whether two finished runs agree to the bit, and where they do not.
+    """Return the content of reproduction.json: whether two finished runs are bitwise identical, and where they differ.
 
-    `variation` lists the settings in which their configs differ, as far as a result can depend on them.
+    `variation` lists the differences between their configs that can affect the results.
     """
     before, after = recorded.read_history(), now.read_history()
     results = [flatten(run.read_json("results.json")) for run in (recorded, now)]
@@ -41,7 +41,7 @@ def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
 
 
 def first_difference(recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the first epoch and metric that are not equal to the bit; None if all are. Times do not count."""
+    """Return the first epoch and metric that are not bitwise equal; None if all are equal. Times are ignored."""
     nothing: dict[str, Any] = {}
     for number, (old, new) in enumerate(zip_longest(recorded, now, fillvalue=nothing), start=1):
         if differences := _differences(old, new):
@@ -52,7 +52,7 @@ def first_difference(recorded: Sequence[Mapping[str, Any]], now: Sequence[Mappin
 def largest_differences(
     recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return for each metric that differs somewhere the epoch where it differs most, over the epochs that both have."""
+    """Return, for each metric that differs, the epoch with the largest difference among those that both runs have."""
     largest: dict[str, dict[str, Any]] = {}
     for number, (old, new) in enumerate(zip(recorded, now, strict=False), start=1):
         for metric, was, is_now in (d.values() for d in _differences(old, new)):
@@ -65,7 +65,7 @@ def largest_differences(
 
 
 def environment_values(run: RunDirectory) -> dict[str, Any]:
-    """Return the values of environment.json by dotted key."""
+    """Return the values of environment.json by dotted key, without the command and with long texts hashed."""
     values = {key: value for key, value in flatten(run.environment).items() if key != "command"}
     for key, value in values.items():
         if isinstance(value, str) and len(value) > _LONG:
@@ -74,7 +74,7 @@ def environment_values(run: RunDirectory) -> dict[str, Any]:
 
 
 def _as_recorded(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `now` without what an earlier version did not record; it follows from what is compared."""
+    """Return `now` without keys that an earlier version did not record; they follow from other compared values."""
     later = [k for k in now if k.startswith(("data.", "code.imported")) or k.endswith(".mean_class_accuracy")]
     return {key: value for key, value in now.items() if key in recorded or key not in later}
 
@@ -85,6 +85,6 @@ def _differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[di
         for key in dict.fromkeys([*recorded, *now])
         if recorded.get(key) != now.get(key)
         and key not in _NO_RESULTS
-        # earlier versions recorded a top-5 accuracy of five classes and fewer, which is 1
+        # earlier versions recorded the top-5 accuracy for five classes or fewer, where it is always 1
         and not (key.endswith(".top5") and recorded.get(key) == 1 and now.get(key) is None)
     ]

@@ -1,4 +1,4 @@
-"""Errors as one line on the terminal, with a suggestion."""
+"""Print errors on the terminal as one line with a suggestion."""
 
 import contextlib
 import difflib
@@ -28,7 +28,7 @@ from zfnet.config.instantiate import resolve
 from zfnet.config.schema import flatten
 from zfnet.config.trust import CONF, check_what_hydra_composes, config_loader, parse_overrides
 
-# which extra of pyproject.toml brings a package or a launcher
+# extras of pyproject.toml, each with the packages and launchers that it provides
 _EXTRAS = {
     "sweep": ("optuna", "joblib", "submitit_local", "submitit_slurm"),
     "explain": ("captum",),
@@ -38,14 +38,14 @@ _EXTRA_OF = {name: extra for extra, names in _EXTRAS.items() for name in names}
 _EXTRA_KEYS = {"optimizer": ("param_groups",)}  # keys of a slot that its class does not take
 _COMMA = re.compile(r"[-+]?\d+,\d+(e[-+]?\d+)?")  # a decimal comma: 0,001
 
-_one_line_errors = False  # not so with HYDRA_FULL_ERROR=1
+_one_line_errors = False  # stays False with HYDRA_FULL_ERROR=1
 
 
 @contextlib.contextmanager
 def errors_pass_hydra() -> Iterator[None]:
-    """Within this block an error ends the program with one line, before Hydra prints lines of its own.
+    """End the program with one line if an error occurs in this block, before Hydra prints its own lines.
 
-    In a sweep it does not, since other jobs follow.
+    In a sweep, the error is raised unchanged, because other jobs follow.
     """
     try:
         yield
@@ -58,11 +58,11 @@ def errors_pass_hydra() -> Iterator[None]:
 def run_with_clear_errors(main: Callable[[], None]) -> None:
     """Call Hydra's main function; on any error print one line and exit with a code other than 0.
 
-    With HYDRA_FULL_ERROR=1 errors are raised unchanged. Without it, the variable is set for Hydra, which then raises
-    errors instead of printing them in its own way.
+    With HYDRA_FULL_ERROR=1, errors are raised unchanged. Otherwise this function sets the variable, which makes Hydra
+    raise errors instead of printing them in its own way.
     """
     global _one_line_errors
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end a run
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name outside the terminal's encoding must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         check_what_hydra_composes(sys.argv[1:])
@@ -87,7 +87,7 @@ def _fail(error: Exception) -> NoReturn:
     if isinstance(error, BrokenPipeError):  # `python run.py … | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
-        # a record from elsewhere may hold codes that move the cursor or rename the window
+        # a record from elsewhere can contain escape codes that move the cursor or rename the window
         print("\n".join(map(printable, f"error: {explain(error)}".splitlines())), file=sys.stderr)
     sys.exit(1)
 
@@ -95,22 +95,22 @@ def _fail(error: Exception) -> NoReturn:
 def explain(error: Exception, argv: Sequence[str] | None = None, loader: ConfigLoader | None = None) -> str:
     """Return one line for an error: what to correct or, for a fault of the program, how to see the traceback.
 
-    argv, loader: what was composed, and by what, if it is not the program's own command line
+    argv, loader: the overrides that were composed and their config loader; by default the program's command line
     """
     if isinstance(error, UserError):
         return str(error)
     first, *more = (str(error).strip() or type(error).__name__).splitlines()
     if first.endswith(":") and more:
         first += f" {more[0].strip()}"
-    if first.startswith("Multiple values for "):  # Hydra's advice is that for config.yaml
+    if first.startswith("Multiple values for "):  # Hydra's own advice is for config.yaml
         first += "; in a file of a group such as experiment, with a slash: override /GROUP: CHOICE"
     if isinstance(error, OverrideParseException):
         override = printable(error.override)
         return f"the command line cannot be parsed ({override}): write key=value, and quote lists for the shell"
-    if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):  # ValueError: model=null
+    if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):  # model=null is a ValueError
         if problem := find_bad_override(sys.argv[1:] if argv is None else argv, loader):
             return problem
-        if isinstance(error, MissingConfigException) and error.options:  # of a file's defaults list
+        if isinstance(error, MissingConfigException) and error.options:  # in a file's defaults list
             group, _, name = str(error.missing_cfg_file).rpartition("/")
             return f"{group}={name}: no such choice{did_you_mean(name, error.options)}"
         if not isinstance(error, ValueError):
@@ -131,17 +131,17 @@ def explain(error: Exception, argv: Sequence[str] | None = None, loader: ConfigL
 
 
 def _makes_run_directory(error: OSError) -> bool:
-    """Return whether a run or sweep directory could not be made, by Hydra or by this program."""
+    """Return whether Hydra or this program failed to make a run or sweep directory."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [str(frame.f_globals.get("__name__")) for frame in frames]
     ours = [name for name in modules if name.startswith(("hydra", "zfnet"))]
     where = ("hydra", "zfnet.runs", "zfnet.sweeps")
-    made = any(frame.f_code.co_name == "mkdir" for frame in frames)  # which looks at a name that is too long
+    made = any(frame.f_code.co_name == "mkdir" for frame in frames)  # a long name fails in a function that mkdir calls
     return made and bool(ours) and ours[-1].startswith(where)
 
 
 def check_options(argv: Sequence[str]) -> None:
-    """Raise UserError for an option that Hydra does not have; some it would take for an abbreviation of its own."""
+    """Raise UserError for an option that Hydra does not have, including those that it would accept as abbreviations."""
     known = re.findall(r"--[a-z-]+", get_args_parser().format_usage())
     for number, argument in enumerate(argv):
         name, _, value = argument.removeprefix("--").partition("=")
@@ -153,11 +153,11 @@ def check_options(argv: Sequence[str]) -> None:
 
 
 def _overrides(argv: Sequence[str]) -> list[Override]:
-    """Return those arguments of a command line that are key=value or ~key, parsed."""
+    """Parse and return the arguments of a command line that are key=value or ~key."""
     parsed: list[Override] = []
     for argument in argv:
         if ("=" in argument or argument.startswith("~")) and not argument.startswith("-"):
-            with contextlib.suppress(HydraException):  # the value of an option, such as a folder's name
+            with contextlib.suppress(HydraException):  # skip an option's value, such as a folder
                 parsed += parse_overrides([argument])
     return parsed
 
@@ -165,11 +165,11 @@ def _overrides(argv: Sequence[str]) -> list[Override]:
 def find_bad_override(argv: Sequence[str], loader: ConfigLoader | None = None) -> str | None:
     """Return what is wrong with the first bad key=value among a command's arguments; None if all are good.
 
-    loader: what composes the config, if it is not what `argv` names: of the job of a sweep
+    loader: the config loader, such as that of a sweep's job; by default a loader for `argv`
     """
     overrides = _overrides(argv)
     name = get_args_parser().parse_known_args(list(argv))[0].config_name or "config"
-    # what decides which choices there are, and which of them may be composed
+    # overrides that decide which choices exist, and which of them can be composed
     further = [o.input_line or "" for o in overrides if o.key_or_group in ("hydra.searchpath", "imports")]
     loader = loader or config_loader(argv)
     sweeps = any(re.fullmatch("-m|--multirun|hydra.mode=MULTIRUN", argument) for argument in argv)
@@ -181,7 +181,7 @@ def find_bad_override(argv: Sequence[str], loader: ConfigLoader | None = None) -
     def composed() -> dict[str, Any] | None:
         try:
             config = loader.load_configuration(name, [*further, *groups], RunMode.RUN, validate_sweep_overrides=False)
-        except Exception:  # one of the groups is wrong
+        except Exception:  # one of the choices is wrong
             return None
         plain: Any = OmegaConf.to_container(config, resolve=False)
         return flatten({key: value for key, value in plain.items() if key != "hydra"})
@@ -189,10 +189,10 @@ def find_bad_override(argv: Sequence[str], loader: ConfigLoader | None = None) -
     try:
         has_jobs = bool(list_group("job"))
         groups = [o.input_line or "" for o in overrides if list_group(o.key_or_group)]
-    except Exception:  # the folder or its config cannot be read, which the error itself says
+    except Exception:  # the folder or its config cannot be read; the original error says so
         return None
     for o in overrides:
-        if o.key_or_group == "job" and not has_jobs:  # a record, in which job is no group
+        if o.key_or_group == "job" and not has_jobs:  # the config is a run's record, without groups
             return f"{o.input_line}: this config has no choices of jobs; write job.name={o.value()}"
     return next(filter(None, (_override_problem(o, groups, list_group, composed, sweeps) for o in overrides)), None)
 
@@ -206,8 +206,8 @@ def _override_problem(
 ) -> str | None:
     """Return what is wrong with an override: several values, an unknown choice of a group, or an unknown key.
 
-    list_group: returns the choices of a group, or its groups
-    compose: returns what the groups give, as dotted keys; None if one of them is wrong
+    list_group: returns the choices of a group, or its subgroups
+    compose: returns the values that the chosen groups set, by dotted key; None if a choice is wrong
     """
     key, text = override.key_or_group, str(override.input_line)
     given = text.partition("=")[2]
@@ -219,7 +219,7 @@ def _override_problem(
             advice = f"; a decimal number has a point: {key}={given.replace(',', '.')}"
         return f"{text}: several values are a sweep, with run.py -m{advice}"
     if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
-        return None  # Hydra looks for its choices
+        return None  # Hydra expands the pattern itself
     values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value()
     values = values if isinstance(values, list) else [values]
     if key == "hydra/launcher" and (extra := _EXTRA_OF.get(str(values[0]))):

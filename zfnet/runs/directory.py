@@ -1,7 +1,7 @@
-"""The run directory: every file in it, but for the weights, is written and read through here.
+"""The run directory: this module reads and writes all files in it except the weights.
 
-A file is written beside its final place, synced and renamed, so it is whole or absent. The writer holds the directory's
-lock. Configs are YAML without interpolation: nothing that is read back can run code.
+A file is written under a temporary name, synced and renamed, so it is complete or absent. A writer holds the
+directory's lock. Configs are YAML without interpolation, so reading them cannot run code.
 """
 
 import contextlib
@@ -38,15 +38,15 @@ HISTORY_COLUMNS = (
 )
 OUTPUTS = Path("outputs")
 _MOST_THREADS = 1024  # a record with more is damaged
-# what a directory may hold before its run: a lock, and the record of an attempt whose config was refused
+# files that a directory can contain before its run: a lock, and the record of an attempt with a refused config
 BEFORE_RUN = (".lock", "status.json", "train.log")
-_PARTIAL = re.compile(r"\..+\.\w+\.partial")  # left half written by a killed process
+_PARTIAL = re.compile(r"\..+\.\w+\.partial")  # files that a killed process left half written
 
 
 def _by_hydra() -> list[str]:
-    """Return the names of what Hydra has put into a job's directory already, if the command asks for it."""
+    """Return the names of files and folders that Hydra has already written to the job's directory, if configured."""
     hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
-    # in Python, `compose` leaves a config of Hydra's behind that runs no job
+    # `compose` in Python leaves a HydraConfig behind although no job runs
     if hydra is None or OmegaConf.is_missing(hydra.runtime, "output_dir"):
         return []
     logs: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
@@ -55,16 +55,16 @@ def _by_hydra() -> list[str]:
 
 
 def write_atomically(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
-    """Write `content` so that `path` holds, at any moment, all of its old or all of its new content.
+    """Write a file atomically: at any moment, `path` has all of its old or all of its new content.
 
-    A function is called with the path of a file to write, and raises OSError if it cannot.
+    content: bytes, text, or a function that writes to the path with which it is called and raises OSError if it fails
     """
     try:
-        # a folder, since a writer may have temporary files of its own: safetensors does
+        # a folder, because a function can create temporary files of its own, as safetensors does
         with tempfile.TemporaryDirectory(".partial", f".{path.name}.", path.parent) as folder:
             beside = Path(folder, path.name)
             beside.touch()
-            mode = beside.stat().st_mode  # what the user's umask gives; safetensors would make it 0600
+            mode = beside.stat().st_mode  # the mode from the user's umask; safetensors would set 0600
             if callable(content):
                 content(beside)
             else:
@@ -75,7 +75,7 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], object]
             os.replace(beside, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    with contextlib.suppress(OSError):  # make the new name durable, where the system can
+    with contextlib.suppress(OSError):  # make the new name durable, if the system can
         handle = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -84,10 +84,10 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], object]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically, from the tensors' own memory.
+    """Write a safetensors file atomically, directly from the tensors' memory.
 
-    Making its bytes first (`safetensors.torch.save`) holds the interpreter's lock: for the blog's network 0.2 s, during
-    which the training loop would wait.
+    `safetensors.torch.save`, which makes the bytes first, would hold the GIL and so block the training loop: for 0.2 s
+    with the blog's network.
     """
 
     def write(beside: Path) -> None:
@@ -100,8 +100,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a directory that Hydra made and that is still empty, and of `outputs/KIND/NAME` those above it."""
-    with contextlib.suppress(OSError):  # not empty, or not there
+    """Remove a directory that Hydra made if it is still empty; for `outputs/KIND/NAME`, remove empty parents too."""
+    with contextlib.suppress(OSError):  # not empty, or absent
         folder.rmdir()
         if folder.parent.parent == OUTPUTS:
             folder.parent.rmdir()
@@ -120,33 +120,33 @@ class RunDirectory:
 
     @functools.cached_property
     def _lock(self) -> FileLock:
-        return FileLock(self.folder / ".lock")  # one per object, whose holder may lock it again
+        return FileLock(self.folder / ".lock")  # reentrant: code that holds it can lock it again
 
     # -- claim and lock
 
     @contextlib.contextmanager
     def claimed(self, config: Config, new: bool = False) -> Iterator[bool]:
-        """Make this the directory of `config`'s run and hold it within this block; yield whether to resume the run.
+        """Claim the directory for the run of `config` and lock it within this block; yield whether to resume the run.
 
-        A directory without a run is taken; one that holds the same run is resumed; one that holds another
-        run, or other files, is refused and left as it is.
+        A directory without a run is claimed. One with the same run is resumed. One with another run, or with other
+        files, is refused and not changed.
 
         new: the directory must be absent or empty
         """
-        self._belongs_to(config, new)  # a directory that is refused gets no lock, either
+        self._belongs_to(config, new)  # before locking: a refused directory gets no lock file
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made: {error.strerror or error}") from error
         with self.lock():
-            resumed = self._belongs_to(config, new)  # another process may have been faster
+            resumed = self._belongs_to(config, new)  # again: another process may have claimed it
             if not resumed:
                 write_atomically(self.folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
             yield resumed
 
     def _belongs_to(self, config: Config, new: bool) -> bool:
-        """Return whether the directory holds `config`'s run, False if it is free; raise UserError otherwise."""
-        # a config.yaml with defaults is one from which Hydra composes, as in `conf/`
+        """Return True if the directory has the run of `config`, False if it is free; raise UserError otherwise."""
+        # a config.yaml with a defaults list is not a record but a file for Hydra, as in `conf/`
         recorded = (self.folder / "config.yaml").exists() and "defaults" not in self.plain_config()
         if recorded and not new:
             if self.read_config().identity() != config.identity():
@@ -166,9 +166,9 @@ class RunDirectory:
         return False
 
     def refuse_links(self) -> None:
-        """Raise UserError if a link in the directory points outside: nothing is written through it.
+        """Raise UserError if a link in the directory points outside, because the run could write through it.
 
-        But for one that W&B leaves in the folders of its finished runs, to which it never returns.
+        The link that W&B leaves in the folders of its finished runs is allowed: W&B never writes there again.
         """
         inside = self.folder.resolve()
         for place, folders, files in os.walk(self.folder):
@@ -178,21 +178,21 @@ class RunDirectory:
                     raise UserError(f"{path}: is a link, through which the run would write elsewhere: replace it")
 
     def remove_partials(self) -> None:
-        """Remove what killed processes left half written; only the holder of the directory may do this."""
+        """Remove files that killed processes left half written; the caller must hold the directory's lock."""
         for place, folders, files in os.walk(self.folder):
             for name in [n for n in (*folders, *files) if _PARTIAL.fullmatch(n)]:
                 path = Path(place, name)
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
-                else:  # earlier versions wrote into a file
+                else:  # earlier versions wrote to a file, not a folder
                     path.unlink(missing_ok=True)
-            folders[:] = [n for n in folders if not Path(place, n, ".lock").exists()]  # without those of other runs
+            folders[:] = [n for n in folders if not Path(place, n, ".lock").exists()]  # skip folders of other runs
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the directory for this process, to write there; the system releases the lock however the process ends.
+        """Lock the directory for this process to write there; the system releases the lock however the process ends.
 
-        Raises UserError if another process holds it, or if a link in it points outside.
+        Raises UserError if another process has the lock, or if a link in the directory points outside.
         """
         try:
             self._lock.acquire(timeout=0)
@@ -207,11 +207,11 @@ class RunDirectory:
             self._lock.release()
 
     def in_use(self) -> bool:
-        """Return whether a process, perhaps this one, holds the directory now."""
+        """Return whether a process, possibly this one, holds the directory's lock."""
         if not (self.folder / ".lock").is_file():
             return False
         try:
-            with FileLock(self.folder / ".lock", timeout=0):  # not this object's, which its holder may lock again
+            with FileLock(self.folder / ".lock", timeout=0):  # not `self._lock`, which is reentrant
                 return False
         except (Timeout, OSError):
             return True
@@ -219,7 +219,7 @@ class RunDirectory:
     # -- the small files
 
     def recorded(self) -> dict[str, Any]:
-        """Return config.yaml as plain values, as this version would have written them; raise UserError."""
+        """Return config.yaml as plain values in the format of this version; raise UserError if it cannot be read."""
         path = self.folder / "config.yaml"
         try:
             plain = read_yaml(path)
@@ -234,7 +234,7 @@ class RunDirectory:
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
     def plain_config(self) -> dict[str, Any]:
-        """Return what `recorded` does; empty if it cannot be read."""
+        """Return `recorded()`, or an empty dict if it cannot be read."""
         try:
             return self.recorded()
         except UserError:
@@ -266,7 +266,7 @@ class RunDirectory:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What environment.json holds; empty if it cannot be read, which must not stop a comparison."""
+        """The content of environment.json; empty if it cannot be read, so that runs can still be compared."""
         try:
             environment = self.read_json("environment.json")
         except UserError:
@@ -287,16 +287,16 @@ class RunDirectory:
         table = csv.writer(text, lineterminator="\n")
         table.writerow(map(csv_cell, names))
         table.writerows([csv_cell(row.get(name)) for name in names] for row in rows)
-        # a file may be named by any bytes
+        # file names in a table can contain any bytes
         write_atomically(self.folder / name, text.getvalue().encode("utf-8", "backslashreplace"))
 
     def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write history.csv; columns beyond the usual ones follow them."""
+        """Write history.csv; additional columns follow the usual ones."""
         columns = dict.fromkeys([*HISTORY_COLUMNS, *(key for row in rows for key in row)])
         self.write_csv("history.csv", rows, list(columns))
 
     def check_record(self) -> None:
-        """Raise UserError if config.yaml, without which nothing can be done with a run, was deleted since it began."""
+        """Raise UserError if config.yaml, without which the run is useless, was deleted after the run began."""
         if not (self.folder / "config.yaml").is_file():
             raise UserError(f"{self.folder} was deleted during the run (it lacks config.yaml): start a new run")
 
@@ -306,7 +306,7 @@ class RunDirectory:
 
     @property
     def state(self) -> str:
-        """The recorded state, or `none` where nothing (readable) is recorded."""
+        """The recorded state, or `none` if there is no readable record of it."""
         return self.state_and_error()[0]
 
     def state_and_error(self) -> tuple[str, str | None]:
@@ -319,7 +319,7 @@ class RunDirectory:
 
     @property
     def overrides(self) -> list[str]:
-        """The overrides of the command that made it, without those about Hydra, the job and the run; perhaps none."""
+        """The overrides of the command that made the run, except for Hydra, job and run; empty if they are unknown."""
         try:
             overrides = read_yaml(self.folder / ".hydra" / "overrides.yaml")
         except (OSError, ValueError, yaml.YAMLError):
@@ -348,7 +348,7 @@ class RunDirectory:
 
 
 def objective(results: Mapping[str, Any]) -> float | None:
-    """What a sweep compares: accuracy on validation, never on test; None if there is no validation."""
+    """Return the value that sweeps compare: validation accuracy, never test accuracy; None without validation."""
     return results["validation"]["accuracy"] if results["validation"] else None
 
 
@@ -364,10 +364,10 @@ def find_run(text: str) -> RunDirectory:
     """
     if text != "last":
         folder = Path(text).expanduser()
-        if not os.path.isfile(folder / "config.yaml"):  # False for a name that is too long, too
+        if not os.path.isfile(folder / "config.yaml"):  # also False for a name that is too long
             raise UserError(f"run={text}: there is no run (no config.yaml)")
         return RunDirectory(folder)
-    # not a run of this sweep: all its jobs mean the same
+    # exclude the runs of this sweep, so that `last` is the same run in all of its jobs
     sweep = Path(HydraConfig.get().sweep.dir).resolve() if in_sweep() else None
     finished = [
         run
@@ -384,14 +384,14 @@ def find_run(text: str) -> RunDirectory:
 
 
 def list_runs(root: Path) -> list[RunDirectory]:
-    """Return every run below `root` (outputs/<job>/<time>, outputs/sweeps/<time>/<overrides>), by name."""
+    """Return every run below `root` (outputs/<job>/<time>, outputs/sweeps/<time>/<overrides>), sorted."""
     return [RunDirectory(folder) for folder in find_folders(root, "config.yaml", 4) if folder.name != ".hydra"]
 
 
 def find_folders(root: Path, name: str, depth: int) -> list[Path]:
-    """Return the folders below `root`, `depth` levels down at most, that hold a file `name`, in their order.
+    """Return the sorted folders below `root`, at most `depth` levels down, that contain a file or folder `name`.
 
-    A folder that cannot be read is named on the terminal, and left out.
+    A folder that cannot be read is reported on the terminal and left out.
     """
 
     def report(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""Hydra's side of a run: its record in `.hydra/`, and the names of a sweep's directories."""
+"""The Hydra part of a run: its record in `.hydra/`, the names of a sweep's directories, and the text of --help."""
 
 import contextlib
 import dataclasses
@@ -18,14 +18,14 @@ from zfnet.config.schema import Config, DataConfig
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory, write_atomically
 
-NAME_LIMIT = 120  # bytes; file systems stop at 255, and a path holds several names
+NAME_LIMIT = 120  # bytes; file systems allow 255, and a path contains several names
 
 
 def write_hydra_record(folder: Path, config: DictConfig | Config) -> None:
-    """Write what Hydra itself would: config.yaml, hydra.yaml and overrides.yaml in `.hydra/`.
+    """Write config.yaml, hydra.yaml and overrides.yaml to `.hydra/`, as Hydra itself does.
 
-    Hydra would write them before this program can find that the directory belongs to another run. `config` is what
-    Hydra composed, with its `${…}`; or the checked config, where a recorded run was the base.
+    Hydra would write them before this program can detect that the directory belongs to another run. `config` is the
+    config that Hydra composed, with its `${…}`, or the checked config if a recorded run was the base.
     """
     if not HydraConfig.initialized():
         return
@@ -41,12 +41,12 @@ def write_hydra_record(folder: Path, config: DictConfig | Config) -> None:
 
 
 def record_data(run: RunDirectory, data: DataConfig) -> None:
-    """Record the place of a run's data and how it is read, after its content was found to be the same."""
+    """Record where a run's data is and how it is read; the caller has checked that its content is the same."""
     plain, now = run.recorded(), dataclasses.asdict(data)
     if plain["data"] == now:
         return
     path = run.folder / ".hydra" / "config.yaml"
-    with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # it is not needed, and may be damaged
+    with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # it is optional, and can be damaged
         composed = read_yaml(path)
         moved = {key: value for key, value in now.items() if plain["data"].get(key) != value}
         composed["data"] = {**composed["data"], **moved}
@@ -55,9 +55,9 @@ def record_data(run: RunDirectory, data: DataConfig) -> None:
 
 
 def _hydra_settings() -> dict[str, Any]:
-    """Return Hydra's settings in `conf/config.yaml`, so that `--config-path <run>/.hydra` runs like any other."""
+    """Return Hydra's settings in `conf/config.yaml`, so that `--config-path <run>/.hydra` works like `conf/`."""
     plain = read_yaml(CONF / "config.yaml")
-    # only Hydra's own choices exist there: those of `conf/` do not
+    # keep the defaults of Hydra's own groups; the groups of `conf/` do not exist in `.hydra/`
     logging = [d for d in plain["defaults"] if isinstance(d, dict) and "_logging" in next(iter(d))]
     return {"defaults": [*logging, "_self_"], "hydra": plain["hydra"]}
 
@@ -65,9 +65,9 @@ def _hydra_settings() -> dict[str, Any]:
 def short_dirname(overrides: str) -> str:
     """Turn a job's overrides into a directory name: readable, safe on any file system, unique.
 
-    Characters that file systems dislike become `_`; a name that changed or was cut gets a hash of the original.
+    Unsafe characters become `_`; a name that was changed or cut gets a hash of the original.
     """
-    # `++` marks keys of a recorded run, and keys that not every choice of a swept group has
+    # `prepare_overrides` adds `++` to keys of a recorded run or of a swept group
     overrides = re.sub(r"(^|,)\+\+", r"\1", overrides)
     name = re.sub(r"[^\w.,=+@^~\[\]-]", "_", overrides) or "default"
     if name == overrides and len(name.encode()) <= NAME_LIMIT:
@@ -92,9 +92,9 @@ $CONFIG"""
 
 
 def _job_help(job: str, sources: Any) -> str:
-    """Return the template of what --help prints for `job`, as Hydra's `hydra.help.template` is.
+    """Return the template of the text that --help prints for `job`, in the format of `hydra.help.template`.
 
-    sources: the folders that Hydra composes from, this project's and those of --config-dir
+    sources: Hydra's config sources: this project's folder and that of --config-dir
     """
     files = [Path(s["path"]) / "job" / f"{job}.yaml" for s in sources if s["schema"] == "file"]
     path = next((file for file in files if file.is_file()), None)
@@ -107,7 +107,7 @@ def _job_help(job: str, sources: Any) -> str:
 
 
 def explain_job(text: str, job: str) -> str:
-    """Return a job's YAML as help text: what it is for, its commands, and each key with its default and its comment."""
+    """Return a job's YAML as help text: its purpose, its commands, and each key with its default and its comment."""
     head: list[str] = []
     paragraph: list[str] = []
 
@@ -137,7 +137,7 @@ def explain_job(text: str, job: str) -> str:
 
 
 def described_keys(text: str) -> list[list[str]]:
-    """Return [key, `job.` or nothing, default as written, comment] of a YAML file in conf/, without a job's name."""
+    """Return [key, `job.` or nothing, default as written, comment] for each key in a YAML file, except a job's name."""
     rows: list[list[str]] = []
     prefix = ""
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""The environment of a run: code, versions, machine. Recorded so that a difference can be explained later."""
+"""The environment of a run: code, versions and machine, recorded so that differences can be explained later."""
 
 import contextlib
 import functools
@@ -20,9 +20,9 @@ DIFF_LIMIT = 200_000  # characters
 
 
 def describe_environment(device: torch.device, mode: str, imports: Sequence[str]) -> dict[str, Any]:
-    """Return code, packages and device, as JSON can hold them.
+    """Return the code, packages and device as JSON-compatible values.
 
-    imports: the packages that the command trusts; the source of those that it has used is hashed
+    imports: the packages that the command trusts; the source of those that it has imported is hashed
     """
     imported = {name: _source_hash(name) for name in imports if name in sys.modules}
     return {
@@ -64,7 +64,7 @@ def _code() -> dict[str, Any]:
 
 
 def _source_hash(package: str) -> str | None:
-    """Return the hash of a package's Python files, or of a module's one; None if there are none that can be read."""
+    """Return the hash of a package's Python files, or of a module's single file; None if no file can be read."""
     module = sys.modules[package]
     folders = [Path(place) for place in getattr(module, "__path__", ())]
     files = sorted((path.relative_to(folder).as_posix(), path) for folder in folders for path in folder.rglob("*.py"))
@@ -72,12 +72,12 @@ def _source_hash(package: str) -> str | None:
         files = [(Path(own).name, Path(own))]
     try:
         return _hash(files) if files else None
-    except OSError:  # in an archive, say
+    except OSError:  # for example, the package is in an archive
         return None
 
 
 def _hash(files: Iterable[tuple[str, Path]]) -> str:
-    """Return the hash of files and of the names that are given with them."""
+    """Return the hash of the names and contents of files."""
     digest = hashlib.sha256()
     for name, path in files:
         digest.update(name.encode(errors="surrogateescape"))
@@ -86,13 +86,13 @@ def _hash(files: Iterable[tuple[str, Path]]) -> str:
 
 
 def changed_code(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the packages whose source is another than in a recorded environment, as far as both know it."""
+    """Return the packages with another source than in a recorded environment, as far as both contain its hash."""
     before, after = (_sources(environment) for environment in (recorded, now))
     return [name for name in after if before.get(name, after[name]) != after[name]]
 
 
 def recorded_changes(environment: Mapping[str, Any]) -> list[str]:
-    """Return the packages whose code had changed when the run was resumed, as its environment says."""
+    """Return the packages that the environment records as changed when the run was resumed."""
     changed = _recorded_code(environment).get("changed")
     return [str(name) for name in changed] if isinstance(changed, list) else []
 
@@ -116,7 +116,7 @@ def _git(*arguments: str) -> str | None:
     try:
         command = ["git", "-C", str(ROOT), *arguments]
         output = subprocess.run(command, capture_output=True, timeout=20, check=True).stdout
-        return output.decode(errors="replace")  # a file in the diff may hold any bytes
+        return output.decode(errors="replace")  # a file in the diff can contain any bytes
     except (OSError, subprocess.SubprocessError):
         return None
 

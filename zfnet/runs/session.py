@@ -22,7 +22,7 @@ from zfnet.runs.hydra_record import write_hydra_record
 
 
 class Stopped(KeyboardInterrupt):
-    """The user or the system asked the run to stop. Ends a whole sweep, as Ctrl-C should."""
+    """Raised when the user or the system asks the run to stop. Ends a whole sweep, as Ctrl-C should."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -30,15 +30,15 @@ class Stopped(KeyboardInterrupt):
 
 
 class StoppedAtOnce(Stopped):
-    """Raised by a second signal, perhaps in the middle of a step, whose state must not be saved."""
+    """Raised by a second signal, possibly in the middle of a step, so the state must not be saved."""
 
 
 class Pruned(Exception):
-    """Raised when a search prunes this trial. Ends the run and not the sweep; a checkpoint is saved."""
+    """Raised when a search prunes this trial. Ends the run but not the sweep; a checkpoint is saved."""
 
 
 class StopRequest:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into a request, which the loop checks between two steps."""
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a request that the loop checks between two steps."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -46,9 +46,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._before = {}
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        with contextlib.suppress(ValueError):  # only the main thread can set handlers
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # nohup
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # started with nohup
                     continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
@@ -63,12 +63,12 @@ class StopRequest:
         if self.number is not None:
             raise StoppedAtOnce(number)
         self.number = number
-        with contextlib.suppress(OSError):  # the terminal may be gone
+        with contextlib.suppress(OSError):  # the terminal may have been closed
             print("\nstopping after this step; a second signal stops at once without saving", file=sys.stderr)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within this block the first signal is only recorded."""
+        """Only record the first signal while this block runs."""
         self._deferred = True
         try:
             yield
@@ -85,7 +85,7 @@ class _Terminal(logging.Handler):
     """Prints above a progress bar instead of through it, and breaks lines between words."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # names from elsewhere may hold codes that the terminal would obey
+        # names from elsewhere can contain escape codes that the terminal would execute
         text = "\n".join(map(printable, self.format(record).splitlines()))
         if sys.stdout.isatty():
             fill = partial(textwrap.fill, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
@@ -93,12 +93,12 @@ class _Terminal(logging.Handler):
         try:
             tqdm.write(text, file=sys.stdout)
         except OSError as error:
-            if error.errno != errno.EIO:  # the terminal was closed; the run has still to be saved
+            if error.errno != errno.EIO:  # EIO: the terminal was closed, but the run must still be saved
                 raise
 
 
 class _LogFile(logging.FileHandler):
-    """Drops what a full disk does not take, so that no other error hides the one that ends the run."""
+    """Drops messages if the disk is full, so that a logging error does not hide the error that ends the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         """Print no traceback."""
@@ -130,9 +130,9 @@ def log_to(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_directory(config: Config, output: Path) -> Iterator[RunDirectory]:
-    """Take `output`, which must be new or empty, for this job: hold it, log to <job>.log, record its state, name it.
+    """Claim `output`, which must be new or empty, for this job: lock it, log to <job>.log and record the job's state.
 
-    Raises UserError if there is something in it already.
+    Raises UserError if it is not empty.
     """
     run = RunDirectory(output)
     with claimed(run, config, f"{config.job.name}.log", new=True), recorded_state(run):
@@ -142,9 +142,9 @@ def own_directory(config: Config, output: Path) -> Iterator[RunDirectory]:
 
 @contextlib.contextmanager
 def continued_directory(config: Config, output: Path) -> Iterator[tuple[RunDirectory, StopRequest]]:
-    """Do what `own_directory` does, or continue the same job if it was stopped; yield its StopRequest as well.
+    """Do what `own_directory` does, or continue the same job if it was stopped; also yield its StopRequest.
 
-    Raises UserError if the directory holds something else.
+    Raises UserError if the directory contains anything else.
     """
     run = RunDirectory(output)
     message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
@@ -159,9 +159,9 @@ def continued_directory(config: Config, output: Path) -> Iterator[tuple[RunDirec
 def claimed(
     run: RunDirectory, config: Config, log_name: str, composed: DictConfig | None = None, new: bool = False
 ) -> Iterator[StopRequest]:
-    """Take a directory for `config`'s run, or continue it there, and `hold` it.
+    """Claim a directory for the run of `config`, or continue the run in it, and `hold` the directory.
 
-    composed: what Hydra composed, for its own record; None if a recorded run was the base
+    composed: the config that Hydra composed, for its record in `.hydra/`; None if a recorded run was the base
     new: the directory must be new or empty
     """
     with run.claimed(config, new) as resumed:
@@ -181,7 +181,7 @@ def hold(run: RunDirectory, log_name: str) -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def recorded_state(run: RunDirectory, when_stopped: str = "stopped") -> Iterator[None]:
-    """Record running, and at the block's end done, stopped or failed; errors are raised again."""
+    """Record the state running and, at the end of the block, done, stopped, pruned or failed; errors are re-raised."""
     run.set_status("running")
     try:
         yield
@@ -193,12 +193,12 @@ def recorded_state(run: RunDirectory, when_stopped: str = "stopped") -> Iterator
         run.set_status("stopped", str(error) or "stopped by the keyboard")
         log.info(when_stopped)
         raise
-    except SystemExit:  # a cluster's launcher, before it queues the job again
+    except SystemExit:  # from a cluster's launcher, before it queues the job again
         run.set_status("stopped", "the launcher ended the process")
         raise
     except BaseException as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(UserError):  # such as a full disk, which must not hide the error itself
+        with contextlib.suppress(UserError):  # such as a full disk; it must not hide the first error
             run.set_status("failed", reason)
         log.debug("failed", exc_info=True)
         raise

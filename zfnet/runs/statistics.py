@@ -1,12 +1,12 @@
-"""Statistics of runs and analyses: means with intervals, rank correlations, and tests of hypotheses.
+"""Statistics of runs and analyses: means with confidence intervals, rank correlations and hypothesis tests.
 
-One convention everywhere: `std` is the sample's standard deviation (ddof=1), which a single value does not have;
-`low` and `high` are the ends of a 95 % interval: of a bootstrap over the `n` values or, if there are fewer than 30, for
-which that is too narrow, of Student's t. Of values that are 0 or 1 the interval is Wilson's (1927).
+All functions use one convention. `std` is the sample standard deviation (ddof=1), None for a single value. `low` and
+`high` are the ends of a 95 % confidence interval: a bootstrap over the `n` values or, below 30 values, for which a
+bootstrap is too narrow, Student's t. If all values are 0 or 1, it is Wilson's interval (1927).
 
-Where two settings have the same seeds, which share the initial weights and the order of images, their t-test is paired;
-else it is Welch's, which does not assume equal variances (Welch 1947). Several tests at once are corrected after Holm
-1979 or, where some false ones are acceptable, after Benjamini and Hochberg 1995.
+If two settings have the same seeds, which fix the initial weights and the order of images, their t-test is paired.
+Otherwise it is Welch's, which does not assume equal variances (Welch 1947). Multiple tests are corrected after Holm
+(1979) or, where some false positives are acceptable, after Benjamini and Hochberg (1995).
 """
 
 import functools
@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEVEL = 0.05  # a difference is significant where its p is below
+LEVEL = 0.05  # significance level: a difference is significant if its p is below it
 
 _RESAMPLES = 2000
-_MANY = 30  # values that a bootstrap needs
-_ROWS = 16  # ranked at once
+_MANY = 30  # a bootstrap needs at least this many values
+_ROWS = 16  # rows that are ranked at once
 
 
 def describe(values: Tensor) -> dict[str, float | int | None]:
-    """Return n, mean, std, low and high of values [n]; values that are not finite do not count."""
+    """Return n, mean, std, low and high of values [n]; non-finite values are left out."""
     known = values.detach().cpu().double().flatten()
     known = known[known.isfinite()]
     count = len(known)
@@ -39,7 +39,7 @@ def describe(values: Tensor) -> dict[str, float | int | None]:
         mean, std = float(known.mean()), float(known.std(correction=1))
         reach = t_quantile(count - 1) * std / math.sqrt(count)
         low, high = mean - reach, mean + reach
-        if known.unique().tolist() in ([0, 1], [1]):  # a share, whose interval ends at 0 and 1
+        if known.unique().tolist() in ([0, 1], [1]):  # a proportion, which is between 0 and 1
             low, high = _wilson(mean, count)
         elif count >= _MANY:
             drawn = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
@@ -49,18 +49,18 @@ def describe(values: Tensor) -> dict[str, float | int | None]:
 
 
 def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % interval of a share of `count` (Wilson 1927)."""
+    """Return the 95 % confidence interval of a proportion among `count` values (Wilson 1927)."""
     middle, scale = share + z**2 / (2 * count), 1 + z**2 / count
     reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return (middle - reach) / scale, (middle + reach) / scale
 
 
 def own_and_others(table: Tensor) -> dict[str, dict[str, float | int | None]]:
-    """Compare each image's value with its own partner to those with the other images' partners.
+    """Compare each image's value for its own partner with its values for the other images' partners.
 
-    table: [N, N], row: image, column: partner (such as its object's box). Objects stand in the middle of most images,
-    so the other images' boxes, and not the box's area, tell what to expect by chance. Returns `describe` of the values
-    with the `own` partner, of the mean over the `others`, and of their `difference`, image by image.
+    table: [N, N], row: image, column: partner (such as an image's object box). Most objects are in the middle of their
+    image, so the boxes of other images, rather than the box's area, give the value expected by chance. Returns
+    `describe` of the values for the `own` partner, of the mean over the `others`, and of their `difference` per image.
     """
     table = table.double()
     own = table.diagonal()
@@ -69,10 +69,10 @@ def own_and_others(table: Tensor) -> dict[str, dict[str, float | int | None]]:
 
 
 def clustered(values: Tensor, clusters: Tensor) -> dict[str, float | int | None]:
-    """Return mean, standard error, n and the number of clusters of values [n]; values that are not finite do not count.
+    """Return mean, standard error, n and the number of clusters of values [n]; non-finite values are left out.
 
-    clusters: int64 [n], such as the image that a value is from: values of one image are not independent, so the error
-    is that of the clusters' sums (Liang & Zeger 1986). One cluster alone has none.
+    clusters: int64 [n], such as the image of each value. Values of one image are not independent, so the standard error
+    is computed from the clusters' sums (Liang & Zeger 1986). For a single cluster it is None.
     """
     known = values.isfinite()
     values, (_, group) = values[known].double(), clusters[known].unique(return_inverse=True)
@@ -87,14 +87,14 @@ def clustered(values: Tensor, clusters: Tensor) -> dict[str, float | int | None]
 
 
 def clustered_p(row: Mapping[str, float | int | None]) -> float | None:
-    """Return the two-sided p of a t-test of `clustered`'s mean; None of one cluster and of a mean of 0 without spread.
+    """Return the two-sided p of a t-test of `clustered`'s mean; None for one cluster or a mean of 0 without spread.
 
-    Other means without spread have no t: their p is that of a sign-flip test, 2 ^ (1 − clusters).
+    Other means without spread have no t statistic. Their p is that of a sign-flip test, 2 ^ (1 − clusters).
     """
     mean, error, clusters = row["mean"], row["se"], row["clusters"]
     if mean is None or error is None or clusters is None:
         return None
-    if error > 1e-12 * abs(mean):  # else rounding
+    if error > 1e-12 * abs(mean):  # a smaller error is a rounding error
         return t_test(mean / error, clusters - 1)
     return 2.0 ** (1 - clusters) if mean else None
 
@@ -102,10 +102,10 @@ def clustered_p(row: Mapping[str, float | int | None]) -> float | None:
 def clustered_tests(
     values: Mapping[str, Tensor], clusters: Tensor, pairs: Iterable[tuple[str, str]]
 ) -> list[dict[str, Any]]:
-    """Test the differences of pairs of settings, value by value, with errors by cluster (paired t-tests).
+    """Test the differences between pairs of settings with paired t-tests and standard errors by cluster.
 
-    values: those of each setting, [n]; clusters: int64 [n]. Of equal differences a sign-flip test takes the t-test's
-    place (`clustered_p`); settings that never differ are not tested. p_holm is corrected for all pairs (Holm 1979).
+    values: [n] for each setting; clusters: int64 [n]. If all differences are equal, a sign-flip test replaces the
+    t-test (`clustered_p`). Settings that never differ are not tested. p_holm is corrected for all pairs (Holm 1979).
     """
     rows: list[dict[str, Any]] = []
     for first, second in pairs:
@@ -117,20 +117,20 @@ def clustered_tests(
 
 
 def rank_correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """Return Spearman's correlation of each row pair of a, b [U, …] (ties: mean rank); NaN where one is constant.
+    """Return Spearman's correlation of each row pair of a, b [U, …] (ties: mean rank); NaN if one row is constant.
 
-    mask: bool, broadcast to [U, …], what counts. float64 [U], on the CPU.
+    mask: bool, broadcast to [U, …], True for values to include. Returns float64 [U], on the CPU.
     """
     return (standard_ranks(a, mask) * standard_ranks(b, mask)).sum(1)
 
 
 def standard_ranks(x: Tensor, mask: Tensor) -> Tensor:
-    """Return the ranks of each row of x [U, …], of mean 0 and length 1: their products are rank correlations.
+    """Return the ranks in each row of x [U, …] with mean 0 and length 1: their dot products are rank correlations.
 
-    float64 [U, …flat], on the CPU; 0 where the mask is False, NaN where a row is constant.
+    Returns float64 [U, flattened …], on the CPU; 0 where the mask is False, NaN in constant rows.
     """
     blocks = []
-    for start in range(0, len(x), _ROWS):  # some at a time: each step keeps several copies
+    for start in range(0, len(x), _ROWS):  # in blocks, because each step keeps several copies
         part = x[start : start + _ROWS].detach().cpu()
         known = mask[start : start + _ROWS].expand_as(part)
         part, known = part.flatten(1).double(), known.flatten(1)
@@ -143,7 +143,7 @@ def standard_ranks(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _ranks(x: Tensor) -> Tensor:
-    order = torch.from_numpy(x.numpy().argsort(1))  # twice as fast as PyTorch's on a CPU
+    order = torch.from_numpy(x.numpy().argsort(1))  # on a CPU, twice as fast as PyTorch's argsort
     value = x.gather(1, order)
     place, edge = torch.arange(x.shape[1]).expand_as(order), torch.ones(len(x), 1, dtype=torch.bool)
     changes = value[:, 1:] != value[:, :-1]
@@ -153,14 +153,14 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 def rank_p(values: Tensor, null: Tensor) -> Tensor:
-    """Return p of values [C] against the null's [K, C or 1]: (1 + how many of these are as large) / (1 + K)."""
+    """Return p of values [C] under null values [K, C or 1]: (1 + number of null values at least as large) / (1 + K)."""
     return (1 + (null >= values - 1e-12).sum(0)).double() / (1 + len(null))
 
 
 def false_discovery_rate(p: Tensor) -> Tensor:
-    """Return q values [n] (Benjamini & Hochberg 1995): of the tests with q ≤ 0.05, 5 % are expected to be false.
+    """Return q values [n] (Benjamini & Hochberg 1995): among tests with q ≤ 0.05, 5 % false positives are expected.
 
-    Where p is NaN, nothing was tested.
+    A NaN in p means that there was no test; its q is NaN.
     """
     q, tested = torch.full_like(p, torch.nan), p.isfinite().nonzero().flatten()
     if len(tested):
@@ -171,7 +171,7 @@ def false_discovery_rate(p: Tensor) -> Tensor:
 
 
 def percent(row: dict[str, float | int | None]) -> str:
-    """Return `mean [low, high]` of a row of `describe` in percent, as a line of the log shows it."""
+    """Format a row of `describe` in percent as `mean [low, high]`, for the log."""
     if row["mean"] is None:
         return "–"
     interval = "" if row["low"] is None else f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"  # type: ignore[operator]
@@ -180,7 +180,7 @@ def percent(row: dict[str, float | int | None]) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of one setting less that of another, with its 95 % interval and two-sided p; n: how many values each has."""
+    """Mean of one setting minus that of another, with its 95 % interval and two-sided p; n: number of values each."""
 
     mean: float
     low: float
@@ -191,9 +191,9 @@ class Difference:
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
-    """Test the difference of two settings' values, which are given by seed.
+    """Test the difference between two settings, given their values by seed.
 
-    Returns None if they cannot be tested: fewer than two values, or values without any spread.
+    Returns None if a test is impossible: fewer than two values, or values without spread.
     """
     n = len(first), len(second)
     if min(n) < 2:
@@ -216,8 +216,8 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Diffe
 def t_test(t: float, freedom: float) -> float:
     """Return the two-sided p of a t statistic: the probability beyond ±t, for 1 or more degrees of freedom.
 
-    With t = √freedom · cot(v²) the density's tail becomes the integral of a power of a sine over 0 … √(arccot), which
-    Gauss and Legendre's rule takes to rounding.
+    The substitution t = √freedom · cot(v²) turns the tail of the density into an integral of 2v · sin(v²)^(freedom − 1)
+    from 0 to √arccot(|t| / √freedom), which Gauss–Legendre quadrature computes to rounding error.
     """
     end = math.sqrt(math.atan2(math.sqrt(freedom), abs(t)))
     nodes, weights = _rule()
@@ -233,7 +233,7 @@ def _rule() -> tuple[np.ndarray, np.ndarray]:
 
 
 def t_quantile(freedom: float, p: float = LEVEL) -> float:
-    """Return the t whose two-sided p this is."""
+    """Return the t statistic that has the two-sided p `p`."""
     low, high = 0.0, 1e4
     for _ in range(60):
         middle = (low + high) / 2
@@ -242,7 +242,7 @@ def t_quantile(freedom: float, p: float = LEVEL) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return these p corrected for being several: the chance of any false one stays below the level (Holm 1979)."""
+    """Return p corrected for multiple tests, so that any false positive is less likely than the level (Holm 1979)."""
     corrected, largest = [0.0] * len(p), 0.0
     for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         largest = max(largest, min(1.0, p[place] * (len(p) - rank)))

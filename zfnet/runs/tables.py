@@ -5,11 +5,11 @@ from typing import Any
 
 from zfnet.config.errors import printable
 
-SHORTEST = 12  # characters that a shortened column keeps
+SHORTEST = 12  # a shortened column keeps at least this many characters
 
 
 def shorten(text: str, width: int) -> str:
-    """Return `text` in at most `width` printable characters; of a long one the end, where file names differ."""
+    """Return `text` in at most `width` printable characters; long text keeps its end, where file names differ."""
     text = printable(text)
     return text if len(text) <= width else f"…{text[len(text) - width + 1 :]}"
 
@@ -20,7 +20,7 @@ def format_table(
     """Return one line per row.
 
     align: `<` or `>` for each column
-    width: of the terminal; where the lines would be longer, the columns `shrink` are shortened, the widest first
+    width: of the terminal; if lines would be longer, the columns in `shrink` are shortened, starting with the widest
     gap: spaces between columns
     """
     widths = [max(len(row[k]) for row in rows) for k in range(len(align))]
@@ -36,7 +36,7 @@ def format_table(
 
 
 def csv_cell(value: Any) -> Any:
-    """Return a value as a spreadsheet may read it: text that it would take for a formula begins with `'`."""
+    """Return a value that is safe in a spreadsheet: text that it would evaluate as a formula gets a leading `'`."""
     if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return value
     try:

@@ -1,6 +1,6 @@
-"""Weights and what is needed to use them: model.safetensors, and `load_run` for notebooks and jobs.
+"""Weights with the metadata to use them (model.safetensors), and `load_run` for notebooks and jobs.
 
-Weights are safetensors with a JSON header; no pickle is read, so a stranger's file cannot run code.
+Weights are safetensors with a JSON header. No pickle is read, so a file from elsewhere cannot run code.
 """
 
 import contextlib
@@ -44,12 +44,12 @@ class ModelMetadata:
 
 
 def load_model(path: Path, imports: Sequence[str] = ()) -> tuple[Any, ModelMetadata]:
-    """Rebuild a network from model.safetensors, in evaluation mode; raise UserError if that cannot be done.
+    """Rebuild a network from model.safetensors, in evaluation mode; raise UserError if this fails.
 
     The sizes that the file's header claims are compared with its tensors before memory is allocated. In a run's
-    directory the weights must be those whose hash results.json records.
+    directory, the hash of the weights must be the one in results.json.
 
-    imports: packages that a network may come from, beside PyTorch, torchvision and this one
+    imports: packages, besides PyTorch, torchvision and zfnet, in which the network's class can be
     """
     try:
         header, state = read_tensors(path)
@@ -103,19 +103,19 @@ def _build(path: Path, metadata: ModelMetadata, state: Mapping[str, Tensor], imp
     settings, sizes = metadata.model, (len(metadata.classes), metadata.data.image_size, imports)
     trusted = isinstance(settings, dict) and str(settings["_target_"]).partition(".")[0] in imports
     weights = sum(value.numel() for value in state.values())
-    if isinstance(settings, dict) and not trusted:  # a number of layers takes time rather than memory
+    if isinstance(settings, dict) and not trusted:  # a claim of many layers costs time rather than memory
         for key, value in settings.items():
             if _largest(value) > weights:
                 raise UserError(f"{path}: model.{key}={value!s:.80}: is more than its {weights:,} weights allow")
     try:
         with torch.device("meta"):  # shapes without memory
             empty = build_model(settings, *sizes, probe=False)
-            # the tensors first: a claim of many layers would be slow to try
+            # load the tensors before the trial pass, which would be slow if the header claims many layers
             _load(path, empty, {name: value.to("meta") for name, value in state.items()})
             if not isinstance(empty, ZFNet):
                 check_logits(empty, *sizes[:2])
     except (UserError, RuntimeError, OverflowError, TypeError) as error:
-        if trusted or isinstance(error.__cause__, NotImplementedError):  # a class need not work there: RegNet does not
+        if trusted or isinstance(error.__cause__, NotImplementedError):  # some classes (RegNet) fail on "meta"
             return build_model(settings, *sizes)
         if isinstance(error, UserError):
             raise
@@ -135,7 +135,7 @@ def _load(path: Path, model: Any, state: dict[str, Tensor]) -> None:
     for name, value in (model.own_names(state) if isinstance(model, ZFNet) else state).items():
         if name in own and value.dtype != own[name].dtype:
             raise UserError(f"{path}: its {name} is {value.dtype}, its network's is {own[name].dtype}")
-    # PyTorch would warn of each; it makes batch norm's counters itself, which old files lack
+    # batch norm's counters can be absent: old files do not have them, and PyTorch creates them
     absent = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]
     if absent and not isinstance(model, ZFNet):
         raise UserError(f"{path}: does not fit its network (it lacks {absent[0]})")
@@ -146,7 +146,7 @@ def _load(path: Path, model: Any, state: dict[str, Tensor]) -> None:
 
 
 def _compare_with_record(path: Path, model: nn.Module) -> None:
-    """Raise UserError if the results beside these weights were measured with others."""
+    """Raise UserError if results.json in the same folder was measured with other weights."""
     try:
         recorded = RunDirectory(path.parent).read_json("results.json")["weights_sha256"]
     except (UserError, KeyError, TypeError):
@@ -158,8 +158,8 @@ def _compare_with_record(path: Path, model: nn.Module) -> None:
 
 
 def save_model(path: Path, model: nn.Module, metadata: ModelMetadata) -> str:
-    """Write the weights with what is needed to rebuild the network; return the weights' hash."""
-    # copied, since safetensors refuses tensors that share memory, as those of layers with the same weights do
+    """Write the weights with the metadata to rebuild the network; return the weights' hash."""
+    # copy, because safetensors refuses tensors that share memory, such as layers with shared weights
     state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
     write_tensors(path, state, {"zfnet": json.dumps(asdict(metadata))})
     return weights_hash(state)
@@ -180,13 +180,13 @@ class TrainedRun:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What results.json holds."""
+        """The content of results.json."""
         return dict(self.run.read_json("results.json"))
 
     def inputs(self, *images: Any) -> Tensor:
-        """Return images as the network sees them: [N, 3, S, S], on its device.
+        """Return images as input of the network: [N, 3, S, S], on its device.
 
-        images: paths or addresses on the web; PIL images, arrays and tensors as `data=dataset` takes them
+        images: paths, web addresses, or PIL images, arrays and tensors in the formats of `data=dataset`
         Raises UserError for an image that cannot be read.
         """
         size, data = self.metadata.stored_size, self.metadata.data
@@ -205,14 +205,14 @@ class TrainedRun:
             return read_named(files[0], data.max_pixels, self.metadata.stored_size * data.draft)
         except (UnreadableImage, OSError) as error:
             raise UserError(f"{image}: cannot be read as an image ({error})") from error
-        except Exception as error:  # of an object of any kind
+        except Exception as error:  # an object of an unknown type can raise any error
             raise UserError(
                 f"a {type(image).__name__} cannot be read as an image ({one_line(error)}): give a path or address, a "
                 "PIL image, a uint8 array [h, w, 3] or a tensor [3, h, w]"
             ) from error
 
     def predict(self, image: Any) -> dict[str, float]:
-        """Return the probability of each class, the most probable one first, of an image as `inputs` takes it.
+        """Return the probability of each class, the most probable one first; `inputs` describes the types of `image`.
 
             load_run("last").predict("cat.jpg")
 
@@ -230,7 +230,7 @@ class TrainedRun:
 
 
 def recorded_accuracy(run: RunDirectory) -> tuple[str, float] | None:
-    """Return the split and the accuracy on it in results.json: validation, by which runs are compared, else another."""
+    """Return a split and its accuracy from results.json: validation, which compares runs, or else another split."""
     with contextlib.suppress(UserError):
         results: Any = run.read_json("results.json")
         for split in ("validation", "test", "train", "all"):
@@ -242,7 +242,7 @@ def recorded_accuracy(run: RunDirectory) -> tuple[str, float] | None:
 
 
 def load_run(folder: str | Path, imports: Sequence[str] = ()) -> TrainedRun:
-    """Load a run directory (or `last`): its network with the weights to use, its classes and its config.
+    """Load the network with its weights, the classes and the config of a run directory, or of the newest run (`last`).
 
         model = load_run("outputs/train/2026-01-31_12-00-00-000000").model
 
@@ -254,7 +254,7 @@ def load_run(folder: str | Path, imports: Sequence[str] = ()) -> TrainedRun:
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 over names and bytes of a state dict."""
+    """Return the SHA-256 of the names and bytes of a state dict."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
