@@ -1,4 +1,4 @@
-"""Messages for people: one line that names the key and the value."""
+"""Error messages: one line that names the key and the value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zfnet.config.reading import read_config
 
 
 def changed(key: str, value: Any):
-    """Read the default config with one value exchanged."""
+    """Read the default config with one value replaced."""
     plain = checked().to_dict()
     *parents, last = key.split(".")
     node = plain

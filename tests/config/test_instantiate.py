@@ -1,4 +1,4 @@
-"""What a config may construct: optimizers and schedules, and nothing that runs code."""
+"""A config can construct the classes of its slots, such as optimizers and schedules, and nothing that runs code."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SLOTS: dict[str, type] = {
     "job": Job,
 }
 
-# What ran, or may run, from a YAML file under Hydra's own `instantiate` at one version or another.
+# Targets in a YAML file that Hydra's own `instantiate` runs, or could run, in some version.
 HOSTILE = [
     "os.system",
     "logging.os.system",
@@ -99,7 +99,7 @@ class Trap:
 
 @pytest.fixture
 def armed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace what a hostile config would call by witnesses, and return the list that they write to."""
+    """Replace the functions that a hostile config would call; return the list in which their calls are recorded."""
     calls: list[str] = []
     for owner, name in (
         (logging.os, "system"),
@@ -116,14 +116,14 @@ def armed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     real = importlib.import_module
 
     def import_module(name: str) -> object:
-        """Imports of this program's own parts, and of packages that a test trusts, are harmless."""
+        """Record imports, except those of this program and of packages that a test trusts."""
         module = real(name)
         if name.split(".")[0] not in ("zfnet", "my_lab"):
             calls.append(f"import {name}")
         return module
 
     monkeypatch.setattr(importlib, "import_module", import_module)
-    # an alias such as Hydra's advisory GHSA-37p2-j732-x8pj describes: a module seen through another
+    # an alias as in Hydra's advisory GHSA-37p2-j732-x8pj: a module that is an attribute of another module
     monkeypatch.setattr(sys.modules["torch.optim.sgd"], "shutil", shutil, raising=False)
     return calls
 
@@ -143,7 +143,7 @@ def test_resolve_refuses_hostile_targets(slot: str, target: str, armed: list[str
 
 @pytest.mark.parametrize("target", HOSTILE)
 def test_resolve_refuses_aliases_in_a_trusted_package(target: str, armed: list[str], monkeypatch) -> None:
-    """What a trusted package has imported is not its own: `my_lab.os.system`."""
+    """A trusted package's imports are not trusted: `my_lab.os.system`."""
     package = type(sys)("my_lab")
     package.__path__ = []
     for name in ("os", "torch", "shutil", "subprocess", "pathlib", "builtins", "logging", "pickle", "functools"):
@@ -233,7 +233,7 @@ def test_arguments_are_plain_values(key: str, value: object, armed: list[str]) -
 
 def test_check_recipe_refuses_a_hostile_record(request: pytest.FixtureRequest) -> None:
     plain = checked().to_dict()
-    armed: list[str] = request.getfixturevalue("armed")  # Hydra itself imports, so not before this line
+    armed: list[str] = request.getfixturevalue("armed")  # only now, because Hydra itself imports modules above
     for hostile in ({"_target_": "os.system", "command": "touch witness"}, {"_target_": "builtins.open"}):
         for slot in ("model", "loss", "optimizer", "scheduler", "logger", "callbacks"):
             named = {"mine": hostile} if slot in ("logger", "callbacks") else hostile
@@ -243,7 +243,7 @@ def test_check_recipe_refuses_a_hostile_record(request: pytest.FixtureRequest) -
         with pytest.raises(UserError, match=r"augment.transforms.0._target_="):
             check_recipe(read_config(plain | {"augment": augment}))
     assert armed == []
-    with pytest.raises(yaml.YAMLError):  # YAML itself has a way to name Python objects
+    with pytest.raises(yaml.YAMLError):  # YAML has its own syntax for Python objects
         yaml.safe_load("optimizer: !!python/object/apply:os.system ['touch witness']")
 
 
@@ -260,7 +260,7 @@ def test_lists_become_tuples_where_the_class_has_one() -> None:
 
 
 class Sizes(nn.Module):
-    """Arguments of somebody's own class."""
+    """A user's class with arguments of many types."""
 
     def __init__(
         self,
@@ -273,7 +273,7 @@ class Sizes(nn.Module):
         rate: float | None = 0.5,
         flag: Optional[bool] = True,
         kind: str = "a",
-        path: str = None,  # noqa: RUF013  # as people write it
+        path: str = None,  # noqa: RUF013  # as users often write it
         other: str | None = "b",
     ) -> None:
         super().__init__()
@@ -365,7 +365,7 @@ def test_a_schedule_that_means_nothing_is_named(name: str, key: str, value: obje
 
 
 class Late(torch.optim.SGD):
-    """Has no fused kernel and says so when it steps, as Adagrad does with a GPU in PyTorch 2.10."""
+    """Has no fused kernel but raises only in `step`, as Adagrad does on a GPU in PyTorch 2.10."""
 
     def step(self, closure=None):
         if self.defaults["fused"]:

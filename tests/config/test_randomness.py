@@ -1,4 +1,4 @@
-"""Numbers without state: functions of key and index, uniform, independent of one another."""
+"""Stateless random numbers: functions of a key and an index, uniform and independent of one another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_key_may_be_a_tensor() -> None:
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_the_kernel_for_gpus_computes_the_same(tmp_path: Path) -> None:
-    """Its source, as C: a GPU runs it for each entry."""
+    """Compile the kernel's source as C; a GPU runs the same code for each entry."""
     source = SOURCE.replace("template <typename T> ", "typedef long long T;\n")
     (tmp_path / "k.c").write_text(source)
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", "k.so", "k.c"], cwd=tmp_path, check=True)
@@ -55,7 +55,7 @@ def test_uniform_is_uniform() -> None:
     assert x.max() < 1
     counts = torch.histc(x, bins=100, min=0, max=1)
     chi2 = ((counts - N / 100) ** 2 / (N / 100)).sum()
-    assert chi2 < 160  # 99 degrees of freedom: 1 in 10,000 uniform samples lies beyond
+    assert chi2 < 160  # 99 degrees of freedom: 1 in 10,000 uniform samples exceeds this
     # neighbours under one key, and equal indices under neighbouring keys, are uncorrelated
     other = uniform(make_key(2), torch.arange(N))
     for y in (x.roll(1), other):
@@ -75,7 +75,7 @@ def test_every_part_of_a_key_and_its_place_matter() -> None:
     keys = {make_key(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
     assert len(keys) >= 8000 - 5  # 32 bits: 0.007 collisions expected
     assert make_key(1, 0) != make_key(0, 1) != make_key(1)
-    assert make_key(5) != make_key(5 + 2**32)  # seeds beyond 32 bits are told apart
+    assert make_key(5) != make_key(5 + 2**32)  # seeds above 32 bits give different keys
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 300))
@@ -85,7 +85,7 @@ def test_permutation_is_one(key: int, n: int) -> None:
 
 def test_permutations_differ_and_put_each_anywhere() -> None:
     orders = torch.stack([permutation(make_key(0, epoch), 10) for epoch in range(3000)])
-    assert len({tuple(order) for order in orders.tolist()}) > 2990  # of 3.6 million orders
+    assert len({tuple(order) for order in orders.tolist()}) > 2990  # out of 3.6 million possible orders
     for place in range(10):
         counts = torch.bincount(orders[:, place], minlength=10)
         assert ((counts - 300) ** 2 / 300).sum() < 34  # 9 degrees of freedom, 1 in 10,000

@@ -1,4 +1,4 @@
-"""What a stranger's YAML and JSON stand for is bounded before anything is made of it."""
+"""YAML and JSON of unknown origin: limits are checked before any object is constructed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_read_yaml_names_a_value_that_does_not_fit_its_tag(tmp_path: Path, tag: 
 
 
 def chain(item: str, start: str) -> str:
-    """Return a document of which each line holds the one before it nine times."""
+    """Return a document in which each line refers nine times to the line before it."""
     lines = [item.format(name=name, nine=",".join([f"*{before}"] * 9)) for before, name in itertools.pairwise(NAMES)]
     return "\n".join([start, *lines])
 

@@ -1,4 +1,4 @@
-"""Every file of conf/ composes and passes all checks; wrong values are named before any data is read."""
+"""Every file of conf/ composes and passes all checks; errors name wrong values before any data is read."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_every_choice_composes_and_passes_the_checks(group: str, name: str) -> N
     if (group, name) == ("data", "base"):
         pytest.skip("holds the keys that the other data sets share")
     if group == "logger" and name in ("wandb", "mlflow", "trackio"):
-        pytest.importorskip(name)  # packages of extras
+        pytest.importorskip(name)  # these packages are optional
     config = checked(f"{group}={name}", *NEEDED.get(name, []))
-    # only one file measures the test set as it goes
+    # only one file evaluates the test set after each epoch
     assert config.trainer.test_each_epoch is ((group, name) == ("experiment", "blog"))
     if group in ("model", "data", "augment", "trainer"):
         assert getattr(config, group).name == name.split("/")[-1]
@@ -64,7 +64,7 @@ def test_every_file_opens_with_its_source_a_command_and_what_to_expect(path: Pat
     lines = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n").splitlines()
     opening = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
     starts = ("# Source: ", "#   python run.py ", "# Expected: ")
-    assert not opening[0].startswith(starts)  # what it is for
+    assert not opening[0].startswith(starts)  # the first line says what the file is for
     assert [start for start in starts if not any(f"{line} ".startswith(start) for line in opening)] == []
     assert [line for line in opening if re.match(r"# (Sources|Expect|Result|Results):", line)] == []
 
@@ -93,7 +93,7 @@ def test_the_command_line_wins_over_an_experiment() -> None:
     assert config.optimizer["_target_"] == "torch.optim.SGD"
     assert config.scheduler["_target_"].endswith("StepLR")
     assert config.model.name == "zfnet_bn"
-    assert config.data.name == "shapes"  # what was not chosen stays the experiment's
+    assert config.data.name == "shapes"  # groups without an override keep the experiment's choice
 
 
 def test_seed_0_is_a_seed_and_seeds_differ() -> None:
@@ -253,7 +253,7 @@ def test_a_record_without_a_later_key_means_what_there_was_before(group: str, ke
     before = read_config(old)
     assert getattr(getattr(before, group), key) != now
     assert before.identity() != read_config(new).identity()
-    assert key not in result_keys(before.to_dict())[group]  # so its identity is what it was
+    assert key not in result_keys(before.to_dict())[group]  # so the identity of the old record has not changed
 
 
 @pytest.mark.parametrize(

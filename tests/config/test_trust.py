@@ -1,4 +1,4 @@
-"""A config folder from a stranger runs nothing and writes nothing elsewhere, whatever it says to Hydra."""
+"""A config folder from elsewhere cannot run code or write elsewhere, whatever Hydra settings it contains."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TOUCH = "{_target_: pathlib.Path.touch, self: witness}"
 CALLBACK = f"hydra:\n  callbacks:\n    x: {TOUCH}\n"
 GLOBAL = "# @package _global_\n"
 
-# What a folder holds, by file. A config.yaml is the primary config (`--config-path`); the others are chosen with
-# experiment=x from a folder that is only added (`--config-dir`).
+# The files of each folder. A folder with a config.yaml is the primary config (`--config-path`). The others are added
+# (`--config-dir`), and experiment=x or optimizer=x chooses their file.
 RUNS_CODE = {
     "callback": {"config.yaml": CALLBACK},
     "callback in an experiment": {"experiment/x.yaml": GLOBAL + CALLBACK},
@@ -128,12 +128,12 @@ def folder_of(tmp_path: Path, files: dict[str, str]) -> Path:
 
 @pytest.fixture
 def run_hostile(run_py, tmp_path: Path, monkeypatch):
-    """A function that gives a command a hostile folder, and asserts that nothing of it ran."""
+    """Return a function that runs a command with a hostile folder and asserts that none of its code ran."""
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "witness_module.py").write_text("open('witness', 'w').close()\nclass X: pass\n")
     monkeypatch.setenv("OUTSIDE", str(tmp_path.parent))
     before = set(tmp_path.parent.iterdir())
-    monkeypatch.setattr(Hydra, "get_mode", no_mode)  # composes, and checks, in the same way once more
+    monkeypatch.setattr(Hydra, "get_mode", no_mode)  # would compose and check a second time
 
     def run(files: dict[str, str], *words: str, option: str | None = None) -> str:
         folder = folder_of(tmp_path, files)
@@ -238,7 +238,7 @@ def test_a_file_of_a_folder_from_elsewhere_that_is_no_config_is_named(
 
 
 def test_what_a_folder_from_elsewhere_may_say(run_py, tmp_path: Path) -> None:
-    """Its own place below the current directory, Hydra's own choices, other numbers, and what to sweep over."""
+    """It can set directories below the current one, Hydra's own choices, numbers, and sweep parameters."""
     files = {
         "experiment/x.yaml": GLOBAL + "hydra:\n  run: {dir: 'mine/${now:%Y}/${job.name}'}\n  verbose: false\n"
         "  job: {chdir: false}\n  sweep: {dir: mine/all, subdir: '${hydra.job.num}'}\n"
@@ -273,7 +273,7 @@ def test_a_callback_of_a_trusted_package_is_accepted(run_py, tmp_path: Path, mon
 
 
 def test_imports_of_a_folder_from_elsewhere_have_no_effect(run_py, tmp_path: Path) -> None:
-    """Not in the folder that holds the config, and not in one that adds a choice to a group."""
+    """The folder adds a choice to a group, and this choice sets `imports`."""
     (tmp_path / "my_lab.py").write_text(
         "open('witness', 'w').close()\nimport torch\nclass Mine(torch.optim.SGD): pass\n"
     )
@@ -299,7 +299,7 @@ def test_imports_of_the_command_line_count_with_a_folder_from_elsewhere(run_py, 
     assert RunDirectory(tmp_path / "run").recorded()["imports"] == ["trusted_lab"]
     refused = run_py("job=reproduce", "run=run", "hydra.run.dir=again")
     assert "add imports=[trusted_lab]" in refused.err
-    assert run_py("job=evaluate", "run=run", "hydra.run.dir=evaluated").code == 0  # needs no optimizer
+    assert run_py("job=evaluate", "run=run", "hydra.run.dir=evaluated").code == 0  # evaluation needs no optimizer
     assert run_py("job=reproduce", "run=run", "imports=[trusted_lab]", "hydra.run.dir=again").code == 0
 
 

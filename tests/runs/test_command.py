@@ -1,4 +1,4 @@
-"""A recorded run as the base of a command: what overrides change, and what nothing may change."""
+"""A recorded run as the base of a command: what overrides change, and what must not change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OWN = {"job": {"name": "train"}, "run": None, "images": None}
 
 
 def record(folder: Path, *words: str) -> RunDirectory:
-    """Make a run directory with the record that `python run.py WORDS` would leave, Hydra's included."""
+    """Make a run directory with the record that `python run.py WORDS` would leave, including Hydra's."""
     run = RunDirectory(folder)
     claim(run, compose(*words))
     (folder / ".hydra").mkdir()
@@ -60,7 +60,7 @@ def test_a_key_that_follows_another_still_follows_it(onecycle: RunDirectory) -> 
 
 
 def test_images_that_were_moved_are_the_parents_too(tmp_path: Path) -> None:
-    """Where a parent had other images than its child, they stay where they were."""
+    """If a parent had other images than its child, their folder does not change."""
     run = record(tmp_path / "run", "data=folder", "data.root=old")
     plain = run.recorded()
     plain["trainer"]["epochs"] = 9
@@ -83,7 +83,7 @@ def test_a_group_override_swaps_the_whole_group(onecycle: RunDirectory) -> None:
 
 
 def test_a_rate_reaches_the_schedule_of_a_record_that_holds_numbers(onecycle: RunDirectory, tmp_path: Path) -> None:
-    """As that of a reproduction does, in which Hydra composed nothing."""
+    """Reproductions leave records like this, because Hydra does not compose their configs."""
     plain = RunDirectory(tmp_path / "plain")
     plain.folder.mkdir()
     (plain.folder / "config.yaml").write_bytes((onecycle.folder / "config.yaml").read_bytes())
@@ -99,7 +99,7 @@ def test_the_order_of_words_does_not_matter(onecycle: RunDirectory) -> None:
 
 
 def test_todays_defaults_have_no_say(onecycle: RunDirectory, tmp_path: Path, monkeypatch) -> None:
-    """A later version of conf/ has other defaults: the record does not see them, a group chosen now does."""
+    """If a later version of conf/ has other defaults, only a group that is chosen now gets them, not the record."""
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
     for name, old, new in (
@@ -113,7 +113,7 @@ def test_todays_defaults_have_no_say(onecycle: RunDirectory, tmp_path: Path, mon
         assert old in text
         (conf / name).write_text(text.replace(old, new))
     monkeypatch.setattr(composing, "CONF", conf)
-    assert zfnet.compose(["optimizer=adamw"]).optimizer["lr"] == 0.777  # composed anew
+    assert zfnet.compose(["optimizer=adamw"]).optimizer["lr"] == 0.777  # composed from the changed files
     before = onecycle.read_config()
     for words in ([], ["trainer.epochs=9"]):
         config = overlay(onecycle, words, OWN)
@@ -165,7 +165,7 @@ def test_a_record_without_hydras_works_too(tmp_path: Path) -> None:
     ],
 )
 def test_a_strangers_record_reads_no_environment(tmp_path: Path, monkeypatch, hostile: str) -> None:
-    """`data.root` is no part of a run's identity, so only the look for resolvers stands in the way."""
+    """`data.root` is not part of a run's identity, so only the check for resolvers protects it."""
     monkeypatch.setenv("ZFNET_SECRET", "s3cret")
     run = record(tmp_path / "run", *TINY)
     path = run.folder / ".hydra/config.yaml"
@@ -256,11 +256,11 @@ def test_prepare_overrides_marks_keys_only_where_a_run_is_named() -> None:
         ("images=q\"u'o\\.png", None, "q\"u'o\\.png"),
         ("data.root='Größe'", "data.root='Größe'", "Größe"),
         ("data.root=${oc.env:Größe}", "data.root=${oc.env:Größe}", None),
-        ("optimizer.lr=choice(1,2", 'optimizer.lr="choice(1,2"', None),  # and no sweep over two values
+        ("optimizer.lr=choice(1,2", 'optimizer.lr="choice(1,2"', None),  # not a sweep over two values
         ("model.name=größe,b", 'model.name="größe",b', None),
         ("--config-path=größe", "--config-path=größe", None),
         ("ü=3", "ü=3", None),
-        # names of files that exist, and of none
+        # names with and without an existing file
         ("images=a,b.png", 'images="a,b.png"', "a,b.png"),
         ("images=c,d.png", "images=c,d.png", None),
         ("images=[1e5,2e5,k=v.png]", 'images=["1e5",2e5,"k=v.png"]', ["1e5", 2e5, "k=v.png"]),
@@ -304,7 +304,7 @@ def test_read_command_lays_words_on_the_named_run(onecycle: RunDirectory) -> Non
 def test_a_record_holds_values_only(onecycle: RunDirectory) -> None:
     text = (onecycle.folder / "config.yaml").read_text()
     assert "${" not in text
-    assert "auto" in text  # decisions of the hardware are not frozen into it
+    assert "auto" in text  # hardware-dependent values are recorded as auto
     assert yaml.safe_load(text)["scheduler"]["max_lr"] == 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Comparing two runs: what counts as a difference, and which one is named."""
+"""Comparing two runs: what counts as a difference, and which one is reported."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_largest_difference_of_each_metric_is_found() -> None:
 
 
 def test_what_an_earlier_version_did_not_record_is_no_difference(tiny_run, tmp_path: Path) -> None:
-    """It follows from what is compared: the fingerprint of the images, the accuracies of the classes."""
+    """The images' fingerprint and the mean class accuracy follow from other values that are compared."""
     earlier = RunDirectory(shutil.copytree(tiny_run.folder, tmp_path / "earlier"))
     results, environment = tiny_run.read_json("results.json"), tiny_run.environment
     for part in ("validation", "test"):

@@ -1,4 +1,4 @@
-"""Bad input of every kind: one line that names the thing, exit code 1, nothing left behind."""
+"""Bad input of every kind gives one line that names the problem and exit code 1, and leaves no files behind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from zfnet.training.callbacks import ProgressBar
 
 SHAPES = ("experiment=quickstart", "trainer.epochs=1", "data.train_images=100", "data.test_images=20")
 
-# the part of a run's .hydra/config.yaml that matters here: job is no group in it, and Hydra logs nothing
+# the relevant part of a run's .hydra/config.yaml: job is not a group, and Hydra does not log
 RECORD = """
 defaults: [override hydra/job_logging: none, override hydra/hydra_logging: none, _self_]
 job: {name: train}
@@ -144,7 +144,7 @@ def test_one_line_and_nothing_written(run_py, tmp_path: Path, words, expected) -
     answer = run_py(*words)
     assert expected in answer.error
     assert "Traceback" not in answer.err + answer.out
-    if "/nowhere" in expected or "cuda:99" in expected:  # found out by a run, which is kept as failed
+    if "/nowhere" in expected or "cuda:99" in expected:  # found by a run, whose failed directory is kept
         return
     assert set(tmp_path.rglob("*")) == before
 
@@ -184,7 +184,7 @@ def test_a_reader_that_has_had_enough_is_no_error(run_py, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr("zfnet.jobs.summary.SummaryJob.main", closed)
-        patch.setattr("zfnet.runs.console.os.dup2", lambda *_: None)  # stdout is the test's own
+        patch.setattr("zfnet.runs.console.os.dup2", lambda *_: None)  # keep the test's stdout
         answer = run_py("job=summary")
     assert (answer.code, answer.out, answer.err) == (1, "", "")
 
@@ -212,7 +212,7 @@ def test_an_error_of_the_program_is_named_and_logged(run_py, tmp_path: Path, mon
 )
 def test_hydras_own_settings_work_as_in_any_program(run_py, tmp_path: Path, monkeypatch, word: str) -> None:
     monkeypatch.setattr("zfnet.jobs.train.train_and_test", lambda *_: {"validation": {"accuracy": 0.5}})
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # Hydra's own logging adds some, for good
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # Hydra's own logging adds handlers permanently
     here = Path.cwd()
     assert run_py(*SHAPES, "hydra.run.dir=r", word).code == 0
     assert Path.cwd() == here
@@ -292,7 +292,7 @@ def test_a_reason_on_the_second_line_is_shown(run_py, tmp_path: Path) -> None:
 
 
 def test_words_are_taken_as_they_are(run_py, tmp_path: Path, monkeypatch) -> None:
-    """Names for which Hydra's grammar has no place, or which it would read as something else."""
+    """Names that Hydra's grammar does not allow or would misread."""
     seen = []
     monkeypatch.setattr("zfnet.jobs.predict.PredictJob.main", lambda job, config, output: seen.append(config))
     run = tmp_path / "a run (1), x=2"
@@ -319,7 +319,7 @@ def test_words_are_taken_as_they_are(run_py, tmp_path: Path, monkeypatch) -> Non
     ],
 )
 def test_compose_says_in_python_what_the_command_line_says(words, expected: str, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["ipykernel", "-f", "optimizer=adamm"])  # some other program's
+    monkeypatch.setattr(sys, "argv", ["ipykernel", "-f", "optimizer=adamm"])  # arguments of another program
     with pytest.raises(UserError, match=re.escape(expected)) as caught:
         zfnet.compose(words)
     assert "\n" not in str(caught.value)
@@ -345,7 +345,7 @@ def test_fit_names_what_is_wrong_before_it_takes_a_directory(tmp_path: Path) -> 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Return a function that calls another on a terminal of 80 columns and returns the lines that it showed."""
+    """Return a function that calls another on a terminal of 80 columns and returns the displayed lines."""
 
     def show(call: Callable[[], object]) -> list[str]:
         screen, program = pty.openpty()
@@ -356,13 +356,13 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             try:
                 while data := os.read(screen, 4096):
                     shown.append(data)
-            except OSError:  # closed
+            except OSError:  # the terminal was closed
                 return
 
         reader = threading.Thread(target=read)
         reader.start()
         with monkeypatch.context() as patch, open(program, "w") as file:
-            patch.setenv("COLUMNS", "80")  # shutil asks pytest's own terminal
+            patch.setenv("COLUMNS", "80")  # otherwise shutil reads the size of pytest's terminal
             patch.setattr(sys, "stdout", file)
             patch.setattr(sys, "stderr", file)
             call()
@@ -375,7 +375,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
 def test_nothing_is_longer_than_a_line_of_80_columns(run_py, terminal, monkeypatch) -> None:
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-    monkeypatch.setattr("zfnet.training.callbacks.tqdm", functools.partial(tqdm, mininterval=0))  # at each step
+    monkeypatch.setattr("zfnet.training.callbacks.tqdm", functools.partial(tqdm, mininterval=0))  # every step
     commands = (
         [*MINUTE, "hydra.run.dir=run"],
         ["-m", *MINUTE, "seed=0,1", "trainer.epochs=1", "hydra.sweep.dir=outputs/sweep"],
@@ -393,12 +393,12 @@ def test_nothing_is_longer_than_a_line_of_80_columns(run_py, terminal, monkeypat
 
 
 def test_the_bar_shows_all_of_itself_in_80_columns(terminal) -> None:
-    """Of a long run: time left, loss and accuracy are the last words, which a narrow terminal would lose."""
+    """In a long run, the time left, loss and accuracy come last, so a narrow terminal would cut them off."""
     settings = SimpleNamespace(trainer=SimpleNamespace(epochs=100), data=SimpleNamespace(batch_size=32))
     state = SimpleNamespace(epoch=98, step=139_193, step_in_epoch=0, steps_per_epoch=1406, config=settings)
     state.last_reading, state.epoch_seconds = (12.34, 1.0), 1.0
     bar = ProgressBar()
-    bar.began = (time.perf_counter() - 193 * 60, 139_000)  # a minute a step
+    bar.began = (time.perf_counter() - 193 * 60, 139_000)  # one minute per step
 
     def run() -> None:
         bar.on_epoch_start(state)

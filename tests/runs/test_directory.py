@@ -1,4 +1,4 @@
-"""Run directories: listed, claimed, refused."""
+"""Run directories: how they are listed, claimed and refused."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_last_is_the_newest_finished_training_run(tiny_run, tmp_path: Path, monk
         find_run("last")
     (tmp_path / "outputs/train").mkdir(parents=True)
     (tmp_path / "outputs/train/a").symlink_to(tiny_run.folder)
-    claim(RunDirectory(tmp_path / "outputs/train/b"), compose(*TINY))  # newer, but never run
+    claim(RunDirectory(tmp_path / "outputs/train/b"), compose(*TINY))  # newer, but it did not run
     assert find_run("last").folder == Path("outputs/train/a")
 
 
 def test_last_is_the_same_run_in_all_jobs_of_a_sweep(run_py, tiny_run, tmp_path: Path) -> None:
-    """The second job would otherwise extend what the first has made."""
+    """Otherwise the second job would extend the run that the first job made."""
     (tmp_path / "outputs/train").mkdir(parents=True)
     (tmp_path / "outputs/train/a").symlink_to(tiny_run.folder)
     words = ("job=extend", "run=last", "trainer.epochs=3,4", "hydra.sweep.dir=outputs/sweeps/s", "logger=none")
@@ -91,7 +91,7 @@ def test_files_have_the_mode_that_the_user_gives_files(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_read_is_named(
     what: str, run_py, tiny_run, tmp_path: Path, monkeypatch, caplog
 ) -> None:
-    """Not by its mode: root, as whom tests may run, reads all."""
+    """Patch `os` instead of changing the folder's mode, because tests may run as root, which can read every folder."""
     real = {name: getattr(os, name) for name in ("scandir", "listdir")}
 
     def refusing(name: str):
@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_read_is_named(
 
 
 def test_a_table_holds_no_formulas(tmp_path: Path) -> None:
-    """A file may have any name, and a spreadsheet computes cells that begin like these."""
+    """A file can have any name, and a spreadsheet evaluates cells that begin like these."""
     texts = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "a=b", "-1.5", "+3", "-inf", ""]
     RunDirectory(tmp_path).write_csv("t.csv", [{"=image": text, "n": -1.5} for text in texts])
     with open(tmp_path / "t.csv", newline="") as file:
@@ -237,7 +237,7 @@ def test_a_run_does_not_write_through_links(tiny_run, tmp_path: Path, name: str)
     refused = pytest.raises(UserError, match=f"{name}: is a link, through which the run would write elsewhere")
     with refused:
         claim(run, run.read_config())
-    with refused, hold(run, "train.log"):  # as a reproduction that is continued
+    with refused, hold(run, "train.log"):  # a continued reproduction calls `hold` alone
         pass
     assert not any((tmp_path / "elsewhere").iterdir())
 

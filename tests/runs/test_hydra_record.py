@@ -39,8 +39,8 @@ def test_write_hydra_record_is_what_hydra_writes(run_py, tmp_path: Path) -> None
     assert yaml.safe_load((folder / "overrides.yaml").read_text()) == [*MINUTE, "seed=4"]
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["seed"] == 4
-    assert config["scheduler"]["max_lr"] == "${optimizer.lr}"  # as composed, so that it still follows
-    assert config["hydra"]["job"] == {"chdir": False}  # so that `--config-path` works on it
+    assert config["scheduler"]["max_lr"] == "${optimizer.lr}"  # the reference is kept
+    assert config["hydra"]["job"] == {"chdir": False}  # so that `--config-path` works with this file
     own = {"job": {"name": "train"}, "run": None, "images": None}
     later = overlay(RunDirectory(tmp_path / "r"), ["optimizer.lr=0.05"], own)
     assert later.scheduler["max_lr"] == 0.05
@@ -61,7 +61,7 @@ def test_explain_job_names_every_key_with_its_comment(path: Path) -> None:
     keys = [f"job.{key}" for key in plain["job"] if key not in ("name", "_target_")]
     keys += [key for key in ("runs", "source") if key in plain]
     lines = explain_job(text, path.stem).splitlines()
-    assert len(lines) < 35  # with the groups below them, a screen of 40
+    assert len(lines) < 35  # with the groups below, the help fits 40 lines
     for key in keys:
         (line,) = [line for line in lines if line.startswith(f"  {key}=")]
         value = line.split("=", 1)[1].split("  ")[0]

@@ -1,4 +1,4 @@
-"""Records that name classes of other packages: refused by name, unless the command trusts the package."""
+"""Records that name classes of other packages are refused, unless the command trusts the package."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train_own(folder: Path, *words: str) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A finished run whose network, optimizer and callback are of another package."""
+    """A finished run with a network, an optimizer and a callback from another package."""
     return train_own(tmp_path_factory.mktemp("own") / "run")
 
 
@@ -48,7 +48,7 @@ def test_load_run_imports_only_what_it_is_told_to(own: RunDirectory) -> None:
 
 @pytest.mark.parametrize("job", ["evaluate", "reproduce", "resume"])
 def test_jobs_import_only_what_the_command_trusts(own: RunDirectory, run_py, tmp_path: Path, job: str) -> None:
-    """The record itself names the package among its imports, which has no effect."""
+    """The record's own `imports` contain the package, but have no effect."""
     assert "imports:\n- tests" in (own.folder / "config.yaml").read_text()
     folder = own.folder
     if job == "resume":
@@ -67,7 +67,7 @@ def test_jobs_import_only_what_the_command_trusts(own: RunDirectory, run_py, tmp
 
 
 def test_record_that_was_changed_to_name_a_package_is_refused(own: RunDirectory, tmp_path: Path, run_py) -> None:
-    """A stranger's run: nothing that its config or its weights name is imported."""
+    """For a run from elsewhere, no package that its config or weights name is imported."""
     folder = tmp_path / "strangers"
     shutil.copytree(own.folder, folder)
     (tmp_path / "harm.py").write_text("import pathlib; pathlib.Path('witness').write_text('ran')")

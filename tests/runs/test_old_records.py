@@ -1,7 +1,7 @@
-"""Records of the version before every slot was opened (commit e428fc9): they load, evaluate, reproduce and go on.
+"""Records from before losses and loggers had a `_target_` (commit e428fc9): they load, evaluate, reproduce and resume.
 
-tests/fixtures/run_before_slots: a finished run, one that was killed after its eleventh step, and the figures of that
-one's twin, which was not killed.
+tests/fixtures/run_before_slots: a finished run, a run that was killed after its eleventh step, and the history of the
+same run without the kill.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures/run_before_slots"
 
 
 def same_machine() -> bool:
-    """Return whether this machine computes what the recording one did, to the bit."""
+    """Return whether this machine computes bitwise the same results as the one that made the records."""
     now = describe_environment(torch.device("cpu"), "exact", [])
     then = json.loads((FIXTURES / "finished/environment.json").read_text())
 
@@ -35,7 +35,7 @@ def same_machine() -> bool:
 
 
 def assert_same(now: RunDirectory, then: RunDirectory) -> None:
-    """Equal to the bit on the machine of the record, elsewhere within rounding."""
+    """Assert that runs are bitwise equal on the machine of the record, and equal within rounding elsewhere."""
     if same_machine():
         digests = [run.read_json("results.json")["weights_sha256"] for run in (now, then)]
         assert digests[0] == digests[1]
@@ -61,7 +61,7 @@ def test_finished_record_loads(finished: RunDirectory) -> None:
 
 
 def test_identity_of_a_record_stays_what_its_checkpoints_and_branches_say(finished: RunDirectory) -> None:
-    """A later key must be in `_DEFAULTS_OF_OLD_RECORDS`, or no run that was begun before can be continued."""
+    """A new key must be in `_DEFAULTS_OF_OLD_RECORDS`; otherwise earlier runs cannot be continued."""
     identity = "49a1582cf3fa34e275564dec55fd5997de6664567d4e55e1fb1ef8f11846cfb7"
     assert finished.read_config().identity() == identity
 
@@ -84,7 +84,7 @@ def test_finished_record_reproduces(finished: RunDirectory, run_py) -> None:
         assert comparison["identical"]
 
 
-@pytest.mark.drawn  # its history comes from a checkpoint of that time
+@pytest.mark.drawn  # draw figures too: the history is from an old checkpoint
 def test_killed_record_goes_on(tmp_path: Path, run_py) -> None:
     run = RunDirectory(shutil.copytree(FIXTURES / "killed", tmp_path / "killed"))
     answer = run_py("job=resume", f"run={run.folder}")

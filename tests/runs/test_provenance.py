@@ -1,4 +1,4 @@
-"""What environment.json holds about a run's surroundings."""
+"""The environment of a run, as environment.json records it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zfnet.runs.provenance import changed_code, describe_environment
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of one file, committed to git, that takes this one's place."""
+    """Replace this project by one with a single file, committed to git."""
     (tmp_path / "zfnet").mkdir()
     (tmp_path / "zfnet/a.py").write_text("a = 1\n")
     for words in (("init", "-q"), ("add", "-A"), ("commit", "-qm", "one")):
@@ -50,7 +50,7 @@ def test_code_names_files_and_changes_of_any_bytes(project: Path) -> None:
     (project / "zfnet/a.py").write_bytes(b"a = 1  # caf\xe9\n")
     (project / "zfnet/b b.py").touch()
     changed = code()
-    assert "+a = 1  # caf\ufffd\n" in changed["diff"]  # a patch ends with a line's end
+    assert "+a = 1  # caf\ufffd\n" in changed["diff"]  # a patch ends with a newline
     assert changed["untracked"] == ["zfnet/b b.py"]
 
 
@@ -86,7 +86,7 @@ def test_code_of_an_imported_package_is_hashed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "read_bytes", full_disk)
     assert provenance._source_hash("my_lab") is None
     monkeypatch.undo()
-    assert changed_code({}, now()) == changed_code({"code": {"imported": None}}, now()) == []  # of earlier records
+    assert changed_code({}, now()) == changed_code({"code": {"imported": None}}, now()) == []  # earlier records
 
 
 def test_describe_environment_is_json(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A job at work: its directory, its recorded state, and signals: the first is a request, the second an order."""
+"""A running job: its directory, its recorded state, and signals: the first requests a stop, the second forces it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_state_tells_how_the_job_ended(tmp_path: Path) -> None:
     assert end("b", UserError("no such thing")) == {"state": "failed", "error": "no such thing"}
     assert end("c", ValueError("x")) == {"state": "failed", "error": "ValueError: x"}
     assert end("d", Stopped(signal.SIGTERM)) == {"state": "stopped", "error": "stopped by SIGTERM"}
-    assert "in end" in (tmp_path / "c/train.log").read_text()  # the traceback
+    assert "in end" in (tmp_path / "c/train.log").read_text()  # the traceback names `end`
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "notes.txt", ".hydra"])
@@ -79,7 +79,7 @@ def test_a_deferred_signal_is_a_request(number: int, code: int, capsys) -> None:
             with pytest.raises(Stopped) as caught:
                 stop.check()
         assert caught.value.exit_code == code
-        assert isinstance(caught.value, KeyboardInterrupt)  # which ends a sweep, too
+        assert isinstance(caught.value, KeyboardInterrupt)  # it also ends a sweep
     assert "stopping after this step" in capsys.readouterr().err
 
 
@@ -109,7 +109,7 @@ def test_nohup_holds() -> None:
 
 
 def test_a_terminal_that_is_gone_ends_no_job(tmp_path: Path, monkeypatch) -> None:
-    """SIGHUP says that it is gone, and the run is still to be saved: whatever is printed then fails."""
+    """After SIGHUP the terminal is gone and printing fails, but the run must still be saved."""
 
     def gone(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -125,10 +125,10 @@ def test_a_terminal_that_is_gone_ends_no_job(tmp_path: Path, monkeypatch) -> Non
 
 
 def kill_while_writing(path: Path) -> None:
-    """Let another process write this file, and be killed half way."""
+    """Start a process that writes this file and is killed halfway."""
 
     def half(beside: Path) -> None:
-        (beside.parent / ".tmpabc").write_bytes(b"1" * 1000)  # safetensors has such a file
+        (beside.parent / ".tmpabc").write_bytes(b"1" * 1000)  # like safetensors' own temporary file
         os.kill(os.getpid(), signal.SIGKILL)
 
     child = os.fork()
@@ -138,7 +138,7 @@ def kill_while_writing(path: Path) -> None:
 
 
 def test_a_full_disk_ends_with_its_own_error(tmp_path: Path, monkeypatch, capfd) -> None:
-    """The log cannot be written, either."""
+    """The log cannot be written either, but this does not hide the error of the job."""
 
     class Full(io.StringIO):
         def flush(self) -> None:
@@ -159,7 +159,7 @@ def test_a_full_disk_ends_with_its_own_error(tmp_path: Path, monkeypatch, capfd)
 
 
 def test_what_killed_writes_left_is_removed_by_the_next_start(tmp_path: Path) -> None:
-    """Only what this program leaves, and not another run's, which may be at work."""
+    """Only this program's partial files are removed, and none of another run, which may be running."""
     run = RunDirectory(tmp_path / "run")
     claim(run, compose(*TINY))
     other = RunDirectory(run.folder / "inside")
@@ -168,14 +168,14 @@ def test_what_killed_writes_left_is_removed_by_the_next_start(tmp_path: Path) ->
     places = [run.checkpoints / "step-000000001.safetensors", run.folder / "status.json", other.folder / "config.yaml"]
     for place in places:
         kill_while_writing(place)
-    (run.checkpoints / ".step-000000002.safetensors.123.partial").write_bytes(b"half")  # as earlier versions did
+    (run.checkpoints / ".step-000000002.safetensors.123.partial").write_bytes(b"half")  # the name in earlier versions
     kept = [run.checkpoints / "mine.partial", run.folder / ".partial", other.folder / "config.yaml"]
     for path in kept[:2]:
         path.write_text("somebody's own")
     left = list(run.folder.rglob(".*.partial"))
     assert len(left) == 4
     assert not run.in_use()
-    assert all(path.exists() for path in left)  # a look removes nothing
+    assert all(path.exists() for path in left)  # `in_use` removes nothing
     with hold(run, "train.log"):
         assert [path for path in left if path.exists()] == list(other.folder.glob(".*.partial"))
     assert all(path.exists() for path in kept)
@@ -191,7 +191,7 @@ def minute_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 @pytest.mark.parametrize("words", WRITERS, ids=lambda words: words[0])
 def test_who_writes_holds_the_directory(run_py, minute_run, tmp_path: Path, monkeypatch, words: list[str]) -> None:
-    """Of two processes that start at one moment, the one that is refused has written nothing."""
+    """If two processes start at the same time, the one that is refused writes nothing."""
     (tmp_path / "run").symlink_to(minute_run.folder)
     out, written, real = RunDirectory(tmp_path / "out"), set(), tempfile.TemporaryDirectory
 

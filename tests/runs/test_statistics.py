@@ -29,13 +29,13 @@ def test_describe_gives_wilsons_interval_for_shares() -> None:
     assert (row["low"], row["high"]) == (pytest.approx(0.37553, abs=1e-4), pytest.approx(0.96380, abs=1e-4))
     row = describe(torch.ones(3))
     assert (row["low"], row["high"]) == (pytest.approx(3 / (3 + 1.96**2)), pytest.approx(1))
-    assert describe(torch.zeros(3))["high"] == 0  # differences that are all 0, say
+    assert describe(torch.zeros(3))["high"] == 0  # not a proportion: for example, differences that are all 0
 
 
 def test_describe_one_convention_and_nothing_for_one_value() -> None:
     row = describe(torch.tensor([1.0, 2, 6, torch.nan]))
     assert (row["n"], row["mean"]) == (3, 3)
-    assert row["std"] == pytest.approx(7**0.5)  # the sample's: ((−2)² + (−1)² + 3²) / 2
+    assert row["std"] == pytest.approx(7**0.5)  # the sample variance: ((−2)² + (−1)² + 3²) / 2
     assert row["low"] < 3 < row["high"]
     assert describe(torch.tensor([4.0])) == {"n": 1, "mean": 4, "std": None, "low": None, "high": None}
     assert describe(torch.tensor([torch.nan]))["mean"] is None
@@ -86,9 +86,9 @@ def test_rank_correlation_counts_what_the_mask_shows() -> None:
 def test_clustered_error_is_that_of_the_clusters() -> None:
     values, clusters = torch.tensor([1.0, 2.0, 4.0, 7.0]).double(), torch.tensor([5, 6, 7, 8])
     row = clustered(values, clusters)
-    assert row["se"] == pytest.approx(float(values.std(correction=1)) / 2)  # each its own: the usual error
+    assert row["se"] == pytest.approx(float(values.std(correction=1)) / 2)  # one value per cluster: the usual error
     repeated = clustered(values.repeat_interleave(10), clusters.repeat_interleave(10))
-    assert repeated["se"] == pytest.approx(row["se"])  # ten copies tell nothing new
+    assert repeated["se"] == pytest.approx(row["se"])  # ten copies add no information
     assert (repeated["n"], repeated["clusters"], repeated["mean"]) == (40, 4, 3.5)
     gap = clustered(torch.tensor([1.0, torch.nan]), torch.tensor([0, 1]))
     assert (gap["n"], gap["mean"], gap["se"]) == (1, 1.0, None)

@@ -17,7 +17,7 @@ def test_format_table_shortens_the_widest_column_to_the_width() -> None:
     assert len(line) == 60
     assert abs(len(first) - len(second)) <= 1
     assert third == "kept whole"
-    (line,) = format_table(rows, "<<<", 10, shrink=[0, 1])  # no narrower than this
+    (line,) = format_table(rows, "<<<", 10, shrink=[0, 1])  # columns get no narrower
     assert [len(cell) for cell in line.split("  ")] == [SHORTEST, SHORTEST, 10]
 
 

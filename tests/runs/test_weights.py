@@ -1,4 +1,4 @@
-"""model.safetensors and load_run: what was trained is what is loaded, and garbage is one line."""
+"""model.safetensors and load_run: trained weights load unchanged, and invalid files give one-line errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from zfnet.training.loop import evaluate
 
 @pytest.fixture
 def saved(tmp_path: Path):
-    """A network with settings of its own, its file, and the hash that was returned."""
+    """Return a network with non-default settings, its metadata, its file, and the hash from `save_model`."""
     torch.manual_seed(0)
     config = tiny_model_config(norm="batch", conv3=None, fc7=None)
     model = ZFNet(3, 70, config)
@@ -114,7 +114,7 @@ TOO_LARGE = [
     lambda h: h.update(classes=["a"] * 100_000),
     lambda h: h["data"].update(image_size=4096),
     _model("densenet.DenseNet", block_config=[10**9]),
-    _model("densenet.DenseNet", block_config=[300] * 4),  # a pass through them would take minutes
+    _model("densenet.DenseNet", block_config=[300] * 4),  # a forward pass would take minutes
     _model("mobilenetv2.MobileNetV2", inverted_residual_setting=[[1, 16, 10**9, 1]]),
     _model("mobilenetv2.MobileNetV2", width_mult=1e12),
     _model("vgg11"),
@@ -123,7 +123,7 @@ TOO_LARGE = [
 
 @pytest.mark.parametrize("number", range(len(TOO_LARGE)))
 def test_what_a_header_claims_takes_no_memory(saved, number: int) -> None:
-    """The largest would be 10³⁰ channels; each is refused in a moment."""
+    """The largest claim is 10³⁰ channels; each claim is refused at once."""
     path = saved[2]
     metadata, state = header(path)
     TOO_LARGE[number](metadata)
@@ -185,13 +185,13 @@ def test_other_weights_than_the_recorded_are_refused(tiny_run, tmp_path: Path) -
 
 
 def test_what_a_header_claims_of_a_network_that_pools_takes_no_pass(tmp_path: Path, monkeypatch) -> None:
-    """Its weights fit images of any size."""
+    """Its weights fit images of any size, so the size is checked by a pass on the meta device."""
     settings = {"_target_": "torchvision.models.resnet18"}
     metadata = ModelMetadata(settings, ("a", "b", "c"), data_config(image_size=32), stored_size=32)
     save_model(tmp_path / "model.safetensors", build_model(settings, 3, 32), metadata)
     plain, state = header(tmp_path / "model.safetensors")
     plain["data"]["image_size"] = 4096
-    old = {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}  # of PyTorch before 0.4.1
+    old = {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}  # like PyTorch before 0.4.1
     (tmp_path / "model.safetensors").write_bytes(save(old, {"zfnet": json.dumps(plain)}))
     seen, real = set(), torch.nn.Conv2d.forward
     monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: seen.add(x.device.type) or real(self, x))
@@ -270,7 +270,7 @@ def test_inputs_keep_to_the_runs_limit_of_pixels(tiny_run, tmp_path: Path) -> No
 
 
 def test_load_run_reproduces_the_reported_figures(tiny_run) -> None:
-    """The weights that are kept are those that results.json speaks of."""
+    """The saved weights are those with which results.json was measured."""
     loaded = load_run(tiny_run.folder)
     splits = load_splits(loaded.config.data)
     runtime = dataclasses.replace(resolve_runtime(loaded.config.trainer), device=torch.device("cpu"), precision="fp32")
