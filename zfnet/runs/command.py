@@ -176,7 +176,7 @@ def overlay(run: RunDirectory, overrides: Sequence[str], own: dict[str, Any], im
     if not applied:
         return _with_moved_parents(read_config({**run.recorded(), **own}, imports), run)
     base = _composed_record(run)
-    # a record without `.hydra/`, such as a reproduction's, has a number for a reference in conf/scheduler/onecycle.yaml
+    # without `.hydra/` (a reproduction's record), a number replaces the reference in conf/scheduler/onecycle.yaml
     peak, rate = (OmegaConf.select(base, key) for key in ("scheduler.max_lr", "optimizer.lr"))
     if peak is not None and peak == rate:
         OmegaConf.update(base, "scheduler.max_lr", "${optimizer.lr}")

@@ -107,7 +107,7 @@ def explain(error: Exception, argv: Sequence[str] | None = None, loader: ConfigL
     if isinstance(error, OverrideParseException):
         override = printable(error.override)
         return f"the command line cannot be parsed ({override}): write key=value, and quote lists for the shell"
-    if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):  # model=null is a ValueError
+    if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):  # model=null raises ValueError
         if problem := find_bad_override(sys.argv[1:] if argv is None else argv, loader):
             return problem
         if isinstance(error, MissingConfigException) and error.options:  # in a file's defaults list

@@ -158,7 +158,7 @@ def rank_p(values: Tensor, null: Tensor) -> Tensor:
 
 
 def false_discovery_rate(p: Tensor) -> Tensor:
-    """Return q values [n] (Benjamini & Hochberg 1995): among tests with q ≤ 0.05, 5 % false positives are expected.
+    """Return q values [n] (Benjamini & Hochberg 1995): 5 % of tests with q ≤ 0.05 are expected to be false positives.
 
     A NaN in p means that there was no test; its q is NaN.
     """

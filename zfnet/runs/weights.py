@@ -242,7 +242,7 @@ def recorded_accuracy(run: RunDirectory) -> tuple[str, float] | None:
 
 
 def load_run(folder: str | Path, imports: Sequence[str] = ()) -> TrainedRun:
-    """Load the network with its weights, the classes and the config of a run directory, or of the newest run (`last`).
+    """Load a run directory, or the newest finished run (`last`): its network with saved weights, classes and config.
 
         model = load_run("outputs/train/2026-01-31_12-00-00-000000").model
 
