@@ -34,7 +34,7 @@ def _amount(value: float) -> float:
 
 
 Amount = Annotated[float, Field(ge=0), AfterValidator(_amount)]
-Folder = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder may be named 2024
+Folder = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder can be named 2024
 # red, green and blue as fractions of full scale; the range also allows other scales, such as 0 to 255
 Colour = Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
 

@@ -110,7 +110,7 @@ def _sources(environment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return what git prints about this project; None if there is no git or no repository."""
+    """Return the output of git for this project; None if there is no repository or git fails."""
     if not (ROOT / ".git").exists():
         return None
     try:
