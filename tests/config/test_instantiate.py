@@ -98,7 +98,7 @@ class Trap:
 
 
 @pytest.fixture
-def armed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def recorded_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replace the functions that a hostile config would call; return the list in which their calls are recorded."""
     calls: list[str] = []
     for owner, name in (
@@ -130,19 +130,19 @@ def armed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("slot", list(SLOTS))
 @pytest.mark.parametrize("target", HOSTILE)
-def test_resolve_refuses_hostile_targets(slot: str, target: str, armed: list[str]) -> None:
+def test_resolve_refuses_hostile_targets(slot: str, target: str, recorded_calls: list[str]) -> None:
     with pytest.raises(UserError, match=r"must name a subclass of|not one that this command imports") as caught:
         resolve(slot, target, SLOTS[slot])
     assert str(caught.value).startswith(f"{slot}._target_={target}")
     settings = {"_target_": target, "lr": 0.1, "command": "touch witness"}
     with pytest.raises(UserError):
         instantiate(slot, settings, SLOTS[slot])
-    assert armed == []
+    assert recorded_calls == []
     assert not Trap.sprung
 
 
 @pytest.mark.parametrize("target", HOSTILE)
-def test_resolve_refuses_aliases_in_a_trusted_package(target: str, armed: list[str], monkeypatch) -> None:
+def test_resolve_refuses_aliases_in_a_trusted_package(target: str, recorded_calls: list[str], monkeypatch) -> None:
     """A trusted package's imports are not trusted: `my_lab.os.system`."""
     package = type(sys)("my_lab")
     package.__path__ = []
@@ -152,7 +152,7 @@ def test_resolve_refuses_aliases_in_a_trusted_package(target: str, armed: list[s
     for slot, base in SLOTS.items():
         with pytest.raises(UserError):
             resolve(slot, f"my_lab.{target}", base, ["my_lab"])
-    assert armed == []
+    assert recorded_calls == []
 
 
 @pytest.mark.parametrize("target", [None, 3, True, ["torch.optim.SGD"], {"_target_": "os.system"}, b"x"])
@@ -225,15 +225,15 @@ def test_a_modules_getattr_is_not_called(monkeypatch: pytest.MonkeyPatch) -> Non
         ("momentum", "os.system"),
     ],
 )
-def test_arguments_are_plain_values(key: str, value: object, armed: list[str]) -> None:
+def test_arguments_are_plain_values(key: str, value: object, recorded_calls: list[str]) -> None:
     with pytest.raises(UserError, match=rf"optimizer\.{key}"):
         arguments("optimizer", {"_target_": "torch.optim.SGD", key: value}, Optimizer)
-    assert armed == []
+    assert recorded_calls == []
 
 
 def test_check_recipe_refuses_a_hostile_record(request: pytest.FixtureRequest) -> None:
     plain = checked().to_dict()
-    armed: list[str] = request.getfixturevalue("armed")  # only now, because Hydra itself imports modules above
+    recorded_calls: list[str] = request.getfixturevalue("recorded_calls")  # only now: Hydra imports modules too
     for hostile in ({"_target_": "os.system", "command": "touch witness"}, {"_target_": "builtins.open"}):
         for slot in ("model", "loss", "optimizer", "scheduler", "logger", "callbacks"):
             named = {"mine": hostile} if slot in ("logger", "callbacks") else hostile
@@ -242,7 +242,7 @@ def test_check_recipe_refuses_a_hostile_record(request: pytest.FixtureRequest) -
         augment = plain["augment"] | {"transforms": [hostile]}
         with pytest.raises(UserError, match=r"augment.transforms.0._target_="):
             check_recipe(read_config(plain | {"augment": augment}))
-    assert armed == []
+    assert recorded_calls == []
     with pytest.raises(yaml.YAMLError):  # YAML has its own syntax for Python objects
         yaml.safe_load("optimizer: !!python/object/apply:os.system ['touch witness']")
 

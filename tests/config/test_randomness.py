@@ -17,7 +17,7 @@ from zfnet.config.randomness import SOURCE, make_key, permutation, randint, rand
 N = 200_000
 
 
-def test_the_numbers_are_these() -> None:
+def test_numbers_have_not_changed() -> None:
     """A change of the mixing function would change every run that was ever recorded."""
     assert make_key(0) == 3684207846
     assert make_key(1, 2, 3) == 2830053080
@@ -79,7 +79,7 @@ def test_every_part_of_a_key_and_its_place_matter() -> None:
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 300))
-def test_permutation_is_one(key: int, n: int) -> None:
+def test_permutation_has_each_index_once(key: int, n: int) -> None:
     assert permutation(make_key(key), n).sort().values.tolist() == list(range(n))
 
 

@@ -24,15 +24,15 @@ def test_read_yaml_names_a_value_that_does_not_fit_its_tag(tmp_path: Path, tag: 
         read_yaml(tmp_path / "x.yaml")
 
 
-def chain(item: str, start: str) -> str:
+def nested_aliases(item: str, start: str) -> str:
     """Return a document in which each line refers nine times to the line before it."""
     lines = [item.format(name=name, nine=",".join([f"*{before}"] * 9)) for before, name in itertools.pairwise(NAMES)]
     return "\n".join([start, *lines])
 
 
 YAML = {
-    "aliases": (chain("{name}: &{name} [{nine}]", "a: &a [1]"), "more than 100,000 values"),
-    "merges": (chain("{name}: &{name} {{<<: [{nine}]}}", "a: &a {x: 1}"), "more than 100,000 values"),
+    "aliases": (nested_aliases("{name}: &{name} [{nine}]", "a: &a [1]"), "more than 100,000 values"),
+    "merges": (nested_aliases("{name}: &{name} {{<<: [{nine}]}}", "a: &a {x: 1}"), "more than 100,000 values"),
     "itself": ("a: &a [*a]", "nested too deeply"),
     "itself, merged": ("a: &a {<<: *a}", "nested too deeply"),
     "itself, as a key": ("? &a [*a]\n: 1", "nested too deeply"),

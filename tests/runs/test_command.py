@@ -98,7 +98,7 @@ def test_the_order_of_words_does_not_matter(onecycle: RunDirectory) -> None:
     assert overlay(onecycle, words, OWN).optimizer["lr"] == 0.2
 
 
-def test_todays_defaults_have_no_say(onecycle: RunDirectory, tmp_path: Path, monkeypatch) -> None:
+def test_current_defaults_do_not_change_a_record(onecycle: RunDirectory, tmp_path: Path, monkeypatch) -> None:
     """If a later version of conf/ has other defaults, only a group that is chosen now gets them, not the record."""
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
@@ -286,7 +286,7 @@ def test_an_interpolation_on_the_command_line_follows_the_record(onecycle: RunDi
 
 
 @pytest.mark.parametrize("word", ["model={}", "optimizer={}", "model.conv2={}", "+data.root={}"])
-def test_an_empty_group_says_nothing(word: str) -> None:
+def test_an_empty_group_is_refused(word: str) -> None:
     with pytest.raises(UserError, match=r"=\{\}: is empty; set keys, as in "):
         read_command(composing.compose_raw(["job=summary"]), ["job=summary", word], sources=())
 

@@ -176,7 +176,7 @@ def test_a_refused_config_takes_nothing_of_others_away(run_py, tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "other", "outputs", "train"]
 
 
-def test_a_reader_that_has_had_enough_is_no_error(run_py, monkeypatch) -> None:
+def test_a_closed_pipe_is_no_error(run_py, monkeypatch) -> None:
     """`python run.py … | head`."""
 
     def closed(*_: object) -> None:
@@ -291,7 +291,7 @@ def test_a_reason_on_the_second_line_is_shown(run_py, tmp_path: Path) -> None:
     assert re.fullmatch(r"error: In 'config': \w+ raised while composing config: \S.*\n", answer.err), answer.err
 
 
-def test_words_are_taken_as_they_are(run_py, tmp_path: Path, monkeypatch) -> None:
+def test_unusual_names_are_taken_literally(run_py, tmp_path: Path, monkeypatch) -> None:
     """Names that Hydra's grammar does not allow or would misread."""
     seen = []
     monkeypatch.setattr("zfnet.jobs.predict.PredictJob.main", lambda job, config, output: seen.append(config))

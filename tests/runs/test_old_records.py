@@ -85,7 +85,7 @@ def test_finished_record_reproduces(finished: RunDirectory, run_py) -> None:
 
 
 @pytest.mark.drawn  # draw figures too: the history is from an old checkpoint
-def test_killed_record_goes_on(tmp_path: Path, run_py) -> None:
+def test_killed_record_resumes(tmp_path: Path, run_py) -> None:
     run = RunDirectory(shutil.copytree(FIXTURES / "killed", tmp_path / "killed"))
     answer = run_py("job=resume", f"run={run.folder}")
     assert answer.code == 0, answer.err

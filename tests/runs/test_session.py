@@ -52,7 +52,7 @@ def test_a_directory_with_anything_in_it_is_refused(tmp_path: Path, name: str) -
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_only_a_training_can_go_on(run_py, tiny_run, tmp_path: Path) -> None:
+def test_only_a_training_can_be_resumed(run_py, tiny_run, tmp_path: Path) -> None:
     (tmp_path / "cat.png").touch()
     assert run_py("job=predict", f"run={tiny_run.folder}", "images=cat.png", "hydra.run.dir=p").code == 1
     answer = run_py("job=resume", "run=p")
@@ -97,7 +97,7 @@ def test_signal_handlers_are_put_back() -> None:
     assert [signal.getsignal(number) for number, _ in NUMBERS] == before
 
 
-def test_nohup_holds() -> None:
+def test_nohup_keeps_sighup_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopRequest() as stop:
@@ -190,7 +190,7 @@ def minute_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 
 @pytest.mark.parametrize("words", WRITERS, ids=lambda words: words[0])
-def test_who_writes_holds_the_directory(run_py, minute_run, tmp_path: Path, monkeypatch, words: list[str]) -> None:
+def test_writer_locks_the_directory_first(run_py, minute_run, tmp_path: Path, monkeypatch, words: list[str]) -> None:
     """If two processes start at the same time, the one that is refused writes nothing."""
     (tmp_path / "run").symlink_to(minute_run.folder)
     out, written, real = RunDirectory(tmp_path / "out"), set(), tempfile.TemporaryDirectory

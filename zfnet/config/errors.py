@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 log = logging.getLogger("zfnet")  # runs/session.py sends it to the terminal and a file
 
-_LISTED = 24  # a message lists at most this many names
+_MAX_LISTED = 24  # a message lists at most this many names
 
 
 class UserError(Exception):
@@ -46,8 +46,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
-    more = len(names) - _LISTED
-    return f"; known: {', '.join(names[:_LISTED])}{f' and {more} more' if more > 0 else ''}" if names else ""
+    more = len(names) - _MAX_LISTED
+    return f"; known: {', '.join(names[:_MAX_LISTED])}{f' and {more} more' if more > 0 else ''}" if names else ""
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:

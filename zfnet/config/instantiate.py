@@ -26,11 +26,11 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "hydra": ("hydra", "hydra_plugins"),
 }
 # Slots that accept a function as well as a class, such as torchvision.models.vgg11.
-_FUNCTIONS = ("model",)
+_FUNCTION_SLOTS = ("model",)
 # Arguments with which torchvision's functions download weights.
 _REFUSED_ARGUMENTS = {"model": ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress")}
 # PyTorch silently accepts meaningless values: whole numbers below these limits, and factors and rates of 0 or less.
-_WHOLE = {"step_size": 1, "patience": 0, "cooldown": 0, "T_max": 1, "total_steps": 1, "total_iters": 1}
+_MINIMUMS = {"step_size": 1, "patience": 0, "cooldown": 0, "T_max": 1, "total_steps": 1, "total_iters": 1}
 _POSITIVE = ("factor", "gamma", "max_lr", "lr")
 # Arguments that the program passes and a config must not set.
 _PASSED_BY_PROGRAM = {"optimizer": ("params",), "scheduler": ("optimizer", "last_epoch")}
@@ -52,43 +52,43 @@ def resolve(slot: str, target: Any, base: type, imports: Sequence[str] = ()) -> 
         raise UserError(wanted)
     package = target.split(".")[0]
     places = ("zfnet", *BUILT_IN.get(group, ()), *imports)
-    if not any(_below(package, place.split(".")[0]) for place in places):
+    if not any(_is_inside(package, place.split(".")[0]) for place in places):
         raise UserError(
             f"{slot}._target_={target}: the package {package} is not one that this command imports; if you trust it, "
             f"add imports=[{package}]"
         )
-    obj = _look_up(target, [place for place in places if _below(place, package)], package in imports)
+    obj = _look_up(target, [place for place in places if _is_inside(place, package)], package in imports)
     if obj is None:
         module = target.rpartition(".")[0]
         names = [
             f"{module}.{name}"
             for name, value in vars(sys.modules.get(module, object)).items()
             if (isinstance(value, type) and issubclass(value, base))
-            or (group in _FUNCTIONS and inspect.isfunction(value))
+            or (group in _FUNCTION_SLOTS and inspect.isfunction(value))
         ]
         hint = did_you_mean(target, names)
         raise UserError(f"{wanted}; there is no such name{hint if 'did you mean' in hint else ''}")
     where = str(getattr(obj, "__module__", ""))
-    if any(_below(where, place) for place in places):
+    if any(_is_inside(where, place) for place in places):
         if isinstance(obj, type) and issubclass(obj, base) and obj is not base:
             return obj
-        if group in _FUNCTIONS and inspect.isfunction(obj) and _makes_models(obj, where, imports):
+        if group in _FUNCTION_SLOTS and inspect.isfunction(obj) and _makes_models(obj, where, imports):
             return obj
     raise UserError(f"{wanted}, not {obj.__name__ if isinstance(obj, type) else type(obj).__name__}")
 
 
 def _makes_models(function: Any, where: str, imports: Sequence[str]) -> bool:
     """Return whether a function may make a model: it is in a trusted package, or makes a classifier of torchvision."""
-    if any(_below(where, package) for package in imports):
+    if any(_is_inside(where, package) for package in imports):
         return True
-    if not _below(where, "torchvision.models"):
+    if not _is_inside(where, "torchvision.models"):
         return False
     import torchvision  # imported only here, because it takes half a second
 
     return function.__name__ in torchvision.models.list_models(module=torchvision.models)
 
 
-def _below(module: str, place: str) -> bool:
+def _is_inside(module: str, place: str) -> bool:
     return module == place or module.startswith(place + ".")
 
 
@@ -97,7 +97,7 @@ def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
     parts, obj, rest = target.split("."), None, 0
     for cut in range(1, len(parts)):
         name = ".".join(parts[:cut])
-        if not any(_below(name, place) or _below(place, name) for place in places):
+        if not any(_is_inside(name, place) or _is_inside(place, name) for place in places):
             break
         try:
             obj, rest = sys.modules.get(name) or importlib.import_module(name), cut
@@ -190,7 +190,7 @@ def arguments(
             raise UserError(f"{slot}.{key}={value}: start from weights with trainer.init_from=… instead")
         if key != "schedulers" and "_target_" in str(value):
             raise UserError(f"{slot}.{key}={value}: must be a plain value; nothing is constructed inside arguments")
-        fixed = _below(str(getattr(cls, "__module__", "")), "torch")
+        fixed = _is_inside(str(getattr(cls, "__module__", "")), "torch")
         keywords[key] = _check_value(f"{slot}.{key}", value, parameters.get(key), fixed)
         _check_meaning(slot, str(key), value)
         whole = key in parameters and re.fullmatch(_INT, str(parameters[key].annotation))
@@ -212,9 +212,9 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter | None, fixe
     if re.fullmatch(_TEXT, annotation) and not isinstance(value, str):
         raise UserError(f"{key}={value}: must be text")
     if isinstance(default, (list, tuple)):
-        kind = next((k for k, fits in _ITEMS.items() if default and all(map(fits, default))), "values")
+        kind = next((k for k, fits in _ITEM_KINDS.items() if default and all(map(fits, default))), "values")
         is_list = isinstance(value, (list, tuple)) and (len(value) == len(default) or not fixed)
-        if not is_list or not all(map(_ITEMS.get(kind, lambda _: True), value)):
+        if not is_list or not all(map(_ITEM_KINDS.get(kind, lambda _: True), value)):
             raise UserError(f"{key}={value}: must be a list of {f'{len(default)} ' if fixed else ''}{kind}")
         return tuple(value) if isinstance(default, tuple) else list(value)
     if isinstance(value, (list, tuple)):
@@ -236,7 +236,7 @@ def _check_meaning(slot: str, key: str, value: Any) -> None:
     """Raise UserError for a value that an optimizer or schedule cannot use; `auto` and null are checked elsewhere."""
     if value is None or value == "auto" or slot.split(".")[0] not in ("optimizer", "scheduler"):
         return
-    low = _WHOLE.get(key)
+    low = _MINIMUMS.get(key)
     if low is not None and not _is_whole(value, low):
         raise UserError(f"{slot}.{key}={value}: must be a whole number, at least {low}")
     if key == "milestones" and not (isinstance(value, list) and all(_is_whole(v, 1) for v in value)):
@@ -254,4 +254,4 @@ def is_number(value: Any) -> bool:
 
 
 # kinds of list items; a list must have items of the same kind as the default
-_ITEMS: dict[str, Callable[[Any], bool]] = {"numbers": is_number, "text": lambda value: isinstance(value, str)}
+_ITEM_KINDS: dict[str, Callable[[Any], bool]] = {"numbers": is_number, "text": lambda value: isinstance(value, str)}

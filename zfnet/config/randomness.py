@@ -71,11 +71,11 @@ def _one_kernel(device: torch.device) -> Callable[[Tensor, int | Tensor], Tensor
     if not torch.cuda.is_available():
         return None
     try:
-        of_tensor = torch.cuda.jiterator._create_jit_fn(SOURCE)
-        of_number = torch.cuda.jiterator._create_jit_fn(SOURCE, key=0)
+        with_tensor_key = torch.cuda.jiterator._create_jit_fn(SOURCE)
+        with_number_key = torch.cuda.jiterator._create_jit_fn(SOURCE, key=0)
 
         def kernel(index: Tensor, key: int | Tensor) -> Tensor:
-            return of_tensor(index, key) if isinstance(key, Tensor) else of_number(index, key=key)
+            return with_tensor_key(index, key) if isinstance(key, Tensor) else with_number_key(index, key=key)
 
         index, number = torch.arange(4096, device=device) * 1048573, 0xC0FFEE42
         expected = _random_bits(number, index)

@@ -21,10 +21,10 @@ from zfnet.config.instantiate import resolve
 from zfnet.config.schema import DATA, NO_ROOT, Config, DataConfig, Job, ModelConfig, check, flatten
 
 MOST_BYTES = 64 * 2**20
-_MOST_YAML_BYTES = 2**20
-_MOST_VALUES = 100_000  # in a YAML file with its aliases expanded
-_DEEPEST = 50
-_MOST_DIGITS = 100
+_MAX_YAML_BYTES = 2**20
+_MAX_VALUES = 100_000  # in a YAML file with its aliases expanded
+_MAX_DEPTH = 50
+_MAX_DIGITS = 100
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader is ten times as fast
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
@@ -56,7 +56,7 @@ def read_yaml(path: Path) -> Any:
 
 def parse_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
     """Return a file's loader and root node; raise OSError, yaml.YAMLError, or ValueError if it exceeds a limit."""
-    loader = _LOADER(read_bytes(path, _MOST_YAML_BYTES))
+    loader = _LOADER(read_bytes(path, _MAX_YAML_BYTES))
     try:
         node = loader.get_single_node()
     except RecursionError as error:
@@ -74,11 +74,11 @@ def read_json(path: Path) -> Any:
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON; raise ValueError if it is invalid, exceeds a limit or has the same key twice in an object."""
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        value = json.loads(text, object_pairs_hook=_object_with_unique_keys, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     level = [value]
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         nested = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
         level = [child for children in nested for child in children]
         if not level:
@@ -92,13 +92,13 @@ def _check_nodes(root: yaml.Node) -> None:
     while waiting:
         node, depth = waiting.pop()
         count += 1
-        if count > _MOST_VALUES:
-            raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
-        if depth > _DEEPEST:
+        if count > _MAX_VALUES:
+            raise ValueError(f"it holds more than {_MAX_VALUES:,} values")
+        if depth > _MAX_DEPTH:
             raise ValueError("it is nested too deeply")
         if isinstance(node, yaml.ScalarNode):
-            if node.tag in _NUMBERS and len(node.value) > _MOST_DIGITS:
-                raise ValueError(f"a number has more than {_MOST_DIGITS} digits")
+            if node.tag in _NUMBERS and len(node.value) > _MAX_DIGITS:
+                raise ValueError(f"a number has more than {_MAX_DIGITS} digits")
         elif isinstance(node, yaml.MappingNode):
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
             if len(names) > len(set(names)):
@@ -108,7 +108,7 @@ def _check_nodes(root: yaml.Node) -> None:
             waiting += [(child, depth + 1) for child in node.value]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in pairs:
         if name in made:
@@ -118,8 +118,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"a number has more than {_MOST_DIGITS} digits")
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has more than {_MAX_DIGITS} digits")
     return int(digits)
 
 
@@ -150,7 +150,7 @@ def read_config(raw: DictConfig | dict[str, Any], imports: Sequence[str] = ()) -
     if "_target_" not in config.model:
         config.model = check(ModelConfig, config.model, "model")
     config.data = read_data(config.data)
-    _check_together(config)
+    _check_combinations(config)
     return config
 
 
@@ -212,7 +212,7 @@ def upgrade_data(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_together(config: Config) -> None:
+def _check_combinations(config: Config) -> None:
     """Check keys against each other; raise UserError."""
     data, trainer = config.data, config.trainer
     if data.name == "folder" and not data.root and config.job.trains:  # other jobs can run without images

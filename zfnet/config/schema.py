@@ -27,19 +27,19 @@ MAX_PIXELS = 89_478_485  # per image file: Pillow's own limit, 256 MiB of RGB
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def _amount(value: float) -> float:
+def _check_amount(value: float) -> float:
     if value > 1 and value != int(value):
         raise ValueError("must be a fraction below 1, or a whole number of images")
     return value
 
 
-Amount = Annotated[float, Field(ge=0), AfterValidator(_amount)]
+Amount = Annotated[float, Field(ge=0), AfterValidator(_check_amount)]
 Folder = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder can be named 2024
 # red, green and blue as fractions of full scale; the range also allows other scales, such as 0 to 255
 Colour = Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
 
 
-def _device(name: str) -> str:
+def _check_device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[1-9]?\d)?", name):
         raise ValueError("must be one of auto, cpu, cuda, cuda:N, mps")
     return name
@@ -209,7 +209,7 @@ class TrainerConfig(Checked):
 
     name: str
     epochs: Annotated[int, Field(ge=1, le=1_000_000)]
-    device: Annotated[str, AfterValidator(_device)]
+    device: Annotated[str, AfterValidator(_check_device)]
     devices: Annotated[int, Field(ge=1, le=1024)] = 1
     gradients: Literal["fp32", "bf16"] = "fp32"
     precision: Literal["auto", "fp32", "bf16"]

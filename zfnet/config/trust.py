@@ -49,9 +49,9 @@ _CONSTRUCTED: dict[str, type] = {"callbacks": Callback, "launcher": Launcher, "s
 _HARMLESS = ("runtime", "overrides", "mode", "verbose", "help", "hydra_help")
 _HARMLESS_JOB = ("override_dirname", "id", "num", "config_name", "chdir")
 _DIRECTORIES = ("run.dir", "sweep.dir", "output_subdir", "job.name")
-_NUMBERED = "${hydra.job.num}"  # Hydra's own default for sweep.subdir
+_JOB_NUMBER = "${hydra.job.num}"  # Hydra's own default for sweep.subdir
 _REFERENCE = re.compile(r"\$\{[\w.]+\}")  # a value that consists of one reference to a key
-_ABOUT_COMMAND = ("imports", "run", "images")  # a folder's sweeper.params must not set these
+_COMMAND_ONLY = ("imports", "run", "images")  # a folder's sweeper.params must not set these
 
 
 _parser = functools.cache(OverridesParser.create)  # a new parser would register all functions of the grammar again
@@ -195,7 +195,7 @@ def _check(config: DictConfig, overrides: Sequence[str]) -> None:
             continue
         if key in _DIRECTORIES:
             _check_directory(config, key)
-        elif key == "sweep.subdir" and (value == _NUMBERED or ("${" not in str(value) and _stays_below(str(value)))):
+        elif key == "sweep.subdir" and (value == _JOB_NUMBER or ("${" not in str(value) and _stays_below(str(value)))):
             continue
         elif value != _value_at(expected, key):
             raise _refusal(f"hydra.{key}", value)
@@ -281,7 +281,7 @@ def _check_parameters(params: Any) -> None:
             parsed = parse_overrides([f"{key}={value}"])[0].key_or_group
         except HydraException as error:
             raise _refusal(f"hydra.sweeper.params.{key}", value) from error
-        if parsed in _ABOUT_COMMAND or parsed.startswith(("hydra.", "hydra/")):
+        if parsed in _COMMAND_ONLY or parsed.startswith(("hydra.", "hydra/")):
             raise _refusal(f"hydra.sweeper.params.{key}", value)
 
 

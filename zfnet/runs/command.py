@@ -30,7 +30,7 @@ from zfnet.runs.directory import RunDirectory, find_run
 
 # groups that a command can replace in a record; job and experiment describe the new command, not the recorded run
 GROUPS = ("model", "data", "augment", "loss", "optimizer", "scheduler", "trainer", "logger", "callbacks")
-_ONE_CHOICE = ("job", "experiment", "debug", *(group for group in GROUPS if group not in ("logger", "callbacks")))
+_SINGLE_CHOICE = ("job", "experiment", "debug", *(group for group in GROUPS if group not in ("logger", "callbacks")))
 # keys of the command itself, not of the record
 _COMMAND_KEYS = ("job", "run", "images", "imports")
 
@@ -58,8 +58,8 @@ def prepare_overrides(argv: Sequence[str]) -> list[str]:
 
 
 # keys that have names of files or folders as values; the pattern of a list's item
-_PATHS = ("run", "images", "data.root", "data.cache_dir", "trainer.init_from", "source", "job.sweep", "job.root")
-_ITEM = re.compile(r"""\s*(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+)""")
+_PATH_KEYS = ("run", "images", "data.root", "data.cache_dir", "trainer.init_from", "source", "job.sweep", "job.root")
+_LIST_ITEM = re.compile(r"""\s*(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+)""")
 
 
 def _quote(argument: str) -> str:
@@ -71,12 +71,12 @@ def _quote(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or argument.startswith("-"):
         return argument
-    is_path = key.lstrip("+") in _PATHS
+    is_path = key.lstrip("+") in _PATH_KEYS
 
     def quoted(text: str) -> str:
         """Return the text, quoted if Hydra would misread it."""
         text = text.strip()
-        parsed = _value(f"{key}={text}")
+        parsed = _parsed_value(f"{key}={text}")
         exists = is_path and os.path.exists(os.path.expanduser(text))
         plain = parsed == text or (parsed is not None and not exists)
         return text if plain else QuotedString(text, Quote.double).with_quotes()
@@ -84,16 +84,16 @@ def _quote(argument: str) -> str:
     if is_path and os.path.exists(os.path.expanduser(value)):
         return f"{key}={quoted(value)}"
     is_list = value.startswith("[") and value.endswith("]")
-    if _value(argument) is not None and not (is_path and is_list):
+    if _parsed_value(argument) is not None and not (is_path and is_list):
         return argument
-    items = ",".join(quoted(item) for item in _ITEM.findall(value[1:-1] if is_list else value))
+    items = ",".join(quoted(item) for item in _LIST_ITEM.findall(value[1:-1] if is_list else value))
     # text with a bracket is not split at commas: `choice(1,2` is not a sweep over two values
     apart = [] if re.search(r"[()\[\]{}]", value) else [f"{key}={items}"]
     candidates = [f"{key}=[{items}]"] if is_list else [*apart, f"{key}={quoted(value)}"]
-    return next((c for c in candidates if _value(c) is not None), argument)
+    return next((c for c in candidates if _parsed_value(c) is not None), argument)
 
 
-def _value(text: str) -> Any:
+def _parsed_value(text: str) -> Any:
     """Return the value that Hydra reads in an override; None if it cannot be parsed."""
     try:
         override = parse_overrides([text])[0]
@@ -114,12 +114,12 @@ def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[An
     for override in parsed:
         value = override.value()
         # Hydra would merge the files of several choices
-        if isinstance(value, list) and len(value) > 1 and override.key_or_group in _ONE_CHOICE:
+        if isinstance(value, list) and len(value) > 1 and override.key_or_group in _SINGLE_CHOICE:
             several = f"{override.key_or_group}={','.join(map(str, value))}"
             raise UserError(f"{override.input_line}: choose one; several are a sweep, run.py -m {several}")
         if value == {}:
             raise UserError(f"{override.input_line}: is empty; set keys, as in {override.key_or_group}.KEY=VALUE")
-        if value == "" and override.key_or_group in _PATHS:  # for example, an unset shell variable
+        if value == "" and override.key_or_group in _PATH_KEYS:  # for example, an unset shell variable
             raise UserError(f"{override.input_line}: is empty; name a file or folder")
     if isinstance(raw.get("job"), str):  # in a record given by --config-path, job is not a group
         raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
@@ -127,7 +127,7 @@ def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[An
     for group, misplaced in (("experiment", "experiment"), ("debug", "debug"), ("job", "job.job")):
         if group in chosen and OmegaConf.is_dict(OmegaConf.select(raw, misplaced)):
             raise UserError(f"{chosen[group]}: its first line must be # @package _global_")
-    for group in _ONE_CHOICE:
+    for group in _SINGLE_CHOICE:
         if raw.get(group) == {}:
             raise UserError(f"{chosen.get(group, f'the file of {group}')}: holds nothing")
     # a command trusts the packages in its own overrides and in the project's own `conf/`
@@ -149,7 +149,7 @@ def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[An
             raise UserError(f"{job} needs run=<dir>: the directory of a run, or run=last for the newest one")
         config = read_config(raw, imports)
         if from_elsewhere:
-            _refuse_to_send(config.logger, overrides, "a config folder from elsewhere:")
+            _refuse_remote_loggers(config.logger, overrides, "a config folder from elsewhere:")
     elif job_class.reads_run == "refused":
         raise UserError(
             f"{job} reads no run: job=resume continues one, job=reproduce runs one again, in a new directory"
@@ -172,7 +172,7 @@ def overlay(run: RunDirectory, overrides: Sequence[str], own: dict[str, Any], im
     parsed = parse_overrides(overrides)
     applied = [o for o in parsed if o.key_or_group not in _COMMAND_KEYS and not o.key_or_group.startswith("job.")]
     run.read_config(imports)  # if the record is damaged, this error names the file
-    _refuse_to_send(run.recorded().get("logger"), overrides, f"run={run.folder}: its")
+    _refuse_remote_loggers(run.recorded().get("logger"), overrides, f"run={run.folder}: its")
     if not applied:
         return _with_moved_parents(read_config({**run.recorded(), **own}, imports), run)
     base = _composed_record(run)
@@ -217,15 +217,15 @@ def _with_moved_parents(config: Config, run: RunDirectory) -> Config:
 
 
 # keys that let loggers write outside the run directory, each with its harmless values
-_ELSEWHERE = {"tracking_uri": (None,), "space_id": (None,), "entity": (None,), "mode": (None, "offline")}
+_REMOTE_KEYS = {"tracking_uri": (None,), "space_id": (None,), "entity": (None,), "mode": (None, "offline")}
 
 
-def _refuse_to_send(loggers: Any, overrides: Sequence[str], whose: str) -> None:
+def _refuse_remote_loggers(loggers: Any, overrides: Sequence[str], whose: str) -> None:
     """Raise UserError if loggers of a foreign config would write elsewhere and the command does not set loggers."""
     if any(each.lstrip("+~").startswith("logger") for each in overrides) or not isinstance(loggers, dict):
         return
     for name, settings in loggers.items():
-        for key, harmless in _ELSEWHERE.items():
+        for key, harmless in _REMOTE_KEYS.items():
             if isinstance(settings, dict) and settings.get(key) not in harmless:
                 raise UserError(
                     f"{whose} logger.{name}.{key}={settings[key]} sends results elsewhere; name the "

@@ -11,7 +11,7 @@ from zfnet.runs.directory import RunDirectory
 # keys that are not results: times, and remarks about the images
 _REMARKS = ("validation_chose_and_reports", "unreadable", "test_seen_each_epoch")
 _NO_RESULTS = ("seconds", "images_per_second", *_REMARKS)
-_LONG = 120  # characters; a longer text, such as a diff, is replaced by its hash
+_MAX_LENGTH = 120  # characters; a longer text, such as a diff, is replaced by its hash
 
 
 def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
     before, after = recorded.read_history(), now.read_history()
     results = [flatten(run.read_json("results.json")) for run in (recorded, now)]
     weights = [str(r.pop("weights_sha256", None)) for r in results]
-    results[1] = _as_recorded(*results)
+    results[1] = _without_new_keys(*results)
     settings = [flatten(result_keys(run.read_config().to_dict())) for run in (recorded, now)]
     environments = [environment_values(run) for run in (recorded, now)]
     difference = first_difference(before, after)
@@ -36,7 +36,7 @@ def compare_runs(recorded: RunDirectory, now: RunDirectory) -> dict[str, Any]:
         "first_difference": difference,
         "largest_differences": largest_differences(before, after),
         "weights_sha256": {"recorded": weights[0], "now": weights[1]},
-        "surroundings": _differences(environments[0], _as_recorded(*environments)),
+        "surroundings": _differences(environments[0], _without_new_keys(*environments)),
     }
 
 
@@ -68,12 +68,12 @@ def environment_values(run: RunDirectory) -> dict[str, Any]:
     """Return the values of environment.json by dotted key, without the command and with long texts hashed."""
     values = {key: value for key, value in flatten(run.environment).items() if key != "command"}
     for key, value in values.items():
-        if isinstance(value, str) and len(value) > _LONG:
+        if isinstance(value, str) and len(value) > _MAX_LENGTH:
             values[key] = f"{len(value):,} characters, sha256 {hashlib.sha256(value.encode()).hexdigest()[:16]}"
     return values
 
 
-def _as_recorded(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def _without_new_keys(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Return `now` without keys that an earlier version did not record; they follow from other compared values."""
     later = [k for k in now if k.startswith(("data.", "code.imported")) or k.endswith(".mean_class_accuracy")]
     return {key: value for key, value in now.items() if key in recorded or key not in later}

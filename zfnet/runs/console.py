@@ -36,7 +36,7 @@ _EXTRAS = {
 }
 _EXTRA_OF = {name: extra for extra, names in _EXTRAS.items() for name in names}
 _EXTRA_KEYS = {"optimizer": ("param_groups",)}  # keys of a slot that its class does not take
-_COMMA = re.compile(r"[-+]?\d+,\d+(e[-+]?\d+)?")  # a decimal comma: 0,001
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+(e[-+]?\d+)?")  # a decimal comma: 0,001
 
 _one_line_errors = False  # stays False with HYDRA_FULL_ERROR=1
 
@@ -215,7 +215,7 @@ def _override_problem(
         value = (compose() or {}).get(key)
         lists = key in ("logger", "callbacks") or isinstance(value, list)
         advice = f"; a list is written {key}=[{given}]" if lists else ""
-        if isinstance(value, float) and _COMMA.fullmatch(given):
+        if isinstance(value, float) and _DECIMAL_COMMA.fullmatch(given):
             advice = f"; a decimal number has a point: {key}={given.replace(',', '.')}"
         return f"{text}: several values are a sweep, with run.py -m{advice}"
     if override.value_type == ValueType.GLOB_CHOICE_SWEEP:

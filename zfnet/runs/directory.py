@@ -37,13 +37,13 @@ HISTORY_COLUMNS = (
     *("seconds", "images_per_second"),
 )
 OUTPUTS = Path("outputs")
-_MOST_THREADS = 1024  # a record with more is damaged
+_MAX_THREADS = 1024  # a record with more is damaged
 # files that a directory can contain before its run: a lock, and the record of an attempt with a refused config
 BEFORE_RUN = (".lock", "status.json", "train.log")
 _PARTIAL = re.compile(r"\..+\.\w+\.partial")  # files that a killed process left half written
 
 
-def _by_hydra() -> list[str]:
+def _written_by_hydra() -> list[str]:
     """Return the names of files and folders that Hydra has already written to the job's directory, if configured."""
     hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
     # `compose` in Python leaves a HydraConfig behind although no job runs
@@ -160,7 +160,7 @@ class RunDirectory:
             return False
         except OSError as error:
             raise UserError(f"{self.folder} cannot be read: {error.strerror or error}") from error
-        if any(name not in (*BEFORE_RUN, *_by_hydra()) and not _PARTIAL.fullmatch(name) for name in names):
+        if any(name not in (*BEFORE_RUN, *_written_by_hydra()) and not _PARTIAL.fullmatch(name) for name in names):
             content = "holds a run" if recorded else "holds no run"
             raise UserError(f"{self.folder} is not empty and {content}: choose another directory (hydra.run.dir=…)")
         return False
@@ -278,7 +278,7 @@ class RunDirectory:
         """The number of CPU threads that the run used, if it is recorded."""
         cpu = self.environment.get("cpu")
         threads = cpu.get("threads") if isinstance(cpu, dict) else None
-        return threads if isinstance(threads, int) and 1 <= threads <= _MOST_THREADS else None
+        return threads if isinstance(threads, int) and 1 <= threads <= _MAX_THREADS else None
 
     def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
         """Write a table with a header, which is `columns` or the keys of the first row."""

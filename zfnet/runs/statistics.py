@@ -23,8 +23,8 @@ from torch import Tensor
 LEVEL = 0.05  # significance level: a difference is significant if its p is below it
 
 _RESAMPLES = 2000
-_MANY = 30  # a bootstrap needs at least this many values
-_ROWS = 16  # rows that are ranked at once
+_MIN_BOOTSTRAP = 30  # a bootstrap needs at least this many values
+_BLOCK_ROWS = 16  # rows that are ranked at once
 
 
 def describe(values: Tensor) -> dict[str, float | int | None]:
@@ -41,7 +41,7 @@ def describe(values: Tensor) -> dict[str, float | int | None]:
         low, high = mean - reach, mean + reach
         if known.unique().tolist() in ([0, 1], [1]):  # a proportion, which is between 0 and 1
             low, high = _wilson(mean, count)
-        elif count >= _MANY:
+        elif count >= _MIN_BOOTSTRAP:
             drawn = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
             low, high = known[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         row |= {"std": std, "low": low, "high": high}
@@ -109,9 +109,9 @@ def clustered_tests(
     """
     rows: list[dict[str, Any]] = []
     for first, second in pairs:
-        of = clustered(values[first] - values[second], clusters)
-        if (p := clustered_p(of)) is not None:
-            numbers = {"difference": of["mean"], "se": of["se"], "n": of["n"], "clusters": of["clusters"], "p": p}
+        row = clustered(values[first] - values[second], clusters)
+        if (p := clustered_p(row)) is not None:
+            numbers = {"difference": row["mean"], "se": row["se"], "n": row["n"], "clusters": row["clusters"], "p": p}
             rows.append({"first": first, "second": second, **numbers})
     return [row | {"p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
 
@@ -130,9 +130,9 @@ def standard_ranks(x: Tensor, mask: Tensor) -> Tensor:
     Returns float64 [U, flattened …], on the CPU; 0 where the mask is False, NaN in constant rows.
     """
     blocks = []
-    for start in range(0, len(x), _ROWS):  # in blocks, because each step keeps several copies
-        part = x[start : start + _ROWS].detach().cpu()
-        known = mask[start : start + _ROWS].expand_as(part)
+    for start in range(0, len(x), _BLOCK_ROWS):  # in blocks, because each step keeps several copies
+        part = x[start : start + _BLOCK_ROWS].detach().cpu()
+        known = mask[start : start + _BLOCK_ROWS].expand_as(part)
         part, known = part.flatten(1).double(), known.flatten(1)
         ranks = _ranks(part.masked_fill(~known, torch.inf))
         mean = (ranks * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
@@ -220,7 +220,7 @@ def t_test(t: float, freedom: float) -> float:
     from 0 to √arccot(|t| / √freedom), which Gauss–Legendre quadrature computes to rounding error.
     """
     end = math.sqrt(math.atan2(math.sqrt(freedom), abs(t)))
-    nodes, weights = _rule()
+    nodes, weights = _quadrature_rule()
     v = (nodes + 1) * end / 2
     tail = float((weights * np.sin(v**2) ** (freedom - 1) * 2 * v).sum()) * end / 2
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
@@ -228,7 +228,7 @@ def t_test(t: float, freedom: float) -> float:
 
 
 @functools.cache
-def _rule() -> tuple[np.ndarray, np.ndarray]:
+def _quadrature_rule() -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(100)
 
 
