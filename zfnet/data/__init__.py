@@ -1,4 +1,4 @@
-"""Where images come from, and how they become batches."""
+"""Load images and build batches from them."""
 
 from zfnet.data.batches import Batch, Batches, preprocess
 from zfnet.data.images import ImageSet, Splits

@@ -1,7 +1,7 @@
-"""Batches made from uint8 images, on the device that trains.
+"""Build batches from uint8 images on the training device.
 
-Order and augmentation are functions of (seed, epoch, image): batch k of an epoch does not need batch k−1, so a resume
-in the middle of an epoch is exact and costs nothing.
+Order and augmentation depend only on (seed, epoch, image). Batch k of an epoch does not need batch k−1, so a resume
+in the middle of an epoch is exact and repeats no earlier batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,15 +33,15 @@ from zfnet.config.randomness import (
 from zfnet.config.schema import AugmentConfig, DataConfig
 from zfnet.data.images import ImageSet
 
-PIECE = 2**26  # bytes that are moved to a device at once
+PIECE = 2**26  # bytes per copy to a device
 
 
 @dataclass(frozen=True)
 class Batch:
     """images: float [B, 3, S, S], normalised; labels: int64 [B]; index: int64 [B], positions in the set (CPU).
 
-    With several processes each gets a part of every batch: `first` is the position of its first image in the whole
-    batch, `total` the size of the whole batch.
+    With several processes, each process gets a part of every batch: `first` is the position of the part's first image
+    in the whole batch, `total` is the size of the whole batch.
     """
 
     images: Tensor
@@ -51,9 +51,9 @@ class Batch:
     total: int
 
     def split(self, count: int, exactly: bool = False) -> Iterator[tuple["Batch", bool]]:
-        """Yield (micro-batch, whether it is the last): up to `count`, of about equal size.
+        """Yield (micro-batch, whether it is the last) for up to `count` micro-batches of about equal size.
 
-        exactly: `count`, of which the last may be empty, so that all processes take part in as many forward passes
+        exactly: yield `count`, the last ones possibly empty, so that all processes run equally many forward passes
         """
         size = len(self.labels)
         step = max(1, -(-size // count))
@@ -66,11 +66,11 @@ class Batch:
 
 
 def preprocess(pixels: Tensor, data: DataConfig, channels_last: bool = True) -> Tensor:
-    """Turn uint8 [B, h, w, 3] into what the network sees: centre window, bilinear resize, normalisation.
+    """Turn uint8 [B, h, w, 3] into the network's input: centre crop, bilinear resize, normalisation.
 
-    Training, evaluation and prediction all use this. On the CPU the resize works on bytes, which is fastest: within one
-    grey level of the exact value, and at 32 → 224 and 32 → 64 px bit-identical to Pillow's. On other devices it comes
-    last and is exact: a GPU then touches the large images once and not four times.
+    Training, evaluation and prediction use this. A CPU resizes first, on bytes, because that is fastest: the result is
+    within one grey level of the exact value, and bit-identical to Pillow's at 32 → 224 and 32 → 64 px. Other devices
+    resize last, on floats, and exactly: a GPU then processes the large images once instead of four times.
     """
     size = data.crop_size or pixels.shape[1]
     top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
@@ -84,28 +84,28 @@ def preprocess(pixels: Tensor, data: DataConfig, channels_last: bool = True) -> 
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Resize images [B, 3, h, h], bytes or floats, to side `size`."""
+    """Resize images [B, 3, h, h], uint8 or float, to [B, 3, size, size]."""
     if images.shape[-1] == size:
         return images
-    # uint8 needs antialias=True, which changes nothing when enlarging
+    # interpolate takes uint8 only with antialias=True, which has no effect when it enlarges
     if images.shape[-1] > size or images.dtype == torch.uint8:
         return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-    # under deterministic algorithms `F.interpolate` runs 39 kernels, for a gradient that is never computed
+    # with deterministic algorithms, `F.interpolate` runs 39 kernels to support a gradient that is never computed
     return torch.ops.aten.upsample_bilinear2d.default(images, [size, size], False)
 
 
 def _normalise(images: Tensor, data: DataConfig) -> Tensor:
-    """Return (images / 255 − mean) / std of bytes [B, 3, h, w] as floats."""
-    if len(set(data.mean)) == len(set(data.std)) == 1:  # scalars take a CPU half the time
+    """Return (images / 255 − mean) / std as floats, for uint8 images [B, 3, h, w]."""
+    if len(set(data.mean)) == len(set(data.std)) == 1:  # on a CPU, scalars take half the time
         return images.float().mul_(1 / (255 * data.std[0])).sub_(data.mean[0] / data.std[0])
-    # whole rows of pixels, since CPUs are slow with vectors of length three
+    # compute on whole rows of pixels, because CPUs are slow with vectors of length 3
     rows = images.permute(0, 2, 3, 1).float().contiguous().flatten(2)
     scale, shift = _scale_and_shift(tuple(data.mean), tuple(data.std), images.shape[-1], rows.device)
     return rows.mul_(scale).sub_(shift).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
 # small tensors are copied with non_blocking=True: a blocking copy would wait for all queued work
-@lru_cache(maxsize=8)  # no copy to a GPU in each step
+@lru_cache(maxsize=8)  # a step then copies nothing to the GPU
 def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -116,11 +116,11 @@ def _scale_and_shift(
 class Batches:
     """The batches of one set on one device.
 
-    share: (rank, number) of the processes that divide each batch among them.
+    share: (rank, world size) of the processes that divide each batch.
     transforms: called in order on each training image after `augment`, see `apply_transforms`.
 
-    Images that fit `data.device_memory` of a GPU's free memory move there once; others are gathered on the
-    CPU, one batch ahead of the loop.
+    If the images fit in the fraction `data.device_memory` of a GPU's free memory, they are copied there once.
+    Otherwise each batch is gathered on the CPU, one batch ahead of the loop.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Batches:
         return -(-len(self.set) // self.data.batch_size)
 
     def _resident(self) -> Tensor | None:
-        """The set's images on the GPU, if there is one and they fit."""
+        """Return the set's images on the GPU, or None if there is no GPU or they do not fit."""
         if self.device.type != "cuda":
             return None
         needed = len(self.set) * self.set.images[0].nbytes
@@ -174,10 +174,10 @@ class Batches:
             yield Batch(*batch, first=first, total=len(whole))
 
     def _prefetch(self, shards: list[Tensor], epoch: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (images, labels, index) of each shard; what must be copied is prefetched, one shard ahead.
+        """Yield (images, labels, index) of each shard; pixels that must be copied are prefetched, one shard ahead.
 
-        The index is copied to the device, and random numbers are drawn, once for all shards: per batch that would be a
-        hundred small kernels.
+        The index is copied to the device and the random numbers are drawn once for all shards, because doing this for
+        each batch would launch about a hundred small kernels per batch.
         """
         if not shards:
             return
@@ -211,22 +211,22 @@ class Batches:
     def _finish(
         self, draws: Tensor, where: Tensor, random: tuple[Tensor, ...], pixels: Tensor, epoch: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a batch from its pixels; `where` is the images' index on the device."""
+        """Augment and preprocess the pixels of a batch; `where` is the images' index on the device."""
         if epoch is not None and self.augment is not None:
             pixels = augment(pixels, random, self.augment, self.data)
         data = self.data
         if epoch is not None and self.transforms:
             pixels = apply_transforms(pixels, draws, self.transforms, self.seed, epoch)
-            data = replace(data, crop_size=None)  # it was cut before the transforms, which may give another size
+            data = replace(data, crop_size=None)  # already cropped; transforms can change the size
         index = draws % len(self.set)
         return preprocess(pixels, data, self.channels_last), self.labels[where], index
 
 
 def balanced_draws(labels: Tensor, seed: int, epoch: int) -> Tensor:
-    """Return N draws for labels [N], each class equally often, not yet shuffled.
+    """Return N draws for labels [N] in which each class is equally frequent, not yet shuffled.
 
-    Draw i + kN is the k-th repetition of image i, with random changes of its own. A class with too many images leaves
-    some out, different ones in each epoch.
+    Draw i + kN is repetition k of image i, with its own random augmentation. If a class has more images than draws,
+    some are left out, different ones in each epoch.
     """
     total, classes = len(labels), labels.unique().tolist()
     draws = []
@@ -239,7 +239,7 @@ def balanced_draws(labels: Tensor, seed: int, epoch: int) -> Tensor:
 
 
 def resident(images: ImageSet, device: torch.device) -> Tensor:
-    """Return all images of a set as uint8 [N, h, w, 3] on the device, without a second copy of all on the host."""
+    """Copy all images of a set to the device, uint8 [N, h, w, 3], without a second full copy on the host."""
     out = torch.empty((len(images), *images.images.shape[1:]), dtype=torch.uint8, device=device)
     for part in torch.arange(len(images)).split(max(1, PIECE // images.images[0].nbytes)):
         out[part[0] : part[-1] + 1] = images.pixels(part).to(device)
@@ -247,10 +247,10 @@ def resident(images: ImageSet, device: torch.device) -> Tensor:
 
 
 def draw(index: Tensor, height: int, how: AugmentConfig, data: DataConfig, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """Draw what `augment` needs for the images at `index`, int64 [N], each of `height` pixels, in one epoch.
+    """Draw the random numbers of `augment` for one epoch of the images at `index`, int64 [N], `height` pixels high.
 
-    Returns tensors [N], none if nothing is to be changed: each window's top and left, whether it is mirrored, and, with
-    cutout, each hole's first row and column.
+    Returns tensors [N]: each crop's top and left, whether it is mirrored and, with cutout, each hole's first row and
+    column; an empty tuple if `how` and `data` change no image.
     """
     size = data.crop_size or height
     if not (how.crop_padding or how.flip or how.cutout or size != height):
@@ -271,10 +271,10 @@ def draw(index: Tensor, height: int, how: AugmentConfig, data: DataConfig, seed:
 
 
 def augment(pixels: Tensor, drawn: tuple[Tensor, ...], how: AugmentConfig, data: DataConfig) -> Tensor:
-    """Random crop, horizontal flip and cutout, with each image's own random numbers, from `draw`.
+    """Apply random crop, horizontal flip and cutout, with the random numbers that `draw` returned for each image.
 
-    pixels: uint8 [B, h, w, 3]. Returns uint8 [B, c, c, 3] with c = data.crop_size or h. Cutout has the mean colour, and
-    so has padding unless it is reflected.
+    pixels: uint8 [B, h, w, 3]. Returns uint8 [B, c, c, 3] with c = data.crop_size or h. Cutout fills with the mean
+    colour, and so does padding unless it is reflected.
     """
     if not drawn:
         return pixels
@@ -303,10 +303,10 @@ def apply_transforms(
 ) -> Tensor:
     """Call each transform on each image, with generators seeded by (seed, epoch, image).
 
-    pixels: uint8 [B, h, w, 3]; index: int64 [B], on the CPU. A transform takes uint8 [3, h, w] and returns the same, or
-    floats from 0 to 1; the last one's images are squares of one size s. Returns uint8 [B, s, s, 3].
+    pixels: uint8 [B, h, w, 3]; index: int64 [B], on the CPU. A transform takes uint8 [3, h, w] and returns uint8, or
+    floats from 0 to 1; the last transform must return squares of one size s. Returns uint8 [B, s, s, 3].
 
-    One image at a time, so that the numbers do not depend on the batch. Raises UserError for other results.
+    Each image is transformed alone, so that its random numbers do not depend on the batch. Raises UserError otherwise.
     """
     out = []
     with seeded_generators(pixels.device) as set_seed:
@@ -332,7 +332,7 @@ def apply_transforms(
 
 
 def _pad(pixels: Tensor, width: int, fill: Tensor | None) -> Tensor:
-    """Pad images [B, h, w, 3] on all sides with the colour `fill` [3]; without one, mirror them at their edges."""
+    """Pad images [B, h, w, 3] on all sides with the colour `fill` [3]; if it is None, reflect them at their edges."""
     batch, height, across, _ = pixels.shape
     if fill is None:
         rows, columns = (_reflected(side, width, pixels.device) for side in (height, across))
@@ -343,26 +343,26 @@ def _pad(pixels: Tensor, width: int, fill: Tensor | None) -> Tensor:
 
 
 def _reflected(side: int, width: int, device: torch.device) -> Tensor:
-    """Return which pixel of a row of `side` is at each place of the padded one, int64 [side + 2 · width]."""
-    # not F.pad, which refuses a padding as wide as the image
+    """Return the source index of each pixel of a reflect-padded row of `side` pixels, int64 [side + 2 · width]."""
+    # F.pad rejects a padding as wide as the image
     turn = max(1, 2 * side - 2)
     place = torch.arange(-width, side + width, device=device) % turn
     return torch.minimum(place, turn - place)
 
 
 def _crop_on_gpu(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: int) -> Tensor:
-    """Cut a square from each image [B, h, w, 3] with its corner at (top, left) [B]; mirror it where `flipped` [B]."""
+    """Crop a square from each image [B, h, w, 3] at (top, left) [B]; mirror it where `flipped` [B] is true."""
     windows = pixels.unfold(1, size, 1).unfold(2, size, 1)  # a view: [B, tops, lefts, 3, size, size]
     out = windows[torch.arange(len(pixels), device=pixels.device), top, left]
     return torch.where(flipped[:, None, None, None], out.flip(3), out).permute(0, 2, 3, 1)
 
 
 def _crop_on_cpu(pixels: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: int) -> Tensor:
-    """Do the same row by row, which a CPU does faster than gathering byte by byte."""
+    """Do the same row by row, because that is faster on a CPU than gathering single bytes."""
     out = np.empty((len(pixels), size, size, 3), np.uint8)
     for window, image, y, x in zip(out, pixels.numpy(), top.tolist(), left.tolist(), strict=True):
         window[...] = image[y : y + size, x : x + size]
     cut = torch.from_numpy(out)
-    mirrored = cut.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # as NCHW, flip has a fast path
+    mirrored = cut.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # flip has a fast path for NCHW
     out[flipped.numpy()] = mirrored.numpy()[flipped.numpy()]
     return cut

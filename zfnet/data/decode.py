@@ -1,7 +1,7 @@
-"""Image files as RGB images: the only place where image files are opened.
+"""Read image files as RGB images. No other module opens image files.
 
-The cost of a file is known from its header, before a pixel is decoded: at most `max_pixels`, of four bytes each. All
-threads together decode at most `_PIXELS_AT_ONCE` pixels at a time.
+A file's header gives its size before any pixel is decoded. Files of more than `max_pixels` pixels, of four bytes each,
+are refused. All threads together decode at most `_PIXELS_AT_ONCE` pixels at a time.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from zfnet.config.errors import log
 from zfnet.config.schema import MAX_PIXELS
 
-# A few of the forty formats that Pillow opens: hostile files may attack each decoder. AVIF is not in every Pillow.
+# Only a few of Pillow's forty formats, because hostile files can attack each decoder. Some builds of Pillow lack AVIF.
 Image.init()
 FORMATS = tuple(f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
 SUFFIXES = frozenset(s for s, f in Image.registered_extensions().items() if f in FORMATS)
 
-_PIXELS_AT_ONCE = 3 * MAX_PIXELS  # 1 GiB for each copy of them
-_BAND = 1 << 20  # pixels that are scaled at once
+_PIXELS_AT_ONCE = 3 * MAX_PIXELS  # each copy of these pixels takes 1 GiB
+_BAND = 1 << 20  # pixels that are scaled in one step
 _said_range = threading.Event()
 
 
@@ -39,19 +39,19 @@ class UnreadableImage(Exception):
 
 
 def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, draft: int = 0) -> Image.Image:
-    """Return the image in mode RGB, upright; raise UnreadableImage, for more than `max_pixels` too.
+    """Return the image in mode RGB; raise UnreadableImage if it cannot be decoded or has more than `max_pixels`.
 
     EXIF rotation is applied, transparency becomes white, an animation gives its first frame. Grey values of more than
-    8 bits are scaled: integers from 0 … 65535, floats from the smallest of 0 … 1, 255 and 65535 that holds them; an
-    image with values outside of these by its own range, with one warning.
+    8 bits are scaled: integers from 0 … 65535, floats from the smallest of 0 … 1, 0 … 255 and 0 … 65535 that contains
+    them. An image with values outside these ranges is scaled by its own range; a warning is logged once per process.
 
-    draft: pixels per side that the caller needs: a JPEG is decoded at 1/2, 1/4 or 1/8 if it keeps twice as many
+    draft: pixels per side that the caller needs: a JPEG is decoded at 1/2, 1/4 or 1/8 if twice as many pixels remain
     """
     with _opened(file, max_pixels) as image, _pixel_limit.reserve(_pixels(image)):
         if draft:
             image.draft(None, (2 * draft, 2 * draft))
         image.load()
-        with contextlib.suppress(Exception):  # of a damaged EXIF part; the pixels may still be readable
+        with contextlib.suppress(Exception):  # the EXIF part is damaged; the pixels can still be good
             ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
 
@@ -64,19 +64,19 @@ def image_size(file: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _opened(file: str | Path | BinaryIO, max_pixels: int | None = None) -> Iterator[Image.Image]:
-    """Open a file with one of FORMATS; raise UnreadableImage for any error, within this block too."""
+    """Open a file in one of FORMATS; raise UnreadableImage for any error, also within the `with` block."""
     if isinstance(file, (str, Path)):
         if Path(file).exists() and not Path(file).is_file():
             raise UnreadableImage("not a regular file")  # reading a pipe or a device might never end
         try:
-            # opened here: Pillow may map a path into memory, and then mixes up the pixels of a rotated TIFF
+            # open the file here: Pillow can memory-map a path, and then mixes up the pixels of a rotated TIFF
             with open(file, "rb") as stream, _opened(stream, max_pixels) as image:
                 yield image
         except OSError as error:
             raise UnreadableImage(error.strerror or str(error)) from error
         return
     if max_pixels and Image.MAX_IMAGE_PIXELS and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has a limit of its own
+        Image.MAX_IMAGE_PIXELS = max_pixels  # otherwise Pillow applies its own limit
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -86,30 +86,30 @@ def _opened(file: str | Path | BinaryIO, max_pixels: int | None = None) -> Itera
                 yield image
     except UnreadableImage:
         raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit is twice that of its warning
+    except Image.DecompressionBombError as error:  # Pillow raises this above twice MAX_IMAGE_PIXELS
         raise UnreadableImage(f"it has more pixels than data.max_pixels={max_pixels:,} allows") from error
-    except UnidentifiedImageError as error:  # its message repeats the file's name, or names an object in memory
+    except UnidentifiedImageError as error:  # Pillow's message repeats the file name or names a BytesIO
         raise UnreadableImage(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise errors of many classes on damaged files
         raise UnreadableImage(str(error) or type(error).__name__) from error
 
 
 def _pixels(image: Image.Image) -> int:
-    """Return how many pixels decoding must hold: those of the image, or of one tile of a TIFF if it is larger."""
+    """Return how many pixels decoding keeps in memory: the image's, or those of one tile of a TIFF if it is larger."""
     tags = getattr(image, "tag_v2", {})
     tile = int(tags.get(TiffImagePlugin.TILEWIDTH, 0)) * int(tags.get(TiffImagePlugin.TILELENGTH, 0))
     return max(image.width * image.height, tile)
 
 
 class _PixelLimit:
-    """Limits how many pixels threads decode at once; a thread waits until those before it are done."""
+    """Limit how many pixels all threads decode at once; a thread waits until others have released enough."""
 
     def __init__(self, pixels: int) -> None:
         self._pixels, self._used, self._changed = pixels, 0, threading.Condition()
 
     @contextlib.contextmanager
     def reserve(self, pixels: int) -> Iterator[None]:
-        """Reserve so many pixels within this block; a request above the limit waits until no other thread decodes."""
+        """Reserve `pixels` within the `with` block; a request above the limit waits until no other thread decodes."""
         with self._changed:
             self._changed.wait_for(lambda: self._used == 0 or self._used + pixels <= self._pixels)
             self._used += pixels
@@ -125,7 +125,7 @@ _pixel_limit = _PixelLimit(_PIXELS_AT_ONCE)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the image in mode RGB, itself if it has this mode; grey values and transparency as in `read_image`."""
+    """Convert the image to mode RGB, unless it has that mode; see `read_image` for grey values and transparency."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
@@ -137,7 +137,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Return grey values scaled to 0 … 255, uint8 [h, w]; see `read_image`. NaN counts as 0."""
+    """Return grey values scaled to 0 … 255, uint8 [h, w]; see `read_image`. NaN is treated as 0."""
     rows = max(1, _BAND // image.width)
     boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
     low, high = math.inf, -math.inf
@@ -161,7 +161,7 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
 
 
 def fit_square(image: Image.Image, size: int, fit: str) -> np.ndarray:
-    """Return uint8 [size, size, 3]: `crop` keeps proportions (short side to `size`, centre), `stretch` does not."""
+    """Return uint8 [size, size, 3]: `crop` scales the short side to `size` and crops the centre, `stretch` distorts."""
     if fit == "crop":
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     elif image.size != (size, size):

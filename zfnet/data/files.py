@@ -1,9 +1,9 @@
-"""The images that a command names: files, folders, patterns, and addresses on the web.
+"""Find and read the images that a command names: files, folders, patterns and web addresses.
 
-A folder is listed in one way, for training and for prediction, and what is left out is counted.
+Training and prediction list a folder in the same way, and count the files that they leave out.
 
-A download is limited in size, time and redirects: no server can make a job hang or fill the memory, or redirect it
-from the public internet into the local network.
+A download is limited in size, time and redirects. No server can make a job hang, fill its memory, or redirect it from
+the public internet to the local network.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ from zfnet.config.errors import log, printable
 from zfnet.data.decode import UnreadableImage, is_image, read_image
 
 MAX_BYTES = 50 * 2**20
-MAX_SECONDS = 30.0  # for the whole download, redirects included
+MAX_SECONDS = 30.0  # for the whole download, including redirects
 MAX_REDIRECTS = 5
-_SOCKET_TIMEOUT_S = 10.0  # without a byte from the server
-_LEFT_OUT_FOLDERS = ("__MACOSX", "@eaDir")  # what macOS and network drives put beside images; hidden, like .thumbs
+_SOCKET_TIMEOUT_S = 10.0  # longest wait for the server's next byte
+_LEFT_OUT_FOLDERS = ("__MACOSX", "@eaDir")  # created by macOS and network drives; skipped like hidden folders
 _CONVERTIBLE = (".heic", ".heif", ".jxl", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".svg", ".pdf", ".psd")
 _NAMES_SHOWN = 4
 
 
 def read_named(name: str, max_pixels: int, draft: int) -> Image.Image:
-    """Return the image at a path or an address on the web as `read_image` does; raise UnreadableImage."""
+    """Read the image at a path or a web address with `read_image`; raise UnreadableImage."""
     return read_image(io.BytesIO(fetch(name)) if _is_address(name) else name, max_pixels, draft)
 
 
 class LeftOut:
-    """What a listing of folders leaves out, by kind; `str()` counts it in one line."""
+    """The names that a listing of folders leaves out, by kind; `str()` gives the counts in one line."""
 
     FORMAT = "file{s} of unknown format"
     HIDDEN_FILE, HIDDEN_FOLDER = "hidden file{s}", "hidden folder{s}"
@@ -83,7 +83,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> list[str]:
     """Return the paths of the image files below `folder`, in a fixed order, and count the others in `left_out`.
 
-    Links are followed. A folder is read once: another link to it, or to one of those `above`, is skipped.
+    Links are followed. Each folder is read once: further links to it, or to a folder in `above`, are skipped.
     """
     files: list[str] = []
     seen = {_place(path) for path in above}
@@ -115,16 +115,16 @@ def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> 
 
 
 def _place(path: str | Path) -> tuple[int, int]:
-    """Return what identifies a folder: the same for every path to it."""
+    """Return a folder's (device, inode), which is the same for every path to the folder."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def find_images(items: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the images that `items` name, each once and in their order, and {item: error} for the other items.
+    """Return the images that `items` name, in order and without repetitions, and {item: error} for the other items.
 
-    A folder stands for all files below it that have an image's suffix, sorted by name; a pattern (`*`, `?`, `[…]`,
-    `**`) for the files that match it. What is left out of folders is logged.
+    A folder stands for all files below it that have an image's suffix, sorted by path. A pattern (`*`, `?`, `[…]`,
+    `**`) stands for the files that match it. The files that folders leave out are logged.
     """
     names: list[str] = []
     errors: dict[str, str] = {}
@@ -132,7 +132,7 @@ def find_images(items: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         path = Path(item).expanduser()
         if _is_address(item):
             names.append(item)
-        elif os.path.isdir(path):  # False for a name that is too long, where Path.is_dir raises
+        elif os.path.isdir(path):  # Path.is_dir raises if the name is too long
             left_out = LeftOut()
             names += (images := list_images(path, left_out))
             if not images:
@@ -141,7 +141,7 @@ def find_images(items: Sequence[str]) -> tuple[list[str], dict[str, str]]:
                 log.warning("%s: left out: %s", printable(item), left_out)
         elif os.path.isfile(path):
             names.append(str(path))
-        elif os.path.exists(path):  # a device or a pipe, which might never end
+        elif os.path.exists(path):  # reading a device or a pipe might never end
             errors[item] = "is not a regular file"
         elif matches := _matches(str(path)):
             names += matches
@@ -151,7 +151,7 @@ def find_images(items: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _matches(pattern: str) -> list[str]:
-    """Return the files that match a pattern; below `**` the image files, as a folder lists them."""
+    """Return the files that match a pattern; with `**`, only image files that `list_images` finds."""
     start, recursive, end = pattern.partition("**")
     if not recursive or end[:1] not in ("", os.sep):
         return [m for m in sorted(glob.glob(pattern)) if os.path.isfile(m)]
@@ -178,10 +178,10 @@ def fetch(address: str) -> bytes:
             reason = getattr(error, "reason", None) or error
             text = _printable(reason) or type(reason).__name__
             results.append(UnreadableImage(f"cannot be fetched ({text})"))
-        except Exception as error:  # UnreadableImage, or a fault of this program: raised below
+        except Exception as error:  # UnreadableImage or a bug; the calling thread raises it
             results.append(error)
 
-    # in a thread, since neither a name lookup nor headers that trickle in can be given a deadline
+    # use a thread, because name lookups and slowly arriving headers cannot be given a deadline
     thread = threading.Thread(target=download, daemon=True)
     thread.start()
     thread.join(MAX_SECONDS)
@@ -193,7 +193,7 @@ def fetch(address: str) -> bytes:
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: object) -> None:
-        """A redirect raises HTTPError, so that `_download` checks its target; its own body is never read."""
+        """Return None, so that a redirect raises HTTPError and `_download` checks its target; its body is not read."""
 
 
 def _download(address: str, deadline: float) -> bytes:
@@ -219,7 +219,7 @@ def _download(address: str, deadline: float) -> bytes:
 
 
 def _in_ascii(address: str) -> str:
-    """Return an address as it goes over the wire: other letters and spaces percent-encoded, a host's in Punycode."""
+    """Return an address in ASCII: the host in Punycode; spaces and non-ASCII letters elsewhere percent-encoded."""
     scheme, place, *rest = urllib.parse.urlsplit(address)
     if not place.isascii():
         user, at, server = place.rpartition("@")
@@ -232,8 +232,8 @@ def _in_ascii(address: str) -> str:
 def _guarded_handlers() -> tuple[urllib.request.BaseHandler, ...]:
     """Return handlers that refuse to connect to the local network after they connected to a public address.
 
-    The address is checked in the connection itself: it may change between two look-ups of a name. With a proxy, the
-    proxy connects, and decides.
+    They check the address of the open socket, because a second lookup of the name can give another address. With a
+    proxy, the proxy connects and applies its own rules.
     """
     been_public = False
 
@@ -267,7 +267,7 @@ def _guarded_handlers() -> tuple[urllib.request.BaseHandler, ...]:
 
 
 def _is_local(peer: Sequence[Any]) -> bool:
-    """Return whether a socket's (address, port, …) belongs to this machine or to a network of its own."""
+    """Return whether a socket's peer (address, port, …) is this machine or in a private network."""
     address = ipaddress.ip_address(peer[0])
     return not (getattr(address, "ipv4_mapped", None) or address).is_global
 
@@ -276,7 +276,7 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
     content, announced = bytearray(), response.length or 0  # unknown for a chunked body
     while announced <= MAX_BYTES and len(content) <= MAX_BYTES and (chunk := response.read1(1 << 16)):
         content += chunk
-        if time.monotonic() > deadline:  # ends this thread; the caller no longer waits
+        if time.monotonic() > deadline:  # end this thread; the caller has stopped waiting
             raise UnreadableImage(f"took more than {MAX_SECONDS:g} s")
     if max(announced, len(content)) > MAX_BYTES:
         raise UnreadableImage(f"more than {MAX_BYTES / 2**20:g} MB")
@@ -286,5 +286,5 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
 
 
 def _printable(text: object) -> str:
-    """Return what may be a server's words as one short line of plain text."""
+    """Return text that can come from a server as one short line of printable ASCII."""
     return re.sub(r"[^\x20-\x7e]+|\\x[0-9a-f]{2}", "", str(text))[:80].strip()

@@ -1,7 +1,7 @@
-"""Images in folders, one per class: decoded once into a memory-mapped cache, and labelled.
+"""Read labelled images from class folders, and decode them once into a memory-mapped cache.
 
-The cache is keyed by what it holds (the content of each file, and how it is stored), built beside its final place and
-renamed, so it is either whole or absent.
+The cache's key is a hash of each file's content and of the settings for storing it. The cache is built under another
+name and then renamed, so it is either complete or absent.
 """
 
 import contextlib
@@ -37,15 +37,15 @@ _SPLIT_NAMES = {
     "test": ("test", "testing", "tst", "testset"),
 }
 _FILLERS = ("set", "data", "dataset", "image", "images", "img", "imgs", "split", "folder")  # as in training_set
-_TEST_FRACTION = 0.2  # of a folder that is not divided
-_COARSEST_CLOCK_NS = 2 * 10**9  # of a file system: within it a second change may leave a file's time as it is
+_TEST_FRACTION = 0.2  # of the images, if the folder has no splits
+_COARSEST_CLOCK_NS = 2 * 10**9  # coarsest file system clock: within it, a second change can keep a file's time
 
 _progress = functools.partial(tqdm, unit=" images", disable=None, leave=False)
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """The path, split (train, val, test or all) and class of every image file; and what is left out."""
+    """The path, split (train, val, test or all) and class of every image file, and the names that are left out."""
 
     root: Path
     files: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class _Listing:
 
 
 def load_folder(data: FolderData) -> Splits:
-    """Return the images below `data.root`; raise UserError. What is left out is logged in one line."""
+    """Return the images below `data.root`, and log in one line what is left out; raise UserError."""
     if not data.root:
         raise UserError(NO_ROOT)
     listing = _list_files(Path(data.root).expanduser())
@@ -142,9 +142,9 @@ def _list_files(root: Path) -> _Listing:
 
 
 def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[Path]]]:
-    """Return each split's folder and the class folders in it: {all: …} where `root` is not divided.
+    """Return {split: (its folder, the class folders in it)}, or {"all": …} if `root` has no splits.
 
-    Raises UserError if that is not clear.
+    Raises UserError if the names of the folders are ambiguous, or if a split is given twice or train is missing.
     """
     below = _folders_in(root, listing)
     named = _named_splits(below)
@@ -154,12 +154,12 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
             both = _names([folders[split][0], path])
             raise UserError(f"{listing}: {both} both name the split {split}: remove one, or join them")
         inner = _folders_in(path, listing)
-        # some archives hold train/train, or seg_train/seg_train
+        # some archives contain train/train or seg_train/seg_train
         if len(inner) == 1 and (inner[0].name == path.name or split in _named_splits(inner).values()):
             path, inner = inner[0], _folders_in(inner[0], listing)
         folders[split] = path, inner
     if folders and "train" not in folders:
-        alone = printable(str(next(iter(named))))  # as of ImageNet, for an imported network
+        alone = printable(str(next(iter(named))))  # such as ImageNet's val/, for an imported network
         raise UserError(
             f"{listing}: has {_names(named)} but no train/ folder{_folder_names(root)}; data.root={alone} reads that "
             "alone"
@@ -177,7 +177,7 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
 
 
 def _split_word(name: str) -> tuple[str, tuple[str, ...]] | None:
-    """Return the split in a folder's name, in any case, and the name's other words; None if it has none."""
+    """Return (split, other words) of a folder's name, ignoring case; None unless one word names a split."""
     words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
     named = [split for word in words for split, known in _SPLIT_NAMES.items() if word in known]
     rest = tuple(w for w in words if w not in _FILLERS and not any(w in known for known in _SPLIT_NAMES.values()))
@@ -185,9 +185,9 @@ def _split_word(name: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def _named_splits(folders: Iterable[Path]) -> dict[Path, str]:
-    """Return which folders are splits: Training, test_set, or two that differ in that word, as seg_train and seg_test.
+    """Return {folder: split} for folders such as Training or test_set, and for pairs such as seg_train and seg_test.
 
-    (A single train_station is no split.)
+    A folder such as train_station, without a counterpart, is not a split.
     """
     words = {path: parsed for path in folders if (parsed := _split_word(path.name))}
     rests = {rest: {split for split, other in words.values() if other == rest} for _, rest in words.values()}
@@ -195,7 +195,7 @@ def _named_splits(folders: Iterable[Path]) -> dict[Path, str]:
 
 
 def _folders_in(folder: Path, listing: _Listing) -> list[Path]:
-    """Return the folders in a folder of splits or classes, and count what else it holds."""
+    """Return the visible folders in a folder of splits or classes; add hidden folders and files to `left_out`."""
     folders, others = _scan(folder)
     for names, hidden, loose in ((folders, LeftOut.HIDDEN_FOLDER, None), (others, LeftOut.HIDDEN_FILE, LeftOut.LOOSE)):
         for name in names:
@@ -215,7 +215,7 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _by_class(folders: Sequence[Path], listing: _Listing) -> dict[str, Path]:
-    """Return class folders by the names of their classes, sorted; raise UserError for equal ones."""
+    """Return {class: folder}, sorted by class; raise UserError if two folders have the same class name."""
     classes: dict[str, Path] = {}
     for path in folders:
         if (name := class_name(path.name)) in classes:
@@ -238,10 +238,10 @@ def _folder_names(root: Path) -> str:
 
 
 def _cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, dict[int, str], str]:
-    """Return (images [N, s, s, 3] memory-mapped, {number of an unreadable file: why}, fingerprint).
+    """Return (memory-mapped images [N, s, s, 3], {number of an unreadable file: reason}, fingerprint).
 
-    Two steps: the files' status, which changes with their content, gives the key of the content, and that the pixels.
-    So files are hashed once while they are unchanged, and decoded once wherever they are.
+    The lookup has two steps: the files' status, which changes with their content, gives the key of the content, and the
+    key gives the pixels. So unchanged files are hashed once, and equal content is decoded once, in any location.
     """
     caches = Path(data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zfnet").expanduser()
     try:
@@ -260,13 +260,13 @@ def _cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, dict[int, 
         raise UserError(
             f"the image cache {printable(folder)} is damaged ({type(error).__name__}): delete it, and it is made again"
         ) from error
-    if unreadable and data.on_error == "stop":  # built with skip
+    if unreadable and data.on_error == "stop":  # the cache was built with on_error=skip
         raise _cannot_be_read(listing, *next(iter(unreadable.items())))
     return images, unreadable, fingerprint
 
 
 def _find_or_build(listing: _Listing, data: FolderData, caches: Path) -> Path:
-    """Return the folder that holds the decoded images; raise UserError, or OSError if it cannot be written."""
+    """Return the cache folder of the decoded images; raise UserError, or OSError if it cannot be written."""
     started = time.time_ns()
     stats = _stats(listing)
     stored = [
@@ -274,10 +274,10 @@ def _find_or_build(listing: _Listing, data: FolderData, caches: Path) -> Path:
         *(data.draft, listing.labels),
     ]
     known = caches / f"{_key([stored, os.path.abspath(listing.root), listing.files, stats])}.key"
-    with FileLock(known.with_suffix(".lock")):  # if several runs start together, one reads
+    with FileLock(known.with_suffix(".lock")):  # if several runs start together, one reads the files
         with contextlib.suppress(OSError):
             key = known.read_text(encoding="ascii", errors="replace")
-            if _KEY.fullmatch(key) and (folder := caches / key).is_dir():  # a full disk may have left it empty
+            if _KEY.fullmatch(key) and (folder := caches / key).is_dir():  # a full disk can leave the key empty
                 return folder
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             hashes, sizes = zip(*_progress(pool.map(_read, listing.files), "reading", len(stats)), strict=True)
@@ -301,7 +301,7 @@ def _find_or_build(listing: _Listing, data: FolderData, caches: Path) -> Path:
 
 
 def _stats(listing: _Listing) -> list[tuple[int, ...]]:
-    """Return what changes with a file's content, even where its time is set back; zeros for a dangling link."""
+    """Return each file's inode, size and times; ctime shows a change even if mtime is reset. Zeros if unreadable."""
     stats: list[tuple[int, ...]] = []
     for file in listing.files:
         try:
@@ -332,12 +332,12 @@ def _read(file: str) -> tuple[str, tuple[int, int] | None]:
         return "", None
     try:
         return digest.hexdigest(), image_size(Path(file))
-    except UnreadableImage:  # reported when it is decoded
+    except UnreadableImage:  # `_build` reports it
         return digest.hexdigest(), None
 
 
 def _build(listing: _Listing, data: FolderData, size: int, folder: Path, pool: ThreadPoolExecutor) -> None:
-    """Decode every file into `folder`, on all cores (Pillow's decoders release the interpreter lock)."""
+    """Decode every file into `folder`, on all cores (Pillow's decoders release the GIL)."""
     count, path = len(listing.files), folder / "images.npy"
     images = _new_array(path, (count, size, size, 3))
 
@@ -349,7 +349,7 @@ def _build(listing: _Listing, data: FolderData, size: int, folder: Path, pool: T
         except UnreadableImage as error:
             return str(error)
 
-    # hashed and synced image by image, while the pool decodes the next ones
+    # hash each image, and sync every 256 images, while the pool decodes the next ones
     unreadable, digest = {}, hashlib.sha256()
     for number, problem in enumerate(_progress(pool.map(decode, range(count)), "decoding", count)):
         if number % 256 == 0:
@@ -381,7 +381,7 @@ def _cannot_be_read(listing: _Listing, number: int, problem: str) -> UserError:
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """Create a memory-mapped file; raise OSError if the disk has no room for it."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    # otherwise writing to a full disk through the map would kill the process
+    # reserve the space now: writing to a full disk through the map would kill the process
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -389,7 +389,7 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 def _natural_size(sizes: set[tuple[int, int] | None], data: FolderData) -> int:
-    """Keep small images as they are, if all are squares of one size: the device enlarges them."""
+    """Return the side of small squares of equal size, which the device enlarges; otherwise the side that it needs."""
     largest = max(data.image_size, data.crop_size or 0)
     sizes = sizes - {None}
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Labelled images in one array, and how a set is divided."""
+"""Labelled images in one array, and functions that divide a set."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ class ImageSet:
 
     images: uint8 [M, h, w, 3], in memory or memory-mapped, possibly shared with other sets
     labels: int64 [N]
-    rows:   int64 [N], where each labelled image stands in `images`
+    rows:   int64 [N], position of each labelled image in `images`
     classes: names, by label
-    boxes:  int64 [N, 4] (top, left, bottom, right; ends exclusive) around the object, where it is known
-    files:  each of the M images' path below the data set's root, if they are files
+    boxes:  int64 [N, 4] (top, left, bottom, right; ends exclusive) around the object, if known
+    files:  path of each of the M images below the data set's root, if they are files
     """
 
     images: np.ndarray
@@ -39,7 +39,7 @@ class ImageSet:
         return len(self.labels)
 
     def classes_without_images(self) -> list[str]:
-        """Return the names of the classes that no image of this set has."""
+        """Return the names of the classes that have no image in this set."""
         counts = self.labels.bincount(minlength=len(self.classes)).tolist()
         return [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
 
@@ -56,16 +56,16 @@ class ImageSet:
 
 
 def release(images: np.ndarray) -> None:
-    """Release the pages of a memory-mapped file, so that reading one larger than the memory does not fill it.
+    """Release the pages of a memory-mapped file, so that reading a file larger than memory does not fill the memory.
 
-    They stay in the system's cache as long as it has room; nothing written is lost.
+    The pages stay in the system's cache while it has room; no written data is lost.
     """
     if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         images.base.madvise(mmap.MADV_DONTNEED)
 
 
 def image_set(images: np.ndarray, labels: Tensor, classes: Sequence[str], boxes: Tensor | None = None) -> ImageSet:
-    """Return the set of all `images`, in their order; raise UserError if two classes have one name."""
+    """Return the set of all `images`, in their order; raise UserError if two classes have the same name."""
     names = tuple(map(class_name, classes))
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two classes are called '{twice}' (after Unicode normalisation): rename one")
@@ -73,13 +73,13 @@ def image_set(images: np.ndarray, labels: Tensor, classes: Sequence[str], boxes:
 
 
 def class_name(name: str) -> str:
-    """Return a class's name as it is matched, recorded, printed and drawn: normalised (NFC), on one line."""
+    """Return a class's name in the form for matching, records and output: normalised (NFC), on one line."""
     return printable(unicodedata.normalize("NFC", name))
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of a data set. Validation chooses, test reports; either may be None.
+    """The splits of a data set: validation selects the epoch, test gives the result; either can be None.
 
     fingerprint: SHA-256 of pixels and labels
     unreadable: the names of files that were left out (data.on_error=skip)
@@ -97,27 +97,27 @@ class Splits:
         return {name: len(part) for name, part in parts.items() if part is not None}
 
     def describe(self) -> dict[str, Any]:
-        """Return what environment.json holds beside the fingerprint; the two tell any data sets apart."""
+        """Return the entry of environment.json that, together with the fingerprint, identifies the data set."""
         return {"images": self.sizes(), "classes": list(self.train.classes)}
 
     @property
     def validation_reports(self) -> bool:
-        """Whether validation chooses the epoch and reports as well, since there is no test set."""
+        """Whether validation both selects the epoch and gives the result, because there is no test set."""
         return self.test is None and self.validation is not None
 
     def remarks(self) -> dict[str, Any]:
-        """Return what results.json says about the files: those that were left out, if any."""
+        """Return the entry of results.json that lists the files left out; empty if there are none."""
         return {"unreadable": list(self.unreadable)} if self.unreadable else {}
 
     def difference(self, environment: Mapping[str, Any], sizes: bool = True) -> str | None:
-        """Return in words how these images differ from those that environment.json describes; None if they do not.
+        """Describe how these images differ from those that environment.json describes; return None if they do not.
 
-        sizes: whether another number of images is a difference, and not what the command asked for
+        sizes: whether a different number of images is a difference; False if the command sets the number
         """
         if "data_fingerprint" not in environment:  # nothing is recorded
             return None
         recorded, words = environment.get("data"), []
-        if isinstance(recorded, dict):  # older records hold the fingerprint alone
+        if isinstance(recorded, dict):  # older records contain only the fingerprint
             before, now = recorded.get("classes"), list(self.train.classes)
             if isinstance(before, list) and before != now:
                 changed = [f"'{c}' is new" for c in now if c not in before]
@@ -134,7 +134,7 @@ class Splits:
 
 
 def data_hash(environment: Mapping[str, Any]) -> str | None:
-    """Return a hash of the images that environment.json describes, whatever `data.subset` is; None if it does not."""
+    """Return a hash of the images in environment.json, independent of `data.subset`; None if it describes none."""
     fingerprint, data = environment.get("data_fingerprint"), environment.get("data")
     if not isinstance(fingerprint, str) or not isinstance(data, Mapping) or not isinstance(data.get("images"), Mapping):
         return None
@@ -144,9 +144,9 @@ def data_hash(environment: Mapping[str, Any]) -> str | None:
 
 
 def stratified(labels: Tensor, count: int, seed: int, purpose: int = SPLIT) -> tuple[Tensor, Tensor]:
-    """Choose `count` of the labels, each class in proportion, and return (chosen, others), sorted.
+    """Choose `count` of the labels, each class in proportion; return the sorted indices (chosen, others).
 
-    Counts that are not whole are rounded by largest remainder, ties by class number.
+    The counts per class are rounded by largest remainder; ties go to the lower class number.
     """
     total = len(labels)
     classes, sizes = labels.unique(return_counts=True)
@@ -162,7 +162,7 @@ def stratified(labels: Tensor, count: int, seed: int, purpose: int = SPLIT) -> t
 
 
 def hold_out(train: ImageSet, amount: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
-    """Divide a training set into (training, validation); `amount` is a count, or a fraction below 1."""
+    """Divide a training set into (training, validation); `amount` is a count, or a fraction if below 1."""
     if amount == 0:
         return train, None
     count = max(1, round(amount * len(train))) if amount < 1 else int(amount)

@@ -1,7 +1,7 @@
 """Built-in images: ten shapes on noisy gradients, drawn from formulas.
 
-Every image is a function of (split, index): no file, no download, no generator state. The box around each
-shape is known, so a test can measure whether an explanation looks at the object.
+Every image is a function of (split, index), without files, downloads or generator state. The box around each
+shape is known, so a test can measure whether an explanation highlights the object.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor
 from zfnet.config.randomness import SHAPES, make_key, uniform
 from zfnet.data.images import ImageSet, image_set
 
-_AT_ONCE = 100  # images; glibc returns larger blocks to the system after each step, which zeroes them again
+_AT_ONCE = 100  # images; glibc returns larger blocks to the system after each step, and the system zeroes them again
 
 
 def draw_shapes(count: int, size: int, part: int) -> ImageSet:
-    """Return `count` images of size × size pixels; `part` keeps training (0) and test (1) apart.
+    """Return `count` images of size × size pixels; `part` is 0 for training and 1 for test.
 
     Labels cycle, so classes are balanced. Colours, position, size and rotation (up to ±0.3 rad) vary.
     """
@@ -32,9 +32,9 @@ def draw_shapes(count: int, size: int, part: int) -> ImageSet:
 
 
 def draw_without(index: Tensor, size: int, part: int, sector: int, sectors: int) -> Tensor:
-    """Return the images at `index` [n] of a set, each shape without one of its `sectors` equal sectors.
+    """Return the images at `index` [n], uint8 [n, size, size, 3], each shape without one of `sectors` equal sectors.
 
-    Nothing else changes: the background shows where the sector was. uint8 [n, size, size, 3].
+    The background replaces the sector; nothing else changes.
     """
     return _draw(index, index % len(CLASSES), size, part, (sector, sectors))[0]
 
@@ -43,7 +43,7 @@ def _draw(
     index: Tensor, labels: Tensor, size: int, part: int, missing: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     def between(number: int, low: float, high: float) -> Tensor:
-        """One random number per image, shaped for broadcasting over its pixels."""
+        """Return one random number per image, shaped for broadcasting over the image's pixels."""
         return (low + (high - low) * uniform(make_key(SHAPES, part, number), index))[:, None, None]
 
     radius = between(0, 0.17, 0.33)
@@ -57,7 +57,7 @@ def _draw(
     for label, inside in enumerate(_FORMULAS.values()):
         chosen = labels == label
         distance[chosen] = inside(x[chosen], y[chosen])
-    # one pixel of soft edge: `distance` is in units of the radius
+    # soften the edge over one pixel; `distance` is in units of the radius
     cover = (0.5 - distance * radius * size).clamp(0, 1)
     if missing is not None:
         sector, sectors = missing
@@ -88,7 +88,7 @@ def _boxes(mask: Tensor) -> Tensor:
 
 
 def _polygon(x: Tensor, y: Tensor, sides: int) -> Tensor:
-    """A regular polygon: the largest distance beyond any of its edges."""
+    """Return the distance to a regular polygon: the largest distance beyond any of its edges."""
     angles = [math.pi / 2 + math.pi / sides + 2 * math.pi * k / sides for k in range(sides)]
     edges = torch.stack([x * math.cos(a) - y * math.sin(a) for a in angles])
     return edges.amax(0) - math.cos(math.pi / sides)
@@ -100,7 +100,7 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    """Five points: the radius swings between 1 at the points and 0.4 between them."""
+    """Return the distance to a star of five points: its radius varies between 1 at the points and 0.4 between them."""
     angle = torch.atan2(-y, x) - math.pi / 2
     swing = (torch.remainder(angle * 5 / (2 * math.pi) + 0.5, 1.0) - 0.5).abs() * 2
     return torch.hypot(x, y) - (1 - 0.6 * swing)

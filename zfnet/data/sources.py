@@ -28,14 +28,14 @@ NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "shapes": 10, "imagenette": 10}
 
 
 def known_classes(data: DataConfig) -> int | None:
-    """Return the number of classes as far as the config tells it, without reading an image."""
+    """Return the number of classes if the config determines it, else None; read no image."""
     return NUM_CLASSES.get(data.name) or len(getattr(data, "classes", None) or ()) or None
 
 
 def load_splits(data: DataConfig, imports: Sequence[str] = ()) -> Splits:
     """Return the training, validation and test images that the config describes; raise UserError.
 
-    imports: packages that a `_target_` of a data set may come from
+    imports: packages from which a data set's `_target_` may come
     """
     if isinstance(data, FolderData):
         splits = load_imagenette(data) if data.name == "imagenette" else load_folder(data)
@@ -63,7 +63,7 @@ def load_splits(data: DataConfig, imports: Sequence[str] = ()) -> Splits:
 
 
 def _subset(images: ImageSet, count: int | None, seed: int) -> ImageSet:
-    """Return `count` of the images, class by class; all of them if there are fewer, or it is None."""
+    """Return `count` images, each class in proportion; all images if there are fewer or `count` is None."""
     if count is None or count >= len(images):
         return images
     return images.take(stratified(images.labels, count, seed, SUBSET)[0])
@@ -75,8 +75,8 @@ def _subset(images: ImageSet, count: int | None, seed: int) -> ImageSet:
 def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
     """Return the images of the data sets that the config names.
 
-    Every image is read once, in order, with generators seeded by its number, and kept as bytes: random transforms of a
-    data set are applied once, and not in each epoch. Raises UserError for items that are not (image, label).
+    Every image is read once, in order, with generators seeded by its number, and stored as uint8, so random transforms
+    of a data set run once, not in each epoch. Raises UserError for items that are not (image, label).
     """
     sets: dict[str, Any] = {
         name: instantiate(f"data.{name}", settings, Dataset, imports) for name, settings in data.parts.items()
@@ -104,7 +104,7 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
     return Splits(made["train"], made.get("val"), made.get("test"), mark)
 
 
-_ROUNDING = 1e-3  # beyond 0 … 1, of floats that were resized
+_ROUNDING = 1e-3  # resized floats can exceed 0 … 1 by this much
 
 
 def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
@@ -131,14 +131,14 @@ def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
 
 
 def to_image(image: Any) -> Image.Image:
-    """Return a PIL image, array or tensor in mode RGB; raise ValueError, or others, for what is none of them."""
+    """Convert a PIL image, array or tensor to an RGB image; raise ValueError or another error for other input."""
     if isinstance(image, Image.Image):
-        return to_rgb(image).convert("RGB")  # a copy: a data set may return one object for all items
+        return to_rgb(image).convert("RGB")  # a copy, in case the data set returns one object for all items
     pixels = image
     if isinstance(image, torch.Tensor):
         if image.is_floating_point():
             low, high = (float(value) for value in image.aminmax())
-            if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN, too
+            if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # true for NaN, too
                 raise ValueError(
                     f"pixels are floats from {low:g} to {high:g}: return uint8, or floats from 0 to 1 before Normalize"
                 )
@@ -158,7 +158,7 @@ def _to_label(label: Any) -> int:
         number = int(label)
         if isinstance(label, str) or number != label:
             raise ValueError
-    except Exception as error:  # of any kind of object
+    except Exception as error:  # a label of any type can raise anything
         shape = list(getattr(label, "shape", ()))
         shown = f"of shape {shape}" if shape else textwrap.shorten(repr(label), 40, placeholder="…")
         raise ValueError(f"the label {shown}: labels are whole numbers from 0") from error
@@ -179,10 +179,10 @@ NETWORK_TIMEOUT_S = 30
 def load_cifar(name: str, root: str) -> Splits:
     """Return the images of `cifar10` or `cifar100`, downloading them if they are not at `root`.
 
-    torchvision compares the MD5 of every file with the published one before it reads it, on each load. The files are
-    pickles, so this also ensures that only the published ones are opened.
+    On each load, torchvision compares the MD5 of every file with the published one before it reads the file. The files
+    are pickles, so this also ensures that only the published pickles are opened.
     """
-    import torchvision  # takes half a second
+    import torchvision  # imported here, because it takes half a second
 
     folder = Path(root).expanduser()
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
@@ -199,7 +199,7 @@ IMAGENETTE_IMAGES = (9469, 3925)  # training and test
 def load_imagenette(data: FolderData) -> Splits:
     """Return the training and test images of Imagenette at 320 px, downloading it if it is not at `data.root`.
 
-    Its folder `val` is the test set here: validation images are held out of the training images, as everywhere.
+    The folder `val` is used as the test set; validation images are held out of the training images, as for other sets.
     """
     import torchvision
 
@@ -210,7 +210,7 @@ def load_imagenette(data: FolderData) -> Splits:
     splits = load_folder(replace(data, root=str(root)))
     train, test = splits.train, splits.validation
     sizes = len(train), len(test or ())
-    if test is None or sizes != IMAGENETTE_IMAGES:  # an interrupted extraction leaves a part
+    if test is None or sizes != IMAGENETTE_IMAGES:  # an interrupted extraction leaves only some images
         raise UserError(f"{root}: {sizes[0]} + {sizes[1]} images, Imagenette has 9469 + 3925; delete it and try again")
     names = tuple(names[0] for names in published.classes)
     train, test = replace(train, classes=names), replace(test, classes=names)
@@ -218,11 +218,11 @@ def load_imagenette(data: FolderData) -> Splits:
 
 
 def _read_or_download(cls: type, name: str, folder: Path, **settings: Any) -> Any:
-    absent = (RuntimeError, FileNotFoundError)  # or damaged
+    absent = (RuntimeError, FileNotFoundError)  # torchvision raises these if files are missing or damaged
     with contextlib.suppress(*absent):
         return cls(str(folder), **settings)
     before, lock = socket.getdefaulttimeout(), folder / ".download.lock"
-    socket.setdefaulttimeout(NETWORK_TIMEOUT_S)  # torchvision sets none, and would wait for ever
+    socket.setdefaulttimeout(NETWORK_TIMEOUT_S)  # torchvision sets no timeout and could wait forever
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):  # if several processes start together, one downloads
@@ -230,7 +230,7 @@ def _read_or_download(cls: type, name: str, folder: Path, **settings: Any) -> An
                 return cls(str(folder), **settings)
             return cls(str(folder), download=True, **settings)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):  # a failed download leaves nothing, but what others put there stays
+        with contextlib.suppress(OSError):  # remove an empty folder, but no files of others
             lock.unlink(missing_ok=True)
             folder.rmdir()
         reason = one_line(getattr(error, "reason", None) or error)
