@@ -1,1 +1,1 @@
-"""One figure style and palette, drawing that several files share, and the figures of a training."""
+"""The figure style and palette, shared drawing functions, and the figures of a training run."""

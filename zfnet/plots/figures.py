@@ -1,6 +1,6 @@
 """The style of all figures: `zfnet.mplstyle`, the palette, and the way to make and save a figure.
 
-matplotlib takes a quarter of a second to import, so it is imported where a figure is drawn: training starts without it.
+matplotlib takes a quarter of a second to import, so only functions that draw import it; training starts without it.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ else:
 BLUE, ORANGE, PURPLE, GREEN, RED = "#0969da", "#bc4c00", "#8250df", "#1a7f37", "#cf222e"
 LIGHT_BLUE, PALE_BLUE = "#54aeff", "#b6e3ff"
 INK, SOFT, PALE, PALEST, WHITE = "#24292f", "#57606a", "#d0d7de", "#f6f8fa", "#ffffff"
-CSS = f":root{{--ink:{INK};--soft:{SOFT};--pale:{PALE};--palest:{PALEST}}}"  # of a page
+CSS = f":root{{--ink:{INK};--soft:{SOFT};--pale:{PALE};--palest:{PALEST}}}"  # for HTML pages
 PALETTE = (BLUE, ORANGE, PURPLE, GREEN, RED, "#9a6700", LIGHT_BLUE, "#ff9bce", SOFT, "#7ee787")
 SPLIT_COLOURS = {"train": BLUE, "validation": ORANGE, "test": PURPLE}
-# for letters that matplotlib's own font lacks: Linux's, Windows' and macOS's fonts of Chinese and Japanese
+# Chinese and Japanese fonts of Linux, Windows and macOS, for letters that matplotlib's default font does not have
 _FALLBACKS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "WenQuanYi Micro Hei"),
     *("WenQuanYi Zen Hei", "Microsoft YaHei", "Yu Gothic", "PingFang SC", "Hiragino Sans"),
@@ -35,12 +35,12 @@ _STYLE = Path(__file__).with_name("zfnet.mplstyle")
 
 
 def plain(names: Iterable[str]) -> list[str]:
-    """Return names for a figure: matplotlib would take what is between two dollar signs for a formula."""
+    """Escape dollar signs in names for a figure, because matplotlib draws text between two of them as a formula."""
     return [name.replace("$", r"\$") for name in names]
 
 
 def epoch_axis(axis: Axes, epochs: Sequence[Any]) -> None:
-    """Let the x axis show whole epochs; a single epoch is one point in the middle."""
+    """Label the x axis with whole epochs; centre a single epoch."""
     axis.set_xlabel("epoch")
     if len(set(epochs)) == 1:
         axis.set(xlim=(epochs[0] - 1, epochs[0] + 1), xticks=epochs[:1])
@@ -51,7 +51,7 @@ def epoch_axis(axis: Axes, epochs: Sequence[Any]) -> None:
 def plot_history(
     axes: Sequence[Axes], history: Sequence[Mapping[str, Any]], columns: Sequence[str], **style: Any
 ) -> None:
-    """Draw one column of a history in each of the axes, by epoch; `style` is that of `Axes.plot`."""
+    """Plot one column of a history against the epoch in each of the axes; `style` is passed to `Axes.plot`."""
     for axis, column in zip(axes, columns, strict=True):
         points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
         marker = "." if len(points) < 15 else None
@@ -60,7 +60,7 @@ def plot_history(
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
-    """Draw in this project's style, in a block or a decorated function; the caller's settings are restored."""
+    """Apply the project's style within a block or a decorated function, then restore the caller's settings."""
     import matplotlib
     from cycler import cycler
 
@@ -72,7 +72,7 @@ def styled() -> Iterator[None]:
 def _families() -> list[str]:
     from matplotlib.font_manager import fontManager
 
-    installed = {font.name for font in fontManager.ttflist}  # matplotlib warns of every other name
+    installed = {font.name for font in fontManager.ttflist}  # matplotlib warns about fonts that are not installed
     return ["DejaVu Sans", *(name for name in _FALLBACKS if name in installed)]
 
 
@@ -80,17 +80,17 @@ _say_once = functools.cache(log.warning)
 
 
 def new_figure(**settings: Any) -> Figure:
-    """Return an empty figure; `settings` are those of `matplotlib.figure.Figure`."""
+    """Return an empty figure; `settings` are passed to `matplotlib.figure.Figure`."""
     from matplotlib.figure import Figure
 
     return Figure(**settings)
 
 
 def save_figure(figure: Figure, path: Path) -> bytes:
-    """Write a PNG and return it; the metadata names no program version, so that equal figures are equal files."""
+    """Write a PNG and return its bytes; it names no program version, so that equal figures give equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    with styled(), warnings.catch_warnings(record=True) as caught:  # ticks are made when a figure is saved
+    with styled(), warnings.catch_warnings(record=True) as caught:  # ticks are drawn when a figure is saved
         warnings.filterwarnings("always", "Glyph .* missing")
         figure.savefig(buffer, metadata={"Software": None})
     for warning in caught:

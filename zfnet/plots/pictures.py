@@ -1,4 +1,4 @@
-"""Tensors as pictures: images back from the network's input, projections on grey, and mosaics of both."""
+"""Convert tensors to pictures: images from the network's input, projections on grey, and mosaics of both."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,9 +23,9 @@ def to_pixels(images: Tensor, data: DataConfig) -> Tensor:
 
 
 def on_grey(projections: Tensor) -> Tensor:
-    """Show projections [N, 3, h, w] as uint8 [N, h, w, 3]: grey is no signal, each is scaled for itself.
+    """Convert projections [N, 3, h, w] to uint8 [N, h, w, 3]: grey is 0, and each projection has its own scale.
 
-    The largest thousandth of the values that are not 0 is clipped: a few bright pixels would leave all others grey.
+    The largest thousandth of the nonzero magnitudes is clipped: a few bright pixels would leave all others grey.
     """
     flat = projections.detach().float().abs().flatten(1)
     count = ((flat > 0).sum(1, keepdim=True) // 1000).clamp(min=1)
@@ -39,7 +39,7 @@ def _to_bytes(values: Tensor) -> Tensor:
 
 
 def mosaic(tiles: Tensor, columns: int, gap: int = 0, side: int = 0) -> np.ndarray:
-    """Lay tiles, uint8 [N, h, w, 3], in rows of `columns` with white gaps; tiles below `side` are enlarged."""
+    """Arrange tiles, uint8 [N, h, w, 3], in rows of `columns` with white gaps; enlarge tiles narrower than `side`."""
     tiles = enlarge(tiles, side)
     count, height, width, _ = tiles.shape
     rows = -(-count // columns)
@@ -57,7 +57,7 @@ def enlarge(tiles: Tensor, side: int) -> Tensor:
 
 
 def show(axis: Axes, pixels: np.ndarray | Tensor, **settings: Any) -> AxesImage:
-    """Draw an image, or a map of numbers, without ticks, grid and frame; `settings` are those of `imshow`."""
+    """Draw an image or a map of values without ticks, grid and frame; `settings` are passed to `imshow`."""
     image = axis.imshow(np.asarray(pixels), **settings)
     axis.set(xticks=[], yticks=[])
     axis.grid(False)
@@ -69,7 +69,7 @@ def show(axis: Axes, pixels: np.ndarray | Tensor, **settings: Any) -> AxesImage:
 def show_mosaic(
     axis: Axes, tiles: Tensor, columns: Sequence[str], rows: Sequence[str] = (), gap: int = 2, side: int = 0
 ) -> None:
-    """Draw tiles, uint8 [N, h, w, 3], row by row, with a name below each column and perhaps beside each row."""
+    """Draw tiles, uint8 [N, h, w, 3], row by row, with a name below each column and, if given, beside each row."""
     sheet = mosaic(tiles, len(columns), gap, side)
     show(axis, sheet)
     wide, high = (sheet.shape[1] + gap) / len(columns), (sheet.shape[0] + gap) / max(1, len(rows))
@@ -78,7 +78,7 @@ def show_mosaic(
 
 
 def outline_box(axis: Axes, box: Tensor, colour: str) -> None:
-    """Draw a dashed outline on a dark line around (top, left, bottom, right), in pixels of the image in `axis`."""
+    """Draw a dashed outline over a dark line around (top, left, bottom, right), in pixels of the image in `axis`."""
     top, left, bottom, right = box.tolist()
     outline = Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour, ls="--")
     outline.set_path_effects([withStroke(linewidth=2.5, foreground="black")])

@@ -1,4 +1,4 @@
-"""The results of a training or an evaluation: figures, numbers for results.json, and lines of the log."""
+"""The results of a training or an evaluation: figures, numbers for results.json, and log lines."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,9 +30,9 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.tables import shorten
 from zfnet.training.metrics import Evaluation
 
-_FEW = 40  # classes, of which each has its number in a figure
-_NAMES = 100  # of classes along an axis
-_LINES, _ENDS = 20, 5  # classes in the log; of more, the best and the worst
+_FEW = 40  # up to this many classes, a figure shows each class's number
+_NAMES = 100  # most class names along an axis
+_LINES, _ENDS = 20, 5  # the log lists up to 20 classes; if there are more, the 5 best and the 5 worst
 
 
 def results_of(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def log_result(name: str, result: Mapping[str, Any]) -> None:
 
 
 def log_per_class(result: Mapping[str, Any]) -> None:
-    """Log one line for each class; of many classes, for the best and the worst of those that have images."""
+    """Log one line for each class; if there are many, log the best and the worst of those that have images."""
     classes = result["per_class"]
     shown = {name: value for name, value in classes.items() if value is not None or len(classes) <= _LINES}
     absent = len(classes) - len(shown)
@@ -72,12 +72,12 @@ def log_per_class(result: Mapping[str, Any]) -> None:
 
 
 def _named(count: int) -> range:
-    """Return which of `count` classes are named along an axis: all, or as many as can be read."""
+    """Return which of `count` classes are named along an axis: all, or at most `_NAMES` at equal distances."""
     return range(0, count, -(-count // _NAMES) or 1)
 
 
 def draw_results(run: RunDirectory, evaluation: Evaluation, images: ImageSet, what: str) -> None:
-    """Write confusion.png, per_class.png and samples.png of the evaluation of `images`; `what` names it in titles."""
+    """Write confusion.png, per_class.png and samples.png of an evaluation of `images`; titles contain `what`."""
     figures = {
         "confusion": draw_confusion(evaluation, images.classes, what),
         "per_class": draw_per_class(evaluation, images.classes, what),
@@ -112,7 +112,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 @styled()
 def draw_confusion(evaluation: Evaluation, classes: Sequence[str], what: str = "") -> Figure:
-    """Draw how the images of each true class (row) are divided among the predicted classes (column)."""
+    """Draw how the images of each true class (row) are distributed over the predicted classes (columns)."""
     counts, count, classes = evaluation.confusion().numpy(), len(classes), plain(classes)
     rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(3 + 0.55 * count, 24)
@@ -141,7 +141,7 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str], what: str = "
 
 @styled()
 def draw_per_class(evaluation: Evaluation, classes: Sequence[str], what: str = "") -> Figure:
-    """Draw the accuracy of each class that has images as a bar; dashed: over all images, dotted: the classes' mean."""
+    """Draw the accuracy of each class as a bar; dashed line: over all images, dotted line: mean of the classes."""
     values, few = evaluation.per_class(), len(classes) <= _FEW
     if not few:
         classes = [name for name, value in zip(classes, values, strict=True) if value is not None]
@@ -171,8 +171,8 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str], what: str = "
 def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None = None, what: str = "") -> Figure:
     """Draw images with their predicted (true) class, green where these agree, as the blog does.
 
-    `evaluation` is that of `images`. With `index`, the images at these places are drawn, each with its file's name or
-    its number, and the probability of its prediction; without, images that are evenly spread over the set.
+    `evaluation` belongs to `images`. `index` selects the images to draw, each with its file name or number and the
+    probability of its prediction; without it, images at equal distances in the set are drawn.
     """
     columns = rows = 8
     title, sure, names = "Predicted class (true class)", [""] * (rows * columns), [""] * (rows * columns)
@@ -187,10 +187,10 @@ def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None 
             for n in index.tolist()
         ]
     count, title = len(index), title + (what and f": {what}")
-    title = title if count >= 5 else title.partition(":")[0]  # it would run off a narrow figure
+    title = title if count >= 5 else title.partition(":")[0]  # a narrow figure has no room for the rest
     columns = min(columns, count)
     rows = -(-count // columns)
-    # of an image; above it, for its name and classes; above all, for the title
+    # heights: of an image, of the space above it for its name and classes, and of the space for the title
     side, gap, head = 1.0, 0.42 if names[0] else 0.3, 0.3
     high = (side + gap) * rows + head
     figure = new_figure(figsize=(1.35 * 1.08 * columns, 1.35 * high), layout="none")
