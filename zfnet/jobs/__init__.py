@@ -1,1 +1,1 @@
-"""The commands that are no analysis, one file per job: its settings and its `main`."""
+"""The commands other than analyses, one file per job with its settings and its `main`."""

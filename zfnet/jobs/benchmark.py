@@ -1,6 +1,6 @@
-"""job=benchmark: the time of a training step and of its phases, and each choice of trainer=auto beside its alternative.
+"""job=benchmark: time a training step and its phases, and compare each choice of trainer=auto with its alternative.
 
-`benchmarks/` times the same steps beside other training loops, with the functions of this file.
+`benchmarks/` compares the same steps with other training loops, with the functions of this file.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ from zfnet.training.device import Runtime, keep_memory, resolve_runtime, set_swi
 from zfnet.training.loop import train_step
 
 PHASES = {"data": ORANGE, "forward": BLUE, "backward": LIGHT_BLUE, "optimizer": PURPLE}
-Result = dict[str, Any]  # what benchmark.json holds
+Result = dict[str, Any]  # the content of benchmark.json
 
 
 @dataclass(kw_only=True)
 class BenchmarkJob(Job):
-    """`rounds` turns of `steps` timed steps each, after `warmup` untimed ones."""
+    """Time `rounds` turns, each of `steps` timed steps after `warmup` untimed steps."""
 
     subject: Literal["step", "choices"]
     rounds: Annotated[int, Field(ge=1)]
@@ -59,19 +59,19 @@ class BenchmarkJob(Job):
 
 
 class Contender(Protocol):
-    """A training loop that can be run for some steps, data included."""
+    """A training loop that can run for a number of steps, including data loading."""
 
     name: str
     batch_size: int
 
     def turn(self, steps: int, warmup: int) -> float:
-        """Train `warmup` and then `steps` steps; return the seconds of the latter, the device's work included."""
+        """Train for `warmup` and then `steps` steps; return the seconds of the latter, including work on the device."""
 
 
 class TrainingSteps:
-    """The steps of job=train: its batches, its step, its readings of the loss, with one choice of `runtime`.
+    """The steps of job=train with a given `runtime`, including its batches and its readings of the metrics.
 
-    data_wait: seconds in which the host waited for batches, of `taken` steps
+    data_wait: seconds that the host waited for the batches of `taken` steps
 
     Raises UserError if the images do not fill a batch.
     """
@@ -88,7 +88,7 @@ class TrainingSteps:
         loop, before = self._loop(), (self.data_wait, self.taken)
         for _ in range(warmup):
             next(loop)
-        self.data_wait, self.taken = before  # a new loop waits for its first batch
+        self.data_wait, self.taken = before  # do not count a new loop's wait for its first batch
         return time_steps(loop, steps, 0, self.runtime.device)
 
     def _loop(self) -> Generator[None, None, None]:
@@ -99,7 +99,7 @@ class TrainingSteps:
             yield
 
     def _full_batches(self) -> Iterator[Batch]:
-        """Yield batches epoch after epoch; short last batches are left out, so that all steps are equal."""
+        """Yield the full batches of epoch after epoch; short last batches are left out, so that all steps are equal."""
         set_switches(self.runtime.deterministic)
         keep_memory(self.runtime.device.type == "cpu")
         self.state.train()
@@ -113,7 +113,7 @@ class TrainingSteps:
                 yield batch
 
     def phase_seconds(self, steps: int) -> dict[str, float]:
-        """Return the seconds of each phase of a step, synchronising after each phase."""
+        """Return the mean seconds of each phase of a step, with a synchronisation after each phase."""
         state, batches, seconds = self.state, self._full_batches(), dict.fromkeys(PHASES, 0.0)
 
         @contextlib.contextmanager
@@ -139,9 +139,9 @@ class TrainingSteps:
 
 
 def alternatives(config: Config, runtime: Runtime, images: ImageSet) -> Iterator[TrainingSteps]:
-    """Yield the steps with each choice of trainer=auto replaced by its alternative.
+    """Yield training steps in which one choice of trainer=auto is replaced by its alternative.
 
-    Without bf16 where the CPU has AVX2 only: oneDNN has no kernels for it there, and it is far slower.
+    bf16 is left out if the CPU has only AVX2, because oneDNN has no bf16 kernels for AVX2 and bf16 is far slower.
     """
     precision, nhwc = "fp32" if runtime.precision == "bf16" else "bf16", runtime.channels_last
     runtimes = {
@@ -161,18 +161,18 @@ def alternatives(config: Config, runtime: Runtime, images: ImageSet) -> Iterator
 
 
 def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps: int, warmup: int) -> Result:
-    """Time `ours` and `others` in turns, then the phases of one of our steps.
+    """Time `ours` and `others` in turns, then the phases of a step of `ours`.
 
-    They take turns, so that changes of the machine's speed affect all of them; `first_is_faster_by` is the median of
-    the rounds' ratios.
+    All contenders take a turn in each round, so that changes of the machine's speed affect all of them.
+    `first_is_faster_by` is the median over the rounds of the first contender's speed divided by this contender's.
     """
     runtime = ours.runtime
     print(f"{runtime.describe()}, batches of {ours.batch_size}, data included\n")
     first_steps = [ours.turn(1, 0)]
-    memory = peak_memory(runtime.device)  # before the others take any
+    memory = peak_memory(runtime.device)  # before the others allocate memory
     ours.data_wait, ours.taken = 0.0, 0
     contenders: list[Contender] = [ours, *others]
-    first_steps += [other.turn(1, 0) for other in contenders[1:]]  # compilers and autotuners work here
+    first_steps += [other.turn(1, 0) for other in contenders[1:]]  # the first step compiles and autotunes
     speeds: list[list[float]] = [[] for _ in contenders]
     for _ in tqdm(range(rounds), unit="round", disable=None, leave=False, dynamic_ncols=True):
         for contender, row in zip(contenders, speeds, strict=True):
@@ -188,7 +188,7 @@ def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps
         for contender, row, seconds in zip(contenders, speeds, first_steps, strict=True)
     ]
     speed = rows[0]["median"]
-    images = next(ours.batches.epoch(0)).images[:2]  # two, for batch normalisation
+    images = next(ours.batches.epoch(0)).images[:2]  # batch normalisation needs two
     flops, peak = flops_per_image(ours.state.model, images), matmul_peak(runtime)
     return {
         "batch_size": ours.batch_size,
@@ -196,7 +196,7 @@ def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps
         "steps": steps,
         "contenders": rows,
         "waiting_share": ours.data_wait / ours.taken * speed / ours.batch_size,
-        "breakdown_seconds": ours.phase_seconds(max(2, min(steps, 10))),  # waits for data, too
+        "breakdown_seconds": ours.phase_seconds(max(2, min(steps, 10))),  # after waiting_share: it adds to data_wait
         "training_gflop_per_image": flops / 1e9,
         "tflop_per_second": speed * flops / 1e12,
         "matmul_peak_tflop_per_second": peak / 1e12,
@@ -206,11 +206,11 @@ def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps
 
 
 def time_steps(loop: Generator[None, None, None], steps: int, warmup: int, device: torch.device) -> float:
-    """Return the seconds of `steps` steps of a loop that trains on one batch at each `next()`, and end it."""
+    """Return the seconds of `steps` steps of a loop that trains on one batch at each `next()`, and close the loop."""
     for _ in range(warmup):
         next(loop)
     seconds = timed(lambda: [next(loop) for _ in range(steps)], device)
-    loop.close()  # ends a loader's workers
+    loop.close()  # stops the workers of a data loader
     return seconds
 
 
@@ -226,7 +226,7 @@ def flops_per_image(model: nn.Module, images: Tensor) -> float:
 
 
 def matmul_peak(runtime: Runtime) -> float:
-    """Return FLOP/s of a large matrix product in the runtime's precision, the best of ten."""
+    """Return the FLOP/s of a large matrix product in the runtime's precision, the best of ten trials."""
     dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
     n = 2048 if runtime.device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=runtime.device).to(dtype) for _ in range(2))
@@ -234,7 +234,7 @@ def matmul_peak(runtime: Runtime) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the largest amount of memory so far, in GiB: allocated on the GPU or, on a CPU, held by the process."""
+    """Return the peak memory so far in GiB: allocated on the GPU or, on a CPU, resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -249,7 +249,7 @@ def print_result(result: Result) -> None:
         numbers = (f"{speed:.1f}" for speed in (row["median"], min(speeds), max(speeds)))
         ratio, seconds = row["first_is_faster_by"], row["first_step_seconds"]
         rows.append((row["name"], *numbers, f"{ratio:.2f}×", f"{seconds:.2f} s"))
-    shown = [0, 1, 2, 3, 5] if len(rows) == 2 else range(6)  # a single one is compared with none
+    shown = [0, 1, 2, 3, 5] if len(rows) == 2 else range(6)  # no ratio for a single contender
     table = [[row[k] for k in shown] for row in rows]
     print("\n".join(format_table(table, "<>>>>>"[: len(shown)], 80, shrink=[0])))
     phases, total = result["breakdown_seconds"], sum(result["breakdown_seconds"].values())

@@ -32,7 +32,7 @@ from zfnet.training.checkpoint import (
 )
 from zfnet.training.device import recorded_threads
 
-# of the network and the images: what does not change the shapes of the weights
+# keys of the network that do not change the shapes of the weights
 _MAY_CHANGE = ("model.name", "model.dropout", "model.rms_limit", "model.init")
 
 
@@ -46,10 +46,10 @@ class BranchJob(Job):
     schedule: Literal["stretch", "continue", "restart"]
 
     def main(self, config: Config, output: Path) -> float | None:
-        """Train from the parent's state in `output`; continue there if it holds the same run, unfinished.
+        """Train from the parent's state in `output`, or continue there if it contains the same run, unfinished.
 
-        The new run is recorded as a training whose config holds its parent's. Raises UserError if the parent has no
-        such state, or the settings do not fit it.
+        The new run is recorded as a training, and its config contains the parent's config. Raises UserError if the
+        parent does not have that state, or if the settings do not fit it.
         """
         if run_as_worker(config, output):
             return None
@@ -58,7 +58,7 @@ class BranchJob(Job):
         path, best = _state_files(parent, epoch)
         saved = read_checkpoint(path)
         link = _link(parent, saved, self.schedule, config.imports)
-        # not as Hydra composed it: that is today's defaults, and the run differs from them as its parent does
+        # do not record Hydra's composed config: it has today's defaults, and the parent's settings can differ from them
         config = replace(config, parent=link, job=Job(name="train"), run=None, composed=None)
         _check(config)
         run = RunDirectory(output)
@@ -107,7 +107,7 @@ class ForkJob(BranchJob):
 
 
 def _state_files(parent: RunDirectory, epoch: int) -> tuple[Path, Path]:
-    """Return the files of the state after an epoch and of the best weights up to it."""
+    """Return the files of the state after an epoch and of the best weights up to that epoch."""
     if epoch in epoch_files(parent.checkpoints):
         return parent.checkpoints / epoch_name(epoch), parent.checkpoints / epoch_name(epoch, best=True)
     files = step_files(parent.checkpoints)
@@ -119,7 +119,7 @@ def _state_files(parent: RunDirectory, epoch: int) -> tuple[Path, Path]:
 def _link(
     parent: RunDirectory, saved: Checkpoint, schedule: Literal["stretch", "continue", "restart"], imports: list[str]
 ) -> Parent:
-    """Return what the new run records of its parent."""
+    """Return the new run's record of its parent."""
     config = parent.read_config(imports)
     if saved.metadata.get("identity", config.identity()) != config.identity():
         raise UserError(f"{parent.folder / 'config.yaml'} is not the config that its checkpoint was made with")
@@ -138,7 +138,7 @@ def _link(
 
 
 def _check(config: Config) -> None:
-    """Compare the config with its parent's; raise UserError for what a branch cannot change."""
+    """Compare the config with its parent's; raise UserError for changes that a branch cannot make."""
     assert config.parent is not None
     before, now = (
         {**flatten({"model": c["model"]}), "data.image_size": c["data"]["image_size"]}
@@ -149,11 +149,11 @@ def _check(config: Config) -> None:
             raise UserError(f"{key}={now.get(key)}: must be the parent's, {before.get(key)}")
     if config.trainer.init_from != config.parent.config["trainer"]["init_from"]:
         raise UserError(f"trainer.init_from={config.trainer.init_from}: the run begins with its parent's weights")
-    check_recipe(config)  # again: the schedule has another length now
+    check_recipe(config)  # check again, because the schedule's length has changed
 
 
 def begin(config: Config, run: RunDirectory, saved: Checkpoint, best: Path) -> None:
-    """Write the parent's state as the first checkpoint of the run, unless there is one; and the best weights so far."""
+    """Write the parent's state as the run's first checkpoint and copy the best weights so far, unless it has one."""
     if step_files(run.checkpoints):
         return
     run.checkpoints.mkdir(exist_ok=True)
@@ -161,15 +161,15 @@ def begin(config: Config, run: RunDirectory, saved: Checkpoint, best: Path) -> N
         copy_checkpoint(best, run.checkpoints / BEST)
     writer = CheckpointWriter(run.checkpoints)
     first = Checkpoint(saved.tensors, {**saved.metadata, "identity": config.identity(), "branches": True})
-    # of no step, so that any checkpoint of the run itself is newer, however large its batches are
+    # use step 0, so that every checkpoint of the run itself is newer, even if its batches are larger
     writer.write(step_name(0), first)
     writer.close()
 
 
 def train_parent(config: Config, run: RunDirectory, stop: StopRequest) -> None:
-    """Train a branched run's parent again in the run's directory, and begin from it; likewise for its own parents.
+    """Train a branched run's parent again in the run's directory, recursively with its own parents, and begin from it.
 
-    The caller compares the result with the record: the history holds the parent's epochs.
+    The caller then compares the result with the record, because the history contains the parent's epochs.
     """
     link = config.parent
     if link is None or step_files(run.checkpoints):

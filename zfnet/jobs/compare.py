@@ -1,4 +1,4 @@
-"""job=compare: runs or settings side by side, only where they differ; or a sweep's table and figures, made again."""
+"""job=compare: show where runs or settings differ, side by side, or write a sweep's table and figures again."""
 
 import base64
 import glob
@@ -28,7 +28,7 @@ from zfnet.sweeps.callback import summarize
 from zfnet.sweeps.summary import ABSENT, Trained, format_value, read_training, settings_key, swept_keys, tell_data_apart
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MOST_PAIRS = 10  # tests shown; if there are more, those of the best group
+MOST_PAIRS = 10  # tests shown; if there are more, only those of the best group
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -38,9 +38,9 @@ class CompareJob(Job):
     split: Literal["auto", "validation", "test"]
 
     def main(self, config: Config, output: Path) -> None:
-        """Compare what `runs=[…]` names: print it and write a page; or write a sweep's summary again.
+        """Compare the runs in `runs=[…]`, print the comparison and write a page; or write a sweep's summary again.
 
-        Raises UserError if there is no training to compare.
+        Raises UserError if there is no training run to compare.
         """
         if (self.sweep is None) is (config.runs is None):
             raise UserError(
@@ -65,31 +65,31 @@ class CompareJob(Job):
             print(f"open {run.folder / 'index.html'} in a browser")
 
 
-# -- what is compared
+# -- runs and groups of runs
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed, or a single run, and its letter."""
+    """A single run, or runs that differ only in the seed, and the group's letter."""
 
     letter: str
     runs: list[Trained]
 
     def values(self, split: str, name: str = "accuracy") -> dict[Any, float]:
-        """Return a metric by seed, of the runs that have it."""
+        """Return {seed: metric} for the runs that have the metric."""
         return {r.seed: value for r in self.runs if (value := r.metric(split, name)) is not None}
 
 
 def _common(values: Iterable[Any]) -> Any:
-    """Return what all runs of a group have, or `varies`."""
+    """Return the value that all runs of a group have, or `varies`."""
     first, *others = values
     return first if all(other == first for other in others) else "varies"
 
 
 def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
-    """Return the trainings that `runs=[…]` names: directories of runs, folders of them such as sweeps, and patterns.
+    """Return the training runs that `runs=[…]` names: run directories, folders of runs such as sweeps, and patterns.
 
-    Raises UserError for an item without a training, and where there are fewer than two.
+    Raises UserError for an item without a training run, and if there are fewer than two runs.
     """
     by_path: dict[Path, RunDirectory] = {}
     for item in items:
@@ -109,15 +109,15 @@ def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
 
 
 def group(runs: Sequence[Trained]) -> list[Group]:
-    """Put runs together that differ in nothing but the seed, if there are at least two such settings.
+    """Group runs that differ only in the seed, if there are at least two settings; otherwise each run is a group.
 
-    Runs of one seed and setting, such as a run and its reproduction, are compared one by one, unless there are other
-    seeds: then only the first of them counts. Raises UserError for more groups than letters.
+    Runs with the same settings and seed, such as a run and its reproduction, are compared one by one if no setting has
+    several seeds; otherwise only the first of them counts. Raises UserError if there are more groups than letters.
     """
     tell_data_apart(runs)
     settings: dict[str, dict[int, list[Trained]]] = {}
     for run in runs:
-        # a run that cannot be read has settings of its own
+        # a run that cannot be read is a group of its own
         known = settings_key(run) if run.settings and run.seed is not None else run.name
         settings.setdefault(known, {}).setdefault(run.seed or 0, []).append(run)
     groups = [[same[0] for same in seeds.values()] for seeds in settings.values()]
@@ -139,7 +139,7 @@ def group(runs: Sequence[Trained]) -> list[Group]:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the comparison: a title, perhaps a table with a header, the rows to print bold, and lines below it."""
+    """A part of the comparison: a title, an optional table with a header, the numbers of its bold rows, and notes."""
 
     title: str
     rows: list[list[str]]
@@ -149,7 +149,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result. `split`: whose accuracies are compared; `tests`: of pairs (better, other), with Holm's p."""
+    """The result. `split`: the split of the accuracies; `tests`: one for each pair (better, other), with Holm's p."""
 
     split: str
     sections: list[Section]
@@ -163,7 +163,7 @@ class Comparison:
 
 
 def compare(groups: Sequence[Group], split: str = "auto") -> Comparison:
-    """Return what differs between groups; `split`: validation, test, or auto: validation if every run has it."""
+    """Compare groups. `split`: validation, test, or auto, which is validation unless a run has only test results."""
     if split == "auto":
         runs = [r for g in groups for r in g.runs]
         only_tested = [r for r in runs if r.metric("validation") is None and r.metric("test") is not None]
@@ -197,7 +197,7 @@ def compare(groups: Sequence[Group], split: str = "auto") -> Comparison:
 
 
 def _by_epoch(groups: Sequence[Group], split: str) -> str:
-    """Return the split whose accuracy curves show: the test set is seldom measured after each epoch."""
+    """Return the split for the accuracy curves: `split` if epochs measured it, else validation (as usual for test)."""
     rows = [row for g in groups for r in g.runs for row in r.history]
     return split if any(row.get(f"{split}_accuracy") is not None for row in rows) else "validation"
 
@@ -211,7 +211,7 @@ def _describe(g: Group) -> str:
 
 
 def _results(groups: Sequence[Group], split: str) -> list[list[str]]:
-    """Return the rows of results: accuracy always, the others where they differ."""
+    """Return the rows of results: accuracy always, the other metrics only if the groups differ."""
     rows = [[f"{split} accuracy", *(_spread(g.values(split), 100, 2, " %") for g in groups)]]
     rows.append([f"{split} loss", *(_spread(g.values(split, "loss"), 1, 4) for g in groups)])
     for key in ("best_epoch", "epochs", "seconds", "images_per_second"):
@@ -226,7 +226,7 @@ def _results(groups: Sequence[Group], split: str) -> list[list[str]]:
 
 
 def _spread(values: dict[Any, float], scale: float, digits: int, unit: str = "") -> str:
-    """Return mean ± standard deviation, n; a single value as it is."""
+    """Return mean ± standard deviation as text; for a single value, only the value."""
     scaled = [scale * value for value in values.values()]
     if not scaled:
         return ABSENT
@@ -237,7 +237,7 @@ def _spread(values: dict[Any, float], scale: float, digits: int, unit: str = "")
 
 
 def _first_differences(groups: Sequence[Group]) -> list[str]:
-    """Return a line for each other group: where its history first differs from the first one's, of one seed if any."""
+    """Return a line per other group: where its history first differs from the first's, at a common seed if any."""
     lines, first = [], groups[0]
     for other in groups[1:]:
         pairs = [(a, b) for a in first.runs for b in other.runs if a.seed == b.seed] or [(first.runs[0], other.runs[0])]
@@ -258,7 +258,7 @@ def _first_differences(groups: Sequence[Group]) -> list[str]:
 
 
 def _tests(groups: Sequence[Group], split: str) -> tuple[list[dict[str, Any]], Section]:
-    """Test every pair of groups; return the tests, and a table of them in which what holds is bold."""
+    """Test every pair of groups; return the tests and their table, in which significant differences are bold."""
     title = f"Differences of {split} accuracy, in percentage points"
     ranked = sorted((g for g in groups if g.values(split)), key=lambda g: -statistics.fmean(g.values(split).values()))
     pairs: list[tuple[Group, Group, Difference]] = []
@@ -298,16 +298,16 @@ def _tests(groups: Sequence[Group], split: str) -> tuple[list[dict[str, Any]], S
 
 
 def _curve(g: Group, key: str) -> list[float | None]:
-    """Return the mean of a column of the history over the group's runs, epoch by epoch; None where one lacks it."""
+    """Return the mean of a history column over the group's runs for each epoch; None if a run has no value."""
     columns = ([row.get(key) for row in r.history] for r in g.runs)
     return [None if None in v else statistics.fmean(v) for v in zip(*columns, strict=False)]
 
 
-# -- on the terminal, as a page, and as a figure
+# -- text, page and figure
 
 
 def to_text(comparison: Comparison, width: int, bold: bool = False) -> str:
-    """Return the comparison for a terminal of `width` columns; `bold`: with its codes for bold text."""
+    """Return the comparison for a terminal of `width` columns; `bold` adds escape codes for bold text."""
     lines: list[str] = []
     for section in comparison.sections:
         lines += ["", section.title]
@@ -323,7 +323,7 @@ def _table(section: Section, width: int, bold: bool) -> list[str]:
     if not section.rows:
         return []
     rows = [[f"  {row[0]}", *row[1:]] for row in section.rows]
-    # metrics keep their names: the ends of two may be equal
+    # do not shorten the names of metrics, because two shortened names can be equal
     names = [] if section.title == "Results" else [0]
     lines = format_table(rows, "<" * len(rows[0]), width, shrink=range(2) if len(rows[0]) == 2 else names)
     if max(map(len, lines)) > width:  # one line per cell
@@ -344,7 +344,7 @@ def _known(curve: Sequence[float | None]) -> list[float]:
 
 
 def _sparklines(comparison: Comparison, width: int) -> list[str]:
-    """Draw each group's curve in a line of bars, all on one scale; long curves by every k-th epoch."""
+    """Draw each group's curve as a line of bars, all on one scale; long curves show every k-th epoch."""
     values = [v for _, curve in comparison.curves for v in _known(curve)]
     low, high = min(values), max(values)
     longest = max(len(curve) for _, curve in comparison.curves)
@@ -365,7 +365,7 @@ p{margin:.2em 0;color:var(--soft)}img{max-width:100%}h2{font-size:1.1em;margin-t
 
 
 def to_page(comparison: Comparison, picture: bytes) -> str:
-    """Return the comparison as one page of HTML: no script, nothing loaded, every name escaped."""
+    """Return the comparison as one HTML page that has no script, loads nothing and escapes every name."""
     parts = []
     for section in comparison.sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
@@ -401,7 +401,7 @@ def draw_comparison(groups: Sequence[Group], split: str) -> Figure:
         style["linestyle"] = ("-", "--", ":")[number // len(PALETTE)]
         for run in g.runs:
             plot_history(axes, run.history, ("train_loss", f"{split}_accuracy"), **style)
-            style.pop("label", None)  # one entry of the legend for all seeds
+            style.pop("label", None)  # one legend entry for all seeds
     axes[0].set(title="Training loss", ylabel="training loss")
     axes[1].set(title=f"{split.capitalize()} accuracy", ylabel="correctly classified images")
     axes[1].yaxis.set_major_formatter(PercentFormatter(1))

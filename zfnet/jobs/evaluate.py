@@ -1,4 +1,4 @@
-"""job=evaluate: a run's accuracy on a split of its own data, or on other images."""
+"""job=evaluate: measure a run's accuracy on a split of its own data, or on other images."""
 
 import math
 from collections.abc import Iterator
@@ -69,13 +69,13 @@ class EvaluateJob(Job):
 
 
 def worst(evaluation: Evaluation) -> Tensor:
-    """Return the places of the images whose prediction is wrong, the most confident one first."""
+    """Return the indices of the images with a wrong prediction, the most confident first."""
     wrong = (evaluation.predictions != evaluation.labels).nonzero().flatten()
     return wrong[evaluation.confidences[wrong].argsort(descending=True, stable=True)]
 
 
 def _rows(evaluation: Evaluation, images: ImageSet, split: str, root: str | None) -> list[dict[str, Any]]:
-    """Return the rows of predictions.csv: a file by its path, another image by its number in the split."""
+    """Return the rows of predictions.csv, which name images by path or, without files, by their number in the split."""
     assert evaluation.probabilities is not None
     files = [str(Path(root or "", images.files[row])) for row in images.rows.tolist()] if images.files else []
     names = files or [f"{split} {number}" for number in range(len(images))]
@@ -88,12 +88,12 @@ class MeanOfViews(nn.Module):
 
     Source: Krizhevsky et al. 2012, section 4.1; the paper, section 3. flip_shift: Jordan 2024 (airbench).
 
-    views: `flip` (the image and its mirror image), `flip_shift` (these, and both moved by `shift` pixels to the upper
-        left and to the lower right, with reflected edges; the moved ones weigh as much as the others together) or
-        `tencrop` (four corners and the centre, and their mirror images; inputs must be larger than the network's, see
-        `data_for_tencrop`)
+    views: `flip` (the image and its mirror image), `flip_shift` (also both shifted by `shift` pixels to the upper left
+        and to the lower right, with reflected edges; the four shifted views weigh as much as the other two) or
+        `tencrop` (four corners and the centre, and their mirror images; images must be larger than the network's
+        input, see `data_for_tencrop`)
     image_size: side S of the network's input, in pixels
-    shift: of flip_shift, in pixels of the network's input
+    shift: the shift of `flip_shift`, in pixels of the network's input
     """
 
     def __init__(self, model: nn.Module, views: str, image_size: int, shift: int = 1) -> None:
@@ -102,7 +102,7 @@ class MeanOfViews(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return log-probabilities [N, classes] for images [N, 3, h, w]."""
-        # one view at a time, since ten would multiply the memory by ten
+        # run one view at a time, because ten at once would need ten times the memory
         views = [self.model(view).float().softmax(1) for view in self._views(images)]
         mean = torch.stack(views).mean(0)
         if self.views == "flip_shift":
@@ -123,9 +123,9 @@ class MeanOfViews(nn.Module):
 
 
 def data_for_tencrop(data: DataConfig, stored_size: int, crop_ratio: float) -> DataConfig:
-    """Return how images must be prepared for ten crops: larger than the network's input, so that crops are its size.
+    """Return a config that makes images larger than the network's input, so that the ten crops have the input's size.
 
-    A crop's side is data.crop_size of the `stored_size` pixels where that is set, else `crop_ratio` of the image.
+    The ratio of crop to image is data.crop_size / `stored_size` if data.crop_size is set, otherwise `crop_ratio`.
     """
     ratio = data.crop_size / stored_size if data.crop_size else crop_ratio
     return replace(data, crop_size=None, image_size=round(data.image_size / ratio))

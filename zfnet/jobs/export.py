@@ -1,4 +1,4 @@
-"""job=export: a run's network as ONNX and torch.export files, each compared with the network."""
+"""job=export: write a run's network as ONNX and torch.export files, and compare each with the network."""
 
 import importlib.util
 import io
@@ -21,7 +21,7 @@ from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import LoadedRun
 
 FORMATS = ("onnx", "pt2")
-TOLERANCE = 1e-4  # of the largest logit: other kernels sum in another order
+TOLERANCE = 1e-4  # relative to the largest logit; other kernels sum in another order
 _BATCH_SIZES = (1, 2, 5)  # the network is traced with 2
 
 
@@ -32,7 +32,7 @@ class ExportJob(Job):
     format: Literal["onnx", "pt2", "all"]
 
     def main(self, config: Config, output: Path) -> None:
-        """Write model.onnx, model.pt2 and model.json; raises UserError if a file's logits differ."""
+        """Write model.onnx, model.pt2 and model.json; raise UserError if a file's logits differ."""
         formats = FORMATS if self.format == "all" else (self.format,)
         missing = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]
         if "onnx" in formats and missing:
@@ -59,7 +59,7 @@ class ExportJob(Job):
 
 
 def describe(loaded: LoadedRun) -> dict[str, Any]:
-    """Return classes, input, output and preprocessing, for model.json and for inside the files."""
+    """Return classes, input, output and preprocessing, for model.json and for the metadata of the files."""
     data, size = loaded.data, loaded.data.image_size
     return {
         "classes": list(loaded.classes),
@@ -87,7 +87,7 @@ def describe(loaded: LoadedRun) -> dict[str, Any]:
 
 
 def check(model: nn.Module, exported: Callable[[Tensor], Tensor], side: int) -> float:
-    """Return the largest difference of logits between the two on random images, in batches of several sizes.
+    """Return the largest difference between the logits of the two on random images, in batches of several sizes.
 
     Raises UserError if it is more than TOLERANCE of the largest logit.
     """
@@ -104,7 +104,7 @@ def check(model: nn.Module, exported: Callable[[Tensor], Tensor], side: int) -> 
 
 def _onnx(program: ExportedProgram, metadata: str) -> bytes:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the exporter's internals
+        warnings.simplefilter("ignore")  # the warnings are about the exporter's internals
         exported = torch.onnx.export(
             program,
             (),

@@ -1,7 +1,7 @@
-"""job=import: a run directory of a network that was trained elsewhere, for all jobs but trainings and evolution.
+"""job=import: write a run directory for a network trained elsewhere, for all jobs except trainings and evolution.
 
-What is read is safetensors, state dicts that `torch.load(weights_only=True)` accepts, and ONNX graphs. None of them can
-run code, and names and sizes are compared with the network before memory is allocated.
+It reads safetensors, state dicts that `torch.load(weights_only=True)` accepts, and ONNX graphs. None of these can run
+code. Names and sizes are compared with the network before memory is allocated.
 """
 
 import hashlib
@@ -31,18 +31,18 @@ from zfnet.runs.weights import ModelMetadata, load_model, network_with, save_mod
 from zfnet.training.loaded import PREPROCESSING
 
 PUBLISHED = ("alexnet", "vgg11")  # torchvision's, with weights that were trained on ImageNet
-_BATCH_SIZE = 64  # of jobs on the imported run
+_BATCH_SIZE = 64  # for jobs on the imported run
 _IMAGENET = 1000
-_COMPARED = 3  # images
+_COMPARED = 3  # random images for the comparison with onnxruntime
 
 
-# a network's settings, its weights (the last layer's last) and the side of its images
+# a network's settings, its weights (those of the last layer at the end) and the side of its images in pixels
 _Found = tuple[Any, dict[str, Tensor], int]
 
 
 @dataclass(kw_only=True)
 class ImportJob(Job):
-    """See conf/job/import.yaml."""
+    """Import a network; conf/job/import.yaml describes the settings."""
 
     classes: Optional[str]
     channels: Literal["rgb", "bgr"]
@@ -55,7 +55,7 @@ class ImportJob(Job):
         if not path.is_file():
             raise UserError(f"source={config.source}: there is no such file{did_you_mean(config.source, PUBLISHED)}")
         kind = path.suffix.lower()
-        if kind == ".safetensors" and "zfnet" in _read(path)[0]:  # of this program, with all metadata
+        if kind == ".safetensors" and "zfnet" in _read(path)[0]:  # this program wrote it, with all metadata
             for key, value, default in (("classes", self.classes, None), ("channels", self.channels, "rgb")):
                 if value != default:
                     raise UserError(f"job.{key}={value}: {path.name} records its classes and channels; leave it out")
@@ -87,7 +87,7 @@ class ImportJob(Job):
 
 
 def _data(config: Config, image_size: int) -> FolderData:
-    """Return how images are prepared: as torchvision's evaluation does, except for the keys that the command sets."""
+    """Return the data config: the preprocessing of torchvision's evaluation, except for keys that the command sets."""
     base: dict[str, Any] = {
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
@@ -110,7 +110,7 @@ def _count_classes(path: Path, state: dict[str, Tensor]) -> int:
 
 
 def _class_names(file: str | None, count: int) -> tuple[str, ...]:
-    """Return the names of the classes: those in a text file, one per line; ImageNet's for 1,000; else numbers."""
+    """Return the class names: from a text file, one per line, if given; else ImageNet's for 1,000; else numbers."""
     if file is None:
         imagenet = _weights("alexnet").meta["categories"] if count == _IMAGENET else range(count)
         return tuple(class_name(str(name)) for name in imagenet)
@@ -128,16 +128,16 @@ def _class_names(file: str | None, count: int) -> tuple[str, ...]:
 
 
 def _weights(name: str) -> Any:
-    from torchvision.models import get_model_weights  # half a second
+    from torchvision.models import get_model_weights  # takes half a second
 
     return get_model_weights(name).DEFAULT
 
 
 def _published(name: str) -> Path:
-    """Return the file of torchvision's weights, downloaded where it is not cached, after its hash was compared."""
+    """Return the file of torchvision's weights, downloaded if it is not cached, after checking its hash."""
     url = str(_weights(name).url)
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    prefix = path.stem.rpartition("-")[2]  # of its SHA-256
+    prefix = path.stem.rpartition("-")[2]  # the first digits of its SHA-256
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _sha256(path: Path) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata, which only safetensors have, and the tensors of a file of weights."""
+    """Return the metadata, which only safetensors have, and the tensors of a weights file."""
     if path.suffix.lower() == ".safetensors":
         try:
             return read_tensors(path)
@@ -171,11 +171,11 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # PyTorch raises all kinds of errors for a damaged file, and advises to load it unsafely
+    except Exception as error:  # PyTorch raises many errors for a damaged file, and advises unsafe loading
         raise UserError(
             f"{path} is damaged, or holds more than torch.save(model.state_dict()) writes: tensors by name"
         ) from error
-    for key in ("state_dict", "model"):  # of a checkpoint
+    for key in ("state_dict", "model"):  # a checkpoint has its state dict here
         content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} is not a state dict (tensors by name)")
@@ -183,14 +183,14 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _state_dict(path: Path, config: Config) -> _Found:
-    """Return the weights of a file with their network: one of torchvision's if they fit it, else that of the config."""
+    """Return a file's weights and their network: a torchvision network if the weights fit it, else the config's."""
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in _read(path)[1].items()}
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     chosen = any(key.split(".")[0] == "model" for key in config.overridden)
     for name in () if chosen else PUBLISHED:
         settings = {"_target_": f"torchvision.models.{name}"}
         own = _empty(settings, 224)
-        body = list(own)[:-2]  # less the last layer, which has a bias
+        body = list(own)[:-2]  # without the last layer's weight and bias
         if own.keys() == state.keys() and all(state[key].shape == own[key].shape for key in body):
             return settings, {key: state[key] for key in own}, 224
     if not isinstance(config.model, dict):
@@ -200,7 +200,7 @@ def _state_dict(path: Path, config: Config) -> _Found:
         if key not in state:
             raise UserError(f"{path}: lacks {key} of model={model_name(config.model)}; has {', '.join([*state][:4])} …")
     others = {key: value for key, value in state.items() if key not in order}  # refused later, by name
-    # the last layer need not be the last in the file: its shape follows the number of classes
+    # find the last layer by its shapes, which depend on the number of classes; it can be anywhere in the file
     more = _empty(config.model, config.data.image_size, config.imports, classes=11)
     head = [key for key in order if key in more and order[key].shape != more[key].shape]
     head = head or [key for key in order if order[key].ndim]
@@ -209,7 +209,7 @@ def _state_dict(path: Path, config: Config) -> _Found:
 
 
 def _empty(model: Any, image_size: int, imports: Sequence[str] = (), classes: int = 10) -> Mapping[str, Tensor]:
-    """Return the names and shapes of a network's weights."""
+    """Return a network's state dict on `meta`: names and shapes without memory."""
     with torch.device("meta"):
         state: Mapping[str, Tensor] = build_model(model, classes, image_size, imports, probe=False).state_dict()
     return state
@@ -229,9 +229,9 @@ def _onnx(path: Path, config: Config) -> _Found:
 
 @torch.no_grad()
 def _compare(path: Path, model: torch.nn.Module, data: FolderData) -> str:
-    """Compare probabilities, or logits, with onnxruntime's on random images; return a message.
+    """Compare probabilities or logits with onnxruntime's on random images; return a message.
 
-    Raises UserError if they differ by more than TOLERANCE (of the largest, if that is above 1).
+    Raises UserError if they differ by more than TOLERANCE, relative to the largest output if that is above 1.
     """
     try:
         import onnxruntime
@@ -249,7 +249,7 @@ def _compare(path: Path, model: torch.nn.Module, data: FolderData) -> str:
             logits = model(images)
             ours = min((logits, logits.softmax(1)), key=lambda values: float((values - theirs).abs().max()))
             largest = max(largest, float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max())))
-    except Exception as error:  # whatever it raises about a file
+    except Exception as error:  # onnxruntime can raise anything
         raise UserError(f"{path}: onnxruntime cannot run it ({one_line(error)})") from error
     if not largest <= TOLERANCE:
         raise UserError(f"{path}: this network's outputs differ from onnxruntime's by {largest:.3g}")

@@ -1,4 +1,4 @@
-"""job=predict: a run's network on image files."""
+"""job=predict: classify image files with a run's network."""
 
 import os
 import shutil
@@ -24,18 +24,18 @@ from zfnet.runs.tables import format_table, shorten
 from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import PREPROCESSING, LoadedRun
 
-_DATA_KEYS = ("batch_size", "max_pixels", *PREPROCESSING)  # the keys of `data` that count here
+_DATA_KEYS = ("batch_size", "max_pixels", *PREPROCESSING)  # the keys of `data` that job=predict uses
 SHOWN = 48  # images in the figure
-MOST_COLUMNS = 100  # classes with a column of predictions.csv
-PICTURE_SIZE = 160  # pixels per side of an image in the figure, at least
+MOST_COLUMNS = 100  # up to this many classes, predictions.csv has a column for each class
+PICTURE_SIZE = 160  # smallest side of an image in the figure, in pixels
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image: its name and (class, probability), most probable first; or the error for which it was not read.
+    """The name of an image and its (class, probability) pairs, most probable first, or the error of reading it.
 
-    probabilities: [classes], of all of them in the run's order
-    picture: uint8 [h, w, 3], of the images that the figure shows
+    probabilities: [classes], all classes in the run's order
+    picture: uint8 [h, w, 3], only for images in the figure
     """
 
     name: str
@@ -53,9 +53,9 @@ class PredictJob(Job):
     top: Positive
 
     def main(self, config: Config, output: Path) -> None:
-        """Classify the images that `images=[…]` names: a table, predictions.json and .csv, and a figure.
+        """Classify the images in `images=[…]`; print a table, and write predictions.json, predictions.csv and a figure.
 
-        An unreadable image is reported and the others are done; raises UserError if none can be read.
+        Unreadable images are reported and skipped. Raises UserError if no image can be read.
         """
         if not config.images:
             raise UserError("job=predict needs images, as in 'images=[cat.jpg,photos/,https://…]'")
@@ -82,7 +82,7 @@ class PredictJob(Job):
                 "unreadable": [{"image": name, "error": error} for name, error in errors.items()],
             }
             run.write_json("predictions.json", content)
-            if len(errors) > 1 or predictions:  # a single one is named below
+            if len(errors) > 1 or predictions:  # `_none_readable` reports a single failure
                 for name, error in errors.items():
                     log.warning("not read: %s: %s", shorten(name, 200), error)
             if not predictions:
@@ -153,8 +153,8 @@ def prediction_rows(
 ) -> list[dict[str, Any]]:
     """Return the rows of predictions.csv, one for each image of `probabilities` [N, classes].
 
-    labels: the true classes, where they are known; predicted: of equally probable ones, which counted (the first)
-    Above MOST_COLUMNS classes have no columns of their own.
+    labels: the true classes, if known; predicted: the predicted classes, which decide between equal probabilities
+    If there are more than MOST_COLUMNS classes, they have no columns of their own.
     """
     rows: list[dict[str, Any]] = []
     for number, (name, values) in enumerate(zip(names, probabilities.tolist(), strict=True)):
@@ -176,7 +176,7 @@ def _none_readable(errors: dict[str, str]) -> UserError:
 
 
 def prediction_table(predictions: Sequence[Prediction], width: int) -> list[str]:
-    """Return lines of at most `width` characters: one per image or, where that is too wide, one per class."""
+    """Return lines of at most `width` characters: one per image or, if that is too wide, one per class."""
     count = max(len(p.best) for p in predictions)
     rows = [[p.name, *(cell for c, value in p.best for cell in (c, f"{value:.1%}"))] for p in predictions]
     lines = format_table(rows, "<" + count * "<>", width, shrink=[0])

@@ -1,4 +1,4 @@
-"""job=reproduce: run a training again from its record, and compare."""
+"""job=reproduce: train a run again from its record, and compare the two."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ class ReproduceJob(Job):
     trains: ClassVar[bool] = True
 
     def main(self, config: Config, output: Path) -> None:
-        """Train the recorded config (and overrides, which make it a variation) in `output`, and compare.
+        """Train the recorded config in `output` and compare; overrides make it a variation.
 
-        Raises UserError if there is nothing to compare with, and if the result of the same config differs.
+        Raises UserError if there is nothing to compare with, or if the same config gives a different result.
         """
         if torchrun_world() is not None:
             raise UserError("job=reproduce does not run under torchrun: set trainer.devices=<processes> instead")
@@ -48,11 +48,11 @@ def reproduce(config: Config, run: RunDirectory) -> None:
 
 
 def _reproduce(config: Config, run: RunDirectory, original: RunDirectory, stop: StopRequest) -> None:
-    """Train in a held directory, from its newest checkpoint if it has one, and compare."""
+    """Train in a locked directory, from its newest checkpoint if there is one, and compare."""
     with recorded_state(run, f"stopped; continue with: python run.py job=resume run={run.folder}"):
         train_parent(config, run, stop)
         with recorded_threads(original.threads, config.trainer.devices):
-            compiled = original.environment.get("compiled")  # what trainer.compile=auto became there
+            compiled = original.environment.get("compiled")  # what trainer.compile=auto chose there
             train_and_test(config, run, stop, compiled=None if compiled is None else bool(compiled))
         comparison = compare_runs(original, run)
         run.write_json("reproduction.json", comparison)
@@ -67,7 +67,7 @@ def _reproduce(config: Config, run: RunDirectory, original: RunDirectory, stop: 
 
 
 def _finished(config: Config) -> RunDirectory:
-    """Return the run to repeat; raise UserError, before the training and not after it, where it cannot be compared."""
+    """Return the run to repeat. Raise UserError if it cannot be compared, so that no training is wasted."""
     original = find_run(str(config.run))
     if original.job not in ("train", "reproduce"):
         raise UserError(f"run={original.folder} was made by job={original.job}: only a training can be run again")

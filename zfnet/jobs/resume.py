@@ -19,9 +19,9 @@ class ResumeJob(Job):
     trains: ClassVar[bool] = True
 
     def main(self, config: Config, output: Path) -> float | None:
-        """Continue `run=<dir>` from that run's own config."""
-        # trust, loggers, the number of processes and the place of the data (its content is compared) do not change the
-        # result
+        """Continue `run=<dir>` with that run's own config."""
+        # trusted packages, loggers, the number of processes and the location of the data do not change the result; the
+        # content of the data is compared with the record
         free = ("job", "run", "imports", "logger", "trainer.devices", *_FREE_DATA)
         for key, override in config.overridden.items():
             if key not in free:

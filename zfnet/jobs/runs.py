@@ -18,7 +18,7 @@ from zfnet.runs.directory import RunDirectory, list_runs
 from zfnet.runs.tables import format_table, shorten
 from zfnet.runs.weights import recorded_accuracy
 
-# jobs that train; a run with a history.csv, of a job of your own, and a damaged run count as trainings too
+# jobs that train; "?" is a damaged run. A run of any other job counts as a training if it has a history.csv
 _TRAININGS = ("train", "extend", "fork", "reproduce", "?")
 
 
@@ -28,7 +28,7 @@ class Row:
 
     changed: seconds since 1970; model, data: empty for a comparison of runs; size: bytes on disk
     accuracy: the split and the accuracy on it; None if none is recorded
-    overrides: those of the command that made it, without those about Hydra and the job
+    overrides: the overrides of the command, without those of Hydra and of the job
     """
 
     state: str
@@ -50,9 +50,9 @@ class RunsJob(Job):
     where: list[str]
 
     def main(self, config: Config, output: Path) -> None:
-        """Print the table; a damaged run has a line, too.
+        """Print the table, which lists damaged runs, too.
 
-        Raises UserError if there is no such folder, and for a key of `where` that no run has.
+        Raises UserError if the folder does not exist, and for a key of `where` that no run has.
         """
         root = Path(self.root).expanduser()
         if not root.is_dir():
@@ -80,7 +80,7 @@ class RunsJob(Job):
                 raise UserError(f"job.where: no run has a key {key}{advice}"[:500])
         if rows:
             rows.sort(key=lambda row: (_rank(row, self.sort), -row.changed))
-            # in a file or a pipe, directories are not shortened
+            # do not shorten directories in a file or a pipe
             width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
             print("\n".join(run_table(rows, time.time(), width)))
         else:
@@ -90,8 +90,8 @@ class RunsJob(Job):
 
 
 def _rank(row: Row, by: str) -> Any:
-    """Return what sorts the newest, best or largest run first, and names from a to z."""
-    if by == "accuracy":  # a split is not ranked among another's
+    """Return a sort key: the newest, best or largest run first, names from a to z."""
+    if by == "accuracy":  # rank each split separately
         split, value = row.accuracy or ("", 0.0)
         return split != "validation", not split, split, -value
     if by in ("age", "size"):
@@ -100,12 +100,12 @@ def _rank(row: Row, by: str) -> Any:
 
 
 def describe(run: RunDirectory, plain: Mapping[str, Any]) -> Row:
-    """Read one directory, in which any file may be missing or damaged; `plain` is its config."""
+    """Describe one directory, in which any file can be missing or damaged; `plain` is its config."""
     state = run.state
     if state == "running" and not run.in_use():
         state = "killed"
     changed, size = _on_disk(run.folder)
-    one_network = plain.get("runs") is None  # only job=compare has `runs`; it names no network and no images
+    one_network = plain.get("runs") is None  # only job=compare sets `runs`, and its model and data are unused
     return Row(
         state,
         changed,
@@ -120,13 +120,13 @@ def describe(run: RunDirectory, plain: Mapping[str, Any]) -> Row:
 
 
 def _name(group: Any) -> str:
-    """Return the name of a recorded group, or the class that its `_target_` names."""
+    """Return the name of a recorded config group, or the class that its `_target_` names."""
     name = group.get("name") or str(group.get("_target_", "?")).rpartition(".")[2] if isinstance(group, dict) else "?"
     return str(name)
 
 
 def _equal(value: Any, wanted: str) -> bool:
-    """Return whether a recorded value is the one that the text `wanted` stands for: 1e-3 is 0.001, null is None."""
+    """Return whether a recorded value equals the value of the text `wanted`: 1e-3 equals 0.001, null equals None."""
     try:
         return float(value) == float(wanted) and not isinstance(value, bool)
     except (TypeError, ValueError):
@@ -135,22 +135,22 @@ def _equal(value: Any, wanted: str) -> bool:
 
 
 def _on_disk(folder: Path) -> tuple[float, int]:
-    """Return when anything in the folder changed last, and the size of all files in it."""
+    """Return (time of the last change in the folder, total size of its files in bytes)."""
     changed, size = 0.0, 0
     for place, _, names in os.walk(folder):
         for name in names:
             try:
                 stat = os.lstat(os.path.join(place, name))
-            except OSError:  # removed meanwhile
+            except OSError:  # another process has removed it
                 continue
             size += stat.st_size
-            if name != ".lock":  # its time changes whenever its holder is looked up
+            if name != ".lock":  # `in_use` changes its time
                 changed = max(changed, stat.st_mtime)
     return changed, size
 
 
 def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
-    """Return a header and the runs: two lines each, shortened to `width`; for a file or a pipe (None) one long line."""
+    """Return a header and two lines per run, shortened to `width`; without a width (file, pipe), one long line each."""
     cells = [("state", "age", "job", "accuracy", "size", "directory")]
     for row in rows:
         split, value = row.accuracy or ("", 0.0)
@@ -162,7 +162,7 @@ def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
         wide = [(*cell[:-1], *words, cell[-1]) for cell, words in zip(cells, what, strict=True)]
         return format_table(wide, "<><<><<<<", gap=1)
     align = "<><<><"
-    if len({row.job for row in rows}) == 1:  # directories then fit more often
+    if len({row.job for row in rows}) == 1:  # without this column, more directories fit
         cells, align = [(*cell[:2], *cell[3:]) for cell in cells], "<><><"  # type: ignore[misc]
     lines = format_table(cells, align, width, shrink=[len(align) - 1], gap=1)
     below = ["  " + ": ".join(filter(None, (model and f"{model} on {data}", changed))) for model, data, changed in what]

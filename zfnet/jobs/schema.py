@@ -1,4 +1,4 @@
-"""job=schema: JSON schemas of the YAML files in conf/, from the classes that check them when a config is read."""
+"""job=schema: write JSON schemas of the YAML files in conf/, from the classes that validate a config."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from zfnet.runs.directory import write_atomically
 from zfnet.runs.hydra_record import described_keys
 
 _TARGET = {"_target_": {"type": "string", "description": "a class, by its dotted name"}}
-_PART = {"type": "object", "properties": _TARGET}  # its arguments are the class's own
+_PART = {"type": "object", "properties": _TARGET}  # the class defines the other keys
 _DEFAULTS = {"type": "array", "description": "Hydra's defaults list: what this file builds on"}
-# a file may leave a value to another key or to its user
+# a file can take a value from another key (`${…}`) or leave it to the user (`???`)
 _INTERPOLATION = {"type": "string", "pattern": r"^(\$\{.*\}|\?\?\?)$"}
-_GLOBAL = ("config", "experiment", "debug", "job")  # their files hold whole configs, from the top
+_GLOBAL = ("config", "experiment", "debug", "job")  # the files of these groups contain whole configs
 
 
 @dataclass(kw_only=True)
@@ -29,7 +29,7 @@ class SchemaJob(Job):
     folder: str
 
     def main(self, config: Config, output: Path) -> None:
-        """Write a file for each group."""
+        """Write one file for each group."""
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         for group, schema in group_schemas().items():
@@ -42,7 +42,7 @@ class SchemaJob(Job):
 def group_schemas() -> dict[str, dict[str, Any]]:
     """Return a JSON schema (2020-12) for each group of `conf/`, and `config` for config.yaml.
 
-    No key is required, since a file may build on others.
+    No key is required, because a file can inherit keys from others.
     """
     parts = {
         "model": {"anyOf": [_class_schema(ModelConfig, "model"), {**_PART, "required": ["_target_"]}]},
@@ -70,7 +70,7 @@ def group_schemas() -> dict[str, dict[str, Any]]:
 
 
 def _jobs() -> Iterable[dict[str, Any]]:
-    """Yield the schema of each job's settings, distinguished by their `_target_`."""
+    """Yield the schema of the settings of each job, which `_target_` distinguishes."""
     for path in sorted((CONF / "job").glob("*.yaml")):
         target = yaml.safe_load(path.read_text(encoding="utf-8"))["job"]["_target_"]
         schema = _class_schema(resolve("job", target, Job), f"job/{path.stem}")
@@ -81,9 +81,9 @@ def _jobs() -> Iterable[dict[str, Any]]:
 
 
 def _class_schema(cls: Any, group: str) -> dict[str, Any]:
-    """Return the schema of a class, its parts written out; keys are described by the comments in `conf/<group>`."""
+    """Return the schema of a class without `$ref`s; the comments in `conf/<group>` describe its keys."""
     plain = TypeAdapter(cls).json_schema()
-    schema: dict[str, Any] = _relaxed(plain, plain.get("$defs", {}))["anyOf"][0]  # the class itself, and not `${…}`
+    schema: dict[str, Any] = _relaxed(plain, plain.get("$defs", {}))["anyOf"][0]  # the class itself, not `${…}`
     place = CONF / group
     for path in sorted(place.rglob("*.yaml")) if place.is_dir() and group != "." else [place.with_suffix(".yaml")]:
         for key, _, _, comment in described_keys(path.read_text(encoding="utf-8")) if path.is_file() else ():
@@ -93,7 +93,7 @@ def _class_schema(cls: Any, group: str) -> dict[str, Any]:
 
 
 def _relaxed(node: Any, parts: dict[str, Any]) -> Any:
-    """Return a schema with its `$ref`s written out, no required keys, and `${…}` and `???` for any value."""
+    """Return a schema with `$ref`s resolved and no required keys, in which any value can be `${…}` or `???`."""
     if isinstance(node, list):
         return [_relaxed(item, parts) for item in node]
     if not isinstance(node, dict):
@@ -112,7 +112,7 @@ def _relaxed(node: Any, parts: dict[str, Any]) -> Any:
 
 
 def _with_defaults(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a group's file, which may also hold Hydra's defaults list."""
+    """Return the schema of a group's file, which can also contain Hydra's defaults list."""
     if "anyOf" in schema:
         return {"anyOf": [_with_defaults(part) for part in schema["anyOf"]]}
     return {**schema, "properties": {**schema.get("properties", {}), "defaults": _DEFAULTS}}

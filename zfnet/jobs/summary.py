@@ -1,4 +1,4 @@
-"""job=summary: the network's layers, as a table."""
+"""job=summary: print a table of the network's layers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ class SummaryJob(Job):
     reads_run: ClassVar[str] = "optional"
 
     def main(self, config: Config, output: Path) -> None:
-        """Print each layer's output shape for BATCH images, its parameters and multiply-adds for one, and the sums."""
+        """Print each layer's output shape for BATCH images, its parameters and multiply-adds per image, and totals."""
         size, classes = config.data.image_size, known_classes(config.data)
         if classes is None and config.run and (weights := find_run(str(config.run)).weights).is_file():
             classes = len(load_model(weights, config.imports)[1].classes)
         elif classes is None:
             classes = len(load_splits(config.data, config.imports).train.classes)
-        # counting takes no weights: on `meta` they take no memory; another network's code may need real ones
+        # counting needs no weights, and on `meta` they use no memory; the code of other networks can need real weights
         device = "meta" if isinstance(config.model, ModelConfig) and config.trainer.init_from is None else "cpu"
         with torch.device(device):
             model = initial_model(config, classes)[0].eval()
@@ -38,7 +38,7 @@ class SummaryJob(Job):
             verbose=0,
             device=device,
             depth=1,
-            col_names=("output_size", "num_params", "mult_adds"),  # what torchinfo counts
+            col_names=("output_size", "num_params", "mult_adds"),  # torchinfo counts only these
         )
         whose = f"run={config.run}: " if config.run else ""
         print(f"{whose}model={model_name(config.model)} for {classes} classes ({config.data.title}), {size} px\n")

@@ -1,4 +1,4 @@
-"""job=train: load, train, test once, and write everything into one run directory."""
+"""job=train: load the data, train, test once, and write everything into one run directory."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -45,29 +45,29 @@ from zfnet.training.schedule import schedule_span
 from zfnet.training.state import TrainingState, set_optimizer_mode
 
 Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
-_FOR_CPUS, _LONG = ("fast", "small"), 1200  # models, and seconds of a run of another that are worth a mention
-_FEW = 100  # images, of which one is more than 1 % of accuracy
-_NAMED = 12  # classes in one line
+_FOR_CPUS, _LONG = ("fast", "small"), 1200  # models for CPUs; longer runs (in seconds) advise them
+_FEW = 100  # images; with fewer, one image is more than 1 % of accuracy
+_NAMED = 12  # class names in one line
 
 
 @dataclass(kw_only=True)
 class TrainJob(Job):
-    """Train `config`; it has no settings of its own."""
+    """Train the network that the config describes; this job has no settings of its own."""
 
     trains: ClassVar[bool] = True
 
     def main(self, config: Config, output: Path) -> float | None:
-        """Train `config` in the directory `output`; continue there if it holds the same run, unfinished."""
+        """Train in the directory `output`, or continue there if it contains the same run, unfinished."""
         return None if run_as_worker(config, output) else train(config, RunDirectory(output), trial_report())
 
 
 def run_as_worker(config: Config, output: Path) -> bool:
-    """Train as a process with rank > 0, if torchrun started this one as such; return whether it did."""
+    """Train as a worker if torchrun started this process with rank > 0; return whether it did."""
     world = torchrun_world()
     if world is None or world.is_main:
         return False
     run_worker(world, partial(_train_worker, imports=config.imports, data=config.data, parent=config.parent))
-    remove_if_empty(output)  # Hydra made it for this process; process 0 has another
+    remove_if_empty(output)  # Hydra created it for this worker; process 0 uses its own
     return True
 
 
@@ -76,7 +76,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
     config = compose(["experiment=quickstart", "optimizer.lr=3e-3"])
 
-    Raises UserError for a key, a choice or a value that is not acceptable.
+    Raises UserError for an invalid key, choice or value.
     """
     if isinstance(overrides, str):
         raise UserError(f"compose({overrides!r}): give a list of overrides, as in compose([{overrides!r}])")
@@ -91,15 +91,15 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 
 def fit(config: Config, folder: str | Path) -> TrainedRun:
-    """Train in Python what `compose` gave, in the directory `folder`, and return the finished run.
+    """Train a config from `compose` in the directory `folder`, and return the finished run.
 
-    The same call continues a stopped run, and returns a finished one. Raises UserError.
+    The same call continues a stopped run and returns a finished one. Raises UserError.
     """
     if not isinstance(config, Config):
         raise UserError(f"fit: needs a config from compose(list of overrides), not a {type(config).__name__}")
     if not config.job.trains or config.job.name in ("resume", "reproduce"):
         raise UserError(f"job={config.job.name}: fit trains only (job=train, job=extend or job=fork)")
-    read_config(config.to_dict(), config.imports)  # it may have been changed since
+    read_config(config.to_dict(), config.imports)  # check it again, because the caller can have changed it
     check_recipe(config)
     config.job.main(config, Path(folder))
     return load_run(folder, config.imports)
@@ -108,15 +108,15 @@ def fit(config: Config, folder: str | Path) -> TrainedRun:
 def train(
     config: Config, run: RunDirectory, report: Report | None = None, begin: Callable[[], None] | None = None
 ) -> float | None:
-    """Train in a directory that is free or holds this run, from its newest checkpoint if it has one.
+    """Train in a free directory, or continue this run in its directory from its newest checkpoint.
 
-    Returns the objective of a sweep.
+    Returns the objective of a sweep; None if the run was pruned.
 
-    report: gets every epoch's validation accuracy and may prune the run, which then has no objective
+    report: receives the validation accuracy of each epoch and can prune the run
     begin: writes the first checkpoint of a run that branches from another, if there is none yet
     """
     if run.state == "none" and config.parent is None:
-        check_initial_weights(config)  # before the directory is taken
+        check_initial_weights(config)  # before the run claims the directory
     with claimed(run, config, "train.log", config.composed) as stop:
         if begin is not None:
             begin()
@@ -131,7 +131,7 @@ def train(
             if config.data.root != run.read_config(config.imports).data.root:
                 _refuse_other_images(run, load_splits(config.data, config.imports))
                 record_data(run, config.data)
-            print(f"nothing to do: {run.folder} is finished")  # not into its log, which does not change
+            print(f"nothing to do: {run.folder} is finished")  # the log of a finished run does not change
             return objective(run.read_json("results.json"))
         try:
             with (
@@ -152,10 +152,10 @@ def train_and_test(
     compiled: bool | None = None,
     epochs: int | None = None,
 ) -> dict[str, Any]:
-    """Train, measure and write everything but the status; returns what results.json holds.
+    """Train, evaluate and write everything except the status; return the content of results.json.
 
-    compiled: what trainer.compile=auto became in the run that this one repeats
-    epochs: train no further than this, and measure nothing
+    compiled: the value of trainer.compile=auto in the run that this one repeats
+    epochs: stop after this epoch and evaluate nothing
     """
     given = {"imports": config.imports, "data": config.data, "parent": config.parent}
     work = partial(_train_worker, **given, epochs=epochs)
@@ -166,9 +166,9 @@ def train_and_test(
 def _train_worker(
     world: World, folder: Path, imports: list[str], data: DataConfig, parent: Parent | None, epochs: int | None = None
 ) -> None:
-    """Train in a process with rank > 0: as process 0 does, without writing files or logs.
+    """Train in a process with rank > 0, like process 0 but without files and logs.
 
-    data, parent: say where the images are now; the record may name another place
+    data, parent: name the current location of the images; the recorded location can be outdated
     """
     log.addHandler(logging.NullHandler())
     log.propagate = False
@@ -260,15 +260,15 @@ def _train(
         for name, logger in loggers.items():
             try:
                 logger.start(started)
-            except Exception as error:  # nothing is trained yet, so it need not go on without
+            except Exception as error:  # fail now, because nothing has been trained yet
                 raise UserError(describe_fault(f"logger.{name}", logger, error)) from error
         run_loop(state, train, each_epoch, stop, epochs)
         if epochs is not None:
             return {}
-        # the best on validation; without validation, the last
+        # keep the epoch that is best on validation; without validation, the last epoch
         if state.best is not None and state.best["epoch"] != state.epoch:
             best, problem = _best(run, state)
-            if best is None:  # weights of a worse epoch must not replace them
+            if best is None:  # the weights of a worse epoch must not replace the best ones
                 raise UserError(
                     f"{problem}: delete {run.checkpoints} and give job=resume run={run.folder} to train from the "
                     "start again"
@@ -316,7 +316,7 @@ def _callbacks(
 
 
 def _advise(state: TrainingState, seconds: float) -> str:
-    """Return how long a run takes and, if that is long on a CPU, which experiments are made for one."""
+    """Return the expected duration of a run and, if it is long on a CPU, the experiments made for CPUs."""
     device = {"cpu": "this CPU", "cuda": "this GPU"}.get(state.runtime.device.type, "this device")
     advice = f"about {cb.duration(seconds)} on {device}, by its first steps"
     alone = state.runtime.device.type == "cpu" and state.world.size == 1
@@ -343,7 +343,7 @@ def _write_environment(config: Config, run: RunDirectory, state: TrainingState, 
         "imports": config.imports,
     }
     if config.trainer.init_from is not None and config.parent is None:
-        if resumed:  # the network does not hold them any more
+        if resumed:  # the network has trained weights by now
             environment["initial_weights_sha256"] = run.read_json("environment.json")["initial_weights_sha256"]
         else:
             environment["initial_weights_sha256"] = weights_hash(state.model.state_dict())
@@ -362,7 +362,7 @@ def _refuse_other_images(run: RunDirectory, splits: Splits) -> None:
 
 
 def _check_against(splits: Splits, config: Config) -> None:
-    """Compare the config with the images themselves; raise UserError."""
+    """Check the config against the loaded images; raise UserError."""
     data = config.data
     if splits.validation is None and config.trainer.monitor == "validation_loss":
         raise UserError(
@@ -381,9 +381,9 @@ def _check_against(splits: Splits, config: Config) -> None:
 
 
 def _best(run: RunDirectory, state: TrainingState) -> tuple[Checkpoint | None, str | None]:
-    """Return the weights of the best epoch so far, or None and a message about what is wrong with them.
+    """Return the weights of the best epoch so far, or None and a message that says why they are lost.
 
-    If a process was killed after its last checkpoint, they may be those of a later and better epoch.
+    If a process was killed after its last checkpoint, the weights can belong to a later and better epoch.
     """
     if state.best is None:
         return None, None
@@ -417,13 +417,13 @@ def _report(
     sets: Mapping[str, Batches],
     loggers: dict[str, Logger],
 ) -> dict[str, Any]:
-    """Measure validation and test with the weights to keep, and write figures, weights and results.json."""
+    """Evaluate validation and test with the final weights, and write figures, weights and results.json."""
     model = state.eval_model
     measured = {name: evaluate(model, batches, state.runtime, name) for name, batches in sets.items()}
     run.check_record()
     digest = save_model(run.weights, model, metadata)
     begun = config.parent.epoch if config.parent else 0
-    own = [row["seconds"] for row in state.history if row["epoch"] > begun]  # the parent may have had other images
+    own = [row["seconds"] for row in state.history if row["epoch"] > begun]  # the parent can have used other images
     results: dict[str, Any] = {
         name: results_of(measured[name], metadata.classes) if name in measured else None
         for name in ("validation", "test")
@@ -454,7 +454,7 @@ def _report(
 
 
 def _print_results(config: Config, run: RunDirectory, results: dict[str, Any]) -> None:
-    # a test accuracy beside each setting of a sweep would invite a choice by it
+    # in a sweep, do not print the test accuracy, because it must not guide the choice of settings
     names = [name for name in ("validation", "test") if results[name] and not (name == "test" and in_sweep())]
     for name in names:
         log_result(name, results[name])
