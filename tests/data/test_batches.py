@@ -1,4 +1,4 @@
-"""Order, augmentation and preprocessing: functions of (seed, epoch, image), equal to Pillow's resize."""
+"""Order and augmentation depend only on (seed, epoch, image); preprocessing equals Pillow's resize."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 def test_a_balanced_epoch_shows_each_class_equally_often(sizes: list[int], epoch: int, seed: int) -> None:
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     draws = balanced_draws(labels, seed, epoch)
-    assert len(draws) == len(draws.unique()) == len(labels)  # a repetition is a draw of its own
+    assert len(draws) == len(draws.unique()) == len(labels)  # each repetition has its own draw number
     index = draws % len(labels)
     classes = labels[index].bincount(minlength=len(sizes))[torch.tensor(sizes) > 0]
     assert classes.max() - classes.min() <= 1
-    for label in range(len(sizes)):  # within a class each image equally often
+    for label in range(len(sizes)):  # within a class, each image is equally frequent
         times = index.bincount(minlength=len(labels))[labels == label]
         assert not len(times) or times.max() - times.min() <= 1
 
@@ -96,17 +96,17 @@ def test_balanced_epochs_differ_and_repetitions_are_augmented_anew() -> None:
     epochs = [list(parts.epoch(epoch)) for epoch in range(2)]
     orders = [torch.cat([b.index for b in epoch]) for epoch in epochs]
     assert orders[0].tolist() != orders[1].tolist()
-    assert {*orders[0].tolist()} != {*orders[1].tolist()}  # other images of the large class are left out
+    assert {*orders[0].tolist()} != {*orders[1].tolist()}  # epochs leave out different images of the large class
     repeated = torch.cat([b.images for b in epochs[0]])[orders[0] == 28]
     assert len(repeated) in (7, 8)
     assert len(repeated.flatten(1).unique(dim=0)) > 4
-    for batch, again in zip(epochs[0][2:], parts.epoch(0, 2), strict=True):  # as a resume needs it
+    for batch, again in zip(epochs[0][2:], parts.epoch(0, 2), strict=True):  # a resume starts at batch 2
         assert torch.equal(batch.labels, (batch.index > 27).long())
         assert torch.equal(batch.images, again.images)
 
 
 def test_random_numbers_are_drawn_once_an_epoch(monkeypatch) -> None:
-    """On a GPU each draw is many small kernels."""
+    """On a GPU, each draw launches many small kernels."""
     drawn = []
 
     def noted(index: torch.Tensor, *rest):
@@ -120,7 +120,7 @@ def test_random_numbers_are_drawn_once_an_epoch(monkeypatch) -> None:
 
 
 def test_floats_are_resized_as_pytorch_does() -> None:
-    """By the same kernel in deterministic mode, where `F.interpolate` takes a slow way on a GPU."""
+    """`resize` calls the kernel directly, because `F.interpolate` is slow on a GPU in deterministic mode."""
     images = torch.rand(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.interpolate(images, size=(20, 20), mode="bilinear")
     assert torch.equal(resize(images, 20), expected)
@@ -163,7 +163,7 @@ def test_in_order_is_neither_shuffled_nor_augmented() -> None:
 
 
 def numbered(count: int = 1) -> torch.Tensor:
-    """Images whose pixel (y, x) is 10 y + x + 1 in all channels: never 0, the fill of these tests."""
+    """Return images in which pixel (y, x) is 10 y + x + 1 in all channels; 0 is the fill colour in these tests."""
     grid = 10 * torch.arange(6)[:, None] + torch.arange(6)[None] + 1
     return grid[None, :, :, None].expand(count, 6, 6, 3).to(torch.uint8).contiguous()
 
@@ -194,10 +194,10 @@ def test_alternating_flips_show_each_image_both_ways_in_two_epochs() -> None:
     assert first.double().mean().item() == pytest.approx(0.5, abs=0.05)
     for epoch in range(5):
         assert torch.equal(flipped(0, epoch), first ^ (epoch % 2 == 1))
-    assert flipped(1, 0).logical_xor(first).sum() > 800  # another seed, another half
+    assert flipped(1, 0).logical_xor(first).sum() > 800  # another seed flips another half
     assert torch.equal(flipped(0, 0, flips="random"), first)
     assert flipped(0, 1, flips="random").logical_xor(~first).sum() > 800
-    assert not draw(index, 6, augment_config(cutout=1, flips="alternating"), data, 0, 1)[2].any()  # flip is 0
+    assert not draw(index, 6, augment_config(cutout=1, flips="alternating"), data, 0, 1)[2].any()  # flip=0
 
 
 def test_crop_is_a_window_of_the_padded_image() -> None:
@@ -260,14 +260,14 @@ def test_cutout_blots_one_square_of_mean_colour() -> None:
         assert hole.sum() == len(rows) * len(columns)
         assert 2 <= len(rows) <= 4
         assert 2 <= len(columns) <= 4
-        if len(rows) < 4:  # cut off by the border only
+        if len(rows) < 4:  # only the border can shorten a hole
             assert rows[0] == 0 or rows[-1] == 8
         centres.add((rows[0].item(), columns[0].item()))
     assert len(centres) > 40
 
 
 def test_flips_crops_and_holes_are_independent() -> None:
-    """Each has random numbers of its own: knowing the flip says nothing about the window."""
+    """Flips and crops use independent random numbers, so they must not correlate."""
     data, count = data_config(mean=[0.0] * 3), 4000
     how = augment_config(crop_padding=1, flip=0.5)
     out = augment(numbered(count), torch.arange(count), how, data, 0, 0)[:, 3, :, 0].long()
@@ -277,7 +277,7 @@ def test_flips_crops_and_holes_are_independent() -> None:
     assert abs(torch.corrcoef(both)[0, 1]) < 5 / count**0.5
 
 
-BYTES = {"mean": [0.0] * 3, "std": [1 / 255] * 3}  # with these the network sees 0 … 255
+BYTES = {"mean": [0.0] * 3, "std": [1 / 255] * 3}  # normalisation then leaves 0 … 255
 
 
 @pytest.mark.parametrize("wanted", [64, 224])
@@ -292,7 +292,7 @@ def test_resizing_cifar_equals_pillow_to_the_bit(wanted: int) -> None:
 
 @pytest.mark.parametrize(("stored", "wanted"), [(32, 33), (64, 20), (48, 48), (64, 224), (256, 224), (40, 1)])
 def test_resizing_is_exact_to_a_grey_level(stored: int, wanted: int) -> None:
-    """Against float64, which the resize of bytes rounds twice; noise is the hardest image."""
+    """Compare with float64; the uint8 resize rounds twice. Noise images have the largest errors."""
     pixels = random_images(4, stored)
     exact = torch.nn.functional.interpolate(
         pixels.permute(0, 3, 1, 2).double(), size=(wanted, wanted), mode="bilinear", antialias=True
@@ -317,7 +317,7 @@ def test_normalisation() -> None:
         data.std
     ).view(3, 1, 1)
     torch.testing.assert_close(preprocess(pixels, data).double(), expected, rtol=1e-5, atol=1e-5)
-    grey = data_config(image_size=4)  # one mean and deviation for all: the faster way
+    grey = data_config(image_size=4)  # equal means and deviations use the faster path
     expected = (pixels.permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.5
     torch.testing.assert_close(preprocess(pixels, grey).double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -333,7 +333,7 @@ def test_memory_format(channels_last: bool) -> None:
     assert out.is_contiguous(memory_format=torch.channels_last) is channels_last
 
 
-# -- operations of torchvision's, and somebody's own
+# -- torchvision's and custom transforms
 
 JITTER = ("ColorJitter", {"brightness": 0.5, "hue": 0.2}), ("RandomRotation", {"degrees": 30})
 
@@ -384,7 +384,7 @@ def test_transforms_may_give_floats_and_another_size() -> None:
 
 @pytest.mark.parametrize("side", [8, 24])
 def test_transforms_that_change_the_size_come_after_the_window(side: int) -> None:
-    """The window of data.crop_size is not cut again from what they give."""
+    """The output of the transforms is not cropped to data.crop_size again."""
     given = random_images(1, side)
     parts = with_transforms(6, 4, [v2.Lambda(lambda image: given[0].permute(2, 0, 1))])
     parts.data = dataclasses.replace(parts.data, crop_size=12)

@@ -1,4 +1,4 @@
-"""Image files of every format, intact and hostile."""
+"""Decoding intact and hostile image files of every format."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_read_image_keeps_the_range_of_16_bits_and_floats() -> None:
         assert np.abs(pixels - GRADIENT).max() <= 1
     broken = Image.fromarray(np.array([[np.nan, np.inf, -np.inf, 0.2, 0.6]], dtype=np.float32))
     assert np.asarray(read_image(encode(broken, "TIFF")))[0, :, 0].tolist() == [0, 153, 0, 51, 153]
-    for value in (np.nan, np.inf, -np.inf, -3):  # nothing to scale by
+    for value in (np.nan, np.inf, -np.inf, -3):  # these images have no range
         assert not np.asarray(read_image(encode(Image.fromarray(np.full((2, 2), value, np.float32)), "TIFF"))).any()
 
 
@@ -141,7 +141,7 @@ def test_read_image_applies_exif_rotation(orientation: int) -> None:
 )
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
 def test_a_rotation_of_any_type(file_format: str, kind: int, count: int, value: bytes, turned: bool) -> None:
-    """What is equal to 1 … 8 counts; texts, fractions over 0 and unknown types do not, and cost no image."""
+    """Values equal to 1 … 8 count. Text, fractions with denominator 0 and unknown types are ignored, without error."""
     inline = value if len(value) <= 4 else struct.pack("<I", 26)
     tag = struct.pack("<HHI", 0x0112, kind, count) + inline.ljust(4, b"\0")
     if file_format == "TIFF":
@@ -161,7 +161,7 @@ def test_a_rotation_of_any_type(file_format: str, kind: int, count: int, value: 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["L", "RGB", "I;16", "RGBA"])
 def test_a_rotated_tiff_on_disk(mode: str, orientation: int, tmp_path: Path) -> None:
-    """Pillow maps some of them into memory as if they were upright."""
+    """Pillow memory-maps some rotated TIFFs as if they were upright."""
     grey = Image.fromarray(GRADIENT.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(GRADIENT)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -233,7 +233,7 @@ def test_folders_and_missing_files_are_unreadable(tmp_path: Path) -> None:
 
 
 def test_formats_are_few() -> None:
-    """Of the others, EPS and WMF start programs, and the rest is rarely a photograph."""
+    """Pillow's decoders for EPS and WMF start programs; the other formats rarely contain photographs."""
     assert set(FORMATS) - {"AVIF"} == {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"}
     assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm"} <= SUFFIXES
     assert not {".eps", ".ps", ".wmf", ".emf", ".psd", ".tga", ".jp2", ".ico"} & SUFFIXES
@@ -242,11 +242,11 @@ def test_formats_are_few() -> None:
             read_image(encode(Image.fromarray(COLOUR), other))
 
 
-# -- what a file may cost
+# -- limits on pixels and memory
 
 
 def test_more_than_max_pixels_are_refused_before_they_are_decoded() -> None:
-    file = io.BytesIO(_png_header(300, 200))  # its pixels are missing, so decoding would fail in another way
+    file = io.BytesIO(_png_header(300, 200))  # without pixel data, so decoding raises another error
     with pytest.raises(UnreadableImage, match=r"^60,000 pixels are more than data.max_pixels=59,999$"):
         read_image(file, 59_999)
     with pytest.raises(UnreadableImage, match="truncated"):
@@ -254,7 +254,7 @@ def test_more_than_max_pixels_are_refused_before_they_are_decoded() -> None:
 
 
 def test_a_bomb_is_refused_in_the_words_of_the_limit() -> None:
-    """Pillow's own limit, twice that of its warning, comes first."""
+    """Pillow's own limit, twice the limit of its warning, applies first."""
     with pytest.raises(UnreadableImage, match=r"^it has more pixels than data.max_pixels=[\d,]+ allows$"):
         read_image(io.BytesIO(_png_header(60_000, 60_000)))
 
@@ -268,7 +268,7 @@ def test_max_pixels_may_be_larger_than_pillows_own_limit(monkeypatch) -> None:
 
 
 def test_a_tiff_counts_by_its_largest_tile() -> None:
-    """A tile of 40,000×40,000 pixels in a file of 150 bytes, for an image of 10×10, took 1.5 GB."""
+    """An image of 10×10 pixels with one tile of 40,000×40,000 pixels, in a small file, took 1.5 GB of memory."""
     tags = {256: 10, 257: 10, 258: 8, 259: 5, 262: 1, 277: 1, 322: 40_000, 323: 40_000, 324: 130, 325: 1000}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     file = io.BytesIO(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(1004))
@@ -277,7 +277,7 @@ def test_a_tiff_counts_by_its_largest_tile() -> None:
 
 
 def _peak() -> int:
-    """Return the most memory that this process has held since the last `clear_refs`, in bytes."""
+    """Return this process's peak memory since the last write to `clear_refs`, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
@@ -285,12 +285,12 @@ def _peak() -> int:
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks of memory can be reset on Linux")
 @pytest.mark.parametrize("mode", ["I;16", "F", "RGBA", "RGB"])
 def test_memory_follows_the_number_of_pixels(mode: str, tmp_path: Path) -> None:
-    """At most three copies of four bytes a pixel, and what a band needs; scaling once took 26 bytes a pixel."""
+    """At most three copies of four bytes per pixel, plus one band; an earlier version took 26 bytes per pixel."""
     shape, kind = {"RGBA": ((4000, 5000, 4), np.uint8), "RGB": ((4000, 5000, 3), np.uint8)}.get(
         mode, ((4000, 5000), np.uint16 if mode == "I;16" else np.float32)
     )
     path, exif = tmp_path / "image.tif", Image.Exif()
-    exif[0x0112] = 6  # turning takes a copy as well
+    exif[0x0112] = 6  # rotating needs a copy, too
     Image.fromarray(np.zeros(shape, kind)).save(path, exif=exif)
     Path("/proc/self/clear_refs").write_text("5")
     before = _peak()
@@ -299,7 +299,7 @@ def test_memory_follows_the_number_of_pixels(mode: str, tmp_path: Path) -> None:
 
 
 def test_threads_share_one_limit(monkeypatch) -> None:
-    """Sixteen threads never hold more than the pixels of two images, and one that is larger waits for its turn."""
+    """Sixteen threads never decode more pixels than two images have at once; a larger image waits and runs alone."""
     monkeypatch.setattr(decode, "_pixel_limit", decode._PixelLimit(2 * COLOUR.size // 3))
     held, most, lock, real = 0, [0], threading.Lock(), decode.to_rgb
 
@@ -326,7 +326,7 @@ def test_threads_share_one_limit(monkeypatch) -> None:
 
 def test_image_size_reads_the_header_only(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    path.write_bytes(_png_header(300, 200))  # its pixels are missing
+    path.write_bytes(_png_header(300, 200))  # without pixel data
     assert image_size(path) == (300, 200)
 
 

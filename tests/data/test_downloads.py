@@ -1,4 +1,4 @@
-"""CIFAR and Imagenette through torchvision: what is said without them, and that nothing unverified is opened."""
+"""CIFAR and Imagenette through torchvision: error messages without a network, and no unverified file is opened."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zfnet.data.sources import NETWORK_TIMEOUT_S, load_cifar, load_splits
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
-    """Let every download fail, and return the timeouts that were in force."""
+    """Make every download fail, and return the socket timeouts that were set."""
     timeouts: list[float | None] = []
 
     def fail(*_: object, **__: object) -> None:
@@ -58,7 +58,7 @@ def test_the_command_says_it_too(run_py, offline) -> None:
 
 
 def test_a_strangers_pickle_is_not_opened(tmp_path: Path, offline, monkeypatch) -> None:
-    """The files are pickles; one that is not the published one, byte for byte, is never loaded."""
+    """The files are pickles; a pickle that differs from the published file is never loaded."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / torchvision.datasets.CIFAR10.base_folder
     folder.mkdir(parents=True)
@@ -70,7 +70,7 @@ def test_a_strangers_pickle_is_not_opened(tmp_path: Path, offline, monkeypatch) 
 
 
 def test_from_files_to_splits(monkeypatch, tmp_path: Path) -> None:
-    """With torchvision's class replaced: which of its images become training, validation and test."""
+    """Replace torchvision's class to check which images become training, validation and test."""
 
     class Fake:
         classes = tuple("abcdefghij")

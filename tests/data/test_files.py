@@ -1,4 +1,4 @@
-"""The images that `images=[…]` names, and downloads from hostile servers: bounded in size, time and redirects."""
+"""Finding the images that `images=[…]` names, and limits on size, time and redirects of downloads."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_find_images_expands_files_folders_patterns_and_addresses(tmp_path: Path
     assert names(["photos"]) == names(["photos/"]) == ["photos/deep/y.PNG", "photos/z.jpg"]
     assert names(["?.png"]) == ["a.png", "b.png"]
     assert names(["**/*.jpg"]) == ["photos/z.jpg"]
-    assert names(["odd[1].png"]) == ["odd[1].png"]  # a name before it is a pattern
-    assert names(["a.png", "*.png"]) == ["a.png", "b.png", "odd[1].png"]  # each once
+    assert names(["odd[1].png"]) == ["odd[1].png"]  # an existing file, not a pattern
+    assert names(["a.png", "*.png"]) == ["a.png", "b.png", "odd[1].png"]  # no repetitions
     assert names(["https://example.org/x?y=*"]) == ["https://example.org/x?y=*"]
 
 
 def test_list_images_follows_links_and_ends_loops(tmp_path: Path) -> None:
-    """Every folder once: links to each other from folder to folder would otherwise double the files at each step."""
+    """Each folder is read once; otherwise links between folders would double the number of files at each level."""
     for number in range(12):
         folder = tmp_path / f"top/{number}"
         folder.mkdir(parents=True)
@@ -136,7 +136,7 @@ class Hostile(BaseHTTPRequestHandler):
         self._respond(302, Location=self.path.removeprefix("/away/"))
 
     def _named(self) -> None:
-        """Answer with the path that came."""
+        """Return the requested path as the body."""
         self._respond(200, body=self.path.encode())
 
     def _latin(self) -> None:
@@ -170,7 +170,7 @@ class Hostile(BaseHTTPRequestHandler):
         self.wfile.write(bytes(range(128, 256)) + b"\x1b[31mGIF89a\x00" * 50 + b"\r\n\r\n")
 
     def _fat(self) -> None:
-        """A redirect whose own body never ends: it must not be read."""
+        """Send a redirect with an endless body, which must not be read."""
         self._respond(302, Location="/good")
         while not self.server.over.wait(0):  # type: ignore[attr-defined]
             self.wfile.write(b"x" * 65536)
@@ -183,7 +183,7 @@ class Hostile(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # the client hung up, which is what is tested
+        with contextlib.suppress(ConnectionError):  # the client is expected to close the connection
             super().handle()
 
     def log_message(self, *_: object) -> None:
@@ -273,7 +273,7 @@ def test_addresses_of_the_local_network(address: str, local: bool) -> None:
 
 
 def test_no_redirect_leads_from_a_public_address_to_the_local_network(server: str, monkeypatch) -> None:
-    """One of two servers stands for the public internet; what the typed address names is always fetched."""
+    """One of two servers simulates the public internet; the address that the user typed is always fetched."""
     with serving() as public:
         number = int(public.rpartition(":")[2])
         monkeypatch.setattr(files, "_is_local", lambda peer: peer[1] != number)
@@ -284,7 +284,7 @@ def test_no_redirect_leads_from_a_public_address_to_the_local_network(server: st
             with pytest.raises(UnreadableImage, match="redirects from a public address to the local network"):
                 fetch(f"{public}/{path}")
         with pytest.raises(UnreadableImage, match="redirects from a public address to the local network"):
-            fetch(f"{server}/away/{public}/away/{server}/good")  # not by a way round either
+            fetch(f"{server}/away/{public}/away/{server}/good")  # nor through a detour
 
 
 def test_addresses_may_hold_spaces_and_any_letters(server: str) -> None:

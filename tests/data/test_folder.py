@@ -1,4 +1,4 @@
-"""Images in folders: found, labelled, divided, and cached so that no kill, change or bad file does harm."""
+"""Reading image folders: labels, splits, and a cache that survives kills, changed files and bad files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from zfnet.runs.weights import ModelMetadata, TrainedRun
 
 @pytest.fixture
 def config(tmp_path: Path):
-    """Return a function that makes data settings for tmp_path/photos, with a cache of the test's own."""
+    """Return a function that makes a data config for tmp_path/photos, with a separate cache for each test."""
 
     def make(**changes: Any) -> DataConfig:
         values = {"name": "folder", "root": str(tmp_path / "photos"), "cache_dir": str(tmp_path / "cache")}
@@ -143,7 +143,7 @@ def test_formats_mix_and_odd_files_are_passed_over(config, photos: Path) -> None
 
 
 def test_what_is_left_out_is_counted_in_one_line(config, photos: Path, tmp_path: Path, caplog) -> None:
-    """The cases of the listing of folders have tests of their own, in test_files.py."""
+    """test_files.py tests the listing of folders in detail."""
     write_images(photos / "train", {"a": 3, "b": 3, ".ipynb_checkpoints": 1, "__MACOSX": 1})
     write_images(photos, {"predict": 1, ".thumbs": 1})
     write_images(photos / "test", {"a": 1})
@@ -198,14 +198,14 @@ def test_a_folder_that_cannot_be_read_is_named(config, photos: Path, monkeypatch
 
 @pytest.mark.parametrize("link", ["nowhere", "000.png"])
 def test_a_link_that_leads_nowhere_is_an_unreadable_image(config, photos: Path, link: str) -> None:
-    """Or round: a link to itself."""
+    """A broken link, and a link to itself."""
     write_images(photos, {"a": 3, "b": 3})
     (photos / "b/000.png").unlink()
     (photos / "b/000.png").symlink_to(link)
     with pytest.raises(UserError, match=r"b/000\.png cannot be read as an image .*data\.on_error=skip"):
         load_folder(config())
     assert load_folder(config(on_error="skip")).unreadable == ("b/000.png",)
-    with pytest.raises(UserError, match=r"b/000\.png cannot be read as an image"):  # though a cache exists now
+    with pytest.raises(UserError, match=r"b/000\.png cannot be read as an image"):  # although a cache exists now
         load_folder(config())
 
 
@@ -273,7 +273,7 @@ def test_or_left_out_and_counted(config, photos: Path, caplog) -> None:
     for name in ("a/0bad.png", "b/001b.png"):
         (photos / name).write_bytes(b"text")
     files = sorted(photos.rglob("*.png"))
-    for _ in range(2):  # from the cache as well
+    for _ in range(2):  # the second time from the cache
         caplog.clear()
         splits = load_folder(config(on_error="skip"))
         train, test = splits.train, splits.test
@@ -330,12 +330,12 @@ def test_a_change_makes_a_new_cache(config, photos: Path, what: str) -> None:
     assert after.train.images.filename != before.train.images.filename
     assert (after.fingerprint == before.fingerprint) == (
         what in ("fit", "draft")
-    )  # the fingerprint is of what the images show
+    )  # the fingerprint depends only on pixels and labels
 
 
 @pytest.mark.parametrize("how", ["in place", "elsewhere"])
 def test_equal_names_sizes_and_times_are_not_equal_content(config, photos: Path, tmp_path: Path, how: str) -> None:
-    """Also where the status of the files was remembered, which a change in place takes back."""
+    """The cache also remembers the files' status, and a change in place must invalidate it."""
     for folder in (photos, tmp_path / "others"):
         for name in ("a/0", "a/1", "b/0", "b/1"):
             path = folder / f"{name}.bmp"
@@ -363,14 +363,14 @@ def test_the_cache_is_found_wherever_the_files_lie(config, photos: Path, monkeyp
     for path in photos.with_name("moved").rglob("*.png"):
         os.utime(path, ns=(0, 10**18))
     moved = config(root=str(photos.with_name("moved")))
-    monkeypatch.setattr(folder_module, "_COARSEST_CLOCK_NS", -(10**12))  # these files are too young to trust their time
+    monkeypatch.setattr(folder_module, "_COARSEST_CLOCK_NS", -(10**12))  # trust the times of files that are this new
     assert load_folder(moved).train.images.filename == first.train.images.filename
     monkeypatch.setattr(folder_module, "_read", lambda *_: pytest.fail("hashed again"))
     assert load_folder(moved).fingerprint == first.fingerprint
 
 
 def test_the_time_of_a_young_file_is_not_trusted(config, photos: Path, monkeypatch) -> None:
-    """A file system may count in whole seconds: a second change would leave the same time."""
+    """A file system with a clock in whole seconds can give two changes the same time."""
     write_images(photos, {"a": 3, "b": 3})
     read: list[str] = []
     real = folder_module._read
@@ -402,7 +402,7 @@ def test_a_killed_build_leaves_nothing_that_counts(config, photos: Path, tmp_pat
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module.Path, "write_text", die)  # all pixels are written, the manifest is not
+        patch.setattr(folder_module.Path, "write_text", die)  # die after writing the pixels, before the manifest
         with pytest.raises(Killed):
             load_folder(config())
     left = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
@@ -509,7 +509,7 @@ def test_splits_that_hold_a_folder_of_their_own_name_are_found(config, photos: P
 
 @pytest.mark.parametrize("content", ["", ".", "../other"])
 def test_a_key_that_a_full_disk_cut_is_made_again(config, photos: Path, monkeypatch, content: str) -> None:
-    monkeypatch.setattr(folder_module, "_COARSEST_CLOCK_NS", -(10**12))  # these files are too young to trust their time
+    monkeypatch.setattr(folder_module, "_COARSEST_CLOCK_NS", -(10**12))  # trust the times of files that are this new
     write_images(photos, {"a": 3, "b": 3})
     first = load_folder(config())
     (key,) = Path(config().cache_dir).glob("*.key")

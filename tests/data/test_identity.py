@@ -1,4 +1,4 @@
-"""A run belongs to the data that it was trained on: what the data holds counts, not where it lies."""
+"""A run accepts only the data that it was trained on, identified by content and not by location."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ FOLDER = (*(w for w in MINUTE if "_images=" not in w), "data=folder", "data.imag
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """18 training images of two classes, in batches of 9, and 4 test images."""
+    """Write 18 training and 4 validation images of two classes, in batches of 9, and 4 test images."""
     write_images(tmp_path / "photos/train", {"cat": 10, "dog": 12}, size=64)
     write_images(tmp_path / "photos/test", {"cat": 2, "dog": 2}, size=64)
     return tmp_path / "photos"
 
 
 def config_for(root: Path, *words: str) -> Config:
-    config = compose(*FOLDER, EVERY_STEP, "data.root=nowhere", *words)  # composed once, whatever the folder
+    config = compose(*FOLDER, EVERY_STEP, "data.root=nowhere", *words)  # one composed config for all folders
     config.data.root = str(root)
     return config
 
 
 def start(folder: Path, root: Path, *words: str, at: int | None = None) -> RunDirectory:
-    """Train in `folder` on the images at `root`, up to this step or to the end."""
+    """Train in `folder` on the images at `root`, up to step `at` or to the end."""
     config, run = config_for(root, *words), RunDirectory(folder)
     if at is None:
         train(config, run)
@@ -56,14 +56,14 @@ def exchange(photos: Path) -> None:
 
 
 def to_validation(photos: Path) -> None:
-    """The same images and labels in the same order, divided in another way."""
+    """Divide the same images and labels, in the same order, in another way."""
     for split in ("val", "test"):
         (photos / split / "dog").mkdir(parents=True, exist_ok=True)
     (photos / "train/dog/011.png").rename(photos / "val/dog/011.png")
 
 
 def remembered(photos: Path) -> dict[str, object]:
-    """What environment.json holds about these images."""
+    """Return the entries of environment.json about these images."""
     splits = load_splits(config_for(photos).data)
     return json.loads(json.dumps({"data_fingerprint": splits.fingerprint, "data": splits.describe()}))
 
@@ -90,7 +90,7 @@ def test_difference_sees_pixels_counts_classes_and_splits(photos: Path, change: 
 
 @pytest.mark.parametrize("data", [[], {"classes": 3, "images": "x"}, {"classes": [[1]], "images": {"a": [2]}}, None])
 def test_difference_takes_a_strange_record(photos: Path, data: object) -> None:
-    """Older ones hold the fingerprint alone."""
+    """Older records contain only the fingerprint."""
     splits = load_splits(config_for(photos).data)
     assert splits.difference({"data_fingerprint": "0", "data": data})
     assert splits.difference({}) is None
@@ -162,7 +162,7 @@ def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(photos: Path, tmp_
 
 
 def again(run: RunDirectory, root: Path) -> RunDirectory:
-    """Reproduce a run; its figures and weights are compared with the record's."""
+    """Reproduce a run, which compares its metrics and weights with the record."""
     config, other = config_for(root), RunDirectory(run.folder.with_name("again"))
     config.run = str(run.folder)
     claim(other, config)
@@ -190,7 +190,7 @@ def test_validation_that_chooses_and_reports_says_so(photos: Path, tmp_path: Pat
     assert (run.folder / "train.log").read_text().count(line) == 1
     results = run.read_json("results.json")
     assert results.pop("validation_chose_and_reports") is True
-    run.write_json("results.json", results)  # as earlier versions wrote it
+    run.write_json("results.json", results)  # earlier versions did not write this key
     assert again(run, photos).read_json("reproduction.json")["identical"]
 
 
@@ -203,7 +203,7 @@ def test_names_of_any_bytes_end_no_run(tmp_path: Path, run_py) -> None:
     names = ["$_$", r"\x1b[31mred", "caf\u00e9", r"lone\udcff", r"new\nline"]
     assert list(run.read_json("results.json")["test"]["per_class"]) == names
     assert "\x1b" not in (run.folder / "train.log").read_text()
-    answer = run_py("job=predict", "run=r", "images=photos", "hydra.run.dir=p")  # draws names as well
+    answer = run_py("job=predict", "run=r", "images=photos", "hydra.run.dir=p")  # draws the names, too
     assert answer.code == 0, answer.err
     assert "\x1b" not in answer.out + answer.err
     assert len(json.loads(Path("p/predictions.json").read_text())["unreadable"]) == 5

@@ -1,4 +1,4 @@
-"""How sets are divided: disjoint, complete, in proportion, and the same for the same seed."""
+"""Dividing sets: parts are disjoint, complete, in proportion, and equal for equal seeds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_seeds_and_purposes_choose_apart() -> None:
 
 
 def test_a_choice_does_not_depend_on_other_classes() -> None:
-    """Of each class, those with the smallest numbers: adding images of another class changes none of them."""
+    """Images are chosen by random number within each class, so adding another class does not change the choice."""
     labels = torch.tensor([0] * 50)
     more = torch.tensor([0] * 50 + [1] * 50)
     a, _ = stratified(labels, 10, 0)
@@ -82,7 +82,7 @@ def test_hold_out_at_its_ends() -> None:
 
 
 def test_a_fraction_holds_out_at_least_one_image() -> None:
-    """Otherwise a small folder would train without the validation that the config asks for."""
+    """Otherwise a small folder would train without the validation images that the config sets."""
     _, validation = hold_out(some_set(torch.arange(4) % 2), 0.1, 0)
     assert validation is not None
     assert len(validation) == 1
@@ -133,7 +133,7 @@ print(seen, kibibytes("VmHWM") - before, stored.nbytes // 1024)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_map_larger_than_the_memory_allowed_streams(tmp_path: Path) -> None:
-    """An epoch over a file four times as large as what the process may allocate; few of its pages stay mapped in."""
+    """Read an epoch from a file four times as large as the memory limit; few pages of the file stay in memory."""
     np.lib.format.open_memmap(tmp_path / "i.npy", "w+", np.uint8, (1024, 256, 256, 3)).flush()  # sparse
     words = [sys.executable, "-c", STREAM, str(tmp_path / "i.npy")]
     answer = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)

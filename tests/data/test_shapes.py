@@ -1,4 +1,4 @@
-"""The built-in images: balanced, reproducible, with boxes that fit, and learnable apart from their test set."""
+"""The built-in images: balanced, reproducible, with tight boxes, and different from the test images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_global_generator_is_not_touched() -> None:
 
 
 def test_boxes_hug_the_object() -> None:
-    """Outside the box an image is a linear ramp with noise of known range; on its edges the shape begins."""
+    """Outside the box, an image is a linear ramp with noise of known range. The shape touches each side of the box."""
     size, drawn = 64, draw_shapes(100, 64, 0)
     for image, (top, left, bottom, right) in zip(drawn.images, drawn.boxes.tolist(), strict=True):
         assert 0 <= top < bottom <= size
@@ -47,13 +47,13 @@ def test_boxes_hug_the_object() -> None:
         off = np.zeros((size, size))
         for c in range(3):
             values = image[..., c].ravel().astype(float)
-            ok = away & (values > 0) & (values < 255)  # where nothing was clipped
+            ok = away & (values > 0) & (values < 255)  # without clipped pixels
             fit, *_ = np.linalg.lstsq(plane[ok], values[ok], rcond=None)
             residual = np.abs(values - plane @ fit).reshape(size, size)
-            # noise is ±26, and clipping bends the fit a little
+            # noise is ±26, and clipping distorts the fit slightly
             assert (residual.ravel()[ok] > 35).mean() < 0.01
             off += residual
-        # along each side, just inside, the shape shows in some pixel
+        # some pixel just inside each side belongs to the shape
         for side in (off[top, left:right], off[bottom - 1, left:right]):
             assert side.max() > 60
         for side in (off[top:bottom, left], off[top:bottom, right - 1]):

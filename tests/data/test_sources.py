@@ -1,4 +1,4 @@
-"""From the name of a data set to its three parts."""
+"""Loading the training, validation and test images of a data set from its config."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_built_in_images() -> None:
 
 
 def test_the_split_does_not_depend_on_the_runs_seed_or_the_subset() -> None:
-    """All seeds and all learning curves are compared on the same validation images."""
+    """Runs with different seeds or subsets must use the same validation images."""
     base = data_config(train_images=100, test_images=10, image_size=32)
     small = data_config(train_images=100, test_images=10, image_size=32, subset=30)
     assert torch.equal(load_splits(base).validation.rows, load_splits(small).validation.rows)
@@ -55,7 +55,7 @@ def test_a_crop_larger_than_the_images_is_named() -> None:
         load_splits(data_config(train_images=50, test_images=10, store_size=32, crop_size=40))
 
 
-# -- somebody's own torch.utils.data.Dataset
+# -- custom torch.utils.data.Dataset
 
 
 def own(form: str = "pil", count: int = 12, target: str = "Items", **changes: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_load_datasets_reads_16_bits_and_transparency_as_image_files() -> None:
         return splits.train.pixels(range(12))
 
     assert torch.equal(pixels("16 bits"), random_images(12, 64)[..., :1].expand(-1, -1, -1, 3))
-    assert pixels("transparent").min() == 255  # on white
+    assert pixels("transparent").min() == 255  # transparency becomes white
 
 
 def test_load_datasets_fingerprint_sees_pixels_labels_and_parts() -> None:

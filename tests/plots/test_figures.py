@@ -1,4 +1,4 @@
-"""The style of all figures."""
+"""The style of the figures."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def test_letters_come_from_the_fonts_that_are_installed(monkeypatch) -> None:
 @pytest.mark.parametrize("name", ["$x$", r"a $\nonsense$", "5 $", "$$"])
 def test_plain_keeps_dollar_signs_from_being_formulas(tmp_path: Path, name: str) -> None:
     axis, _ = draw([name, "b"])
-    save_figure(axis.figure, tmp_path / "x.png")  # a formula that is none would raise
+    save_figure(axis.figure, tmp_path / "x.png")  # an invalid formula would raise
     assert Image.open(tmp_path / "x.png").width > 200

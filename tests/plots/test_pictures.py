@@ -1,4 +1,4 @@
-"""Tensors as pictures."""
+"""Converting tensors to pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures: drawn for one class or a hundred, not blank, and equal for equal input."""
+"""Figures for any number of classes: not blank, and equal for equal input."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_draw_results_of_a_run(tiny_run) -> None:
         assert min(pixels.shape[:2]) > 200
         assert pixels.std() > 10
         assert (pixels != 255).any(2).mean() > 0.01
-        assert (pixels[[0, -1]] > 250).mean() > 0.9  # nothing runs off the edge
+        assert (pixels[[0, -1]] > 250).mean() > 0.9  # nothing is cut off at the edges
 
 
 @pytest.mark.parametrize("classes", [1, 2, 100])
@@ -73,7 +73,7 @@ def test_draw_per_class_leaves_out_classes_without_images() -> None:
 
 
 def test_of_many_classes_those_with_images_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """An imported network may have 1,000 classes, and the images only ten."""
+    """An imported network can have 1,000 classes, while the images have only ten."""
     evaluation, names = evaluation_of(4, 100), [f"class {k}" for k in range(100)]
     present = evaluation.labels.unique().tolist()
     axis = draw_per_class(evaluation, names).axes[0]
