@@ -1,4 +1,4 @@
-"""job=benchmark: one command, a table, a JSON file and a figure."""
+"""job=benchmark: its table, JSON file and figure."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_benchmark_times_each_choice_beside_its_alternative(
     capability: str, run_py, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e11)  # it is measured above
-    # the compiler's front half is enough here: the other half takes a minute
+    monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e11)  # the test above measures it
+    # the compiler's frontend is enough here; its backend takes a minute
     monkeypatch.setattr("zfnet.training.state.torch.compile", partial(torch.compile, backend="eager"))
     words = ("job.subject=choices", "model.norm=lrn", "trainer.precision=fp32", "hydra.run.dir=c")
     answer = run_py(*WORDS, *SIZES, *words)

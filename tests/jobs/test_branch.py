@@ -1,4 +1,4 @@
-"""job=extend and job=fork: a run that goes on from another one's epoch, and the chain that comes of it."""
+"""job=extend and job=fork: a run that continues from an epoch of another run, and chains of such runs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.training.callbacks import Checkpoints
 from zfnet.training.checkpoint import epoch_name, read_checkpoint, read_newest, step_files, unpack
 
-# its rate is halved after each epoch but the first: a function of the metrics, and not of the run's length
+# halves the learning rate after each epoch except the first; depends on the metrics, not on the run's length
 PLATEAU = ("scheduler=plateau", "scheduler.patience=0", "scheduler.factor=0.5", "+scheduler.threshold=0.9")
 ALL_ON = ("augment=crop_flip", "model.dropout=0.5", "trainer.ema=0.8", "scheduler.warmup_epochs=1.5")
 
 
 @pytest.fixture
 def branch(run_py) -> Callable[..., RunDirectory]:
-    """Return a function that runs a command, which must succeed, and returns the run that it made in `to`."""
+    """Return a function that runs a command, expects success, and returns the new run in `to`."""
 
     def run(to: str, *words: str) -> RunDirectory:
         answer = run_py(*words, f"hydra.run.dir={to}")
@@ -49,7 +49,7 @@ def rates(run: RunDirectory) -> list[float | None]:
 
 
 def test_an_extended_run_equals_one_that_was_as_long_from_the_start(branch, tmp_path: Path) -> None:
-    """Killed in its second step and resumed, too."""
+    """Also if it is killed in its second step and resumed."""
     words = (*PLATEAU, *ALL_ON)
     parent = train_minute(tmp_path / "one", *words)
     extend = ("job=extend", "run=one", "trainer.epochs=3", EVERY_STEP)
@@ -64,7 +64,7 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(branch, tmp_
     assert (link.run, link.epoch, link.step, link.schedule) == ("one", 2, 2 * STEPS, "stretch")
     assert link.identity == parent.read_config().identity()
     assert re.fullmatch(r"[0-9a-f]{64}", link.weights_sha256)
-    assert run.job == "train"  # so that run=last, job=evaluate and so on take it
+    assert run.job == "train"  # run=last, job=evaluate and others accept it
 
 
 def test_a_fork_that_changes_nothing_equals_its_parent(branch, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, jud
     assert longer.weights.read_bytes() == Path("one/model.safetensors").read_bytes()
     accuracies[1] = 0.3
     other = branch("three", "job=fork", "run=one", "job.epoch=1", "optimizer.lr=0.1", "trainer.epochs=3")
-    assert other.read_json("results.json")["best_epoch"] == 1  # and not the parent's second
+    assert other.read_json("results.json")["best_epoch"] == 1  # not the parent's epoch 2
     assert "the weights are of epoch 1 (the parent's), the best of 3" in branch.out
 
 
@@ -127,7 +127,7 @@ def test_the_place_of_the_images_does_not_count(branch, run_py, tmp_path: Path, 
     assert "is not the parent's" not in branch.out
     results, seconds = moved.read_json("results.json"), [row["seconds"] for row in moved.read_history()]
     assert results["best_epoch"] == 1
-    assert results["images_per_second"] == pytest.approx(36 * 2 / sum(seconds[2:]), rel=0.02)  # of its own two epochs
+    assert results["images_per_second"] == pytest.approx(36 * 2 / sum(seconds[2:]), rel=0.02)  # of its two epochs
     assert branch("three", *extend, "data.root=other").read_json("results.json")["best_epoch"] == 4
     assert "the images are not the parent's: its best epoch does not count" in branch.out
     answer = run_py("job=reproduce", "run=two")
@@ -145,13 +145,13 @@ def test_a_fork_to_other_classes_says_what_to_do(branch, run_py, tmp_path: Path)
 def test_why_an_optimizer_starts_without_state_is_said(branch, tmp_path: Path) -> None:
     train_minute(tmp_path / "one", "optimizer=sgd", "optimizer.momentum=0")
     branch("two", "job=extend", "run=one", "trainer.epochs=3")
-    assert "the optimizer starts without state" not in branch.out  # it never has any
+    assert "the optimizer starts without state" not in branch.out  # SGD without momentum has no state
     branch("three", "job=extend", "run=one", "trainer.epochs=3", "trainer.freeze=[conv1]")
     assert "the optimizer starts without state: trainer.freeze is not the parent's" in branch.out
 
 
 def test_the_best_epoch_before_a_fork_survives_a_kill(tmp_path: Path, judge, monkeypatch) -> None:
-    """Killed in epoch 4 and continued from epoch 2, the best weights until epoch 2 are not those of epoch 3."""
+    """Killed in epoch 4 and continued in epoch 2, a run must not keep epoch 3's weights as the best up to epoch 2."""
     judge(accuracy=[0.5, 0.4, 0.9, 0.1])
     words = ("trainer.epochs=4", "trainer.checkpoint_epochs=[2]")
     with monkeypatch.context() as patch:
@@ -190,7 +190,7 @@ def test_what_becomes_of_the_schedule_is_chosen_and_said(branch, tmp_path: Path,
 
 
 def test_a_chain_is_reproduced_from_its_start_without_its_parents(branch, run_py, tmp_path: Path) -> None:
-    """A fork with other settings, then longer; stopped in the middle of its second part."""
+    """The chain forks with other settings, then extends; the reproduction is killed in its second part."""
     train_minute(tmp_path / "one", *PLATEAU, "trainer.checkpoint_epochs=[1]", "trainer.epochs=2")
     fork = ("optimizer.lr=0.003", "data.batch_size=12", "optimizer=adam", "model.dropout=0.3", "augment=crop_flip")
     branch("two", "job=fork", "run=one", "job.epoch=1", *fork)
@@ -198,7 +198,7 @@ def test_a_chain_is_reproduced_from_its_start_without_its_parents(branch, run_py
     branch("three", "job=extend", "run=two", "trainer.epochs=3", "scheduler=cosine", "job.schedule=restart")
     for name in ("one", "two"):
         shutil.rmtree(name)
-    with dying_at(9), pytest.raises(Killed):  # of 6 steps an epoch
+    with dying_at(9), pytest.raises(Killed):  # this part has 6 steps per epoch
         branch("again", "job=reproduce", "run=three")
     answer = run_py("job=resume", "run=again")
     assert answer.code == 0, answer.err
@@ -229,7 +229,7 @@ def test_a_run_that_was_stopped_early_goes_on(branch, tmp_path: Path) -> None:
     parent = train_minute(tmp_path / "one", *words, "trainer.epochs=4")
     assert len(parent.read_history()) == 2
     run = branch("two", "job=extend", "run=one", "trainer.epochs=6")
-    assert len(run.read_history()) == 4  # the rule begins anew, and stops it again
+    assert len(run.read_history()) == 4  # early stopping starts again and stops the run
 
 
 def test_refusals(run_py, branch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""job=compare: what differs between runs, tested over seeds; and a sweep's summary made again."""
+"""job=compare: differences between runs, tests over seeds, and rewriting a sweep's summary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows_of(comparison: Comparison, title: str) -> list[list[str]]:
 
 
 def trained(lr: float, seed: int, accuracy: float) -> Trained:
-    """A training as it would be read from its directory."""
+    """Return a training run like one that is read from its directory."""
     history = [{"epoch": e, "train_loss": lr / e, "validation_accuracy": accuracy} for e in (1, 2)]
     settings = {"optimizer.lr": lr}
     results = {"validation": {"accuracy": accuracy}}
@@ -54,7 +54,7 @@ def test_compare_says_that_runs_are_equal(tmp_path: Path) -> None:
 
 
 def test_compare_shows_all_that_was_typed(tmp_path: Path) -> None:
-    """Though the choice of a group, where each run has another one, seems to decide it."""
+    """A typed key is shown even if the runs' different choices for its group could explain the difference."""
     runs = [
         write_job(tmp_path, *words, accuracy=0.5)
         for words in (["optimizer=adamw"], ["optimizer=sgd", "optimizer.lr=0.5"])
@@ -114,7 +114,7 @@ def test_compare_of_many_settings_tests_all_pairs_and_shows_the_best() -> None:
     assert [row[0][0] for row in rows[1:]] == ["F"] * 5
     text = to_text(comparison, 80)
     assert all(len(line) <= 80 for line in text.splitlines())
-    assert "  validation accuracy  A" in text  # one line for each setting, rather than a shortened name
+    assert "  validation accuracy  A" in text  # one line per group instead of shortened names
     assert "Differences" in to_text(comparison, 20)
 
 
@@ -197,19 +197,19 @@ def test_compare_refuses_what_holds_no_training(run_py, tmp_path: Path) -> None:
 
 def test_a_run_without_results_does_not_bring_the_test_set_in() -> None:
     runs = [trained(lr, 0, 0.5) for lr in (0.01, 0.1)]
-    runs[1].results.clear()  # it has begun, or failed
+    runs[1].results.clear()  # as of a run that is running or failed
     comparison = compare(group(runs))
     assert comparison.split == comparison.by_epoch == "validation"
     for run in runs:
         run.results["test"] = {"accuracy": 0.5}
-    assert compare(group(runs), "test").by_epoch == "validation"  # which was measured after each epoch
+    assert compare(group(runs), "test").by_epoch == "validation"  # epochs measured only validation
     axis = draw_comparison(group(runs), "test").axes[1]
     assert axis.get_title() == "Validation accuracy"
     assert len(axis.lines) == 2
 
 
 def test_group_keeps_other_images_apart() -> None:
-    """A folder whose content was exchanged, or another folder: not seeds of one setting."""
+    """Runs on different images are not seeds of one setting."""
     runs = [trained(0.1, seed, 0.5) for seed in range(4)]
     runs = [dataclasses.replace(r, environment={"data_fingerprint": "ab"[n // 2] * 64}) for n, r in enumerate(runs)]
     runs = [dataclasses.replace(r, settings=dict(r.settings)) for r in runs]

@@ -1,4 +1,4 @@
-"""Evaluating: a run's own results again, to the bit; other images by class name; test-time augmentation."""
+"""job=evaluate: bit-identical results on a run's own data, other images by class name, test-time augmentation."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_worst_is_the_most_confident_mistake() -> None:
 
 @pytest.fixture
 def gallery(tmp_path: Path) -> Path:
-    """The first 40 test images as files; class folders in alphabetical order, as folders are."""
+    """Write the first 40 test images as files in class folders, whose order is alphabetical."""
     drawn = draw_shapes(40, 64, part=1)
     for n, label in enumerate(drawn.labels.tolist()):
         folder = tmp_path / "gallery" / CLASSES[label]
@@ -75,7 +75,7 @@ def gallery(tmp_path: Path) -> Path:
 
 def test_evaluate_matches_a_folders_classes_by_name(tiny_run, gallery: Path) -> None:
     folder = used(tiny_run, "data=folder", f"data.root={gallery}")
-    assert folder.data.image_size == 64  # the run's, though conf/data/folder.yaml says 224
+    assert folder.data.image_size == 64  # the run's value; conf/data/folder.yaml says 224
     images = folder.split("all")
     assert len(images) == 40
     own = used(tiny_run)
@@ -168,7 +168,7 @@ def test_flip_shift_weighs_two_diagonal_shifts_as_much_as_none(shift: int) -> No
 
 def test_flip_shift_takes_images_of_one_pixel() -> None:
     images = torch.randn(2, 3, 1, 1)
-    views = MeanOfViews(torch.nn.Flatten(), "flip_shift", 1)(images)  # all views are the image
+    views = MeanOfViews(torch.nn.Flatten(), "flip_shift", 1)(images)  # all views equal the image
     torch.testing.assert_close(views, images.flatten(1).log_softmax(1))
 
 

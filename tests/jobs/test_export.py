@@ -1,4 +1,4 @@
-"""Exporting: the files give the network's logits, at any batch size."""
+"""job=export: the files give the network's logits, at any batch size."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_lrn_and_ceil_pooling_can_be_exported(tmp_path) -> None:
     program = torch.export.export(
         model, (torch.zeros(2, 3, 64, 64),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
     )
-    # the translation that could lack an operator, where it is installed
+    # test ONNX if it is installed, because its translation could lack an operator
     name = "pt2" if importlib.util.find_spec("onnxscript") is None else "onnx"
     path = tmp_path / f"model.{name}"
     path.write_bytes(export._WRITE[name](program, "{}"))

@@ -1,4 +1,4 @@
-"""Importing: networks of other programs become runs; damaged, strange and other networks' files are refused."""
+"""job=import: networks of other programs become runs; files that are damaged or do not fit are refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def import_(output: Path, source: object, *words: str) -> RunDirectory:
 
 
 def own_network(path: Path, classes: int = 4) -> ZFNet:
-    """Save a small ZFNet for images of 64 px; return it."""
+    """Save the weights of a small ZFNet for images of 64 px; return the network."""
     model = ZFNet(classes, 64, compose("experiment=quickstart", *OWN).model).eval()
     (torch.save if path.suffix == ".pth" else save_file)(model.state_dict(), path)
     return model
@@ -58,9 +58,9 @@ def test_a_state_dict_becomes_a_run_on_which_jobs_work(tmp_path: Path, name: str
     assert len(results["weights_sha256"]) == 64
     with pytest.raises(UserError, match=r"data\.root is not set: name the folder"):
         used(run).split("all")
-    root = write_images(tmp_path / "photos", {"Sea_Lion": 5, "dog": 5})  # as people name folders
+    root = write_images(tmp_path / "photos", {"Sea_Lion": 5, "dog": 5})  # typical folder names for these classes
     assert used(run, f"data.root={root}").split("all").labels.unique().tolist() == [0, 2]
-    own = import_(tmp_path / "again", run.weights)  # its header says all that must be known
+    own = import_(tmp_path / "again", run.weights)  # its header contains all settings
     assert own.read_json("results.json")["weights_sha256"] == results["weights_sha256"]
     assert load_run(own.folder).classes == ("sea lion", "cat", "Dog", "emu")
 
@@ -121,7 +121,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, monkeypatch: pyte
 def test_torchvisions_weights_come_from_the_cache_if_their_hash_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is the published one in all but size: its large tensors are one number each."""
+    """The file has the published one's names and shapes; each large tensor stores one number, to keep it small."""
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in torchvision.models.alexnet().state_dict().items()}
     small = {k: torch.randn(1).expand(s) if len(s) == 2 else torch.randn(s) for k, s in shapes.items()}
@@ -142,7 +142,7 @@ def test_torchvisions_weights_come_from_the_cache_if_their_hash_is_right(
     loaded = load_run(run.folder)
     assert loaded.classes[:2] == ("tench", "goldfish")
     assert len(loaded.classes) == 1000
-    # the pixels are those of torchvision's own preprocessing
+    # the preprocessing equals torchvision's
     pixels = random_images(1, 300, seed=3)[0]
     Image.fromarray(pixels.numpy()).save(tmp_path / "x.png")
     theirs = real.transforms()(Image.fromarray(pixels.numpy()))
@@ -152,7 +152,7 @@ def test_torchvisions_weights_come_from_the_cache_if_their_hash_is_right(
 
 @pytest.mark.parametrize("name", imported.PUBLISHED)
 def test_state_dicts_of_torchvisions_networks_are_known_by_their_shapes(tmp_path: Path, name: str) -> None:
-    """Trained on classes of one's own; each tensor is one number in the file, so that it is small."""
+    """The networks have another number of classes; each tensor in the file stores one number, to keep it small."""
     with torch.device("meta"):
         model = getattr(torchvision.models, name)(num_classes=7)
     state = {f"module.{key}": torch.randn(1).expand(value.shape) for key, value in model.state_dict().items()}
@@ -172,7 +172,7 @@ PAIRS = ("job.maps=2", "job.references=1", "job.trials=1", "job.extreme=0.5", "j
 
 @pytest.fixture(scope="module")
 def imported_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """The run of a small ONNX graph, beside photos/ with images of two of its classes."""
+    """Import a small ONNX graph; photos/ beside the run has images of two of its classes."""
     folder = tmp_path_factory.mktemp("imported")
     write_images(folder / "photos", {"0": 4, "3": 4}, size=24)
     import_(folder / "other", graph(folder / "y.onnx", *NODES, weights=WEIGHTS | {"w": -WEIGHTS["w"]}))
@@ -186,7 +186,7 @@ def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> 
     loaded = load_run(run.folder)
     images = torch.randn(1, 3, 19, 19)
     expected = onnxruntime.InferenceSession(str(path)).run(None, {"x": images.numpy()})[0]
-    found = loaded.model(images.flip(1)).softmax(1).detach()  # the run takes RGB
+    found = loaded.model(images.flip(1)).softmax(1).detach()  # the run expects RGB
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
     chain = Chain(loaded.model, 19)
     assert chain.layers == ["conv1", "conv2", "fc3"]
@@ -197,7 +197,7 @@ def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> 
     assert loaded.classes == tuple("01234")
     with pytest.raises(UserError, match=r"^job\.channels=bgr: model\.safetensors records its classes and channels"):
         import_(tmp_path / "again", run.weights, "job.channels=bgr")
-    # the settings and the weights have the run's own checks, too
+    # the recorded settings are checked, too
     recorded = run.recorded()
     recorded["model"]["layers"][0]["type"] = "Bilinear"
     with pytest.raises(UserError, match=r"model\.layers\[0\]\.type=Bilinear: no such type"):

@@ -1,4 +1,4 @@
-"""Predicting: images are prepared as in training, every file format is read, unreadable files are reported."""
+"""job=predict: the same preprocessing as in training, all file formats, and reports of unreadable files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_predict_agrees_with_evaluate(tiny_run, tmp_path: Path) -> None:
 def test_file_formats_show_the_same_picture(tmp_path: Path) -> None:
     upright = Image.fromarray(draw_shapes(1, 64, part=1).images[0])
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by a quarter, clockwise
+    exif[0x0112] = 6  # display it rotated by 90° clockwise
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     upright.convert("RGBA").save(tmp_path / "alpha.png")
     upright.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (64, 64))])

@@ -1,4 +1,4 @@
-"""Reproducing: the record decides, the original stays, and a difference is named."""
+"""job=reproduce: it trains from the record, leaves the original unchanged, and names differences."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_identical_whatever_todays_defaults_are(run_py, exact_run, tmp_path: Pat
 
 
 def test_hydras_own_way_trains_the_same(run_py, exact_run, tmp_path: Path, monkeypatch) -> None:
-    with monkeypatch.context() as patch:  # the record is all that is wanted of this one
+    with monkeypatch.context() as patch:  # this run only needs to write its record
         patch.setattr("zfnet.jobs.train.train_and_test", lambda *_: {"validation": None})
         assert run_py(*TINY, *SHORT, "hydra.run.dir=one").code == 0
     answer = run_py("--config-path", tmp_path / "one/.hydra", "--config-name", "config")
@@ -101,7 +101,7 @@ def test_changed_code_is_named(run_py, exact_run, monkeypatch) -> None:
 
 
 def test_changed_code_of_ones_own_is_named(run_py, tmp_path: Path, monkeypatch) -> None:
-    """By a reproduction, and by a resume of a run that began with other code."""
+    """job=reproduce names the module, and so does job=resume of a run that began with other code."""
     text = "import torch.nn as nn\n\nclass Loss(nn.CrossEntropyLoss):\n    def forward(self, *args):\n"
     module = tmp_path / "own_loss.py"
     monkeypatch.syspath_prepend(tmp_path)
@@ -110,7 +110,7 @@ def test_changed_code_of_ones_own_is_named(run_py, tmp_path: Path, monkeypatch) 
         module.write_text(f"{text}        return {factor} * super().forward(*args)\n")
         monkeypatch.delitem(sys.modules, "own_loss", raising=False)
         importlib.invalidate_caches()
-        monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of two files of one second and size
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two versions have equal time and size
 
     trust = ("imports=[own_loss]",)
     words = (*MINUTE, *trust, "loss._target_=own_loss.Loss")
@@ -125,7 +125,7 @@ def test_changed_code_of_ones_own_is_named(run_py, tmp_path: Path, monkeypatch) 
     answer = run_py(*trust, "job=resume", "run=dead")
     assert answer.code == 0, answer.err
     assert "the code of own_loss has changed since the run was stopped" in answer.out + answer.err
-    write(1)  # as it began: the record says that it was another in between
+    write(1)  # the code of the start again; the record says that it changed in between
     answer = run_py(*trust, "job=reproduce", "run=dead", "hydra.run.dir=of_dead")
     assert "the environment differs in code.imported.own_loss, code.changed (of_dead/" in answer.error
 
@@ -164,7 +164,7 @@ def test_what_cannot_matter_is_no_variation_and_a_stopped_one_goes_on(run_py, ex
         patch.setattr("zfnet.jobs.train.evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("power cut")))
         assert run_py(*words).code == 130
     assert RunDirectory("again").state == "stopped"
-    torch.set_num_threads(2)  # the original had one
+    torch.set_num_threads(2)  # the original used 1 thread
     monkeypatch.setattr("zfnet.training.device.THREADS", 2)
     answer = run_py("job=resume", "run=again")
     assert torch.get_num_threads() == 2

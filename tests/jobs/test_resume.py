@@ -1,4 +1,4 @@
-"""job=resume and the same command again: what goes on, what has nothing to do, and what is refused."""
+"""job=resume, and repeating the same command: continued, finished and refused runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _hold(folder: Path, held: Any) -> None:
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     config, run = compose(*MINUTE), RunDirectory(tmp_path / "r")
     claim(run, config)
-    fork = multiprocessing.get_context("fork")  # a new interpreter would take two seconds to import PyTorch
+    fork = multiprocessing.get_context("fork")  # a new interpreter needs two seconds to import PyTorch
     held = fork.Event()
     process = fork.Process(target=_hold, args=(run.folder, held))
     process.start()
@@ -67,7 +67,7 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.join()
-    with run.lock():  # the system let go
+    with run.lock():  # the kernel released the lock
         pass
 
 
@@ -111,7 +111,7 @@ def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, judge,
     assert str(caught.value).startswith(f"{lost}: delete {run.checkpoints} and give job=resume run={run.folder}")
     assert f"{lost}; unless a later epoch is better" in (run.folder / "train.log").read_text()
     assert not run.weights.exists()
-    shutil.rmtree(run.checkpoints)  # as it was told
+    shutil.rmtree(run.checkpoints)  # as the message says
     again = learned(train_minute(run.folder, "trainer.epochs=3"))
     assert again == learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
     assert run.read_json("results.json")["best_epoch"] == 1
@@ -131,7 +131,7 @@ def test_a_later_epoch_that_is_better_makes_the_loss_good(
 
 
 def test_best_weights_of_an_epoch_that_is_trained_again_are_not_lost(tmp_path: Path, judge) -> None:
-    """A killed run has come to a better epoch than its newest checkpoint knows of, which happens always."""
+    """A killed run can have reached a better epoch after its newest checkpoint."""
     judge(accuracy=[0.1, 0.9, 0.2])
     expected = learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
     die_at(tmp_path / "r", 2 * STEPS + 1, "trainer.epochs=3")
@@ -141,7 +141,7 @@ def test_best_weights_of_an_epoch_that_is_trained_again_are_not_lost(tmp_path: P
     die_at(tmp_path / "other", STEPS + 3, "trainer.epochs=3")
     newest = step_files(tmp_path / "other/checkpoints")[-1]
     shutil.copy(newest, run.checkpoints / newest.name)
-    judge(accuracy=[0.1, 0.05, 0.02])  # as where hardware rounds differently: trained again, the epoch comes out worse
+    judge(accuracy=[0.1, 0.05, 0.02])  # the repeated epoch is worse, as on hardware that rounds differently
     assert learned(train_minute(run.folder, "trainer.epochs=3"))[0] == expected[0]
     assert run.read_json("results.json")["best_epoch"] == 2
     assert "are lost" not in (run.folder / "train.log").read_text()

@@ -1,4 +1,4 @@
-"""Listing runs: their state as it is, newest first, whatever is damaged."""
+"""job=runs: the actual state of runs, newest first, including damaged ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_runs_lists_states_newest_first(run_py, tiny_run, tmp_path: Path) -> Non
         ("stopped", "outputs/train/stopped"),
     ]
     assert f"{tiny_run.read_json('results.json')['validation']['accuracy']:.2%} val." in answer.out
-    assert RunDirectory(root / "killed").state == "running"  # only looked at
+    assert RunDirectory(root / "killed").state == "running"  # listing does not change the record
 
 
 def test_runs_lists_damaged_directories(run_py, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_describe_reads_size_and_accuracy_from_disk(tiny_run, tmp_path: Path) ->
     assert describe(RunDirectory(tmp_path / "run"), plain).accuracy == ("validation", results["validation"]["accuracy"])
     compared = describe(tiny_run, {"job": {"name": "compare"}, "runs": ["a"], "model": {"name": "zfnet"}, "data": {}})
     assert (compared.model, compared.data) == ("", "")
-    assert run_table([compared], 0, 80)[2:] == run_table([compared], 0, 80)[2:3]  # no line about a network
+    assert run_table([compared], 0, 80)[2:] == run_table([compared], 0, 80)[2:3]  # no line about the network
 
 
 def test_run_table_fits_80_columns() -> None:
@@ -131,4 +131,4 @@ def test_run_table_fits_80_columns() -> None:
     assert lines[5].startswith("  zfnet on cifar10: optimizer.lr=0.1 optimizer.lr=0.1")
     assert "\x1b" not in "".join(lines + run_table(rows, 0, None))
     assert run_table(rows, 0, None)[2].endswith(long)
-    assert run_table(rows[:1], 0, 80)[2].endswith(f" {usual}")  # without the job's column all of it fits
+    assert run_table(rows[:1], 0, 80)[2].endswith(f" {usual}")  # it fits without the job column

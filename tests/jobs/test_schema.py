@@ -1,4 +1,4 @@
-"""job=schema: every YAML file fits its group's JSON schema, and mistakes do not."""
+"""job=schema: every YAML file is valid under its group's JSON schema, and mistakes are not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def group_of(path: Path) -> str:
 
 
 def fits(value: Any, schema: dict[str, Any]) -> bool:
-    """Return whether a value fits a schema, of the words that these schemas use."""
+    """Return whether a value is valid under a schema; only the keywords of these schemas are supported."""
     kind = schema.get("type")
     if kind == "boolean" and not isinstance(value, bool):
         return False

@@ -1,4 +1,4 @@
-"""The table of layers."""
+"""job=summary: the table of layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def test_summary_lists_layers_with_shapes_parameters_and_multiply_adds(run_py) -
     assert max(map(len, lines)) <= 80
     assert lines[0] == "model=zfnet for 10 classes (cifar10), 224 px"
     cells = {line.split()[0]: line.split()[1:] for line in lines if line}
-    # 7·7·3·96 + 96 parameters; as many multiply-adds at each of 110·110 places
+    # 7·7·3·96 + 96 parameters, and the same number of multiply-adds at each of 110·110 positions
     assert cells["conv1"] == ["Conv2d", *["2", "×", "96", "×", "110", "×", "110"], "14,208", "171,916,800"]
     assert cells["pool5"] == ["MaxPool2d", *["2", "×", "256", "×", "6", "×", "6"]]
     assert cells["fc8"] == ["Linear", "2", "×", "10", "40,970", "40,970"]
@@ -20,7 +20,7 @@ def test_summary_lists_layers_with_shapes_parameters_and_multiply_adds(run_py) -
 def test_summary_counts_weights_that_no_memory_holds(run_py) -> None:
     answer = run_py("job=summary", "model.width=100", "model.norm=lrn", "model.init=he")
     assert answer.code == 0, answer.err
-    assert "4,096,010" in answer.out  # of fc8; all weights together would take 2 TB
+    assert "4,096,010" in answer.out  # parameters of fc8; all weights would take 2 TB
 
 
 def test_summary_and_benchmark_take_a_data_set_of_ones_own(run_py, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""What a training leaves behind: its files, its figures, and the weights that validation chose."""
+"""The results of a training run: its files, its log, and the weights that are best on validation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from zfnet.training.checkpoint import epoch_files
 
 
 def test_the_best_weights_are_the_ones_kept(tmp_path: Path, judge) -> None:
-    """Validation is made to prefer the first of three epochs: the file holds that epoch's weights."""
+    """If the first of three epochs is the best on validation, the file contains its weights."""
     judge(accuracy=[0.9, 0.2, 0.3])
     run = train_minute(tmp_path / "run", "trainer.epochs=3", "optimizer.lr=0.01", "trainer.snapshots=[1,3]")
     files = run.weights, *epoch_files(run.snapshots).values()
@@ -80,7 +80,7 @@ def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
 
 
 def test_logging_and_boards_change_no_weights(tmp_path: Path) -> None:
-    """What a run writes about itself is no part of what it computes."""
+    """Logs and checkpoints must not affect the computation."""
     plain = learned(train_minute(tmp_path / "a"))
     words = ("trainer.log_every=1", "logger=[tensorboard,csv]", "trainer.checkpoint_minutes=1e-9")
     assert learned(train_minute(tmp_path / "b", *words)) == plain
@@ -101,7 +101,7 @@ def test_few_images_are_said_to_be_few(tiny_run: RunDirectory, tmp_path: Path) -
     log = (train_minute(tmp_path / "run", *words).folder / "train.log").read_text()
     assert "validation images is" not in log
     absent = re.search(r"no training images in 3 of 10 classes: (\w+, \w+, \w+)\n.*epoch 1", log, re.DOTALL)
-    assert absent is not None  # said before the training and not after it
+    assert absent is not None  # logged before training
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_directory_that_is_deleted_ends_the_run(tmp_path: Path, monkeypatch, w
         shutil.rmtree(tmp_path / "gone", ignore_errors=True)
 
     monkeypatch.setattr(f"zfnet.training.callbacks.{where}", deleted)
-    # the best weights are written beside the training, which may be the first to miss the directory
+    # the thread that writes the best weights can be the first to notice that the directory is missing
     gone = r" was deleted during the run \(it lacks config\.yaml\)"
     with pytest.raises(UserError, match=rf"/gone({gone}|/checkpoints/best\.safetensors cannot be written: .*No such)"):
         train_minute(tmp_path / "gone", "trainer.epochs=1")
