@@ -95,7 +95,7 @@ def test_read_image_keeps_the_range_of_16_bits_and_floats() -> None:
     ids=["negative floats", "large floats", "all of 32 bits", "more than 16 bits"],
 )
 def test_unusual_ranges_are_scaled_by_their_own_with_one_warning(values, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(decode, "_said_range", threading.Event())
+    monkeypatch.setattr(decode, "_warned_about_range", threading.Event())
     monkeypatch.setattr(decode, "_BAND", 50)  # not a whole number of rows
     file = encode(Image.fromarray(values.reshape(12, 16)), "TIFF")
     with caplog.at_level(logging.WARNING, "zfnet"):

@@ -267,7 +267,7 @@ def test_an_unreadable_image_is_named(config, photos: Path, tmp_path: Path) -> N
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
 
-def test_or_left_out_and_counted(config, photos: Path, caplog) -> None:
+def test_an_unreadable_image_is_left_out_and_counted(config, photos: Path, caplog) -> None:
     write_images(photos, {"a": 4, "b": 4})
     good = sorted(p for p in photos.rglob("*.png"))
     for name in ("a/0bad.png", "b/001b.png"):
@@ -365,7 +365,7 @@ def test_the_cache_is_found_wherever_the_files_lie(config, photos: Path, monkeyp
     moved = config(root=str(photos.with_name("moved")))
     monkeypatch.setattr(folder_module, "_COARSEST_CLOCK_NS", -(10**12))  # trust the times of files that are this new
     assert load_folder(moved).train.images.filename == first.train.images.filename
-    monkeypatch.setattr(folder_module, "_read", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(folder_module, "_hash_and_size", lambda *_: pytest.fail("hashed again"))
     assert load_folder(moved).fingerprint == first.fingerprint
 
 
@@ -373,8 +373,8 @@ def test_the_time_of_a_young_file_is_not_trusted(config, photos: Path, monkeypat
     """A file system with a clock in whole seconds can give two changes the same time."""
     write_images(photos, {"a": 3, "b": 3})
     read: list[str] = []
-    real = folder_module._read
-    monkeypatch.setattr(folder_module, "_read", lambda f: (read.append(f), real(f))[1])
+    real = folder_module._hash_and_size
+    monkeypatch.setattr(folder_module, "_hash_and_size", lambda f: (read.append(f), real(f))[1])
     for _ in range(2):
         load_folder(config())
     assert len(read) == 12
@@ -413,7 +413,7 @@ def test_a_killed_build_leaves_nothing_that_counts(config, photos: Path, tmp_pat
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_several_at_once_decode_once(config, photos: Path, monkeypatch) -> None:
+def test_concurrent_loads_decode_once(config, photos: Path, monkeypatch) -> None:
     write_images(photos, {"a": 5, "b": 5})
     count: list[object] = []
     real = folder_module.read_image

@@ -35,7 +35,7 @@ def test_styled_uses_the_style_and_leaves_the_callers_settings() -> None:
 
 def test_letters_without_a_font_are_one_line(tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(figures, "_families", lambda: ["DejaVu Sans"])
-    figures._say_once.cache_clear()
+    figures._warn_once.cache_clear()
     with warnings.catch_warnings(), caplog.at_level("WARNING"):
         warnings.simplefilter("error")
         for name in ("a.png", "b.png"):

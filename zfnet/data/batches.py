@@ -182,12 +182,12 @@ class Batches:
         if not shards:
             return
         sizes = [len(draws) for draws in shards]
-        there = torch.cat(shards).to(self.device, non_blocking=True)
+        all_draws = torch.cat(shards).to(self.device, non_blocking=True)
         random: list[tuple[Tensor, ...]] = [()] * len(shards)
         if epoch is not None and self.augment is not None:
-            numbers = draw(there, self.set.images.shape[1], self.augment, self.data, self.seed, epoch)
+            numbers = draw(all_draws, self.set.images.shape[1], self.augment, self.data, self.seed, epoch)
             random = list(zip(*(values.split(sizes) for values in numbers), strict=True)) or random
-        parts = zip(shards, (there % len(self.set)).split(sizes), random, strict=True)
+        parts = zip(shards, (all_draws % len(self.set)).split(sizes), random, strict=True)
         if self.resident is not None or self.device.type == "cpu":
             for draws, where, values in parts:
                 pixels = self._read(draws) if self.resident is None else self.resident[where]
@@ -335,14 +335,14 @@ def _pad(pixels: Tensor, width: int, fill: Tensor | None) -> Tensor:
     """Pad images [B, h, w, 3] on all sides with the colour `fill` [3]; if it is None, reflect them at their edges."""
     batch, height, across, _ = pixels.shape
     if fill is None:
-        rows, columns = (_reflected(side, width, pixels.device) for side in (height, across))
+        rows, columns = (_reflection_index(side, width, pixels.device) for side in (height, across))
         return pixels[:, rows[:, None], columns]
     out = fill.expand(batch, height + 2 * width, across + 2 * width, 3).clone()
     out[:, width:-width, width:-width] = pixels
     return out
 
 
-def _reflected(side: int, width: int, device: torch.device) -> Tensor:
+def _reflection_index(side: int, width: int, device: torch.device) -> Tensor:
     """Return the source index of each pixel of a reflect-padded row of `side` pixels, int64 [side + 2 · width]."""
     # F.pad rejects a padding as wide as the image
     turn = max(1, 2 * side - 2)

@@ -26,7 +26,7 @@ SUFFIXES = frozenset(s for s, f in Image.registered_extensions().items() if f in
 
 _PIXELS_AT_ONCE = 3 * MAX_PIXELS  # each copy of these pixels takes 1 GiB
 _BAND = 1 << 20  # pixels that are scaled in one step
-_said_range = threading.Event()
+_warned_about_range = threading.Event()
 
 
 def is_image(name: str) -> bool:
@@ -47,7 +47,7 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, draft:
 
     draft: pixels per side that the caller needs: a JPEG is decoded at 1/2, 1/4 or 1/8 if twice as many pixels remain
     """
-    with _opened(file, max_pixels) as image, _pixel_limit.reserve(_pixels(image)):
+    with _open_image(file, max_pixels) as image, _pixel_limit.reserve(_pixels(image)):
         if draft:
             image.draft(None, (2 * draft, 2 * draft))
         image.load()
@@ -58,19 +58,19 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, draft:
 
 def image_size(file: Path) -> tuple[int, int]:
     """Return (width, height) from the file's header; raise UnreadableImage."""
-    with _opened(file) as image:
+    with _open_image(file) as image:
         return image.size
 
 
 @contextlib.contextmanager
-def _opened(file: str | Path | BinaryIO, max_pixels: int | None = None) -> Iterator[Image.Image]:
+def _open_image(file: str | Path | BinaryIO, max_pixels: int | None = None) -> Iterator[Image.Image]:
     """Open a file in one of FORMATS; raise UnreadableImage for any error, also within the `with` block."""
     if isinstance(file, (str, Path)):
         if Path(file).exists() and not Path(file).is_file():
             raise UnreadableImage("not a regular file")  # reading a pipe or a device might never end
         try:
             # open the file here: Pillow can memory-map a path, and then mixes up the pixels of a rotated TIFF
-            with open(file, "rb") as stream, _opened(stream, max_pixels) as image:
+            with open(file, "rb") as stream, _open_image(stream, max_pixels) as image:
                 yield image
         except OSError as error:
             raise UnreadableImage(error.strerror or str(error)) from error
@@ -150,8 +150,8 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     black, full = 0.0, next((f for f in ((1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)) if high <= f), 0.0)
     if low < 0 or not full:
         black, full = low, high - low
-        if not _said_range.is_set():
-            _said_range.set()
+        if not _warned_about_range.is_set():
+            _warned_about_range.set()
             log.warning("grey images with values such as %g … %g are scaled by their own range", low, high)
     grey = np.empty((image.height, image.width), np.uint8)
     for box in boxes:  # single precision would round some floats and 32-bit integers to another grey

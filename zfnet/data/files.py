@@ -86,12 +86,12 @@ def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> 
     Links are followed. Each folder is read once: further links to it, or to a folder in `above`, are skipped.
     """
     files: list[str] = []
-    seen = {_place(path) for path in above}
+    seen = {_folder_id(path) for path in above}
     folders, links = deque([str(folder)]), deque[str]()
     while folders or links:
         at = (folders or links).popleft()
         try:
-            place = _place(at)
+            place = _folder_id(at)
             with os.scandir(at) if place not in seen else contextlib.nullcontext(()) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
@@ -114,7 +114,7 @@ def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> 
     return sorted(files, key=lambda file: file.split(os.sep))
 
 
-def _place(path: str | Path) -> tuple[int, int]:
+def _folder_id(path: str | Path) -> tuple[int, int]:
     """Return a folder's (device, inode), which is the same for every path to the folder."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
@@ -235,15 +235,15 @@ def _guarded_handlers() -> tuple[urllib.request.BaseHandler, ...]:
     They check the address of the open socket, because a second lookup of the name can give another address. With a
     proxy, the proxy connects and applies its own rules.
     """
-    been_public = False
+    reached_public = False
 
     def check(connection: http.client.HTTPConnection, proxied: bool) -> None:
-        nonlocal been_public
+        nonlocal reached_public
         local = not proxied and _is_local(connection.sock.getpeername())
-        if local and been_public:
+        if local and reached_public:
             connection.close()
             raise UnreadableImage("redirects from a public address to the local network")
-        been_public = not local
+        reached_public = not local
 
     def guarded(kind: type[http.client.HTTPConnection], request: urllib.request.Request) -> Any:
         proxied = request.has_proxy() or bool(getattr(request, "_tunnel_host", None))

@@ -75,7 +75,7 @@ def load_folder(data: FolderData) -> Splits:
                 f"{listing}: a folder cannot be read ({printable(closed[0])}): change its permissions, or set "
                 "data.on_error=skip"
             )
-    images, unreadable, mark = _cached(listing, data)
+    images, unreadable, mark = _load_cached(listing, data)
     skipped = list(unreadable)
     if skipped:
         log.warning(
@@ -114,7 +114,7 @@ def _list_files(root: Path) -> _Listing:
     if len(classes) < 2:
         raise UserError(
             f"{listing}: {printable(learned_from)} needs at least two class folders with images, has {len(classes)}"
-            f"{_folder_names(learned_from)}"
+            f"{_list_folders(learned_from)}"
         )
     for split, (folder, below) in folders.items():
         for name, path in _by_class(below, listing).items():
@@ -151,7 +151,7 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
     folders: dict[str, tuple[Path, list[Path]]] = {}
     for path, split in named.items():
         if split in folders:
-            both = _names([folders[split][0], path])
+            both = _join_names([folders[split][0], path])
             raise UserError(f"{listing}: {both} both name the split {split}: remove one, or join them")
         inner = _folders_in(path, listing)
         # some archives contain train/train or seg_train/seg_train
@@ -161,8 +161,8 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
     if folders and "train" not in folders:
         alone = printable(str(next(iter(named))))  # such as ImageNet's val/, for an imported network
         raise UserError(
-            f"{listing}: has {_names(named)} but no train/ folder{_folder_names(root)}; data.root={alone} reads that "
-            "alone"
+            f"{listing}: has {_join_names(named)} but no train/ folder{_list_folders(root)}; data.root={alone} reads "
+            "that alone"
         )
     for path in below:
         if folders and path not in named:
@@ -170,8 +170,8 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
         # such as my_train/ alone, or cats/train
         elif not folders and (names := _scan(path)[0]) and (_split_word(path.name) or _named_splits(map(Path, names))):
             raise UserError(
-                f"{listing}: {_names([path])} is not clearly a class or a split: name the splits train/, val/ and "
-                f"test/, with the class folders in them{_folder_names(root)}"
+                f"{listing}: {_join_names([path])} is not clearly a class or a split: name the splits train/, val/ and "
+                f"test/, with the class folders in them{_list_folders(root)}"
             )
     return {split: folders[split] for split in _SPLIT_NAMES if split in folders} or {"all": (root, below)}
 
@@ -224,11 +224,11 @@ def _by_class(folders: Sequence[Path], listing: _Listing) -> dict[str, Path]:
     return dict(sorted(classes.items()))
 
 
-def _names(folders: Iterable[Path]) -> str:
+def _join_names(folders: Iterable[Path]) -> str:
     return " and ".join(f"{printable(path.name)}/" for path in folders)
 
 
-def _folder_names(root: Path) -> str:
+def _list_folders(root: Path) -> str:
     """Return the folders in `root`, for an error message."""
     names = [*map(printable, _scan(root)[0])]
     return f"; found: {', '.join(names[:12])}{' …' if len(names) > 12 else ''}" if names else "; found no folder"
@@ -237,7 +237,7 @@ def _folder_names(root: Path) -> str:
 # -- the cache
 
 
-def _cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, dict[int, str], str]:
+def _load_cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, dict[int, str], str]:
     """Return (memory-mapped images [N, s, s, 3], {number of an unreadable file: reason}, fingerprint).
 
     The lookup has two steps: the files' status, which changes with their content, gives the key of the content, and the
@@ -269,19 +269,19 @@ def _find_or_build(listing: _Listing, data: FolderData, caches: Path) -> Path:
     """Return the cache folder of the decoded images; raise UserError, or OSError if it cannot be written."""
     started = time.time_ns()
     stats = _stats(listing)
-    stored = [
+    storage_settings = [
         *(CACHE_VERSION, data.store_size, data.image_size, data.crop_size, data.fit, data.max_pixels),
         *(data.draft, listing.labels),
     ]
-    known = caches / f"{_key([stored, os.path.abspath(listing.root), listing.files, stats])}.key"
+    known = caches / f"{_key([storage_settings, os.path.abspath(listing.root), listing.files, stats])}.key"
     with FileLock(known.with_suffix(".lock")):  # if several runs start together, one reads the files
         with contextlib.suppress(OSError):
             key = known.read_text(encoding="ascii", errors="replace")
             if _KEY.fullmatch(key) and (folder := caches / key).is_dir():  # a full disk can leave the key empty
                 return folder
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            hashes, sizes = zip(*_progress(pool.map(_read, listing.files), "reading", len(stats)), strict=True)
-            key = _key([stored, hashes])
+            hashes, sizes = zip(*_progress(pool.map(_hash_and_size, listing.files), "reading", len(stats)), strict=True)
+            key = _key([storage_settings, hashes])
             folder, partial = caches / key, caches / f"{key}.partial"
             with FileLock(caches / f"{key}.lock"):
                 if not folder.is_dir():
@@ -319,7 +319,7 @@ def _key(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
-def _read(file: str) -> tuple[str, tuple[int, int] | None]:
+def _hash_and_size(file: str) -> tuple[str, tuple[int, int] | None]:
     """Return a hash of the file's bytes and its (width, height); an empty hash and None if it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:

@@ -218,15 +218,15 @@ def load_imagenette(data: FolderData) -> Splits:
 
 
 def _read_or_download(cls: type, name: str, folder: Path, **settings: Any) -> Any:
-    absent = (RuntimeError, FileNotFoundError)  # torchvision raises these if files are missing or damaged
-    with contextlib.suppress(*absent):
+    not_found = (RuntimeError, FileNotFoundError)  # torchvision raises these if files are missing or damaged
+    with contextlib.suppress(*not_found):
         return cls(str(folder), **settings)
     before, lock = socket.getdefaulttimeout(), folder / ".download.lock"
     socket.setdefaulttimeout(NETWORK_TIMEOUT_S)  # torchvision sets no timeout and could wait forever
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):  # if several processes start together, one downloads
-            with contextlib.suppress(*absent):
+            with contextlib.suppress(*not_found):
                 return cls(str(folder), **settings)
             return cls(str(folder), download=True, **settings)
     except (OSError, RuntimeError) as error:

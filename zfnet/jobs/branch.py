@@ -33,7 +33,7 @@ from zfnet.training.checkpoint import (
 from zfnet.training.device import recorded_threads
 
 # keys of the network that do not change the shapes of the weights
-_MAY_CHANGE = ("model.name", "model.dropout", "model.rms_limit", "model.init")
+_CHANGEABLE_KEYS = ("model.name", "model.dropout", "model.rms_limit", "model.init")
 
 
 @dataclass(kw_only=True)
@@ -145,7 +145,7 @@ def _check(config: Config) -> None:
         for c in (config.parent.config, config.to_dict())
     )
     for key in [*now, *before]:
-        if before.get(key) != now.get(key) and key not in _MAY_CHANGE:
+        if before.get(key) != now.get(key) and key not in _CHANGEABLE_KEYS:
             raise UserError(f"{key}={now.get(key)}: must be the parent's, {before.get(key)}")
     if config.trainer.init_from != config.parent.config["trainer"]["init_from"]:
         raise UserError(f"trainer.init_from={config.trainer.init_from}: the run begins with its parent's weights")

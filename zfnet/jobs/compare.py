@@ -80,7 +80,7 @@ class Group:
         return {r.seed: value for r in self.runs if (value := r.metric(split, name)) is not None}
 
 
-def _common(values: Iterable[Any]) -> Any:
+def _shared(values: Iterable[Any]) -> Any:
     """Return the value that all runs of a group have, or `varies`."""
     first, *others = values
     return first if all(other == first for other in others) else "varies"
@@ -169,18 +169,18 @@ def compare(groups: Sequence[Group], split: str = "auto") -> Comparison:
         only_tested = [r for r in runs if r.metric("validation") is None and r.metric("test") is not None]
         split = "test" if only_tested else "validation"  # runs without results do not count
     letters = ["", *(g.letter for g in groups)]
-    configs = [{key: _common(r.config.get(key, ABSENT) for r in g.runs) for key in g.runs[0].config} for g in groups]
+    configs = [{key: _shared(r.config.get(key, ABSENT) for r in g.runs) for key in g.runs[0].config} for g in groups]
     if any(len(g.runs) > 1 for g in groups):
         for config in configs:
             config.pop("seed", None)
     typed = {key for g in groups for r in g.runs for key in r.typed}
     settings = [[key, *(format_value(c.get(key, ABSENT)) for c in configs)] for key in swept_keys(configs, typed)]
-    around = dict.fromkeys(key for g in groups for r in g.runs for key in r.environment)
-    places = [{key: _common(r.environment.get(key, ABSENT) for r in g.runs) for key in around} for g in groups]
+    keys = dict.fromkeys(key for g in groups for r in g.runs for key in r.environment)
+    environments = [{key: _shared(r.environment.get(key, ABSENT) for r in g.runs) for key in keys} for g in groups]
     environment = [
-        [key, *(re.sub("([0-9a-f]{10})[0-9a-f]{22,}", r"\1", format_value(place[key])) for place in places)]
-        for key in around
-        if len({repr(place[key]) for place in places}) > 1
+        [key, *(re.sub("([0-9a-f]{10})[0-9a-f]{22,}", r"\1", format_value(each[key])) for each in environments)]
+        for key in keys
+        if len({repr(each[key]) for each in environments}) > 1
     ]
     tests, table = _tests(groups, split)
     sections = [
@@ -220,7 +220,7 @@ def _results(groups: Sequence[Group], split: str) -> list[list[str]]:
             for g in groups
         ]
         rows.append([key.replace("_", " "), *columns])
-    weights = [_common(str(r.results.get("weights_sha256", ABSENT))[:10] for r in g.runs) for g in groups]
+    weights = [_shared(str(r.results.get("weights_sha256", ABSENT))[:10] for r in g.runs) for g in groups]
     rows.append(["weights' hash", *map(str, weights)])
     return [row for n, row in enumerate(rows) if n == 0 or len(set(row[1:])) > 1]
 
@@ -314,7 +314,7 @@ def to_text(comparison: Comparison, width: int, bold: bool = False) -> str:
         lines += _table(section, width, bold)
         for note in section.notes:
             lines += textwrap.wrap(shorten(note, 1000), width, initial_indent="  ", subsequent_indent="    ")
-        if section.title == "Results" and any(len(_known(curve)) > 1 for _, curve in comparison.curves):
+        if section.title == "Results" and any(len(_measured_values(curve)) > 1 for _, curve in comparison.curves):
             lines += ["", *_sparklines(comparison, width)]
     return "\n".join(lines[1:])
 
@@ -339,13 +339,13 @@ def _table(section: Section, width: int, bold: bool) -> list[str]:
     return lines
 
 
-def _known(curve: Sequence[float | None]) -> list[float]:
+def _measured_values(curve: Sequence[float | None]) -> list[float]:
     return [value for value in curve if value is not None]
 
 
 def _sparklines(comparison: Comparison, width: int) -> list[str]:
     """Draw each group's curve as a line of bars, all on one scale; long curves show every k-th epoch."""
-    values = [v for _, curve in comparison.curves for v in _known(curve)]
+    values = [v for _, curve in comparison.curves for v in _measured_values(curve)]
     low, high = min(values), max(values)
     longest = max(len(curve) for _, curve in comparison.curves)
     every = -(-longest // max(1, width - 20))
@@ -353,7 +353,7 @@ def _sparklines(comparison: Comparison, width: int) -> list[str]:
     for letter, curve in comparison.curves:
         scale = (len(_BARS) - 1) / ((high - low) or 1)
         bars = [" " if v is None else _BARS[round(scale * (v - low))] for v in curve[every - 1 :: every]]
-        last = _known(curve)[-1:]
+        last = _measured_values(curve)[-1:]
         lines.append(f"  {letter}  {''.join(bars)}" + (f"  {last[0]:.1%}" if last else ABSENT))
     return lines
 

@@ -33,7 +33,7 @@ from zfnet.training.loaded import PREPROCESSING
 PUBLISHED = ("alexnet", "vgg11")  # torchvision's, with weights that were trained on ImageNet
 _BATCH_SIZE = 64  # for jobs on the imported run
 _IMAGENET = 1000
-_COMPARED = 3  # random images for the comparison with onnxruntime
+_COMPARED_IMAGES = 3  # random images for the comparison with onnxruntime
 
 
 # a network's settings, its weights (those of the last layer at the end) and the side of its images in pixels
@@ -63,7 +63,7 @@ class ImportJob(Job):
             compared = None
         else:
             settings, state, size = _onnx(path, config) if kind == ".onnx" else _state_dict(path, config)
-            data, names = _data(config, size), _class_names(self.classes, _count_classes(path, state))
+            data, names = _data_config(config, size), _class_names(self.classes, _count_classes(path, state))
             metadata = ModelMetadata(settings, names, data, data.store_size or data.image_size)
             model = network_with(path, metadata, state, config.imports).eval()
             compared = _compare(path, model, data) if kind == ".onnx" else None
@@ -86,7 +86,7 @@ class ImportJob(Job):
             log.info("use it as run=%s", run.folder)
 
 
-def _data(config: Config, image_size: int) -> FolderData:
+def _data_config(config: Config, image_size: int) -> FolderData:
     """Return the data config: the preprocessing of torchvision's evaluation, except for keys that the command sets."""
     base: dict[str, Any] = {
         "mean": [0.485, 0.456, 0.406],
@@ -189,26 +189,26 @@ def _state_dict(path: Path, config: Config) -> _Found:
     chosen = any(key.split(".")[0] == "model" for key in config.overridden)
     for name in () if chosen else PUBLISHED:
         settings = {"_target_": f"torchvision.models.{name}"}
-        own = _empty(settings, 224)
+        own = _empty_state(settings, 224)
         body = list(own)[:-2]  # without the last layer's weight and bias
         if own.keys() == state.keys() and all(state[key].shape == own[key].shape for key in body):
             return settings, {key: state[key] for key in own}, 224
     if not isinstance(config.model, dict):
         state = ZFNet.own_names(state)
-    order = _empty(config.model, config.data.image_size, config.imports)
+    order = _empty_state(config.model, config.data.image_size, config.imports)
     for key in order:
         if key not in state:
             raise UserError(f"{path}: lacks {key} of model={model_name(config.model)}; has {', '.join([*state][:4])} …")
     others = {key: value for key, value in state.items() if key not in order}  # refused later, by name
     # find the last layer by its shapes, which depend on the number of classes; it can be anywhere in the file
-    more = _empty(config.model, config.data.image_size, config.imports, classes=11)
+    more = _empty_state(config.model, config.data.image_size, config.imports, classes=11)
     head = [key for key in order if key in more and order[key].shape != more[key].shape]
     head = head or [key for key in order if order[key].ndim]
     ordered = {key: state[key] for key in sorted(order, key=head.__contains__)}
     return config.model, others | ordered, config.data.image_size
 
 
-def _empty(model: Any, image_size: int, imports: Sequence[str] = (), classes: int = 10) -> Mapping[str, Tensor]:
+def _empty_state(model: Any, image_size: int, imports: Sequence[str] = (), classes: int = 10) -> Mapping[str, Tensor]:
     """Return a network's state dict on `meta`: names and shapes without memory."""
     with torch.device("meta"):
         state: Mapping[str, Tensor] = build_model(model, classes, image_size, imports, probe=False).state_dict()
@@ -242,7 +242,7 @@ def _compare(path: Path, model: torch.nn.Module, data: FolderData) -> str:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         largest, generator = 0.0, torch.Generator().manual_seed(0)
-        for _ in range(_COMPARED):
+        for _ in range(_COMPARED_IMAGES):
             pixels = torch.randint(0, 256, (1, data.image_size, data.image_size, 3), generator=generator)
             images = preprocess(pixels.to(torch.uint8), replace(data, crop_size=None), channels_last=False)
             theirs = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])

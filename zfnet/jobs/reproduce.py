@@ -28,7 +28,7 @@ class ReproduceJob(Job):
         """
         if torchrun_world() is not None:
             raise UserError("job=reproduce does not run under torchrun: set trainer.devices=<processes> instead")
-        original = _finished(config)
+        original = _find_finished(config)
         if output.resolve().is_relative_to(original.folder.resolve()):
             raise UserError(f"hydra.run.dir={output}: lies in the run itself; choose a directory of its own")
         check_initial_weights(config)
@@ -39,7 +39,7 @@ class ReproduceJob(Job):
 
 def reproduce(config: Config, run: RunDirectory) -> None:
     """Continue a reproduction in its directory, and compare with `config.run`."""
-    original = _finished(config)
+    original = _find_finished(config)
     with hold(run, "reproduce.log") as stop:
         if run.state == "done":
             print(f"nothing to do: {run.folder} is finished; see its reproduction.json")
@@ -60,13 +60,13 @@ def _reproduce(config: Config, run: RunDirectory, original: RunDirectory, stop: 
     if not comparison["identical"] and not comparison["variation"]:
         others = ", ".join(d["what"] for d in comparison["surroundings"])
         raise UserError(
-            f"not identical to {original.folder}: {_first(comparison)}; "
+            f"not identical to {original.folder}: {_describe_first_difference(comparison)}; "
             f"{f'the environment differs in {others}' if others else 'the recorded environment is the same'} "
             f"({run.folder / 'reproduction.json'})"
         )
 
 
-def _finished(config: Config) -> RunDirectory:
+def _find_finished(config: Config) -> RunDirectory:
     """Return the run to repeat. Raise UserError if it cannot be compared, so that no training is wasted."""
     original = find_run(str(config.run))
     if original.job not in ("train", "reproduce"):
@@ -84,7 +84,7 @@ def _finished(config: Config) -> RunDirectory:
     return original
 
 
-def _first(comparison: dict[str, Any]) -> str:
+def _describe_first_difference(comparison: dict[str, Any]) -> str:
     first = comparison["first_difference"]
     if first is None:
         return "all metrics agree, but the weights do not"
@@ -102,7 +102,7 @@ def _log(comparison: dict[str, Any]) -> None:
         log.info("identical: every metric of %s, the results and the weights", epochs)
         log.info("sha256 of the weights: %s…", comparison["weights_sha256"]["now"][:48])
     else:
-        log.info("%s: %s", "differs" if variation else "NOT identical", _first(comparison))
+        log.info("%s: %s", "differs" if variation else "NOT identical", _describe_first_difference(comparison))
         if comparison["largest_differences"]:
             log.info("largest differences:")
         for metric, d in comparison["largest_differences"].items():

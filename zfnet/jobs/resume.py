@@ -10,7 +10,7 @@ from zfnet.jobs.reproduce import reproduce
 from zfnet.jobs.train import run_as_worker, train
 from zfnet.runs.directory import RunDirectory
 
-_FREE_DATA = tuple(f"data.{key}" for key in (*NOT_IDENTITY["data"], "on_error"))
+_CHANGEABLE_DATA_KEYS = tuple(f"data.{key}" for key in (*NOT_IDENTITY["data"], "on_error"))
 
 
 @dataclass(kw_only=True)
@@ -22,7 +22,7 @@ class ResumeJob(Job):
         """Continue `run=<dir>` with that run's own config."""
         # trusted packages, loggers, the number of processes and the location of the data do not change the result; the
         # content of the data is compared with the record
-        free = ("job", "run", "imports", "logger", "trainer.devices", *_FREE_DATA)
+        free = ("job", "run", "imports", "logger", "trainer.devices", *_CHANGEABLE_DATA_KEYS)
         for key, override in config.overridden.items():
             if key not in free:
                 raise UserError(

@@ -45,9 +45,9 @@ from zfnet.training.schedule import schedule_span
 from zfnet.training.state import TrainingState, set_optimizer_mode
 
 Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
-_FOR_CPUS, _LONG = ("fast", "small"), 1200  # models for CPUs; longer runs (in seconds) advise them
-_FEW = 100  # images; with fewer, one image is more than 1 % of accuracy
-_NAMED = 12  # class names in one line
+_CPU_MODELS, _LONG_RUN_SECONDS = ("fast", "small"), 1200  # models for CPUs; longer runs (in seconds) advise them
+_FEW_IMAGES = 100  # images; with fewer, one image is more than 1 % of accuracy
+_MAX_CLASS_NAMES = 12  # class names in one line
 
 
 @dataclass(kw_only=True)
@@ -192,7 +192,7 @@ def _train(
     saved, problems = read_newest(run.checkpoints)
     if saved is not None:
         _refuse_other_images(run, splits)
-    _check_against(splits, config)
+    _check_images(splits, config)
     images_hash = data_hash({"data_fingerprint": splits.fingerprint, "data": splits.describe()})
     train = training_batches(config, runtime, splits.train, world)
     sets = {
@@ -235,10 +235,10 @@ def _train(
         log.warning("the images are not those of run=%s: %s", config.run, changed)
     record_data(run, config.data)
     for name, images in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        if images is not None and name != "training" and len(images) < _FEW:
+        if images is not None and name != "training" and len(images) < _FEW_IMAGES:
             log.warning("few images: one of %d %s images is %.1f %% of accuracy", len(images), name, 100 / len(images))
         if images is not None and (absent := images.classes_without_images()):
-            shown = ", ".join(absent[:_NAMED]) + " …" * (len(absent) > _NAMED)
+            shown = ", ".join(absent[:_MAX_CLASS_NAMES]) + " …" * (len(absent) > _MAX_CLASS_NAMES)
             log.warning("no %s images in %d of %d classes: %s", name, len(absent), len(images.classes), shown)
     for name in state.new_weights:
         log.info("trainer.init_from: %s is new, since the number of classes differs", name)
@@ -252,7 +252,7 @@ def _train(
         log.info("continuing from epoch %d, step %d", state.epoch + 1, state.step)
         if "branches" in saved.metadata:
             log.info(_describe_schedule(state))
-        if state.epoch < config.trainer.epochs and (problem := _best(run, state)[1]):
+        if state.epoch < config.trainer.epochs and (problem := _best_checkpoint(run, state)[1]):
             log.warning("%s; unless a later epoch is better, the run will have to start again", problem)
     samples = splits.train.pixels(range(min(16, len(splits.train))))
     started = LoggedRun(run.folder, config.to_dict(), state.step, state.model, config.data.image_size, samples)
@@ -267,7 +267,7 @@ def _train(
             return {}
         # keep the epoch that is best on validation; without validation, the last epoch
         if state.best is not None and state.best["epoch"] != state.epoch:
-            best, problem = _best(run, state)
+            best, problem = _best_checkpoint(run, state)
             if best is None:  # the weights of a worse epoch must not replace the best ones
                 raise UserError(
                     f"{problem}: delete {run.checkpoints} and give job=resume run={run.folder} to train from the "
@@ -320,7 +320,7 @@ def _advise(state: TrainingState, seconds: float) -> str:
     device = {"cpu": "this CPU", "cuda": "this GPU"}.get(state.runtime.device.type, "this device")
     advice = f"about {cb.duration(seconds)} on {device}, by its first steps"
     alone = state.runtime.device.type == "cpu" and state.world.size == 1
-    if alone and seconds >= _LONG and model_name(state.config.model) not in _FOR_CPUS:
+    if alone and seconds >= _LONG_RUN_SECONDS and model_name(state.config.model) not in _CPU_MODELS:
         advice += "; made for a CPU: experiment=cifar10_fast and, for photographs, photos_small"
     return advice
 
@@ -361,7 +361,7 @@ def _refuse_other_images(run: RunDirectory, splits: Splits) -> None:
         )
 
 
-def _check_against(splits: Splits, config: Config) -> None:
+def _check_images(splits: Splits, config: Config) -> None:
     """Check the config against the loaded images; raise UserError."""
     data = config.data
     if splits.validation is None and config.trainer.monitor == "validation_loss":
@@ -380,7 +380,7 @@ def _check_against(splits: Splits, config: Config) -> None:
         )
 
 
-def _best(run: RunDirectory, state: TrainingState) -> tuple[Checkpoint | None, str | None]:
+def _best_checkpoint(run: RunDirectory, state: TrainingState) -> tuple[Checkpoint | None, str | None]:
     """Return the weights of the best epoch so far, or None and a message that says why they are lost.
 
     If a process was killed after its last checkpoint, the weights can belong to a later and better epoch.

@@ -76,7 +76,7 @@ def _families() -> list[str]:
     return ["DejaVu Sans", *(name for name in _FALLBACKS if name in installed)]
 
 
-_say_once = functools.cache(log.warning)
+_warn_once = functools.cache(log.warning)
 
 
 def new_figure(**settings: Any) -> Figure:
@@ -95,7 +95,7 @@ def save_figure(figure: Figure, path: Path) -> bytes:
         figure.savefig(buffer, metadata={"Software": None})
     for warning in caught:
         if str(warning.message).startswith("Glyph"):
-            _say_once("some letters are empty boxes in figures: install a font that has them, such as Noto Sans CJK")
+            _warn_once("some letters are empty boxes in figures: install a font that has them, such as Noto Sans CJK")
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     write_atomically(path, buffer.getvalue())

@@ -30,9 +30,9 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.tables import shorten
 from zfnet.training.metrics import Evaluation
 
-_FEW = 40  # up to this many classes, a figure shows each class's number
-_NAMES = 100  # most class names along an axis
-_LINES, _ENDS = 20, 5  # the log lists up to 20 classes; if there are more, the 5 best and the 5 worst
+_MAX_NUMBERED_CLASSES = 40  # up to this many classes, a figure shows each class's number
+_MAX_AXIS_NAMES = 100  # most class names along an axis
+_MAX_LOGGED, _EXTREMES = 20, 5  # classes in the log; if there are more, only the 5 best and the 5 worst
 
 
 def results_of(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
@@ -58,12 +58,12 @@ def log_result(name: str, result: Mapping[str, Any]) -> None:
 def log_per_class(result: Mapping[str, Any]) -> None:
     """Log one line for each class; if there are many, log the best and the worst of those that have images."""
     classes = result["per_class"]
-    shown = {name: value for name, value in classes.items() if value is not None or len(classes) <= _LINES}
+    shown = {name: value for name, value in classes.items() if value is not None or len(classes) <= _MAX_LOGGED}
     absent = len(classes) - len(shown)
-    if len(shown) > _LINES:
-        log.info("  the %d best and the %d worst of %d classes; results.json has all", _ENDS, _ENDS, len(shown))
+    if len(shown) > _MAX_LOGGED:
+        log.info("  the %d best and the %d worst of %d classes; results.json has all", _EXTREMES, _EXTREMES, len(shown))
         ranked = sorted(shown, key=shown.__getitem__, reverse=True)
-        shown = {name: shown[name] for name in (*ranked[:_ENDS], *ranked[-_ENDS:])}
+        shown = {name: shown[name] for name in (*ranked[:_EXTREMES], *ranked[-_EXTREMES:])}
     width = max(map(len, shown), default=0)
     for name, accuracy in shown.items():
         log.info("  %-*s %s", width, name, "no images" if accuracy is None else f"{100 * accuracy:6.2f} %")
@@ -71,9 +71,9 @@ def log_per_class(result: Mapping[str, Any]) -> None:
         log.info("  the other %d classes have no images", absent)
 
 
-def _named(count: int) -> range:
-    """Return which of `count` classes are named along an axis: all, or at most `_NAMES` at equal distances."""
-    return range(0, count, -(-count // _NAMES) or 1)
+def _axis_ticks(count: int) -> range:
+    """Return which of `count` classes are named along an axis: all, or at most `_MAX_AXIS_NAMES` at equal distances."""
+    return range(0, count, -(-count // _MAX_AXIS_NAMES) or 1)
 
 
 def draw_results(run: RunDirectory, evaluation: Evaluation, images: ImageSet, what: str) -> None:
@@ -126,7 +126,7 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str], what: str = "
     correct = f"{100 * evaluation.accuracy:.2f} % of {counts.sum():,} images are correct"
     title = f"Confusion matrix{what and f' ({what})'}: {correct}\neach cell: {cell}"
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
-    ticks = _named(count)
+    ticks = _axis_ticks(count)
     axis.set_xticks(
         ticks, [classes[t] for t in ticks], rotation=90 if count > 12 else 45, ha="right" if count <= 12 else "center"
     )
@@ -142,7 +142,7 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str], what: str = "
 @styled()
 def draw_per_class(evaluation: Evaluation, classes: Sequence[str], what: str = "") -> Figure:
     """Draw the accuracy of each class as a bar; dashed line: over all images, dotted line: mean of the classes."""
-    values, few = evaluation.per_class(), len(classes) <= _FEW
+    values, few = evaluation.per_class(), len(classes) <= _MAX_NUMBERED_CLASSES
     if not few:
         classes = [name for name, value in zip(classes, values, strict=True) if value is not None]
         values = [value for value in values if value is not None]
@@ -155,8 +155,8 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str], what: str = "
     mean = evaluation.mean_class_accuracy()
     axis.axvline(evaluation.accuracy, color=SOFT, linestyle="--", linewidth=1)
     axis.axvline(mean, color=SOFT, linestyle=":", linewidth=1)
-    ticks, names = _named(len(classes)), plain(classes)
-    axis.set_yticks(ticks, [names[t] for t in ticks], fontsize=8 if len(classes) <= _FEW else 6)
+    ticks, names = _axis_ticks(len(classes)), plain(classes)
+    axis.set_yticks(ticks, [names[t] for t in ticks], fontsize=8 if len(classes) <= _MAX_NUMBERED_CLASSES else 6)
     axis.invert_yaxis()
     lines = f"dashed: all images, {evaluation.accuracy:.2%}; dotted: mean of classes, {mean:.2%}"
     title = f"Accuracy by class{what and f' ({what})'}\n{lines}"
