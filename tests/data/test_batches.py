@@ -238,7 +238,7 @@ def test_crop_size_takes_windows_inside() -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 5), st.integers(2, 9), st.integers(1, 9), st.integers(0, 2**16))
-def test_the_two_ways_to_cut_are_one(count: int, stored: int, size: int, seed: int) -> None:
+def test_crops_on_cpu_and_gpu_are_equal(count: int, stored: int, size: int, seed: int) -> None:
     size = min(size, stored)
     chance = torch.Generator().manual_seed(seed)
     top, left = torch.randint(0, stored - size + 1, (2, count), generator=chance)

@@ -52,7 +52,7 @@ def test_without_network_one_line_says_what_to_do(name: str, tmp_path: Path, off
     assert not (tmp_path / "none").exists()
 
 
-def test_the_command_says_it_too(run_py, offline) -> None:
+def test_the_command_gives_the_same_message(run_py, offline) -> None:
     answer = run_py("model=small", "data.image_size=64")
     assert answer.error.startswith("cifar10 is not in")
 

@@ -172,7 +172,7 @@ def test_fit_extends_a_run_in_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", ["stretch", "continue", "restart"])
-def test_what_becomes_of_the_schedule_is_chosen_and_said(branch, tmp_path: Path, rule: str) -> None:
+def test_the_schedule_of_a_branch_is_chosen_and_logged(branch, tmp_path: Path, rule: str) -> None:
     words = ("scheduler=cosine", "optimizer.lr=0.04")
     parent = train_minute(tmp_path / "one", *words)
     run = branch("two", "job=extend", "run=one", "trainer.epochs=4", f"job.schedule={rule}")

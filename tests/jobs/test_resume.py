@@ -118,7 +118,7 @@ def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, judge,
 
 
 @pytest.mark.parametrize(("accuracies", "best"), [((0.3, 0.2, 0.9), 3), ((0.1, 0.2, 0.15), 2)])
-def test_a_later_epoch_that_is_better_makes_the_loss_good(
+def test_a_better_later_epoch_replaces_lost_best_weights(
     tmp_path: Path, judge, accuracies: tuple[float, ...], best: int
 ) -> None:
     judge(accuracy=accuracies)

@@ -92,7 +92,7 @@ def test_the_objective_of_a_sweep_is_validations(tmp_path: Path) -> None:
     assert value == run.read_json("results.json")["validation"]["accuracy"]
 
 
-def test_few_images_are_said_to_be_few(tiny_run: RunDirectory, tmp_path: Path) -> None:
+def test_few_images_give_a_warning(tiny_run: RunDirectory, tmp_path: Path) -> None:
     log = (tiny_run.folder / "train.log").read_text()
     assert "few images: one of 20 validation images is 5.0 % of accuracy" in log
     assert "few images: one of 50 test images is 2.0 % of accuracy" in log
