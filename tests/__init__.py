@@ -1,7 +1,7 @@
-"""The tests, laid out as the package is."""
+"""The tests. Their folders mirror those of the package."""
 
 import os
 
-# The networks here are so small that threads would only wait for each other: on a busy machine, ten times as
-# long as the work itself takes. Set before PyTorch is imported, and inherited by the processes that tests start.
+# The networks in the tests are so small that several threads would only wait for each other: on a busy machine, ten
+# times as long as the work takes. Set this before PyTorch is imported. Processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,8 +1,8 @@
-"""Hydra's compositions, remembered: most of the tests' time would go there, and nearly all read the same files.
+"""A cache of Hydra's compositions. Without it, composing the same few files would take most of the tests' time.
 
-What the project's files and the chosen groups give is composed once in a process. The overrides of keys, Hydra's own
-part and the checks of this package are applied to it each time. A composition with anybody else's folder is not
-remembered. `ZFNET_COMPOSE_ANEW=1 python -m pytest` runs the tests without this.
+Each process composes the project's files with the same chosen groups only once. The overrides of keys, the `hydra`
+fields that Hydra sets at run time and this package's checks are applied every time. Compositions that read a folder
+outside the project are not cached. `ZFNET_COMPOSE_ANEW=1 python -m pytest` runs the tests without the cache.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _loaded: dict[str, bytes] = {}
 
 
 def remember(patch: Any) -> None:
-    """Let Hydra remember what it composes, as long as `patch`, a pytest.MonkeyPatch, lasts."""
+    """Cache Hydra's compositions until `patch`, a pytest.MonkeyPatch, is undone."""
     if os.environ.get("ZFNET_COMPOSE_ANEW") == "1":
         return
     patch.setattr(config_loader_impl, "create_defaults_list", _create_once)
@@ -53,12 +53,12 @@ def remember(patch: Any) -> None:
     patch.setattr(ConfigStore, "load", _load_stored_fast)
     patch.setattr(ConfigResult, "__deepcopy__", lambda result, _: _copied(result), raising=False)
     patch.setattr(defaults_list, "_create_interpolation_map", _choices_if_named)
-    # each composition copies the store to protect it from changes; what is loaded from it is a copy in any case
+    # each composition deep-copies the store to protect it, which is unnecessary because `ConfigStore.load` copies too
     patch.setattr(ConfigStore, "__deepcopy__", lambda store, _: store, raising=False)
 
 
 def forget(patch: Any) -> None:
-    """Let Hydra compose as it does by itself, as long as `patch` lasts."""
+    """Restore Hydra's own functions until `patch` is undone."""
     patch.setattr(config_loader_impl, "create_defaults_list", _create)
     patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", _join)
     patch.setattr(OverridesParser, "parse_rule", _parse)
@@ -70,9 +70,9 @@ def forget(patch: Any) -> None:
 
 
 def _state(repo: Any) -> Any:
-    """Return what a composition reads: Hydra's store, and sources with time and size of each file.
+    """Return a key for all that a composition reads: Hydra's store, and the sources with each file's time and size.
 
-    None with a folder that is not ours.
+    Return None if a source is outside this project.
     """
     state: list[Any] = sorted(_stored(ConfigStore.instance().repo))
     for source in repo.get_sources():
@@ -88,7 +88,7 @@ def _state(repo: Any) -> Any:
 
 
 def _stored(entries: dict[str, Any], group: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the name of each config in Hydra's store, with what tells it from others of this name."""
+    """Yield the name of each config in Hydra's store, with the id of its node, which distinguishes replaced configs."""
     for name, entry in entries.items():
         if isinstance(entry, dict):
             yield from _stored(entry, f"{group}/{name}")
@@ -99,7 +99,7 @@ def _stored(entries: dict[str, Any], group: str = "") -> Iterator[tuple[str, int
 def _create_once(
     repo: Any, config_name: str | None, overrides_list: Sequence[Override], prepend_hydra: bool, skip_missing: bool
 ) -> DefaultsList:
-    """Stand for Hydra's `create_defaults_list`: the defaults of the chosen groups, and the overrides of keys."""
+    """Replace Hydra's `create_defaults_list`: cache the defaults of the chosen groups, add the overrides of keys."""
     rest: dict[str, Any] = {"config_name": config_name, "prepend_hydra": prepend_hydra, "skip_missing": skip_missing}
     state = _state(repo)
     if state is None:
@@ -107,14 +107,14 @@ def _create_once(
     groups: list[Override] = []
     keys: list[Override] = []
     for override in overrides_list:
-        if override.is_sweep_override():  # Hydra leaves them out as well
+        if override.is_sweep_override():  # Hydra skips them too
             continue
         name = (state, override.key_or_group)
         if name not in _is_group:
             _is_group[name] = repo.group_exists(override.key_or_group)
         (groups if _is_group[name] and not isinstance(override.value(), dict) else keys).append(override)
     key = (state, tuple(override.input_line for override in groups), *rest.values())
-    if key not in _defaults:  # an error is not remembered
+    if key not in _defaults:  # errors are not cached
         _defaults[key] = _create(repo=repo, overrides_list=groups, **rest)
     known = _defaults[key]
     return DefaultsList(
@@ -123,47 +123,47 @@ def _create_once(
 
 
 def _join_once(self: ConfigLoaderImpl, defaults: Sequence[Any], repo: Any) -> DictConfig:
-    """Stand for Hydra's method of this name: the config of these defaults, before any override of a key."""
+    """Replace `_compose_config_from_defaults_list`: cache the config of these defaults, without overrides of keys."""
     state = _state(repo)
     if state is None:
         return _join(self, defaults=list(defaults), repo=repo)
     key = (state, *map(dataclasses.astuple, defaults))
     if key not in _joined:
         config = _join(self, defaults=list(defaults), repo=repo)
-        OmegaConf.clear_cache(config)  # it holds the time, which names the next run's directory
+        OmegaConf.clear_cache(config)  # it contains the time, which would name the next run's directory
         _joined[key] = pickle.dumps(config)
     return pickle.loads(_joined[key])
 
 
 def _parse_once(self: OverridesParser, text: str, rule_name: str) -> Any:
-    """Stand for Hydra's method of this name: a word is parsed up to four times in a command."""
+    """Replace `OverridesParser.parse_rule`, because each command parses a word up to four times."""
     if (text, rule_name) not in _words:
         _words[text, rule_name] = _parse(self, text, rule_name)
     return copy.deepcopy(_words[text, rule_name])
 
 
 def _load_once(file: Any) -> Any:
-    """Stand for OmegaConf's function of this name: each composition reads conf/config.yaml once more."""
+    """Replace `OmegaConf.load`, because each composition reads conf/config.yaml again."""
     if not hasattr(file, "read"):
         return _load(file)
     text = file.read()
     if text not in _loaded:
-        file.seek(0)  # an error names the file
+        file.seek(0)  # load from the file rather than the text, so that errors name the file
         _loaded[text] = pickle.dumps(_load(file))
     return pickle.loads(_loaded[text])
 
 
 def _copied(thing: Any) -> Any:
-    """Return a copy, in a fraction of copy.deepcopy's time."""
+    """Return a deep copy in a fraction of copy.deepcopy's time."""
     return pickle.loads(pickle.dumps(thing))
 
 
 def _load_stored_fast(self: ConfigStore, config_path: str) -> ConfigNode:
-    """Stand for Hydra's method `load`."""
+    """Replace `ConfigStore.load`, whose deepcopy is slow."""
     found = self._load(config_path)
     return dataclasses.replace(found, node=_copied(found.node))
 
 
 def _choices_if_named(overrides: Any, defaults: Sequence[Any], self_added: bool) -> DictConfig | None:
-    """Stand for Hydra's `_create_interpolation_map`: only defaults with a `${…}` look into it."""
+    """Replace Hydra's `_create_interpolation_map`, because only defaults that contain `${…}` use the map."""
     return _choices(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else None

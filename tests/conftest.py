@@ -1,7 +1,7 @@
-"""What every test starts from: no display, no user cache, and the command line as a function.
+"""Fixtures that every test uses: no display, no user cache, and the command line as a function.
 
-The process that hands the tests out to the others imports this file as well, while they wait: PyTorch and the package
-are imported where they are used.
+pytest-xdist's controller imports this file too, while its workers wait. To keep that short, functions import PyTorch
+and the package where they need them.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["MPLBACKEND"] = "Agg"
-# PyTorch looks at it once, at the first product on a GPU: of whatever test, and `trainer=exact` needs it there
+# PyTorch reads this once, at the process's first matrix product on a GPU; tests of `trainer=exact` need it set by then
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# the same examples every time, and no complaint about a busy machine
+# use the same examples in every run, and do not fail on a busy machine
 hypothesis.settings.register_profile("zfnet", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("zfnet")
 
 
 def pytest_configure() -> None:
-    gc.disable()  # while all is imported, of which nothing is garbage
+    gc.disable()  # imports create no garbage, so collecting meanwhile only costs time
 
 
 def pytest_collection_finish() -> None:
-    """Collect the garbage of the tests alone: each look through all that is imported takes a quarter of a second."""
+    """Exclude imported objects from garbage collection: scanning them takes a quarter of a second each time."""
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
     gc.enable()
@@ -48,13 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     if not torch.cuda.is_available():
         for item in items:
-            if item.get_closest_marker("gpu") is not None:  # not the keywords, which hold the folder's name
+            if item.get_closest_marker("gpu") is not None:  # item.keywords would match the folder's name too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _composed_once() -> Iterator[None]:
-    """Let Hydra remember what it composes."""
+    """Cache Hydra's compositions."""
     from tests.composing import remember
 
     with pytest.MonkeyPatch.context() as patch:
@@ -64,22 +64,22 @@ def _composed_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoded images of tests do not go to the user's cache."""
+    """Keep the tests' decoded images out of the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(autouse=True)
 def _no_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write as the package does, but wait for no disk: what dies here is a process, after which the files remain.
+    """Skip fsync: tests kill processes but not the machine, so files survive without it.
 
-    Shared runs are trained before this, and other processes, too: they do wait.
+    Session fixtures, which run before this one, and subprocesses still call fsync.
     """
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(autouse=True)
 def _switches_put_back():
-    """`trainer=exact` and `trainer.threads` set process-wide switches; one test's must not reach the next."""
+    """Reset the process-wide switches that `trainer=exact` and `trainer.threads` set, before and after each test."""
     import torch
 
     from zfnet.training.device import THREADS
@@ -88,14 +88,14 @@ def _switches_put_back():
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(THREADS)
 
-    put_back()  # fixtures of a module or a session train before any test does
+    put_back()  # module and session fixtures may have trained before this test
     yield
     put_back()
 
 
 @pytest.fixture(autouse=True)
 def _undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Trainings, evaluations and sweeps draw nothing, which takes most of a small one's time; `drawn` marks others."""
+    """Skip the figures of trainings, evaluations and sweeps, which take most of their time, except in `drawn` tests."""
     from tests.helpers import no_figures
 
     with contextlib.nullcontext() if request.node.get_closest_marker("drawn") else no_figures():
@@ -112,7 +112,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[dict[str, Any]]]:
-    """What the run of MINUTE learns without any interruption, with checkpoints only at its end."""
+    """The weights and the history of an uninterrupted run of MINUTE, with checkpoints only at its end."""
     from tests.helpers import learned, train_minute
 
     return learned(train_minute(tmp_path_factory.mktemp("whole") / "run"))
@@ -128,7 +128,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that makes up the validations: `judge(loss=[…])` gives their loss after epochs 1, 2, …"""
+    """Return a function that fakes validation results: `judge(loss=[…])` sets the losses after epochs 1, 2, …"""
     from zfnet.training import loop
 
     real = loop.evaluate
@@ -147,7 +147,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def no_mode(*_: Any, **__: Any) -> None:
-    """Stand for Hydra's look for hydra.mode, which composes the config once more: nothing in conf/ sets it."""
+    """Replace Hydra's lookup of hydra.mode, which composes the config a second time. conf/ never sets it."""
 
 
 class Answer(NamedTuple):
@@ -159,7 +159,7 @@ class Answer(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The one line with which a command failed, without `error: ` and the line's end."""
+        """The single line that a failed command printed to stderr, without `error: ` and the newline."""
         assert self.code == 1, self.err
         assert self.err.startswith("error: "), self.err
         assert self.err.count("\n") == 1, self.err
@@ -169,7 +169,7 @@ class Answer(NamedTuple):
 
 @pytest.fixture
 def run_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    """Return a function that does what `python run.py …` does, in this process and in an empty folder."""
+    """Return a function that runs `python run.py …` in this process and in an empty folder."""
     from hydra._internal.hydra import Hydra
     from hydra.core.hydra_config import HydraConfig
 
@@ -180,7 +180,7 @@ def run_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
         capfd.readouterr()
         code = 0
         with monkeypatch.context() as patch:
-            patch.setattr(HydraConfig.instance(), "cfg", None)  # or a later training would record this command
+            patch.setattr(HydraConfig.instance(), "cfg", None)  # so that later trainings do not record it
             if not any(re.match(r"-+c|hydra\.(mode|searchpath)", str(word)) for word in words):
                 patch.setattr(Hydra, "get_mode", no_mode)
             try:

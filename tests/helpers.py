@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Helpers that several test files share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from zfnet.training.device import resolve_runtime, set_switches
 from zfnet.training.loaded import LoadedRun
 from zfnet.training.state import TrainingState
 
-# The built-in images at a size that trains in a second or two; on the CPU, wherever the tests run.
+# A training on built-in images that takes a second or two, on the CPU even where there is a GPU.
 TINY = (
     "experiment=quickstart",
     "trainer.device=cpu",
@@ -46,7 +46,7 @@ TINY = (
     "data.batch_size=20",
 )
 
-# Milliseconds a step: 8 steps an epoch, a network of two thousand weights, on the CPU, to the bit.
+# A bit-exact training on the CPU with a network of two thousand weights: 8 steps an epoch, milliseconds a step.
 MINUTE = (
     *TINY,
     "trainer=exact",
@@ -62,12 +62,12 @@ MINUTE = (
     "model.fc6.features=16",
     "model.fc7=null",
 )
-STEPS = 8  # of one epoch of MINUTE: 72 training images in batches of 9
-EVERY_STEP = "trainer.checkpoint_minutes=1e-9"  # not part of a run's identity
+STEPS = 8  # in one epoch of MINUTE: 72 training images in batches of 9
+EVERY_STEP = "trainer.checkpoint_minutes=1e-9"  # a checkpoint after every step; not part of a run's identity
 
 
 def compose(*words: str) -> Config:
-    """Return the config that these words on the command line would give."""
+    """Return the config that run.py reads from these words."""
     return pickle.loads(_composed(words))
 
 
@@ -78,32 +78,32 @@ def _composed(words: tuple[str, ...]) -> bytes:
 
 
 def checked(*words: str) -> Config:
-    """Return the config of these words, after all the checks that precede the reading of data."""
+    """Return the config of these words after all checks that run.py makes before it reads data."""
     config = compose(*words)
     check_recipe(config)
     return config
 
 
 def claim(run: RunDirectory, config: Config) -> bool:
-    """Make this the directory of `config`'s run; return whether there is something to resume."""
+    """Claim the directory for `config`'s run, and return whether there is a run to resume."""
     with run.claimed(config) as resumed:
         return resumed
 
 
 def train_tiny(folder: Path, *words: str) -> RunDirectory:
-    """Train the tiny run, with these overrides, in `folder`."""
+    """Train TINY with these overrides in `folder`."""
     run = RunDirectory(folder)
     train(compose(*TINY, *words), run)
     return run
 
 
 def train_minute(folder: Path, *words: str) -> RunDirectory:
-    """Train the run of MINUTE in `folder`, or go on with it there; without figures, which take the most time."""
+    """Train or resume MINUTE in `folder`, without figures, which take most of the time."""
     return train_undrawn(folder, compose(*MINUTE, *words))
 
 
 def train_undrawn(folder: Path, config: Config) -> RunDirectory:
-    """Train a config in `folder`, or go on with it there, without figures."""
+    """Train or resume a config in `folder`, without figures."""
     run = RunDirectory(folder)
     with no_figures():
         train(config, run)
@@ -111,7 +111,7 @@ def train_undrawn(folder: Path, config: Config) -> RunDirectory:
 
 
 def training_state(config: Config, steps: int = STEPS, callbacks: Sequence[Callback] = ()) -> TrainingState:
-    """Return the state of a training of ten classes, with the callbacks that are part of its arithmetic."""
+    """Return the training state for ten classes, including the callbacks of model.rms_limit and trainer.ema."""
     arithmetic: list[Callback] = []
     if config.model.rms_limit is not None:
         arithmetic.append(FilterRenormalization(config.model.rms_limit))
@@ -122,29 +122,29 @@ def training_state(config: Config, steps: int = STEPS, callbacks: Sequence[Callb
 
 
 class Trap:
-    """Writes a file `witness` in the current folder, when a pickle of it is opened."""
+    """Writes a file `witness` to the current folder when its pickle is loaded."""
 
     def __reduce__(self):
         return Path.write_text, (Path("witness"), "opened")
 
 
 def full_disk(*_: object) -> None:
-    """Stand for a function that writes to a disk without space."""
+    """Replace a function that writes a file, and fail as on a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL within this process: nothing that handles errors may handle it."""
+    """Simulates SIGKILL in this process. A BaseException, because no error handler may catch it."""
 
 
 @contextmanager
 def dying_at(step: int) -> Iterator[None]:
-    """Within this block training dies just before the given global step, saving nothing more."""
+    """Within this block, training raises Killed just before the given global step and saves nothing more."""
     real = loop.train_step
 
     def dying(state, batch) -> None:
         if state.step == step:
-            if multiprocessing.parent_process() is not None:  # process 0 dies as well, and ends this one
+            if multiprocessing.parent_process() is not None:  # process 0 is killed too, and then ends this one
                 time.sleep(60)
             raise Killed
         real(state, batch)
@@ -155,15 +155,15 @@ def dying_at(step: int) -> Iterator[None]:
 
 
 def die_at(folder: Path, step: int, *words: str) -> None:
-    """Train MINUTE in `folder` with a checkpoint after every step, and die before this one."""
+    """Train MINUTE in `folder` with a checkpoint after every step, until it is killed before step `step`."""
     with dying_at(step), pytest.raises(Killed):
         train_minute(folder, EVERY_STEP, *words)
 
 
 def resumes_exactly(folder: Path, steps: Sequence[int], *words: str) -> RunDirectory:
-    """Assert that MINUTE, killed before each of these steps and resumed, equals a run without interruption.
+    """Assert that MINUTE, killed before each of these steps and resumed, equals an uninterrupted run.
 
-    Returns the resumed run; the other one is in `folder`/whole.
+    Return the resumed run. The uninterrupted run is in `folder`/whole.
     """
     expected = learned(train_minute(folder / "whole", *words))
     for step in steps:
@@ -175,7 +175,7 @@ def resumes_exactly(folder: Path, steps: Sequence[int], *words: str) -> RunDirec
 
 @contextmanager
 def no_figures() -> Iterator[None]:
-    """Draw no figures, and draw each set of built-in images once: they are a function of three numbers."""
+    """Skip all figures, and cache the built-in images, which depend only on three numbers."""
     with pytest.MonkeyPatch.context() as patch:
         for job, names in (
             ("train", ("draw_curves", "draw_results", "save_figure")),
@@ -189,7 +189,7 @@ def no_figures() -> Iterator[None]:
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
-    """Start run.py with these words in a process of its own, in `folder`; its training draws nothing."""
+    """Start run.py with these words as a subprocess in `folder`, without a training's figures."""
     code = f"import sys; sys.argv[:] = {[str(ROOT / 'run.py'), *words]!r}{_PROGRAM}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
@@ -209,7 +209,7 @@ def _drawn_once(count: int, size: int, part: int):
 
 
 def learned(run: RunDirectory) -> tuple[bytes, list[dict[str, Any]]]:
-    """Return what two equal runs share to the bit: the file of weights, and the history without timings."""
+    """Return what is bit-identical in two equal runs: the weights file, and the history without timings."""
     timings = ("seconds", "images_per_second")
     history = [{k: v for k, v in row.items() if k not in timings} for row in run.read_history()]
     return run.weights.read_bytes(), history
@@ -219,7 +219,7 @@ REQUIRED = {"folder": ["data.root=nowhere"], "dataset": ["+data.train._target_=n
 
 
 def data_config(name: str = "shapes", **changes: Any) -> DataConfig:
-    """Return the default data settings of a data set with changes, at 64 px and 4 images a batch."""
+    """Return the default data settings of a data set, with images of 64 px, batches of 4 and `changes`."""
     words = [f"data={name}", *REQUIRED.get(name, [])]
     values = dataclasses.asdict(compose(*words).data)
     sizes = {"image_size": 64, "batch_size": 4, "validation": 0.1, "store_size": None}
@@ -227,12 +227,12 @@ def data_config(name: str = "shapes", **changes: Any) -> DataConfig:
 
 
 def augment_config(**changes: Any) -> AugmentConfig:
-    """Return settings of augmentation that change nothing, with changes."""
+    """Return augmentation settings that leave images unchanged, with `changes`."""
     return AugmentConfig(name="test", **changes)
 
 
 def tiny_model_config(**changes: Any) -> ModelConfig:
-    """Return a network of ZFNet's shape with a few maps, for images of 64 px and up."""
+    """Return the config of a network with ZFNet's layers but few maps, for images of at least 64 px."""
     layers: dict[str, Any] = {
         "conv1": Conv(4, 7, 2, 1, True),
         "conv2": Conv(6, 5, 2, 0, True),
@@ -254,9 +254,9 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
 
 @contextmanager
 def fast_switches() -> Iterator[None]:
-    """Within this block autocast, TF32 and autotuning are on, as a training has left them; no convolution may use them.
+    """Turn on autocast, TF32 and autotuning, as a training leaves them, and assert that no convolution uses them.
 
-    So it is for explanations. Afterwards the switches must be what they were.
+    Explanations must turn them off while they run. Afterwards the switches must be as before.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     plain = torch.nn.Conv2d.forward
@@ -295,6 +295,6 @@ def read_csv(path: Path | str) -> list[dict[str, str]]:
 
 
 def used(run: RunDirectory, *words: str) -> LoadedRun:
-    """Return a run as the jobs that read one see it, with these overrides on the command line."""
+    """Load a run as a job with `run=<dir>` and these overrides loads it."""
     words = ("job=evaluate", f"run={run.folder}", *words)
     return LoadedRun(read_command(compose_raw(prepare_overrides(words)), words, sources=()))

@@ -1,4 +1,4 @@
-"""What somebody's own package may hold: classes for every slot. Commands that use them say imports=[tests]."""
+"""Classes that a user's own package can provide, for every config group. Commands need imports=[tests] to use them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zfnet.training.loggers import Logger
 
 
 class NestedState(Optimizer):
-    """Descent along the last two gradients, in a state of lists and dicts."""
+    """Descent along the last two gradients. Its state contains lists and dicts."""
 
     def __init__(self, params: Any, lr: float = 0.01) -> None:
         super().__init__(params, {"lr": lr})
@@ -42,7 +42,7 @@ class NestedState(Optimizer):
 
 
 class TwoModes(Optimizer):
-    """Descent that is evaluated at the mean of its steps, as schedule-free optimizers are; starts in neither mode."""
+    """Descent that is evaluated at the mean of its iterates, like schedule-free optimizers. It starts in mode eval."""
 
     def __init__(self, params: Any, lr: float = 0.01) -> None:
         super().__init__(params, {"lr": lr, "mode": "eval"})
@@ -77,7 +77,7 @@ class TwoModes(Optimizer):
 
 
 class Counting(Optimizer):
-    """Descent in ever smaller steps, which it counts in its groups, from their defaults or from its first step."""
+    """Descent in ever smaller steps. The groups have a step count, either by default or from the first step on."""
 
     def __init__(self, params: Any, lr: float = 0.01, weight_decay: float = 0.0, from_defaults: bool = True) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay} | ({"count": 0} if from_defaults else {}))
@@ -91,7 +91,7 @@ class Counting(Optimizer):
 
 
 class MeanCrossEntropy(nn.Module):
-    """The mean over the batch, without an argument `reduction`."""
+    """The mean over the batch. It has no argument `reduction`."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels)
@@ -108,14 +108,14 @@ class Wordless(nn.Module):
 
 
 class SoftTargets(nn.Module):
-    """Wants a probability of each class for each image; with as many images as classes, labels pass for these."""
+    """Expects probabilities [N, C]. Labels [N] raise no error if N equals C, because they broadcast."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return -(labels * logits.log_softmax(1)).sum(1).mean()
 
 
 class TenClasses(nn.Module):
-    """Weighs each of ten classes."""
+    """Cross-entropy with a weight for each of exactly ten classes."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return (torch.arange(10.0) * F.one_hot(labels, 10) * -logits.log_softmax(1)).sum(1).mean()
@@ -133,7 +133,7 @@ class Learned(MeanCrossEntropy):
 
 
 class Network(nn.Module):
-    """A network of somebody's own."""
+    """A user's own network."""
 
     def __init__(self, num_classes: int, width: int = 4) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Network(nn.Module):
 
 
 class Fixed(nn.Module):
-    """A network whose number of outputs does not follow the data; in training mode it may give a second result."""
+    """A network with a fixed number of outputs. With `second`, it returns two results in training mode."""
 
     def __init__(self, outputs: int = 10, dropout: float = 0.5, second: bool = False) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Fixed(nn.Module):
 
 
 class LateNorm(nn.Module):
-    """A network without a convolution, whose last weights are not the last layer's."""
+    """A network without convolutions. The last parameters in its state dict are not those of its last layer."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class LateNorm(nn.Module):
 
 
 class GradNorm(Callback):
-    """The norm of the last step's gradients, a column; `column` names another."""
+    """Reports the norm of the last step's gradients as a column. `measure` returns no other `column`."""
 
     def __init__(self, column: str = "grad_norm") -> None:
         self.columns = (column,)
@@ -213,7 +213,7 @@ class Misspelt(GradNorm):
 
 
 class Counter(Callback):
-    """Counts steps, and keeps numbers, lists and tensors about them."""
+    """Counts steps. Its state contains numbers, lists and tensors."""
 
     def __init__(self) -> None:
         self.steps, self.epochs, self.total = 0, [], torch.zeros(())
@@ -233,7 +233,7 @@ class Counter(Callback):
 
 
 class Witness(Callback):
-    """Notes the hooks in the order in which they are called, with the count of steps."""
+    """Records each call of a hook, in order, with the step count."""
 
     calls: ClassVar[list[tuple[str, int]]] = []
 
@@ -243,7 +243,7 @@ class Witness(Callback):
 
 
 class Broken(Callback, Logger):
-    """Fails in one of its methods, as code that looks for a value under a wrong name does."""
+    """Raises KeyError in one of its methods, as code with a misspelled key does."""
 
     def __init__(self, method: str) -> None:
         setattr(self, method, lambda *_: {}["val_loss"])
@@ -253,7 +253,7 @@ class Broken(Callback, Logger):
 
 
 class Items(Dataset):
-    """`count` images of noise, in one of the forms that an item may have."""
+    """`count` images of noise, in one of the forms that items of a data set can have."""
 
     def __init__(self, count: int, form: str = "pil", side: int = 64, classes: int = 3, seed: int = 0) -> None:
         self.images, self.form, self.number = random_images(count, side, seed), form, classes
@@ -327,7 +327,7 @@ class Named(Items):
 
 
 class Squash(nn.Module):
-    """An operation whose results have another shape: `keep` of the rows, or as many as the image says."""
+    """A transform that changes the shape: it keeps `keep` rows, or a square whose size depends on the pixels."""
 
     def __init__(self, keep: int = 0) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""A GPU that is not there, so that machines without one notice where tensors of two devices meet.
+"""A simulated GPU, which reveals operations that mix devices on machines without a GPU.
 
-Within `pretended_gpu()` the device `cuda` exists. Its tensors, `OnGpu`, say that they are on it, compute on the CPU,
-and refuse what CUDA refuses: operations on tensors of both devices, a CPU tensor indexed by one on the GPU,
-`numpy()`. `pretended_gpu` yields a list of what would have the host wait for the device.
+Within `pretended_gpu()` the device `cuda` exists. Its tensors, `OnGpu`, report this device, compute on the CPU, and
+raise an error where CUDA does: operations on tensors of both devices, a CPU tensor indexed by a GPU tensor, and
+`numpy()`. `pretended_gpu` yields a list of operations that would make the host wait for the device.
 
-It cannot show CUDA's arithmetic, streams and memory, or what PyTorch's own C++ functions do among themselves.
+CUDA's arithmetic, streams and memory are not simulated. Calls inside PyTorch's C++ functions are not checked.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
-READING = (aten._local_scalar_dense, aten.equal, aten.nonzero, aten._unique2)  # the host needs their results
+READING = (aten._local_scalar_dense, aten.equal, aten.nonzero, aten._unique2)  # the host reads their results
 _waits: list[str] = []
 
 
 class MixedDevices(RuntimeError):
-    """Tensors of both devices met where CUDA would not have it."""
+    """An operation mixes tensors of both devices where CUDA would raise an error."""
 
 
 class OnGpu(Tensor):
-    """A tensor that says it is on a GPU. `inner`, of the same shape, holds its numbers."""
+    """A tensor that reports a GPU as its device. `inner`, a CPU tensor of the same shape, contains its values."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda _: torch.device("cuda", 0))  # type: ignore[assignment]
@@ -62,30 +62,30 @@ class OnGpu(Tensor):
         if func is aten.copy_.default and not isinstance(args[0], OnGpu):
             _waits.append("a copy to the CPU")
             return args[0]
-        # what works in place returns the tensor that it was given
+        # in-place operations return the tensor that they were given
         return tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else OnGpu(t), out)
 
 
 def _refuse_mixed(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise MixedDevices where CUDA would."""
+    """Raise MixedDevices where CUDA would raise an error."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     strangers = [x for x in tensors if not isinstance(x, OnGpu)]
     if not strangers or func.overloadpacket in (aten.copy_, aten.fill_):
         return
     target_is_there = isinstance(args[0], OnGpu)
     if func.overloadpacket in INDEXING and target_is_there:
-        indices = {id(i) for i in args[1]}  # they may be on the CPU: it is a copy, which waits
+        indices = {id(i) for i in args[1]}  # CUDA accepts indices on the CPU, but copying them waits
         if any(id(x) in indices for x in strangers):
             _waits.append(f"{func} by an index on the CPU")
         strangers = [x for x in strangers if id(x) not in indices and x.ndim]
     elif torch.Tag.pointwise in func.tags and (target_is_there or not func._schema.is_mutable):
-        strangers = [x for x in strangers if x.ndim]  # a single number on the CPU is passed by value
+        strangers = [x for x in strangers if x.ndim]  # CUDA accepts a scalar on the CPU: it is passed by value
     if strangers:
         raise MixedDevices(f"{func}: {', '.join(f'{list(x.shape)} on {x.device}' for x in tensors)}")
 
 
 class _Gpu(TorchFunctionMode):
-    """Lets Python make tensors on the device and move them to it and back."""
+    """Makes Python calls create tensors on the simulated device and move tensors to and from it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, first = dict(kwargs or {}), args[0] if args else None
@@ -99,7 +99,7 @@ class _Gpu(TorchFunctionMode):
             if func is Tensor.tolist:
                 _waits.append("tolist")
                 return first.inner.tolist()
-            if func is F.one_hot:  # makes its own tensors in C++
+            if func is F.one_hot:  # creates CPU tensors in C++
                 return OnGpu(func(first.inner, *args[1:], **kwargs))
         if _is_cuda(kwargs.get("device")):
             if func in (torch.tensor, torch.as_tensor):
@@ -114,7 +114,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _move(func: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Do what Tensor.to, Tensor.cpu and Tensor.cuda do."""
+    """Replace Tensor.to, Tensor.cpu and Tensor.cuda."""
     rest, there = list(args), isinstance(x, OnGpu)
     device = kwargs.pop("device", None)
     if func is not Tensor.to:
@@ -145,7 +145,7 @@ class _Move(torch.autograd.Function):
 
 
 class _Threads(ThreadPoolExecutor):
-    """Threads in which the device exists as well."""
+    """A pool whose threads see the simulated device too."""
 
     def submit(self, call: Callable, /, *args: Any, **kwargs: Any) -> Future:
         def work() -> Any:
@@ -157,13 +157,13 @@ class _Threads(ThreadPoolExecutor):
 
 @contextmanager
 def pretended_gpu() -> Iterator[list[str]]:
-    """Have one GPU of 80 GiB within this block; yield what would have the host wait for it, as it happens."""
+    """Simulate one GPU of 80 GiB within this block. Yield a growing list of operations that would wait for it."""
     stream = SimpleNamespace(record_event=lambda: SimpleNamespace(synchronize=lambda: None))
     metadata = SimpleNamespace(name="pretended", total_memory=80 << 30, major=9, minor=0)
     with pytest.MonkeyPatch.context() as patch, _Gpu():
         for name, value in {
             "device_count": 1,
-            "is_available": False,  # PyTorch's own code shall not look for it
+            "is_available": False,  # so that PyTorch's own code does not use CUDA
             "get_device_name": "pretended",
             "get_device_properties": metadata,
             "mem_get_info": (80 << 30, 80 << 30),
@@ -175,7 +175,7 @@ def pretended_gpu() -> Iterator[list[str]]:
             patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
         patch.setattr("zfnet.data.batches.ThreadPoolExecutor", _Threads)
         before = torch.__future__.get_overwrite_module_params_on_conversion()
-        torch.__future__.set_overwrite_module_params_on_conversion(True)  # a Parameter's type cannot change
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # `.data` cannot change its tensor type
         _waits.clear()
         try:
             yield _waits

@@ -1,4 +1,4 @@
-"""The versions that pyproject.toml admits are none of which .ci/advisories.toml warns."""
+"""pyproject.toml admits no version that .ci/advisories.toml lists as affected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-tomllib = pytest.importorskip("tomllib")  # Python 3.11
+tomllib = pytest.importorskip("tomllib")  # new in Python 3.11
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
@@ -26,14 +26,14 @@ def advisories() -> list[dict[str, Any]]:
 
 
 def admitted(requirement: Requirement, advisory: dict[str, Any]) -> Iterator[str]:
-    """Yield affected versions that a requirement admits for some Python: of its floor and those that are named."""
+    """Yield affected versions that a requirement admits on some Python: its floor, and those the advisory names."""
     floors = [f"{s.version}.1" if s.operator == ">" else s.version for s in requirement.specifier if s.operator != "<"]
     affected = SpecifierSet(advisory["affected"])
     for python in PYTHONS:
         if requirement.marker is not None and not requirement.marker.evaluate({"python_version": python}):
             continue
         if python in SpecifierSet(advisory.get("python", "")):
-            # without a floor the oldest version counts, which no advisory would call safe
+            # a requirement without a floor admits the oldest version, so try a version older than any other
             for version in [*(floors or ["0.0.1"]), *(s.version for s in affected)]:
                 if version in affected and version in requirement.specifier:
                     yield version

@@ -1,4 +1,4 @@
-"""tests/composing.py gives what Hydra gives."""
+"""The cached compositions of tests/composing.py equal Hydra's."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ COMMANDS: tuple[list[str], ...] = (
 
 
 def described(config: DictConfig) -> tuple[str, list[object]]:
-    """Return a config's text, and what OmegaConf knows of each of its mappings."""
+    """Return a config's YAML, and OmegaConf's metadata of each of its mappings."""
     nodes: list[object] = []
 
     def visit(node: DictConfig, name: str) -> None:
-        nodes.append((name, type(node), vars(node._metadata) | {"resolver_cache": None}))  # which holds the time
+        nodes.append((name, type(node), vars(node._metadata) | {"resolver_cache": None}))  # it contains the time
         for key in [] if node._is_none() or node._is_missing() else list(node):
             if isinstance(below := node._get_node(key), DictConfig):
                 visit(below, f"{name}.{key}")
@@ -42,7 +42,7 @@ def compose_described(words: list[str]) -> tuple[str, list[object]]:
 
 @pytest.mark.parametrize("words", COMMANDS, ids=range(len(COMMANDS)))
 def test_remembered_compositions_are_hydras(words, monkeypatch):
-    # ours, which an earlier test may have set, resolves the names of directories, which hold the time
+    # an earlier test may have set the package's loader, which resolves directory names, and these contain the time
     monkeypatch.setattr("hydra._internal.hydra.ConfigLoaderImpl", ConfigLoaderImpl)
     with pytest.MonkeyPatch.context() as patch:
         composing.remember(patch)

@@ -1,4 +1,4 @@
-"""Nothing mixes the CPU's tensors with a GPU's, and steps do not wait for it; shown on a GPU that is pretended."""
+"""No operation mixes CPU and GPU tensors, and no training step waits for the GPU, checked with a simulated GPU."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def in_full_precision() -> Iterator[None]:
 
 
 def test_the_tests_of_the_fast_ways_train_in_bf16_with_a_resize() -> None:
-    """What they inherit from MINUTE is neither; these tests run on few machines, and not on this one."""
+    """MINUTE has neither. Those tests need a GPU, so this one checks their configs on machines without one."""
     for trainer in ("cuda", "auto"):
         config = compose(*MINUTE, f"trainer={trainer}", *FAST)
         assert (config.trainer.precision, config.trainer.deterministic) == ("bf16", False)
@@ -82,7 +82,7 @@ def test_the_pretence_refuses_what_cuda_refuses(waits: list[str]) -> None:
     assert waits == []
     assert torch.equal((there * torch.tensor(2.0) + 1).cpu(), 2 * here + 1)
     assert there[torch.tensor([0])].sum().item() == 1
-    assert len(waits) == 3  # the move, the index, the number
+    assert len(waits) == 3  # for cpu(), for the index on the CPU, for item()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_run_goes_on_from_a_checkpoint(waits: list[str], tmp_path: Path) -> No
     (whole.folder / "results.json").unlink()
     whole.set_status("stopped")
     assert learned(train_minute(tmp_path / "gpu", *ON_GPU, *words)) == before
-    assert learned(train_minute(tmp_path / "cpu", *words)) == before  # which is how `OnGpu` computes
+    assert learned(train_minute(tmp_path / "cpu", *words)) == before  # because `OnGpu` computes on the CPU
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(32, 224), (32, 64), (64, 20), (48, 48)])

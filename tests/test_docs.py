@@ -1,7 +1,7 @@
-"""README, CONTRIBUTING and docs/: every command composes, Python runs, links lead somewhere.
+"""README, CONTRIBUTING and docs/: every command composes, every Python block runs, every link target exists.
 
-Jobs, trainings in one process and README's sweeps also run, at a tiny size and on built-in images in place of
-downloads; other sweeps, several processes and the compiler are composed only.
+Jobs, single-process trainings and README's sweeps also run, at a tiny size and on built-in images instead of
+downloads. Other sweeps, multi-process trainings and compiled ones are only composed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from zfnet.runs.command import compose_raw, prepare_overrides, read_command
 from zfnet.runs.weights import save_model
 from zfnet.training.build import check_recipe
 
-SHELL = (". .venv/bin/activate", "ruff check .", "ruff format --check .", "mypy")  # of CONTRIBUTING; .ci/run does them
+SHELL = (". .venv/bin/activate", "ruff check .", "ruff format --check .", "mypy")  # in CONTRIBUTING
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "README.zh-CN.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TESTED_ELSEWHERE = "extend.md"  # the tests of examples/extend run its commands
@@ -38,7 +38,7 @@ SET_UP = [
     ".venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest",
 ]
 
-# every layer of the network, a few maps wide: the pages name layers
+# MINUTE with all layers of the network, because the pages name them, each a few maps wide
 SMALL = [word for word in MINUTE if not word.endswith("=null")]
 SMALL += [
     "model=small",
@@ -49,7 +49,7 @@ SMALL += [
     "trainer.snapshots=[1,2]",
     "trainer.checkpoint_epochs=[1]",
 ]
-EXTRA = {  # words that make a job cheap, or possible with 80 images
+EXTRA = {  # overrides that make a job cheap, or possible with 80 images
     "benchmark": [*SMALL, "job.rounds=1", "job.steps=1", "job.warmup=0"],
     "attribution": ["job.boxed_images=2"],
     "correspondence": ["job.split=train", "job.places=99", "job.count=20"],
@@ -57,11 +57,11 @@ EXTRA = {  # words that make a job cheap, or possible with 80 images
     "forced_choice": [
         *("job.split=train", "job.maps=2", "job.references=2", "job.trials=2", "job.extreme=0.5", "job.quiz=1")
     ],
-    "import": [  # `small_zfnet`
+    "import": [  # the layers of `small_zfnet`
         *(f"model.conv{n}.channels={channels}" for n, channels in enumerate((4, 6, 5, 5, 6), 1)),
         *("model.fc6.features=12", "model.fc7.features=11", "data.image_size=64"),
     ],
-    "export": ["job.format=pt2"],  # the tests of the job write ONNX
+    "export": ["job.format=pt2"],  # the job's own tests export to ONNX
     "invariance": ["job.steps=5", "job.mean_images=10"],
     "occlusion": ["job.stride=12", "job.boxed_images=2"],
     "train": SMALL,
@@ -104,16 +104,16 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def plain(block: str) -> str:
-    """Return a block without what spreads a command: lines that go on, loops, and functions that end in "$@"."""
+    """Return a block with one command a line: join continued lines, unwrap loops, inline functions that end in "$@"."""
     text = re.sub(r"^ *(for .*; do|done)$", "", block.replace("\\\n", " "), flags=re.M)
     for name, command in re.findall(r"^(\w+)\(\) \{\n.*?(python .*?) *\"\$@\"\n\}$", text, re.S | re.M):
         text = re.sub(rf"^{name}\(\) \{{.*?^\}}$", "", text, flags=re.S | re.M)
-        text = re.sub(rf"^{name} \w+", lambda _, c=command: c, text, flags=re.M)  # the first word is its name
+        text = re.sub(rf"^{name} \w+", lambda _, c=command: c, text, flags=re.M)  # drop its first argument
     return text
 
 
 def commands(page: Path) -> list[str]:
-    """Return what stands in bash blocks, and `python …` and `pip …` within the text."""
+    """Return the commands in bash blocks, and the inline code that starts with `python`, `pip` or `tensorboard`."""
     lines = "\n".join(map(plain, blocks(page, "bash"))).splitlines()
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     inline = re.findall(r"`((?:python|pip|tensorboard) [^`]+)`", prose)
@@ -138,7 +138,7 @@ def settings(words: list[str]) -> dict[str, str]:
 
 
 def first_and_last_job(words: list[str]) -> Iterator[list[str]]:
-    """Yield the words of two jobs of a sweep, of one if only seeds differ, or the words themselves."""
+    """Yield the words of a sweep's first and last job, of the first if only seeds differ, or words without a sweep."""
     swept = [o for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
     kept = [word for word in words if word not in [o.input_line for o in swept]]
     for end in (0, -1) if any(o.key_or_group != "seed" for o in swept) else (0,):
@@ -151,7 +151,7 @@ def first_and_last_job(words: list[str]) -> Iterator[list[str]]:
 
 
 def checked(words: list[str]) -> Config:
-    """Return the config of these words on the command line; raise UserError for what cannot work."""
+    """Return the config of these words, after the checks that raise UserError before a training starts."""
     words = prepare_overrides(words)
     own = [w for w in words if not w.lstrip("+").startswith("hydra")]
     config = read_command(compose_raw(words), own, sources=())
@@ -166,22 +166,22 @@ def with_small(words: list[str], extra: list[str]) -> list[str]:
 
 def is_cheap(words: list[str]) -> bool:
     given = settings(words)
-    if "-m" in words or given.get("job.subject") == "choices":  # many runs, or a compiler
+    if "-m" in words or given.get("job.subject") == "choices":  # needs many runs or a compiler
         return False
     return "job" in given or given.get("experiment") == "quickstart" or "--help" in words or "--config-name" in words
 
 
 def is_training(words: list[str]) -> bool:
-    """Whether these words train once, in one process, and need neither later epochs nor weights of their own size."""
+    """Return whether these words start one single-process training that needs no later epochs or initial weights."""
     keys = ("devices", "snapshots", "checkpoint_epochs", "init_from")
     other = {"job", "hydra.run.dir", *(f"trainer.{key}" for key in keys)}
     return not (other & settings(words).keys() or "-m" in words)
 
 
 def at_tiny_size(words: list[str]) -> list[str]:
-    """Return the words of a training, on the built-in images if it names others than the folder `photos`."""
+    """Return the words of a tiny training, on built-in images unless the words name the folder `photos`."""
     small = [*MINUTE[1:], "trainer.epochs=1", "model=small", "data.image_size=112", "trainer.snapshots=[]"]
-    if "data.root=photos" in words:  # two images a class
+    if "data.root=photos" in words:  # it has two training images per class
         small = [word for word in small if not word.startswith("data.t")]
         return with_small(words, ["data.validation=0.5", "data.batch_size=2", *small])
     kept = [word for word in words if not re.match(r"data(\.root)?=", word)]
@@ -189,7 +189,7 @@ def at_tiny_size(words: list[str]) -> list[str]:
 
 
 def two_jobs(words: list[str]) -> list[str]:
-    """Return the words of a sweep of two jobs: the first two values of the first key, and the first of the others."""
+    """Return the words of a two-job sweep: the first two values of the first swept key, the first of the others."""
     kept, most = [], 2
     for word in words:
         key, _, values = word.partition("=")
@@ -201,7 +201,7 @@ def two_jobs(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the pages assume it: a finished run, a sweep, and some images."""
+    """A folder with the files that the pages assume: a finished run, a sweep, and some images."""
     folder = tmp_path_factory.mktemp("pages")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -209,7 +209,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
     shutil.copytree(folder / RUN, folder / "outputs/sweeps/lr/seed=0")
     shutil.copytree(folder / RUN, folder / "other")
-    other = zfnet.load_run(folder / "other")  # stands for another seed's
+    other = zfnet.load_run(folder / "other")  # simulates another seed
     with torch.no_grad():
         other.model.conv1.weight.neg_()
     (folder / "other/results.json").unlink()
@@ -228,10 +228,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workspace(run_py, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path) -> Callable:
-    """Return `run_py`, in a copy of that folder."""
+    """Return `run_py`, in a copy of the folder `finished`."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # other tests look at the figures
-    monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e11)  # and at this, which takes two seconds
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # other tests check the figures
+    monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e11)  # it takes two seconds
     return run_py
 
 
@@ -266,7 +266,7 @@ def test_command(workspace: Callable, command: str) -> None:
 
 
 def check_run_py(run_py: Callable, words: list[str]) -> None:
-    # a job that reads a run is checked as it runs; others run at another size than they say
+    # cheap jobs that read a run are checked when they run below; others run at a tiny size, so check the real size here
     if not any(word.startswith("--") for word in words) and not (is_cheap(words) and "run" in settings(words)):
         for job in first_and_last_job([word for word in words if word != "-m"]):
             checked(job)
@@ -300,7 +300,7 @@ def test_links_and_paths(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")]
     assert [link for link in links if not (page.parent / link).exists()] == []
-    if page.name == TESTED_ELSEWHERE:  # it also names files that a reader is to write
+    if page.name == TESTED_ELSEWHERE:  # it also names files that the reader creates
         return
     paths = re.findall(r"`((?:tests|zfnet|conf|docs|benchmarks|examples)/[\w./]+)`", text)
     assert [path for path in paths if not (ROOT / path).exists() and path != "conf/local.yaml"] == []

@@ -1,4 +1,4 @@
-"""The layout that DESIGN and README promise: arrows point down, and no two files import each other."""
+"""The layout that DESIGN and README describe: imports point to the same row or down, and there are no import cycles."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ROWS = (("jobs", "analyses"), ("sweeps", "training", "explain", "plots"), ("data
 
 
 def _imports(path: Path, modules: set[str], exports: dict[str, str]) -> set[str]:
-    """Return the modules of the package that a file names anywhere, inside functions and for types too.
+    """Return the package's modules that a file imports anywhere, including inside functions and for types.
 
-    exports: the module that defines each name that a folder's `__init__` hands on, as in `zfnet.data.Batches`
+    exports: the defining module of each name that a folder's `__init__` re-exports, such as `zfnet.data.Batches`
     """
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -49,7 +49,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def cycles(graph: dict[str, set[str]]) -> list[str]:
-    """Return what remains when all that imports nothing of the remaining is taken away, again and again."""
+    """Return what is left after repeatedly removing the nodes that import none of the remaining nodes."""
     remaining = dict(graph)
     while leaves := {name for name, imports in remaining.items() if not imports & remaining.keys()}:
         remaining = {name: imports for name, imports in remaining.items() if name not in leaves}
@@ -61,7 +61,7 @@ def test_imports_through_a_folder_count_as_those_of_the_file(graph: dict[str, se
 
 
 def test_no_two_files_import_each_other(graph: dict[str, set[str]]) -> None:
-    """Also not by way of others."""
+    """Neither directly nor through other files."""
     assert cycles(graph) == []
 
 
@@ -97,7 +97,7 @@ def test_no_stem_stands_in_three_folders(graph: dict[str, set[str]]) -> None:
 
 
 def test_progress_bars_are_those_of_a_notebook_too() -> None:
-    """`tqdm.auto` is the terminal's bar on a terminal and the notebook's in a notebook; `tqdm.tqdm` would be hidden."""
+    """`tqdm.auto` shows a bar in terminals and in notebooks. `tqdm.tqdm` would be hidden in notebooks."""
     sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "zfnet").rglob("*.py")}
     assert [
         path for path, text in sources.items() if re.search(r"^\s*(from tqdm import|import tqdm)", text, re.M)

@@ -1,4 +1,4 @@
-"""Each example of examples/extend: trained, killed, resumed, reproduced, evaluated; each command of docs/extend.md."""
+"""Train, resume, reproduce and evaluate each example of examples/extend, and run each command of docs/extend.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from zfnet.training.metrics import Evaluation
 
 CONF = ROOT / "examples/extend/conf"
 EXAMPLES = ("--config-dir", CONF, "imports=[examples,lion_pytorch]")
-# MINUTE without what belongs to its own network and its own images
+# MINUTE without the settings of its network, and without those of its images
 _OWN_MODEL = tuple(word for word in MINUTE if not word.startswith("model."))
 _OWN_DATA = tuple(word for word in MINUTE if "_images=" not in word)
 SLOTS = {
@@ -48,7 +48,7 @@ _TRAINED: dict[str, Path] = {}
 
 
 def train_and_kill(run_py, choice: str, folder: str = "r") -> Path:
-    """Return a folder with a training with an example, killed before its step 5 and resumed; once for all tests."""
+    """Return the folder of a run with an example, killed before step 5 and resumed. Later calls copy that run."""
     if choice in _TRAINED:
         return shutil.copytree(_TRAINED[choice], Path(folder).absolute())
     words = (*EXAMPLES, *SLOTS[choice], choice, EVERY_STEP, f"hydra.run.dir={folder}")
@@ -75,11 +75,11 @@ def test_killed_resumed_reproduced_and_evaluated(run_py, choice: str) -> None:
 
 
 def test_each_example_makes_another_run_than_without_it(run_py, whole) -> None:
-    """A slot that had no effect would pass every other test."""
+    """An example without any effect would pass all other tests."""
     weights = {}
     for choice in ("optimizer=lion", "loss=focal", "augment=speckle", "callbacks=lookahead", "logger=json_lines"):
         weights[choice] = RunDirectory(train_and_kill(run_py, choice, choice.replace("=", "_"))).weights.read_bytes()
-    assert weights.pop("logger=json_lines") == whole[0]  # a logger changes nothing
+    assert weights.pop("logger=json_lines") == whole[0]  # a logger does not change the weights
     assert len({*weights.values(), whole[0]}) == 5
 
 
@@ -87,7 +87,7 @@ def test_the_schedule_rises_and_falls(run_py) -> None:
     folder = train_and_kill(run_py, "scheduler=linear_cosine")
     rates = [row["lr"] for row in RunDirectory(folder).read_history()]
     assert rates[:2] == pytest.approx([1e-4, 5.5e-4])
-    assert rates[2] == pytest.approx(1e-3)  # the top; a cosine begins there
+    assert rates[2] == pytest.approx(1e-3)  # the maximum, where the cosine begins
 
 
 def test_evaluating_needs_no_optimizer(run_py) -> None:
@@ -102,7 +102,7 @@ def test_evaluating_needs_no_optimizer(run_py) -> None:
 
 
 def test_a_network_of_ones_own(run_py) -> None:
-    """It needs its package to be used, its dropout follows the seed, and the deconvnet refuses it by name."""
+    """Loading it requires imports=[examples], the code's hash is recorded, and the deconvnet's error names a layer."""
     folder = train_and_kill(run_py, "model=tiny_resnet")
     answer = run_py("job=evaluate", "run=r")
     assert answer.code == 1
@@ -118,11 +118,11 @@ def test_a_network_of_ones_own(run_py) -> None:
 
 
 def test_a_metric_of_ones_own(run_py, whole) -> None:
-    """It is F1, and changes nothing; early stopping may monitor it."""
+    """Its value is F1, it does not change the weights, and early stopping can monitor it."""
     history = RunDirectory(train_and_kill(run_py, "callbacks=macro_f1")).read_history()
     assert all(0 <= row["validation_f1"] <= 1 for row in history)
     assert RunDirectory("r").weights.read_bytes() == whole[0]
-    confusion = torch.tensor([[2, 1, 0], [0, 0, 0], [1, 0, 1]])  # class 1: predicted once, and there is none
+    confusion = torch.tensor([[2, 1, 0], [0, 0, 0], [1, 0, 1]])  # class 1 is predicted once but has no images
     true, predicted = confusion.nonzero().repeat_interleave(confusion[confusion > 0], 0).unbind(1)
     result = Evaluation(0.0, 0.0, None, predicted, torch.ones(len(true)), true, 3)
     f1 = MacroF1().measure(None, {"validation": result})["validation_f1"]
@@ -195,7 +195,7 @@ def test_the_python_of_the_page(tmp_path: Path, monkeypatch) -> None:
     assert names["run"].results["epochs"] == 1
 
 
-# two commands in one process, which draws nothing: importing PyTorch and drawing take most of their time
+# run both commands in one process, without figures: importing PyTorch and drawing take most of the time
 PROJECT = """
 import json, os, runpy, sys
 import zfnet.jobs.evaluate, zfnet.jobs.train
@@ -212,7 +212,7 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 def test_a_project_of_ones_own(tmp_path: Path) -> None:
-    """The steps of the page: a file beside run.py, one in conf/, and conf/local.yaml; then one word."""
+    """Follow the page's steps: add a file beside run.py, one in conf/, and conf/local.yaml. Then one word uses it."""
     for folder in ("conf", "zfnet", "hydra_plugins"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "local.yaml"))
     shutil.copy(ROOT / "run.py", tmp_path)

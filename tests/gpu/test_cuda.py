@@ -1,4 +1,4 @@
-"""What needs a CUDA device: it computes what the CPU does, and a run on it resumes to the bit."""
+"""Tests that need a CUDA device: its results agree with the CPU's, and a run on it resumes bit-exactly."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from zfnet.training.processes import World, init_process_group
 
 pytestmark = pytest.mark.gpu
 CUDA = ("trainer.device=cuda", "trainer.checkpoint_minutes=1e-9")
-# what MINUTE lacks of trainer=cuda: bf16, a resize, both dropouts
+# overrides that give MINUTE what it lacks of a usual run with trainer=cuda: bf16, a resize, and both dropout layers
 FAST = (
     "trainer.device=cuda",
     "trainer.deterministic=false",
@@ -128,12 +128,12 @@ def test_normalisation_under_autocast_is_in_single_precision() -> None:
     expected = LocalResponseNorm()(there)
     expected.sum().backward()
     torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-3, atol=1e-3)  # TF32 has 11 bits
-    torch.testing.assert_close(x.grad.double().cpu(), there.grad, rtol=1e-2, atol=1e-2)  # handed back in bf16
+    torch.testing.assert_close(x.grad.double().cpu(), there.grad, rtol=1e-2, atol=1e-2)  # x.grad is in bf16
 
 
 @pytest.fixture
 def resumed() -> Callable[..., RunDirectory]:
-    """Return a function that trains in a folder, dies before the twelfth step, and goes on to the end."""
+    """Return a function that trains in a folder, is killed before the twelfth step, and resumes to the end."""
 
     def call(folder: Path, *words: str) -> RunDirectory:
         die_at(folder, 11, *words)
@@ -231,7 +231,7 @@ def test_no_step_waits_for_the_device(words: tuple[str, ...]) -> None:
     state = training_state(config)
     batches = training_batches(config, state.runtime, load_splits(config.data).train)
     state.train()
-    for batch in batches.epoch(0):  # memory is taken, kernels are chosen
+    for batch in batches.epoch(0):  # warm-up: allocates memory and selects kernels
         loop.train_step(state, batch)
     torch.cuda.set_sync_debug_mode("error")  # a step that waits raises
     try:
@@ -262,11 +262,11 @@ def test_no_step_after_a_resume_waits_for_the_device(name: str) -> None:
 
 
 def test_an_epochs_seconds_are_those_of_the_gpu() -> None:
-    """With a network whose steps take the GPU longer than the host."""
+    """The network is so large that each step takes the GPU longer than the host."""
     words = ("model=zfnet", "data.image_size=224", "data.store_size=32", "data.batch_size=36")
     state = training_state(compose("data=shapes", "data.train_images=400", *words, "trainer=cuda"), steps=10)
     batches = training_batches(state.config, state.runtime, load_splits(state.config.data).train)
-    for epoch in range(2):  # in the first, kernels are chosen
+    for epoch in range(2):  # the first epoch selects kernels
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         state.epoch, state.step, state.epoch_seconds = epoch, epoch * 10, 0.0
         start.record()
@@ -302,7 +302,7 @@ def test_a_search_is_the_same_twice_whatever_training_has_chosen() -> None:
 
 @pytest.mark.parametrize("trainer", ["exact", "auto"])
 def test_projections_are_the_same_twice_and_close_to_the_cpus(trainer: str) -> None:
-    """Whatever training has chosen, the deconvnet works in full precision and with deterministic kernels."""
+    """The deconvnet uses full precision and deterministic kernels, whatever switches a training has set."""
     resolve_runtime(compose(f"trainer={trainer}", "trainer.device=cuda").trainer)
     model = network("lrn").float()
     images = pictures(model).float()
@@ -331,7 +331,7 @@ def test_normalisation_is_the_same_twice() -> None:
 
 @pytest.mark.parametrize("gradients", ["fp32", "bf16"])
 def test_processes_meet_through_nccl(tmp_path: Path, gradients: str) -> None:
-    """With one process, since there may be one GPU: the group, its two backends, and the wrapped network."""
+    """Check the group, its two backends, and the wrapped network. One process, because there may be only one GPU."""
     init_process_group(World(), f"file://{tmp_path}/meet")
     try:
         here, there = torch.ones(2), torch.ones(2, device="cuda")
