@@ -1,4 +1,4 @@
-"""The only entry. Hydra composes a config, `zfnet/config` checks it, and the job that it names runs.
+"""The only entry point. Hydra composes a config, `zfnet/config` checks it, and the config's job runs.
 
 python run.py                                  train on CIFAR-10
 python run.py experiment=quickstart            train on built-in images, about a minute, no download
@@ -26,7 +26,7 @@ from zfnet.training.build import check_recipe
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(raw: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
-    # unresolved: `${…}` in them is resolved with the config that they change, and its errors are reported there
+    # keep `${…}` unresolved: `read_command` resolves it within the composed config and reports its errors
     overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     folder, here = Path(hydra_config.runtime.output_dir), Path.cwd()
     output = folder.relative_to(here) if folder.is_relative_to(here) else folder
@@ -43,6 +43,6 @@ def main(raw: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     register_resolvers()
-    # Hydra reads sys.argv itself, and has no hook for overrides that need quotes or `++` before it parses them
+    # Hydra parses sys.argv itself, without a hook that could first add the quotes or `++` that some overrides need
     sys.argv[1:] = prepare_overrides(sys.argv[1:])
     run_with_clear_errors(main)
