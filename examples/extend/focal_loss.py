@@ -1,13 +1,13 @@
-"""A loss of your own: any `nn.Module` of (logits, labels) that gives the mean over the batch."""
+"""A loss of your own: any `nn.Module` that takes (logits, labels) and returns the mean over the batch."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class FocalLoss(nn.Module):
-    """(1 − p)^gamma · (−log p), p being the probability of the label: images that are easy count less.
+    """(1 − p)^gamma · (−log p), where p is the probability of the label: easy images have less weight.
 
-    Source: Lin et al. 2017. `gamma` 0 is cross-entropy.
+    Source: Lin et al. 2017. With `gamma` 0, this is cross-entropy.
     """
 
     def __init__(self, gamma: float = 2.0) -> None:

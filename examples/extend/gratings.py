@@ -1,4 +1,4 @@
-"""A data set of your own: any map-style `torch.utils.data.Dataset` of (image, label)."""
+"""A data set of your own: any map-style `torch.utils.data.Dataset` of (image, label) pairs."""
 
 import numpy as np
 from PIL import Image
@@ -6,9 +6,9 @@ from torch.utils.data import Dataset
 
 
 class Gratings(Dataset):
-    """Striped images of `size` × `size` pixels in four orientations, on noise; image k is always the same.
+    """Striped images of `size` × `size` pixels in four orientations, with noise. Image k is always the same.
 
-    split: train, val or test, which share no image; count: how many there are
+    split: train, val or test, which share no images; count: number of images
     """
 
     classes = ("horizontal", "rising", "vertical", "falling")

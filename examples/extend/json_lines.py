@@ -1,4 +1,4 @@
-"""A logger of your own: it gets every metric, and changes nothing about the training."""
+"""A logger of your own: it receives every metric and does not affect the training."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from zfnet.training.loggers import LoggedRun, Logger
 
 
 class JSONLinesLogger(Logger):
-    """Writes each reading as a line of JSON to a file in the run directory; a resumed run adds to it."""
+    """Writes each set of metrics as a line of JSON to a file in the run directory. A resumed run appends to it."""
 
     def __init__(self, file_name: str = "metrics.jsonl") -> None:
         self.file_name = file_name

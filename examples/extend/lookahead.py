@@ -1,4 +1,4 @@
-"""A callback of your own: it takes part in each step, and what it remembers is part of the checkpoints."""
+"""A callback of your own: it runs in each step, and checkpoints contain its state."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from zfnet.training.state import TrainingState
 
 
 class Lookahead(Callback):
-    """Every `every` steps, moves slow weights by `rate` towards the trained ones, and goes on from there.
+    """Every `every` steps, moves slow weights by `rate` towards the trained weights and trains on from the result.
 
     Source: Zhang et al. 2019.
     """

@@ -1,4 +1,4 @@
-"""A metric of your own: a callback with a column, which history.csv and the loggers get and others may monitor."""
+"""A metric of your own: a callback with a column of history.csv. Loggers receive it; other callbacks can monitor it."""
 
 from collections.abc import Mapping
 
@@ -8,10 +8,10 @@ from zfnet.training.state import TrainingState
 
 
 class MacroF1(Callback):
-    """F1 of the validation images, averaged over the classes: 2 · right / (predicted + true), 0 for neither."""
+    """Validation F1, averaged over classes: 2 · correct / (predicted + true), or 0 where both counts are 0."""
 
     columns = ("validation_f1",)
-    monitor = "validation_loss"  # a run without validation images ends before its first step
+    monitor = "validation_loss"  # stops a run without validation images before its first step
 
     def measure(self, state: TrainingState, results: Mapping[str, Evaluation]) -> dict[str, float]:
         confusion = results["validation"].confusion().double()  # [true class, predicted class]

@@ -1,6 +1,6 @@
-"""A job of your own: which pixels change the class's score, for any network.
+"""A job of your own: it shows which pixels change the class's score, for any network.
 
-Source: Simonyan et al. 2013, section 3. The control is the map of another class: where the two agree, the map says
+Source: Simonyan et al. 2013, section 3. The control is the map of another class: where the two maps agree, they say
 little about the class.
 """
 
@@ -26,7 +26,7 @@ log = logging.getLogger("zfnet")
 
 @dataclass(kw_only=True)
 class Saliency(Look):
-    """count: images, the classes taking turns, unless `images=[…]` names files"""
+    """count: number of images, taken from the classes in turn, unless `images=[…]` names files"""
 
     reads_images: ClassVar[bool] = True
 
@@ -53,7 +53,7 @@ class Saliency(Look):
 
 
 def saliency(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Return |∂ logit of the label / ∂ pixel|, the largest over the colours: [N, S, S] on the CPU."""
+    """Return |∂ logit of the label / ∂ pixel|, the maximum over the channels: [N, S, S] on the CPU."""
     inputs = inputs.detach().requires_grad_()
     score = model(inputs).gather(1, labels[:, None]).sum()
     (gradient,) = torch.autograd.grad(score, inputs)
@@ -62,7 +62,7 @@ def saliency(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
 
 @styled()
 def draw(pixels: Tensor, maps: Tensor, others: Tensor, names: tuple[str, ...]) -> Figure:
-    """Draw each image with its map and the control; the brightest pixel is the largest of both maps."""
+    """Draw each image with its map and the control. The brightest colour is the largest value of both maps."""
     figure = new_figure(figsize=(6, 2.1 * len(names)), layout="constrained")
     for row, axes in enumerate(figure.subplots(len(names), 3, squeeze=False)):
         largest = float(torch.maximum(maps[row], others[row]).max())

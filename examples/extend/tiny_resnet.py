@@ -1,4 +1,4 @@
-"""A network of your own: a small residual network, which is no chain of layers."""
+"""A network of your own: a small residual network, which is not a chain of layers."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class TinyResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """ReLU(F(x) + W x): `outputs` maps of half the size; images have an even size here (He et al. 2018)."""
+    """ReLU(F(x) + W x): `outputs` maps of half the size, which is even. W follows an average pool (He et al. 2018)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
