@@ -43,7 +43,7 @@ from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.provenance import describe_environment
 from zfnet.training.checkpoint import BEST, step_files
 
-# a step takes milliseconds; a checkpoint after each
+# steps that take milliseconds, with a checkpoint after each step
 SMALL = (
     *("experiment=quickstart", "trainer=exact", "trainer.device=cpu", "trainer.threads=1", "logger=none"),
     *("data.train_images=80", "data.test_images=20", "data.batch_size=9", "trainer.checkpoint_minutes=1e-9"),
@@ -63,10 +63,10 @@ ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 class Child:
-    """A training in a process of its own, which is forked: it need not import anything."""
+    """A training in a forked process, which need not import anything again."""
 
     def __init__(self, folder: Path, config: Config, prepare: Callable[[], None] = lambda: None) -> None:
-        self.output, inlet = os.pipe()  # no file, whose size may be limited
+        self.output, inlet = os.pipe()  # a pipe, because `small_disk` limits the size of files
         self.pid = os.fork()
         if self.pid == 0:
             code = 70
@@ -90,20 +90,20 @@ class Child:
         os.close(inlet)
 
     def wait(self) -> int:
-        """Return its exit code, or the negative number of the signal that ended it."""
+        """Wait for the process. Return its exit code, or the negative number of the signal that ended it."""
         with open(self.output, encoding="utf-8", errors="replace") as file:
             self.said = file.read()
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def line(self) -> str:
-        """Return the error that it ended with; raise RuntimeError if that is not one clear line."""
+        """Return the error line that the process printed last. Raise RuntimeError for a traceback or other output."""
         if "Traceback" in self.said or not self.said.splitlines()[-1].startswith("error: "):
             raise RuntimeError(self.said)
         return self.said.splitlines()[-1]
 
 
 def die_in_write(number: int, fraction: float, note: Path) -> None:
-    """Make this process end by SIGKILL in its `number`-th write of a file, when a fraction of the bytes is written."""
+    """Make this process die by SIGKILL in its `number`-th file write, after a fraction of the file's bytes."""
     real, writes = os.replace, 0
 
     def replace(beside: Any, path: Any) -> None:
@@ -119,12 +119,12 @@ def die_in_write(number: int, fraction: float, note: Path) -> None:
 
 
 def small_disk(size: int) -> None:
-    """Let the system refuse to write more than `size` bytes to a file of this process."""
+    """Make the system refuse to let this process write files of more than `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 class Tries:
-    """Random faults, and what came of them."""
+    """Runs tries with random faults and counts their outcomes."""
 
     def __init__(self, seed: int, place: Path) -> None:
         self.random, self.place = random.Random(seed), place
@@ -138,7 +138,7 @@ class Tries:
         self.expected: dict[str, str] = {}
         self.races: Counter[str] = Counter()
         self.tries = 0
-        for name, config in self.configs.items():  # in this process, which loads what the children then need not
+        for name, config in self.configs.items():  # in this process, so that forked children inherit what it loads
             run = RunDirectory(place / f"whole-{len(self.expected)}")
             start = time.monotonic()
             with contextlib.redirect_stdout(io.StringIO()):
@@ -147,7 +147,7 @@ class Tries:
             self.expected[name] = learned(run)
 
     def finish(self, folder: Path, name: str) -> str:
-        """Train to the end; return the hash of what was learned."""
+        """Train to the end. Return the hash of what was learned."""
         while (code := self.start(folder, name)) != 0:
             if code != 1:
                 raise RuntimeError(f"exit code {code}")
@@ -156,7 +156,7 @@ class Tries:
         return learned(RunDirectory(folder))
 
     def start(self, folder: Path, name: str, prepare: Callable[[], None] = lambda: None) -> int:
-        """Train until something ends it; return the exit code. Does what an error's line says."""
+        """Train in a child until it ends, follow the advice of its error message, and return its exit code."""
         child = Child(folder, self.configs[name], prepare)
         code = child.wait()
         self.answer(folder, child, code)
@@ -177,7 +177,7 @@ class Tries:
                 shutil.rmtree(folder / "checkpoints")
 
     def one(self) -> None:
-        """Train through some faults to the end."""
+        """Run one try: train through some faults, then to the end."""
         self.tries += 1
         name, folder = self.random.choice(list(RECIPES)), self.place / f"try-{self.tries}"
         kinds = [
@@ -217,15 +217,15 @@ class Tries:
         number = self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
         child = Child(folder, self.configs[name])
         while not self.works(folder, child) and os.waitid(os.P_PID, child.pid, ENDED) is None:
-            time.sleep(0.005)  # before that a signal ends it as any other process
+            time.sleep(0.005)  # earlier, the signal would end it by default
         time.sleep(self.random.uniform(0, self.seconds))
-        os.kill(child.pid, number)  # which may have ended already, and waits for its parent
+        os.kill(child.pid, number)  # if the child has ended, it is a zombie, and this has no effect
         code = child.wait()
         self.faults[number.name] += code in (128 + number, -number)
         self.answer(folder, child, code)
 
     def works(self, folder: Path, child: Child) -> bool:
-        """Return whether the process has come to its training."""
+        """Return whether the process has started its training."""
         status = folder / "status.json"
         return status.exists() and f'"pid": {child.pid}' in status.read_text()
 
@@ -250,7 +250,7 @@ class Tries:
             self.faults["best weights lost"] += 1
 
     def race(self) -> None:
-        """Let two processes start one directory at one moment, with records that differ in what is no result."""
+        """Start two processes in one directory at once. Their configs differ in a key that does not affect results."""
         name, folder = self.random.choice(list(RECIPES)), self.place / f"race-{self.tries}"
         configs = [compose([*SMALL, *RECIPES[name], f"trainer.log_every={n}"]) for n in (11, 12)]
         gate, opener = os.pipe()
@@ -261,7 +261,7 @@ class Tries:
 
         children = [Child(folder, config, wait) for config in configs]
         os.close(gate)
-        os.close(opener)  # which both wait for
+        os.close(opener)  # both children wait for this
         codes = [child.wait() for child in children]
         if sorted(codes) != [0, 1]:
             raise RuntimeError(f"{codes}: {[child.said for child in children]}")
@@ -273,7 +273,7 @@ class Tries:
         shutil.rmtree(folder)
 
     def result(self, seed: int, seconds: float) -> dict[str, Any]:
-        """Return what the JSON file holds."""
+        """Return the content of the JSON file."""
         identical = sum(self.hashes[name][expected] for name, expected in self.expected.items())
         environment = describe_environment(torch.device("cpu"), "exact", [])
         return {
@@ -300,7 +300,7 @@ class Tries:
 
 
 def learned(run: RunDirectory) -> str:
-    """Return a hash of the file of weights and of the history without its times."""
+    """Return a hash of the weights file and of the history without timings."""
     times = ("seconds", "images_per_second")
     history = [{k: v for k, v in row.items() if k not in times} for row in run.read_history()]
     return hashlib.sha256(run.weights.read_bytes() + json.dumps(history).encode()).hexdigest()
@@ -313,9 +313,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("exactness.json"), help="file to write")
     options = parser.parse_args(words)
     register_resolvers()
-    torch.set_num_threads(1)  # threads would not survive a fork, nor would those of GPUs
+    torch.set_num_threads(1)  # threads do not survive a fork, and neither do CUDA's
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    sources.draw_shapes = functools.cache(sources.draw_shapes)  # a function of three numbers
+    sources.draw_shapes = functools.cache(sources.draw_shapes)  # depends only on three numbers
     training.save_figure = training.draw_results = training.draw_curves = lambda *_: None  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(prefix="zfnet-exactness-") as place:
         end = time.monotonic() + options.seconds

@@ -3,7 +3,7 @@
     python benchmarks/figures.py
     python benchmarks/figures.py --runs "AdamW=outputs/train/a" "SGD=outputs/train/b"    # their first layers
 
-The first command reads docs/results; both write PNG files into docs/figures.
+The first command reads docs/results. Both commands write PNG files to docs/figures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 @styled()
 def draw_blog(result: dict[str, Any]) -> Figure:
-    """Draw loss and accuracy of the blog's network by epoch: this program's run, and what the blog prints."""
+    """Draw the loss and accuracy of the blog's network by epoch, for this program's run and as the blog prints them."""
     figure = new_figure(figsize=(8.5, 3.2))
     loss, accuracy = figure.subplots(1, 2)
     epochs = result["runs"][0]["epochs"]
@@ -57,7 +57,7 @@ def draw_blog(result: dict[str, Any]) -> Figure:
 
 @styled()
 def draw_time(small: list[dict[str, Any]], fast: list[dict[str, Any]]) -> Figure:
-    """Draw test accuracy on CIFAR-10 against the minutes of a training on one core, by the epochs of each setting."""
+    """Draw CIFAR-10 test accuracy against the training's minutes on one core, with a point for each setting."""
     figure = new_figure(figsize=(6.5, 3.4))
     axis = figure.subplots()
     lines = {
@@ -72,7 +72,7 @@ def draw_time(small: list[dict[str, Any]], fast: list[dict[str, Any]]) -> Figure
         points = []
         for text, measured in settings.items():
             seconds, accuracies = zip(*measured, strict=True)
-            minutes = min(filter(None, seconds)) / 60  # the least: some runs shared their core
+            minutes = min(filter(None, seconds)) / 60  # the minimum, because some runs shared their core
             points.append((minutes, 100 * statistics.fmean(accuracies), 100 * statistics.stdev(accuracies), text))
         x, y, spread, texts = zip(*sorted(points), strict=True)
         axis.errorbar(x, y, yerr=spread, marker="o", color=colour, label=name)
@@ -86,7 +86,7 @@ def draw_time(small: list[dict[str, Any]], fast: list[dict[str, Any]]) -> Figure
 
 @styled()
 def draw_first_layers(runs: Mapping[str, str]) -> Figure:
-    """Draw the first layer of each run, by directory: a row of filters, largest RMS first, each scaled for itself."""
+    """Draw each named run directory's first layer: rows of filters, largest RMS first, each filter on its own scale."""
     figure = new_figure(figsize=(11, 0.9 * len(runs)))
     axes = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
     for axis, (name, folder) in zip(axes, runs.items(), strict=True):
@@ -103,8 +103,8 @@ def draw_first_layers(runs: Mapping[str, str]) -> Figure:
 def main(words: list[str] | None = None) -> None:
     """Draw into docs/figures.
 
-    Raises UserError where there is no such run.
-    words: of the command line; None: those of this process
+    Raises UserError if a run does not exist.
+    words: command-line arguments; None: those of this process
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", nargs="+", metavar="NAME=DIR", help="draw the first layers of these runs")

@@ -68,13 +68,13 @@ TINY = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the files go and how large everything is."""
+    """The folder for the results, and whether this is a rehearsal at tiny sizes."""
 
     output: Path
     rehearse: bool
 
     def config(self, *words: str) -> Config:
-        """Return the config of these words on built-in images, made tiny in a rehearsal."""
+        """Return the config of these words on built-in images, at a tiny size in a rehearsal."""
         return compose([*SHAPES, "logger=none", *words, *(TINY if self.rehearse else ())])
 
     def size(self, real: int, tiny: int) -> int:
@@ -89,11 +89,11 @@ class Setting:
         return results
 
 
-# -- the stages: each yields its result as it grows
+# -- the stages: each yields its results so far, several times
 
 
 def run_tests(setting: Setting) -> Iterator[dict[str, Any]]:
-    """The tests of tests/gpu; in a rehearsal they are only collected."""
+    """Run the tests in tests/gpu. A rehearsal only collects them."""
     report = setting.output / "tests.xml"
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-n", "0", "-p", "no:cacheprovider", f"--junitxml={report}"]
     seconds = time.perf_counter()
@@ -103,7 +103,7 @@ def run_tests(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Return the counts and the failures of a JUnit file, each with the start of its message."""
+    """Return the counts of a JUnit file, and its failures with the start of each message."""
     if not path.is_file():
         return {"tests": 0, "failed": {"pytest": "wrote no report"}, "skipped": 0}
     cases = list(ElementTree.parse(path).getroot().iter("testcase"))
@@ -118,7 +118,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def kernels(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Of each network, eager and compiled: kernels and microseconds of a step, and what made the host wait."""
+    """Profile each network, eager and compiled: kernels and microseconds per step, lines that make the host wait."""
     result: dict[str, Any] = {}
     for name, words in list(NETWORKS.items())[: setting.size(len(NETWORKS), 1)]:
         for compiled in (False, True)[: setting.size(2, 1)]:
@@ -158,7 +158,7 @@ def kernels(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def choices(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Each choice of trainer=auto beside its alternative and beside other loops; the compiler's cost, cold and warm."""
+    """Compare each choice of trainer=auto with its alternative and other loops. Time the compiler, cold and warm."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         config = setting.config("data.train_images=6000")
@@ -181,7 +181,7 @@ def choices(setting: Setting) -> Iterator[dict[str, Any]]:
             }
         yield result
     if not setting.rehearse:
-        from training import other_loops  # beside this file; it needs more packages than the rest
+        from training import other_loops  # benchmarks/training.py, which needs more packages
 
         torch.compiler.reset()
         loops = other_loops(config, runtime, images, os.cpu_count() or 1)
@@ -189,7 +189,7 @@ def choices(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def candidates(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Small pieces of a step beside what might replace them, in microseconds: median of 5 turns."""
+    """Time small parts of a step and their possible replacements, in microseconds: the median of 5 turns."""
     device = resolve_runtime(setting.config().trainer).device
     batch, side = setting.size(256, 2), setting.size(224, 32)
     result: dict[str, Any] = {}
@@ -209,7 +209,7 @@ def candidates(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def pieces(setting: Setting, device: torch.device, batch: int, side: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield (name, what to time)."""
+    """Yield (name, function to time)."""
 
     def there(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -255,7 +255,7 @@ def pieces(setting: Setting, device: torch.device, batch: int, side: int) -> Ite
 
 
 def epochs(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Epochs of CIFAR-10's size by job=train: the recorded seconds beside the measured ones, and evaluations."""
+    """Train epochs of CIFAR-10's size. Return their recorded and measured seconds, and the seconds of evaluations."""
     result: dict[str, Any] = {}
     measured: list[float] = []
     plain = loop.train_epoch
@@ -289,7 +289,7 @@ def epochs(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def train_in_scratch(config: Config) -> tuple[dict[str, Any], float]:
-    """Train in a temporary directory; return (history and weights_sha256, seconds)."""
+    """Train in a temporary directory. Return ({history, sha256 of the weights}, seconds)."""
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder) / "run")
         start = time.perf_counter()
@@ -299,7 +299,7 @@ def train_in_scratch(config: Config) -> tuple[dict[str, Any], float]:
 
 
 def exactness(setting: Setting) -> Iterator[dict[str, Any]]:
-    """What must give equal bits: trainer=exact in fp32 and in bf16, twice, and with images that are copied."""
+    """Check that trainer=exact is bit-identical in fp32 and in bf16: run twice, and with images copied per batch."""
     words = ("data.train_images=800", "data.test_images=100", "data.batch_size=64", "trainer.epochs=1", "trainer=exact")
     result: dict[str, Any] = {}
     for precision in ("fp32", "bf16"):
@@ -319,7 +319,7 @@ def exactness(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def atlas(setting: Setting) -> Iterator[dict[str, Any]]:
-    """The search and the projections of all maps, nine each: seconds, and whether two searches are equal."""
+    """Time the search and the projections of all maps, nine each. Compare the results of two searches."""
     config = setting.config("data.train_images=6000")
     runtime, images = resolve_runtime(config.trainer), load_splits(config.data).train
     model = initial_model(config, len(images.classes))[0].to(runtime.device).eval()
@@ -345,7 +345,7 @@ def atlas(setting: Setting) -> Iterator[dict[str, Any]]:
         yield result
 
 
-# name: (what it does, seconds that it may take)
+# name: (function, time limit in seconds)
 STAGES: dict[str, tuple[Callable[[Setting], Iterator[dict[str, Any]]], int]] = {
     "tests": (run_tests, 400),
     "kernels": (kernels, 300),
@@ -358,7 +358,7 @@ STAGES: dict[str, tuple[Callable[[Setting], Iterator[dict[str, Any]]], int]] = {
 
 
 def run_stage(setting: Setting, name: str) -> None:
-    """Run one stage in this process, and keep its results so far if it fails."""
+    """Run one stage in this process. If it fails, keep its results so far."""
     result: dict[str, Any] = {}
     try:
         for result in STAGES[name][0](setting):
@@ -369,7 +369,7 @@ def run_stage(setting: Setting, name: str) -> None:
 
 
 def start_stage(setting: Setting, name: str, limit: float) -> None:
-    """Run one stage in a process of its own; after `limit` seconds that and what it started end; its file says so."""
+    """Run one stage as a subprocess. After `limit` seconds, kill its process group and record this in its file."""
     command = [sys.executable, str(Path(__file__)), str(setting.output), "--stage", name]
     process = subprocess.Popen(command, start_new_session=True)
     try:
@@ -385,11 +385,11 @@ def start_stage(setting: Setting, name: str, limit: float) -> None:
         setting.write(name, {**setting.read(name), "state": problem})
 
 
-# -- what it comes to
+# -- the summary
 
 
 def verdicts(setting: Setting) -> list[dict[str, Any]]:
-    """Return each target with what was predicted without a GPU, what was measured, and met, missed or open."""
+    """Return each target with the prediction made without a GPU, the measurement, and met, missed or open."""
     results = {name: setting.read(name) for name in STAGES}
     ours, others = (results["choices"].get(key, []) for key in ("contenders", "beside_other_loops"))
     rows = {row["name"]: row for row in [*ours, *others]}

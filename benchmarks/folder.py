@@ -34,7 +34,7 @@ from zfnet.runs.tables import format_table
 from zfnet.training.device import keep_memory, resolve_runtime, timed
 
 WIDTH, HEIGHT = 500, 375
-DISTINCT = 32  # files; the others are copies
+DISTINCT = 32  # different files; the others are copies
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
         speeds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.rounds):
             for name, batches in ways.items():
-                # takes all batches and keeps none
+                # a deque of length 0 consumes all batches and keeps none
                 epoch_seconds = timed(lambda b=batches: deque(b(), maxlen=0), runtime.device)  # type: ignore[misc]
                 speeds[name].append(options.pictures / epoch_seconds)
     rows = [(name, *(f"{f(s):.0f}" for f in (statistics.median, min, max))) for name, s in speeds.items()]
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def write_pictures(folder: Path, count: int) -> int:
-    """Write `count` photograph-like JPEG files in two class folders below `folder`; return their bytes in all."""
+    """Write `count` photograph-like JPEG files in two class folders of `folder`. Return the bytes in total."""
     files = [picture(number) for number in range(min(count, DISTINCT))]
     for number in range(count):
         path = folder / f"class{number % 2}" / f"{number:06d}.jpg"
@@ -86,7 +86,7 @@ def write_pictures(folder: Path, count: int) -> int:
 
 
 def picture(seed: int) -> bytes:
-    """Return a JPEG file of clouds with detail and grain, of about the size in bytes of a photograph."""
+    """Return a JPEG file of clouds with detail and grain, with about as many bytes as a photograph."""
     rng, pixels = np.random.default_rng(seed), np.zeros((HEIGHT, WIDTH, 3))
     for side, strength in ((4, 1.0), (24, 0.5), (120, 0.25)):
         noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
@@ -98,7 +98,7 @@ def picture(seed: int) -> bytes:
 
 
 def pillow_loader(folder: Path, data: DataConfig, workers: int, device: torch.device) -> DataLoader:
-    """Return the usual loader of an ImageNet script."""
+    """Return the loader that ImageNet scripts usually use."""
     steps = [
         transforms.Resize(int(data.store_size or 0)),
         transforms.RandomCrop(int(data.crop_size or 0)),

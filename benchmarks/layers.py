@@ -1,9 +1,9 @@
-"""The rate of each layer's forward and backward pass beside a large matrix product; of convolutions in both formats.
+"""Compare the FLOP rate of each layer's forward and backward pass with that of a large matrix product.
 
     python benchmarks/layers.py data=shapes data.store_size=32 data.batch_size=32
 
-takes `model`, `data` and `trainer` words of `run.py`, for networks that are chains of layers, and times each layer by
-itself: the best of five calls, with ten classes. As in training, no gradient with respect to the images is computed.
+It takes overrides of `model`, `data` and `trainer`, for networks that are chains of layers. It times each layer by
+itself, convolutions in NHWC and NCHW: the best of five calls, ten classes, no gradient of the images, as in training.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def main() -> None:
 
 
 def time_layers(config: Config, runtime: Runtime) -> Iterator[tuple[str, tuple[Pass, Pass]]]:
-    """Yield each layer's name and its forward and backward pass; raise UserError for a network that is no chain."""
+    """Yield each layer's name and its forward and backward pass. Raise UserError for a network that is not a chain."""
     model = build_model(config.model, 10, config.data.image_size, config.imports).to(runtime.device)
-    # PyTorch's convolutions of other networks may corrupt memory in NHWC (see `resolve_runtime`)
+    # in networks other than ZFNet, PyTorch's NHWC convolutions can corrupt memory (see `resolve_runtime`)
     formats = {"NHWC": torch.channels_last} if runtime.channels_last else {}
-    trained = False  # anything before, so that the gradient with respect to the layer's input is needed
+    trained = False  # whether an earlier layer has parameters, so that training needs the gradient of the input
     for step in Chain.of(model, config.data.image_size).steps:
         module: Any = step.module
         if isinstance(module, WEIGHTED):

@@ -40,7 +40,7 @@ from zfnet.runs.tables import format_table
 from zfnet.training.build import initial_model
 from zfnet.training.device import resolve_runtime, timed
 
-# of the largest pixel: more than the rounding of equal computations, less than what another switch does
+# relative to the largest pixel: above the rounding errors of equal computations, below the effect of another switch
 TOLERANCE = 1e-5
 RIVALS = ("captum", "repeated", "autograd")
 TOP = 9  # projections of each map in the paper's Figure 2
@@ -81,19 +81,19 @@ def main() -> None:
 def time_projections(
     model: Any, images: Tensor, maps: int | None, rounds: int, chunk: int = 32
 ) -> list[dict[str, Any]]:
-    """Time all on the same units, in turns; return one row per layer, with median seconds per projection.
+    """Time all methods on the same units, in turns. Return one row per layer, with median seconds per projection.
 
     images: [N, 3, S, S], normalised, on the model's device; maps: per layer, or None for all; chunk: units that a
     rival projects at once
-    Ours seed each unit with its activation; captum's seed is 1, and its result is multiplied by the activation.
+    Our method seeds each unit with its activation. The rivals use the seed 1; their results are then scaled by it.
 
-    Raises UserError where none of a layer's maps is active, or captum is not installed.
+    Raises UserError if no map of a layer is active, or if captum is not installed.
     """
     try:
         from captum.attr import NeuronDeconvolution
     except ImportError as error:
         raise UserError("this comparison needs captum: pip install -e '.[explain]'") from error
-    # the others go through contrast normalisation as well
+    # the rivals propagate through contrast normalisation too
     deconvnet, rows = Deconvnet(model, lrn="gradient", image_size=images.shape[-1]), []
     chain = deconvnet.chain
     for layer in tqdm(chain.conv_layers, "projections", unit="layer", disable=None, leave=False):
@@ -133,9 +133,9 @@ def time_projections(
 
 
 def strongest_units(chain: Chain, images: Tensor, layer: str, maps: int | None) -> list[tuple[int, int, int, int]]:
-    """Return units (image, channel, y, x): each map's strongest place in each image, where it is active.
+    """Return units (image, channel, y, x): the strongest position of each map in each image, if it is active.
 
-    `maps` of the layer's maps, evenly spaced, or all.
+    maps: number of maps, evenly spaced; None: all
     """
     activations = chain.activations(images, [layer])[layer].cpu()
     count, width = activations.shape[1], activations.shape[3]
@@ -147,7 +147,7 @@ def strongest_units(chain: Chain, images: Tensor, layer: str, maps: int | None) 
 
 
 def project_one_by_one(captum: Any, images: Tensor, units: Sequence[Sequence[int]]) -> Tensor:
-    """Project each unit by a call of its own, as captum's interface requires; [units, 3, S, S]."""
+    """Project each unit in a separate call, as captum's interface suggests. Return [units, 3, S, S]."""
     projections = []
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
@@ -158,7 +158,7 @@ def project_one_by_one(captum: Any, images: Tensor, units: Sequence[Sequence[int
 
 
 def project_repeated(captum: Any, images: Tensor, units: Sequence[Sequence[int]], chunk: int) -> Tensor:
-    """Project `chunk` units by one call: each has a copy of its image, and its own place in that copy's output."""
+    """Project `chunk` units per call. Each has its own copy of its image, and a position in that copy's output."""
     projections = []
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
@@ -174,7 +174,7 @@ def _at(output: Tensor, places: tuple[Tensor, ...]) -> Tensor:
 
 
 class _DeconvReLU(torch.autograd.Function):
-    """A ReLU that passes back what is positive."""
+    """A ReLU whose backward pass keeps only positive gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class _DeconvReLU(torch.autograd.Function):
 
 
 def project_by_autograd(chain: Chain, images: Tensor, layer: str, units: Sequence[Sequence[int]], chunk: int) -> Tensor:
-    """Project `chunk` units of an image at once by batched gradients; the forward pass is made once for each image."""
+    """Project `chunk` units of an image at once by batched gradients, with one forward pass per image."""
     wanted = torch.tensor(units)
     projections = images.new_zeros(len(units), *images.shape[1:])
     for number in wanted[:, 0].unique().tolist():
@@ -206,7 +206,7 @@ def project_by_autograd(chain: Chain, images: Tensor, layer: str, units: Sequenc
 def _take_turns(
     calls: Mapping[str, Callable[[], Tensor]], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
-    """Return the seconds of each round, and the last results."""
+    """Run the calls in turns. Return each one's seconds per round, and its last result."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     results: dict[str, Tensor] = {}
     for _ in range(rounds):
@@ -216,23 +216,23 @@ def _take_turns(
 
 
 def compare(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
-    """Return the largest `difference` of projections [units, 3, S, S] in largest pixels of `theirs`, and how many
-    `units_apart` differ by more than TOLERANCE.
+    """Return the largest `difference` of projections [units, 3, S, S], relative to the largest pixel of `theirs`, and
+    `units_apart`, the number of units that differ by more than TOLERANCE.
 
-    The two compute the same function: in float64 they agree to 1e-14, in float32 to 1.5e-6 as long as their switches
-    are the same. Our forward pass holds maps channels last and captum's as the model does, so that convolutions sum in
-    another order; where the two largest values of a pooling window differ by no more than that rounding, its switch can
-    move, and patches of a projection move with it. On 9 images of shapes and a fresh network it does so in 1 of
-    1,699,812 live windows (largest values 2e-6 apart, relatively), which changes 14 of 10,993 units. Both are right.
+    Both compute the same function: in float64 they agree to 1e-14, in float32 to 1.5e-6 if their pooling switches are
+    equal. Our forward pass uses channels last and captum's uses the model's memory format, so convolutions sum in a
+    different order. If the two largest values of a pooling window differ by no more than this rounding, the switch
+    can move, and patches of the projection move too. On 9 images of shapes and a fresh network, it moves in 1 of
+    1,699,812 live windows (largest values 2e-6 apart, relatively), which changes 14 of 10,993 units. Both are correct.
     """
     each = (ours - theirs).abs_().amax(dim=(1, 2, 3)) / theirs.abs().max()
     return {"difference": float(each.max()), "units_apart": int((each > TOLERANCE).sum())}
 
 
 def extrapolate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the time of every map's TOP projections, by each layer's time for one, and the ratios of the sums.
+    """Estimate the seconds of TOP projections of every map from each layer's seconds for one. Return sums and ratios.
 
-    The best of the others is chosen layer by layer.
+    `ratio_to_best` uses each layer's fastest rival.
     """
     seconds = {n: sum(row["maps"] * TOP * row[f"{n}_seconds"] for row in rows) for n in ("zfnet", *RIVALS)}
     best = sum(row["maps"] * TOP * row[f"{row['best']}_seconds"] for row in rows)
@@ -245,7 +245,7 @@ def extrapolate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Print a table of layers, and the time of all maps."""
+    """Print a table of the layers, and the estimated time for all maps."""
     lines = [("layer", "units", "zfnet", *RIVALS, "best", "difference", "apart")]
     for row in result["layers"]:
         times = (f"{1000 * row[f'{name}_seconds']:.2f}" for name in ("zfnet", *RIVALS))

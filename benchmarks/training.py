@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def other_loops(config: Config, runtime: Runtime, images: ImageSet, workers: int) -> Iterator[Contender]:
-    """Yield the loops whose packages are installed; the blog's where images have its network's size."""
+    """Yield the loops whose packages are installed. The blog's loop needs images of 224 px."""
     if config.data.image_size == 224:
         yield BlogLoop(images, config.data.batch_size, runtime.device, workers)
     else:
@@ -70,7 +70,7 @@ def other_loops(config: Config, runtime: Runtime, images: ImageSet, workers: int
 
 
 class PillowImages(Dataset):
-    """One image at a time, as torchvision's data sets give them: Pillow, resize, tensor, normalise."""
+    """Loads one image at a time, like torchvision's data sets: Pillow image, resize, tensor, normalise."""
 
     def __init__(self, images: ImageSet, size: int) -> None:
         self.images = images
@@ -91,7 +91,7 @@ class PillowImages(Dataset):
 
 
 class BlogZFNet(nn.Module):
-    """The blog's module for images [N, 3, 224, 224]; its state dict has the names `features.0.weight` …"""
+    """The blog's module for images [N, 3, 224, 224]. Its state dict has the keys `features.0.weight`, …"""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class BlogZFNet(nn.Module):
 
 
 class BlogLoop:
-    """The blog's loop in NCHW and fp32: pooling indices that nothing reads, `.item()` after every step."""
+    """The blog's loop in NCHW and fp32. It stores unused pooling indices, and calls `.item()` every step."""
 
     name = "the blog's loop"
 
@@ -163,7 +163,7 @@ class BlogLoop:
 
 
 class _Loop:
-    """The network, the optimizer and a turn of the other loops."""
+    """Base class of the other loops: the network, the optimizer and a turn."""
 
     name = ""
 
@@ -186,7 +186,7 @@ class _Loop:
         )
 
     def turn(self, steps: int, warmup: int) -> float:
-        keep_memory(False)  # other loops do not ask for it
+        keep_memory(False)  # other projects do not change malloc's settings
         return time_steps(self._loop(), steps, warmup, self.runtime.device)
 
     def _loop(self) -> Generator[None, None, None]:
@@ -194,7 +194,7 @@ class _Loop:
 
 
 class TorchvisionLoop(_Loop):
-    """After torchvision's references/classification: Pillow transforms, DataLoader, metrics read each step."""
+    """Follows torchvision's references/classification: Pillow transforms, DataLoader, metrics read every step."""
 
     name = "torchvision reference"
 
@@ -215,7 +215,7 @@ class TorchvisionLoop(_Loop):
 
 
 class TimmLoop(_Loop):
-    """After timm's train.py: its loader with its prefetcher, channels_last, the loss read each step."""
+    """Follows timm's train.py: timm's loader and prefetcher, channels_last, the loss read every step."""
 
     name = "timm"
 
@@ -282,7 +282,7 @@ class LightningLoop(_Loop):
         return float(clock.end - clock.start)
 
     def _module_and_clock(self, warmup: int) -> tuple[Any, Any]:
-        """Return the LightningModule, and a callback that notes when the last warm-up step and the last step ended."""
+        """Return the LightningModule, and a callback that records when the last warm-up step and the last step end."""
         import lightning
 
         model, optimizer, criterion, device = self.model, self.optimizer, self.criterion, self.runtime.device
