@@ -159,10 +159,10 @@ class Tries:
         """Train in a child until it ends, follow the advice of its error message, and return its exit code."""
         child = Child(folder, self.configs[name], prepare)
         code = child.wait()
-        self.answer(folder, child, code)
+        self.check_exit(folder, child, code)
         return code
 
-    def answer(self, folder: Path, child: Child, code: int) -> None:
+    def check_exit(self, folder: Path, child: Child, code: int) -> None:
         if code == 70:
             raise RuntimeError(child.said)
         if code == 1:
@@ -186,8 +186,8 @@ class Tries:
             self.stop,
             self.fill_disk,
             self.cut,
-            self.lose,
-            self.lose_best,
+            self.delete_newest,
+            self.delete_best,
         ]
         for kind in self.random.choices(kinds, weights=[6, 6, 3, 2, 1, 1, 1], k=self.random.randint(1, 6)):
             kind(folder, name)
@@ -211,20 +211,20 @@ class Tries:
             self.faults["SIGKILL at a time"] += 1
             self.kills_at_times.append(round(delay, 3))
             self.kills_with_half_a_file += bool(folder.exists() and list(folder.rglob("*.partial")))
-        self.answer(folder, child, code)
+        self.check_exit(folder, child, code)
 
     def stop(self, folder: Path, name: str) -> None:
         number = self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
         child = Child(folder, self.configs[name])
-        while not self.works(folder, child) and os.waitid(os.P_PID, child.pid, ENDED) is None:
+        while not self.has_started(folder, child) and os.waitid(os.P_PID, child.pid, ENDED) is None:
             time.sleep(0.005)  # earlier, the signal would end it by default
         time.sleep(self.random.uniform(0, self.seconds))
         os.kill(child.pid, number)  # if the child has ended, it is a zombie, and this has no effect
         code = child.wait()
         self.faults[number.name] += code in (128 + number, -number)
-        self.answer(folder, child, code)
+        self.check_exit(folder, child, code)
 
-    def works(self, folder: Path, child: Child) -> bool:
+    def has_started(self, folder: Path, child: Child) -> bool:
         """Return whether the process has started its training."""
         status = folder / "status.json"
         return status.exists() and f'"pid": {child.pid}' in status.read_text()
@@ -239,12 +239,12 @@ class Tries:
             os.truncate(path, self.random.randrange(path.stat().st_size))
             self.faults["newest checkpoint cut"] += 1
 
-    def lose(self, folder: Path, name: str) -> None:
+    def delete_newest(self, folder: Path, name: str) -> None:
         for path in step_files(folder / "checkpoints")[-1:]:
             path.unlink()
             self.faults["newest checkpoint lost"] += 1
 
-    def lose_best(self, folder: Path, name: str) -> None:
+    def delete_best(self, folder: Path, name: str) -> None:
         if (folder / "checkpoints" / BEST).exists():
             (folder / "checkpoints" / BEST).unlink()
             self.faults["best weights lost"] += 1

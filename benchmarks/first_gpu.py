@@ -211,7 +211,7 @@ def candidates(setting: Setting) -> Iterator[dict[str, Any]]:
 def pieces(setting: Setting, device: torch.device, batch: int, side: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield (name, function to time)."""
 
-    def there(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
     def forward_and_backward(module: nn.Module, x: Tensor) -> Callable[[], object]:
@@ -220,14 +220,14 @@ def pieces(setting: Setting, device: torch.device, batch: int, side: int) -> Ite
 
     for channels in (3, 4, 8):
         conv = nn.Conv2d(channels, 96, 7, 2, 1).to(device, torch.bfloat16).to(memory_format=torch.channels_last)
-        x = there(batch, channels, side, side, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        x = randn(batch, channels, side, side, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
         yield f"conv1 of {channels} channels", forward_and_backward(conv, x)
-    pixels = there(batch, 3, 32, 32)
+    pixels = randn(batch, 3, 32, 32)
     nhwc = pixels.contiguous(memory_format=torch.channels_last)
     yield "resize, NCHW", lambda: resize(pixels, side + 1)
     yield "resize, NHWC", lambda: resize(nhwc, side + 1)
     yield "resize, NHWC, bf16", lambda: resize(nhwc.bfloat16(), side + 1)
-    features, keyed = there(batch, setting.size(4096, 16), dtype=torch.bfloat16), Dropout(0.5).train().to(device)
+    features, keyed = randn(batch, setting.size(4096, 16), dtype=torch.bfloat16), Dropout(0.5).train().to(device)
     keyed.set_key(1, 0)
     yield "dropout, ours", lambda: keyed(features)
     yield "dropout, PyTorch's", lambda: F.dropout(features)
@@ -237,7 +237,7 @@ def pieces(setting: Setting, device: torch.device, batch: int, side: int) -> Ite
     for name, count in (("of a batch", batch), ("of an epoch", setting.size(50_000, 10))):
         part = torch.arange(count, device=device)
         yield f"augmentation's numbers {name}", partial(draw, part, 32, config.augment, config.data, 0, 0)
-    maps = there(batch, setting.size(96, 8), side // 4, side // 4, dtype=torch.bfloat16)
+    maps = randn(batch, setting.size(96, 8), side // 4, side // 4, dtype=torch.bfloat16)
     for name, norm in (("ours", LocalResponseNorm()), ("PyTorch's", nn.LocalResponseNorm(5))):
         yield f"LRN, {name}", forward_and_backward(norm, maps)
     for fused in (True, False):

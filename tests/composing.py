@@ -29,47 +29,47 @@ from zfnet.config.trust import CONF, _is_own
 OWN = (CONF, CONF.parent / "examples/extend/conf")
 
 _create = config_loader_impl.create_defaults_list
-_join = ConfigLoaderImpl._compose_config_from_defaults_list
+_compose_defaults = ConfigLoaderImpl._compose_config_from_defaults_list
 _parse = OverridesParser.parse_rule
 _load = OmegaConf.load
 _load_stored = ConfigStore.load
-_choices = defaults_list._create_interpolation_map
+_interpolation_map = defaults_list._create_interpolation_map
 
 _is_group: dict[Any, bool] = {}
 _defaults: dict[Any, DefaultsList] = {}
-_joined: dict[Any, bytes] = {}
+_configs: dict[Any, bytes] = {}
 _words: dict[Any, Any] = {}
 _loaded: dict[str, bytes] = {}
 
 
-def remember(patch: Any) -> None:
+def cache_compositions(patch: Any) -> None:
     """Cache Hydra's compositions until `patch`, a pytest.MonkeyPatch, is undone."""
     if os.environ.get("ZFNET_COMPOSE_ANEW") == "1":
         return
-    patch.setattr(config_loader_impl, "create_defaults_list", _create_once)
-    patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", _join_once)
-    patch.setattr(OverridesParser, "parse_rule", _parse_once)
-    patch.setattr(OmegaConf, "load", _load_once)
+    patch.setattr(config_loader_impl, "create_defaults_list", _cached_defaults_list)
+    patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", _cached_config)
+    patch.setattr(OverridesParser, "parse_rule", _cached_parse)
+    patch.setattr(OmegaConf, "load", _cached_load)
     patch.setattr(ConfigStore, "load", _load_stored_fast)
     patch.setattr(ConfigResult, "__deepcopy__", lambda result, _: _copied(result), raising=False)
-    patch.setattr(defaults_list, "_create_interpolation_map", _choices_if_named)
+    patch.setattr(defaults_list, "_create_interpolation_map", _interpolation_map_if_needed)
     # each composition deep-copies the store to protect it, which is unnecessary because `ConfigStore.load` copies too
     patch.setattr(ConfigStore, "__deepcopy__", lambda store, _: store, raising=False)
 
 
-def forget(patch: Any) -> None:
+def restore_hydra(patch: Any) -> None:
     """Restore Hydra's own functions until `patch` is undone."""
     patch.setattr(config_loader_impl, "create_defaults_list", _create)
-    patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", _join)
+    patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", _compose_defaults)
     patch.setattr(OverridesParser, "parse_rule", _parse)
     patch.setattr(OmegaConf, "load", _load)
     patch.setattr(ConfigStore, "load", _load_stored)
     patch.delattr(ConfigResult, "__deepcopy__", raising=False)
-    patch.setattr(defaults_list, "_create_interpolation_map", _choices)
+    patch.setattr(defaults_list, "_create_interpolation_map", _interpolation_map)
     patch.delattr(ConfigStore, "__deepcopy__", raising=False)
 
 
-def _state(repo: Any) -> Any:
+def _cache_key(repo: Any) -> Any:
     """Return a key for all that a composition reads: Hydra's store, and the sources with each file's time and size.
 
     Return None if a source is outside this project.
@@ -96,12 +96,12 @@ def _stored(entries: dict[str, Any], group: str = "") -> Iterator[tuple[str, int
             yield f"{group}/{name}", id(entry.node)
 
 
-def _create_once(
+def _cached_defaults_list(
     repo: Any, config_name: str | None, overrides_list: Sequence[Override], prepend_hydra: bool, skip_missing: bool
 ) -> DefaultsList:
     """Replace Hydra's `create_defaults_list`: cache the defaults of the chosen groups, add the overrides of keys."""
     rest: dict[str, Any] = {"config_name": config_name, "prepend_hydra": prepend_hydra, "skip_missing": skip_missing}
-    state = _state(repo)
+    state = _cache_key(repo)
     if state is None:
         return _create(repo=repo, overrides_list=list(overrides_list), **rest)
     groups: list[Override] = []
@@ -122,27 +122,27 @@ def _create_once(
     )
 
 
-def _join_once(self: ConfigLoaderImpl, defaults: Sequence[Any], repo: Any) -> DictConfig:
+def _cached_config(self: ConfigLoaderImpl, defaults: Sequence[Any], repo: Any) -> DictConfig:
     """Replace `_compose_config_from_defaults_list`: cache the config of these defaults, without overrides of keys."""
-    state = _state(repo)
+    state = _cache_key(repo)
     if state is None:
-        return _join(self, defaults=list(defaults), repo=repo)
+        return _compose_defaults(self, defaults=list(defaults), repo=repo)
     key = (state, *map(dataclasses.astuple, defaults))
-    if key not in _joined:
-        config = _join(self, defaults=list(defaults), repo=repo)
+    if key not in _configs:
+        config = _compose_defaults(self, defaults=list(defaults), repo=repo)
         OmegaConf.clear_cache(config)  # it contains the time, which would name the next run's directory
-        _joined[key] = pickle.dumps(config)
-    return pickle.loads(_joined[key])
+        _configs[key] = pickle.dumps(config)
+    return pickle.loads(_configs[key])
 
 
-def _parse_once(self: OverridesParser, text: str, rule_name: str) -> Any:
+def _cached_parse(self: OverridesParser, text: str, rule_name: str) -> Any:
     """Replace `OverridesParser.parse_rule`, because each command parses a word up to four times."""
     if (text, rule_name) not in _words:
         _words[text, rule_name] = _parse(self, text, rule_name)
     return copy.deepcopy(_words[text, rule_name])
 
 
-def _load_once(file: Any) -> Any:
+def _cached_load(file: Any) -> Any:
     """Replace `OmegaConf.load`, because each composition reads conf/config.yaml again."""
     if not hasattr(file, "read"):
         return _load(file)
@@ -164,6 +164,6 @@ def _load_stored_fast(self: ConfigStore, config_path: str) -> ConfigNode:
     return dataclasses.replace(found, node=_copied(found.node))
 
 
-def _choices_if_named(overrides: Any, defaults: Sequence[Any], self_added: bool) -> DictConfig | None:
+def _interpolation_map_if_needed(overrides: Any, defaults: Sequence[Any], self_added: bool) -> DictConfig | None:
     """Replace Hydra's `_create_interpolation_map`, because only defaults that contain `${…}` use the map."""
-    return _choices(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else None
+    return _interpolation_map(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else None

@@ -53,12 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _composed_once() -> Iterator[None]:
+def _cached_compositions() -> Iterator[None]:
     """Cache Hydra's compositions."""
-    from tests.composing import remember
+    from tests.composing import cache_compositions
 
     with pytest.MonkeyPatch.context() as patch:
-        remember(patch)
+        cache_compositions(patch)
         yield
 
 
@@ -69,7 +69,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @pytest.fixture(autouse=True)
-def _no_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip fsync: tests kill processes but not the machine, so files survive without it.
 
     Session fixtures, which run before this one, and subprocesses still call fsync.
@@ -78,7 +78,7 @@ def _no_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _switches_put_back():
+def _reset_switches():
     """Reset the process-wide switches that `trainer=exact` and `trainer.threads` set, before and after each test."""
     import torch
 
@@ -94,7 +94,7 @@ def _switches_put_back():
 
 
 @pytest.fixture(autouse=True)
-def _undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
+def _without_figures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Skip the figures of trainings, evaluations and sweeps, which take most of their time, except in `drawn` tests."""
     from tests.helpers import no_figures
 

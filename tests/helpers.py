@@ -68,11 +68,11 @@ EVERY_STEP = "trainer.checkpoint_minutes=1e-9"  # a checkpoint after every step;
 
 def compose(*words: str) -> Config:
     """Return the config that run.py reads from these words."""
-    return pickle.loads(_composed(words))
+    return pickle.loads(_pickled_config(words))
 
 
 @functools.cache
-def _composed(words: tuple[str, ...]) -> bytes:
+def _pickled_config(words: tuple[str, ...]) -> bytes:
     marked = prepare_overrides(words)
     return pickle.dumps(read_command(compose_raw(marked), marked, sources=()))  # five times as fast as copy.deepcopy
 
@@ -184,18 +184,18 @@ def no_figures() -> Iterator[None]:
             for name in names:
                 patch.setattr(f"zfnet.jobs.{job}.{name}", lambda *_: None)
         patch.setattr("zfnet.sweeps.figures.draw_sweep", lambda *_: {})
-        patch.setattr("zfnet.data.sources.draw_shapes", _drawn_once)
+        patch.setattr("zfnet.data.sources.draw_shapes", _cached_shapes)
         yield
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     """Start run.py with these words as a subprocess in `folder`, without a training's figures."""
-    code = f"import sys; sys.argv[:] = {[str(ROOT / 'run.py'), *words]!r}{_PROGRAM}"
+    code = f"import sys; sys.argv[:] = {[str(ROOT / 'run.py'), *words]!r}{_RUN_PY_WITHOUT_FIGURES}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
 
 
-_PROGRAM = """
+_RUN_PY_WITHOUT_FIGURES = """
 import runpy, zfnet.jobs.train
 zfnet.jobs.train.draw_curves = zfnet.jobs.train.draw_results = lambda *_: None
 zfnet.jobs.train.save_figure = zfnet.plots.figures.save_figure = lambda *_: None
@@ -204,7 +204,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @functools.cache
-def _drawn_once(count: int, size: int, part: int):
+def _cached_shapes(count: int, size: int, part: int):
     return draw_shapes(count, size, part)
 
 

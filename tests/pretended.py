@@ -69,18 +69,18 @@ class OnGpu(Tensor):
 def _refuse_mixed(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raise MixedDevices where CUDA would raise an error."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    strangers = [x for x in tensors if not isinstance(x, OnGpu)]
-    if not strangers or func.overloadpacket in (aten.copy_, aten.fill_):
+    cpu_tensors = [x for x in tensors if not isinstance(x, OnGpu)]
+    if not cpu_tensors or func.overloadpacket in (aten.copy_, aten.fill_):
         return
-    target_is_there = isinstance(args[0], OnGpu)
-    if func.overloadpacket in INDEXING and target_is_there:
+    target_on_gpu = isinstance(args[0], OnGpu)
+    if func.overloadpacket in INDEXING and target_on_gpu:
         indices = {id(i) for i in args[1]}  # CUDA accepts indices on the CPU, but copying them waits
-        if any(id(x) in indices for x in strangers):
+        if any(id(x) in indices for x in cpu_tensors):
             _waits.append(f"{func} by an index on the CPU")
-        strangers = [x for x in strangers if id(x) not in indices and x.ndim]
-    elif torch.Tag.pointwise in func.tags and (target_is_there or not func._schema.is_mutable):
-        strangers = [x for x in strangers if x.ndim]  # CUDA accepts a scalar on the CPU: it is passed by value
-    if strangers:
+        cpu_tensors = [x for x in cpu_tensors if id(x) not in indices and x.ndim]
+    elif torch.Tag.pointwise in func.tags and (target_on_gpu or not func._schema.is_mutable):
+        cpu_tensors = [x for x in cpu_tensors if x.ndim]  # CUDA accepts a scalar on the CPU: it is passed by value
+    if cpu_tensors:
         raise MixedDevices(f"{func}: {', '.join(f'{list(x.shape)} on {x.device}' for x in tensors)}")
 
 

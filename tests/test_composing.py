@@ -45,7 +45,7 @@ def test_remembered_compositions_are_hydras(words, monkeypatch):
     # an earlier test may have set the package's loader, which resolves directory names, and these contain the time
     monkeypatch.setattr("hydra._internal.hydra.ConfigLoaderImpl", ConfigLoaderImpl)
     with pytest.MonkeyPatch.context() as patch:
-        composing.remember(patch)
+        composing.cache_compositions(patch)
         first, again = compose_described(words), compose_described(words)
-    composing.forget(monkeypatch)
+    composing.restore_hydra(monkeypatch)
     assert first == again == compose_described(words)

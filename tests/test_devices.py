@@ -57,7 +57,7 @@ def in_full_precision() -> Iterator[None]:
         yield
 
 
-def test_the_tests_of_the_fast_ways_train_in_bf16_with_a_resize() -> None:
+def test_fast_configs_use_bf16_and_a_resize() -> None:
     """MINUTE has neither. Those tests need a GPU, so this one checks their configs on machines without one."""
     for trainer in ("cuda", "auto"):
         config = compose(*MINUTE, f"trainer={trainer}", *FAST)
@@ -66,7 +66,7 @@ def test_the_tests_of_the_fast_ways_train_in_bf16_with_a_resize() -> None:
         assert config.model.fc7 is not None
 
 
-def test_the_pretence_refuses_what_cuda_refuses(waits: list[str]) -> None:
+def test_the_simulated_gpu_raises_where_cuda_does(waits: list[str]) -> None:
     here, there = torch.ones(3), torch.ones(3, device="cuda")
     assert isinstance(there, OnGpu)
     for mixed in (
@@ -103,7 +103,7 @@ def test_the_pretence_refuses_what_cuda_refuses(waits: list[str]) -> None:
         ),
     ],
 )
-def test_a_step_mixes_nothing_and_waits_for_nothing(waits: list[str], words: tuple[str, ...]) -> None:
+def test_a_step_mixes_no_devices_and_does_not_wait(waits: list[str], words: tuple[str, ...]) -> None:
     config = compose(*MINUTE, *ON_GPU, *words)
     state = training_state(config)
     batches = training_batches(config, state.runtime, load_splits(config.data).train)
@@ -117,7 +117,7 @@ def test_a_step_mixes_nothing_and_waits_for_nothing(waits: list[str], words: tup
     assert all(p.device.type == "cuda" for p in state.model.parameters())
 
 
-def test_a_run_goes_on_from_a_checkpoint(waits: list[str], tmp_path: Path) -> None:
+def test_a_run_resumes_from_a_checkpoint(waits: list[str], tmp_path: Path) -> None:
     words = ("trainer.checkpoint_minutes=1e-9", "trainer.ema=0.9", "trainer.clip_norm=1", "model.dropout=0.5")
     whole = train_minute(tmp_path / "gpu", *ON_GPU, *words)
     (tmp_path / "gpu" / "checkpoints" / "step-000000016.safetensors").unlink()
@@ -197,7 +197,7 @@ def test_searches_over_a_set(waits: list[str], in_full_precision: None) -> None:
     assert type(measure_filters(model.chain, batches(images).in_order()).peak) is torch.Tensor
 
 
-def test_a_run_of_the_cpus_is_read_on_a_gpu(tiny_run: RunDirectory, waits: list[str]) -> None:
+def test_a_run_trained_on_a_cpu_loads_on_a_gpu(tiny_run: RunDirectory, waits: list[str]) -> None:
     run = used(tiny_run, *ON_GPU)
     assert choose_images(run, run.config, 3).labels.device.type == "cuda"
     evaluation = evaluate(run.model, run.batches(run.split("test")), run.runtime, "test")

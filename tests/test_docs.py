@@ -103,7 +103,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
 
 
-def plain(block: str) -> str:
+def one_command_per_line(block: str) -> str:
     """Return a block with one command a line: join continued lines, unwrap loops, inline functions that end in "$@"."""
     text = re.sub(r"^ *(for .*; do|done)$", "", block.replace("\\\n", " "), flags=re.M)
     for name, command in re.findall(r"^(\w+)\(\) \{\n.*?(python .*?) *\"\$@\"\n\}$", text, re.S | re.M):
@@ -114,7 +114,7 @@ def plain(block: str) -> str:
 
 def commands(page: Path) -> list[str]:
     """Return the commands in bash blocks, and the inline code that starts with `python`, `pip` or `tensorboard`."""
-    lines = "\n".join(map(plain, blocks(page, "bash"))).splitlines()
+    lines = "\n".join(map(one_command_per_line, blocks(page, "bash"))).splitlines()
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     inline = re.findall(r"`((?:python|pip|tensorboard) [^`]+)`", prose)
     return [" ".join(line.partition(" #")[0].split()) for line in lines + inline if line.strip()]

@@ -63,7 +63,7 @@ def test_auto_is_the_gpu_in_bf16() -> None:
     assert torch.cuda.get_device_name() in runtime.describe()
 
 
-def test_random_numbers_are_the_cpus() -> None:
+def test_random_numbers_equal_the_cpus() -> None:
     index = torch.arange(100_000)
     for numbers in (random_bits, uniform):
         for key in (make_key(3), torch.tensor(make_key(4))):
@@ -77,7 +77,7 @@ def test_random_numbers_are_drawn_in_one_kernel() -> None:
 
 
 @pytest.mark.parametrize("padding", ["constant", "reflect"])
-def test_augmentation_is_the_cpus(padding: str) -> None:
+def test_augmentation_equals_the_cpus(padding: str) -> None:
     pixels, index = random_images(64, 32), torch.arange(64)
     how, data = augment_config(crop_padding=4, padding_mode=padding, flip=0.5, cutout=8), data_config()
     drawn, there = (draw(i, 32, how, data, 0, 0) for i in (index, index.cuda()))
@@ -107,7 +107,7 @@ def test_batches_from_memory_and_from_the_host_are_equal(memory: float) -> None:
         assert torch.equal(a.labels.cpu(), b.labels)
 
 
-def test_the_network_is_the_cpus() -> None:
+def test_the_network_agrees_with_the_cpus() -> None:
     resolve_runtime(compose("trainer=exact", "trainer.device=cuda").trainer)  # no TF32
     torch.manual_seed(0)
     model = ZFNet(10, 64, tiny_model_config(norm="lrn", dropout=0.5)).train()
@@ -171,7 +171,7 @@ def test_every_optimizer_resumes(resumed, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_of_the_cpus_goes_on_here(name: str) -> None:
+def test_an_optimizer_state_from_the_cpu_loads_on_the_gpu(name: str) -> None:
     config = compose(f"optimizer={name}")
     values, gradient = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(1, 2, 12).view(3, 4)
 
@@ -195,14 +195,14 @@ def test_an_optimizer_of_the_cpus_goes_on_here(name: str) -> None:
 
 
 @pytest.mark.parametrize("trainer", ["cuda", "auto"])
-def test_the_fast_ways_train(tmp_path: Path, trainer: str) -> None:
+def test_fast_configs_train(tmp_path: Path, trainer: str) -> None:
     words = (f"trainer={trainer}", *FAST, "optimizer.lr=3e-3", "trainer.epochs=6")
     history = train_minute(tmp_path / "r", *words).read_history()
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="Triton needs a C compiler")
-def test_the_compiled_way_trains(tmp_path: Path) -> None:
+def test_compiled_training(tmp_path: Path) -> None:
     words = ("trainer=cuda", *FAST, "trainer.compile=true", "model.norm=lrn", "model.dropout=0.1")
     run = train_minute(tmp_path / "r", *words, "optimizer.lr=3e-3", "trainer.epochs=6")
     history = run.read_history()
@@ -330,7 +330,7 @@ def test_normalisation_is_the_same_twice() -> None:
 
 
 @pytest.mark.parametrize("gradients", ["fp32", "bf16"])
-def test_processes_meet_through_nccl(tmp_path: Path, gradients: str) -> None:
+def test_the_process_group_uses_nccl(tmp_path: Path, gradients: str) -> None:
     """Check the group, its two backends, and the wrapped network. One process, because there may be only one GPU."""
     init_process_group(World(), f"file://{tmp_path}/meet")
     try:
