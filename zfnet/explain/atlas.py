@@ -1,14 +1,14 @@
 """The atlas: all feature maps of a network in one static page, with the images that excite each of them.
 
-`atlas/index.html` holds every number and opens without a server or a network; pictures are files beside it and load
-when they are shown:
+`atlas/index.html` contains every number and opens without a server or an internet connection. Pictures are separate
+files next to it and load when the page shows them:
 
     sheets/<layer>_<kind>.webp    a thumbnail of every map of a layer: the first view
     maps/<layer>/<number>.webp    one map's projections (upper row) and patches (lower row)
     images/<number>.webp          an image, as the network sees it, in stored pixels
     atlas.json                    every number on the page
 
-`write_single` puts all of it into one file instead. `write_photographs` is the page of your own photographs, whose
+`write_single` puts everything into one file instead. `write_photographs` writes a page of your own photographs. Its
 tiles link to the maps in the atlas: `index.html#conv5/12`.
 """
 
@@ -47,22 +47,22 @@ from zfnet.plots.pictures import GREY, mosaic
 from zfnet.runs.directory import OUTPUTS, RunDirectory, write_atomically
 
 _PAGE = Path(__file__).parent / "atlas_page"
-# in the atlas's page, before there is a quiz and after
+# the link to the quiz in the atlas page: hidden until the quiz is written, then visible
 _QUIZ_LINK = (b'<a id="quiz" href="quiz.html" hidden>', b'<a id="quiz" href="quiz.html">')
 KINDS = ("projections", "patches")
-_MAPS = 32  # projected at once
-_THUMBNAIL, _CELL = 96, 32  # a thumbnail shows 3×3 cells
-_CLASSES = 5  # shown for each map
-Score = tuple[float, float | None, int]  # the mean over a map's units, its standard error (one unit has none), units
-_LOSSLESS = 32  # frames up to this side are too small for a lossy format
+_MAPS = 32  # maps projected at once
+_THUMBNAIL, _CELL = 96, 32  # sides in pixels; a thumbnail has 3×3 cells
+_CLASSES = 5  # classes listed for each map
+Score = tuple[float, float | None, int]  # mean over a map's units, standard error (None for one unit), number of units
+_LOSSLESS = 32  # frames of at most this side (px) are too small for lossy compression
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The scores of single maps from a job=verdict.
+    """The scores of single maps from a run of job=verdict.
 
-    name: of its directory; split: whose images it used
-    scores: of (layer, map), those of its pictures by one method
+    name: the run directory's name; split: the split of its images
+    scores: (layer, map) → measure → score, for the pictures by one method
     """
 
     name: str
@@ -72,9 +72,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Atlas:
-    """What the page is made from; `images` are those of the split named `split`, or a part of them.
+    """The contents of the page. `images` are all or some of the images in the split named `split`.
 
-    numbers: int64 [N], the images' numbers in the split, if they are a part of it
+    numbers: int64 [N], the images' numbers in the split; None if `images` is the whole split
     """
 
     title: str
@@ -83,23 +83,23 @@ class Atlas:
     images: ImageSet
     data: DataConfig
     search: TopActivations
-    weights: str = ""  # their hash
+    weights: str = ""  # hash of the weights
     responses: Mapping[str, MapResponses] = field(default_factory=dict)
-    ablated: int = 0  # the images that the responses' effects are means over
+    ablated: int = 0  # number of images over which the responses' effects are averaged
     nearest: Mapping[str, Any] = field(default_factory=dict)  # see `nearest_maps`
-    other: Mapping[str, Any] | None = None  # the name of the other network, and its own atlas, if there is one
+    other: Mapping[str, Any] | None = None  # the other network's name and, if it has one, its atlas
     verdict: Verdict | None = None
     numbers: Tensor | None = None
 
     def in_split(self, places: Tensor) -> list[int]:
-        """Return the numbers in the split of the images at these places."""
+        """Return the numbers that the images at these places have in the split."""
         return list((places if self.numbers is None else self.numbers[places]).tolist())
 
 
 def write_atlas(atlas: Atlas, folder: Path, after_file: Callable[[], None] = lambda: None) -> Path:
-    """Write the atlas and return the page. Existing pictures are kept: a stopped job continues.
+    """Write the atlas and return the path of its page. Existing pictures are kept, so that a stopped job can resume.
 
-    after_file: called after each group of files; may raise to stop.
+    after_file: called after each group of files; can raise an exception to stop
     """
     layers = list(atlas.search.layers)
     for layer in layers:
@@ -118,13 +118,13 @@ def write_atlas(atlas: Atlas, folder: Path, after_file: Callable[[], None] = lam
 
 
 def _write_page(path: Path, name: str, title: str, metadata: Any) -> None:
-    """Fill in the template `name` and its script."""
+    """Write the page from the template `name` and its script."""
     page = (_PAGE / f"{name}.html").read_text(encoding="utf-8")
     for mark, text in (
         ("title", html.escape(title)),
         ("style", (_PAGE / "page.css").read_text(encoding="utf-8")),
         ("script", (_PAGE / f"{name}.js").read_text(encoding="utf-8")),
-        # last, so that no text in the data is read as a placeholder
+        # inserted last, so that no text in the data is replaced as a placeholder
         ("metadata", json.dumps(metadata, separators=(",", ":")).replace("<", "\\u003c")),
     ):
         page = page.replace(f"<!-- {mark} -->", text)
@@ -146,7 +146,7 @@ class Strongest:
 
 @dataclass(frozen=True)
 class Photograph:
-    """An image: its name, its pixels, uint8 [S, S, 3], as the network sees it, (class, probability), and its maps."""
+    """An image: pixels uint8 [S, S, 3] as the network sees them, predictions (class, probability), maps by layer."""
 
     name: str
     pixels: Tensor
@@ -155,7 +155,7 @@ class Photograph:
 
 
 def write_photographs(path: Path, photographs: Sequence[Photograph], title: str, link: str | None) -> None:
-    """Write a page of photographs that needs no other file; its tiles link to the atlas at `link`, if there is one."""
+    """Write a self-contained page of photographs. Its tiles link to the atlas at `link`, unless that is None."""
     parts = [f"<header><h1>Strongest maps · {html.escape(title)}</h1></header>"]
     for photograph in photographs:
         classes = "".join(f"<li>{html.escape(c)} {p:.1%}</li>" for c, p in photograph.predictions)
@@ -183,13 +183,13 @@ def write_photographs(path: Path, photographs: Sequence[Photograph], title: str,
 
 
 def _inline(pixels: Tensor, side: int) -> str:
-    """Return an image of pixels, uint8 [h, w, 3], as HTML, `side` wide."""
+    """Return an HTML image, `side` px wide, of pixels, uint8 [h, w, 3]."""
     kind = ' class="pixels"' if len(pixels) < side // 2 else ""
     return f'<img{kind} width="{side}" height="{side}" alt="" src="{_address(pixels.numpy())}">'
 
 
 def _address(pixels: np.ndarray) -> str:
-    """Return an image of pixels, uint8 [h, w, 3], as an address that holds it."""
+    """Return a data: URL that contains the image of pixels, uint8 [h, w, 3]."""
     text = base64.b64encode(_encode(pixels, lossless=len(pixels) <= _LOSSLESS)).decode()
     return f"data:image/webp;base64,{text}"
 
@@ -199,17 +199,17 @@ def write_quiz(
 ) -> Path:
     """Write quiz.html, a page with the trials and their pictures for people to answer; return its path.
 
-    folder: where to write it if there is no atlas; else it becomes a page of the atlas, and both link to each other
-    trials: see `quiz_trials` of job=forced_choice, in the order in which they are asked
-    about: text on the page about them
-    atlas: the page of the network's atlas
+    folder: where to write the page if `atlas` is None; otherwise it goes next to the atlas, and each links to the other
+    trials: see `quiz_trials` of job=forced_choice, in the order in which the page asks them
+    about: text on the page about the trials
+    atlas: path of the network's atlas page
     """
     asked = [
         {**trial, "references": [[kind, _address(p)] for kind, p in trial["references"]]}
         | {"queries": [_address(p) for p in trial["queries"]]}
         for trial in trials
     ]
-    number = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]  # the answers' key in the browser's storage
+    number = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]  # the browser stores answers under this key
     name = None if atlas is None else atlas.name
     path = (folder if atlas is None else atlas.parent) / "quiz.html"
     _write_page(path, "quiz", str(about["title"]), {"id": number, **about, "atlas": name, "trials": asked})
@@ -219,9 +219,9 @@ def write_quiz(
 
 
 def write_single(folder: Path) -> Path:
-    """Put an atlas into one file beside its folder, and remove the folder; return the file.
+    """Put an atlas into one file next to its folder, remove the folder and return the file's path.
 
-    Each picture is a block of text that the browser reads when it is shown: thumbnails first, then the page's script.
+    Each picture becomes a block of text that the browser reads on demand. Only thumbnails precede the page's script.
     """
     page = (folder / "index.html").read_text(encoding="utf-8")
     blocks: dict[bool, list[str]] = {True: [], False: []}
@@ -241,9 +241,9 @@ def write_single(folder: Path) -> Path:
 
 
 def find_atlas(weights: str, folder: str | None = None) -> Path | None:
-    """Return the page of the newest atlas in outputs/ of the network with these weights, or of the job in `folder`.
+    """Return the page of the newest atlas of these weights in outputs/ (None if there is none), or of that in `folder`.
 
-    Raises UserError if that one is of another network.
+    Raises UserError if `folder` contains no atlas of these weights.
     """
     for path, _ in _records(("atlas/atlas.json", "atlas.json"), weights, folder):
         for page in (path.with_name("index.html"), path.with_suffix(".html")):
@@ -255,17 +255,17 @@ def find_atlas(weights: str, folder: str | None = None) -> Path | None:
 
 
 def link_to(page: Path, folder: Path) -> str:
-    """Return the address of `page` in a page of `folder`; a folder's name may hold #, ? or %."""
+    """Return the URL of `page` relative to `folder`, quoted because a folder's name can contain #, ? or %."""
     return quote(os.fsencode(os.path.relpath(page, folder)))
 
 
 def find_verdict(weights: str, method: str, folder: str | None = None) -> Verdict | None:
-    """Return the scores of `method` for these weights from the newest job=verdict in outputs/, or that in `folder`.
+    """Return the scores of `method` for these weights from the newest job=verdict in outputs/, or from `folder`.
 
-    None if outputs/ has none. Raises UserError if `folder` holds none of this network, or is damaged.
+    Returns None if outputs/ has none. Raises UserError if `folder` contains none for these weights or is damaged.
     """
     for record, content in _records(("verdict.json",), weights, folder):
-        path = record.with_name("maps.csv")  # which earlier versions did not write
+        path = record.with_name("maps.csv")  # earlier versions did not write this file
         if path.is_file():
             try:
                 return Verdict(path.parent.name, str(content.get("split")), _read_scores(path, method))
@@ -296,9 +296,9 @@ def _read_scores(path: Path, method: str) -> dict[tuple[str, int], dict[str, Sco
 
 
 def _records(names: Sequence[str], weights: str, folder: str | None) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Yield the JSON files of these names in outputs/, the newest first, that are of the network with these weights.
+    """Yield the JSON files with these names in outputs/ that belong to these weights, newest first.
 
-    folder: search only this one, where a damaged file is an error; elsewhere it is skipped
+    folder: search only this folder, and raise UserError for a damaged file; damaged files in outputs/ are skipped
     """
     if folder is None:
         found = [path for name in names for depth in ("*", "*/*") for path in OUTPUTS.glob(f"{depth}/{name}")]
@@ -335,7 +335,7 @@ def _write_maps(atlas: Atlas, folder: Path, layer: str, after_file: Callable[[],
 
 
 def _sheet(atlas: Atlas, folder: Path, layer: str, kind: str) -> np.ndarray:
-    """Return the thumbnails of a layer's maps, in rows of `_columns`, each of the map's first nine pictures."""
+    """Return a mosaic of thumbnails, `_columns` per row, one for each map of a layer with its first nine pictures."""
     record = atlas.search.layers[layer]
     side, count = frame_size(atlas.deconvnet.chain, layer), len(record.values)
     top = min(9, record.values.shape[1])
@@ -357,7 +357,7 @@ def _columns(count: int) -> int:
 
 
 def _write_images(atlas: Atlas, folder: Path, after_file: Callable[[], None]) -> None:
-    """Write each image that is shown beside a map, once: the part that the network sees, in stored pixels."""
+    """Write every image shown next to a map once: the part that the network sees, in stored pixels."""
     shown = torch.cat([r.index[r.filled].cpu() for r in atlas.search.layers.values()]).unique()
     for group in tqdm(shown.split(256), "atlas: images", unit="×256", disable=None, leave=False):
         pixels = atlas.images.pixels(group)

@@ -1,6 +1,6 @@
 """Feature maps as pictures: their strongest units' projections, and the image patches that these units see.
 
-All are in frames of one size: the receptive field, or the whole image where the field is larger.
+All pictures of a layer have one frame size: the receptive field, or the whole image if the field is larger.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from zfnet.explain.windows import inside_map, take_windows
 from zfnet.model.chain import Chain
 from zfnet.plots.pictures import GREY, on_grey, to_pixels
 
-_IMAGES = 64  # how many are on the device at once
+_IMAGES = 64  # images on the device at once
 
 
 @dataclass(frozen=True)
 class Views:
-    """The strongest units of M maps, U in all, and their pictures; all on the CPU.
+    """The U strongest units of M maps and their pictures, all on the CPU.
 
     units: int64 [U, 4], (image, channel, y, x)
     projections: [U, 3, s, s]; patches: uint8 [U, s, s, 3], grey outside the image
@@ -37,15 +37,15 @@ class Views:
 
 
 def frame_size(chain: Chain, layer: str) -> int:
-    """Return the side of the frame in pixels."""
+    """Return the side of a layer's frame in pixels."""
     if layer not in chain.conv_layers:
         return chain.image_size
     return min(max(receptive_field(chain, layer).kernel), chain.image_size)
 
 
 def project_frames(deconvnet: Deconvnet, inputs: Tensor, layer: str, units: Tensor, **settings: Any) -> Tensor:
-    """Return the projections of units, cut to their receptive fields: [U, 3, h, w]; where these are larger than the
-    image, the whole. `settings` are those of `Deconvnet.project`.
+    """Return the projections of units [U, 3, h, w], cut to their receptive fields if these are smaller than the image.
+    `settings` are passed to `Deconvnet.project`.
     """
     fields = frame_size(deconvnet.chain, layer) < deconvnet.chain.image_size
     return deconvnet.project(inputs, layer, units, fields=fields, **settings)
@@ -83,7 +83,7 @@ def view_units(
 def view_maps(
     deconvnet: Deconvnet, images: ImageSet, data: DataConfig, layer: str, record: LayerRecord, maps: Tensor
 ) -> Views:
-    """Return the views of the `maps` [M] of a layer, at least one of them active, from the record of a search."""
+    """Return the views of a layer's `maps` [M] from the record of a search. At least one map must be active."""
     number, rank = record.filled.cpu()[maps].nonzero().unbind(1)
     image, y, x = record.places().cpu()[maps[number], rank].unbind(1)
     units = torch.stack((image, maps[number], y, x), 1)

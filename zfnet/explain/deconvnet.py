@@ -1,13 +1,13 @@
-"""The deconvnet: one unit's activation, projected back down to the pixels (paper, section 2.1).
+"""The deconvnet projects the activation of one unit back to pixel space (paper, section 2.1).
 
-From the unit down, each module is undone by its adjoint: a pooling sends the signal back to the places of its
-maxima (`windows.py`), a ReLU rectifies it, a convolution filters it with the transposed filters. Biases are left out.
-Except for the ReLU this is the gradient (Simonyan et al. 2013, section 4), so one implementation has three rules, which
-differ in what the ReLU passes:
+The backward pass applies the adjoint of each module: a max pooling sends the signal back to the positions of its
+maxima (`windows.py`), a ReLU rectifies it, and a convolution applies its transposed filters. Biases are left out.
+Except at the ReLU this equals the gradient (Simonyan et al. 2013, section 4), so one implementation covers three rules.
+They differ in where a ReLU passes the signal:
 
     deconvnet   where the signal is positive              (Zeiler & Fergus 2013)
     gradient    where the unit was active                 (Simonyan et al. 2013)
-    guided      where both hold                           (Springenberg et al. 2014)
+    guided      where both conditions are true            (Springenberg et al. 2014)
 
 A projection shows what in *this* image excited the unit, through this image's switches. It does not show what else the
 unit responds to, and says little about the class (Nie et al. 2018): compare it with controls.
@@ -41,31 +41,31 @@ from zfnet.model.layers import LocalResponseNorm, full_precision
 RULES = ("deconvnet", "guided", "gradient")
 LRN_RULES = ("identity", "gradient")
 
-# Images whose forward pass is kept at once; and bytes that the largest signal of a chunk of units may take:
-# on a CPU about the size of its cache.
+# The number of images whose forward pass is in memory at once, and the size limit in bytes for the largest signal of a
+# chunk of units. On a CPU this limit is about the cache size.
 _IMAGES = 16
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 @dataclass
 class _Trace:
-    """What the backward pass needs from a forward pass. Each list has an entry for each step."""
+    """The results of a forward pass that the backward pass needs. Each list has one entry per step."""
 
     output: Tensor
-    input_shapes: list[torch.Size] = field(default_factory=list)  # without the batch
-    kept: list[Any] = field(default_factory=list)  # what the step's rule keeps, such as switches
+    input_shapes: list[torch.Size] = field(default_factory=list)  # without the batch dimension
+    kept: list[Any] = field(default_factory=list)  # data that the step's rule saves, such as switches
 
 
 class Deconvnet:
-    """Projects units of a network to the pixels. Uses the model's own modules, and does not change them.
+    """Projects units of a network to pixel space, through the model's own modules and without changing them.
 
-    model: a ZFNet, a `Chain`, or any model that is one, on any device; its forward pass is that of evaluation mode,
-        whatever its mode
+    model: a ZFNet, a `Chain`, or any model that forms a chain, on any device; the forward pass is that of evaluation
+        mode even if the model is in training mode
     rule: `deconvnet`, `guided` or `gradient`
     dead_windows: `first`, `mask` or `all`, see `pool_with_switches`. The deconvnet sends signals through pooling
         windows without an active cell, and the choice changes conv5's projections by a quarter or more
     lrn: `identity` skips contrast normalisation in the backward pass, as the paper does; `gradient` goes
-        through it. (Batch normalisation is linear: its adjoint scales by γ/σ.)
+        through it. (Batch normalisation is linear, and its adjoint scales by γ/σ.)
     image_size: side of the images in pixels, for a model that is neither a ZFNet nor a `Chain`
 
     Raises UserError for an unknown choice, and for a network that is not a chain.
@@ -106,21 +106,21 @@ class Deconvnet:
 
         images: [N, 3, H, W], normalised as the network sees them
         layer: a name in `Chain.layers`, such as `conv5` or, in torchvision's AlexNet, `features.10`
-        units: (image, channel, y, x) in `layer`'s output before pooling, as `Chain.activations` gives it;
+        units: (image, channel, y, x) in `layer`'s output before pooling, as `Chain.activations` returns it;
             for linear layers (image, feature) or (image, feature, 0, 0)
-        switches_from: images [N, 3, H, W] whose pooling switches are used instead (a control)
-        seeds: [len(units)], what to project instead of each unit's own activation
+        switches_from: images [N, 3, H, W] that supply the pooling switches instead (a control)
+        seeds: [len(units)], values to project instead of the units' activations
         fields: cut the projections of a convolution's units to their receptive fields, [len(units), 3, *kernel];
             `receptive_field(model, layer).corners(places)` gives positions; cells outside the image are 0
 
-        Raises UserError for a layer or a unit that the network does not have, for shapes that do not fit, and for
-        a module on the way that has no rule.
+        Raises UserError for a layer or a unit that the network does not have, for shapes that do not match, and for
+        a module up to `layer` that has no rule.
         """
         units = self._check(images, layer, units, switches_from, seeds)
         if fields and layer not in self.chain.conv_layers:
             raise UserError(f"{layer}: its units see the whole image, and have no receptive fields")
         field = receptive_field(self.chain, layer) if fields else None
-        weight, steps = (next(self.model.parameters()), self.chain.up_to(layer))  # `weight` tells dtype and device
+        weight, steps = (next(self.model.parameters()), self.chain.up_to(layer))  # for its dtype and device
         extent = (images.shape[2], images.shape[3]) if field is None else field.kernel
         corners = torch.zeros_like(units[:, 2:]) if field is None else field.corners(units[:, 2:])
         out = weight.new_zeros(len(units), self.chain.channels, *extent)
@@ -183,7 +183,7 @@ class Deconvnet:
 
     def _forward(self, x: Tensor, steps: list[Step]) -> _Trace:
         """Run images [n, 3, H, W] through the steps as in evaluation mode, and keep what the backward pass needs."""
-        # channels last: fastest for cutting windows and for convolutions
+        # channels_last is fastest for cutting windows and for convolutions
         x = x.contiguous(memory_format=torch.channels_last)
         trace = _Trace(x)
         for step in steps:
@@ -196,9 +196,9 @@ class Deconvnet:
     # -- backward
 
     def _backward(self, steps: list[Step], trace: _Trace, units: Tensor, seeds: Tensor | None) -> Signal:
-        """Return the signals of the units at the pixels; units: int64 [u, 4], counting the trace's images.
+        """Return the signals of units, int64 [u, 4], at the pixels. A unit's image is its place in the trace.
 
-        At each step a signal is a window of the feature map: the part that the unit sees.
+        At each step a signal covers a window of the feature map: the part that the unit sees.
         """
         item, channel, y, x = units.unbind(1)
         top = as_maps(trace.output)
@@ -238,8 +238,8 @@ def _check_range(values: Tensor, limit: int, name: str, layer: str) -> None:
 
 
 class _Rule(NamedTuple):
-    """forward(deconvnet, module, x) returns the module's output and what `backward` needs of it (None: nothing);
-    backward(deconvnet, module, signal, kept, shape) takes a signal to the module's input, of `shape` [C, H, W] or [C].
+    """forward(deconvnet, module, x) returns the module's output and the data that `backward` needs, or None.
+    backward(deconvnet, module, signal, kept, shape) moves a signal to the module's input of `shape` [C, H, W] or [C].
     """
 
     forward: Callable[[Deconvnet, Any, Tensor], tuple[Tensor, Any]]
@@ -256,7 +256,7 @@ def _convolution_back(net: Deconvnet, conv: nn.Conv2d, signal: Signal, kept: Non
 
 
 def _relu(net: Deconvnet, relu: nn.ReLU, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    x = F.relu(x)  # not relu(x), which may work in place
+    x = F.relu(x)  # relu(x) could change x in place
     return x, None if net.rule == "deconvnet" else x > 0
 
 
@@ -273,7 +273,7 @@ def _max_pool_back(net: Deconvnet, pool: nn.MaxPool2d, signal: Signal, switches:
 
 
 def _average_pool(net: Deconvnet, pool: nn.AvgPool2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    # what each window multiplies its sum by: at the borders it depends on `ceil_mode` and `count_include_pad`
+    # each window's factor from sum to mean, which at the borders depends on `ceil_mode` and `count_include_pad`
     ones, window = x.new_ones(1, 1, *x.shape[2:]), window_of(pool)
     sums = F.avg_pool2d(ones, window.kernel, window.stride, window.padding, pool.ceil_mode, divisor_override=1)
     return pool(x), (pool(ones) / sums).expand(len(x), 1, -1, -1)
@@ -347,7 +347,7 @@ _RULES: dict[tuple[Any, ...], _Rule] = {
 def _rule_of(step: Step) -> _Rule:
     """Return the rule for a step's module; raise UserError if there is none."""
     for types, rule in _RULES.items():
-        # a subclass with a forward pass of its own may do anything
+        # a rule does not apply to a subclass that overrides `forward`
         if any(isinstance(step.module, t) and type(step.module).forward is t.forward for t in types):
             return rule
     known = dict.fromkeys(t.__name__ for types in _RULES for t in types)

@@ -1,8 +1,8 @@
-"""How well a picture explains one number that a network computes: metrics, as functions of tensors.
+"""Metrics of how well a picture explains one number that a network computes, as functions of tensors.
 
-They use the network as a `Measure`: the number of item u after some cells of its frame are removed. Cells are a grid
-over the pixels that count, so that every method, the random order and the greedy order remove equal amounts (as regions
-in Samek et al. 2017).
+They use the network as a `Measure`, which returns an item's number after some cells of its frame are removed. The cells
+form a grid over the pixels that count, so that every method, the random order and the greedy order remove equal amounts
+(like the regions of Samek et al. 2017).
 """
 
 import functools
@@ -18,11 +18,11 @@ from zfnet.config.randomness import CONTROL, make_key, uniform
 Measure = Callable[[Tensor, Tensor], Tensor]  # (item int64 [B], removed bool [B, P]) → float [B]
 
 FILLINGS = ("mean colour", "blur", "noisy linear")
-_DRAWS = 4  # random orders, each read in both directions
-_FINE = 2  # points per cell, along each side, on which noisy linear imputation is solved
-_PULL = 1e-4  # towards the mean colour: where all is removed there is nothing to interpolate
+_DRAWS = 4  # random orders, each used forwards and backwards
+_FINE = 2  # grid points of noisy linear imputation along each side of a cell
+_PULL = 1e-4  # weight of the mean colour; without it the equations are singular if every point is removed
 _NOISE = 0.01
-_CHUNK = 4 << 20  # pixels made at once
+_CHUNK = 4 << 20  # pixels computed at once
 
 
 # ---- deletion and insertion
@@ -31,12 +31,12 @@ _CHUNK = 4 << 20  # pixels made at once
 def removal_scores(
     measure: Measure, relevance: Mapping[str, Tensor], steps: int, seed: int = 0
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (deletion, insertion) of each method's relevance of cells [U, P]: [U] each; 0: random order, 1: the best.
+    """Return the (deletion, insertion) scores, [U] each, of each method's relevance of cells [U, P].
 
-    Deletion removes the most relevant cells first, in `steps` equal steps; its number is the area under the curve of
-    what is left. Insertion adds the most relevant first, which is the curve of removing the least relevant, read from
-    its end. The best are greedy: each step removes those cells that, alone, lower (or keep) the number most.
-    NaN where the best order hardly differs from a random one.
+    Deletion removes the most relevant cells first, in `steps` equal steps, and takes the area under the curve of the
+    number. Insertion adds the most relevant cells first, which is the same as removing the least relevant first and
+    reading the curve backwards. A score is 0 for a random order and 1 for the greedy order, in which each step removes
+    the cells that change the number most (or least) one by one. NaN where the two orders hardly differ.
     """
     count, cells = next(iter(relevance.values())).shape
     item = torch.arange(count)
@@ -66,7 +66,7 @@ def removal_scores(
 
 
 def greedy_areas(measure: Measure, whole: Tensor, empty: Tensor, cells: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Return the areas [U] of the greedy orders that lower the number most, and that keep it highest."""
+    """Return the areas [U] under the curves of two greedy orders: lower the number most, and keep it highest."""
     every = torch.arange(len(whole))
     alone = measure(every.repeat_interleave(cells), torch.eye(cells, dtype=torch.bool).repeat(len(whole), 1))
     areas = []
@@ -86,7 +86,7 @@ def greedy_areas(measure: Measure, whole: Tensor, empty: Tensor, cells: int, ste
 
 
 def ranks_of(relevance: Tensor, key: int) -> Tensor:
-    """Return each cell's place in the order from the most to the least relevant, int64 [U, P]; ties at random."""
+    """Return each cell's rank, 0 for the most relevant: int64 [U, P]. Ties are broken at random."""
     chance = uniform(key, torch.arange(relevance.numel()).view_as(relevance)).argsort(1)
     order = chance.gather(1, relevance.gather(1, chance).argsort(dim=1, descending=True, stable=True))
     return torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1]).expand_as(order))
@@ -97,7 +97,7 @@ def _area(curve: list[Tensor]) -> Tensor:
 
 
 def box_cells(boxes: Tensor, extent: tuple[int, int], side: int) -> Tensor:
-    """Return which of the side² cells of its item's box [U, 4] each pixel is in: int64 [U, h, w]; −1 is outside."""
+    """Return the cell of each pixel, int64 [U, h, w]: a box [U, 4] has side² cells, and −1 means outside the box."""
     top, left, bottom, right = (boxes[:, k, None] for k in range(4))
     lines = []
     for first, end, size in ((top, bottom, extent[0]), (left, right, extent[1])):
@@ -109,7 +109,7 @@ def box_cells(boxes: Tensor, extent: tuple[int, int], side: int) -> Tensor:
 
 
 def cell_means(values: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the mean of values [U, C, h, w] in each cell, [U, C, count], 0 without pixels, and which have some."""
+    """Return the mean of values [U, C, h, w] in each cell, [U, C, count], 0 if empty, and which cells have pixels."""
     index = torch.where(cells < 0, count, cells).flatten(1)
     sums = values.new_zeros(*values.shape[:2], count + 1)
     sums.scatter_add_(2, index[:, None].expand(-1, values.shape[1], -1), values.flatten(2))
@@ -119,7 +119,7 @@ def cell_means(values: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class Removal:
-    """A `Measure`: removes cells of U items and returns the numbers that remain.
+    """A `Measure` that removes cells of U items and returns their numbers without these cells.
 
     frames: [U, 3, h, w], what the network sees of each item; boxes: int64 [U, 4], the pixels that count
     value: (frames [B, 3, h, w], item [B]) → [B]; side: cells along each side
@@ -144,7 +144,7 @@ class Removal:
 
     @functools.cached_property
     def _points(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The points of noisy linear imputation, which of them hold pixels, and each pixel's place among them."""
+        """The grid of noisy linear imputation: its points, which of them contain pixels, each pixel's place."""
         fine = self.side * _FINE
         points, known = cell_means(self.frames.cpu(), box_cells(self.boxes, self._extent, fine), fine**2)
         places = _places_in_boxes(self.boxes, self._extent)
@@ -175,7 +175,7 @@ class Removal:
 
 
 def _places_in_boxes(boxes: Tensor, extent: tuple[int, int]) -> Tensor:
-    """Return each pixel's (x, y) in its item's box, −1 … 1: [U, h, w, 2], as `grid_sample` wants it."""
+    """Return each pixel's (x, y) in its item's box, −1 … 1: [U, h, w, 2], as `grid_sample` expects."""
     top, left, bottom, right = (boxes[:, k, None].float() for k in range(4))
     y = 2 * (torch.arange(extent[0]) + 0.5 - top) / (bottom - top) - 1
     x = 2 * (torch.arange(extent[1]) + 0.5 - left) / (right - left) - 1
@@ -183,7 +183,7 @@ def _places_in_boxes(boxes: Tensor, extent: tuple[int, int]) -> Tensor:
 
 
 def impute(points: Tensor, removed: Tensor) -> Tensor:
-    """Return points [B, C, g, g] with each removed one [B, g, g] the weighted mean of its neighbours, exactly."""
+    """Replace each removed point, bool [B, g, g], by the exact weighted mean of its neighbours: points [B, C, g, g]."""
     side = points.shape[-1]
     line = torch.arange(side)
     away = (line[:, None] - line).abs()
@@ -201,7 +201,7 @@ def impute(points: Tensor, removed: Tensor) -> Tensor:
 
 
 def support(size: Tensor, inside: Tensor, share: float) -> Tensor:
-    """Return the largest `share` of the pixels inside [U, h, w] by size [U, h, w]: bool [U, h, w]."""
+    """Return bool [U, h, w]: the given share of the pixels inside, bool [U, h, w], those with the largest size."""
     ranked = size.masked_fill(~inside, -1).flatten(1)
     amount = (inside.flatten(1).sum(1) * share).ceil().long().clamp(min=1)
     place = ranked.argsort(dim=1, descending=True).argsort(1)
@@ -209,16 +209,16 @@ def support(size: Tensor, inside: Tensor, share: float) -> Tensor:
 
 
 def own_percentile(own: Tensor, others: Tensor) -> Tensor:
-    """Return how far above the others' [U, K] (NaN: none) each own value [U] is: 1 all, 0 as by chance, −1 none."""
+    """Return the rank of own values [U] among others [U, K], ignoring NaN: 1 above all, 0 by chance, −1 below all."""
     known = others.isfinite()
     higher = (own[:, None] > others).double() + 0.5 * (own[:, None] == others).double()
     return 2 * (higher * known).sum(1) / torch.where(known.any(1), known.sum(1), torch.nan) - 1
 
 
 def structural_similarity(a: Tensor, b: Tensor, inside: Tensor) -> Tensor:
-    """Return the SSIM (Wang et al. 2004) of pictures ≥ 0, [U, h, w], each scaled to 1, where windows are inside: [U].
+    """Return the mean SSIM [U] (Wang et al. 2004) of pictures ≥ 0, [U, h, w], scaled to 1, over windows inside.
 
-    NaN where one is 0 everywhere, or no window is inside.
+    NaN where a picture is 0 everywhere or no window is inside.
     """
     side = min(7, *a.shape[1:])
     scaled = [(x * inside)[:, None].double() for x in (a, b)]

@@ -11,7 +11,7 @@ from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
 
 BINS = 12
-NEAREST = 3  # similar maps of another network that are listed
+NEAREST = 3  # how many similar maps of another network are listed
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class MapResponses:
     effect: Tensor | None
 
     def histogram(self) -> tuple[Tensor, Tensor]:
-        """Return counts, int64 [C, 1 + BINS], and the upper end [C]: images where a map is not active, then BINS
-        equal steps from 0 to its highest activation.
+        """Return the counts of images, int64 [C, 1 + BINS], and each map's highest activation [C]. The first bin counts
+        images where the map is not active; the others are equal steps from 0 to the highest activation.
         """
         highest = self.strongest.amax(0).clamp(min=0)
         step = (self.strongest * BINS / highest.clamp(min=1e-30)).ceil().long().clamp(0, BINS)
@@ -37,7 +37,7 @@ class MapResponses:
 
 
 def peaks(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest value of each map of [N, C, h, w], [N, C], and where (y, x) it is, int64 [N, C, 2]."""
+    """Return the largest value of each map, [N, C] for [N, C, h, w], and its position (y, x), int64 [N, C, 2]."""
     value, place = maps.flatten(2).max(2)
     return value, torch.stack((place // maps.shape[3], place % maps.shape[3]), 2)
 
@@ -64,7 +64,7 @@ def strongest_activations(chain: Chain, batches: Iterable[Tensor], layers: Seque
 class Ablation:
     """The outputs of a network for images [B, 3, S, S] when single maps of one layer are set to zero.
 
-    before: [B, classes], with all maps; active: bool [B, C], where a map holds anything but zeros
+    before: [B, classes], outputs with all maps; active: bool [B, C], whether a map has a value other than 0
     """
 
     @torch.no_grad()
@@ -82,8 +82,8 @@ class Ablation:
     @torch.no_grad()
     @full_precision()
     def without(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return the images in which this map is active, bool [B], and the network's outputs for them; those for all
-        others stay the same.
+        """Return in which images this map is active, bool [B], and the network's outputs for these without the map. The
+        outputs for the other images do not change.
         """
         rows = self.active[:, number]
         maps = self.maps[rows]
@@ -92,7 +92,7 @@ class Ablation:
 
 
 def ablation_effects(chain: Chain, batches: Sequence[Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return for each layer [C, classes]: how each class's mean output changes if one of its maps is set to zero."""
+    """Return for each layer how each class's mean output changes if one map is set to zero: [C, classes]."""
     effects: dict[str, Tensor] = {}
     for layer in tqdm(layers, "ablation", unit="layer", disable=None, leave=False, dynamic_ncols=True):
         sums = []
@@ -108,7 +108,7 @@ def ablation_effects(chain: Chain, batches: Sequence[Tensor], layers: Sequence[s
 
 
 def standard_columns(values: Tensor) -> Tensor:
-    """Return the columns of values [n, C] with mean 0 and length 1, NaN where constant: products are correlations."""
+    """Scale the columns of values [n, C] to mean 0 and norm 1 (NaN if constant), so dot products are correlations."""
     centred = values.double() - values.double().mean(0)
     return centred / centred.norm(dim=0)
 
@@ -116,9 +116,9 @@ def standard_columns(values: Tensor) -> Tensor:
 def nearest_maps(
     own: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> dict[str, list[list[tuple[str, int, float]]]]:
-    """Return for each map of `own` the NEAREST of `others`, (layer, map, r), by the correlation over the same images.
+    """Return for each map of `own` the NEAREST maps of `others`, (layer, map, r), by correlation over the same images.
 
-    own, others: layer → strongest activations [n, C]. Maps that are constant have none.
+    own, others: layer → strongest activations [n, C]. A constant map has no correlation, and is left out.
     """
     names = [(layer, number) for layer, values in others.items() for number in range(values.shape[1])]
     theirs = torch.cat([standard_columns(values) for values in others.values()], 1)

@@ -1,4 +1,4 @@
-"""Which pixels a unit sees: exact integer arithmetic for every chain.
+"""Receptive fields: the pixels that a unit sees, in exact integer arithmetic for every chain.
 
 For the paper's network at 224 px the fields are 7, 27, 75, 107 and 139 px wide (conv1 … conv5).
 """
@@ -18,7 +18,7 @@ _POINTWISE = (*ACTIVATIONS, *BATCH_NORMS, *NEUTRAL, LocalResponseNorm, nn.LocalR
 def window_steps(model: nn.Module | Chain, layer: str) -> list[Step]:
     """Return the convolutions and poolings from the image up to `layer`'s output, in forward order.
 
-    Raises UserError for a layer that is not a convolution and for a module whose windows are not known.
+    Raises UserError for a layer that is not a convolution and for a module with unknown windows.
     """
     chain = Chain.of(model)
     if layer not in chain.conv_layers:
@@ -31,10 +31,10 @@ def window_steps(model: nn.Module | Chain, layer: str) -> list[Step]:
 
 
 def receptive_field(model: nn.Module | Chain, layer: str) -> Window:
-    """Return the pixels that the units of a convolution layer may see, as the window of one large convolution.
+    """Return the pixels that the units of a convolution layer can see, as the window of one large convolution.
 
-    Near a border some of them lie outside the image. Raises UserError for another layer, and after an adaptive pooling
-    whose windows differ in size.
+    Near a border some of these pixels lie outside the image. Raises UserError for a layer that is not a convolution,
+    and for one after an adaptive pooling with windows of different sizes.
     """
     fields = []
     for axis in (0, 1):
@@ -62,7 +62,7 @@ def _along(step: Step, axis: int) -> tuple[int, int, int]:
 
 
 def window_at(step: Step) -> Window:
-    """Return the window of a convolution or a pooling; raise UserError if it pads with other than zeros."""
+    """Return the window of a convolution or a pooling; raise UserError if it does not pad with zeros."""
     assert isinstance(step.module, _WINDOWED)
     try:
         return window_of(step.module)
@@ -71,17 +71,17 @@ def window_at(step: Step) -> Window:
 
 
 def receptive_box(model: nn.Module | Chain, layer: str, y: int, x: int) -> tuple[int, int, int, int]:
-    """Return (top, left, bottom, right), ends exclusive, of the pixels that unit (y, x) of `layer` really sees.
+    """Return (top, left, bottom, right), ends exclusive, of the pixels that unit (y, x) of `layer` actually sees.
 
-    The box is clipped at the image and at the borders of every layer between: a window that extends beyond a feature
-    map sees nothing there. It is the smallest box: dilation may leave cells in it unseen.
+    The box is clipped at the borders of the image and of every layer in between, because a window sees nothing beyond
+    a feature map. It is the smallest box around the pixels; with dilation the unit may not see all pixels inside it.
     """
     top, left, bottom, right = receptive_boxes(model, layer, torch.tensor([[y, x]]))[0].tolist()
     return top, left, bottom, right
 
 
 def receptive_boxes(model: nn.Module | Chain, layer: str, places: Tensor) -> Tensor:
-    """Return `receptive_box` of many units: int64 [U, 4] for places (y, x) [U, 2]; raise UserError."""
+    """Return the `receptive_box` of each place (y, x) [U, 2]: int64 [U, 4]; raise UserError outside the maps."""
     steps = window_steps(model, layer)
     height, width = steps[-1].output_shape[1:]
     y, x = places.unbind(1)
@@ -94,7 +94,7 @@ def receptive_boxes(model: nn.Module | Chain, layer: str, places: Tensor) -> Ten
         for step in reversed(steps):
             reached = (reached @ _cells_read(step, axis).float()).clamp(max=1)
         cells = torch.arange(1, reached.shape[1] + 1)
-        # a unit that sees padding only has an empty box
+        # the box of a unit that sees only padding is empty
         last = (reached * cells).amax(1).long()
         first = (reached * cells.flip(0)).argmax(1).minimum(last)
         ends.append(torch.stack((first, last), 1).to(places.device)[places[:, axis]])
@@ -102,7 +102,7 @@ def receptive_boxes(model: nn.Module | Chain, layer: str, places: Tensor) -> Ten
 
 
 def _cells_read(step: Step, axis: int) -> Tensor:
-    """Return bool [windows, cells]: which cells of its input each of a step's windows reads along an axis."""
+    """Return bool [windows, cells]: which cells of a step's input each window reads along an axis."""
     windows, cells = step.output_shape[1 + axis], step.input_shape[1 + axis]
     if not isinstance(step.module, _WINDOWED):
         return adaptive_windows(windows, cells)

@@ -1,6 +1,6 @@
-"""Shared by the analyses: the layers and the images that they explain.
+"""Functions that the analyses share, mainly to select layers and images.
 
-An analysis of your own is one class and one YAML file: see examples/extend/saliency.py.
+To add an analysis, write one class and one YAML file: see examples/extend/saliency.py.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ from zfnet.model.layers import full_precision
 from zfnet.runs.tables import shorten
 from zfnet.training.loaded import LoadedRun
 
-_CANDIDATES = 20  # images of each class, at least, that are classified to find correct ones
+_CANDIDATES = 20  # at least this many images of a class are classified to find correct ones
 _MOST_FILES = 24  # rows of a figure
 
 
@@ -29,7 +29,7 @@ _MOST_FILES = 24  # rows of a figure
 class Look(Job):
     """A job that explains a trained network.
 
-    split: the run's images that it uses; `auto` is validation or, where the run has none, test
+    split: which of the run's images to use; `auto` means validation, or test if the run has no validation images
     """
 
     reads_run: ClassVar[str] = "needed"
@@ -50,8 +50,8 @@ class ChosenImages:
     """Images chosen for an analysis.
 
     inputs: [N, 3, S, S], normalised, on the device; labels: int64 [N], on the device
-    names: one each, to display; known: whether the labels are true, or (of image files) the network's predictions
-    boxes: float [N, 4] (top, left, bottom, right) around the object in input pixels, where it is known
+    names: for display; known: whether the labels come from the data set; for image files the network predicts them
+    boxes: float [N, 4] (top, left, bottom, right) around the object in input pixels, if known
     """
 
     inputs: Tensor
@@ -67,9 +67,9 @@ class ChosenImages:
 def pick_layers(
     chain: Chain, key: str, names: Sequence[str] | str | None, default: Sequence[str], only_conv: bool = False
 ) -> list[str]:
-    """Return the layers that `key` names, or the default for null; raise UserError for one that is not there.
+    """Return the layers that the setting `key` names, or the default for null; raise UserError for an unknown layer.
 
-    only_conv: only convolutions count
+    only_conv: accept only convolutions
     """
     known, what = (chain.conv_layers, "convolution") if only_conv else (chain.layers, "layer")
     if not known:
@@ -104,7 +104,7 @@ def choose_images(loaded: LoadedRun, config: Config, count: int) -> ChosenImages
 
 
 def sample(loaded: LoadedRun, images: ImageSet, count: int) -> Tensor:
-    """Return the places of `count` images (all, if there are fewer), each class in proportion."""
+    """Return the places of `count` images (or all, if there are fewer), with each class in proportion."""
     if count >= len(images):
         return torch.arange(len(images))
     return stratified(images.labels, count, loaded.config.seed)[0]
@@ -120,7 +120,7 @@ def take(loaded: LoadedRun, split: Split, index: Tensor) -> ChosenImages:
 
 
 def to_inputs(loaded: LoadedRun, pixels: Tensor) -> Tensor:
-    """Return stored pixels, uint8 [N, h, w, 3], as network inputs [N, 3, S, S] on its device."""
+    """Return stored pixels, uint8 [N, h, w, 3], as network inputs [N, 3, S, S] on the run's device."""
     return preprocess(pixels.to(loaded.runtime.device), loaded.data, loaded.runtime.channels_last)
 
 
@@ -132,7 +132,7 @@ def predict(loaded: LoadedRun, inputs: Tensor) -> Tensor:
 
 
 def boxes_in_input(boxes: Tensor, images: ImageSet, data: DataConfig) -> Tensor:
-    """Return boxes [N, 4], counted in stored pixels, in pixels of the network's input: float [N, 4]."""
+    """Convert boxes [N, 4] from stored pixels to pixels of the network's input: float [N, 4]."""
     stored = images.images.shape[1]
     window = data.crop_size or stored
     moved = (boxes.float() - (stored - window) // 2) * (data.image_size / window)
@@ -156,7 +156,7 @@ def cover(images: Tensor, corners: Tensor, patch: int, fill: Tensor) -> Tensor:
 
 
 def share_in_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Return the share of the attributions' sizes, |maps| [N, C, S, S], inside each box [M, 4]: float64 [N, M].
+    """Return the share of the absolute attributions, |maps| [N, C, S, S], inside each box [M, 4]: float64 [N, M].
 
     NaN where all attributions of an image are 0.
     boxes: (top, left, bottom, right) in pixels; a pixel counts if its centre is inside.
@@ -167,14 +167,14 @@ def share_in_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
 
 
 def mean_colour(loaded: LoadedRun, grey: float | None) -> Tensor:
-    """Return a grey value, 0 … 255, as network input, [3]; None is the data's mean colour, which is 0 there."""
+    """Return a grey value, 0 … 255, as network input [3]; None means the data's mean colour, normalised to 0."""
     if grey is None:
         return torch.zeros(3)
     return (grey / 255 - torch.tensor(loaded.data.mean)) / torch.tensor(loaded.data.std)
 
 
 def to_rows(**columns: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return the rows of a table from its columns, which are of equal length."""
+    """Return the rows of a table from its columns, which must have equal length."""
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
@@ -194,7 +194,7 @@ def _correct_first(loaded: LoadedRun, images: ImageSet, count: int) -> Tensor:
 def read_files(loaded: LoadedRun, items: Sequence[str]) -> tuple[Tensor, list[str]]:
     """Return the images that `images=[…]` names in stored pixels, uint8 [N, s, s, 3], and their names.
 
-    Raises UserError for one that cannot be read, and for more than a figure holds.
+    Raises UserError for an unreadable image, and for none or more than a figure has rows for.
     """
     images, problems = find_images(items)
     for item, problem in problems.items():

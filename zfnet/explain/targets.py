@@ -1,8 +1,8 @@
-"""What is explained: units of a convolution layer, or classes; and pictures of these by every method.
+"""The targets of explanations (units of a convolution layer, or classes), and pictures of them by every method.
 
-Each has a frame (the part of the image that it sees), the pixels of the frame that count, and the explained number as a
-function of the frame. A unit's frame is its receptive field, from which `window_activations` computes the unit alone;
-if the field is larger than the image, the frame is the image.
+A target has a frame (the part of the image that it sees), the pixels of the frame that count, and the explained number
+as a function of the frame. A unit's frame is its receptive field: `window_activations` computes the unit from it. If
+the field is larger than the image, the frame is the whole image.
 """
 
 import functools
@@ -23,8 +23,8 @@ from zfnet.model.layers import full_precision
 
 INTEGRATED, GRAD_CAM = "integrated", "Grad-CAM"
 BASELINES = ("Sobel", "|input|", "centre", "random")
-_POINTS = 16  # of integrated gradients, between the mean colour and the image
-_IMAGES = 128  # at once
+_POINTS = 16  # points of integrated gradients between the mean colour and the image
+_IMAGES = 128  # images processed at once
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Target:
 
     @functools.cached_property
     def cut_out(self) -> bool:
-        """Whether frames are receptive fields, and not whole images."""
+        """Whether frames are receptive fields instead of whole images."""
         if self.of_class or frame_size(self.chain, self.layer) == self.chain.image_size:
             return False
-        windowed = (nn.Conv2d, nn.MaxPool2d)  # averages divide by what lies inside the map
+        windowed = (nn.Conv2d, nn.MaxPool2d)  # an average pooling divides by the number of cells inside the map
         return all(isinstance(step.module, windowed) for step in window_steps(self.chain, self.layer))
 
     @functools.cached_property
@@ -66,11 +66,11 @@ class Target:
 
     @property
     def inside(self) -> Tensor:
-        """`boxes` as bool [U, h, w]."""
+        """`boxes` as a mask, bool [U, h, w]."""
         return box_cells(self.boxes, self._extent, side=1) == 0
 
     def cut(self, maps: Tensor) -> Tensor:
-        """Return each unit's frame of its image's maps [N, C, S, S]: [U, C, h, w]."""
+        """Cut each unit's frame out of the maps [N, C, S, S] of its image: [U, C, h, w]."""
         item, corners = self.units[:, 0].to(maps.device), self._corners.to(maps.device)
         return take_windows(maps, item, corners, self._extent)
 
@@ -98,7 +98,7 @@ class Target:
     ) -> Tensor:
         """Return the pictures of the units by a method, [U, C, h, w], on the CPU.
 
-        chain, images, units: instead of the target's own, such as shuffled weights, noisy images, or other channels
+        chain, images, units: replace the target's own, for example by shuffled weights, noisy images, or other channels
         at the same places; draw: number of the random picture
         """
         chain = self.chain if chain is None else chain
@@ -139,13 +139,13 @@ class Target:
 def window_activations(chain: Chain, layer: str, frames: Tensor, places: Tensor) -> Tensor:
     """Return all channels of `layer` at places (y, x) [B, 2] from the receptive fields [B, 3, h, w]: [B, channels].
 
-    Equal to the activations of the whole image: what lies outside a feature map counts as its padding. Only for layers
-    after convolutions and max poolings.
+    They equal the activations for the whole image, because cells outside a feature map are treated as its padding.
+    Convolutions and max poolings are the only supported modules with windows.
     """
     steps = chain.up_to(layer)
     corner, corners = places.to(frames.device), []
     for step in reversed(steps):
-        corners.append(corner)  # of the window of the step's output
+        corners.append(corner)  # corner of the window in the step's output
         if isinstance(step.module, (nn.Conv2d, nn.MaxPool2d)):
             corner = window_of(step.module).corners(corner)
     x, extent = frames, steps[0].input_shape[1:]
@@ -167,11 +167,11 @@ def window_activations(chain: Chain, layer: str, frames: Tensor, places: Tensor)
 def grad_cam(chain: Chain, images: Tensor, labels: Tensor, layer: str | None = None) -> Tensor:
     """Return Grad-CAM (Selvaraju et al. 2017) of the classes `labels` [N]: [N, 1, S, S].
 
-    layer: the convolution whose maps it weighs; None: the last
+    layer: the convolution whose maps are weighted; None means the last one
     """
     layer = chain.conv_layers[-1] if layer is None else layer
     rows = torch.arange(len(labels), device=labels.device)
-    # not captum's, which hooks a module: networks may use one ReLU for all layers
+    # captum's version hooks a module, but a network can use the same ReLU module for all layers
     outputs = chain.activations(images.clone().requires_grad_(), [layer, OUTPUT])
     gradient = torch.autograd.grad(outputs[OUTPUT][rows, labels].sum(), outputs[layer])[0]
     cam = (gradient.mean((2, 3), keepdim=True) * outputs[layer]).sum(1, keepdim=True).relu().detach()
@@ -180,7 +180,7 @@ def grad_cam(chain: Chain, images: Tensor, labels: Tensor, layer: str | None = N
 
 @full_precision()
 def integrated_gradients(chain: Chain, images: Tensor, labels: Tensor, points: int = _POINTS) -> Tensor:
-    """Return integrated gradients (Sundararajan et al. 2017) of the classes `labels` [N] from the mean colour."""
+    """Return integrated gradients (Sundararajan et al. 2017) of the classes `labels` [N]; baseline: the mean colour."""
     total = torch.zeros_like(images)
     rows = torch.arange(len(labels), device=labels.device)
     for point in range(points):
@@ -197,7 +197,7 @@ def sobel(images: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, side: int) -> Tensor:
-    """Return images [N, C, H, W] blurred: three times the mean over `side` px, nearly a Gaussian."""
+    """Blur images [N, C, H, W] by three box filters of about `side` px, which approximate a Gaussian."""
     side = max(3, side // 2 * 2 + 1)
     for _ in range(3):
         images = F.avg_pool2d(images, side, 1, side // 2, count_include_pad=False)

@@ -1,8 +1,8 @@
-"""The images that excite each feature map most, and each map's activation statistics, in one pass over a data set.
+"""Find the images that excite each feature map most, and the maps' activation statistics, in one pass over a data set.
 
 The paper's Fig. 2 shows the nine strongest activations of a map over a whole set. Only the strongest position of each
-image counts, so that nine activations are nine images (the paper does not say whether one may appear twice). Memory
-depends on the network and on `top`, never on the number of images.
+image counts, so nine activations come from nine images (the paper does not say whether an image can appear twice).
+Apart from the shuffled labels, memory depends on the network and on `top`, not on the number of images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,19 +20,19 @@ from zfnet.model.chain import Chain
 from zfnet.model.layers import evaluation_mode
 from zfnet.runs.statistics import rank_p
 
-SHUFFLES = 19  # of the labels: p is at least 0.05
-_NONE = torch.iinfo(torch.int64).max  # the index of an entry without an image: sorts last
+SHUFFLES = 19  # how often the labels are shuffled: p is at least 1/20
+_NONE = torch.iinfo(torch.int64).max  # index of an empty entry; it sorts last
 
 
 @dataclass
 class LayerRecord:
     """Top activations and sums of one layer's C maps. For linear layers a map is a feature, with one position.
 
-    values: [C, top], descending, −inf where there were fewer images; index: int64 [C, top], which image;
+    values: [C, top], descending, −inf if there were fewer images; index: int64 [C, top], the image's index;
     position: int64 [C, top], y·width + x
-    sums: float64 [1 + shuffles, known classes, C], over images of each class, of the map's mean activation; those after
-        the first with shuffled labels
-    active_images, active_positions: int64 [C], how many had an activation above 0
+    sums: float64 [1 + shuffles, known classes, C], sums of a map's mean activation over the images of each class: with
+        the true labels, then with shuffled labels
+    active_images, active_positions: int64 [C], the number of images and of positions with an activation above 0
     """
 
     values: Tensor
@@ -49,7 +49,7 @@ class LayerRecord:
 
     @property
     def filled(self) -> Tensor:
-        """Which entries are activations: bool [C, top]. A unit that is not active has nothing to project."""
+        """Which entries are above 0: bool [C, top]. A unit that is not active has nothing to project."""
         return self.values > 0
 
 
@@ -60,8 +60,8 @@ class MapStatistics:
     mean: [C], mean activation; class_means: [C, classes]; image_share, position_share: [C], the share of
     images and of positions where the map is active, 0 … 1; selectivity: [C], see `selectivity`; best_class: int64
     [C], the class with the highest mean; dead: bool [C], never active
-    chance: [C], the mean selectivity with shuffled labels, NaN without: a map that ignores classes, but is seldom
-    active, has a high one; p: [C], the share of shuffled labels with as high a selectivity, the true ones among them
+    chance: [C], the mean selectivity with shuffled labels, NaN without them; it is high for a map that is seldom active
+    even if the map ignores classes; p: [C], the share of labels (true or shuffled) with at least the true selectivity
     """
 
     mean: Tensor
@@ -78,9 +78,9 @@ class MapStatistics:
 class TopActivations:
     """Collects, batch by batch, the `top` strongest activations of every map of some layers.
 
-    labels: int64 [images], of the whole set: then the selectivity by chance is measured, too, with these labels
-    shuffled among the images SHUFFLES times; only classes that they name are counted (of ImageNet's 1,000, a folder of
-    photographs has few, and sums for all take hundreds of megabytes)
+    labels: int64 [images], the labels of the whole set. If given, `statistics` also measures the selectivity by chance,
+    from SHUFFLES shuffles of these labels. Sums are then kept only for classes that occur in `labels`: sums for all of
+    ImageNet's 1,000 classes take hundreds of megabytes, and a folder of photographs has only a few classes.
     """
 
     def __init__(self, top: int, num_classes: int, labels: Tensor | None = None) -> None:
@@ -94,10 +94,10 @@ class TopActivations:
         self.class_counts = torch.zeros(num_classes, dtype=torch.int64)
 
     def add(self, activations: Mapping[str, Tensor], index: Tensor, labels: Tensor) -> None:
-        """Add one batch: activations [B, C, H, W] or [B, C] by layer, which images these are [B], labels [B].
+        """Add one batch: activations [B, C, H, W] or [B, C] by layer, the images' indices [B] and labels [B].
 
-        Of equal activations, the lower image index comes first, then the first position in reading order, so the result
-        depends neither on the division into batches nor on their order.
+        Equal activations are ordered by image index, and the first position in reading order counts, so the result does
+        not depend on the size or the order of the batches.
         """
         device = next(iter(activations.values())).device
         index, labels = index.to(device), labels.to(device)
@@ -108,7 +108,7 @@ class TopActivations:
             maps = as_maps(maps.detach())
             record = self.layers.get(layer) or self._new(layer, maps, exact)
             flat = maps.flatten(2)
-            value, position = flat.max(2)  # of equal ones the first
+            value, position = flat.max(2)  # the first of equal values
             self._merge(record, value.T, index.expand(value.shape[1], -1), position.T)
             record.sums += members.mT @ flat.mean(2).to(exact)
             active = (flat > 0).sum(2)
@@ -133,7 +133,7 @@ class TopActivations:
         return record
 
     def _merge(self, record: LayerRecord, value: Tensor, index: Tensor, position: Tensor) -> None:
-        """Keep the best of the recorded entries and of new ones, [C, B] each."""
+        """Add new entries, [C, B] each, to the record and keep the `top` best."""
         values = torch.cat((record.values, value), 1)
         indices = torch.cat((record.index, index), 1)
         positions = torch.cat((record.position, position), 1)
@@ -167,7 +167,7 @@ class TopActivations:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return (tensors, metadata that JSON can hold), for `from_state`."""
+        """Return (tensors, JSON-serializable metadata) for `from_state`."""
         tensors = {"class_counts": self.class_counts}
         for layer, record in self.layers.items():
             tensors |= {f"{layer}.{k}": v for k, v in vars(record).items() if isinstance(v, Tensor)}
@@ -179,11 +179,11 @@ class TopActivations:
     def from_state(
         cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], device: torch.device
     ) -> "TopActivations":
-        """Return the collection that `state` described, with its tensors on `device`."""
+        """Restore a collection from the result of `state`, with its records on `device`."""
         self = cls(metadata["top"], metadata["num_classes"])
         self.images, self.class_counts = metadata["images"], tensors["class_counts"]
         self.shuffled = tensors["shuffled"]
-        self.known = tensors.get("known", torch.arange(self.num_classes))  # absent: of an older version
+        self.known = tensors.get("known", torch.arange(self.num_classes))  # older versions did not save it
         for layer, size in metadata["sizes"].items():
             prefix = f"{layer}."
             fields = {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
@@ -195,8 +195,8 @@ def selectivity(class_means: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """Return (index [C], class [C]) of maps with mean activations [C, classes]; `present` is bool [classes].
 
     The index is (μ − ν) / (μ + ν): μ the mean activation for the class that excites the map most, ν the mean over
-    the other classes (Morcos et al. 2018, section 3.1). 0: all classes alike; 1: one class only. Dead maps: 0.
-    A mean below 0, which only a layer without ReLU can have, counts as 0 in the index.
+    the other classes (Morcos et al. 2018, section 3.1). 0: all classes are equal; 1: only one class. Dead maps: 0.
+    A mean below 0, which is only possible without a ReLU, counts as 0 in the index.
     """
     known = class_means[:, present]
     best, known = known.argmax(1), known.clamp(min=0)
@@ -216,14 +216,14 @@ def collect(
     collection: TopActivations,
     after_batch: Callable[[TopActivations], None] = lambda collection: None,
 ) -> TopActivations:
-    """Run `images` through the network once and add them to `collection`, from image `collection.images` on.
+    """Run `images`, starting at number `collection.images`, through the network once and add them to `collection`.
 
     model: a network with a chain of its own, such as a ZFNet, or a `Chain`
     batches_of: makes batches of a set, such as `lambda s: Batches(s, data, device)`
-    after_batch: called with the collection after each batch, such as to save it
+    after_batch: called with the collection after each batch, for example to save it
 
-    The forward pass is fp32 (bf16 has so few digits that many activations would tie). Raises UserError for
-    layers that the network does not have.
+    The forward pass uses fp32, because bf16 has so few digits that many activations would be equal. Raises UserError
+    for layers that the network does not have.
     """
     chain = Chain.of(model)
     start = collection.images

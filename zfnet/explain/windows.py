@@ -1,9 +1,9 @@
 """The windows of convolutions and poolings: their geometry, the backward pass through them, and windows cut from maps.
 
 A pooling's switches are bits, one for each cell of a window, set where the maximum was (paper, section 2.1 and Fig. 1).
-With ZFNet's 3×3 windows at stride 2 the windows overlap, and a quarter to a third of them share a maximum with a
-neighbour: the backward pass must add their signals. (`nn.MaxUnpool2d` keeps one and drops the others, which puts a
-projection of conv5 off by 60 %.)
+ZFNet's 3×3 windows at stride 2 overlap, and a quarter to a third of them share a maximum with a neighbour, so the
+backward pass must add their signals. (`nn.MaxUnpool2d` keeps one signal and drops the others, which gives a projection
+of conv5 an error of 60 %.)
 """
 
 import math
@@ -19,15 +19,15 @@ from torch.nn.modules.utils import _pair
 Pair = tuple[int, int]  # rows, columns
 
 DEAD_WINDOWS = ("first", "mask", "all")
-MOST_CELLS = 63  # that an int64 has bits for
-_FEW_CHANNELS = 4  # down to which a transposed convolution is slow on a CPU
+MOST_CELLS = 63  # the number of cells for which an int64 has bits
+_FEW_CHANNELS = 4  # with at most this many output channels a transposed convolution is slow on a CPU
 
 
 class Window(NamedTuple):
     """The geometry of a convolution's or a pooling's windows; each pair is (rows, columns).
 
-    kernel: cells that it reads; spacing: between these, which is the dilation; stride: between windows; padding:
-    before the first row and the first column
+    kernel: number of cells that a window reads; spacing: distance between these cells (dilation); stride: distance
+    between windows; padding: cells before the first row and the first column
     """
 
     kernel: Pair
@@ -37,18 +37,18 @@ class Window(NamedTuple):
 
     @property
     def extent(self) -> Pair:
-        """From the first cell to the last."""
+        """The size of a window from its first cell to its last."""
         rows, columns = ((k - 1) * d + 1 for k, d in zip(self.kernel, self.spacing, strict=True))
         return rows, columns
 
     def corners(self, places: Tensor) -> Tensor:
-        """Return the first row and column of the windows numbered (y, x): int64 [U, 2] for [U, 2]."""
-        # numbers, not tensors, so that nothing is copied to the device
+        """Return the first row and column of the windows at `places` (y, x): int64 [U, 2] for [U, 2]."""
+        # uses Python numbers, because a tensor would have to be copied to the device
         return torch.stack([places[:, axis] * self.stride[axis] - self.padding[axis] for axis in (0, 1)], 1)
 
 
 def window_of(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> Window:
-    """Return a module's window; raise ValueError for a padding that is not of zeros (of −inf for maxima)."""
+    """Return a module's window; raise ValueError unless it pads with zeros (max pooling: with −inf)."""
     kernel, stride = _pair(module.kernel_size), _pair(module.stride)
     spacing = _pair(getattr(module, "dilation", 1))
     if getattr(module, "padding_mode", "zeros") != "zeros":
@@ -62,7 +62,7 @@ def window_of(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> Window:
 def adaptive_windows(windows: int, cells: int) -> Tensor:
     """Return bool [windows, cells]: which cells each window of an adaptive pooling covers along an axis."""
     window, cell = torch.arange(windows)[:, None], torch.arange(cells)
-    # as PyTorch does it: ⌊i·cells/windows⌋ … ⌈(i + 1)·cells/windows⌉ − 1
+    # PyTorch's definition: ⌊i·cells/windows⌋ … ⌈(i + 1)·cells/windows⌉ − 1
     return (cell >= window * cells // windows) & (cell < -(-(window + 1) * cells // windows))
 
 
@@ -70,9 +70,9 @@ def adaptive_windows(windows: int, cells: int) -> Tensor:
 
 
 def pool_with_switches(x: Tensor, pool: nn.MaxPool2d, dead_windows: str = "first") -> tuple[Tensor, Tensor]:
-    """Return (pooled, switches), both [N, C, h, w], for x [N, C, H, W]; switches are integers, bit dy·columns + dx.
+    """Return (pooled, switches), both [N, C, h, w], for x [N, C, H, W]; bit dy·columns + dx of a switch is a cell.
 
-    dead_windows: how to treat windows without an active cell (none above 0), whose maximum may be anywhere:
+    dead_windows: how to treat windows without an active cell (a value above 0), where several cells can be equal:
         `first` takes the first of equal cells, as autograd does; `mask` gives them no switch; `all` sets the bit of
         each cell that equals the maximum, in live windows too, as cuda-convnet does
     """
@@ -94,7 +94,7 @@ def pool_with_switches(x: Tensor, pool: nn.MaxPool2d, dead_windows: str = "first
         torch.arange(n, device=x.device, dtype=torch.int32) * stride - padding
         for n, stride, padding in zip(size, window.stride, window.padding, strict=True)
     )
-    index = index.int()  # divides in half the time
+    index = index.int()  # division takes half the time of int64
     row = index.div(x.shape[3], rounding_mode="floor")
     down, right = row - top[:, None], index - row * x.shape[3] - left
     if window.spacing != (1, 1):
@@ -109,7 +109,7 @@ def pool_with_switches(x: Tensor, pool: nn.MaxPool2d, dead_windows: str = "first
 def unpool(signal: Tensor, switches: Tensor | None, window: Window) -> Tensor:
     """Add each value of `signal` [N, C, h, w] to the cells that its switch marks.
 
-    switches: [N, C, h, w], or None for all cells of every window, the adjoint of a sum
+    switches: [N, C, h, w], or None to mark all cells of every window (the adjoint of a sum)
     Returns the cells under all windows, [N, C, (h−1)·stride + extent, (w−1)·stride + extent]: the first window's
     first cell is at (0, 0), so with padding the map itself starts at (padding, padding).
     """
@@ -121,13 +121,13 @@ def unpool(signal: Tensor, switches: Tensor | None, window: Window) -> Tensor:
 
 
 def _covered(window: Window, size: tuple[int, int]) -> tuple[int, int]:
-    """Return the rows and the columns under `size` windows."""
+    """Return how many rows and columns `size` windows cover."""
     rows, columns = ((n - 1) * s + e for n, s, e in zip(size, window.stride, window.extent, strict=True))
     return rows, columns
 
 
 def _cells(window: Window, size: tuple[int, int]) -> Iterator[tuple[int, tuple]]:
-    """Yield each place of a window, and the index of that cell of each window in the cells under all windows."""
+    """Yield each place in a window, and the index that selects this cell of every window in the area of all windows."""
     for place in range(math.prod(window.kernel)):
         cell = divmod(place, window.kernel[1])
         rows, columns = (
@@ -138,18 +138,18 @@ def _cells(window: Window, size: tuple[int, int]) -> Iterator[tuple[int, tuple]]
 
 
 def transposed(signal: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
-    """Return what `F.conv_transpose2d` does without padding, with the stride and the spacing of `window`.
+    """Compute `F.conv_transpose2d` without padding, with the stride and the spacing of `window`.
 
-    signal: [N, C, h, w]; weight: [C, I / groups, k, l]. Returns [N, I, (h−1)·stride + extent, …]. For few output
-    channels, such as an image's three, that function is slow on a CPU. There each of the stride² phases of the
-    output becomes channels of an ordinary convolution with every stride-th row and column of the filters.
+    signal: [N, C, h, w]; weight: [C, I / groups, k, l]. Returns [N, I, (h−1)·stride + extent, …]. On a CPU that
+    function is slow for few output channels, such as the three of an image. This one then computes each of the stride²
+    phases of the output as channels of an ordinary convolution with every stride-th row and column of the filters.
     """
     stride, kernel = window.stride[0], window.kernel
     plain = groups == 1 and window.spacing == (1, 1) and window.stride == (stride, stride)
     if weight.shape[1] > _FEW_CHANNELS or signal.device.type != "cpu" or not plain:
         signal = signal.contiguous(memory_format=torch.channels_last)
         return F.conv_transpose2d(signal, weight, stride=window.stride, groups=groups, dilation=window.spacing)
-    # taps of the filter for one phase
+    # size of the filters of one phase
     rows, columns = (-(-k // stride) for k in kernel)
     filters = F.pad(weight, (0, columns * stride - kernel[1], 0, rows * stride - kernel[0]))
     phases = filters.view(*weight.shape[:2], rows, stride, columns, stride).permute(1, 3, 5, 0, 2, 4)
@@ -164,10 +164,10 @@ def transposed(signal: Tensor, weight: Tensor, window: Window, groups: int) -> T
 
 @dataclass
 class Signal:
-    """The signals of some units at one level of the network: of each, the window of the map that it reaches.
+    """The signals of some units at one layer of the network. Each signal covers a window of the feature map.
 
-    values: [u, C, h, w]; item: int64 [u], each unit's image; corner: int64 [u, 2], the window's first row and
-    column in the map, which may lie outside. What lies outside the map is 0.
+    values: [u, C, h, w], 0 outside the map; item: int64 [u], each unit's image; corner: int64 [u, 2], the window's
+    first row and column in the map, which can lie outside the map
     """
 
     values: Tensor
@@ -175,17 +175,17 @@ class Signal:
     corner: Tensor
 
     def gather(self, maps: Tensor) -> Tensor:
-        """Return what `maps` [N, C, H, W] (or [N, C]) hold at the places of the windows."""
+        """Return the values of `maps` [N, C, H, W] (or [N, C]) in the windows."""
         return take_windows(as_maps(maps), self.item, self.corner, (self.values.shape[2], self.values.shape[3]))
 
     def move_down(self, values: Tensor, window: Window, shape: torch.Size) -> None:
-        """Set the values to those under the windows of a convolution or pooling, whose input has this shape."""
+        """Set the values to those at the input, of this shape, of a convolution or pooling with this window."""
         self.values = values
         self.corner = window.corners(self.corner)
         self.keep_inside((shape[1], shape[2]))
 
     def keep_inside(self, extent: Pair) -> None:
-        """Drop what lies outside a map of `extent`, and cut windows that are larger than it."""
+        """Set values outside a map of `extent` to 0, and cut windows that are larger than the map."""
         height, width = self.values.shape[2:]
         if height > extent[0] or width > extent[1]:
             self.values = self.cut(torch.zeros_like(self.corner), extent)
@@ -196,7 +196,7 @@ class Signal:
                 self.values = self.values * inside
 
     def cut(self, corner: Tensor, size: Pair) -> Tensor:
-        """Return the signals within other windows, at `corner` [u, 2] and of `size`."""
+        """Return the signals in other windows, at `corner` [u, 2] and of `size`."""
         each = torch.arange(len(self.values), device=self.values.device)
         return take_windows(self.values, each, corner - self.corner, size)
 
@@ -207,9 +207,9 @@ def as_maps(x: Tensor) -> Tensor:
 
 
 def take_windows(maps: Tensor, item: Tensor, corner: Tensor, size: Pair) -> Tensor:
-    """Cut one window out of one item for each row of `item`; what lies outside a map is 0 (or False).
+    """Cut one window out of the maps of each image in `item`; cells outside a map are 0 (or False).
 
-    maps: [N, C, H, W]; item: int64 [U]; corner: int64 [U, 2], first row and column, perhaps outside the map;
+    maps: [N, C, H, W]; item: int64 [U]; corner: int64 [U, 2], first row and column, possibly outside the map;
     size: (h, w). Returns [U, C, h, w].
     """
     rows = corner[:, :1] + torch.arange(size[0], device=maps.device)
