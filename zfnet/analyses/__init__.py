@@ -1,1 +1,1 @@
-"""One file per analysis: its settings, measurement, figure and command."""
+"""The analyses. Each file contains one analysis: its settings, measurement, figure and command."""

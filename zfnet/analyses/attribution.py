@@ -1,8 +1,8 @@
 """job=attribution: which pixels of an image are evidence for its class, by five methods.
 
-All five explain one number, the class's output before the softmax. The deconvnet (Zeiler & Fergus 2013), guided
-backpropagation (Springenberg et al. 2014) and the gradient (Simonyan et al. 2013) are in `explain/deconvnet.py`,
-integrated gradients (Sundararajan et al. 2017) and Grad-CAM (Selvaraju et al. 2017) in `explain/targets.py`.
+All five methods explain the logit of the class. The deconvnet (Zeiler & Fergus 2013), guided backpropagation
+(Springenberg et al. 2014) and the gradient (Simonyan et al. 2013) are in `explain/deconvnet.py`; integrated gradients
+(Sundararajan et al. 2017) and Grad-CAM (Selvaraju et al. 2017) are in `explain/targets.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ from zfnet.runs.statistics import own_and_others, percent
 from zfnet.training.loaded import LoadedRun
 
 INTEGRATED = "integrated gradients"
-_CLIP = 0.99  # quantile of the sizes of integrated gradients: larger ones are drawn as this value
+_CLIP = 0.99  # quantile of the absolute integrated gradients at which the colour scale ends
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ class AttributionJob(Look):
     steps: Annotated[int, Field(ge=2, le=10_000)]
 
     def main(self, config: Config, output: Path) -> None:
-        """Write figures/attribution.png, the maps themselves (maps.safetensors) and attribution.csv."""
+        """Write figures/attribution.png, the maps (maps.safetensors), attribution.csv and, with boxes, boxes.json."""
         loaded = LoadedRun(config)
         chain = loaded.chain
         (layer,) = pick_layers(chain, "job.layer", self.layer, chain.conv_layers[-1:], only_conv=True)
@@ -94,8 +94,8 @@ class Attributions:
     """Attributions of N images, on the CPU.
 
     maps: method → [N, 3, S, S], or [N, 1, S, S] for Grad-CAM, which is never negative
-    output, baseline_output: [N], the class's output for the image and for an image of the mean colour; integrated
-    gradients add up to their difference, the more exactly the more steps they take
+    output, baseline_output: [N], the logit of the class for the image and for an image of the mean colour; integrated
+    gradients add up to the difference, and more steps reduce the error
     """
 
     maps: dict[str, Tensor]
@@ -107,10 +107,10 @@ class Attributions:
 def attribute(chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: int, batch_size: int) -> Attributions:
     """Return the five attributions of images [N, 3, S, S] to their classes `labels` [N].
 
-    layer: the convolution layer whose output Grad-CAM weighs; steps: points of integrated gradients
+    layer: the convolution layer whose maps Grad-CAM weights; steps: points of integrated gradients
     """
     units = torch.stack([torch.arange(len(labels)), labels.cpu()], 1)
-    ones = torch.ones(len(labels))  # the class's own output may be negative, and would only scale the projection
+    ones = torch.ones(len(labels))  # the logit would only scale the projection, and can be negative
     maps = {rule: Deconvnet(chain, rule).project(images, OUTPUT, units, seeds=ones).cpu() for rule in RULES}
     parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
     maps[INTEGRATED] = torch.cat([integrated_gradients(chain, *part, steps).cpu() for part in parts])
@@ -122,13 +122,13 @@ def attribute(chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: i
 
 
 def box_evidence(maps: Mapping[str, Tensor], boxes: Tensor | None) -> dict[str, dict[str, Any]]:
-    """Return `own_and_others` of the share in the objects' boxes [N, 4], for the maps [N, C, S, S] of each method."""
+    """Return `own_and_others` of the shares in the objects' boxes [N, 4] for each method's maps [N, C, S, S]."""
     assert boxes is not None
     return {method: own_and_others(share_in_boxes(each, boxes)) for method, each in maps.items()}
 
 
 def _rows(result: Attributions, chosen: ChosenImages) -> list[dict[str, Any]]:
-    """One row for each image and method; the box's columns are empty if it is not known."""
+    """Return one row for each image and method. The columns of boxes are empty if boxes are not known."""
     count, boxes, rows = len(chosen), chosen.boxes, []
     for method, maps in result.maps.items():
         areas = None if boxes is None else in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes).float().mean((1, 2))
@@ -152,10 +152,10 @@ def _rows(result: Attributions, chosen: ChosenImages) -> list[dict[str, Any]]:
 def draw_attribution(
     result: Attributions, pictures: Tensor, names: Sequence[str], layer: str, boxes: Tensor | None
 ) -> Figure:
-    """Draw a row for each image and a column for each method; each picture has its own scale.
+    """Draw a row for each image and a column for each method. Each picture has its own scale.
 
-    Projections on grey, integrated gradients in red (for) and blue (against), Grad-CAM over the image.
-    pictures: uint8 [N, S, S, 3]; boxes: [N, 4] in input pixels, dashed.
+    Projections are on grey, integrated gradients in red (for) and blue (against), and Grad-CAM is over the image.
+    pictures: uint8 [N, S, S, 3]; boxes: [N, 4] in input pixels, drawn dashed
     """
     methods = list(result.maps)
     count, columns = len(names), 1 + len(methods)

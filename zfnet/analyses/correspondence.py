@@ -1,13 +1,13 @@
-"""job=correspondence: does hiding the same part of different objects change features alike (paper, Table 1)?
+"""job=correspondence: does hiding the same part of different objects change features similarly (paper, Table 1)?
 
-ε_i is the change of image i's features when a part of its object is masked. Δ is the mean, over pairs of images and
-over dimensions, of H(sign ε_i, sign ε_j), H being 1 where two signs differ. Signs have three values: most features
-stay 0, and zeros agree, so Δ is small wherever little changes. κ = 1 − Δ / E[Δ] takes that out, E[Δ] being the Δ of
-independent signs that are as frequent as the two images' own: 0 is chance, 1 is equal changes.
+ε_i is the change of image i's features when a part of its object is masked. Δ is the mean of H(sign ε_i, sign ε_j) over
+pairs of images and over dimensions; H is 1 if the signs differ, otherwise 0. A sign is −1, 0 or 1. Most features stay
+0, and zeros agree, so Δ is small if little changes. κ = 1 − Δ / E[Δ] corrects for this: E[Δ] is the Δ of independent
+signs with the same frequencies as in the two images. κ is 0 by chance and 1 for equal changes.
 
-Source: Zeiler & Fergus 2013, section 4.4, Fig. 8 and Table 1. Ours are κ and the test. Masks at one place of all
-objects change features alike even in an untrained network, so a part is ranked among many such places, drawn at
-random: p is the share of them whose κ is as large (Holm's correction over parts and layers).
+Source: Zeiler & Fergus 2013, section 4.4, Fig. 8 and Table 1. κ and the test are ours. Masks at the same place of all
+objects change features similarly even in an untrained network, so a part is ranked among many such places, drawn at
+random: p is the share of places with at least the κ of the part (Holm's correction over parts and layers).
 """
 
 import csv
@@ -48,11 +48,11 @@ from zfnet.runs.statistics import holm, rank_p
 from zfnet.training.loaded import LoadedRun
 
 SAME, RANDOM = "same place", "random"
-MARGIN = 1.6  # built-in shapes are then as large as the larger ones that the network was trained on
-COLUMNS = ("image", "part", "x", "y")  # of a table of points
-_CORNERS = {"\0first": ("left", "top"), "\0last": ("right", "bottom")}  # columns of the object's box, if there are any
-_TOGETHER = 8  # places in one forward pass, so that the whole image is computed once for all of them
-_EXAMPLES = 4  # images in the figure
+MARGIN = 1.6  # built-in shapes become as large as the larger shapes in the training images
+COLUMNS = ("image", "part", "x", "y")  # required columns of a table of points
+_CORNERS = {"\0first": ("left", "top"), "\0last": ("right", "bottom")}  # the optional columns of an object's box
+_TOGETHER = 8  # places in one forward pass, which share the outputs for the unmasked image
+_EXAMPLES = 4  # number of images in the figure
 
 
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ class CorrespondenceJob(Look):
     places: Annotated[int, Field(ge=99, le=100_000)]
 
     def main(self, config: Config, output: Path) -> None:
-        """Write figures/correspondence.png, correspondence.csv and .json (parts), and same_places.csv."""
+        """Write figures/correspondence.png, correspondence.csv and .json (for parts), and same_places.csv."""
         loaded = LoadedRun(config)
         chain, size = loaded.chain, loaded.data.image_size
         last_conv_and_last_hidden = [*chain.conv_layers[-1:], *chain.layers[-2:-1]]
@@ -125,12 +125,12 @@ class Marked:
     groups: Tensor
 
     def on_objects(self, places: Tensor) -> Tensor:
-        """Return the centres (y, x) [M, N, 2] of places [M, N or 1, 2] on each object, in 0 … 1 of its box."""
+        """Convert places [M, N or 1, 2], in 0 … 1 of each object's box, to centres (y, x) in pixels: [M, N, 2]."""
         return self.boxes[:, :2] + places * (self.boxes[:, 2:] - self.boxes[:, :2]) - 0.5
 
 
 def quarters_of_boxes(loaded: LoadedRun) -> Marked:
-    """Return images of the split whose boxes are known, cut to the boxes, with the boxes' quarters as parts."""
+    """Return images of the split, cut to their boxes, with the quarters of the boxes as parts."""
     split = chosen_split(loaded)
     if split.images.boxes is None:
         raise UserError(
@@ -142,10 +142,10 @@ def quarters_of_boxes(loaded: LoadedRun) -> Marked:
 
 
 def mark_quarters(images: Tensor, boxes: Tensor, groups: Tensor) -> Marked:
-    """Return images [N, 3, S, S] cut to a square around each box, as large as the image, and boxes' quarters as parts.
+    """Cut images [N, 3, S, S] to a square around each box, resized to S × S, with the quarters of the boxes as parts.
 
     boxes: [N, 4] (top, left, bottom, right). The square's side is MARGIN times the box's longer side, so the object
-    fills 1 / MARGIN of the image and parts of equal objects are at equal places; outside: 0, the mean colour.
+    fills 1 / MARGIN of the image, and equal objects have their parts at equal places. Pixels outside the image are 0.
     """
     size, extent = images.shape[-1], boxes[:, 2:] - boxes[:, :2]
     longer = extent.amax(1, keepdim=True)
@@ -163,10 +163,10 @@ def mark_quarters(images: Tensor, boxes: Tensor, groups: Tensor) -> Marked:
 
 
 def read_points(loaded: LoadedRun, table: Path) -> Marked:
-    """Read a CSV with the columns image, part, x, y: files beside the table, and pixels in them from the top left.
+    """Read a CSV with the columns image (a file next to the table), part, x and y (pixels from the file's top left).
 
-    Every image must have every part once. The object's box is in the columns left, top, right, bottom or, without
-    them, the smallest box around its parts. Raises UserError naming the first thing that is wrong.
+    Every image must have every part once. The columns left, top, right, bottom contain the object's box; without them
+    the smallest box around the parts is used. Raises UserError that names the first problem.
     """
     places, order = _read_table(table)
     pixels, boxes = [], torch.zeros(len(places), 4)
@@ -200,7 +200,7 @@ def read_points(loaded: LoadedRun, table: Path) -> Marked:
 def to_input_pixels(
     point: tuple[float, float], image_size: tuple[int, int], stored: int, data: DataConfig
 ) -> tuple[float, float]:
-    """Return (y, x) in network input of a point (x, y) in a file of (width, height) pixels."""
+    """Convert a point (x, y) in a file of (width, height) pixels to (y, x) in the network's input."""
     window = data.crop_size or stored
     moved = []
     for value, length in zip(point, image_size, strict=True):
@@ -211,7 +211,7 @@ def to_input_pixels(
 
 
 def _read_table(table: Path) -> tuple[dict[str, dict[str, tuple[float, float]]], list[str]]:
-    """Return image → part → (x, y), and the parts in the table's order."""
+    """Return image → part → (x, y), and the parts in the order of the table."""
     places: dict[str, dict[str, tuple[float, float]]] = {}
     order: dict[str, None] = {}
     try:
@@ -253,13 +253,13 @@ class Masks(NamedTuple):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far one part's changes agree between images, in one layer.
+    """How well the changes of one part agree between images, in one layer.
 
     delta: Δ, the mean over pairs of the share of dimensions that differ; std: its sample standard deviation over pairs
-    pairs: how many (they share images, so they are not independent); changed: the mean share of dimensions that change
+    pairs: number of pairs (not independent, since they share images); changed: mean share of dimensions that change
     kappa: 1 − Δ / E[Δ], see the top of this file; None if nothing changes
-    p: share of same places whose κ is as large, the part among them (1 where nothing changes)
-    p_holm: corrected for all parts and layers
+    p: share of same places, including the part, with at least this κ (1 if nothing changes)
+    p_holm: p after Holm's correction over all parts and layers
     """
 
     delta: float
@@ -273,10 +273,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Measured:
-    """table: layer → row → its agreement, the rows being the parts, `same place` (the mean of many) and `random`.
+    """table: layer → row → agreement. The rows are the parts, `same place` (the mean of many) and `random`.
 
-    places: [K, 2], the same places (y, x) in 0 … 1 of the objects' boxes; same: layer → the agreement of each
-    centres: row → where its masks are in each image, [N, 2]; of `same place` the first one
+    places: [K, 2], the same places (y, x) in 0 … 1 of the objects' boxes; same: layer → the agreement of each place
+    centres: row → the centres of its masks in the images, [N, 2]; for `same place` those of the first place
     """
 
     table: dict[str, dict[str, Agreement]]
@@ -286,9 +286,9 @@ class Measured:
 
 
 def measure(chain: Chain, marked: Marked, layers: Sequence[str], masks: Masks, places: int, seed: int) -> Measured:
-    """Measure the agreement of every part, of random places on each object, and of `places` same ones.
+    """Measure the agreement of every part, of a random place on each object, and of `places` same places on all.
 
-    Raises UserError if no two images share a group.
+    Raises UserError if no two images are in the same group.
     """
     generator = torch.Generator().manual_seed(seed)
     anywhere = marked.on_objects(torch.rand(1, len(marked.groups), 2, generator=generator))[0]
@@ -308,12 +308,12 @@ def measure(chain: Chain, marked: Marked, layers: Sequence[str], masks: Masks, p
         tests = zip(marked.parts, rows[:count], alone, by_holm, strict=True)
         parts = {part: dataclasses.replace(row, p=one, p_holm=all_) for part, row, one, all_ in tests}
         table[layer] = {**parts, SAME: _mean(same[layer]), RANDOM: rows[count]}
-    shown = {**marked.parts, SAME: every[count + 1], RANDOM: anywhere}  # last, as in the paper
+    shown = {**marked.parts, SAME: every[count + 1], RANDOM: anywhere}  # random is last, as in the paper
     return Measured(table, same_places, same, shown)
 
 
 def _kappas(agreements: Sequence[Agreement]) -> Tensor:
-    """Return κ of each, float64 [K]; −inf where nothing changed."""
+    """Return the κ of each agreement, float64 [K]; −inf if nothing changes."""
     return torch.tensor([-torch.inf if a.kappa is None else a.kappa for a in agreements], dtype=torch.float64)
 
 
@@ -329,7 +329,7 @@ def _mean(agreements: Sequence[Agreement]) -> Agreement:
 
 
 def mask(images: Tensor, centres: Tensor, patch: int, fill: Tensor) -> Tensor:
-    """Return images [N, 3, S, S] with a square of side `patch` around each one's centre (y, x) [N, 2] filled, [3]."""
+    """Fill a square of side `patch` around each image's centre (y, x) [N, 2] with the colour `fill`, [3]."""
     return cover(images, (centres.to(images.device) - (patch - 1) / 2).round(), patch, fill)
 
 
@@ -339,13 +339,13 @@ def sign_changes(
 ) -> dict[str, Tensor]:
     """Return, for each layer, the signs of ε = features(image) − features(masked): int8 [M, N, D].
 
-    images: [N, 3, S, S]; centres: [M, N, 2], where each of M masks is in each image
+    images: [N, 3, S, S]; centres: [M, N, 2], the centre of each of M masks in each image
     """
     signs: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     size = max(1, masks.batch_size // (1 + len(centres)))
     for whole, where in zip(images.split(size), centres.split(size, 1), strict=True):
         hidden = [mask(whole, places, masks.patch, masks.fill) for places in where]
-        # side by side in one batch, so that equal inputs give outputs that are equal to the bit
+        # all in one batch, so that equal inputs have outputs that are equal bit for bit
         outputs = chain.activations(torch.cat([whole, *hidden]), layers)
         for layer in layers:
             before, *after = outputs[layer].flatten(1).split(len(whole))
@@ -356,16 +356,16 @@ def sign_changes(
 def disagreement(signs: Tensor) -> tuple[Tensor, Tensor]:
     """Return the share of dimensions in which each pair of rows differs, and its expectation: float64 [N, N] each.
 
-    signs: [N, D] of −1, 0 and 1. The expectation is that of independent signs, as frequent as in the two rows.
+    signs: [N, D] of −1, 0 and 1. The expectation assumes independent signs with the frequencies of the two rows.
     """
     members = torch.stack([(signs == value).float() for value in (-1, 0, 1)])
-    agree = (members @ members.mT).sum(0)  # whole numbers below 2²⁴: exact in float32
+    agree = (members @ members.mT).sum(0)  # integers below 2²⁴ are exact in float32
     often = members.mean(2).cpu().double()
     return 1 - agree.cpu().double() / signs.shape[1], 1 - often.T @ often
 
 
 def agreement(signs: Tensor, groups: Tensor) -> Agreement:
-    """Return how well the changes of signs [N, D] agree between the images of one group, int64 [N]; raise UserError."""
+    """Return the agreement of signs [N, D] within groups, int64 [N]; raise UserError if no group has two images."""
     pair = (groups[:, None] == groups).triu(1)
     if not pair.any():
         raise UserError("there are no two images of one class to compare: raise job.count")
@@ -381,7 +381,7 @@ def agreement(signs: Tensor, groups: Tensor) -> Agreement:
 
 
 def _place_rows(measured: Measured) -> list[dict[str, Any]]:
-    """One row for each layer and same place."""
+    """Return one row for each layer and same place."""
     rows = []
     for layer, agreements in measured.same.items():
         columns = {key: [getattr(a, key) for a in agreements] for key in ("delta", "changed", "kappa")}
@@ -395,7 +395,7 @@ def _place_rows(measured: Measured) -> list[dict[str, Any]]:
 
 @styled()
 def draw_correspondence(measured: Measured, examples: Mapping[str, Tensor]) -> Figure:
-    """Draw a column of masked images for each row (paper, Fig. 8), and κ by row for each layer.
+    """Draw a column of masked images for each row of the table (paper, Fig. 8), and its κ in each layer.
 
     examples: row → uint8 [M, S, S, 3]
     """

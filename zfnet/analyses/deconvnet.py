@@ -1,11 +1,11 @@
-"""job=deconvnet: what excites each feature map, by the deconvnet, with controls and an atlas of all maps.
+"""job=deconvnet: show what excites each feature map, by the deconvnet, with controls and an atlas of all maps.
 
 Source: Zeiler & Fergus 2013, section 2.1 and Fig. 2: the strongest activations of a map over a whole set, projected to
-the pixels. The projection itself is `explain/deconvnet.py`, the search `explain/top_activations.py`.
+pixel space. `explain/deconvnet.py` computes projections, and `explain/top_activations.py` finds the activations.
 
-Ours are the controls. A projection that hardly changes when the weights are shuffled, when the pooling switches are
-another image's, or when another unit is projected from the same place, is not evidence about that unit (Adebayo et al.
-2018; Nie et al. 2018; Mahendran & Vedaldi 2016).
+The controls are ours. A projection is no evidence about its unit if it hardly changes with shuffled weights, with the
+pooling switches of another image, or for another unit at the same place (Adebayo et al. 2018; Nie et al. 2018;
+Mahendran & Vedaldi 2016).
 """
 
 import copy
@@ -69,8 +69,8 @@ CONTROLS = {
 }
 SEARCH = "search.safetensors"
 _SAVE_SECONDS = 30.0
-_CONTROL_UNITS = 64  # for each layer
-_SHUFFLES = 3  # of the weights
+_CONTROL_UNITS = 64  # units per layer to compare with controls
+_SHUFFLES = 3  # how often the weights are shuffled
 SIMILARITIES = {"signed": "of the values", "unsigned": "of their sizes"}
 
 
@@ -96,16 +96,16 @@ class DeconvnetJob(Look):
     reads_images: ClassVar[bool] = True
 
     def main(self, config: Config, output: Path) -> None:
-        """Explain the network of `run=…`; write all to `output`, where a stopped job continues.
+        """Explain the network of `run=…` and write the results to `output`, where a stopped job resumes.
 
-        With `images=[…]` only these are explained, with links to an earlier search.
+        With `images=[…]` explain only these images, with links to an existing atlas.
         """
         loaded = LoadedRun(config)
         chain = loaded.chain
         named = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
         layers = [layer for layer in chain.conv_layers if layer in named]
         deconvnet = Deconvnet(chain, self.rule, self.dead_windows, self.lrn)
-        for layer in layers:  # raise before the search what would be raised after it
+        for layer in layers:  # raise errors before the search, which takes long
             deconvnet.check(layer)
             frame_size(chain, layer)
         if config.images is not None:
@@ -114,7 +114,7 @@ class DeconvnetJob(Look):
         other = None if self.other is None else load_model(find_run(self.other).weights, config.imports)
         weights = weights_hash(loaded.model.state_dict())
         verdict = None
-        if (deconvnet.dead_windows, deconvnet.lrn) == ("first", "identity"):  # of which job=verdict knows the pictures
+        if (deconvnet.dead_windows, deconvnet.lrn) == ("first", "identity"):  # job=verdict scores only these pictures
             verdict = find_verdict(weights, self.rule, self.verdict)
         elif self.verdict is not None:
             raise UserError("job.verdict: its scores need job.dead_windows=first and job.lrn=identity")
@@ -135,7 +135,7 @@ class DeconvnetJob(Look):
             origin: dict[str, Any] = {
                 "weights": weights,
                 "data": loaded.splits.fingerprint,
-                "shuffles": SHUFFLES,  # a search that an older version stopped has none
+                "shuffles": SHUFFLES,  # older versions did not save it
             }
             search = search_or_continue(search, loaded, images, layers, run, origin, stop)
             write_tables(run, search, chain, images, numbers)
@@ -179,7 +179,7 @@ class DeconvnetJob(Look):
         other: tuple[Any, ModelMetadata] | None,
         folder: Path,
     ) -> Atlas:
-        """Return the atlas with statistics of each map over `job.sample` of its images, evenly spread."""
+        """Return the atlas with statistics of each map over `job.sample` of its images, at even intervals."""
         chain, count = loaded.chain, min(self.sample, len(atlas.images))
         chosen = torch.linspace(0, len(atlas.images) - 1, count).round().long()
         pixels = [atlas.images.pixels(part) for part in chosen.split(loaded.data.batch_size)]
@@ -197,7 +197,7 @@ class DeconvnetJob(Look):
         model, metadata = other
         there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
         theirs = []
-        for part in pixels:  # the same images, as large as the other network's are stored
+        for part in pixels:  # the same images, in the other network's stored size
             stored = resize(part.permute(0, 3, 1, 2), metadata.stored_size).permute(0, 2, 3, 1)
             theirs.append(preprocess(stored.to(loaded.runtime.device), metadata.data, channels_last=False))
         nearest = nearest_maps(strongest, strongest_activations(there, theirs, there.conv_layers))
@@ -212,9 +212,9 @@ class DeconvnetJob(Look):
 def explain_photographs(
     job: DeconvnetJob, config: Config, output: Path, loaded: LoadedRun, deconvnet: Deconvnet, layers: Sequence[str]
 ) -> None:
-    """Write each layer's strongest maps in the images of `images=[…]`: a figure for each, index.html and strongest.csv.
+    """Write each layer's `job.maps` strongest maps in the images of `images=[…]`: figures, index.html, strongest.csv.
 
-    `job.maps` is their number. Maps that are not active have nothing to project.
+    Maps that are not active are left out, because they have nothing to project.
     """
     pixels, names = read_files(loaded, config.images or ())
     page = find_atlas(weights_hash(loaded.model.state_dict()), job.pages)
@@ -267,7 +267,7 @@ def explain_photographs(
 
 @styled()
 def draw_photograph(photograph: Photograph) -> Figure:
-    """Draw an image with its predictions, and beside it a row for each layer: projections above their patches."""
+    """Draw an image with its predictions and, next to it, a row for each layer: projections above their patches."""
     columns = max([1, *(len(row.maps) for row in photograph.layers.values())])
     figure = new_figure(figsize=(2.6 + 0.95 * columns, max(3.4, 2.3 * len(photograph.layers)) + 0.4))
     figure.suptitle(f"{shorten(photograph.name, 30)}: each layer's strongest maps, projected, and what they see")
@@ -303,9 +303,9 @@ def search_or_continue(
     origin: Mapping[str, Any],
     stop: StopRequest,
 ) -> TopActivations:
-    """Search for the strongest activations; a search that was stopped in this directory continues.
+    """Search for the strongest activations, or resume a search that was stopped in this directory.
 
-    origin: fingerprints of the weights and the data, which a saved search must match; raises UserError otherwise
+    origin: fingerprints of the weights and the data. Raises UserError if those of a saved search differ.
     """
     path, writer, last = run.folder / SEARCH, CheckpointWriter(run.folder), time.monotonic()
     if path.exists():
@@ -338,7 +338,7 @@ def search_or_continue(
 
 
 def write_tables(run: RunDirectory, search: TopActivations, chain: Chain, images: ImageSet, numbers: Tensor) -> None:
-    """Write top_activations.csv, one row for each activation, and maps.csv, one for each map.
+    """Write top_activations.csv with one row per activation, and maps.csv with one row per map.
 
     numbers: int64 [N], the images' numbers in their split
     """
@@ -392,12 +392,12 @@ def write_tables(run: RunDirectory, search: TopActivations, chain: Chain, images
 def project_controls(
     deconvnet: Deconvnet, images: Tensor, layer: str, units: Tensor, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Project units (image, channel, y, x) of images [N, 3, H, W] as they are (`own`) and with each control.
+    """Project units (image, channel, y, x) of images [N, 3, H, W], without a control (`own`) and with each control.
 
-    Returns projections within the units' receptive fields, [U, 3, s, s]; of `random_weights` [K, U, 3, s, s], of K
-    shuffles. `other_unit` is active at the same place, and empty if no other is. `other_switches` exist if the
-    network has some and the images are not all equal. All are seeded with 1, since a control's own activation may be 0;
-    the seed only scales a projection. With `rule=guided` or `gradient` an inactive unit still projects to nothing.
+    Returns projections cut to the units' receptive fields, [U, 3, s, s]; for `random_weights` [K, U, 3, s, s] for K
+    shuffles. `other_unit` is another unit that is active at the same place; 0 if there is none. `other_switches` is
+    left out if there is no max pooling or all images are equal. All seeds are 1, because a control's own activation can
+    be 0, and a seed only scales a projection. With `rule=guided` or `gradient` an inactive unit still projects to 0.
     """
     chain = deconvnet.chain
     ones = torch.ones(len(units), dtype=images.dtype)
@@ -408,7 +408,7 @@ def project_controls(
     chance = torch.stack([uniform(make_key(seed, CONTROL, 1, n), torch.arange(len(a))) for n, a in enumerate(active)])
     neighbours, has_neighbour = units.clone(), active.any(1)
     neighbours[:, 1] = torch.where(active, 1 + chance, 0).argmax(1)
-    # cut to the receptive field: outside of it all of them are 0, which would only make them look alike
+    # cut to the receptive field, because the zeros outside would make any two projections similar
     project = functools.partial(project_frames, layer=layer, seeds=ones)
     shuffled = (
         Deconvnet(shuffle_weights(chain, layer, seed, k), deconvnet.rule, deconvnet.dead_windows, deconvnet.lrn)
@@ -419,7 +419,7 @@ def project_controls(
         "random_weights": torch.stack([project(twin, images, units=units) for twin in shuffled]),
         "other_unit": project(deconvnet, images, units=neighbours) * has_neighbour.to(images)[:, None, None, None],
     }
-    distinct, number = images.cpu().flatten(1).unique(dim=0, return_inverse=True)  # a data set may hold an image twice
+    distinct, number = images.cpu().flatten(1).unique(dim=0, return_inverse=True)  # an image can occur twice
     if len(distinct) > 1 and any(isinstance(step.module, nn.MaxPool2d) for step in window_steps(chain, layer)):
         others = distinct.roll(1, 0)[number].view_as(images)
         projections["other_switches"] = project(deconvnet, images, units=units, switches_from=others)
@@ -427,7 +427,7 @@ def project_controls(
 
 
 def inside_frames(chain: Chain, layer: str, units: Tensor) -> Tensor:
-    """Return what units really see of the frames of `project_frames`: int64 [U, 4], (top, left, bottom, right)."""
+    """Return the boxes that units see in the frames of `project_frames`: int64 [U, 4], (top, left, bottom, right)."""
     boxes = receptive_boxes(chain, layer, units[:, 2:])
     if frame_size(chain, layer) == chain.image_size:
         return boxes
@@ -437,17 +437,17 @@ def inside_frames(chain: Chain, layer: str, units: Tensor) -> Tensor:
 def compare_controls(
     projections: Mapping[str, Tensor], inside: Tensor
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Return for each control `describe` of the rank correlation with the units' own: `signed` and `unsigned`.
+    """Return for each control `describe` of its rank correlation with the units' own projections: signed and unsigned.
 
-    projections: those of `project_controls`; inside: those of `inside_frames`, [U, 4]. Beyond that all are 0, and equal
-    ranks there would make independent pictures look alike. `unsigned` compares absolute values: pictures may put their
-    energy in one place and still have other signs. Units of which either projection is constant have none.
+    projections: from `project_controls`; inside: from `inside_frames`, [U, 4]. All projections are 0 outside this box,
+    and equal ranks there would make independent pictures similar. `unsigned` compares absolute values, because pictures
+    can have their energy in the same place with other signs. A unit with a constant projection has no correlation.
     """
     own, rows = projections["own"], {}
     seen = box_cells(inside, (own.shape[2], own.shape[3]), side=1)[:, None] == 0
     for name, control in projections.items():
         if name != "own":
-            draws = control if control.ndim == 5 else control[None]  # several shuffles: their mean for each unit
+            draws = control if control.ndim == 5 else control[None]  # the mean over several shuffles
             signed = torch.stack([rank_correlation(own, draw, seen) for draw in draws]).mean(0)
             unsigned = torch.stack([rank_correlation(own.abs(), draw.abs(), seen) for draw in draws]).mean(0)
             rows[name] = {"signed": describe(signed), "unsigned": describe(unsigned)}
@@ -463,10 +463,10 @@ def _interval(row: Mapping[str, float | int | None]) -> str:
 def dead_window_sensitivity(
     deconvnet: Deconvnet, images: Tensor, layer: str, units: Tensor
 ) -> dict[str, dict[str, float | None]]:
-    """Return how much projections change with each other treatment of pooling windows without activation.
+    """Return how much projections change if pooling windows without an active cell are treated in another way.
 
-    For each other choice of `dead_windows`: the mean change relative to the projection's norm, and the mean
-    cosine; None if no unit projects to anything.
+    Contains, for each other choice of `dead_windows`, the mean change relative to the projection's norm and the mean
+    cosine; None if all projections are 0.
     """
     own = deconvnet.project(images, layer, units).flatten(1)
     active = own.norm(dim=1) > 0
@@ -485,10 +485,10 @@ def dead_window_sensitivity(
 def shuffle_weights(
     chain: Chain, layer: str, seed: int = 0, draw: int = 0, only: Collection[str] | None = None
 ) -> Chain:
-    """Return a copy whose weights up to `layer` are shuffled, layer by layer: the same numbers in random order.
+    """Return a copy with shuffled weights up to `layer`: each layer has the same numbers in random order.
 
-    only: names of the layers to shuffle; None: all of them
-    Raises UserError where a hook computes weights, as by torch.nn.utils.weight_norm.
+    only: names of the layers to shuffle; None means all of them
+    Raises UserError if a hook computes weights, as with torch.nn.utils.weight_norm.
     """
     for name in chain.layers:
         module: Any = chain.model.get_submodule(name)
@@ -499,7 +499,7 @@ def shuffle_weights(
     for number, (name, module) in enumerate(weighted):
         if only is not None and name not in only:
             continue
-        if parametrize.is_parametrized(module, "weight"):  # such as by weight norm: its weight is computed
+        if parametrize.is_parametrized(module, "weight"):  # with weight norm, for example, weight is computed
             parametrize.remove_parametrizations(module, "weight")
         weight: Any = module.weight
         order = permutation(make_key(seed, CONTROL, 0, number, draw), weight.numel()).to(weight.device)
@@ -513,7 +513,7 @@ def shuffle_weights(
 def draw_layer(atlas: Atlas, layer: str, count: int, seed: int, run: RunDirectory) -> Tensor:
     """Draw `count` of a layer's maps and write the values that the figure shows; return units for the controls.
 
-    The units are the strongest ones of more maps, including those drawn: int64 [U, 4].
+    The units, int64 [U, 4], are the strongest ones of up to _CONTROL_UNITS maps, in the same random order.
     """
     record = atlas.search.layers[layer]
     alive = record.filled[:, 0].cpu().nonzero().flatten()
@@ -542,9 +542,9 @@ def draw_layer(atlas: Atlas, layer: str, count: int, seed: int, run: RunDirector
 def draw_projections(
     title: str, maps: Sequence[int], projections: Sequence[Tensor], patches: Sequence[Tensor]
 ) -> Figure:
-    """Draw the paper's Fig. 2 for one layer: left the maps' projections, right the patches that they come from.
+    """Draw the paper's Fig. 2 for one layer: the projections of maps on the left, their image patches on the right.
 
-    maps: numbers of the feature maps; projections, patches: of each map uint8 [top, h, w, 3], in one order
+    maps: numbers of the feature maps; projections, patches: for each map uint8 [top, h, w, 3], in the same order
     """
     columns = math.ceil(math.sqrt(len(maps)))
     rows = -(-len(maps) // columns)
@@ -557,7 +557,7 @@ def draw_projections(
     }
     for axis, (name, tiles) in zip(axes, sides.items(), strict=True):
         blocks = [mosaic(block, math.ceil(math.sqrt(len(block))), gap=3, side=96) for block in tiles]
-        height, width = (side + side // 9 for side in blocks[0].shape[:2])  # with room for its number
+        height, width = (side + side // 9 for side in blocks[0].shape[:2])  # leaves room for the map's number
         sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
         for place, (number, block) in enumerate(zip(maps, blocks, strict=True)):
             top, left = height * (place // columns) + height - block.shape[0], width * (place % columns)
@@ -571,7 +571,7 @@ def draw_projections(
 
 @styled()
 def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
-    """Draw the rank correlation of projections with those of each control, by layer: signed, and unsigned."""
+    """Draw the rank correlation of projections with those of each control, by layer: signed and unsigned."""
     layers = list(similarity)
     figure = new_figure(figsize=(2 * max(5.0, 1.5 * len(layers) + 1.0), 4.4))
     figure.suptitle("Similarity of projections to those of controls (1: the picture shows the image, not the unit)")
@@ -598,6 +598,6 @@ def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
 
 
 def _most(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return how many units the controls of a layer have: one number, or the fewest and the most."""
+    """Return the number of units of a layer's controls: one number, or the smallest and the largest."""
     counts = sorted({row["signed"]["n"] for row in rows.values()})
     return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} … {counts[-1]}"

@@ -1,8 +1,8 @@
-"""job=evolution: how feature maps develop during training, at the epochs whose weights a run kept.
+"""job=evolution: show how feature maps develop during training, at the epochs with saved weights.
 
 Source: Zeiler & Fergus 2013, section 4 and Fig. 4: for a random subset of maps, the projection of the strongest
-activation over all training images at each epoch, contrast enhanced. Ours are the curves of stability: how similar a
-map's responses to a fixed set of images are from snapshot to snapshot, and how many maps change their strongest image.
+activation over all training images at each epoch, contrast enhanced. The stability curves are ours: how similar a map's
+responses to a fixed set of images are from snapshot to snapshot, and how many maps change their strongest image.
 """
 
 import itertools
@@ -31,7 +31,7 @@ from zfnet.runs.weights import load_model
 from zfnet.training.checkpoint import epoch_files
 from zfnet.training.loaded import LoadedRun
 
-_CONTRAST = 0.6  # exponent of the values drawn: the paper enhances the contrast, too
+_CONTRAST = 0.6  # exponent of the drawn values; the paper also enhances the contrast
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ class EvolutionJob(Look):
             views: dict[int, EpochView] = {}
             projections: dict[int, dict[str, Tensor]] = {}
             maps: dict[str, Tensor] = {}
-            for epoch in reversed(snapshots):  # the last one first: its active maps are sampled
+            for epoch in reversed(snapshots):  # start with the last one, because its active maps are sampled
                 log.info("epoch %d of %s", epoch, ", ".join(map(str, snapshots)))
                 model, _ = load_model(snapshots[epoch], config.imports)
                 model = model.to(loaded.runtime.device).to(memory_format=loaded.runtime.memory_format)
@@ -109,9 +109,9 @@ class EpochView:
 def project_strongest(
     chain: Chain, layer: str, strongest: LayerRecord, maps: Tensor, inputs_of: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return the projections of these maps' strongest activations, [M, 3, h, w], cut to their receptive fields.
+    """Return the projections of the maps' strongest activations, [M, 3, h, w], cut to their receptive fields.
 
-    inputs_of: image numbers → network inputs. A map that was active on no image projects to nothing.
+    inputs_of: image numbers → network inputs. The projection of a map that was never active is 0.
     """
     places = strongest.places().cpu()[maps, 0]
     images, item = places[:, 0].unique(return_inverse=True)
@@ -120,14 +120,14 @@ def project_strongest(
 
 
 def sample_maps(alive: Tensor, count: int, seed: int) -> Tensor:
-    """Return up to `count` of the maps that are alive (bool [C]), sampled with the seed, in ascending order."""
+    """Sample up to `count` of the maps that are alive (bool [C]) and return their numbers in ascending order."""
     maps = alive.nonzero().flatten()
     order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))
     return maps[order[:count]].sort().values
 
 
 def _strongest(views: Mapping[int, EpochView], classes: Sequence[str], labels: Tensor) -> list[dict[str, Any]]:
-    """One row for each epoch, layer and map: its strongest activation, and where that is."""
+    """Return one row for each epoch, layer and map: its strongest activation and the position."""
     rows = []
     for epoch, view in views.items():
         for layer, record in view.strongest.items():
@@ -147,18 +147,18 @@ def _strongest(views: Mapping[int, EpochView], classes: Sequence[str], labels: T
 
 
 def _only(values: Sequence[Any], active: Sequence[bool]) -> list[Any]:
-    """Return values with blanks for the maps that are never active."""
+    """Return the values, with blanks for maps that are never active."""
     return [value if is_active else "" for value, is_active in zip(values, active, strict=True)]
 
 
 def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each epoch but the first, and layer: means over the maps that vary at both epochs."""
+    """Return one row for each epoch except the first, and layer: means over the maps that vary at both epochs."""
     rows, last = [], list(views.values())[-1]
     for (previous, before), (epoch, now) in itertools.pairwise(views.items()):
         for layer in layers:
             first, second, end = (standard_columns(view.responses[layer]) for view in (before, now, last))
             similar, with_last = (first * second).sum(0), (first * end).sum(0)  # correlations
-            different = (first * second.roll(1, 1)).sum(0)  # what to expect of two unrelated maps
+            different = (first * second.roll(1, 1)).sum(0)  # baseline: two unrelated maps
             if len(different) == 1:
                 different = similar * torch.nan  # there is no other map
             alive = (before.strongest[layer].filled & now.strongest[layer].filled)[:, 0]
@@ -212,9 +212,9 @@ def draw_evolution(
 
 @styled()
 def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Figure:
-    """Draw against the epoch how similar a layer's maps are to those before and to the last, and how many change.
+    """Draw by epoch how similar maps are to those of the previous and of the last snapshot, and how many change.
 
-    Dotted: the correlation of different maps, one of the snapshot before.
+    Dotted: the correlation of different maps of consecutive snapshots.
     """
     figure = new_figure(figsize=(13, 3.9))
     figure.suptitle("Stability of feature maps, mean over each layer's maps (dotted: different maps)")
@@ -235,7 +235,7 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> 
             colour = PALETTE[k % len(PALETTE)]
             epochs, maps = [row[at] for row in own], own[-1]["maps"]
             axis.plot(epochs, [row[key] for row in own], "o-", color=colour, label=f"{layer}, {maps} maps")
-            if axis is axes[0]:  # measured between these two snapshots only
+            if axis is axes[0]:  # measured only between consecutive snapshots
                 axis.plot(epochs, [row["correlation_of_different_maps"] for row in own], ":", color=colour)
         lowest = min(0.0, *(row[k] for row in rows for k in (key, "correlation_of_different_maps")))
         axis.set(title=title, ylabel=label, ylim=(lowest - 0.02, 1.02))

@@ -1,9 +1,9 @@
-"""job=filters: first-layer filters of one run or of two side by side, drawn and measured.
+"""job=filters: draw and measure the first-layer filters of one run, or of two runs side by side.
 
-Source: Zeiler & Fergus 2013, section 4.1 and Fig. 6: one filter may dominate unless the RMS is limited to 0.1 (section
-3); AlexNet's 11×11 filters at stride 4 are of very high and low frequencies, alias, and some are dead. The measures
-(RMS, dead, flat, spectrum, aliasing) are ours and defined below. White noise aliases by 1 − 1/stride², whatever the
-network has learnt, so aliasing is reported beside that of noise filters of the same shape.
+Source: Zeiler & Fergus 2013, section 4.1 and Fig. 6: one filter can dominate unless the RMS is limited to 0.1 (section
+3); AlexNet's 11×11 filters at stride 4 have very high and low frequencies, cause aliasing, and some are dead. The
+measures (RMS, dead, flat, spectrum, aliasing) are ours and defined below. Filters of white noise alias by
+1 − 1/stride² without any training, so aliasing is reported together with that of noise filters of the same shape.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ from zfnet.training.loaded import LoadedRun
 
 FLAT = 0.1  # a filter whose RMS is below this share of the layer's median counts as flat
 _GRID = 64  # frequencies are sampled on a grid of this many points a side
-_BANDS = 16  # of radial frequencies
-_NOISE = 200  # filters of white noise, for comparison
-_AT_ONCE = 16  # filters whose spectra on the images' grid are held
-_SIDE, _GAP = 44, 4  # of a drawn filter and between two, in pixels of the sheet
+_BANDS = 16  # number of bands of radial frequencies
+_NOISE = 200  # number of white-noise filters, for comparison
+_AT_ONCE = 16  # filters that are transformed to the images' grid at once
+_SIDE, _GAP = 44, 4  # side of a drawn filter and gap between two, in pixels of the sheet
 
 
 @dataclass(kw_only=True)
@@ -48,17 +48,17 @@ class FiltersJob(Look):
     limit: Annotated[float, Field(gt=0)]
 
     def main(self, config: Config, output: Path) -> None:
-        """Write figures/filters.png, filters.csv (every filter) and filters.json (each run as a whole)."""
+        """Write figures/filters.png, filters.csv (one row per filter) and filters.json (a summary of each run)."""
         runs = [LoadedRun(config)]
         if self.other is not None:
             other = find_run(self.other)  # with its own data, but on this command's device
             recorded = dataclasses.replace(
                 other.read_config(config.imports), job=self, trainer=config.trainer, run=str(other.folder), images=None
             )
-            if recorded.data.root is None:  # an imported run has no images: use this command's
+            if recorded.data.root is None:  # an imported run has no images, so use this command's
                 recorded = dataclasses.replace(recorded, data=dataclasses.replace(recorded.data, root=config.data.root))
             runs.append(LoadedRun(recorded))
-        chains = [loaded.chain for loaded in runs]  # raise before any image is read
+        chains = [loaded.chain for loaded in runs]  # a model that is not a chain raises here, before images are read
         sets = [chosen_split(loaded).images for loaded in runs]
         with own_directory(config, output) as run:
             measured: dict[str, Filters] = {}
@@ -90,12 +90,12 @@ class FiltersJob(Look):
 
 @dataclass(frozen=True)
 class Filters:
-    """The F filters of a first layer and their measures; all on the CPU, float64 but for flags.
+    """The F filters of a first layer and their measures. All tensors are on the CPU, and float64 except for flags.
 
-    weight: [F, 3, k, l]; stride: of the convolution, the larger one, in pixels
+    weight: [F, 3, k, l]; stride: the larger stride of the convolution, in pixels
     rms: [F], root mean square of each filter's weights
     dead: bool [F], the filter's map was 0 everywhere on every image
-    flat: bool [F], the RMS is below a tenth of the layer's median: such a filter does next to nothing
+    flat: bool [F], the RMS is below a tenth of the layer's median, so the filter has almost no effect
     peak: [F], the largest activation on any image
     spectrum: [F, R], power density by radial frequency; frequencies: [R], upper ends, in cycles per pixel
     aliasing: [F], share of the filter's energy beyond the Nyquist frequency of its stride
@@ -122,7 +122,7 @@ class Filters:
 
 @torch.no_grad()
 def measure_filters(chain: Chain, batches: Iterable[Batch]) -> Filters:
-    """Measure the filters of the first convolution; its maps are computed on all images of `batches`."""
+    """Measure the filters of the first convolution, and its maps on all images of `batches`."""
     (layer,) = pick_layers(chain, "job=filters", None, chain.conv_layers[:1], only_conv=True)
     convolution = chain.model.get_submodule(layer)
     assert isinstance(convolution, nn.Conv2d)
@@ -156,10 +156,10 @@ def measure_filters(chain: Chain, batches: Iterable[Batch]) -> Filters:
 
 
 class CrossSpectra:
-    """Sums the cross-spectra of images, of which the power spectrum of any filter's responses follows.
+    """Sums the cross-spectra of images, which determine the power spectrum of any filter's responses.
 
-    Each colour's mean over the image is subtracted, and a Hann window fades the image out towards its borders, which
-    would otherwise appear as edges.
+    The mean of each colour is subtracted, and a Hann window fades out the image towards its borders, because borders
+    would otherwise act as edges.
     """
 
     def __init__(self) -> None:
@@ -177,10 +177,10 @@ class CrossSpectra:
         self.sum = spectra if self.sum is None else self.sum + spectra
 
     def aliasing(self, weight: Tensor, stride: tuple[int, int], groups: int = 1) -> Tensor:
-        """Return the share of the energy of each filter's responses that a grid of `stride` pixels cannot carry: [F].
+        """Return the share of each filter's response energy that a grid of `stride` pixels cannot represent: [F].
 
-        weight: float64 [F, C / groups, k, l]. As in `aliasing_energy`, what lies beyond 1 / (2·stride) cycles per pixel
-        in x or in y counts; on the edge, half. Filters without a response: 0.
+        weight: float64 [F, C / groups, k, l]. As in `aliasing_energy`, energy beyond 1 / (2·stride) cycles per pixel in
+        x or in y counts; energy exactly at this limit counts half. A filter without a response has 0.
         """
         assert self.sum is not None
         size = self.sum.shape[-1]
@@ -191,7 +191,7 @@ class CrossSpectra:
         for number, chunk in enumerate(weight.split(1 if groups > 1 else _AT_ONCE)):
             first = number * groups // len(weight) * weight.shape[1]
             colours = slice(first, first + weight.shape[1])
-            response = torch.fft.fft2(chunk.float(), s=(size, size)).conj()  # correlation, not convolution
+            response = torch.fft.fft2(chunk.float(), s=(size, size)).conj()  # a Conv2d computes a correlation
             power = torch.einsum("fchw,cdhw,fdhw->fhw", response, self.sum[colours, colours], response.conj())
             power = power.real.double().clamp(min=0)
             whole = power.sum((1, 2))
@@ -200,12 +200,12 @@ class CrossSpectra:
 
 
 def aliasing_energy(weight: Tensor, stride: tuple[int, int]) -> Tensor:
-    """Return the share of each filter's energy that a grid of `stride` pixels cannot carry: [F] in 0 … 1.
+    """Return the share of each filter's energy that a grid of `stride` pixels cannot represent: [F] in 0 … 1.
 
-    weight: float64 [F, C, k, l]; stride: (rows, columns). What lies beyond 1 / (2·stride) cycles per pixel in x or in
-    y counts: after the convolution it appears as a lower frequency that is not in the image. The integral of |W(f)|²
-    over the band is Σ w_ab w_cd K_ac K_bd with K_ij = sinc((i − j) / stride) / stride, exactly.
-    Stride 1: 0. An impulse: 1 − 1/stride². A filter of zeros: 0.
+    weight: float64 [F, C, k, l]; stride: (rows, columns). Energy beyond 1 / (2·stride) cycles per pixel in x or in y
+    counts: after the convolution it appears as a lower frequency that is not in the image. The exact integral of
+    |W(f)|² over the band is Σ w_ab w_cd K_ac K_bd with K_ij = sinc((i − j) / stride) / stride.
+    The share is 0 for stride 1 and for a filter of zeros, and 1 − 1/stride² for an impulse.
     """
     kernels = []
     for size, step in zip(weight.shape[2:], stride, strict=True):
@@ -219,8 +219,8 @@ def aliasing_energy(weight: Tensor, stride: tuple[int, int]) -> Tensor:
 def radial_spectrum(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return each filter's power density by distance from frequency 0, [F, _BANDS], and the bands' upper ends.
 
-    1 is the density of white noise: the mean over all frequencies is 1. The bands divide 0 … √½ cycles per
-    pixel (the corner of the square of frequencies) evenly. Colours are added up. A filter of zeros: zeros.
+    The mean over all frequencies is 1, the density of white noise. The bands evenly divide 0 … √½ cycles per
+    pixel (the corner of the square of frequencies). Colours are summed. A filter of zeros has density 0.
     """
     power = torch.fft.fft2(weight, s=(_GRID, _GRID)).abs().square().sum(1).flatten(1)
     frequency = torch.fft.fftfreq(_GRID, dtype=weight.dtype)
@@ -237,7 +237,7 @@ def _summarise(filters: Filters, std: Sequence[float], limit: float) -> dict[str
     def spread(values: Tensor) -> dict[str, float]:
         return {name: float(getattr(values, name)()) for name in ("min", "median", "mean", "max")}
 
-    pixels = filters.rms / (255 * sum(std) / len(std))  # as for inputs of 0 … 255, the paper's scale
+    pixels = filters.rms / (255 * sum(std) / len(std))  # for inputs of 0 … 255, the paper's scale
     height, width = filters.weight.shape[2:]
     frequencies = [f"{f:.3f}" for f in filters.frequencies.tolist()]
     return {
@@ -259,7 +259,7 @@ def _summarise(filters: Filters, std: Sequence[float], limit: float) -> dict[str
 
 
 def _rows(name: str, filters: Filters) -> list[dict[str, Any]]:
-    """One row for each filter."""
+    """Return one row for each filter."""
     ends = (f"density_to_{end:.3f}" for end in filters.frequencies.tolist())
     return to_rows(
         run=[name] * len(filters.rms),
@@ -279,7 +279,7 @@ def _rows(name: str, filters: Filters) -> list[dict[str, Any]]:
 
 @styled()
 def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
-    """Draw the filters of each run on one common scale, largest RMS first (paper, Fig. 6), and their measures below."""
+    """Draw the filters of each run, largest RMS first (paper, Fig. 6), and their measures below."""
     columns = 12 if len(measured) > 1 else 24
     rows = max(-(-len(filters.rms) // columns) for filters in measured.values())
     tall = 0.8 + 13 / len(measured) * rows / columns
@@ -340,7 +340,7 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
 def _draw_sheet(panel: Axes, filters: Filters, columns: int) -> None:
     order = filters.rms.argsort(descending=True, stable=True)
     weight = filters.weight[order]
-    scale = weight.abs().amax().clamp(min=1e-12)  # one for all, to show a filter that dominates
+    scale = weight.abs().amax().clamp(min=1e-12)  # one scale for all, so that a dominant filter is visible
     tiles = enlarge((127.5 * (1 + weight / scale)).round().to(torch.uint8).permute(0, 2, 3, 1), _SIDE)
     height, width = tiles.shape[1:3]
     show(panel, mosaic(tiles, columns, _GAP))

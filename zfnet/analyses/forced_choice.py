@@ -1,9 +1,9 @@
 """job=forced_choice: can an observer predict, from pictures of a feature map, which of two other images excites it
 more?
 
-The task is that of Borowski et al. (2021), who asked people; Zimmermann et al. (2024) let a machine choose, by the
-similarity of the pictures. Here the pictures are the deconvnet's projections and the patches that they come from, the
-machine is another network, and pictures of another map of the layer are the control. docs/verdict.md has the protocol.
+Borowski et al. (2021) asked people this question. Zimmermann et al. (2024) let a machine choose by the similarity of
+the pictures. Here the pictures are the deconvnet's projections and their image patches, the machine is another network,
+and the control shows pictures of another map of the layer. docs/verdict.md describes the protocol.
 """
 
 import math
@@ -40,9 +40,9 @@ from zfnet.runs.tables import shorten
 from zfnet.runs.weights import load_model, weights_hash
 from zfnet.training.loaded import LoadedRun
 
-ALL = "all"  # the layers together
+ALL = "all"  # all layers together
 CHANCE = "chance"
-# what is shown of a map, and whether it is another map's
+# condition → the kinds of pictures that are shown, and whether they are of another map
 CONDITIONS: dict[str, tuple[tuple[str, ...], bool]] = {
     "projections": (("projections",), False),
     "patches": (("patches",), False),
@@ -58,10 +58,10 @@ PAIRS = [
     ("both", "patches"),
     ("both", "projections"),
 ]
-_REGIONS = 3  # along each side of a map: features keep roughly where in a picture something is
-_PICTURES = 128  # on the device at once
-_QUIZ_SIDE = 128  # of a picture in the quiz, at most
-# people, on other images and another network (GoogLeNet, ImageNet): Borowski et al. 2021
+_REGIONS = 3  # regions along each side of a map, so that features keep rough positions
+_PICTURES = 128  # pictures on the device at once
+_QUIZ_SIDE = 128  # largest side in pixels of a picture in the quiz
+# results of people, for other images and another network (GoogLeNet, ImageNet): Borowski et al. 2021
 PUBLISHED: list[dict[str, Any]] = [
     {"name": "people, natural images", "accuracy": 0.92, "error": 0.02, "source": "Borowski et al., ICLR 2021"},
     {"name": "people, synthetic images", "accuracy": 0.82, "error": 0.04, "source": "Borowski et al., ICLR 2021"},
@@ -83,7 +83,7 @@ class ForcedChoiceJob(Look):
     pages: Optional[str]
 
     def main(self, config: Config, output: Path) -> None:
-        """Let the network `job.other` choose for the maps of `run=…`; write all to `output`, which must be new."""
+        """Let the network `job.other` choose for the maps of `run=…`; write results to `output`, which must be new."""
         if self.other is None:
             raise UserError(
                 "job.other is not set: name a run that was trained independently, such as with another seed"
@@ -164,9 +164,9 @@ class ForcedChoiceJob(Look):
 class Trials:
     """T pairs of queries for each of M maps of a layer, and the R references of each map.
 
-    maps: int64 [M]; references: int64 [M, R, 4], units (image, map, y, x), the strongest first
-    queries: int64 [M, T, 2, 4], the strong image and the weak one, both where the strong one is strongest
-    values: [M, T, 2], the map's strongest activation in the whole of each query
+    maps: int64 [M]; references: int64 [M, R, 4], units (image, map, y, x), strongest first
+    queries: int64 [M, T, 2, 4], units in the strong and the weak image, both at the strong image's strongest position
+    values: [M, T, 2], the map's strongest activation in the whole image of each query
     """
 
     maps: Tensor
@@ -180,9 +180,9 @@ def draw_trials(
 ) -> Trials:
     """Draw up to `job.maps` maps, with references from the images `first` and queries from the images `second`.
 
-    values [N, C], places [N, C, 2]: see `strongest_places`. A map counts if it is active in all its references, and
-    in at least `job.trials` images of the strongest tenth (`job.extreme`) more than in any of the weakest. Of these
-    its strong queries are drawn, and the weak ones of the weakest tenth; of equal activations any may be in it.
+    values [N, C], places [N, C, 2]: see `strongest_places`. A map is used if it is active in all its references, and if
+    at least `job.trials` images of the strongest tenth (`job.extreme`) excite it more than all of the weakest tenth.
+    These are its possible strong queries; the weak ones are drawn from the weakest tenth. Ties are broken at random.
     """
     tenth = round(job.extreme * len(second))
     drawn = []
@@ -213,7 +213,7 @@ def _units(images: Tensor, number: int, places: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TrialPictures:
-    """The trials of a layer as pictures, uint8 [n, s, s, 3] with s the side of what a unit sees."""
+    """The trials of a layer as pictures, uint8 [n, s, s, 3]; s is the side of the frame that a unit sees."""
 
     deconvnet: Deconvnet
     images: ImageSet
@@ -222,13 +222,13 @@ class TrialPictures:
     trials: Trials
 
     def references(self, place: int) -> dict[str, Tensor]:
-        """Return the projections and the patches of the map at `place` of the trials, [R, s, s, 3] each."""
+        """Return the projections and the patches of the map at `place` in the trials, [R, s, s, 3] each."""
         units = self.trials.references[place]
         projections, patches = view_units(self.deconvnet, self.images, self.data, self.layer, units)
         return {"projections": on_grey(projections), "patches": patches}
 
     def queries(self, place: int) -> Tensor:
-        """Return the queries of the map at `place`: [T, 2, s, s, 3]."""
+        """Return the queries of the map at `place` in the trials: [T, 2, s, s, 3]."""
         units = self.trials.queries[place]
         patches = view_units(self.deconvnet, self.images, self.data, self.layer, units.flatten(0, 1), project=False)[1]
         return patches.unflatten(0, units.shape[:2])
@@ -238,19 +238,19 @@ class TrialPictures:
 
 
 class Observer:
-    """A network that compares pictures by its features: each map of a layer, averaged over 3×3 regions."""
+    """A network that compares pictures by its features: the maps of its layers, averaged over 3×3 regions."""
 
     def __init__(self, chain: Chain, data: DataConfig, layers: Sequence[str]) -> None:
         self.chain, self.layers = chain, layers
-        self.data = replace(data, crop_size=None)  # it sees the whole picture
+        self.data = replace(data, crop_size=None)  # the observer sees whole pictures
         self.device = next(chain.model.parameters()).device
 
     @torch.no_grad()
     @full_precision()
     def features(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Return each layer's features [n, 9 · channels] of pictures, uint8 [n, s, s, 3]; of a linear layer all.
+        """Return each layer's features of pictures, uint8 [n, s, s, 3]: [n, 9 · channels], or [n, features] if linear.
 
-        Raises UserError if one is not finite: every choice would be half right, as if by chance.
+        Raises UserError if a feature is not finite, because every choice would then be half right, as if by chance.
         """
         batches: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
         for part in pictures.split(_PICTURES):
@@ -268,7 +268,7 @@ class Observer:
 
 
 def choices(shown: TrialPictures, observer: Observer) -> dict[str, Tensor]:
-    """Return for each condition whether each choice is right: [M, T], 1 or 0, and 0.5 where both are alike."""
+    """Return for each condition whether each choice is right, [M, T]: 1 or 0, or 0.5 for equal similarities."""
     features: dict[str, list[dict[str, Tensor]]] = {"projections": [], "patches": [], "queries": []}
     count = len(shown.trials.maps)
     for place in tqdm(range(count), f"choices: {shown.layer}", unit="map", disable=None, leave=False):
@@ -283,11 +283,11 @@ def choices(shown: TrialPictures, observer: Observer) -> dict[str, Tensor]:
 
 
 def choose(features: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Choose, in each condition, the query whose features are more like those of the references; see `choices`.
+    """Choose, in each condition, the query with features more similar to those of the references; see `choices`.
 
-    features: of `projections` and `patches` [M, R, D], and of `queries` [M, 2·T, D], by layer of the observer. The
-    similarity is the cosine, averaged over references and layers, of features less the mean of all pictures of their
-    kind (projections; patches and queries): what all pictures share is no evidence.
+    features: for `projections` and `patches` [M, R, D], for `queries` [M, 2·T, D], by layer of the observer. The
+    similarity is the cosine of centred features, averaged over references and layers. Features are centred by the mean
+    over all pictures of their kind (projections; patches and queries), because what all pictures share is no evidence.
     """
     similar: dict[str, Tensor] = {}
     for layer, queries in features["queries"].items():
@@ -307,7 +307,7 @@ def choose(features: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def trial_rows(layer: str, trials: Trials, right: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Return a row for each trial: its queries, and whether the choice is right in each condition."""
+    """Return one row for each trial: its queries, and whether the choice is right in each condition."""
     count, each = right["both"].shape
     strong, weak = trials.queries.flatten(0, 1).unbind(1)
     values = trials.values.flatten(0, 1)
@@ -326,7 +326,7 @@ def trial_rows(layer: str, trials: Trials, right: Mapping[str, Tensor]) -> list[
 
 
 def _targets(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
-    """Return, for each layer and for all, each condition's values and the maps that they are of, which are clusters."""
+    """Return for each layer, and for all together, the values by condition and the map of each value (its cluster)."""
     names = list(dict.fromkeys(row["layer"] for row in rows))
     targets = {}
     for target in [*names, ALL] if len(names) > 1 else names:
@@ -338,7 +338,7 @@ def _targets(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[dict[str, Ten
 
 
 def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return accuracy and standard error of each layer and condition; the errors are those of maps."""
+    """Return the accuracy of each layer and condition, with standard errors that are clustered by map."""
     table = []
     for target, (values, maps) in _targets(rows).items():
         for name in CONDITIONS:
@@ -349,7 +349,7 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compare_conditions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Test each condition against chance and the pairs of PAIRS, map by map, layer by layer (`clustered_tests`)."""
+    """Test each condition against chance, and the pairs of PAIRS, in each layer and clustered by map."""
     tests = []
     for target, (values, maps) in _targets(rows).items():
         pairs = [*((name, CHANCE) for name in CONDITIONS), *PAIRS]
@@ -359,7 +359,7 @@ def compare_conditions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def _lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the table of the terminal, at most 80 columns wide."""
+    """Return the lines of the table in the log, at most 80 columns wide."""
     of = {(row["layer"], row["condition"]): row for row in table}
     layers = list(dict.fromkeys(row["layer"] for row in table))
     lines = ["right choices in percent ± standard error (by maps); 50 is chance"]
@@ -376,7 +376,7 @@ def _lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _holds(differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return lines about the paired tests of the last target: all layers, if there are several."""
+    """Return lines about the paired tests of the last target, which is all layers if there are several."""
     lines = [f"paired t-tests by map, p after Holm ({differences[-1]['layer']}):"] if differences else []
     for row in differences:
         if row["layer"] == differences[-1]["layer"]:
@@ -388,7 +388,7 @@ def _holds(differences: Sequence[Mapping[str, Any]]) -> list[str]:
 
 @styled()
 def draw_forced_choice(table: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the accuracy of each condition by layer, with standard errors, beside chance and people's."""
+    """Draw the accuracy of each condition by layer with standard errors, together with chance and people's accuracy."""
     layers = [name for name in dict.fromkeys(row["layer"] for row in table) if name != ALL]
     figure = new_figure(figsize=(9, 5))
     axis = figure.subplots()
@@ -424,9 +424,9 @@ def draw_forced_choice(table: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def quiz_trials(shown: TrialPictures, count: int, key: int) -> list[dict[str, Any]]:
-    """Return `count` trials of each condition for the page: different maps as long as there are some.
+    """Return `count` trials of each condition for the page, with a different map for each while there are enough.
 
-    Each has its layer, map, condition, the pictures that are shown, which query excites the map more (0: left,
+    Each trial has its layer, map, condition, the pictures that are shown, which query excites the map more (0: left,
     1: right), and the activations, left and right.
     """
     trials, quiz = shown.trials, []
@@ -439,7 +439,7 @@ def quiz_trials(shown: TrialPictures, count: int, key: int) -> list[dict[str, An
         references = shown.references((place + 1) % maps if of_other else place)
         columns = math.ceil(math.sqrt(len(references["patches"])))
         queries, values = shown.queries(place)[pair], trials.values[place, pair]
-        order = [answer, 1 - answer]  # the strong one is the first
+        order = [answer, 1 - answer]  # the first query is the strong one
         quiz.append(
             {
                 "layer": shown.layer,

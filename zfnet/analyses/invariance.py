@@ -1,7 +1,7 @@
-"""job=invariance: how features and predictions change as an image is shifted, scaled or rotated.
+"""job=invariance: measure how features and predictions change as an image is shifted, scaled or rotated.
 
-Source: Zeiler & Fergus 2013, section 4.1 and Fig. 5. Ours: horizontal shifts, the mean over many images, and the unit
-of distance. The paper calls its axis "canonical distance" and does not define it; here 1 is the root mean square
+Source: Zeiler & Fergus 2013, section 4.1 and Fig. 5. Horizontal shifts, the mean over many images, and the unit of
+distance are ours. The paper calls its axis "canonical distance" and does not define it; here 1 is the root mean square
 distance between two different images.
 """
 
@@ -55,8 +55,8 @@ class InvarianceJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/invariance.png, every point of its curves (curves.csv), and invariance.json.
 
-        There, `mean_at_largest` holds the extremes over all amounts: the largest mean distances, and the lowest mean
-        probability.
+        In that file, `mean_at_largest` contains the extremes over all amounts: the largest mean distances, and the
+        lowest mean probability.
         """
         loaded = LoadedRun(config)
         chain, data = loaded.chain, loaded.data
@@ -95,11 +95,11 @@ class InvarianceJob(Look):
 
 @dataclass(frozen=True)
 class Curves:
-    """One transform's curves of N images at A amounts; all on the CPU.
+    """The curves of one transform for N images at A amounts, on the CPU.
 
     amounts: float [A], in pixels (down or right), as a factor, or in degrees (counter-clockwise)
     distances: layer → [N, A], Euclidean distance of the layer's activations to those of the untransformed image
-    probability: [N, A], of the true class
+    probability: [N, A], the probability of the true class
     """
 
     amounts: Tensor
@@ -108,15 +108,15 @@ class Curves:
 
 
 def make_amounts(size: int, translation: float, scale: float, rotation: float, steps: int) -> dict[str, Tensor]:
-    """Return each transform's amounts, float [A]; each holds its identity (0 px, ×1, 0°) exactly once.
+    """Return each transform's amounts, float [A]. They contain the identity (0 px, ×1, 0°) exactly once.
 
-    size: side of the image in pixels; translation: largest shift as a share of it (whole pixels are used);
-    scale: largest factor; rotation: largest angle in degrees; steps: how many amounts, at most (3 or more).
-    If there are enough steps, angles divide 90° evenly, so that they include 90°, 180° and 270°, at which objects with
-    a rotational symmetry look the same.
+    size: side of the image in pixels; translation: largest shift as a share of the side (rounded to whole pixels);
+    scale: largest factor; rotation: largest angle in degrees; steps: largest number of amounts (at least 3).
+    If there are enough steps, angles divide 90° evenly and so include 90°, 180° and 270°, where objects with a
+    rotational symmetry look the same.
     """
     reach = round(translation * size)
-    # the same number on both sides of 0, and never the same pixel twice
+    # as many shifts on both sides of 0, without duplicates
     side = torch.linspace(0, reach, (steps - 1) // 2 + 1).round().unique()
     shifts = torch.cat([-side.flip(0)[:-1], side])
     return {
@@ -128,7 +128,7 @@ def make_amounts(size: int, translation: float, scale: float, rotation: float, s
 
 
 def _angles(largest: float, steps: int) -> Tensor:
-    parts = int((steps - 1) * 90 / largest)  # of a right angle
+    parts = int((steps - 1) * 90 / largest)  # steps per right angle
     if parts == 0:
         return torch.linspace(0, largest, steps)
     angles = torch.arange(int(largest * parts / 90) + 1) * 90.0 / parts
@@ -136,19 +136,19 @@ def _angles(largest: float, steps: int) -> Tensor:
 
 
 def identity(transform: str) -> float:
-    """Return the amount that changes nothing."""
+    """Return the amount of a transform that changes nothing."""
     return 1.0 if transform == "scale" else 0.0
 
 
 def transform_images(images: Tensor, transform: str, amounts: Tensor) -> Tensor:
     """Return every image at every amount: [N, A, 3, S, S] from images [N, 3, S, S] and amounts [A].
 
-    Bilinear; what comes from outside is 0, the mean colour. The identity returns the image itself, bit by bit.
+    Bilinear; pixels from outside the image are 0, the mean colour. The identity returns an exact copy of the image.
     """
     count, size = len(amounts), images.shape[-1]
     matrices = torch.zeros(count, 2, 3)
     matrices[:, 0, 0] = matrices[:, 1, 1] = 1
-    # a matrix says where each output pixel comes from, in units of half the image's side
+    # a matrix maps output pixels to input pixels, in units of half the image's side
     if transform == "vertical translation":
         matrices[:, 1, 2] = -amounts * 2 / size
     elif transform == "horizontal translation":
@@ -160,7 +160,7 @@ def transform_images(images: Tensor, transform: str, amounts: Tensor) -> Tensor:
         matrices[:, 0, 0] = matrices[:, 1, 1] = turn.cos()
         matrices[:, 0, 1], matrices[:, 1, 0] = -turn.sin(), turn.sin()
     grid = F.affine_grid(matrices, [count, 3, size, size], align_corners=False).to(images)
-    # one grid serves all images: they are passed as channels
+    # all images have the same grid, so they are passed as channels
     stacked = images.reshape(1, -1, size, size).expand(count, -1, -1, -1)
     moved = F.grid_sample(stacked, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     moved = moved.view(count, len(images), 3, size, size).transpose(0, 1)
@@ -174,8 +174,8 @@ def measure(
 ) -> dict[str, Curves]:
     """Return the curves of each transform for images [N, 3, S, S] with labels [N], on the images' device.
 
-    Every batch holds all amounts of its images, the identity among them, so that the identity's distance is 0
-    exactly, whatever the arithmetic.
+    Every batch contains all amounts of its images, including the identity, so that rounding cannot change the
+    identity's distance, which is exactly 0.
     """
     curves = {}
     total = len(images) * len(amounts)
@@ -206,7 +206,7 @@ def measure(
 def typical_distance(chain: Chain, images: Tensor, layers: Sequence[str], batch_size: int) -> dict[str, float]:
     """Return, for each layer, the root mean square distance between the activations of two different images.
 
-    From sums: the mean square over pairs is 2·n/(n−1)·(mean ‖f‖² − ‖mean f‖²).
+    Computed from sums: the mean square over pairs is 2·n/(n−1)·(mean ‖f‖² − ‖mean f‖²).
     """
     sums: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
@@ -227,7 +227,7 @@ def typical_distance(chain: Chain, images: Tensor, layers: Sequence[str], batch_
 def _rows(
     curves: Mapping[str, Curves], units: Mapping[str, float], names: Sequence[str], used_for: str
 ) -> list[dict[str, Any]]:
-    """One row for each image, transform and amount."""
+    """Return one row for each image, transform and amount."""
     rows = []
     for transform, curve in curves.items():
         each, count = len(curve.amounts), len(names) * len(curve.amounts)
@@ -257,9 +257,9 @@ def draw_invariance(
 ) -> Figure:
     """Draw a row for each transform: images, distances in each layer, probability of the class (paper, Fig. 5).
 
-    Thin lines are the images of `own`; the black line is the mean over those of `mean`, its band holds the middle
-    half of them. units: layer → the distance that is drawn as 1. examples: transform → uint8 [3 · N, S, S, 3], each
-    image of `own` at three amounts.
+    Thin lines show single images of `own`. The black line shows the mean over the images of `mean`, and the band the
+    middle half of them. units: layer → the distance that is drawn as 1; examples: transform → uint8 [3 · N, S, S, 3],
+    each image of `own` at three amounts
     """
     columns = len(units) + 2
     height = max(2.75, 0.55 * len(names))
@@ -287,7 +287,7 @@ def draw_invariance(
 
 
 def _draw_examples(panel: Axes, transform: str, amounts: Tensor, pictures: Tensor) -> None:
-    """Draw one row for each image, at the first, the middle and the last amount; its curve's colour beside it."""
+    """Draw one row for each image, at the first, the middle and the last amount, next to its curve's colour."""
     size, count = pictures.shape[1], len(pictures) // 3
     gap = max(2, size // 16)
     numbers = [f"{float(a):.0f}" if "translation" in transform else f"{float(a):.3g}" for a in amounts]
@@ -300,7 +300,7 @@ def _draw_examples(panel: Axes, transform: str, amounts: Tensor, pictures: Tenso
 
 
 def _draw_curves(panel: Axes, amounts: Tensor, own: Tensor, many: Tensor, labels: Sequence[str]) -> None:
-    """Draw the curves of single images [N, A], and of many [M, A] the mean and the band between their quartiles."""
+    """Draw the curves `own` of single images [N, A], and the mean and the quartile band of `many` [M, A]."""
     for n, line in enumerate(own):
         panel.plot(amounts, line, color=PALETTE[n % len(PALETTE)], lw=1.2, label=labels[n])
     low, high = np.quantile(many.numpy(), [0.25, 0.75], axis=0)

@@ -1,10 +1,10 @@
-"""What the analyses show, as arrays for `imshow`: occlusion, projections and top activations of a loaded run.
+"""Results of the analyses as arrays for `imshow`: occlusion, projections and top activations of a loaded run.
 
     run = load_run("last")
     occlusion(run, "cat.jpg").probability        # [P, P]
     projections(run, "cat.jpg", "conv5").pictures  # uint8 [9, S, S, 3]
 
-The network computes in fp32 on its own device: the CPU, or that of `run.model.to(…)`.
+The network computes in fp32 on its own device: the CPU, unless `run.model.to(…)` has moved it.
 """
 
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ _SPLITS = ("train", "validation", "test")
 class OcclusionMaps:
     """The network's outputs for an image while a square hides a part of it, at P × P places.
 
-    picture: uint8 [S, S, 3], the image as the network sees it; centres: [P], the square's centre in its pixels
-    label: the class; whole: its probability with nothing hidden; probability: [P, P], with the square at each place
+    picture: uint8 [S, S, 3], the image as the network sees it; centres: [P], the square's centres in its pixels
+    label: the class; whole: its probability for the whole image; probability: [P, P], with the square at each place
     predicted: [P, P], the name of the most probable class
-    activation: [P, P], sum over the map that is strongest on the whole image
+    activation: [P, P], sum of the activations of the map that is strongest on the whole image
     """
 
     picture: np.ndarray
@@ -50,9 +50,9 @@ class OcclusionMaps:
 
 @dataclass(frozen=True)
 class Projections:
-    """The strongest units of M maps for one image, projected to the pixels.
+    """The strongest units of M maps for one image, projected to pixel space.
 
-    pictures: uint8 [M, S, S, 3], grey is no signal, each scaled for itself; values: float [M, S, S, 3], as projected
+    pictures: uint8 [M, S, S, 3], grey means 0, each on its own scale; values: float [M, S, S, 3], unscaled
     units: int [M, 4], (image, channel, y, x); activations: [M]; picture: uint8 [S, S, 3], the image
     """
 
@@ -65,10 +65,10 @@ class Projections:
 
 @dataclass(frozen=True)
 class StrongestImages:
-    """The images of a split that excite M maps most, `top` of each; grey and 0 where there are fewer.
+    """The `top` images of a split that excite each of M maps most; grey and 0 if there are fewer.
 
     projections, patches: uint8 [M, top, s, s, 3], s: side of the receptive field; activations: [M, top]
-    images: int [M, top], numbers in the split, −1 where there is none
+    images: int [M, top], numbers in the split; −1 means no image
     """
 
     projections: np.ndarray
@@ -87,7 +87,7 @@ def occlusion(
 ) -> OcclusionMaps:
     """Hide one part of an image file after another behind a square of the data's mean colour (paper, Fig. 7).
 
-    label: a class; None: the predicted one. layer: a convolution; None: the last. patch, stride: in input pixels
+    label: a class (None: the predicted one); layer: a convolution (None: the last one); patch, stride: in input pixels
     Raises UserError for an unknown class or layer, an unreadable image and an unsuitable square.
     """
     chain, data, inputs = _chain(run), run.metadata.data, run.inputs(image)
@@ -115,9 +115,9 @@ def occlusion(
 def projections(
     run: TrainedRun, image: str | Path, layer: str, maps: Sequence[int] | int = 9, rule: str = "deconvnet"
 ) -> Projections:
-    """Project the strongest unit of each map of a convolution to the pixels of an image file (paper, section 2.1).
+    """Project the strongest unit of each map of a convolution to pixel space, for an image file (paper, section 2.1).
 
-    maps: their numbers, or how many: those with the strongest units come first
+    maps: numbers of maps, or how many maps to take, those with the strongest units first
     Raises UserError for an unknown layer, map or rule and an unreadable image.
     """
     chain, inputs = _chain(run), run.inputs(image)
@@ -140,7 +140,7 @@ def top_activations(
 ) -> StrongestImages:
     """Search a split of the run's data for the images that excite maps of a convolution most (paper, Fig. 2).
 
-    maps: their numbers, or how many: the first ones. Raises UserError for an unknown layer, map or split.
+    maps: numbers of maps, or how many of the first maps. Raises UserError for an unknown layer, map or split.
     """
     chain, data = _chain(run), run.config.data
     (layer,) = pick_layers(chain, "layer", layer, [], only_conv=True)
@@ -170,7 +170,7 @@ def _chain(run: TrainedRun) -> Chain:
 
 
 def _map_numbers(maps: Sequence[int] | int, count: int, order: Sequence[int]) -> list[int]:
-    """Return the numbers of maps that are wanted; raise UserError for one that a layer of `count` maps lacks."""
+    """Return the numbers of the wanted maps; raise UserError for one that a layer of `count` maps does not have."""
     numbers = list(order[: max(0, maps)]) if isinstance(maps, int) else list(maps)
     if not numbers or not all(0 <= k < count for k in numbers):
         raise UserError(f"maps={maps}: must be a number of maps, or numbers from 0 to {count - 1}")

@@ -1,14 +1,14 @@
-"""job=occlusion: what a network predicts while a grey square hides one part of an image after another.
+"""job=occlusion: show what a network predicts while a grey square hides one part of an image after another.
 
 Source: Zeiler & Fergus 2013, section 4.2 and Fig. 7. The paper gives neither the square's size nor its steps; ours
-follow the image's size. Places cover the whole image; at the borders the square extends beyond it and hides less. A
-square of another colour, which did not select it, tests each image's lowest place: there the probability falls more
-than at the other images' lowest places, if the maps show something of their own image. Where the objects' boxes are
-known, the place of the lowest probability tells whether the object matters: it is in its own image's box more often
-than in the boxes of other images, which are in the middle of most images, too.
+depend on the image's size. Places cover the whole image; at the borders the square extends beyond it and hides less.
+A square of another colour tests each image's lowest place, which was chosen without this square. If a map depends on
+its image, the probability falls more there than at the lowest places of other images. If the objects' boxes are known,
+the place of the lowest probability shows whether the object matters: it is then in the box of its own image more often
+than in the boxes of other images, which are near the middle, too.
 
-Any network will do. Panels b and c, of its strongest map, need one that the deconvnet can project, and are left out for
-others.
+The job works with any network. Panels b and c show the strongest map, and are left out if the deconvnet cannot project
+it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,8 +52,8 @@ from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import own_and_others, percent
 from zfnet.training.loaded import LoadedRun
 
-OTHERS = 3  # images beside the occluded one, in panel c (paper, Fig. 7)
-_NAMED = 8  # classes in a legend
+OTHERS = 3  # images in panel c besides the occluded one (paper, Fig. 7)
+_NAMED = 8  # classes named in a legend
 _OF_STRONGEST = ("activation", "activation bar", "projections")  # panels b and c
 
 
@@ -71,7 +71,7 @@ class OcclusionJob(Look):
     fill: Optional[Annotated[float, Field(ge=0, le=255)]]
 
     def main(self, config: Config, output: Path) -> None:
-        """Write figures/occlusion.png, every number of its maps (maps.csv), and a summary (occlusion.json)."""
+        """Write figures/occlusion.png, the values of its maps (maps.csv), and a summary (occlusion.json)."""
         loaded = LoadedRun(config)
         data, layer = loaded.data, self._layer(loaded)
         patch, stride = square_and_steps(data.image_size, self.patch, self.stride)
@@ -88,7 +88,7 @@ class OcclusionJob(Look):
             boxes = None
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images)
-                coarse = max(stride, patch // 2)  # finer steps are for maps
+                coarse = max(stride, patch // 2)  # only maps need finer steps
                 occluded = occlude(network, many.inputs, many.labels, stride=coarse, **settings)
                 boxes = box_evidence(occluded, many.boxes)
                 boxes["correctly_classified"] = int((occluded.whole.predicted == many.labels.cpu()).sum())
@@ -104,7 +104,7 @@ class OcclusionJob(Look):
             run.write_json("occlusion.json", _summarise(result, chosen, loaded.classes, falls, boxes))
 
     def _layer(self, loaded: LoadedRun) -> str | None:
-        """Return the layer of panels b and c; None if the deconvnet cannot project one. Raise if one was asked for."""
+        """Return the layer of panels b and c. If it cannot be projected, return None or, with `job.layer`, raise."""
         try:
             chain = loaded.chain
             (layer,) = pick_layers(chain, "job.layer", self.layer, chain.conv_layers[-1:], only_conv=True)
@@ -120,10 +120,10 @@ class OcclusionJob(Look):
 
 
 class Outputs(NamedTuple):
-    """The network's outputs for images, whole ones [N] or occluded at P × P places [N, P, P].
+    """The network's outputs for N whole images [N], or for N images occluded at P × P places [N, P, P].
 
-    probability: of the true class (panel d); predicted: int64, the most probable class (panel e); confidence: its
-    probability
+    probability: that of the true class (panel d); predicted: int64, the most probable class (panel e); confidence: the
+    probability of `predicted`
     """
 
     probability: Tensor
@@ -134,7 +134,7 @@ class Outputs(NamedTuple):
 class StrongestMap(NamedTuple):
     """The map with the largest sum of activations on each whole image (panels b and c).
 
-    channel: int64 [N]; peak: int64 [N, 2], where (y, x) it is strongest; whole: [N], its sum on the whole image;
+    channel: int64 [N]; peak: int64 [N, 2], its strongest position (y, x); whole: [N], its sum on the whole image;
     occluded: [N, P, P], its sum with the square at each place
     """
 
@@ -146,11 +146,11 @@ class StrongestMap(NamedTuple):
 
 @dataclass(frozen=True)
 class Occlusion:
-    """The outputs for N images without and with a square at P × P places; all on the CPU.
+    """The outputs for N images without and with a square at P × P places, on the CPU.
 
-    starts: int64 [P], the first row (and column) of the square at each place; it may lie outside the image
+    starts: int64 [P], the first row (and column) of the square at each place; can lie outside the image
     patch: side of the square in pixels
-    strongest: None where no layer is looked at
+    strongest: None if no layer was given
     """
 
     starts: Tensor
@@ -161,7 +161,7 @@ class Occlusion:
 
 
 def square_and_steps(size: int, patch: int | None, stride: int | None) -> tuple[int, int]:
-    """Return the side of the square and the pixels between its places: None is a fifth of the image, or 24 places."""
+    """Return the side and the steps of the square in pixels. None means a fifth of the image and about 24 places."""
     patch = patch or max(1, size // 5)
     return patch, stride or max(1, min(patch, round(size / 24)))
 
@@ -169,7 +169,7 @@ def square_and_steps(size: int, patch: int | None, stride: int | None) -> tuple[
 def square_starts(size: int, patch: int, stride: int) -> Tensor:
     """Return the first row of the square at each place: int64 [⌈size / stride⌉], `stride` apart.
 
-    The places are centred on the image and cover all of it; at the borders the square may extend beyond it.
+    The places are centred on the image and cover all of it. At the borders the square can extend beyond the image.
     Raises UserError if the square covers the whole image, or its steps leave gaps.
     """
     if patch >= size:
@@ -196,8 +196,8 @@ def occlude(
 ) -> Occlusion:
     """Slide a square over each image and record the network's outputs.
 
-    network: an `nn.Module` in evaluation mode; a `Chain` if there is a `layer`, whose strongest map is recorded, too
-    images: [N, 3, S, S], normalised; labels: int64 [N]; fill: [3], the square's colour in the same units.
+    network: an `nn.Module` in evaluation mode, or, to record the strongest map of `layer`, a `Chain`
+    images: [N, 3, S, S], normalised; labels: int64 [N]; fill: [3], the square's colour in the same units
     Occluded images are made batch by batch on the images' device. Raises UserError (see `square_starts`).
     """
     count, size, device = len(images), images.shape[-1], images.device
@@ -247,8 +247,8 @@ def falls_at(
 ) -> Tensor:
     """Return how much the class's probability falls in each image (row) at each image's lowest place: float64 [N, N].
 
-    network: returns logits; images, labels: what `result` is of; fill: [3], not the colour in `result`.
-    The lowest place is the lowest of many, by chance too; in another colour it is no longer so by its choice.
+    network: returns logits; images, labels: those of `result`; fill: [3], a colour other than that of `result`.
+    The lowest of many places is partly lowest by chance; the other colour removes this bias of selection.
     """
     count, fill = len(images), fill.to(images)
     corners = result.starts[peaks(-result.occluded.probability[:, None])[1][:, 0]].to(images.device)
@@ -261,7 +261,7 @@ def falls_at(
 
 
 def _strongest_maps(chain: Chain, layer: str, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Return, for each image, the map with the largest sum [N], and where (y, x) it is strongest [N, 2]."""
+    """Return the map with the largest sum in each image [N], and the map's strongest position (y, x) [N, 2]."""
     channels, places = [], []
     for chunk in images.split(batch_size):
         maps = chain.activations(chunk, [layer])[layer]
@@ -271,9 +271,9 @@ def _strongest_maps(chain: Chain, layer: str, images: Tensor, batch_size: int) -
 
 
 def box_evidence(result: Occlusion, boxes: Tensor | None) -> dict[str, Any]:
-    """Return `own_and_others` of the objects' boxes [N, 4]: how often the lowest probability, and what mean, is inside.
+    """Return `own_and_others` of the boxes [N, 4]: how often the lowest probability is inside, and the mean's change.
 
-    For a box as for the places, the square's centre counts.
+    A place is inside a box if the square's centre is.
     """
     assert boxes is not None
     inside = in_boxes(result.starts + result.patch / 2, boxes).flatten(1)  # [box, place]
@@ -289,7 +289,7 @@ def box_evidence(result: Occlusion, boxes: Tensor | None) -> dict[str, Any]:
 
 
 def _rows(result: Occlusion, chosen: ChosenImages, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each image and place: the numbers that the figure's maps show."""
+    """Return one row for each image and place: the values of the figure's maps."""
     starts, columns = result.starts.tolist(), result.occluded._asdict()
     if result.strongest is not None:
         columns = {"activation": result.strongest.occluded, **columns}
@@ -306,9 +306,9 @@ def _rows(result: Occlusion, chosen: ChosenImages, classes: Sequence[str]) -> li
 def _summarise(
     result: Occlusion, chosen: ChosenImages, classes: Sequence[str], falls: Tensor, boxes: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return and log the results of each image, their control and, if boxes are known, whether the objects matter.
+    """Return and log the results of each image, the control and, if boxes are known, whether the objects matter.
 
-    falls: what `falls_at` returned
+    falls: the result of `falls_at`
     """
     images, lowest = [], result.occluded.probability.flatten(1).argmin(1)
     for number, name in enumerate(chosen.names):
@@ -351,7 +351,7 @@ def _summarise(
 
 
 class Panels(NamedTuple):
-    """Panel c: images and their projections, uint8 [1 + M, S, S, 3], the occluded image's first, each with a title."""
+    """Panel c: images, projections and titles; uint8 [1 + M, S, S, 3], with the occluded image first."""
 
     images: np.ndarray
     projections: np.ndarray
@@ -363,7 +363,7 @@ def project_strongest_map(
 ) -> list[Panels]:
     """Project each image's strongest map in that image and in the images of the split that excite it most.
 
-    Returns an empty list if no layer is looked at.
+    Returns an empty list if `layer` is None.
     """
     if layer is None or found is None:
         return []
@@ -373,7 +373,7 @@ def project_strongest_map(
     for number, channel in enumerate(found.channel.tolist()):
         places = strongest.places()[channel][strongest.filled[channel]].cpu()
         others = to_inputs(loaded, images.pixels(places[:, 0]))
-        # the image itself may be among the strongest of its split
+        # the image itself can be among the strongest images of its split
         new = [k for k in range(len(others)) if not torch.equal(others[k], inputs[number])][:OTHERS]
         row = torch.cat([inputs[number : number + 1], others[new]])
         where = torch.cat([found.peak[number : number + 1], places[new, 1:]])
@@ -394,9 +394,9 @@ def draw_occlusion(
     projections: Sequence[Panels],
     fill: Sequence[float],
 ) -> Figure:
-    """Draw five panels for each image (paper, Fig. 7), without b and c if no layer is looked at.
+    """Draw five panels for each image (paper, Fig. 7), or three without b and c if `layer` is None.
 
-    The square is where the probability is lowest; dashed: the object's box.
+    The square is at the place of the lowest probability. The dashed line is the object's box.
     pictures: uint8 [N, S, S, 3] of the chosen images; fill: the square's colour, in 0 … 1
     """
     rows, size, boxes = len(pictures), pictures.shape[1], chosen.boxes
@@ -420,7 +420,7 @@ def draw_occlusion(
     figure.suptitle(f"Occlusion by a square of {result.patch} px; maps are drawn at the square's centre{dashed}")
     axes = figure.subplots(rows, len(panels), squeeze=False, width_ratios=widths)
     extent = _extent(result, size)
-    predicted_classes = result.occluded.predicted.unique().tolist()  # sorted; their colours are the same in every row
+    predicted_classes = result.occluded.predicted.unique().tolist()  # sorted, so that colours are the same in every row
     colours = {c: PALETTE[n % len(PALETTE)] for n, c in enumerate(predicted_classes)}
     for axis, (title, _) in zip(axes[0], panels.values(), strict=True):
         axis.set_title(title)
@@ -453,7 +453,7 @@ def draw_occlusion(
 
 
 def _extent(result: Occlusion, size: int) -> tuple[float, float, float, float]:
-    """Return the edges of the maps in the image's pixels: each cell is centred on its square."""
+    """Return the edges of the maps in the image's pixels. Each cell is centred on its square."""
     stride = float(result.starts[1] - result.starts[0]) if len(result.starts) > 1 else float(size)
     low = float(result.starts[0]) + result.patch / 2 - stride / 2 - 0.5
     high = float(result.starts[-1]) + result.patch / 2 + stride / 2 - 0.5
@@ -461,7 +461,7 @@ def _extent(result: Occlusion, size: int) -> tuple[float, float, float, float]:
 
 
 def _draw_projections(panel: Axes, shown: Panels) -> None:
-    """Draw image and projection side by side, two by two, the occluded image's first and in a red frame."""
+    """Draw pairs of image and projection in a 2 × 2 grid. The occluded image is the first, in a red frame."""
     panel.axis("off")
     for number, title in enumerate(shown.titles):
         left, bottom = 0.51 * (number % 2), 0.53 * (1 - number // 2)
@@ -479,7 +479,7 @@ def _draw_classes(
     colours: Mapping[int, str],
     extent: tuple[float, float, float, float],
 ) -> None:
-    """Draw a map of class numbers, with a legend of those that occur, most frequent first."""
+    """Draw a map of class numbers, with a legend of the classes in the map, most frequent first."""
     place = {c: n for n, c in enumerate(colours)}
     show(
         panel,

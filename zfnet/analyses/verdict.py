@@ -1,8 +1,8 @@
 """job=verdict: measure explanations by seven metrics, each between chance (0) and the best (1).
 
-The pictures are those of units of each convolution layer (deconvnet, guided, gradient) and of classes (these,
-integrated gradients and Grad-CAM); the baselines are pictures that do not depend on the network. `explain/targets.py`
-makes the pictures, `explain/faithfulness.py` holds the metrics; docs/verdict.md defines each of them.
+Units of each convolution layer are explained by deconvnet, guided and gradient; classes also by integrated gradients
+and Grad-CAM. The baselines are pictures that do not depend on the network. `explain/targets.py` makes the pictures,
+`explain/faithfulness.py` contains the metrics, and docs/verdict.md defines each metric.
 """
 
 import itertools
@@ -64,8 +64,8 @@ from zfnet.training.loaded import LoadedRun
 Numbers = Mapping[tuple[str, str, str], Mapping[str, Any]]  # rows of verdict.csv by target, method and measure
 Looks = Mapping[str, dict[str, Any]]  # how each method is drawn
 
-CLASS, UNITS = "class", "units"  # targets beside the layers: the class, and the units of all layers together
-# the numbers that the table, the figure and the tests are about, in the order of the table
+CLASS, UNITS = "class", "units"  # targets other than layers: the class, and the units of all layers together
+# the scores in the table, the figure and the tests, in the order of the table
 SCORES = {
     "weights": "depends on the weights",
     "own": "own unit, or class, beside others",
@@ -76,8 +76,8 @@ SCORES = {
     "parts": "predicts what a part does",
     "stability": "stable under ±1/255",
 }
-_PAIRS = 256  # of a unit with another unit's picture, at once
-_SHORT = {"deletion": "delete", "insertion": "insert", "stability": "stable"}  # in 80 columns
+_PAIRS = 256  # pairs of a unit and another unit's picture that are computed at once
+_SHORT = {"deletion": "delete", "insertion": "insert", "stability": "stable"}  # for 80 columns
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,7 @@ class VerdictJob(Look):
     ablation_images: Positive
 
     def main(self, config: Config, output: Path) -> None:
-        """Measure the explanations of the network of `run=…`; a stopped job continues in its directory."""
+        """Measure the explanations of the network of `run=…`. A stopped job resumes in its directory."""
         loaded = LoadedRun(config)
         chain = loaded.chain
         layers = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
@@ -123,7 +123,7 @@ class VerdictJob(Look):
                     (run.folder / "metrics").mkdir(exist_ok=True)
                     run.write_json(f"metrics/{name}.json", {"of": origin, **seconds, "rows": plain})
                     log.info("%s: %.0f s", name, seconds["seconds"])
-                    rows = [Row.read(row) for row in plain]  # as read by a job that continues
+                    rows = [Row.read(row) for row in plain]  # rounded, as a resumed job reads them
                 all_rows += rows
             if not all_rows:
                 names, data = ",".join(metrics), loaded.data.name
@@ -136,9 +136,9 @@ class VerdictJob(Look):
 
 @dataclass(frozen=True)
 class Row:
-    """One number of each unit (or class, or map): `measure` of the pictures of `method`; NaN where there is none.
+    """The `measure` of the pictures by `method`, one number for each unit (or class, or map); NaN if undefined.
 
-    target: a layer, or `class`; clusters: the images that the numbers are from
+    target: a layer, or `class`; clusters: the image of each number
     """
 
     target: str
@@ -154,14 +154,14 @@ class Row:
 
     @staticmethod
     def read(plain: Mapping[str, Any]) -> "Row":
-        """Return the row from its plain values."""
+        """Return the row from the plain values of JSON."""
         values = [math.nan if v is None else v for v in plain["values"]]
         named = {key: plain[key] for key in ("target", "method", "measure")}
         return Row(**named, values=torch.tensor(values).double(), clusters=torch.tensor(plain["clusters"]).long())
 
 
 def saved_rows(run: RunDirectory, metric: str, origin: Mapping[str, str]) -> list[Row] | None:
-    """Return the saved rows of a metric; None if there are none, or if they are of other weights or data.
+    """Return the saved rows of a metric; None if there are none, or if they belong to other weights or data.
 
     Raises UserError if the file is damaged.
     """
@@ -180,7 +180,7 @@ def saved_rows(run: RunDirectory, metric: str, origin: Mapping[str, str]) -> lis
 
 @dataclass(frozen=True)
 class Subject:
-    """A named target, and the places of its N images in the split: int64 [N]."""
+    """A named target, and the numbers of its N images in the split: int64 [N]."""
 
     name: str
     target: Target
@@ -196,7 +196,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Study:
-    """The input of the metrics: the job's settings, its subjects (the class is the last), and the run's images."""
+    """The input of the metrics: the job's settings, its subjects (the class is last), and the run's images."""
 
     job: VerdictJob
     loaded: LoadedRun
@@ -209,7 +209,7 @@ class Study:
         return self.loaded.config.seed
 
     def each(self, metric: str) -> Iterator[tuple[Subject, str]]:
-        """Yield each subject with each of its methods, and show the progress."""
+        """Yield each subject with each of its methods, and show a progress bar."""
         pairs = [(subject, method) for subject in self.subjects for method in subject.methods]
         with tqdm(pairs, metric, disable=None, leave=False, dynamic_ncols=True) as bar:
             for subject, method in bar:
@@ -218,7 +218,7 @@ class Study:
 
 
 def prepare(job: VerdictJob, loaded: LoadedRun, split: Split, layers: Sequence[str]) -> Study:
-    """Choose units and images: of each map of a layer its strongest activations in the split, until there are enough.
+    """Choose units and images. A layer's units are its maps' strongest activations in the split, up to `job.units`.
 
     Raises UserError if no map of any layer is ever active.
     """
@@ -259,7 +259,7 @@ def prepare(job: VerdictJob, loaded: LoadedRun, split: Split, layers: Sequence[s
 
 
 def measure_weights(study: Study) -> Iterator[Row]:
-    """Compare pictures with those of networks whose layers are shuffled, from the top down and from the bottom up."""
+    """Compare pictures with those after shuffling layers one by one, from the top down and from the bottom up."""
     for subject in study.subjects:
         target = subject.target
         own = {method: _ranked(target, method) for method in subject.methods}
@@ -272,10 +272,10 @@ def measure_weights(study: Study) -> Iterator[Row]:
         correlations: dict[tuple[str, frozenset[str]], dict[str, Tensor]] = {}
         twin = target.chain
         for (_, layer), only in tqdm(stages.items(), f"weights: {subject.name}", disable=None, leave=False):
-            # adds one layer to the stage before: shuffling a large one takes seconds
+            # shuffles only one more layer than the previous stage, because a large layer takes seconds
             twin = shuffle_weights(target.chain if len(only) == 1 else twin, target.layer, study.seed, only=[layer])
             for method in (m for m in subject.methods if m in target.methods or only == top):
-                if (method, only) not in correlations:  # all layers are shuffled in both ways
+                if (method, only) not in correlations:  # both ways end with all layers shuffled
                     (size, ranks), (other_size, others) = own[method], _ranked(target, method, chain=twin, draw=1)
                     correlations[method, only] = {kind: (ranks[kind] * others[kind]).sum(1) for kind in ranks}
                     correlations[method, only]["ssim"] = structural_similarity(size, other_size, target.inside)
@@ -289,17 +289,17 @@ def measure_weights(study: Study) -> Iterator[Row]:
 
 
 def _ranked(target: Target, method: str, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sizes of the pictures by a method, and their ranks: of the values, and of the sizes."""
+    """Return the absolute values of a method's pictures, and the ranks of signed and of absolute values."""
     picture, inside = target.picture(method, **settings), target.inside
     size = picture.abs().sum(1)
     return size, {"signed": standard_ranks(picture, inside[:, None]), "unsigned": standard_ranks(size, inside)}
 
 
 def measure_own(study: Study) -> Iterator[Row]:
-    """Rank each unit's activation on its own picture's support among its activations on others' supports."""
+    """Rank each unit's activation on the support of its own picture among those on the supports of other pictures."""
     for subject, method in study.each("own"):
         target, units = subject.target, subject.target.units
-        if method in BASELINES:  # the same for every unit of a place: all tie
+        if method in BASELINES:  # the same for every unit at a place, so all tie
             yield subject.row(method, "own", torch.zeros(len(units)))
             continue
         every = torch.cat([units[:, 1:2], _others(study, target)], 1)
@@ -318,7 +318,7 @@ def measure_own(study: Study) -> Iterator[Row]:
 
 
 def _others(study: Study, target: Target) -> Tensor:
-    """Return other channels that are active at each unit's place, or other classes: int64 [U, others], −1: no more."""
+    """Return other channels active at each unit's place, or other classes: int64 [U, others], filled up with −1."""
     count, channels = len(target.units), target.chain.num_classes
     active = torch.ones(count, channels, dtype=torch.bool)
     if not target.of_class:
@@ -327,7 +327,7 @@ def _others(study: Study, target: Target) -> Tensor:
         active = maps[target.units[:, 0], :, target.units[:, 2], target.units[:, 3]] > 0
     active[torch.arange(count), target.units[:, 1]] = False
     chance = uniform(make_key(study.seed, CONTROL, 21), torch.arange(active.numel())).view(active.shape)
-    most = int(active.sum(1).max())  # of all: the same, in a random order
+    most = int(active.sum(1).max())  # the size of the largest choice; job.others=null takes all
     picked = torch.where(active, 1 + chance, 0).topk(min(study.job.others or most, most), dim=1)
     return torch.where(picked.values > 0, picked.indices, -1)
 
@@ -340,8 +340,8 @@ def measure_removal(study: Study) -> Iterator[Row]:
         target, boxes = subject.target, subject.target.boxes
         frames = target.cut(target.images)
         sides = boxes[:, 2:] - boxes[:, :2]
-        side = min(study.job.cells, int(sides.max()))  # each cell has pixels
-        clipped = sides.amin(1) < side  # at the image's edge, some cells would have none
+        side = min(study.job.cells, int(sides.max()))  # so that each cell has pixels
+        clipped = sides.amin(1) < side  # a box clipped at the image's edge, with cells that have no pixels
         cells = box_cells(boxes, (frames.shape[2], frames.shape[3]), side)
         sizes = {method: target.picture(method).abs().sum(1, keepdim=True) for method in subject.methods}
         relevance = {method: cell_means(size, cells, side**2)[0][:, 0] for method, size in sizes.items()}
@@ -357,13 +357,13 @@ def measure_removal(study: Study) -> Iterator[Row]:
 
 
 def measure_pointing(study: Study) -> Iterator[Row]:
-    """Measure the share of the class's picture in the object's box, and in its quarter of mosaics of four classes."""
+    """Measure the share of a class's picture in the object's box, and in its quarter of a mosaic of four classes."""
     subject = study.subjects[-1]
     target, labels = subject.target, subject.target.units[:, 1]
     boxes = study.split.images.boxes
     if boxes is None:
         log.info("the data have no boxes around the objects: pointing is measured on mosaics alone")
-    order = torch.stack([labels[:k].eq(label).sum() for k, label in enumerate(labels)])  # each class in turn
+    order = torch.stack([labels[:k].eq(label).sum() for k, label in enumerate(labels)])  # so that classes alternate
     order = (order * len(study.loaded.classes) + labels).argsort()
     fours = [four for four in order.split(4) if len(labels[four].unique()) == 4]
     if not fours:
@@ -393,7 +393,7 @@ def measure_pointing(study: Study) -> Iterator[Row]:
 
 
 def measure_parts(study: Study) -> Iterator[Row]:
-    """Draw each shape again without each sector, and compare the picture's mass there with the change of the number."""
+    """Redraw each shape without one sector, and compare the picture's mass there with the change of the number."""
     data, split = study.loaded.data, study.split
     if not isinstance(data, ShapesData):
         log.info("only data=shapes can be drawn without a part: part removal is left out")
@@ -419,7 +419,7 @@ def measure_parts(study: Study) -> Iterator[Row]:
 
 
 def measure_ablation(study: Study) -> Iterator[Row]:
-    """Set each map to zero: the change of the accuracy and of the logits, beside the map's class selectivity."""
+    """Set each map to zero, and measure the change of accuracy and logits, and the map's class selectivity."""
     images, loaded, chain = study.split.images, study.loaded, study.loaded.chain
     numbers = sample(loaded, images, study.job.ablation_images)
     labels, classes = images.labels[numbers], len(loaded.classes)
@@ -440,9 +440,9 @@ def measure_ablation(study: Study) -> Iterator[Row]:
                 logits[number].index_add_(0, truth, change / present[truth])
         accuracy, logits = accuracy[alive], logits[alive]
         most_reduced = logits.masked_fill(present == 0, torch.inf).argmin(1)
-        unchanged = logits.amin(1) >= 0  # such as a map that is not active in these images
+        unchanged = logits.amin(1) >= 0  # for example if the map is not active in these images
         best, selectivity = stats.best_class.cpu()[alive], stats.selectivity.cpu()[alive]
-        guessed = 1 / int((present > 0).sum())  # nothing is known of absent classes; of one class all agree: NaN
+        guessed = 1 / int((present > 0).sum())  # chance among the present classes; NaN below if there is only one
         agrees = ((most_reduced == best).double() - guessed) / (1 - guessed or math.nan)
         agrees = agrees.masked_fill(unchanged, torch.nan)
         columns = {
@@ -458,7 +458,7 @@ def measure_ablation(study: Study) -> Iterator[Row]:
 
 
 def measure_stability(study: Study) -> Iterator[Row]:
-    """Compare pictures with those of the images with every value one step of 1/255 up or down."""
+    """Compare pictures with those of the same images after a random change of each value by ±1/255."""
     step = 1 / 255 / torch.tensor(study.loaded.data.std).view(3, 1, 1)
     for subject, method in study.each("stability"):
         target = subject.target
@@ -483,7 +483,7 @@ METRICS: dict[str, Callable[[Study], Iterator[Row]]] = {
 
 
 def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping[str, str]) -> None:
-    """Write the tables and the figure, and print what holds."""
+    """Write the tables and the figure, and log the significant results."""
     rows = [*rows, *_pooled(rows)]
     table = [
         {"target": r.target, "method": r.method, "measure": r.measure, **clustered(r.values, r.clusters)} for r in rows
@@ -511,7 +511,7 @@ def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping
 
 
 def map_scores(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return each map's scores, which its page in the atlas shows: `clustered` of its units, for each method."""
+    """Return each map's scores for its page in the atlas: `clustered` over the map's units, for each method."""
     channels = {subject.name: subject.target.units[:, 1] for subject in study.subjects[:-1]}
     table = []
     for row in rows:
@@ -538,7 +538,7 @@ def _pooled(rows: Sequence[Row]) -> list[Row]:
 
 
 def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Test the difference of each two methods in each score, unit by unit, with errors by image (`clustered_tests`)."""
+    """Test the difference of each pair of methods in each score, paired by unit and clustered by image."""
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if row.measure in SCORES:
@@ -546,7 +546,7 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
     tests = []
     for (target, measure), methods in groups.items():
         values = {name: row.values for name, row in methods.items()}
-        (clusters, *_) = (row.clusters for row in methods.values())  # all have the same
+        (clusters, *_) = (row.clusters for row in methods.values())  # the same for all methods
         differences = clustered_tests(values, clusters, itertools.combinations(methods, 2))
         tests += [{"target": target, "measure": measure, **row} for row in differences]
     return tests
@@ -556,7 +556,7 @@ def what_holds(target: str, differences: Sequence[Mapping[str, Any]]) -> list[st
     """Return for each score the methods that beat the random picture, and which of these beat every baseline."""
     lines = []
     for measure in SCORES:
-        if measure in ("weights", "stability"):  # there the random picture is no chance level
+        if measure in ("weights", "stability"):  # here the random picture is not the chance level
             continue
         of = [d for d in differences if (d["target"], d["measure"]) == (target, measure)]
         names = dict.fromkeys(d[end] for d in of for end in ("first", "second"))
@@ -585,7 +585,7 @@ def _ablation_table(rows: Sequence[Row], classes: Sequence[str]) -> list[dict[st
 
 
 def _lines(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the table of the terminal, at most 80 columns: scores in hundredths."""
+    """Yield the lines of the table in the log, at most 80 columns wide, with scores in hundredths."""
     for target in (UNITS, CLASS):
         of = {(row["method"], row["measure"]): row for row in scores if row["target"] == target}
         columns = [measure for measure in SCORES if any(key[1] == measure for key in of)]
@@ -599,7 +599,7 @@ def _lines(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             for measure in columns:
                 row = of.get((method, measure), {"mean": None, "se": None})
                 error = "" if row["se"] is None else f"±{100 * row['se']:.0f}"
-                cells.append("–" if row["mean"] is None else f"{round(100 * row['mean'])}{error}")  # not -0
+                cells.append("–" if row["mean"] is None else f"{round(100 * row['mean'])}{error}")  # an int is never -0
             yield f"{method:10}" + "".join(f"{cell:>8}" for cell in cells)
 
 
@@ -614,9 +614,9 @@ def _ablation_lines(agreement: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
 
 @styled()
 def draw_verdict(table: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> Figure:
-    """Draw a panel for each score, by layer and for the class, and the curves of shuffled weights.
+    """Draw a panel for each score, by layer and for the class, and the curves for shuffled weights.
 
-    table: rows of verdict.csv; targets: layers, and `class`
+    table: rows of verdict.csv; targets: the layers and `class`
     """
     of = {(r["target"], r["method"], r["measure"]): r for r in table if r["mean"] is not None}
     methods = [*RULES, INTEGRATED, GRAD_CAM, *BASELINES]
@@ -664,7 +664,7 @@ def _draw_score(axis: Axes, measure: str, targets: Sequence[str], of: Numbers, l
 
 
 def _draw_cascade(axis: Axes, target: str, of: Numbers, looks: Looks) -> None:
-    """Draw the rank correlation with the picture of shuffled weights: unsigned in full, signed dashed."""
+    """Draw the rank correlation with pictures of shuffled weights: unsigned solid, signed dashed."""
     stages = list(dict.fromkeys(k[2].split()[1] for k in of if k[0] == target and k[2].startswith("top-down")))
     for method, look in looks.items():
         for kind, dashes in (("unsigned", "-"), ("signed", "--")):
