@@ -1,4 +1,4 @@
-"""Chromium without a screen, driven through chromedriver's own protocol (W3C WebDriver), on loopback only."""
+"""Headless Chromium, controlled through chromedriver's protocol (W3C WebDriver) on the loopback interface."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FLAGS = (
 
 
 class Browser:
-    """One page."""
+    """A browser with one page."""
 
     def __init__(self, session: str) -> None:
         self.session = session
@@ -37,7 +37,7 @@ class Browser:
         _call("POST", f"{self.session}/url", {"url": page.absolute().as_uri()})
 
     def run(self, script: str) -> Any:
-        """Run JavaScript in the page and return what it returns."""
+        """Run JavaScript in the page and return its result."""
         return _call("POST", f"{self.session}/execute/sync", {"script": script, "args": []})
 
     def wait(self, condition: str) -> None:
@@ -52,13 +52,13 @@ class Browser:
         _call("POST", f"{self.session}/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def messages(self) -> list[str]:
-        """Return what the browser's console has said since the last call."""
+        """Return the messages of the browser's console since the last call."""
         return [entry["message"] for entry in _call("POST", f"{self.session}/se/log", {"type": "browser"})]
 
 
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """Start a browser with a fresh profile in the folder `profile`; it ends with the block."""
+    """Start a browser with a new profile in the folder `profile`, and stop it at the end of the block."""
     driver = subprocess.Popen([str(DRIVER), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert driver.stdout is not None

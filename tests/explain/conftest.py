@@ -1,4 +1,4 @@
-"""Tiny tensors on one thread: on a busy machine a second one waits more than it helps."""
+"""Run these tests on one thread: their tensors are tiny, and on a busy machine a second thread slows them down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small float64 networks: ZFNet's variants, torchvision's and a user's own; images and units for them."""
+"""Small float64 networks (variants of ZFNet, torchvision's, and a custom one), with images and units for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zfnet.model.layers import Dropout
 
 
 def config(**changes) -> ModelConfig:
-    """ZFNet's kernels, strides and poolings with a handful of maps."""
+    """Return a config with ZFNet's kernels, strides and poolings, but only a few maps per layer."""
     settings = {
         "conv1": Conv(5, 7, 2, 1, True),
         "conv2": Conv(6, 5, 2, 0, True),
@@ -38,7 +38,7 @@ VARIANTS: dict[str, tuple[ModelConfig, int]] = {
 
 
 class Mixed(nn.Module):
-    """Everything that a chain may hold and ZFNet does not, in nested modules, with one ReLU for all layers."""
+    """All modules that a chain can contain and ZFNet does not, nested, with one ReLU module for all layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,12 +74,12 @@ class Mixed(nn.Module):
 
 
 def narrow_vgg11() -> nn.Module:
-    """Return torchvision's VGG-11 with an eighth of its maps: nearly all the time of these tests would be its own."""
+    """Return torchvision's VGG-11 with an eighth of its maps, because the full one would dominate the tests' time."""
     widths = [width if width == "M" else width // 8 for width in vgg.cfgs["A"]]
     return vgg.VGG(vgg.make_layers(widths))
 
 
-# name: (what builds it, side of the images in pixels, features of torchvision's classifiers)
+# name: (constructor, side of the images in pixels, input features of torchvision's classifier)
 OTHERS = {
     "alexnet": (torchvision.models.alexnet, 64, 9216),
     "vgg11": (narrow_vgg11, 32, 3136),
@@ -90,14 +90,14 @@ NETWORKS = (*VARIANTS, *OTHERS)
 
 
 def network(name: str = "pad", seed: int = 0) -> ZFNet:
-    """Return a random ZFNet in evaluation mode, with biases and, for `batch`, statistics of its own."""
+    """Return a random ZFNet in evaluation mode, with random biases and, for `batch`, random running statistics."""
     settings, size = VARIANTS[name]
     torch.manual_seed(seed)
     return _randomize(ZFNet(4, size, settings))
 
 
 def chain(name: str, seed: int = 0) -> Chain:
-    """Return the chain of any of the networks; torchvision's have classifiers of a few features, to save time."""
+    """Return the chain of a network. To save time, torchvision's networks get classifiers with a few features."""
     if name in VARIANTS:
         return network(name, seed).chain
     build, size, features = (OTHERS | WHOLE)[name]
@@ -135,7 +135,7 @@ def pictures(model: ZFNet | Chain, count: int = 2, seed: int = 1) -> Tensor:
 
 
 def some_units(model: ZFNet | Chain, images: Tensor, layer: str) -> list[tuple[int, ...]]:
-    """Return units at corners, borders and the middle, in every image and in no special order."""
+    """Return units at corners, borders and the middle, in every image, not sorted by image."""
     shape = model.activations(images, [layer])[layer].shape
     if len(shape) == 2:
         return [(n, f) for f in range(0, shape[1], 2) for n in range(len(images))]

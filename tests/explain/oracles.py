@@ -1,4 +1,4 @@
-"""Independent implementations of the deconvnet, slow and plain, to hold ours against."""
+"""Independent implementations of the deconvnet, slow and simple, to compare ours with."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class _Relu(torch.autograd.Function):
 
 
 def by_autograd(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], rule: str) -> Tensor:
-    """Return the projection [C, H, W] of one unit by autograd through ReLUs with changed backward passes.
+    """Return the projection [C, H, W] of one unit by autograd through ReLUs with modified backward passes.
 
-    LRN's gradient is autograd's, so it is the `gradient` choice.
+    Autograd uses the true gradient of LRN, which corresponds to `lrn="gradient"`.
     """
     x = start = images[unit[0] : unit[0] + 1].clone().requires_grad_()
     for step in chain.up_to(layer):
@@ -41,10 +41,10 @@ def by_autograd(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...],
 
 
 def by_mirror(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], dead_windows: str) -> Tensor:
-    """Return the paper's projection [C, H, W] by a mirror network written out by hand, on whole maps.
+    """Return the paper's projection [C, H, W] by an explicit mirror network on whole maps.
 
-    Unpooling adds what `unfold` finds; filtering is `conv_transpose2d` cropped or padded to the map below; the mean
-    is its own gradient; LRN is left out of the way back; batch normalisation scales.
+    Unpooling uses `unfold` and `fold`; filtering is `conv_transpose2d`, cropped or padded to the map below; average
+    pooling uses its gradient; LRN is skipped in the backward pass; batch normalisation scales.
     """
     x, ways_back = images[unit[0] : unit[0] + 1], []
     for step in chain.up_to(layer):
@@ -92,7 +92,7 @@ def _maxima_back(signal: Tensor, pool: nn.MaxPool2d, below: Tensor, dead_windows
         (n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(signal.shape[2:], stride, kernel, spacing, strict=True)
     ]
     beyond = [c - n - p for c, n, p in zip(covered, below.shape[2:], padding, strict=True)]
-    # negative where the last cells are under no window
+    # negative if no window covers the last cells
     padded = F.pad(below, (padding[1], beyond[1], padding[0], beyond[0]), value=float("-inf"))
     cells = F.unfold(padded, kernel, spacing, stride=stride).view(below.shape[1], -1, signal[0, 0].numel())
     highest = cells.max(1, keepdim=True).values

@@ -1,4 +1,4 @@
-"""The atlas in a real browser: every map is there, can be found, sorted, opened and followed to its image."""
+"""The atlas in a real browser: it shows every map, and maps can be searched, sorted and opened with their images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SCORES = {("conv1", 0): {"own": (0.8, 0.021, 4)}, ("conv5", 2): {"own": (-0.25, 
 
 @pytest.fixture(scope="module")
 def atlas() -> Atlas:
-    """conv1 and conv5 of a random network; map 3 of conv1 is dead, and class names are hostile."""
+    """An atlas of conv1 and conv5 of a random network. Map 3 of conv1 is dead, and class names contain markup."""
     torch.manual_seed(0)
     model = ZFNet(4, 64, config(conv1=Conv(12, 7, 2, 1, True), conv5=Conv(6, 3, 1, 1, True))).eval()
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_atlas_numbers_are_the_searchs(atlas: Atlas, page: Path) -> None:
 
 
 def test_atlas_names_only_classes_that_have_images(atlas: Atlas) -> None:
-    """The means of a map without ReLU may all be below 0, which is the mean of a class without images."""
+    """Without a ReLU all means of a map can be below 0, which is the mean of a class without images."""
     search = TopActivations(4, 4)
     search.add({"conv1": -1 - torch.rand(3, 12, 2, 2)}, torch.arange(3), torch.tensor([3, 1, 3]))
     some = dataclasses.replace(atlas, search=search, responses={}, nearest={}, verdict=None)
@@ -124,7 +124,7 @@ def test_atlas_fetches_nothing_from_elsewhere(page: Path) -> None:
 
 
 def test_atlas_patches_and_images_are_the_sets_own(atlas: Atlas, page: Path) -> None:
-    """The lower row of a map's picture shows what the network sees; 7 px frames are stored without loss."""
+    """The lower row of a map's picture shows what the network sees. Frames of 7 px are stored losslessly."""
     record = atlas.search.layers["conv1"]
     n, y, x = record.places()[0, 0].tolist()
     stored = np.array(Image.open(page.parent / f"images/{n}.webp").convert("RGB"))
@@ -193,7 +193,7 @@ def test_find_verdict_by_its_networks_weights(tmp_path: Path, monkeypatch: pytes
         if name != "old":
             Path("outputs/verdict", name, "maps.csv").write_text(table)
     Path("outputs/verdict/z").mkdir()
-    Path("outputs/verdict/z/verdict.json").write_text("{")  # damaged, of whatever network
+    Path("outputs/verdict/z/verdict.json").write_text("{")  # damaged: its network is unknown
     found = find_verdict("abc", "guided")
     assert found == Verdict("2026-01-02", "test", {("conv1", 3): {"own": (0.5, None, 1)}})
     for name in ("2026-01-03", "old", "nowhere"):
@@ -208,7 +208,7 @@ def test_find_verdict_by_its_networks_weights(tmp_path: Path, monkeypatch: pytes
             find_verdict("abc", "guided", "outputs/verdict/2026-01-01")
     assert find_verdict("abc", "guided") == found
     Path("outputs/verdict/2026-01-02/maps.csv").write_text("\0")
-    assert find_verdict("abc", "guided") is None  # nobody named one, so damaged ones are passed over
+    assert find_verdict("abc", "guided") is None  # damaged ones are skipped unless they are named
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_link_to_a_folder_of_any_name(page: str, link: str) -> None:
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 def test_atlas_in_one_file(page: Path, tmp_path: Path) -> None:
-    """Its pictures are the bytes of the files; nothing else is needed."""
+    """The file contains the bytes of all pictures and needs no other file."""
     folder = tmp_path / "atlas"
     shutil.copytree(page.parent, folder)
     single = write_single(folder)
@@ -264,7 +264,7 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
         assert len(cards()) == ALL
         assert b.run("return document.querySelectorAll('.card.dead').length") == 1
         assert f"{ALL} of {ALL} maps, 1 never active" in b.run("return document.getElementById('count').textContent")
-        # search: by number, by layer, by class (one with a space, one with markup), and for nothing
+        # search by number, by layer, by class (one with a space, one with markup), by conditions, and for nothing
         assert put("search", "5") == ["#conv1/5", "#conv5/5"]
         assert put("search", "conv5 5") == ["#conv5/5"]
         assert 0 < len(put("search", "sea lion")) <= ALL
@@ -293,12 +293,12 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
             assert values == sorted(values)
         assert put("sort", "own")[:2] == ["#conv1/0", "#conv5/2"]
         put("sort", "number")
-        # a layer alone, and its pictures
+        # show only one layer, and the other kind of pictures
         b.run("[...document.querySelectorAll('#layers button')].find((e) => e.value === 'conv5').click()")
         assert cards() == [f"#conv5/{n}" for n in range(6)]
         put("kind", "patches")
         assert "conv5_patches" in b.run("return document.querySelector('.thumbnail').style.backgroundImage")
-        # open a map, its image, its neighbours, and close it
+        # open a map, its image and its neighbour, and close it
         b.run("document.querySelector('.card').click()")
         b.wait("document.getElementById('detail').open")
         assert b.run("return document.querySelectorAll('#tiles li').length") == 4
@@ -309,7 +309,7 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
         b.press("\ue00c")  # escape
         b.wait("!document.getElementById('detail').open")
         b.wait("document.activeElement.dataset.map === '#conv5/1'")
-        # its scores, on the page and among its numbers
+        # a map's scores, on the page and in its numbers
         b.run("location.hash = '#conv1/0'")
         b.wait("document.getElementById('scores').textContent === 'own80 ± 2'")
         assert "4 of its activations, validation" in b.run("return document.getElementById('judged').textContent")
@@ -319,13 +319,13 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
         }
         b.run("location.hash = '#conv1/1'")
         b.wait("document.getElementById('judged').textContent.startsWith('not among')")
-        # a dead map, by its address
+        # open a dead map by its address
         b.run("location.hash = '#conv1/3'")
         b.wait("document.getElementById('statistics').textContent.startsWith('Never active')")
-        # light and dark
+        # switch between light and dark
         before = b.run("return getComputedStyle(document.body).backgroundColor")
         b.run("document.getElementById('theme').click()")
         assert b.run("return getComputedStyle(document.body).backgroundColor") != before
-        # every picture that was asked for came, and nothing complained
+        # all pictures have loaded, and the console has no messages
         assert b.run("return document.querySelectorAll('button:not([aria-label]):empty').length") == 0
         assert b.messages() == []

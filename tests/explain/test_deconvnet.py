@@ -1,4 +1,4 @@
-"""The deconvnet against independent oracles, with switches of another image, and what it refuses, in float64."""
+"""Compare the deconvnet with independent implementations, and test other images' switches and errors, in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zfnet.explain.windows import DEAD_WINDOWS, pool_with_switches, unpool, wind
 
 
 class Scaled(nn.Conv2d):
-    """A convolution with a forward pass of its own, which nobody can know how to undo."""
+    """A convolution that overrides `forward`, so its adjoint is unknown."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
@@ -45,7 +45,7 @@ def test_project_equals_autograd(name: str, rule: str) -> None:
 @pytest.mark.parametrize("dead_windows", DEAD_WINDOWS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_project_equals_a_mirror_network(name: str, dead_windows: str) -> None:
-    """The mirror works on whole maps, ours on what the units see."""
+    """The mirror network works on whole maps, and the deconvnet on the windows that units see."""
     model = chain(name)
     images = pictures(model)
     deconvnet = Deconvnet(model, dead_windows=dead_windows)
@@ -69,7 +69,7 @@ def test_project_equals_captum(name: str, layers: tuple[str, ...]) -> None:
     images = pictures(model)
     module = copy.deepcopy(model.model)
     for relu in (m for m in module.modules() if isinstance(m, nn.ReLU)):
-        relu.inplace = False  # captum's hooks cannot do with it
+        relu.inplace = False  # captum's hooks fail with in-place modules
     names = {m: n for n, m in model.model.named_modules()}
     for layer in layers:
         units = alive(model, images, layer)[:3]
@@ -77,7 +77,7 @@ def test_project_equals_captum(name: str, layers: tuple[str, ...]) -> None:
         end = module.get_submodule(names[model.up_to(layer)[-1].module])
         for rule, method in (("deconvnet", attr.NeuronDeconvolution), ("guided", attr.NeuronGuidedBackprop)):
             ours = Deconvnet(model, rule).project(images, layer, units)
-            with warnings.catch_warnings():  # captum warns of its hooks, and at each attribution
+            with warnings.catch_warnings():  # captum warns about its hooks at each attribution
                 warnings.simplefilter("ignore")
                 for unit, projection in zip(units, ours, strict=True):
                     theirs = method(module, end).attribute(images[unit[0]][None], unit[1:])[0]
@@ -85,7 +85,7 @@ def test_project_equals_captum(name: str, layers: tuple[str, ...]) -> None:
 
 
 def test_project_equals_finite_differences() -> None:
-    """The gradient rule is the derivative of the activation, here times the activation."""
+    """The gradient rule gives the derivative of the activation times the activation."""
     model = network("lrn")
     images = pictures(model, 1)
     unit = alive(model, images, "conv5")[0]
@@ -104,7 +104,7 @@ def test_project_equals_finite_differences() -> None:
 
 
 def test_project_with_switches_of_another_image() -> None:
-    """The seeds stay; the places of the maxima are the other image's: a mirror with both says the same."""
+    """The activations are the image's own, and the maxima's positions the other image's, as in a mirror network."""
     model = network("no_layers")
     images, others = pictures(model), pictures(model, seed=9)
     units = alive(model, images, "conv2")
@@ -128,7 +128,7 @@ def test_project_with_switches_of_another_image() -> None:
 
 
 def test_unpool_adds_what_max_unpool_would_lose() -> None:
-    """Overlapping windows share maxima; MaxUnpool2d keeps one of the duplicates, the adjoint adds them."""
+    """Overlapping windows share maxima. MaxUnpool2d keeps only one of their signals, but the adjoint adds them."""
     torch.manual_seed(0)
     x = F.relu(torch.randn(4, 8, 27, 27, dtype=torch.float64)).requires_grad_()
     pooled, where = F.max_pool2d(x, 3, 2, return_indices=True)
@@ -181,7 +181,7 @@ def test_project_gives_the_same_bytes_twice_and_in_chunks(monkeypatch) -> None:
 
 
 def test_project_never_uses_tf32() -> None:
-    """Neither in convolutions nor in products with the fully connected layers' weights."""
+    """TF32 is off both in convolutions and in matrix products with the fully connected layers' weights."""
     model, precisions = network(), []
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
 
@@ -226,7 +226,7 @@ def test_project_names_bad_units(layer: str, units: list, message: str) -> None:
 
 @pytest.mark.parametrize("fields", [False, True])
 def test_project_refuses_seeds_and_switches_that_do_not_fit(fields: bool) -> None:
-    """Too many seeds would otherwise go by unseen."""
+    """Without this check, too many seeds would be ignored."""
     model = network()
     deconvnet, images, units = Deconvnet(model), pictures(model), [(0, 1, 2, 3), (1, 1, 2, 3)]
     with pytest.raises(UserError, match=r"seeds of shape \[3\]: must be \[2\], one for each unit"):
@@ -269,7 +269,7 @@ def test_deconvnet_names_bad_choices() -> None:
     ],
 )
 def test_project_refuses_modules_without_a_rule(module: nn.Module, message: str) -> None:
-    """By name, and only if they are on the way."""
+    """The error names the module, and occurs only for layers above the module."""
     last = nn.Linear(64, 2) if isinstance(module, nn.Flatten) else nn.Conv2d(4, 2, 1)
     deconvnet = Deconvnet(nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(1), module, last), image_size=8)
     assert deconvnet.project(torch.ones(1, 3, 8, 8), "0", [(0, 0, 0, 0)]).shape == (1, 3, 8, 8)

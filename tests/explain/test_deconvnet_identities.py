@@ -1,4 +1,4 @@
-"""What must hold of the deconvnet: closed forms, symmetries, and where a projection may lie, in float64."""
+"""Identities of the deconvnet in float64: closed forms, symmetries, and projections within the receptive field."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_project_inactive_units_to_nothing() -> None:
 
 
 def test_project_stops_negative_signals_at_a_relu() -> None:
-    """With a negative first layer the rectified signal is ≥ 0 above it, so the image is ≤ 0 everywhere."""
+    """The first layer has negative weights and receives a rectified signal ≥ 0, so the projection is ≤ 0."""
     model = network()
     with torch.no_grad():
         model.conv1.weight.abs_().neg_()
@@ -97,7 +97,7 @@ def test_project_lies_within_the_receptive_field(name: str) -> None:
 def test_project_moves_with_the_image() -> None:
     model = ZFNet(4, 224, network().config).double().eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # a shift is seen at the borders through the biases
+        for parameter in model.parameters():  # with biases, the padding at the borders would reveal a shift
             if parameter.ndim == 1:
                 parameter.zero_()
     images = torch.zeros(1, 3, 224, 224, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Metrics of explanations against closed forms: a linear model's curves, a random map at 0, the right map at 1."""
+"""Compare metrics of explanations with closed forms: a random map scores 0, and a linear model's weights score 1."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEIGHTS = torch.rand(ITEMS, CELLS, generator=torch.Generator().manual_seed(0)).d
 
 
 def linear(item: Tensor, removed: Tensor) -> Tensor:
-    """What is left of a sum of weights."""
+    """Return the sum of the weights that are not removed."""
     return (WEIGHTS[item] * ~removed).sum(1)
 
 
@@ -35,22 +35,22 @@ def test_removal_of_a_linear_model_is_known() -> None:
     scores = removal_scores(linear, maps | {"half": opposite[0]}, CELLS)
     for found in scores["right"]:
         assert found.allclose(torch.ones(ITEMS).double(), atol=1e-6)
-    for name in ("random", "constant"):  # a constant map orders nothing: ties must be broken at random
+    for name in ("random", "constant"):  # ties in a constant map must be broken at random
         for found in scores[name]:
             assert abs(found.mean()) < 4 * found.std() / ITEMS**0.5
-    for found in scores["wrong"]:  # as far below a random order as the right one is above it
+    for found in scores["wrong"]:  # as far below random as the right order is above
         assert found.mean() == pytest.approx(-1, abs=0.1)
     assert all(0.2 < found.mean() < 0.8 for found in scores["half"])
 
 
 @pytest.mark.parametrize("filling", FILLINGS)
 def test_insertion_is_the_reversed_deletion_of_the_least_relevant(filling: str) -> None:
-    """To the bit, with each filling, and likewise the other way round: two curves, of which each has two names."""
+    """The curves are equal bit for bit, with each filling, for an order and for its reverse."""
     frames, boxes = torch.randn(1, 3, 8, 8), torch.tensor([[0, 0, 8, 8]])
     kernel = torch.randn(3, 8, 8)
     removal = Removal(frames, boxes, lambda f, _: (f * kernel).relu().sum((1, 2, 3)), 4, filling, frames / 2)
     relevance = {"a": torch.randn(1, 16), "b": torch.randn(1, 16)}
-    order = relevance["a"][0].argsort(descending=True)  # the most relevant first
+    order = relevance["a"][0].argsort(descending=True)  # most relevant first
     for first in (order, order.flip(0)):
         deletion, insertion = torch.zeros(5, 16, dtype=torch.bool), torch.ones(5, 16, dtype=torch.bool)
         for step in range(5):
@@ -58,7 +58,7 @@ def test_insertion_is_the_reversed_deletion_of_the_least_relevant(filling: str) 
             insertion[step, first.flip(0)[: 4 * step]] = False
         item = torch.zeros(5, dtype=torch.int64)
         assert torch.equal(removal(item, insertion), removal(item, deletion).flip(0))
-    # the scores are of these: the areas are equal, and one scale serves all methods
+    # so the scores have a fixed ratio: the areas are equal, and all methods have the same scale
     found = removal_scores(removal, relevance | {f"{k} last": -v for k, v in relevance.items()}, 4)
     ratios = [float(found[name][1] / found[f"{name} last"][0]) for name in relevance]
     assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
@@ -87,7 +87,7 @@ def test_ranks_of_is_the_order_from_the_most_relevant() -> None:
 def test_box_cells_divide_the_box_and_nothing_else() -> None:
     cells = box_cells(torch.tensor([[1, 0, 5, 2], [-2, 0, 2, 4]]), (6, 4), 2)
     assert cells[0].tolist() == [[-1] * 4, [0, 1, -1, -1], [0, 1, -1, -1], [2, 3, -1, -1], [2, 3, -1, -1], [-1] * 4]
-    assert cells[1, :3].tolist() == [[2, 2, 3, 3], [2, 2, 3, 3], [-1] * 4]  # the upper half is outside the frame
+    assert cells[1, :3].tolist() == [[2, 2, 3, 3], [2, 2, 3, 3], [-1] * 4]  # the box begins above the frame
     means, known = cell_means(torch.arange(24.0).view(1, 1, 6, 4).expand(2, 1, 6, 4), cells, 4)
     assert means[0, 0].tolist() == [6, 7, 14, 15]
     assert known.tolist() == [[True] * 4, [False, False, True, True]]
@@ -115,7 +115,7 @@ def test_removal_changes_the_removed_cells_alone(filling: str) -> None:
         assert fill.eq(0).all()
     elif filling == "blur":
         assert fill.eq(7).all()
-    else:  # between the values around it
+    else:  # interpolated between the surrounding values
         assert frames.min() < fill.min() <= fill.max() < frames.max()
 
 
@@ -126,7 +126,7 @@ def test_impute_continues_a_plane_and_keeps_what_is_known() -> None:
     lost[:, 2:5, 2:5] = True
     broken = points.masked_fill(lost[:, None], 1e3)
     torch.testing.assert_close(impute(broken, lost), points, rtol=2e-3, atol=1e-3)
-    assert impute(broken, torch.ones_like(lost)).abs().max() == 0  # nothing is known: the mean colour
+    assert impute(broken, torch.ones_like(lost)).abs().max() == 0  # without any known point: the mean colour
 
 
 def test_support_is_the_largest_share_of_what_is_inside() -> None:
@@ -141,7 +141,7 @@ def test_own_percentile_is_1_for_the_best_and_0_by_chance() -> None:
     found = own_percentile(torch.tensor([3.0, 3.0, 3.0, 3.0]), others)
     assert found[:3].tolist() == [1, 0, 0]
     assert found[3].isnan()
-    values = torch.rand(500, 11, generator=torch.Generator().manual_seed(0))  # the control: own is one of the others
+    values = torch.rand(500, 11, generator=torch.Generator().manual_seed(0))  # control: own is a random value, too
     assert abs(own_percentile(values[:, 0], values[:, 1:]).mean()) < 0.08
 
 
@@ -152,10 +152,10 @@ def test_structural_similarity() -> None:
     inside[:, 10:] = False
     torch.testing.assert_close(structural_similarity(a, 3 * a, inside), torch.ones(4).double())
     assert structural_similarity(a, b, inside).abs().max() < 0.4
-    changed = torch.where(inside, a, b)  # outside, nothing counts
+    changed = torch.where(inside, a, b)  # pixels outside do not count
     torch.testing.assert_close(structural_similarity(a, changed, inside), torch.ones(4).double())
     assert structural_similarity(a, 0 * a, inside).isnan().all()
-    # by hand, one window: means .5 and .25, variances 1/4 and 1/16 of the first, covariance 1/8
+    # one window by hand: means 0.5 and 0.75, variances 1/4 and 1/16, covariance 1/8
     first = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
     second = torch.tensor([[[0.5, 1.0], [1.0, 0.5]]])
     c1, c2 = 1e-4, 9e-4

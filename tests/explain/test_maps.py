@@ -1,4 +1,4 @@
-"""Numbers about single maps: counted by hand, and beside a network whose map is really set to zero."""
+"""Numbers about single maps, compared with results by hand and with a network that really sets a map to zero."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_histogram_by_hand() -> None:
     strongest = torch.tensor([[0.0, 0.0], [12.0, 0.0], [0.5, 0.0], [1.0, 0.0], [1.01, -1.0]])
     counts, highest = MapResponses(strongest, None).histogram()
     assert counts.shape == (2, 1 + BINS)
-    assert counts[0].tolist() == [1, 2, 1, *[0] * (BINS - 3), 1]  # the step is 1; 1.0 is within the first
+    assert counts[0].tolist() == [1, 2, 1, *[0] * (BINS - 3), 1]  # the bins have width 1, and 1.0 is in the first
     assert counts[1].tolist() == [5, *[0] * BINS]  # never active
     assert highest.tolist() == [12, 0]
 
@@ -33,7 +33,7 @@ def test_ablation_is_the_change_of_the_mean_output(name: str) -> None:
 
     with torch.no_grad():
         before = own.model(images).mean(0)
-        if name == "pad":  # the mixed network has one ReLU for all layers
+        if name == "pad":  # the mixed network has one ReLU for all layers, so a hook on it would change all
             handle = own.up_to(layer)[-1].module.register_forward_hook(without)
             after = own.model(images).mean(0)
             handle.remove()
@@ -49,7 +49,7 @@ def test_nearest_maps_finds_each_maps_copy_in_another_network() -> None:
     maps = own.activations(torch.cat(batches), ["conv3"])["conv3"]
     torch.testing.assert_close(strongest["conv3"], maps.flatten(2).amax(2).detach())
     others = {"a": strongest["conv3"].flip(1) * 3 + 1, "b": strongest["conv1"]}
-    others["b"][:, 0] = 5  # constant: no map's like
+    others["b"][:, 0] = 5  # a constant map is similar to none
     found = nearest_maps(strongest, others)
     for number, row in enumerate(found["conv3"]):
         if strongest["conv3"][:, number].std() > 0:

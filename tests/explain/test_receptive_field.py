@@ -1,4 +1,4 @@
-"""Receptive fields against the paper's numbers and against what the network really reacts to."""
+"""Compare receptive fields with the paper's numbers and with the pixels that change a unit's activation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_receptive_field_papers_numbers() -> None:
 
 
 def test_receptive_field_of_other_networks() -> None:
-    """By hand. `mixed` reads rows through 5/2, 2/2 and 3 cells two apart, columns through 3/1, 3/2 and these."""
+    """By hand. `mixed` has kernel/stride 5/2 and 2/2 along rows, 3/1 and 3/2 along columns, then 3 with dilation 2."""
     vgg, mixed = chain("vgg11"), chain("mixed")
     assert [max(receptive_field(vgg, layer).kernel) for layer in vgg.conv_layers] == [3, 8, 18, 26, 46, 62, 102, 134]
     field = receptive_field(mixed, "body.dilated")
@@ -31,7 +31,7 @@ def test_receptive_field_of_other_networks() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_receptive_box_holds_exactly_the_pixels_that_matter(name: str) -> None:
-    """In an all-positive network without maxima every pixel seen has a derivative; average pooling sees as max does."""
+    """With positive weights, and average instead of max pooling, every pixel that a unit sees has a derivative."""
     model = chain(name)
     with torch.no_grad():
         for parameter in model.model.parameters():

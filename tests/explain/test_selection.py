@@ -1,4 +1,4 @@
-"""The images that analyses show to a network."""
+"""The selection of images for the analyses."""
 
 from __future__ import annotations
 

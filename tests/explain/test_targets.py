@@ -1,4 +1,4 @@
-"""What is explained: a unit's frame holds all that it sees, and the pictures are what their names say."""
+"""Targets of explanations: a unit's frame contains all that the unit sees, and pictures follow their methods."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_target_value_of_its_own_frames_is_the_activation() -> None:
         frames = target.cut(images)
         expected = out[layer][unit[:2]] if layer == OUTPUT else out[layer][unit]
         torch.testing.assert_close(target.value(frames, torch.zeros(1, dtype=torch.int64))[0], expected.detach())
-        inside = target.inside[:, None]  # what lies outside its box, the unit does not see
+        inside = target.inside[:, None]  # the unit does not see pixels outside its box
         changed = torch.where(inside, frames, 5.0) if layer != "conv2" else frames
         torch.testing.assert_close(target.value(changed, torch.zeros(1, dtype=torch.int64))[0], expected.detach())
 

@@ -1,4 +1,4 @@
-"""The streaming search against brute force, however the set is divided, and after an interruption."""
+"""Compare the streaming search with brute force, for any batches and after an interruption."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zfnet.explain.top_activations import TopActivations, collect, selectivity
 
 
 def brute_force(maps: Tensor, top: int) -> list[list[tuple[float, int, int]]]:
-    """Return for each map of [N, C, H, W] the (value, image, position) of its `top` best images, by sorting all."""
+    """Return the (value, image, position) of each map's `top` best images by sorting all; maps is [N, C, H, W]."""
     answer = []
     for channel in range(maps.shape[1]):
         rows = []
@@ -44,7 +44,7 @@ def entries(collection: TopActivations, layer: str) -> list[list[tuple[float, in
     seed=st.integers(0, 10**6),
 )
 def test_top_activations_equal_brute_force_in_any_division_and_order(count, top, batch, backwards, seed) -> None:
-    """Few distinct values, so that ties between images and between positions abound."""
+    """The maps have few distinct values, so that many images and positions tie."""
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randint(0, 4, (count, 3, 2, 3), generator=generator).float()
     labels = torch.randint(0, 4, (count,), generator=generator)
@@ -75,7 +75,7 @@ def test_top_activations_of_few_images_and_dead_maps() -> None:
 
 
 def test_selectivity_by_chance_tells_rare_noise_from_a_class() -> None:
-    """Maps blind for classes, but active on 2 % of images, have an index of 0.6: shuffled labels give as much."""
+    """Maps that ignore classes, but are active on 2 % of images, have an index of 0.6, as with shuffled labels."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(500) % 10
     rare = (torch.rand(500, 200, generator=generator) < 0.02) * torch.rand(500, 200, generator=generator)
@@ -90,7 +90,7 @@ def test_selectivity_by_chance_tells_rare_noise_from_a_class() -> None:
     assert (statistics.p[:200] <= 0.05).float().mean() < 0.12
     assert excess[200:].min() > excess[:200].median()
     assert (statistics.p[200:] == 0.05).all()
-    assert statistics.selectivity[200:].mean() < statistics.selectivity[:200].mean()  # it misleads alone
+    assert statistics.selectivity[200:].mean() < statistics.selectivity[:200].mean()  # misleading alone
     alone = TopActivations(1, 10)
     alone.add({"fc6": rare}, torch.arange(500), labels)
     assert alone.statistics("fc6").chance.isnan().all()
@@ -108,7 +108,7 @@ def test_classes_without_images_take_no_memory_and_change_nothing() -> None:
     assert torch.equal(found.best_class, expected.best_class * 300 + 7)
     assert torch.equal(found.class_means[:, 7::300], expected.class_means)
     assert found.class_means.count_nonzero() == 12
-    old, metadata = few.state()  # of a search that an older version stopped
+    old, metadata = few.state()  # like the state that an older version saved
     del old["known"]
     again = TopActivations.from_state(old, metadata, torch.device("cpu"))
     assert torch.equal(again.statistics("fc6").class_means, expected.class_means)

@@ -13,14 +13,14 @@ from zfnet.explain.windows import DEAD_WINDOWS, pool_with_switches, unpool, wind
 
 
 def test_pool_with_switches_worked_example() -> None:
-    """3×3/2 windows on 5×5 cells; the 9 in the middle is the maximum of all four and gets what all four bring."""
+    """The 9 in the middle of 5×5 cells is the maximum of three 3×3 windows at stride 2, so it gets three signals."""
     x = torch.tensor([[1.0, 2, 3, 0, 1], [0, 1, 0, 2, 0], [2, 0, 9, 0, 3], [1, 0, 0, 1, 0], [0, 5, 1, 0, 9.5]])[
         None, None
     ]
     pool = nn.MaxPool2d(3, 2)
     pooled, switches = pool_with_switches(x, pool)
     assert pooled[0, 0].tolist() == [[9, 9], [9, 9.5]]
-    # bit 3·dy + dx: the cell's place in each window
+    # bit 3·dy + dx is cell (dy, dx) of each window
     assert switches[0, 0].tolist() == [[1 << 8, 1 << 6], [1 << 2, 1 << 8]]
     back = unpool(torch.tensor([[1.0, 10], [100, 1000]])[None, None], switches, window_of(pool))
     expected = torch.zeros(5, 5)
@@ -53,7 +53,7 @@ def test_pool_with_switches_dead_windows() -> None:
 def test_unpool_first_is_autograds_choice_and_the_adjoint(
     size, kernel, stride, padding, spacing, ceil, channels_last, seed
 ) -> None:
-    """On maps full of ties and dead windows: ⟨pooling's derivative x′, r⟩ = ⟨x′, unpooled r⟩."""
+    """On maps with many ties and dead windows, unpooling equals autograd's gradient of the pooling."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-3, 3, (2, 3, *size), generator=generator).double().clamp(min=0)
     if channels_last:

@@ -1,4 +1,4 @@
-"""A network trained for a few seconds, for the tests of explanations."""
+"""A network that the tests of explanations train for a few seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zfnet.runs.weights import load_run
 
 @dataclass(frozen=True)
 class Trained:
-    """The network, its run, and the images that it was not trained on."""
+    """The network, its run, and its test images."""
 
     run: RunDirectory
     model: ZFNet
@@ -34,7 +34,7 @@ class Trained:
 
 
 def train_some(folder: Path) -> Trained:
-    """Train a narrow network with batch normalisation on 1,080 built-in images: a third becomes correct, in seconds."""
+    """Train a narrow network with batch normalisation on 1,080 built-in images: a third becomes correct in seconds."""
     words = (
         "trainer.epochs=6",
         "trainer.threads=1",
