@@ -1,3 +1,3 @@
-"""Analyses of tiny networks run on one thread, as the explanations do."""
+"""Run these tests on one thread, like those of tests/explain."""
 
 from tests.explain.conftest import _one_thread  # noqa: F401

@@ -1,4 +1,4 @@
-"""Attributions against autograd, against their own axioms, and against the known places of the objects."""
+"""Compare attributions with autograd and captum, their axioms, and the known boxes of the objects."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_attribute_points_at_the_object(trained: Trained) -> None:
     images, labels, boxes = trained.correctly_classified(24)
     result = attribute(trained.model.chain, images, labels, "conv5", steps=16, batch_size=256)
     evidence = box_evidence(result.maps, boxes)
-    for method in ("gradient", "guided", INTEGRATED):  # Grad-CAM's maps have 3×3 cells here: too coarse to ask
+    for method in ("gradient", "guided", INTEGRATED):  # Grad-CAM's maps have only 3×3 cells here, which is too coarse
         assert evidence[method]["difference"]["low"] > 0, method
     centre = 1 - torch.linspace(-1, 1, 64).square()
     prior = box_evidence({"centre": (centre[:, None] * centre).expand(24, 1, -1, -1)}, boxes)["centre"]
     area = in_boxes(torch.arange(64) + 0.5, boxes).float().mean()
-    assert prior["own"]["mean"] > area  # which is no yardstick: this map knows nothing of the image
+    assert prior["own"]["mean"] > area  # area is no baseline: this map ignores the image
     assert abs(prior["difference"]["mean"]) < 0.01
 
 

@@ -1,4 +1,4 @@
-"""The analyses as commands: one line for bad input, and the run that is read stays as it is."""
+"""The analyses as commands: bad input gives one line, and the run that they read does not change."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_analyses_do_not_write_to_the_run(run_py, tiny_run: RunDirectory) -> Non
 
 @dataclass(kw_only=True)
 class Confidence(Look):
-    """An analysis as a user would write one (see zfnet/explain/selection.py)."""
+    """A user-defined analysis (see zfnet/explain/selection.py)."""
 
     count: int
 

@@ -1,4 +1,4 @@
-"""Δ and κ against brute force and closed cases; p against untrained networks, where no part corresponds."""
+"""Compare Δ and κ with brute force and known cases, and test p with untrained networks, which know no parts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_agreement_delta_is_the_mean_over_pairs_of_one_class() -> None:
 
 
 def test_agreement_kappa_does_not_take_few_changes_for_equal_ones() -> None:
-    """Independent changes of 5 % and of 20 % of the features: Δ differs threefold, κ says chance both times."""
+    """For independent changes of 5 % and of 20 % of the features, Δ differs threefold, but κ is 0 both times."""
     groups, generator = torch.zeros(20, dtype=torch.int64), torch.Generator().manual_seed(0)
     few, many = (
         agreement(random_signs(20, 3000, k) * (torch.rand(20, 3000, generator=generator) < share), groups)
@@ -90,7 +90,7 @@ def test_agreement_refuses_classes_without_pairs() -> None:
 
 
 def objects(images: Tensor, **parts: Tensor) -> Marked:
-    """Return images whose objects fill their lower right, with these parts, (y, x) in 0 … 1 of the box."""
+    """Return images with objects in the lower right and these parts, (y, x) in 0 … 1 of the box."""
     count, size = len(images), images.shape[-1]
     box = torch.tensor([[size / 4, size / 4, size, size]]).expand(count, -1)
     marked = Marked(images, {}, box, torch.zeros(count, dtype=torch.int64))
@@ -100,7 +100,7 @@ def objects(images: Tensor, **parts: Tensor) -> Marked:
 
 
 def test_measure_calls_no_place_of_an_untrained_network_a_part() -> None:
-    """An arbitrary place, the same of all objects, has p ≤ 0.2 in a fifth of untrained networks, not in all of them."""
+    """An arbitrary place, the same in all objects, has p ≤ 0.2 in only about a fifth of untrained networks."""
     masks, values, beyond_random = Masks(8, torch.zeros(3), 64), [], 0
     for seed in range(20):
         model = network("no_pool", seed).chain
@@ -109,7 +109,7 @@ def test_measure_calls_no_place_of_an_untrained_network_a_part() -> None:
         table = measure(model, marked, ["conv5"], masks, places=19, seed=seed).table["conv5"]
         values.append(table["anywhere"].p)
         beyond_random += table["anywhere"].delta < table["random"].delta
-    assert beyond_random >= 14  # what the paper compares says "correspondence" in most of them
+    assert beyond_random >= 14  # the paper's comparison finds a "correspondence" in most
     assert sum(p <= 0.05 for p in values) <= 3
     assert 1 <= sum(p <= 0.2 for p in values) <= 8
     assert sum(p > 0.5 for p in values) >= 5
@@ -118,7 +118,7 @@ def test_measure_calls_no_place_of_an_untrained_network_a_part() -> None:
 def test_measure_finds_no_correspondence_where_the_mask_changes_nothing() -> None:
     model = network("no_pool").chain
     images = pictures(model, 6)
-    images[..., 8:16, 8:16] = 0  # the fill: the object's upper left is blank
+    images[..., 8:16, 8:16] = 0  # the object's upper left already has the colour of the fill
     marked = objects(images, blank=torch.tensor([4.5, 4.5]) / 24, other=torch.tensor([0.6, 0.6]))
     result = measure(model, marked, ["conv5", "fc7"], Masks(8, torch.zeros(3), 64), places=19, seed=0)
     for rows in result.table.values():
@@ -130,7 +130,7 @@ def test_measure_finds_no_correspondence_where_the_mask_changes_nothing() -> Non
 
 
 class Reddish(Chain):
-    """Features that read every pixel, and how much red there is, wherever it is."""
+    """Features that depend on every pixel, and on the total amount of red at any position."""
 
     def __init__(self) -> None:
         self.weight = torch.randn(3 * 32 * 32, 80, generator=torch.Generator().manual_seed(0))
@@ -140,7 +140,7 @@ class Reddish(Chain):
 
 
 def test_measure_ranks_first_the_part_that_features_know() -> None:
-    """Each object has its red part at another place, so that same places hide it in few objects."""
+    """Each object has its red part at another place, so that a same place hides it in few objects."""
     images = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     images[:, 0] *= 0.01
     marked = objects(images, elsewhere=torch.tensor([0.3, 0.6]))
@@ -171,7 +171,7 @@ def test_mask_hides_a_square_around_each_centre() -> None:
     changed = (hidden != images).any(1)
     assert changed[0].nonzero().tolist() == [[y, x] for y in range(3, 7) for x in range(5, 9)]
     torch.testing.assert_close(hidden[0], expected[0])
-    assert changed[1].nonzero().amin(0).tolist() in ([0, 9], [0, 10])  # the rest lies outside the image
+    assert changed[1].nonzero().amin(0).tolist() in ([0, 9], [0, 10])  # part of the square is outside the image
     assert changed[1, 0, 11]
 
 
@@ -185,7 +185,7 @@ def test_sign_changes_are_those_of_the_features() -> None:
     for layer, signs in result.items():
         expected = (before[layer] - after[layer]).flatten(1).sign()
         assert (signs[0] == expected).float().mean() > 0.999
-        assert (signs[1] == 0).all()  # this mask lies outside
+        assert (signs[1] == 0).all()  # this mask is outside the image
     far = result["conv1"][0].view(3, 5, 32, 32)[0, :, 20:, 20:]  # beyond the reach of the mask
     assert (far == 0).all()
 
@@ -240,7 +240,7 @@ DATA = compose(*TINY).data
 
 @pytest.fixture
 def loaded() -> Any:
-    """What is asked of a run: its preprocessing and its device."""
+    """The attributes of a run that the functions use: its preprocessing and its device."""
     runtime = SimpleNamespace(device=torch.device("cpu"), channels_last=True)
     return SimpleNamespace(metadata=SimpleNamespace(stored_size=64), data=DATA, runtime=runtime)
 
@@ -259,7 +259,7 @@ def test_read_points_follow_their_pixels_into_the_network(loaded: Any, tmp_path:
     result = read_points(loaded, table)
     assert result.boxes.tolist() == [pytest.approx([16, 40, 24, 48]), [40, 0, 64, 30]]
     y, x = result.parts["dot"][0].tolist()
-    assert (x, y) == pytest.approx((44, 20))  # 20 px are cut off on the left, the rest is 0.8 as large
+    assert (x, y) == pytest.approx((44, 20))  # 20 px are cropped on the left, then the scale is 0.8
     lit = (result.inputs[0, 0] > 0).nonzero().float() + 0.5
     assert lit.mean(0).tolist() == pytest.approx([y, x], abs=0.6)
     assert result.parts["dot"][1].tolist() == [62, 1]

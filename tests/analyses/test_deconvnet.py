@@ -1,4 +1,4 @@
-"""The controls: each changes what it says, and similarity is Spearman's."""
+"""The controls of the deconvnet (each changes what its name says), Spearman's correlation, and the job."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_project_controls_of_a_random_network() -> None:
 
 
 def test_project_controls_take_the_switches_of_another_image() -> None:
-    """Neighbouring units often share their strongest image, and a data set may hold an image twice."""
+    """The other image must differ, although units can share an image and a data set can contain an image twice."""
     model = network("pad")
     one, other = pictures(model, 2).split(1)
     units = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1], [2, 0, 1, 1], [0, 2, 1, 1]])
@@ -132,7 +132,7 @@ def test_compare_controls_equal_and_constant_projections() -> None:
 
 
 def test_compare_controls_ranks_within_what_the_unit_sees() -> None:
-    """Independent pictures whose frames lie partly outside the image: the zeros there are no similarity."""
+    """Zeros outside the image do not make independent pictures similar."""
     own, other = torch.randn(2, 4, 3, 40, 40)
     own[:, :, :20], other[:, :, :20] = 0, 0
     assert rank_correlation(own.abs(), other.abs(), torch.ones_like(own, dtype=torch.bool)).mean() > 0.5
@@ -224,7 +224,7 @@ SMALL = (
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Return what a job says: all but logs, times and the search's state."""
+    """Return the contents of a job's results: all files except logs, times and the state of the search."""
     skipped = {"deconvnet.log", "status.json", ".lock", "search.safetensors"}
     return {
         p.relative_to(folder).as_posix(): p.read_bytes()
@@ -238,11 +238,11 @@ def save_photograph(path: Path) -> None:
 
 
 def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("zfnet.analyses.deconvnet._CONTROL_UNITS", 8)  # as good here, and faster
+    monkeypatch.setattr("zfnet.analyses.deconvnet._CONTROL_UNITS", 8)  # faster
     few = ("model.conv1.channels=12", "model.conv4.channels=12", "trainer.epochs=1")
     own = train_tiny(tmp_path / "own", *few).folder
     before = files(own)
-    judged = tmp_path / "outputs/verdict/1"  # the newest of this network is found
+    judged = tmp_path / "outputs/verdict/1"  # found as the newest verdict of this network
     judged.mkdir(parents=True)
     weights = weights_hash(load_run(own).model.state_dict())
     (judged / "verdict.json").write_text(json.dumps({"weights": weights, "split": "test"}))
@@ -260,7 +260,7 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: P
     assert numbers["ablated"] == 3
     assert [m["scores"] for m in layers[1]["maps"][4:6]] == [{}, {"own": [0.5, 0.1, 2]}]
 
-    # every number of the table holds, recomputed one by one
+    # recompute every number of the table
     run = load_run(own)
     images, searched = load_splits(run.config.data).train, torch.linspace(0, 179, 60).round().long()
     inputs = preprocess(images.pixels(range(len(images))), run.config.data)
@@ -284,7 +284,7 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: P
         assert drawn["projections"].abs().sum().item() == pytest.approx(ours.abs().sum().item(), rel=1e-4)
     maps = read_csv(whole / "maps.csv")
     assert [r["layer"] for r in maps] == ["conv1"] * 12 + ["conv4"] * 12
-    # a photograph's maps lead to this atlas
+    # the maps of a photograph link to this atlas
     save_photograph(tmp_path / "cat.png")
     words = ("images=[cat.png]", "job.maps=3", "job.pages=whole", "job.layers=[conv1,conv4]", "trainer.device=cpu")
     answer = run_py("job=deconvnet", f"run={own}", *words, "hydra.run.dir=photo")
@@ -314,7 +314,7 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: P
         "other_unit",
     }
 
-    # stopped in the middle of the search, then of the atlas, it goes on and ends with the same bytes
+    # a job that is stopped during the search, then during the atlas, resumes and writes the same bytes
     with monkeypatch.context() as patch:
         add = TopActivations.add
 

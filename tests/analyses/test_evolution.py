@@ -1,4 +1,4 @@
-"""Projections and comparisons of maps across snapshots, against plain computations."""
+"""Compare projections and correlations of maps across snapshots with direct computations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_project_strongest_projects_the_strongest_activation_of_all(trained: Tra
         ["conv2", "conv5"],
         TopActivations(1, len(images.classes)),
     )
-    for layer in ("conv2", "conv5"):  # of conv5 a unit sees more than the image, of conv2 less
+    for layer in ("conv2", "conv5"):  # a unit of conv5 sees more than the image, and a unit of conv2 less
         with torch.no_grad():
             maps = trained.model.activations(trained.inputs[:60], [layer])[layer]
         number = int(maps.amax((0, 2, 3)).argmax())
@@ -63,7 +63,7 @@ def test_sample_maps_samples_maps_that_are_alive() -> None:
 
 
 def test_a_map_is_not_compared_with_itself_where_there_is_no_other() -> None:
-    """And a map that is never active has no strongest image."""
+    """The correlation of different maps is NaN. In addition, a map that is never active has no strongest image."""
     views = {}
     for epoch in (1, 2):
         maps = {

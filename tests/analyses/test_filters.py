@@ -1,4 +1,4 @@
-"""Measures of filters against closed forms and a numerical integral."""
+"""Compare measures of filters with closed forms and a numerical integral."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from zfnet.runs.weights import load_model
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
 def test_aliasing_energy_is_the_integral_beyond_nyquist(stride: int) -> None:
     weight = torch.randn(3, 3, 7, 7, dtype=torch.float64)
-    grid = 24 * 32  # whole periods for every stride; on the band's edge a sample counts half
+    grid = 24 * 32  # the band's edge is a sample for every stride, and counts half
     frequency = torch.fft.fftfreq(grid, dtype=torch.float64).abs()
     edge = 0.5 / stride
     inside = (frequency < edge - 1e-9).double() + 0.5 * ((frequency - edge).abs() <= 1e-9).double()
@@ -48,7 +48,7 @@ def test_aliasing_energy_of_filters_that_one_knows() -> None:
 
 
 def test_aliasing_stands_beside_that_of_noise() -> None:
-    """Noise aliases by 1 − 1/stride² whatever a network has learnt, so the strides themselves say nothing."""
+    """Noise aliases by 1 − 1/stride² without any training, so random filters must match that baseline."""
     batch = [Batch(torch.randn(2, 3, 24, 24), torch.zeros(2), torch.zeros(2), 0, 2)]
     for size, stride, expected in ((7, 2, 0.75), (11, 4, 0.9375)):
         torch.manual_seed(0)
@@ -67,7 +67,7 @@ def test_cross_spectra_give_the_energy_of_the_responses() -> None:
     faded = (images - (images * window).sum((2, 3), keepdim=True) / window.sum()) * window
     responses = F.conv2d(F.pad(faded, (0, 6, 0, 6), mode="circular"), weight.float())
     power = torch.fft.fft2(responses).abs().square().sum(0)
-    inside = torch.tensor([1.0] * 6 + [0.5] + [0] * 11 + [0.5] + [1] * 5)  # below 1/4 cycles a pixel, at it, beyond
+    inside = torch.tensor([1.0] * 6 + [0.5] + [0] * 11 + [0.5] + [1] * 5)  # below 1/4 cycles per pixel, at 1/4, beyond
     expected = 1 - (power * inside[:, None] * inside).sum((1, 2)) / power.sum((1, 2))
     result = spectra.aliasing(weight, (2, 2)).float()
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
@@ -76,7 +76,7 @@ def test_cross_spectra_give_the_energy_of_the_responses() -> None:
 
 
 def test_response_aliasing_counts_only_what_the_images_hold() -> None:
-    """On smooth images filters of noise alias little, and one for fine stripes aliases where there are stripes."""
+    """Noise filters alias little on smooth images, and a filter of fine stripes aliases only on striped images."""
     coarse = F.interpolate(torch.randn(8, 3, 5, 5), size=(32, 32), mode="bicubic")
     stripes = 0.3 * (-1.0) ** torch.arange(32)
     noise, fine = torch.randn(30, 3, 7, 7, dtype=torch.float64), ((-1.0) ** torch.arange(7)).expand(1, 3, 7, 7).double()
@@ -116,7 +116,7 @@ def test_measure_filters_finds_dead_and_flat_ones() -> None:
         model.conv1.bias[:] = 0.1
         model.conv1.weight[1] = 0
         model.conv1.bias[1] = -1.0  # never active
-        model.conv1.weight[3] *= 1e-3  # next to nothing, but its bias makes it active
+        model.conv1.weight[3] *= 1e-3  # flat, but active because of its bias
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     nothing = torch.zeros(2, dtype=torch.int64)
     batches = [Batch(part, nothing, nothing, 0, 2) for part in images.split(2)]

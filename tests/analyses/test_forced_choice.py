@@ -1,4 +1,4 @@
-"""The forced choice: observers that know the answer are right, those that know nothing are so half of the time."""
+"""The forced choice: informed observers are always right, and uninformed observers half of the time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def settings(**changes) -> SimpleNamespace:
 
 
 def colour_network(signs: Tensor) -> Chain:
-    """Each map of `a` is the mean of one colour in 3×3 px, times a sign, and zero where that is negative."""
+    """Return a network in which each map of `a` is the mean of one colour over 3×3 px, times a sign, rectified."""
     model = nn.Sequential()
     model.add_module("a", nn.Conv2d(3, len(signs), 3, padding=1))
     model.add_module("relu", nn.ReLU())
@@ -68,7 +68,7 @@ def colour_network(signs: Tensor) -> Chain:
 
 @pytest.fixture(scope="module")
 def colours() -> TrialPictures:
-    """Trials of the three maps of a network that sees red, green and blue, on 400 images of one colour each."""
+    """Trials of a network with a map for red, green and blue each, on 400 images of a single colour each."""
     pixels = torch.randint(0, 256, (400, 1, 1, 3), dtype=torch.uint8, generator=generator())
     images = image_set(pixels.expand(-1, SIZE, SIZE, -1).numpy(), torch.zeros(400), ["one"])
     data = data_config(image_size=SIZE, batch_size=50, mean=[0.5] * 3, std=[0.5] * 3)
@@ -83,7 +83,7 @@ def test_maps_of_a_colour_are_predicted_by_a_network_with_colours(colours: Trial
     right = choices(colours, Observer(colour_network(torch.tensor([1.0, 1, 1, -1, -1, -1])), colours.data, ["a"]))
     assert right["patches"].eq(1).all()
     assert right["both"].mean() > 0.9
-    assert abs(right["other_patches"].mean() - 0.5) < 0.25  # thirty pairs of three maps
+    assert abs(right["other_patches"].mean() - 0.5) < 0.25  # only thirty pairs of three maps
     rows = trial_rows("a", colours.trials, right)
     assert [row["patches"] for row in rows] == [1.0] * 30
     assert all(float(row["strong_activation"]) > float(row["weak_activation"]) for row in rows)
@@ -120,8 +120,8 @@ def test_shown_pictures_are_what_the_units_see(colours: TrialPictures) -> None:
 def test_draw_trials_keeps_references_and_queries_apart() -> None:
     values = torch.rand(300, 6, generator=generator())
     values[:, 1] = 0  # never active
-    values[19::2, 2] = 0  # active in nine of the images for queries, too few for ten trials
-    values[torch.arange(300) % 7 != 0, 3] = 0  # active in few, and the weakest tenth is zero
+    values[19::2, 2] = 0  # active in nine images for queries, too few for ten trials
+    values[torch.arange(300) % 7 != 0, 3] = 0  # active in few images, and 0 in the weakest tenth
     places = torch.randint(0, 5, (300, 6, 2), generator=generator())
     first, second = torch.arange(300).view(150, 2).T
     trials = draw_trials(values, places, first, second, settings(), 0)
@@ -133,7 +133,7 @@ def test_draw_trials_keeps_references_and_queries_apart() -> None:
         assert set(queries[..., 0].flatten().tolist()) <= set(second.tolist())
         strong, weak = queries.unbind(1)
         assert len(strong[:, 0].unique()) == len(weak[:, 0].unique()) == 10
-        assert torch.equal(strong[:, 1:], weak[:, 1:])  # the border of the image tells nothing
+        assert torch.equal(strong[:, 1:], weak[:, 1:])  # same position, so that the image's border gives no hint
         assert torch.equal(strong[:, 2:], places[strong[:, 0], number])
         assert torch.equal(trials.values[place, :, 0], values[strong[:, 0], number])
         ranked = values[second, number].sort().values
@@ -147,10 +147,10 @@ def test_draw_trials_keeps_references_and_queries_apart() -> None:
 
 @pytest.fixture
 def features() -> dict[str, dict[str, Tensor]]:
-    """40 maps with a direction each, of which the strong queries and the patches have a share."""
+    """Features of 40 maps, each with its own direction. Strong queries and patches contain it, projections do not."""
     own, numbers = torch.eye(40), generator()
     found = {
-        "projections": torch.randn(40, 9, 40, generator=numbers),  # these know nothing
+        "projections": torch.randn(40, 9, 40, generator=numbers),  # uninformative
         "patches": 3 * own[:, None] + 0.1 * torch.randn(40, 9, 40, generator=numbers),
         "queries": 0.2 * torch.randn(40, 20, 40, generator=numbers),
     }
@@ -184,7 +184,7 @@ def test_choose_between_equal_pictures_is_half_right(features) -> None:
 
 
 def test_errors_are_those_of_maps_and_tests_are_paired() -> None:
-    """Four maps, each right in all its trials or in none: n is 4, and not 40."""
+    """Each of four maps is right in all its trials or in none, so that n is 4 and not 40."""
     rows = []
     for layer in ("a", "b"):
         for number in range(4):
@@ -208,8 +208,8 @@ def test_errors_are_those_of_maps_and_tests_are_paired() -> None:
     assert (difference["difference"], difference["se"]) == (0.25, pytest.approx(0.25))
     assert difference["p"] == pytest.approx(0.391, abs=1e-3)  # t = 1 with three degrees of freedom
     assert difference["p_holm"] >= difference["p"]
-    assert found["a", "patches", "chance"]["p"] == 0.125  # four maps that are always right
-    assert ("a", "both", "projections") not in found  # they never differ
+    assert found["a", "patches", "chance"]["p"] == 0.125  # four maps, always right
+    assert ("a", "both", "projections") not in found  # there is no difference to test
 
 
 def test_figure_shows_every_accuracy() -> None:
@@ -239,7 +239,7 @@ def test_quiz_trials_know_the_answer_and_come_from_different_maps(colours: Trial
     for condition in CONDITIONS:
         assert len({t["map"] for t in trials if t["condition"] == condition}) == 3
     shades = [dict(t["references"])["patches"].mean((0, 1)).argmax() == t["map"] for t in trials[3:6] + trials[12:]]
-    assert shades == [True] * 3 + [False] * 3  # of its own map, and of another
+    assert shades == [True] * 3 + [False] * 3  # own map, then another map
 
 
 @pytest.fixture
@@ -288,18 +288,18 @@ def test_quiz_in_a_browser(page: Path, tmp_path: Path) -> None:
             choice = trial["answer"] if number != 2 else 1 - trial["answer"]
             b.press(["\ue012", "\ue014"][choice] if number % 2 else "12"[choice])
             assert read("answer").startswith("Wrong" if number == 2 else "Right")
-            b.press("1")  # an answer is given once
+            b.press("1")  # a second answer is ignored
             given.append(choice)
-            if number == 3:  # a page that is opened again goes on
+            if number == 3:  # a page that is opened again resumes
                 b.open(page)
                 b.wait("document.getElementById('number').textContent.startsWith('Question 5')")
             else:
-                assert b.run(ENTER_ON_A_LINK)  # it is followed
+                assert b.run(ENTER_ON_A_LINK)  # the page must not prevent the default action
                 assert read("answer")
                 b.press("\ue006")  # enter
         assert read("number").startswith("All 10 questions")
         assert b.run("return document.getElementById('trial').offsetHeight") == 0  # no gap above the score
-        assert read("score").count("50 ± 50 (2)") == 2  # in the layer, and in all
+        assert read("score").count("50 ± 50 (2)") == 2  # for the layer, and for all
         assert read("score").count("100 ± 0 (2)") == 8
         assert "92 ± 2" in read("published")
         saved = json.loads(unquote(b.run("return document.getElementById('save').href").partition(",")[2]))
@@ -315,7 +315,7 @@ def test_quiz_in_a_browser(page: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def another(tiny_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run with weights that stand for another seed's."""
+    """A copy of the tiny run with shuffled weights, in place of a run with another seed."""
     folder = tmp_path_factory.mktemp("other") / "run"
     shutil.copytree(tiny_run.folder, folder)
     model, metadata = load_model(tiny_run.weights)
@@ -346,7 +346,7 @@ def test_forced_choice_job_writes_all(run_py, tiny_run: RunDirectory, another: P
     assert Path("out/figures/forced_choice.png").exists()
     quiz = json.loads(re.search(r'id="metadata">(.*?)</script>', Path("out/quiz.html").read_text(), re.S)[1])
     assert len(quiz["trials"]) == 2 * len(CONDITIONS)
-    assert [t["condition"] for t in quiz["trials"]] != list(CONDITIONS) * 2  # mixed
+    assert [t["condition"] for t in quiz["trials"]] != list(CONDITIONS) * 2  # shuffled
     assert quiz["atlas"] is None
 
 

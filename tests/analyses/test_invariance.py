@@ -1,4 +1,4 @@
-"""Transforms against array arithmetic, distances against a plain computation, and the identity against zero."""
+"""Compare transforms with array operations and distances with direct computations; the identity's distance is 0."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_transform_images_turns_counter_clockwise_and_enlarges() -> None:
     torch.testing.assert_close(turned[1], images[0].rot90(1, (1, 2)), rtol=0, atol=1e-4)
     torch.testing.assert_close(turned[2], images[0].rot90(2, (1, 2)), rtol=0, atol=1e-4)
     wide = torch.zeros(1, 3, 20, 20)
-    wide[..., 8:12, 8:12] = 1  # 4 px of 1 in the middle are 8 px at twice the size
+    wide[..., 8:12, 8:12] = 1  # a square of 4 px has 8 px at twice the size
     assert transform_images(wide, "scale", torch.tensor([2.0]))[0, 0, 0].sum() == pytest.approx(64)
 
 
@@ -94,7 +94,7 @@ def test_make_amounts_hold_the_identity_once_and_reach_the_limits() -> None:
 
 
 def test_measure_of_a_trained_network_is_lowest_for_turns(trained: Trained) -> None:
-    """Shapes are drawn upright (±17°) at any place: so turning costs more than shifting (paper, section 4.1)."""
+    """Shapes are drawn upright (±17°) at any place, so rotation costs more than translation (paper, section 4.1)."""
     images, labels, _ = trained.correctly_classified(40)
     result = measure(trained.model.chain, images, labels, make_amounts(64, 0.1, 1.2, 90, 3), ["conv1"], batch_size=256)
     mean = {transform: curves.probability.mean(0).min() for transform, curves in result.items()}

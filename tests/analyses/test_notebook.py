@@ -1,4 +1,4 @@
-"""The analyses from Python: the same numbers as the commands write, as arrays that can be shown."""
+"""The analyses from Python: they return the numbers of the commands as arrays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_predict_is_what_job_predict_says(run: TrainedRun, photo: Path, tiny_run) -> None:
     (expected,) = predict(used(tiny_run), [str(photo)], top=10, batch_size=1)
-    run.model.train()  # dropout has no part in it
+    run.model.train()  # predict switches dropout off
     assert list(run.predict(photo).items()) == [(name, pytest.approx(p, abs=1e-6)) for name, p in expected.best]
     assert next(iter(run.predict(photo))) == expected.best[0][0]
 
@@ -103,7 +103,7 @@ def test_projections_show_the_strongest_unit_of_each_map(run: TrainedRun, photo:
     np.testing.assert_allclose(shown.values, expected.numpy(), atol=1e-6)
     assert shown.pictures.dtype == np.uint8
     assert shown.pictures.shape == (4, 64, 64, 3)
-    assert np.abs(shown.pictures.astype(int) - 128).max((1, 2, 3)).min() > 100  # each is scaled for itself
+    assert np.abs(shown.pictures.astype(int) - 128).max((1, 2, 3)).min() > 100  # each has its own scale
     assert projections(run, photo, "conv3", maps=[5]).units[0, 1] == 5
 
 

@@ -1,4 +1,4 @@
-"""Occlusion against a plain loop, a closed form, and the known places of the objects."""
+"""Compare occlusion with a simple loop, a closed form, and the known boxes of the objects."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_occlude_equals_a_plain_loop() -> None:
 
 
 class Linear2(Chain):
-    """A linear network of two classes: the logit of class 1 is ⟨w, x⟩, that of class 0 is 0; its one map is w·x."""
+    """A linear network with one map, w·x, and two classes: the logit of class 1 is ⟨w, x⟩, that of class 0 is 0."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
@@ -118,8 +118,8 @@ def test_square_starts_refuses_squares_that_hide_all_or_leave_gaps(patch: int, s
 
 
 def test_occlude_of_a_trained_network_finds_the_object(trained: Trained) -> None:
-    """The probability falls inside the object's box, more than it does inside the boxes of other images."""
-    images, labels, boxes = trained.correctly_classified(40)  # with half as many, chance decides on some processors
+    """The probability falls more inside the object's box than inside the boxes of other images."""
+    images, labels, boxes = trained.correctly_classified(40)  # half as many fail by chance on some processors
     result = occlude(
         trained.model.chain, images, labels, layer="conv5", patch=16, stride=8, fill=torch.zeros(3), batch_size=256
     )
@@ -128,12 +128,12 @@ def test_occlude_of_a_trained_network_finds_the_object(trained: Trained) -> None
     for measure in ("lowest_in_the_box", "probability_outside_minus_inside"):
         assert evidence[measure]["difference"]["low"] > 0
         assert evidence[measure]["own"]["n"] == 40
-    # objects are central: other images' boxes hold the lowest place more often than their area tells
+    # objects are central, so other images' boxes contain the lowest place more often than by their area
     assert evidence["lowest_in_the_box"]["others"]["mean"] > 1.2 * evidence["share_of_places_in_the_box"]
 
 
 def test_box_evidence_is_none_where_the_place_is_the_same_in_all_images() -> None:
-    """The lowest place is always the middle, and so are most boxes: nothing about the own object."""
+    """The lowest place and most boxes are always in the middle, which says nothing about an image's own object."""
     starts, boxes = torch.arange(0, 60, 6), torch.tensor([[20.0, 20, 40, 40], [22, 18, 42, 38], [0, 0, 12, 12]])
     probability = torch.ones(3, 10, 10)
     probability[:, 4, 4] = 0.1
@@ -141,13 +141,13 @@ def test_box_evidence_is_none_where_the_place_is_the_same_in_all_images() -> Non
     evidence = box_evidence(Occlusion(starts, 12, outputs, outputs, None), boxes)
     lowest = evidence["lowest_in_the_box"]
     assert lowest["own"]["mean"] == pytest.approx(2 / 3)
-    assert lowest["others"]["mean"] == pytest.approx(2 / 3)  # of all the other boxes, as many
+    assert lowest["others"]["mean"] == pytest.approx(2 / 3)  # the same share of the other boxes
     assert lowest["difference"]["low"] <= 0 <= lowest["difference"]["high"]
     assert evidence["share_of_places_in_the_box"] < 0.15
 
 
 def test_falls_at_the_lowest_place_are_those_of_a_closed_form() -> None:
-    """Each image's evidence is one block of ones; the logits of a class are 0 and the image's sum."""
+    """Each image has one bright block. The logits of the two classes are 0 and the sum over the image."""
     images, labels = torch.zeros(3, 3, 12, 12), torch.tensor([1, 1, 1])
     for number, (y, x) in enumerate([(0, 0), (4, 8), (8, 4)]):
         images[number, :, y : y + 4, x : x + 4] = 1 / 48
@@ -157,19 +157,19 @@ def test_falls_at_the_lowest_place_are_those_of_a_closed_form() -> None:
         return torch.stack([torch.zeros(len(inputs)), inputs.sum((1, 2, 3))], 1)
 
     result = occlude(network, images, labels, fill=black, **settings)
-    falls = falls_at(network, images, labels, result, torch.full((3,), -1 / 48), 2)  # another colour: sums 1 - 2, 1 - 1
+    falls = falls_at(network, images, labels, result, torch.full((3,), -1 / 48), 2)  # sums 1 - 2, 1 - 1
     own, others = (1 / (1 + math.exp(-1)) - 1 / (1 + math.exp(-left)) for left in (-1, 0))
     expected = torch.full((3, 3), others, dtype=torch.float64).fill_diagonal_(own)
     torch.testing.assert_close(falls, expected, atol=1e-6, rtol=0)
 
-    blank = torch.zeros_like(images)  # nothing to hide: the lowest place means nothing
+    blank = torch.zeros_like(images)  # without an object the lowest place is arbitrary
     result = occlude(network, blank, labels, fill=black, **settings)
     falls = falls_at(network, blank, labels, result, torch.ones(3), 2)
     assert torch.equal(falls, falls[:1, :1].expand(3, 3))
 
 
 def test_occlusion_of_image_files(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:
-    picture = tmp_path / "a, b.png"  # a name that a careless table would tear apart
+    picture = tmp_path / "a, b.png"  # a comma, which a CSV file must quote
     Image.new("RGB", (50, 80), "red").save(picture)
     answer = run_py(
         "job=occlusion", f"run={tiny_run.folder}", f"images=['{picture}']", "job.patch=30", "job.stride=30",
@@ -185,6 +185,6 @@ def test_occlusion_of_image_files(run_py, tiny_run: RunDirectory, tmp_path: Path
     assert "boxes" not in metadata
     assert metadata["control"]["own"]["n"] == 1
     assert metadata["images"][0]["control"]["others"] is None
-    assert "a square of another colour" not in answer.out  # it takes other images
+    assert "a square of another colour" not in answer.out  # the control needs other images
     assert Image.open("out/figures/occlusion.png").width > 1000
     assert RunDirectory("out").state == "done"

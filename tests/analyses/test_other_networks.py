@@ -1,4 +1,4 @@
-"""All seven analyses of networks that are not ZFNet: a user's own, torchvision's AlexNet, and residual ones."""
+"""The analyses of networks other than ZFNet: a custom network, torchvision's AlexNet, and networks without a chain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zfnet.runs.weights import ModelMetadata, save_model
 
 
 class Nested(nn.Module):
-    """Blocks in blocks, one ReLU for all layers, and logits that are averages over places, not a layer's output."""
+    """Nested blocks, one ReLU for all layers, and logits that are averages over positions, not a layer's output."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Smooth(nn.Sequential):
 
 
 class Gated(nn.Module):
-    """A leaf gives one number for each image, which another module's input is multiplied by."""
+    """A submodule computes one number for each image, which multiplies the input of another module."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def test_forced_choice_of_a_users_network_by_ours(run_py, nested: RunDirectory, 
     few = ("job.split=train", "job.maps=2", "job.references=2", "job.trials=2", "job.quiz=1", "imports=[tests]")
     answer = run_py("job=forced_choice", f"run={nested.folder}", f"job.other={tiny_run.folder}", *few)
     assert answer.code == 0, answer.err
-    assert f"{FIRST}: " not in answer.out  # no layer is left out
+    assert f"{FIRST}: " not in answer.out  # such a line would say that the layer is left out
 
 
 def test_analysis_without_the_import_asks_for_it(run_py, nested: RunDirectory) -> None:

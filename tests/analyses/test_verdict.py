@@ -1,4 +1,4 @@
-"""The verdict: methods that know the answer score 1, methods that know nothing 0; and the job as a command."""
+"""The verdict: methods that know the answer score 1, uninformed methods score 0; and the job as a command."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ def test_prepare_takes_the_strongest_activations(study: Study) -> None:
 
 def test_weights_baselines_do_not_depend_on_them(study: Study) -> None:
     found = scores(list(METRICS["weights"](dataclasses.replace(study, subjects=study.subjects[:1]))))
-    for method in ("Sobel", "|input|", "centre"):  # the control that must fail
+    for method in ("Sobel", "|input|", "centre"):  # these do not depend on the network
         assert found["conv2", method, "weights"].values.abs().max() < 1e-9
     assert found["conv2", "random", "weights"].values.nanmean() > 0.8
     assert found["conv2", "deconvnet", "weights"].values.nanmean() > 0.2
     stages = {measure for target, method, measure in found if (target, method) == ("conv2", "gradient")}
     assert {"top-down conv1 ssim", "bottom-up conv2 signed", "bottom-up conv1 unsigned"} <= stages
     last = [found["conv2", "deconvnet", f"{way} unsigned"] for way in ("top-down conv1", "bottom-up conv2")]
-    assert torch.equal(last[0].values, last[1].values)  # in the end all layers are shuffled
+    assert torch.equal(last[0].values, last[1].values)  # both ways end with all layers shuffled
 
 
 @pytest.fixture
 def linear(study: Study, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """A linear network of four classes, of which each sums its own quarter of a white image by weights of its own.
+    """A linear network of four classes. Each is a weighted sum of another quarter of a white image.
 
-    Its gradient is those weights. `guided` stands for the control: the picture of the next class.
+    The gradient equals the weights. `guided` is replaced by a control: the picture of the next class.
     """
     network = nn.Sequential(nn.Conv2d(3, 4, 12, bias=False), nn.Flatten())
     weight = network[0].weight.detach().zero_()
@@ -92,7 +92,7 @@ def linear(study: Study, monkeypatch: pytest.MonkeyPatch) -> Study:
 def test_own_picture_of_a_linear_class_is_above_all_others(linear: Study) -> None:
     found = scores(list(METRICS["own"](linear)))
     assert found["class", "gradient", "own"].values.tolist() == [1] * 4
-    # one other class shows what this one sums, and two show nothing, as the own picture does
+    # one other picture shows this class's quarter; the other two and the own picture show none of it
     assert found["class", "guided", "own"].values.tolist() == pytest.approx([-1 / 3] * 4)
 
 
@@ -103,7 +103,7 @@ def test_removal_by_the_weights_of_a_linear_class_is_the_best_order(linear: Stud
     for name in ("deletion", "insertion"):
         assert found["class", "gradient", f"{name}, mean colour"].values.tolist() == pytest.approx([1] * 4)
         assert found["class", "guided", f"{name}, mean colour"].values.mean() < 0
-        assert found["class", "gradient", f"{name}, blur"].values.isnan().all()  # of a white image it removes nothing
+        assert found["class", "gradient", f"{name}, blur"].values.isnan().all()  # blur does not change a white image
 
 
 def test_removal_divides_a_small_field_into_as_many_cells_as_it_has_pixels(study: Study) -> None:
@@ -117,7 +117,7 @@ def test_removal_divides_a_small_field_into_as_many_cells_as_it_has_pixels(study
     found = scores(list(METRICS["removal"](dataclasses.replace(study, job=job, subjects=subjects))))
     for name in ("deletion, mean colour", "insertion, mean colour"):
         assert found["class", "gradient", name].values.tolist() == pytest.approx([1] * 40)
-        assert abs(float(found["class", "|input|", name].values.mean())) < 0.2  # all pixels are equal: a random order
+        assert abs(float(found["class", "|input|", name].values.mean())) < 0.2  # equal pixels have a random order
 
 
 def test_weights_of_a_linear_class_are_compared_with_its_shuffled_ones(linear: Study) -> None:
@@ -127,9 +127,9 @@ def test_weights_of_a_linear_class_are_compared_with_its_shuffled_ones(linear: S
     found = scores(list(METRICS["weights"](linear)))["class", "gradient", "weights"].values
     for k, value in enumerate(found.tolist()):
         sizes = [net[0].weight[k].sum(0).flatten() for net in (own, twin)]
-        ranks = [(s[:, None] > s).double().sum(1) - (s[:, None] < s).double().sum(1) for s in sizes]  # ties share one
+        ranks = [(s[:, None] > s).double().sum(1) - (s[:, None] < s).double().sum(1) for s in sizes]  # equal if tied
         assert value == pytest.approx(1 - abs(float(torch.corrcoef(torch.stack(ranks))[0, 1])))
-    assert found.min() > 0.7  # there is nothing left of them
+    assert found.min() > 0.7  # close to 1: no similarity is left
 
 
 def test_stability_is_1_if_the_image_is_ignored_and_0_if_drawn_anew(
@@ -145,14 +145,14 @@ def test_stability_is_1_if_the_image_is_ignored_and_0_if_drawn_anew(
     found = scores(list(METRICS["stability"](linear)))
     assert found["class", "gradient", "stability"].values.tolist() == pytest.approx([1] * 4)
     assert found["class", "centre", "stability"].values.tolist() == pytest.approx([1] * 4)
-    assert abs(found["class", "random", "stability"].values.mean()) < 4 / (4 * 144) ** 0.5  # the control
+    assert abs(found["class", "random", "stability"].values.mean()) < 4 / (4 * 144) ** 0.5  # control
     noise = given[0] * torch.tensor(linear.loaded.data.std).view(3, 1, 1) * 255
     torch.testing.assert_close(noise.abs(), torch.ones(4, 3, 12, 12))
     assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
 
 
 def test_pointing_of_pictures_that_know_the_place_and_that_do_not(study: Study, monkeypatch) -> None:
-    """A picture of the box scores 1 and, in mosaics, a picture that ignores the class exactly 0."""
+    """A picture of the box scores 1. In mosaics, a picture that ignores the class scores exactly 0."""
     subject = study.subjects[-1]
     boxes = study.split.images.boxes
     assert boxes is not None
@@ -182,12 +182,12 @@ def test_pointing_of_pictures_that_know_the_place_and_that_do_not(study: Study, 
 
 
 def test_parts_of_the_true_effect_score_1(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number is the squared distance to the bare ground, to which a part adds what its pixels differ from it."""
+    """The number is the squared distance to the image without a shape, so each part adds its pixels' distance."""
     subject = study.subjects[-1]
     rows, side = study.split.images.rows[subject.numbers], study.split.images.images.shape[1]
     ground = verdict.to_inputs(study.loaded, draw_without(rows, side, 1, 0, 1))
     effect = (subject.target.images - ground).double().square()
-    shown = {"centre": effect, "Sobel": effect.roll(1, 0)}  # the control: another image's
+    shown = {"centre": effect, "Sobel": effect.roll(1, 0)}  # control: the effect of another image
     monkeypatch.setattr(Target, "methods", ())
     monkeypatch.setattr(
         Target, "value", lambda _, frames, item: (frames - ground[item]).double().square().sum((1, 2, 3))
@@ -257,7 +257,7 @@ def test_ablation_agrees_with_the_class_that_loses_and_with_no_other(study: Stud
     agreement(study.statistics["conv5"].best_class)
     lost = found[0].long()
     assert agreement(lost) == [1] * len(lost)
-    assert agreement((lost + 1) % 10) == pytest.approx([-1 / 9] * len(lost))  # a guess of ten is 0
+    assert agreement((lost + 1) % 10) == pytest.approx([-1 / 9] * len(lost))  # 0 is a guess among ten classes
 
 
 def test_ablation_of_maps_that_are_not_active_agrees_with_nothing(study: Study) -> None:
@@ -287,7 +287,7 @@ def test_ablation_guesses_among_the_classes_that_have_images(
 
 
 def test_compare_methods_tells_a_difference_from_none() -> None:
-    """Errors are those of images: fifty units of two images that differ by chance are two observations."""
+    """Errors are clustered by image: fifty units of two images count as two observations."""
     generator = torch.Generator().manual_seed(0)
     noise, clusters = torch.rand(40, generator=generator).double(), torch.arange(40)
     rows = [Row("class", name, "deletion", noise + k, clusters) for k, name in enumerate(("random", "Sobel"))]
@@ -372,7 +372,7 @@ def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkey
     assert Path("out/metrics/removal.json").read_text() == before
     rows = read_csv(Path("out/verdict.csv"))
     assert {row["measure"] for row in rows} >= set(SCORES) - {"weights"}
-    assert len({(row["target"], row["method"], row["measure"]) for row in rows}) == len(rows)  # `own` counts once
+    assert len({(row["target"], row["method"], row["measure"]) for row in rows}) == len(rows)  # no duplicates
     assert {row["target"] for row in rows} == {"conv1", "units", "class"}
     assert {row["method"] for row in rows} == {
         *("deconvnet", "guided", "gradient", "integrated", "Grad-CAM"),
@@ -384,7 +384,7 @@ def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkey
     assert Path("out/figures/verdict.png").stat().st_size > 50_000
     assert len(read_csv(Path("out/ablation.csv"))) >= 2
     assert read_csv(Path("out/differences.csv"))
-    # a map's scores are the means over its units, and lead to its page of the atlas
+    # a map's scores, which the atlas shows, are the means over its units
     weights = summary["weights"]
     found = find_verdict(weights, "guided", "out")
     assert found is not None
