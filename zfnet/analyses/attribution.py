@@ -1,4 +1,4 @@
-"""job=attribution: which pixels of an image are evidence for its class, by five methods.
+"""job=attribution: show which pixels of an image are evidence for its class, by five methods.
 
 All five methods explain the logit of the class. The deconvnet (Zeiler & Fergus 2013), guided backpropagation
 (Springenberg et al. 2014) and the gradient (Simonyan et al. 2013) are in `explain/deconvnet.py`; integrated gradients

@@ -234,7 +234,7 @@ class TrialPictures:
         return patches.unflatten(0, units.shape[:2])
 
 
-# ---- the machine that chooses
+# ---- the observer
 
 
 class Observer:

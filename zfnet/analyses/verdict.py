@@ -175,7 +175,7 @@ def saved_rows(run: RunDirectory, metric: str, origin: Mapping[str, str]) -> lis
         raise UserError(f"{path} is damaged: delete it to measure the metric again") from error
 
 
-# ---- what is explained
+# ---- subjects
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def cell_means(values: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tenso
 class Removal:
     """A `Measure` that removes cells of U items and returns their numbers without these cells.
 
-    frames: [U, 3, h, w], what the network sees of each item; boxes: int64 [U, 4], the pixels that count
+    frames: [U, 3, h, w], the network's input for each item; boxes: int64 [U, 4], the pixels that count
     value: (frames [B, 3, h, w], item [B]) → [B]; side: cells along each side
     filling: `mean colour` (0), `blur` (needs `blurred` frames), or `noisy linear`: each removed point is the mean of
         its neighbours (direct ones 1/6, diagonal ones 1/12) plus noise (Rong et al. 2022)
@@ -151,7 +151,7 @@ class Removal:
         return points.unflatten(2, (fine, fine)), known.unflatten(1, (fine, fine)), places
 
     def __call__(self, item: Tensor, removed: Tensor) -> Tensor:
-        """Return the numbers, float [B], on the CPU."""
+        """Return the numbers after the removal, float [B], on the CPU."""
         extent, out = self._extent, []
         for rows in torch.arange(len(item)).split(max(1, _CHUNK // (extent[0] * extent[1]))):
             at, gone = item[rows], removed[rows]

@@ -22,7 +22,7 @@ from zfnet.runs.tables import shorten
 from zfnet.training.loaded import LoadedRun
 
 _CANDIDATES = 20  # at least this many images of a class are classified to find correct ones
-_MOST_FILES = 24  # rows of a figure
+_MOST_FILES = 24  # a figure has one row per file
 
 
 @dataclass(kw_only=True)
@@ -149,7 +149,7 @@ def in_boxes(centres: Tensor, boxes: Tensor) -> Tensor:
 def cover(images: Tensor, corners: Tensor, patch: int, fill: Tensor) -> Tensor:
     """Return images [N, 3, S, S], each with a square of side `patch` in the colour `fill`, [3].
 
-    corners: (row, column) of each square's first pixel, [N, 2]; squares may reach beyond the images
+    corners: (row, column) of each square's first pixel, [N, 2]; squares can extend beyond the images
     """
     hidden = in_boxes(torch.arange(images.shape[-1], device=images.device), torch.cat((corners, corners + patch), 1))
     return torch.where(hidden[:, None], fill.to(images).view(1, 3, 1, 1), images)

@@ -66,7 +66,7 @@ def adaptive_windows(windows: int, cells: int) -> Tensor:
     return (cell >= window * cells // windows) & (cell < -(-(window + 1) * cells // windows))
 
 
-# -- back through windows
+# -- the backward pass through windows
 
 
 def pool_with_switches(x: Tensor, pool: nn.MaxPool2d, dead_windows: str = "first") -> tuple[Tensor, Tensor]:
