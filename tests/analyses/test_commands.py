@@ -106,7 +106,7 @@ class Confidence(Look):
         return figure
 
 
-def test_analysis_of_ones_own_is_one_class(tiny_run: RunDirectory, tmp_path: Path) -> None:
+def test_user_defined_analysis_is_one_class(tiny_run: RunDirectory, tmp_path: Path) -> None:
     config = used(tiny_run).config
     config = dataclasses.replace(config, job=Confidence(name="confidence", split="test", count=3))
     config.job.main(config, tmp_path / "out")

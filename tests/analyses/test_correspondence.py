@@ -99,7 +99,7 @@ def objects(images: Tensor, **parts: Tensor) -> Marked:
     return marked
 
 
-def test_measure_calls_no_place_of_an_untrained_network_a_part() -> None:
+def test_measure_finds_no_parts_in_untrained_networks() -> None:
     """An arbitrary place, the same in all objects, has p ≤ 0.2 in only about a fifth of untrained networks."""
     masks, values, beyond_random = Masks(8, torch.zeros(3), 64), [], 0
     for seed in range(20):

@@ -327,7 +327,7 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: P
         patch.setattr("zfnet.analyses.deconvnet._SAVE_SECONDS", 0.0)
         assert run_py(*SMALL, f"run={own}", "hydra.run.dir=part").code == 143
     with monkeypatch.context() as patch:
-        patch.setattr(atlas, "_sheet", lambda *_: (_ for _ in ()).throw(Stopped(15)))
+        patch.setattr(atlas, "_thumbnail_sheet", lambda *_: (_ for _ in ()).throw(Stopped(15)))
         answer = run_py(*SMALL, f"run={own}", "hydra.run.dir=part")
         assert answer.code == 143
         assert "continuing after 4 images" in answer.out

@@ -35,7 +35,7 @@ def test_aliasing_energy_is_the_integral_beyond_nyquist(stride: int) -> None:
     torch.testing.assert_close(aliasing_energy(weight, (stride, stride)), expected, rtol=0, atol=1e-5)
 
 
-def test_aliasing_energy_of_filters_that_one_knows() -> None:
+def test_aliasing_energy_of_known_filters() -> None:
     impulse, board, zeros = (torch.zeros(1, 1, 8, 8, dtype=torch.float64) for _ in range(3))
     impulse[0, 0, 3, 5] = 2
     board[0, 0] = (-1.0) ** (torch.arange(8)[:, None] + torch.arange(8))
@@ -47,7 +47,7 @@ def test_aliasing_energy_of_filters_that_one_knows() -> None:
     assert float(aliasing_energy(zeros, (2, 2))) == 0
 
 
-def test_aliasing_stands_beside_that_of_noise() -> None:
+def test_aliasing_of_random_filters_equals_that_of_noise() -> None:
     """Noise aliases by 1 − 1/stride² without any training, so random filters must match that baseline."""
     batch = [Batch(torch.randn(2, 3, 24, 24), torch.zeros(2), torch.zeros(2), 0, 2)]
     for size, stride, expected in ((7, 2, 0.75), (11, 4, 0.9375)):

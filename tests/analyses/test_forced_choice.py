@@ -89,7 +89,7 @@ def test_maps_of_a_colour_are_predicted_by_a_network_with_colours(colours: Trial
     assert all(float(row["strong_activation"]) > float(row["weak_activation"]) for row in rows)
 
 
-def test_an_observer_whose_weights_are_no_numbers_is_no_guesser(colours: TrialPictures) -> None:
+def test_observer_refuses_features_that_are_not_finite(colours: TrialPictures) -> None:
     diverged = colour_network(torch.tensor([1.0, torch.nan]))
     with pytest.raises(UserError, match=r"^job\.other: a of that network is not finite"):
         choices(colours, Observer(diverged, colours.data, ["a"]))
@@ -102,7 +102,7 @@ def test_observer_takes_some_pictures_at_a_time(colours: TrialPictures, monkeypa
     )
     whole = observer.features(pictures)
     assert [whole[layer].shape for layer in ("a", "b")] == [(20, 27), (20, 3)]
-    monkeypatch.setattr(forced_choice, "_PICTURES", 3)
+    monkeypatch.setattr(forced_choice, "_PICTURES_AT_ONCE", 3)
     for layer, values in observer.features(pictures).items():
         torch.testing.assert_close(values, whole[layer])
 
@@ -314,7 +314,7 @@ def test_quiz_in_a_browser(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def another(tiny_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_run(tiny_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tiny run with shuffled weights, in place of a run with another seed."""
     folder = tmp_path_factory.mktemp("other") / "run"
     shutil.copytree(tiny_run.folder, folder)
@@ -330,8 +330,8 @@ def another(tiny_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) ->
 WORDS = ("job=forced_choice", "job.split=train", "trainer.threads=1", "hydra.run.dir=out")
 
 
-def test_forced_choice_job_writes_all(run_py, tiny_run: RunDirectory, another: Path) -> None:
-    words = (f"run={tiny_run.folder}", f"job.other={another}", "job.layers=[conv1,conv5]")
+def test_forced_choice_job_writes_all(run_py, tiny_run: RunDirectory, other_run: Path) -> None:
+    words = (f"run={tiny_run.folder}", f"job.other={other_run}", "job.layers=[conv1,conv5]")
     answer = run_py(*WORDS, *words, "job.maps=3", "job.trials=3", "job.quiz=1")
     assert answer.code == 0, answer.err
     assert "people, natural images    92±2" in answer.out
@@ -351,7 +351,7 @@ def test_forced_choice_job_writes_all(run_py, tiny_run: RunDirectory, another: P
 
 
 @pytest.mark.parametrize("kind", ["true", "single"])
-def test_the_quiz_becomes_a_page_of_the_atlas(run_py, tiny_run: RunDirectory, another: Path, kind: str) -> None:
+def test_the_quiz_becomes_a_page_of_the_atlas(run_py, tiny_run: RunDirectory, other_run: Path, kind: str) -> None:
     few = (f"run={tiny_run.folder}", "job.layers=[conv5]", "job.maps=2")
     words = ("job=deconvnet", *few, "job.top=1", "job.sample=2", "job.ablation=0", "job.controls=false")
     answer = run_py(*words, f"job.atlas={kind}", "hydra.run.dir=outputs/deconvnet/1")
@@ -360,7 +360,7 @@ def test_the_quiz_becomes_a_page_of_the_atlas(run_py, tiny_run: RunDirectory, an
     page = folder / ("atlas/index.html" if kind == "true" else "atlas.html")
     before = page.read_text()
     assert len(re.findall(r'<a id="quiz" href="quiz.html" hidden>', before)) == 1
-    answer = run_py(*WORDS, f"job.other={another}", *few, "job.trials=1", "job.quiz=1")
+    answer = run_py(*WORDS, f"job.other={other_run}", *few, "job.trials=1", "job.quiz=1")
     assert answer.code == 0, answer.err
     assert page.read_text() == before.replace('href="quiz.html" hidden', 'href="quiz.html"')
     quiz = json.loads(re.search(r'id="metadata">(.*?)</script>', page.with_name("quiz.html").read_text(), re.S)[1])
@@ -383,25 +383,25 @@ def test_the_quiz_becomes_a_page_of_the_atlas(run_py, tiny_run: RunDirectory, an
     ],
 )
 def test_forced_choice_refuses_bad_input_in_one_line(
-    run_py, tiny_run: RunDirectory, another: Path, tmp_path: Path, words: list[str], expected: str
+    run_py, tiny_run: RunDirectory, other_run: Path, tmp_path: Path, words: list[str], expected: str
 ) -> None:
-    words = [w.replace("SAME", str(tiny_run.folder)).replace("OTHER", str(another)) for w in words]
+    words = [w.replace("SAME", str(tiny_run.folder)).replace("OTHER", str(other_run)) for w in words]
     answer = run_py(*WORDS, f"run={tiny_run.folder}", *words)
     assert expected in answer.error
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_maps_that_are_seldom_active_are_an_error(run_py, tiny_run, another: Path, monkeypatch) -> None:
+def test_maps_that_are_seldom_active_are_an_error(run_py, tiny_run, other_run: Path, monkeypatch) -> None:
     def nothing(chain, batches, layers):
         return {layer: (torch.zeros(180, 4), torch.zeros(180, 4, 2, dtype=torch.int64)) for layer in layers}
 
     monkeypatch.setattr(forced_choice, "strongest_places", nothing)
-    answer = run_py(*WORDS, f"run={tiny_run.folder}", f"job.other={another}", "job.trials=3", "job.layers=[conv2]")
+    answer = run_py(*WORDS, f"run={tiny_run.folder}", f"job.other={other_run}", "job.trials=3", "job.layers=[conv2]")
     assert answer.code == 1
     assert "job.layers: none of conv2 has two maps that are active in enough images" in answer.err
 
 
-def test_a_layer_whose_maps_are_seldom_active_is_left_out(run_py, tiny_run, another: Path, monkeypatch) -> None:
+def test_a_layer_whose_maps_are_seldom_active_is_left_out(run_py, tiny_run, other_run: Path, monkeypatch) -> None:
     real = forced_choice.strongest_places
 
     def some(chain, batches, layers):
@@ -409,7 +409,7 @@ def test_a_layer_whose_maps_are_seldom_active_is_left_out(run_py, tiny_run, anot
 
     monkeypatch.setattr(forced_choice, "strongest_places", some)
     words = ("job.layers=[conv1,conv2]", "job.maps=2", "job.trials=1", "job.quiz=1")
-    answer = run_py(*WORDS, f"run={tiny_run.folder}", f"job.other={another}", *words)
+    answer = run_py(*WORDS, f"run={tiny_run.folder}", f"job.other={other_run}", *words)
     assert answer.code == 0, answer.err
     assert "conv2: no two maps are active in enough images, so it is left out" in answer.out
     assert '"layers":["conv1"]' in Path("out/quiz.html").read_text()

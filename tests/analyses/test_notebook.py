@@ -122,7 +122,7 @@ def test_top_activations_are_the_largest_of_the_split(run: TrainedRun, tiny_run)
     assert shown.projections.std() > 1
 
 
-def test_bad_words_are_named(run: TrainedRun, photo: Path) -> None:
+def test_errors_name_bad_arguments(run: TrainedRun, photo: Path) -> None:
     for call, words in (
         (lambda: occlusion(run, photo, label="discs"), "label=discs: no such class; did you mean 'disc'"),
         (lambda: occlusion(run, photo, layer="fc7"), "layer=fc7: the network has no such convolution"),

@@ -51,7 +51,7 @@ def test_prepare_takes_the_strongest_activations(study: Study) -> None:
     assert [s.name for s in study.subjects] == ["conv2", "conv5", "class"]
 
 
-def test_weights_baselines_do_not_depend_on_them(study: Study) -> None:
+def test_weights_scores_of_fixed_baselines_are_zero(study: Study) -> None:
     found = scores(list(METRICS["weights"](dataclasses.replace(study, subjects=study.subjects[:1]))))
     for method in ("Sobel", "|input|", "centre"):  # these do not depend on the network
         assert found["conv2", method, "weights"].values.abs().max() < 1e-9

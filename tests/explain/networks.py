@@ -144,7 +144,7 @@ def some_units(model: ZFNet | Chain, images: Tensor, layer: str) -> list[tuple[i
     return [(n, (3 * k + n) % shape[1], y, x) for k, (y, x) in enumerate(places) for n in range(len(images))]
 
 
-def alive(model: ZFNet | Chain, images: Tensor, layer: str) -> list[tuple[int, ...]]:
+def strongest_units(model: ZFNet | Chain, images: Tensor, layer: str) -> list[tuple[int, ...]]:
     """Return the strongest unit of each map over all images: (image, channel, y, x) or (image, feature)."""
     activations = model.activations(images, [layer])[layer]
     units = []

@@ -78,7 +78,7 @@ def page(atlas: Atlas, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_atlas(atlas, tmp_path_factory.mktemp("atlas"))
 
 
-def test_atlas_numbers_are_the_searchs(atlas: Atlas, page: Path) -> None:
+def test_atlas_contains_the_numbers_of_the_search(atlas: Atlas, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     metadata = json.loads(re.search(r'id="metadata">(.*?)</script>', text, re.S)[1])
     assert [len(layer["maps"]) for layer in metadata["layers"]] == [12, 6]
@@ -155,7 +155,7 @@ def test_write_atlas_continues_after_a_stop(atlas: Atlas, page: Path, tmp_path: 
         assert (tmp_path / file).read_bytes() == (page.parent / file).read_bytes()
 
 
-def test_photographs_lead_to_the_atlas_and_hold_no_markup_of_names(tmp_path: Path) -> None:
+def test_photographs_link_to_the_atlas_and_escape_names(tmp_path: Path) -> None:
     tiles = torch.zeros(2, 7, 7, 3, dtype=torch.uint8)
     none = Strongest([], [], tiles[:0], tiles[:0])
     rows = {"conv<1>": Strongest([5, 2], [1.5, 0.25], tiles, tiles + 9), "conv5": none}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.explain.networks import NETWORKS, OTHERS, VARIANTS, alive, chain, network, pictures, some_units
+from tests.explain.networks import NETWORKS, OTHERS, VARIANTS, chain, network, pictures, some_units, strongest_units
 from tests.explain.oracles import by_autograd, by_mirror, close
 from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
@@ -36,7 +36,7 @@ def test_project_equals_autograd(name: str, rule: str) -> None:
     deconvnet = Deconvnet(model, rule, lrn="gradient")
     for layer in model.layers:
         units = some_units(model, images, layer)[: 2 if name in OTHERS else None]
-        units += alive(model, images, layer)[:1]
+        units += strongest_units(model, images, layer)[:1]
         expected = torch.stack([by_autograd(model, images, layer, unit, rule) for unit in units])
         assert expected.abs().sum() > 0
         close(deconvnet.project(images, layer, units), expected)
@@ -72,7 +72,7 @@ def test_project_equals_captum(name: str, layers: tuple[str, ...]) -> None:
         relu.inplace = False  # captum's hooks fail with in-place modules
     names = {m: n for n, m in model.model.named_modules()}
     for layer in layers:
-        units = alive(model, images, layer)[:3]
+        units = strongest_units(model, images, layer)[:3]
         activations = model.activations(images, [layer])[layer]
         end = module.get_submodule(names[model.up_to(layer)[-1].module])
         for rule, method in (("deconvnet", attr.NeuronDeconvolution), ("guided", attr.NeuronGuidedBackprop)):
@@ -88,7 +88,7 @@ def test_project_equals_finite_differences() -> None:
     """The gradient rule gives the derivative of the activation times the activation."""
     model = network("lrn")
     images = pictures(model, 1)
-    unit = alive(model, images, "conv5")[0]
+    unit = strongest_units(model, images, "conv5")[0]
     direction = pictures(model, 1, seed=5)
     step = 1e-6
 
@@ -107,7 +107,7 @@ def test_project_with_switches_of_another_image() -> None:
     """The activations are the image's own, and the maxima's positions the other image's, as in a mirror network."""
     model = network("no_layers")
     images, others = pictures(model), pictures(model, seed=9)
-    units = alive(model, images, "conv2")
+    units = strongest_units(model, images, "conv2")
     ours = Deconvnet(model).project(images, "conv2", units, switches_from=others)
     own = Deconvnet(model).project(images, "conv2", units)
     activation = model.activations(images, ["conv2"])["conv2"]
@@ -175,7 +175,7 @@ def test_project_gives_the_same_bytes_twice_and_in_chunks(monkeypatch) -> None:
     units = some_units(model, images, "conv5")
     first, second = (Deconvnet(model).project(images, "conv5", units) for _ in range(2))
     assert first.numpy().tobytes() == second.numpy().tobytes()
-    monkeypatch.setattr("zfnet.explain.deconvnet._IMAGES", 1)
+    monkeypatch.setattr("zfnet.explain.deconvnet._IMAGES_AT_ONCE", 1)
     monkeypatch.setattr("zfnet.explain.deconvnet._CHUNK_BYTES", {"cpu": 1})
     torch.testing.assert_close(Deconvnet(model).project(images, "conv5", units), first)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.explain.networks import NETWORKS, alive, chain, network, pictures, some_units
+from tests.explain.networks import NETWORKS, chain, network, pictures, some_units, strongest_units
 from tests.explain.oracles import close
 from zfnet.explain import Deconvnet, receptive_box, receptive_field
 from zfnet.explain.deconvnet import RULES
@@ -20,7 +20,7 @@ def test_project_conv1_is_the_filter_times_the_activation() -> None:
     model = network()
     images = pictures(model)
     activation = model.activations(images, ["conv1"])["conv1"]
-    for unit in alive(model, images, "conv1"):
+    for unit in strongest_units(model, images, "conv1"):
         n, channel, y, x = unit
         expected = torch.zeros(3, 64 + 14, 64 + 14, dtype=torch.float64)
         top, left = 2 * y - 1 + 7, 2 * x - 1 + 7
@@ -46,7 +46,7 @@ def test_project_in_all_positive_networks_has_one_rule() -> None:
 def test_project_seeds_only_scale(rule: str) -> None:
     model = network()
     images = pictures(model)
-    units = alive(model, images, "conv4")
+    units = strongest_units(model, images, "conv4")
     deconvnet = Deconvnet(model, rule)
     one = deconvnet.project(images, "conv4", units, seeds=torch.ones(len(units)))
     seven = deconvnet.project(images, "conv4", units, seeds=torch.full((len(units),), 7.0))
@@ -72,7 +72,7 @@ def test_project_stops_negative_signals_at_a_relu() -> None:
         model.conv1.weight.abs_().neg_()
         model.conv1.bias.fill_(30)
     images = pictures(model)
-    units = alive(model, images, "conv5")
+    units = strongest_units(model, images, "conv5")
     assert units
     projections = Deconvnet(model).project(images, "conv5", units)
     assert projections.max() <= 0

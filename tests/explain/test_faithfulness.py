@@ -75,7 +75,7 @@ def test_greedy_areas_of_a_linear_model_are_those_of_the_sorted_weights() -> Non
         torch.testing.assert_close(area, torch.trapezoid(curve, dim=1) / 4)
 
 
-def test_removal_has_no_score_where_nothing_can_be_right() -> None:
+def test_removal_scores_of_a_constant_measure_are_nan() -> None:
     scores = removal_scores(lambda item, removed: torch.ones(len(item)), {"any": torch.rand(3, 4)}, 2)
     assert all(found.isnan().all() for found in scores["any"])
 

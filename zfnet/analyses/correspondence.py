@@ -51,7 +51,7 @@ SAME, RANDOM = "same place", "random"
 MARGIN = 1.6  # built-in shapes become as large as the larger shapes in the training images
 COLUMNS = ("image", "part", "x", "y")  # required columns of a table of points
 _CORNERS = {"\0first": ("left", "top"), "\0last": ("right", "bottom")}  # the optional columns of an object's box
-_TOGETHER = 8  # places in one forward pass, which share the outputs for the unmasked image
+_PLACES_AT_ONCE = 8  # in one forward pass, so that they share the outputs for the unmasked image
 _EXAMPLES = 4  # number of images in the figure
 
 
@@ -296,7 +296,7 @@ def measure(chain: Chain, marked: Marked, layers: Sequence[str], masks: Masks, p
     every = torch.cat([torch.stack([*marked.parts.values(), anywhere]), marked.on_objects(same_places[:, None])])
     agreements: dict[str, list[Agreement]] = {layer: [] for layer in layers}
     with tqdm(total=len(every), desc="correspondence", unit="place", disable=None, leave=False) as bar:
-        for centres in every.split(_TOGETHER):
+        for centres in every.split(_PLACES_AT_ONCE):
             for layer, signs in sign_changes(chain, marked.inputs, centres, masks, layers).items():
                 agreements[layer] += [agreement(one, marked.groups) for one in signs]
             bar.update(len(centres))

@@ -589,7 +589,7 @@ def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
                     axis.plot([x, x], [row["low"], row["high"]], color=INK, lw=1.2)
         axis.axhline(0, color=SOFT, linewidth=0.8)
         axis.axhline(1, color=SOFT, linewidth=0.8, linestyle=":")
-        axis.set_xticks(range(len(layers)), [f"{k}\nn = {_most(similarity[k])}" for k in layers])
+        axis.set_xticks(range(len(layers)), [f"{k}\nn = {_unit_counts(similarity[k])}" for k in layers])
         axis.grid(axis="x", visible=False)
         axis.set(title=f"{kind}: {of_what}", ylim=(min(-0.3, axis.get_ylim()[0]), 1.15))
     axes[0].set(ylabel="rank correlation: mean over n units\nand its 95 % interval (bootstrap)")
@@ -597,7 +597,7 @@ def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
     return figure
 
 
-def _most(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def _unit_counts(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the number of units of a layer's controls: one number, or the smallest and the largest."""
     counts = sorted({row["signed"]["n"] for row in rows.values()})
     return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} … {counts[-1]}"

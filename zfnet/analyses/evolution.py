@@ -138,15 +138,15 @@ def _strongest(views: Mapping[int, EpochView], classes: Sequence[str], labels: T
                 layer=[layer] * count,
                 map=range(count),
                 activation=record.values[:, 0].tolist(),
-                image=_only(image, active),
-                **{"class": _only([classes[int(labels[i])] for i in image], active)},
-                y=_only(y, active),
-                x=_only(x, active),
+                image=_blank_inactive(image, active),
+                **{"class": _blank_inactive([classes[int(labels[i])] for i in image], active)},
+                y=_blank_inactive(y, active),
+                x=_blank_inactive(x, active),
             )
     return rows
 
 
-def _only(values: Sequence[Any], active: Sequence[bool]) -> list[Any]:
+def _blank_inactive(values: Sequence[Any], active: Sequence[bool]) -> list[Any]:
     """Return the values, with blanks for maps that are never active."""
     return [value if is_active else "" for value, is_active in zip(values, active, strict=True)]
 

@@ -36,7 +36,7 @@ FLAT = 0.1  # a filter whose RMS is below this share of the layer's median count
 _GRID = 64  # frequencies are sampled on a grid of this many points a side
 _BANDS = 16  # number of bands of radial frequencies
 _NOISE = 200  # number of white-noise filters, for comparison
-_AT_ONCE = 16  # filters that are transformed to the images' grid at once
+_FILTERS_AT_ONCE = 16  # in one Fourier transform on the images' grid
 _SIDE, _GAP = 44, 4  # side of a drawn filter and gap between two, in pixels of the sheet
 
 
@@ -188,7 +188,7 @@ class CrossSpectra:
         row, column = (0.5 + 0.5 * torch.sign(0.5 / step - frequency + 1e-12 * (step == 1)) for step in stride)
         carried = row[:, None] * column
         shares = []
-        for number, chunk in enumerate(weight.split(1 if groups > 1 else _AT_ONCE)):
+        for number, chunk in enumerate(weight.split(1 if groups > 1 else _FILTERS_AT_ONCE)):
             first = number * groups // len(weight) * weight.shape[1]
             colours = slice(first, first + weight.shape[1])
             response = torch.fft.fft2(chunk.float(), s=(size, size)).conj()  # a Conv2d computes a correlation

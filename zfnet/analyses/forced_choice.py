@@ -59,7 +59,7 @@ PAIRS = [
     ("both", "projections"),
 ]
 _REGIONS = 3  # regions along each side of a map, so that features keep rough positions
-_PICTURES = 128  # pictures on the device at once
+_PICTURES_AT_ONCE = 128  # on the device
 _QUIZ_SIDE = 128  # largest side in pixels of a picture in the quiz
 # results of people, for other images and another network (GoogLeNet, ImageNet): Borowski et al. 2021
 PUBLISHED: list[dict[str, Any]] = [
@@ -146,7 +146,7 @@ class ForcedChoiceJob(Look):
             numbers = {"accuracy": table, "differences": differences, "published": PUBLISHED}
             run.write_json("forced_choice.json", {**origin, **numbers})
             save_figure(draw_forced_choice(table), run.figures / "forced_choice.png")
-            log.info("\n".join([*_lines(table), *_holds(differences)]))
+            log.info("\n".join([*_table_lines(table), *_test_lines(differences)]))
             if quiz:
                 quiz = [quiz[n] for n in permutation(make_key(config.seed, CONTROL, 32), len(quiz)).tolist()]
                 title = f"{model_name(loaded.metadata.model)} on {config.data.title}"
@@ -253,7 +253,7 @@ class Observer:
         Raises UserError if a feature is not finite, because every choice would then be half right, as if by chance.
         """
         batches: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
-        for part in pictures.split(_PICTURES):
+        for part in pictures.split(_PICTURES_AT_ONCE):
             inputs = preprocess(part.to(self.device), self.data, channels_last=False)
             for layer, maps in self.chain.activations(inputs, self.layers).items():
                 pooled = F.adaptive_avg_pool2d(maps, _REGIONS) if maps.ndim > 2 else maps
@@ -358,7 +358,7 @@ def compare_conditions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return tests
 
 
-def _lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
+def _table_lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of the table in the log, at most 80 columns wide."""
     of = {(row["layer"], row["condition"]): row for row in table}
     layers = list(dict.fromkeys(row["layer"] for row in table))
@@ -375,7 +375,7 @@ def _lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _holds(differences: Sequence[Mapping[str, Any]]) -> list[str]:
+def _test_lines(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return lines about the paired tests of the last target, which is all layers if there are several."""
     lines = [f"paired t-tests by map, p after Holm ({differences[-1]['layer']}):"] if differences else []
     for row in differences:

@@ -53,8 +53,8 @@ from zfnet.runs.statistics import own_and_others, percent
 from zfnet.training.loaded import LoadedRun
 
 OTHERS = 3  # images in panel c besides the occluded one (paper, Fig. 7)
-_NAMED = 8  # classes named in a legend
-_OF_STRONGEST = ("activation", "activation bar", "projections")  # panels b and c
+_LEGEND_CLASSES = 8  # at most
+_STRONGEST_MAP_PANELS = ("activation", "activation bar", "projections")  # panels b and c
 
 
 @dataclass(kw_only=True)
@@ -413,7 +413,7 @@ def draw_occlusion(
         "predicted": ("(e) Most probable\nclass", 1.0),
     }
     if result.strongest is None:
-        panels = {name: panel for name, panel in panels.items() if name not in _OF_STRONGEST}
+        panels = {name: panel for name, panel in panels.items() if name not in _STRONGEST_MAP_PANELS}
     widths = [width for _, width in panels.values()]
     figure = new_figure(figsize=(2.95 * sum(widths), 1.1 + 2.9 * rows))
     dashed = "" if boxes is None else "; dashed: the object's box"
@@ -491,6 +491,6 @@ def _draw_classes(
         interpolation="nearest",
     )
     order = sorted(set(labels.ravel().tolist()), key=lambda c: -int((labels == c).sum()))
-    names = plain(classes[c] for c in order[:_NAMED])
+    names = plain(classes[c] for c in order[:_LEGEND_CLASSES])
     patches = [Patch(color=colours[c], label=name) for c, name in zip(order, names, strict=False)]
     panel.legend(handles=patches, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=1)

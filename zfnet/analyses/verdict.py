@@ -76,8 +76,8 @@ SCORES = {
     "parts": "predicts what a part does",
     "stability": "stable under ±1/255",
 }
-_PAIRS = 256  # pairs of a unit and another unit's picture that are computed at once
-_SHORT = {"deletion": "delete", "insertion": "insert", "stability": "stable"}  # for 80 columns
+_PAIRS_AT_ONCE = 256  # pairs of a unit and another unit's picture
+_SHORT_NAMES = {"deletion": "delete", "insertion": "insert", "stability": "stable"}  # for 80 columns
 
 
 @dataclass(kw_only=True)
@@ -307,7 +307,7 @@ def measure_own(study: Study) -> Iterator[Row]:
         item, column = (every >= 0).nonzero().unbind(1)
         asked = units[item]
         asked[:, 1] = every[item, column]
-        for part in torch.arange(len(item)).split(_PAIRS):
+        for part in torch.arange(len(item)).split(_PAIRS_AT_ONCE):
             at = item[part]
             size = target.picture(method, units=asked[part]).abs().sum(1)
             kept = support(size, inside[at], study.job.support)
@@ -503,7 +503,7 @@ def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping
         | {"ablation": agreement, "holds": holds},
     )
     save_figure(draw_verdict(table, [s.name for s in study.subjects]), run.figures / "verdict.png")
-    log.info("\n".join([*_lines(scores), *_ablation_lines(agreement)]))
+    log.info("\n".join([*_table_lines(scores), *_ablation_lines(agreement)]))
     log.info("What holds (paired t-tests by image, p < %g after Holm):", LEVEL)
     for line in holds:
         log.info(textwrap.fill(line, 80, subsequent_indent="  "))
@@ -584,7 +584,7 @@ def _ablation_table(rows: Sequence[Row], classes: Sequence[str]) -> list[dict[st
     return table
 
 
-def _lines(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _table_lines(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the lines of the table in the log, at most 80 columns wide, with scores in hundredths."""
     for target in (UNITS, CLASS):
         of = {(row["method"], row["measure"]): row for row in scores if row["target"] == target}
@@ -593,7 +593,7 @@ def _lines(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             continue
         most = max(row["n"] for row in of.values())
         yield f"{target}, n up to {most}: 100 × mean ± standard error; 0 chance, 100 best"
-        yield f"{'':10}" + "".join(f"{_SHORT.get(name, name):>8}" for name in columns)
+        yield f"{'':10}" + "".join(f"{_SHORT_NAMES.get(name, name):>8}" for name in columns)
         for method in dict.fromkeys(key[0] for key in of):
             cells = []
             for measure in columns:

@@ -50,11 +50,11 @@ _PAGE = Path(__file__).parent / "atlas_page"
 # the link to the quiz in the atlas page: hidden until the quiz is written, then visible
 _QUIZ_LINK = (b'<a id="quiz" href="quiz.html" hidden>', b'<a id="quiz" href="quiz.html">')
 KINDS = ("projections", "patches")
-_MAPS = 32  # maps projected at once
+_MAPS_AT_ONCE = 32  # in one projection
 _THUMBNAIL, _CELL = 96, 32  # sides in pixels; a thumbnail has 3×3 cells
-_CLASSES = 5  # classes listed for each map
+_LISTED_CLASSES = 5  # for each map
 Score = tuple[float, float | None, int]  # mean over a map's units, standard error (None for one unit), number of units
-_LOSSLESS = 32  # frames of at most this side (px) are too small for lossy compression
+_LARGEST_LOSSLESS_SIDE = 32  # frames of at most this side (px) are too small for lossy compression
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def write_atlas(atlas: Atlas, folder: Path, after_file: Callable[[], None] = lam
         for kind in KINDS:
             path = folder / "sheets" / f"{layer}_{kind}.webp"
             if not path.exists():
-                _save(path, _sheet(atlas, folder / "maps" / layer, layer, kind), lossless=False)
+                _save(path, _thumbnail_sheet(atlas, folder / "maps" / layer, layer, kind), lossless=False)
             after_file()
     _write_images(atlas, folder / "images", after_file)
     metadata = _page_data(atlas)
@@ -161,14 +161,14 @@ def write_photographs(path: Path, photographs: Sequence[Photograph], title: str,
         classes = "".join(f"<li>{html.escape(c)} {p:.1%}</li>" for c, p in photograph.predictions)
         parts.append(
             f'<section class="photograph"><h2>{html.escape(photograph.name)}</h2><div class="row">'
-            f"{_inline(photograph.pixels, 224)}<ol>{classes}</ol></div>"
+            f"{_image_html(photograph.pixels, 224)}<ol>{classes}</ol></div>"
         )
         for layer, row in photograph.layers.items():
             tiles = []
             for number, value, *views in zip(row.maps, row.values, row.projections, row.patches, strict=True):
                 label = f"{html.escape(layer)} · {number}"
                 there = "" if link is None else f' href="{html.escape(link)}#{html.escape(layer)}/{number}"'
-                pictures = "".join(_inline(view, 96) for view in views)
+                pictures = "".join(_image_html(view, 96) for view in views)
                 tiles.append(f"<a{there}>{pictures}<small>{label} · {value:.3g}</small></a>")
             shown = "".join(tiles) or "no map is active"
             parts.append(f'<h3>{html.escape(layer)}</h3><div class="row">{shown}</div>')
@@ -182,15 +182,15 @@ def write_photographs(path: Path, photographs: Sequence[Photograph], title: str,
     )
 
 
-def _inline(pixels: Tensor, side: int) -> str:
+def _image_html(pixels: Tensor, side: int) -> str:
     """Return an HTML image, `side` px wide, of pixels, uint8 [h, w, 3]."""
     kind = ' class="pixels"' if len(pixels) < side // 2 else ""
-    return f'<img{kind} width="{side}" height="{side}" alt="" src="{_address(pixels.numpy())}">'
+    return f'<img{kind} width="{side}" height="{side}" alt="" src="{_data_url(pixels.numpy())}">'
 
 
-def _address(pixels: np.ndarray) -> str:
+def _data_url(pixels: np.ndarray) -> str:
     """Return a data: URL that contains the image of pixels, uint8 [h, w, 3]."""
-    text = base64.b64encode(_encode(pixels, lossless=len(pixels) <= _LOSSLESS)).decode()
+    text = base64.b64encode(_encode_webp(pixels, lossless=len(pixels) <= _LARGEST_LOSSLESS_SIDE)).decode()
     return f"data:image/webp;base64,{text}"
 
 
@@ -205,8 +205,8 @@ def write_quiz(
     atlas: path of the network's atlas page
     """
     asked = [
-        {**trial, "references": [[kind, _address(p)] for kind, p in trial["references"]]}
-        | {"queries": [_address(p) for p in trial["queries"]]}
+        {**trial, "references": [[kind, _data_url(p)] for kind, p in trial["references"]]}
+        | {"queries": [_data_url(p) for p in trial["queries"]]}
         for trial in trials
     ]
     number = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]  # the browser stores answers under this key
@@ -321,9 +321,9 @@ def _write_maps(atlas: Atlas, folder: Path, layer: str, after_file: Callable[[],
     """Write each map's picture: row 0 projections, row 1 patches, one column for each of the `top` images."""
     record = atlas.search.layers[layer]
     active = record.filled[:, 0].cpu()
-    small = frame_size(atlas.deconvnet.chain, layer) <= _LOSSLESS
+    small = frame_size(atlas.deconvnet.chain, layer) <= _LARGEST_LOSSLESS_SIDE
     with tqdm(total=len(active), desc=f"atlas: {layer}", unit="map", disable=None, leave=False) as bar:
-        for numbers in torch.arange(len(active)).split(_MAPS):
+        for numbers in torch.arange(len(active)).split(_MAPS_AT_ONCE):
             wanted = [n for n in numbers.tolist() if active[n] and not (folder / f"{n}.webp").exists()]
             if wanted:
                 maps = torch.tensor(wanted)
@@ -334,7 +334,7 @@ def _write_maps(atlas: Atlas, folder: Path, layer: str, after_file: Callable[[],
             after_file()
 
 
-def _sheet(atlas: Atlas, folder: Path, layer: str, kind: str) -> np.ndarray:
+def _thumbnail_sheet(atlas: Atlas, folder: Path, layer: str, kind: str) -> np.ndarray:
     """Return a mosaic of thumbnails, `_columns` per row, one for each map of a layer with its first nine pictures."""
     record = atlas.search.layers[layer]
     side, count = frame_size(atlas.deconvnet.chain, layer), len(record.values)
@@ -365,16 +365,16 @@ def _write_images(atlas: Atlas, folder: Path, after_file: Callable[[], None]) ->
         top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
         for number, image in zip(atlas.in_split(group), pixels[:, top : top + size, left : left + size], strict=True):
             if not (path := folder / f"{number}.webp").exists():
-                _save(path, image.numpy(), lossless=size <= _LOSSLESS)
+                _save(path, image.numpy(), lossless=size <= _LARGEST_LOSSLESS_SIDE)
         after_file()
 
 
 def _save(path: Path, pixels: np.ndarray, lossless: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _encode(pixels, lossless))
+    write_atomically(path, _encode_webp(pixels, lossless))
 
 
-def _encode(pixels: np.ndarray, lossless: bool) -> bytes:
+def _encode_webp(pixels: np.ndarray, lossless: bool) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "WEBP", lossless=lossless, quality=60 if lossless else 88, method=2)
     return buffer.getvalue()
@@ -409,24 +409,24 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
     tops: list[list[list[float]]] = [[] for _ in range(len(values))]
     shown = (numbers, labels.tolist(), place[:, 1:].tolist(), boxes.tolist())
     for n, value, number, label, where, box in zip(row.tolist(), values[row, rank].tolist(), *shown, strict=True):
-        tops[n].append([_short(value), number, label, *where, *map(_short, box)])
+        tops[n].append([_rounded(value), number, label, *where, *map(_rounded, box)])
     present = atlas.search.class_counts.nonzero().flatten()
-    best = stats.class_means.cpu()[:, present].topk(min(_CLASSES, len(present)))
-    means = [[_short(value) for value in row] for row in best.values.tolist()]
+    best = stats.class_means.cpu()[:, present].topk(min(_LISTED_CLASSES, len(present)))
+    means = [[_rounded(value) for value in row] for row in best.values.tolist()]
     more: dict[str, Any] = {}
     if responses := atlas.responses.get(layer):
         counts, highest = responses.histogram()
-        more |= {"histogram": counts.tolist(), "highest": map(_short, highest.tolist())}
+        more |= {"histogram": counts.tolist(), "highest": map(_rounded, highest.tolist())}
         if responses.effect is not None:
-            most = responses.effect.abs().topk(min(_CLASSES, responses.effect.shape[1]), dim=1).indices
-            changes = [[_short(v) for v in row] for row in responses.effect.gather(1, most).tolist()]
+            most = responses.effect.abs().topk(min(_LISTED_CLASSES, responses.effect.shape[1]), dim=1).indices
+            changes = [[_rounded(v) for v in row] for row in responses.effect.gather(1, most).tolist()]
             more["effect"] = [list(zip(*row, strict=True)) for row in zip(most.tolist(), changes, strict=True)]
     if layer in atlas.nearest:
-        more["nearest"] = [[(name, n, _short(r)) for name, n, r in row] for row in atlas.nearest[layer]]
+        more["nearest"] = [[(name, n, _rounded(r)) for name, n, r in row] for row in atlas.nearest[layer]]
     if atlas.verdict is not None:
         known = (atlas.verdict.scores.get((layer, n), {}) for n in range(len(values)))
         more["scores"] = [
-            {k: (_short(mean), error and _short(error), n) for k, (mean, error, n) in row.items()} for row in known
+            {k: (_rounded(mean), error and _rounded(error), n) for k, (mean, error, n) in row.items()} for row in known
         ]
     return {
         "name": layer,
@@ -434,11 +434,11 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
         "field": max(receptive_field(chain, layer).kernel),
         "columns": _columns(len(values)),
         "maps": to_rows(
-            mean=map(_short, stats.mean.tolist()),
-            images=map(_short, stats.image_share.tolist()),
-            positions=map(_short, stats.position_share.tolist()),
-            selectivity=map(_short, stats.selectivity.tolist()),
-            chance=map(_short, stats.chance.nan_to_num().tolist()),
+            mean=map(_rounded, stats.mean.tolist()),
+            images=map(_rounded, stats.image_share.tolist()),
+            positions=map(_rounded, stats.position_share.tolist()),
+            selectivity=map(_rounded, stats.selectivity.tolist()),
+            chance=map(_rounded, stats.chance.nan_to_num().tolist()),
             classes=[list(zip(*row, strict=True)) for row in zip(present[best.indices].tolist(), means, strict=True)],
             top=tops,
             **more,
@@ -446,5 +446,5 @@ def _layer_data(atlas: Atlas, layer: str, record: LayerRecord) -> dict[str, Any]
     }
 
 
-def _short(value: float) -> float:
+def _rounded(value: float) -> float:
     return float(f"{value:.4g}")

@@ -18,7 +18,7 @@ from zfnet.explain.windows import inside_map, take_windows
 from zfnet.model.chain import Chain
 from zfnet.plots.pictures import GREY, on_grey, to_pixels
 
-_IMAGES = 64  # images on the device at once
+_IMAGES_AT_ONCE = 64  # on the device
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def view_units(
     windows, inside = torch.zeros_like(projections), torch.zeros(len(units), side, side, 1, dtype=torch.bool)
     rows, columns = slice(extent[0]), slice(extent[1])
     inside[:, rows, columns] = inside_map(corners, extent, (chain.image_size,) * 2).permute(0, 2, 3, 1)
-    for group in units[:, 0].unique().split(_IMAGES):
+    for group in units[:, 0].unique().split(_IMAGES_AT_ONCE):
         members = torch.isin(units[:, 0], group).nonzero().flatten()
         inputs = preprocess(images.pixels(group).to(device), data, channels_last=False)
         here = units[members].clone()

@@ -43,7 +43,7 @@ LRN_RULES = ("identity", "gradient")
 
 # The number of images whose forward pass is in memory at once, and the size limit in bytes for the largest signal of a
 # chunk of units. On a CPU this limit is about the cache size.
-_IMAGES = 16
+_IMAGES_AT_ONCE = 16
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
@@ -126,7 +126,7 @@ class Deconvnet:
         out = weight.new_zeros(len(units), self.chain.channels, *extent)
         images = images.to(weight)
         _check_range(units[:, 0], len(images), "image", layer)
-        for group in units[:, 0].unique().split(_IMAGES):
+        for group in units[:, 0].unique().split(_IMAGES_AT_ONCE):
             trace = self._forward(images[group.to(weight.device)], steps)
             if switches_from is not None:
                 other = self._forward(switches_from.to(weight)[group.to(weight.device)], steps)
@@ -138,7 +138,7 @@ class Deconvnet:
             for column, name in enumerate(("channel" if len(shape) > 1 else "feature", "y", "x"), 1):
                 limit = shape[column - 1] if column <= len(shape) else 1
                 _check_range(units[mine, column], limit, name, layer)
-            for chosen in mine.split(_chunk(steps, trace)):
+            for chosen in mine.split(_units_per_chunk(steps, trace)):
                 unit = units[chosen].to(weight.device)
                 unit[:, 0] = torch.searchsorted(group, units[chosen, 0]).to(weight.device)
                 seed = None if seeds is None else seeds[chosen].to(weight)
@@ -212,7 +212,7 @@ class Deconvnet:
         return signal
 
 
-def _chunk(steps: list[Step], trace: _Trace) -> int:
+def _units_per_chunk(steps: list[Step], trace: _Trace) -> int:
     """Return how many units are projected together."""
     rows = columns = largest = 1
     for step, shape in reversed(list(zip(steps, trace.input_shapes, strict=True))):

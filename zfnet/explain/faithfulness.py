@@ -18,11 +18,11 @@ from zfnet.config.randomness import CONTROL, make_key, uniform
 Measure = Callable[[Tensor, Tensor], Tensor]  # (item int64 [B], removed bool [B, P]) → float [B]
 
 FILLINGS = ("mean colour", "blur", "noisy linear")
-_DRAWS = 4  # random orders, each used forwards and backwards
+_RANDOM_ORDERS = 4  # each is used forwards and backwards
 _FINE = 2  # grid points of noisy linear imputation along each side of a cell
-_PULL = 1e-4  # weight of the mean colour; without it the equations are singular if every point is removed
-_NOISE = 0.01
-_CHUNK = 4 << 20  # pixels computed at once
+_MEAN_COLOUR_WEIGHT = 1e-4  # without it the equations are singular if every point is removed
+_NOISE_STD = 0.01
+_PIXELS_AT_ONCE = 4 << 20
 
 
 # ---- deletion and insertion
@@ -51,7 +51,7 @@ def removal_scores(
         return curves[0], curves[1]
 
     number = torch.arange(count * cells).view(count, cells)
-    draws = [areas(uniform(make_key(seed, CONTROL, 10, k), number), k) for k in range(_DRAWS)]
+    draws = [areas(uniform(make_key(seed, CONTROL, 10, k), number), k) for k in range(_RANDOM_ORDERS)]
     chance = torch.stack([area for pair in draws for area in pair]).mean(0)
     lowest, highest = greedy_areas(measure, whole, empty, cells, steps)
     enough = 0.01 * whole.abs()
@@ -153,7 +153,7 @@ class Removal:
     def __call__(self, item: Tensor, removed: Tensor) -> Tensor:
         """Return the numbers after the removal, float [B], on the CPU."""
         extent, out = self._extent, []
-        for rows in torch.arange(len(item)).split(max(1, _CHUNK // (extent[0] * extent[1]))):
+        for rows in torch.arange(len(item)).split(max(1, _PIXELS_AT_ONCE // (extent[0] * extent[1]))):
             at, gone = item[rows], removed[rows]
             mine = self._cells[at].flatten(1)
             hidden = (gone.gather(1, mine.clamp(min=0)) & (mine >= 0)).view(-1, 1, *extent).to(self.frames.device)
@@ -169,7 +169,7 @@ class Removal:
                 solved = impute(points[at], lost | ~known[at])
                 fill = F.grid_sample(solved, where[at], align_corners=False, padding_mode="border").to(frames)
                 noise = uniform(make_key(0, CONTROL, 12), torch.arange(frames[0].numel())).view_as(frames[0]) - 0.5
-                fill = fill + _NOISE * 12**0.5 * noise.to(frames)
+                fill = fill + _NOISE_STD * 12**0.5 * noise.to(frames)
             out.append(self.value(torch.where(hidden, fill, frames), at).cpu())
         return torch.cat(out)
 
@@ -190,7 +190,7 @@ def impute(points: Tensor, removed: Tensor) -> Tensor:
     steps = away[:, None, :, None] + away[None, :, None, :]
     near = (away[:, None, :, None] <= 1) & (away[None, :, None, :] <= 1)
     weight = torch.where(near & (steps > 0), torch.where(steps == 1, 1 / 6, 1 / 12), 0.0).reshape(side**2, side**2)
-    weight = weight / weight.sum(1, keepdim=True) * (1 - _PULL)
+    weight = weight / weight.sum(1, keepdim=True) * (1 - _MEAN_COLOUR_WEIGHT)
     gone = removed.flatten(1).to(points)[:, :, None]
     system = torch.eye(side**2, dtype=points.dtype) - gone * weight.to(points)
     solved = torch.linalg.solve(system, points.flatten(2).mT * (1 - gone))

@@ -71,10 +71,10 @@ class Ablation:
     @full_precision()
     def __init__(self, chain: Chain, images: Tensor, layer: str) -> None:
         self.maps, self._steps = chain.activations(images, [layer])[layer], chain.steps[len(chain.up_to(layer)) :]
-        self.before = self._ahead(self.maps)
+        self.before = self._run_later_steps(self.maps)
         self.active = (self.maps != 0).flatten(2).any(2)
 
-    def _ahead(self, x: Tensor) -> Tensor:
+    def _run_later_steps(self, x: Tensor) -> Tensor:
         for step in self._steps:
             x = step(x)
         return x
@@ -88,7 +88,7 @@ class Ablation:
         rows = self.active[:, number]
         maps = self.maps[rows]
         maps[:, number] = 0
-        return rows, self._ahead(maps)
+        return rows, self._run_later_steps(maps)
 
 
 def ablation_effects(chain: Chain, batches: Sequence[Tensor], layers: Sequence[str]) -> dict[str, Tensor]:

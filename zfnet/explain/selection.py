@@ -22,7 +22,7 @@ from zfnet.runs.tables import shorten
 from zfnet.training.loaded import LoadedRun
 
 _CANDIDATES = 20  # at least this many images of a class are classified to find correct ones
-_MOST_FILES = 24  # a figure has one row per file
+_MAX_FILES = 24  # a figure has one row per file
 
 
 @dataclass(kw_only=True)
@@ -199,8 +199,8 @@ def read_files(loaded: LoadedRun, items: Sequence[str]) -> tuple[Tensor, list[st
     images, problems = find_images(items)
     for item, problem in problems.items():
         raise UserError(f"{item}: {problem}")
-    if not 1 <= len(images) <= _MOST_FILES:
-        raise UserError(f"images: {len(images)} are named; a figure holds 1 to {_MOST_FILES}")
+    if not 1 <= len(images) <= _MAX_FILES:
+        raise UserError(f"images: {len(images)} are named; a figure holds 1 to {_MAX_FILES}")
     pixels, size = [], loaded.metadata.stored_size
     for image in images:
         try:

@@ -23,8 +23,8 @@ from zfnet.model.layers import full_precision
 
 INTEGRATED, GRAD_CAM = "integrated", "Grad-CAM"
 BASELINES = ("Sobel", "|input|", "centre", "random")
-_POINTS = 16  # points of integrated gradients between the mean colour and the image
-_IMAGES = 128  # images processed at once
+_INTEGRATION_POINTS = 16  # between the mean colour and the image
+_BATCH = 128  # images
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Target:
 
     def value(self, frames: Tensor, item: Tensor) -> Tensor:
         """Return the activations or logits [B] of the units `item` [B] for frames [B, 3, h, w]."""
-        return torch.cat([self._value(f, i) for f, i in zip(frames.split(_IMAGES), item.split(_IMAGES), strict=True)])
+        return torch.cat([self._value(f, i) for f, i in zip(frames.split(_BATCH), item.split(_BATCH), strict=True)])
 
     @torch.no_grad()
     def _value(self, frames: Tensor, item: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Target:
             return net.project(images, self.layer, units, seeds=seeds, fields=self.cut_out).cpu()
         if method in (INTEGRATED, GRAD_CAM):
             explain = integrated_gradients if method == INTEGRATED else grad_cam
-            parts = [(images[part[:, 0]], part[:, 1].to(images.device)) for part in units.split(_IMAGES)]
+            parts = [(images[part[:, 0]], part[:, 1].to(images.device)) for part in units.split(_BATCH)]
             return torch.cat([explain(chain, *part).cpu() for part in parts])
         if method == "random":
             shape = (len(units), 1, *self._extent)
@@ -179,7 +179,7 @@ def grad_cam(chain: Chain, images: Tensor, labels: Tensor, layer: str | None = N
 
 
 @full_precision()
-def integrated_gradients(chain: Chain, images: Tensor, labels: Tensor, points: int = _POINTS) -> Tensor:
+def integrated_gradients(chain: Chain, images: Tensor, labels: Tensor, points: int = _INTEGRATION_POINTS) -> Tensor:
     """Return integrated gradients (Sundararajan et al. 2017) of the classes `labels` [N]; baseline: the mean colour."""
     total = torch.zeros_like(images)
     rows = torch.arange(len(labels), device=labels.device)

@@ -21,7 +21,7 @@ from zfnet.model.layers import evaluation_mode
 from zfnet.runs.statistics import rank_p
 
 SHUFFLES = 19  # how often the labels are shuffled: p is at least 1/20
-_NONE = torch.iinfo(torch.int64).max  # index of an empty entry; it sorts last
+_NO_IMAGE = torch.iinfo(torch.int64).max  # index of an empty entry; it sorts last
 
 
 @dataclass
@@ -122,7 +122,7 @@ class TopActivations:
         whole = torch.zeros(channels, dtype=torch.int64, device=device)
         record = LayerRecord(
             values=torch.full((channels, self.top), float("-inf"), dtype=maps.dtype, device=device),
-            index=torch.full((channels, self.top), _NONE, device=device),
+            index=torch.full((channels, self.top), _NO_IMAGE, device=device),
             position=torch.zeros(channels, self.top, dtype=torch.int64, device=device),
             sums=torch.zeros(1 + len(self.shuffled), len(self.known), channels, dtype=exact, device=device),
             active_images=whole,
