@@ -34,9 +34,9 @@ def removal_scores(
     """Return the (deletion, insertion) scores, [U] each, of each method's relevance of cells [U, P].
 
     Deletion removes the most relevant cells first, in `steps` equal steps, and takes the area under the curve of the
-    number. Insertion adds the most relevant cells first, which is the same as removing the least relevant first and
-    reading the curve backwards. A score is 0 for a random order and 1 for the greedy order, in which each step removes
-    the cells that change the number most (or least) one by one. NaN where the two orders hardly differ.
+    number. Insertion adds the most relevant cells first: this is the curve of removing the least relevant cells first,
+    read backwards. A score is 0 for a random order and 1 for the greedy order, in which each step removes the cells
+    that, removed alone, lower the number most (insertion: keep it highest). NaN where the two orders hardly differ.
     """
     count, cells = next(iter(relevance.values())).shape
     item = torch.arange(count)

@@ -70,7 +70,7 @@ def adaptive_windows(windows: int, cells: int) -> Tensor:
 
 
 def pool_with_switches(x: Tensor, pool: nn.MaxPool2d, dead_windows: str = "first") -> tuple[Tensor, Tensor]:
-    """Return (pooled, switches), both [N, C, h, w], for x [N, C, H, W]; bit dy·columns + dx of a switch is a cell.
+    """Return (pooled, switches), both [N, C, h, w], for x [N, C, H, W]. Bit dy·columns + dx marks a maximum.
 
     dead_windows: how to treat windows without an active cell (a value above 0), where several cells can be equal:
         `first` takes the first of equal cells, as autograd does; `mask` gives them no switch; `all` sets the bit of
