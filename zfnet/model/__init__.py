@@ -1,4 +1,4 @@
-"""The network, and any network as a chain of layers."""
+"""ZFNet, and `Chain`, which represents any feed-forward network as a list of steps."""
 
 from zfnet.model.chain import Chain
 from zfnet.model.zfnet import ZFNet

@@ -1,4 +1,4 @@
-"""The network that a config names, and its initial weights."""
+"""Build the network that a config names, and load its initial weights."""
 
 import inspect
 import re
@@ -25,17 +25,17 @@ def build_model(
     imports: Sequence[str] = (),
     probe: bool = True,
 ) -> nn.Module:
-    """Return the network: ZFNet, or the `nn.Module` that a `_target_` names, for images [N, 3, S, S].
+    """Return the network for images [N, 3, S, S]: ZFNet, or the `nn.Module` that a `_target_` names.
 
-    Another network's class is also given `num_classes` and `image_size` if it takes them, and its dropout layers become
-    keyed ones, whose masks follow the seed. Raises UserError if it does not turn images into logits [N, num_classes];
-    `probe=False` skips this check. `num_classes` is None before the images are read: then any number of logits will do.
+    A class other than ZFNet receives `num_classes` and `image_size` if it accepts them. Its dropout layers are replaced
+    by keyed ones with masks that depend on the seed. Raises UserError if it does not map images to logits
+    [N, num_classes]; `probe=False` skips this check. `num_classes=None` (no images read yet) allows any number.
     """
     outputs = num_classes or 2
     if isinstance(model, ModelConfig):
         return ZFNet(outputs, image_size, model)
     cls = resolve("model", model.get("_target_"), nn.Module, imports)
-    # `image_size` only by name: a `**kwargs` may pass it to a class that does not take it
+    # pass `image_size` only if the signature names it: `**kwargs` could forward it to a class that does not accept it
     sizes = {"image_size": image_size} if "image_size" in inspect.signature(cls).parameters else {}
     offered = {"num_classes": outputs, **sizes}
     network: nn.Module = instantiate("model", model, nn.Module, imports, offered=offered)
@@ -46,16 +46,16 @@ def build_model(
 
 
 def check_logits(network: nn.Module, num_classes: int | None, image_size: int, training: bool = False) -> None:
-    """Raise UserError if a network does not turn images into logits [N, num_classes]; None: of any number.
+    """Raise UserError if a network does not map images to logits [N, num_classes]; None allows any number of classes.
 
-    training: try it in training mode, which changes running statistics and may draw random numbers
+    training: run it in training mode, which changes running statistics and can draw random numbers
     """
     name, size, before = type(network).__name__, [2, 3, image_size, image_size], network.training
     mode = " in training mode" if training else ""
     try:
         with torch.no_grad():
             logits = network.train(training)(torch.zeros(size))
-    except Exception as error:  # user code may raise anything
+    except Exception as error:  # user code can raise any exception
         raise UserError(f"model ({name}): fails{mode} on images {size}: {one_line(error)}") from error
     network.train(before)
     shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -65,10 +65,10 @@ def check_logits(network: nn.Module, num_classes: int | None, image_size: int, t
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata and the tensors of a safetensors file, which stay on the disk until they are used.
+    """Return the metadata and the tensors of a safetensors file; the tensors' data is read from the disk on first use.
 
-    Raises OSError or SafetensorError, and ValueError for a duplicate name (safetensors would keep one of the two) and
-    for a header that claims to be longer than the file.
+    Raises OSError or SafetensorError. Raises ValueError if a name occurs twice (safetensors would keep one of the two)
+    or if the header claims to be longer than the file.
     """
     refuse_pipe(path)
     with open(path, "rb") as file:
@@ -88,10 +88,10 @@ def refuse_not_finite(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
-    """Load a file of weights into the network, as far as it fits; return the names that keep their initial values.
+    """Load a safetensors file into the network; return the names of the weights that keep their initial values.
 
-    Only the last layer may differ, in its number of classes. Raises UserError for anything else that does not fit, and
-    for a file that is not safetensors.
+    Only the last layer may differ, in its number of classes; it then keeps its initial values. Raises UserError for any
+    other difference, and for a file that is not safetensors.
     """
     try:
         state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in read_tensors(path)[1].items()}
@@ -128,7 +128,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
 
 
 def freeze(model: nn.Module, names: Sequence[str]) -> None:
-    """Stop training the named modules (and their running statistics, see `TrainingState.train`); raise UserError."""
+    """Freeze the named modules (`TrainingState.train` freezes their running statistics); raise UserError."""
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules or not any(True for _ in modules[name].parameters()):
@@ -139,5 +139,5 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Return whether any layer normalises over the batch."""
-    # the base of BatchNorm1d to 3d and of SyncBatchNorm, to which several GPUs' networks are converted
+    # the base class of BatchNorm1d to 3d and of SyncBatchNorm, which replaces them in training on several GPUs
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

@@ -1,4 +1,4 @@
-"""A network as a chain: its modules in the order in which an image passes them, however they are nested."""
+"""Represent a network as a chain: its leaf modules in the order in which the forward pass calls them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from zfnet.config.errors import UserError, did_you_mean, one_line
 from zfnet.model.layers import DROPOUTS, evaluation_mode, full_precision
 
-WEIGHTED = (nn.Conv2d, nn.Linear)  # these are the layers; all other modules belong to the layer before them
+WEIGHTED = (nn.Conv2d, nn.Linear)  # these count as layers; every other module belongs to the layer before it
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-# a layer's output is that of the first of these after it, with only the next two kinds in between
+# a layer's output is the output of the next of these modules, if only BATCH_NORMS and NEUTRAL are in between
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
-NEUTRAL = (nn.Identity, *DROPOUTS)  # in evaluation mode these change nothing
-OUTPUT = "the output"  # as a layer's name: what the network returns, if that is not its last layer's output
+NEUTRAL = (nn.Identity, *DROPOUTS)  # identities in evaluation mode
+OUTPUT = "the output"  # a layer name for what the network returns, if that is not its last layer's output
 
 
 @dataclass(frozen=True)
 class Step:
-    """One module of a chain. The shapes are those of one image's input and output, without the batch."""
+    """One module of a chain, with the shapes of its input and output for one image (without the batch dimension)."""
 
     name: str
     module: nn.Module
@@ -28,7 +28,7 @@ class Step:
     output_shape: torch.Size
 
     def __call__(self, x: Tensor) -> Tensor:
-        # an in-place module would change a tensor that the caller keeps
+        # an in-place module would overwrite the caller's tensor
         return self.module(x.clone() if getattr(self.module, "inplace", False) else x)
 
     def __str__(self) -> str:
@@ -38,14 +38,14 @@ class Step:
 class Chain:
     """The steps of a feed-forward network, found in one forward pass in evaluation mode.
 
-    model: any module that passes its images from one leaf module to the next, with nothing but `torch.flatten`
-        (or a `view` that does the same) between them: ZFNet, torchvision's AlexNet and VGG, your own
+    model: any module that passes its images from one leaf module to the next, with only `torch.flatten` (or an
+        equivalent `view`) between them, such as ZFNet, torchvision's AlexNet and VGG, or your own
     image_size: side of the square images in pixels
 
-    steps: in forward order; a flatten between two modules is a step of its own
+    steps: in forward order; a flatten between two modules is a separate step
     layers: the names of the convolutions and linear layers, such as `conv1` or `features.0`
-    conv_layers: those that are convolutions
-    channels: of the images; num_classes: outputs of the network
+    conv_layers: the names of the convolutions
+    channels: channels of the images; num_classes: outputs of the network
 
     Raises UserError, naming the module, if the network is not a chain or cannot take the images.
     """
@@ -62,7 +62,7 @@ class Chain:
 
     @staticmethod
     def of(model: "nn.Module | Chain", image_size: int | None = None) -> "Chain":
-        """Return the chain of a model: a chain itself, a ZFNet's, or a new one for images of `image_size`."""
+        """Return `model` if it is a Chain, its `chain` if it has one (ZFNet), or a new Chain for `image_size`."""
         if isinstance(model, Chain):
             return model
         if isinstance(chain := getattr(model, "chain", None), Chain):
@@ -91,11 +91,11 @@ class Chain:
 
     @full_precision()
     def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Return each named layer's output: after the ReLU and before pooling, the logits for `OUTPUT`.
+        """Return the output of each named layer, after its ReLU and before its pooling; for `OUTPUT`, the logits.
 
         Shapes: convolutions [N, channels, y, x], linear layers [N, features]. The model's mode applies: in training
-        mode dropout is active. Computed in full precision, whatever training uses. Raises UserError for an unknown
-        layer and for images of another size.
+        mode dropout is active. Computes in full precision, independent of the training precision. Raises UserError for
+        an unknown layer and for images of another size.
         """
         if isinstance(layers, str):
             raise UserError(f"layers={layers!r}: must be a list, as in [{layers!r}]")
@@ -109,7 +109,7 @@ class Chain:
 
 
 def _end(steps: list[Step], start: int) -> int:
-    """Return the number of the step whose output is that of the layer at `start`."""
+    """Return the index of the step that gives the output of the layer at index `start`."""
     end = start
     for number in range(start + 1, len(steps)):
         module = steps[number].module
@@ -125,7 +125,7 @@ def _end(steps: list[Step], start: int) -> int:
 @torch.no_grad()
 @full_precision()
 def _trace(model: nn.Module, image_size: int) -> list[Step]:
-    """Run two random images through the model, record each leaf module's input and output, and compare them."""
+    """Run two random images through the model, and check that each leaf module's input is the previous output."""
     names: dict[nn.Module, str] = {}
     for leaf, module in _leaves(model, ""):
         if "/" in leaf or "\\" in leaf:
@@ -142,7 +142,7 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
     last = images  # the output of the last step
 
     def connect(x: Tensor, name: str) -> None:
-        """Check that x is the last output, and add a step if it is its flattened form."""
+        """Check that `x` is the last step's output; if it is that output flattened, add a flatten step."""
         former = steps[-1].name if steps else "the image"
         if _same(x, last):
             return
@@ -167,7 +167,7 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
         if isinstance(module, WEIGHTED) and any(s.module is module for s in steps):
             raise UserError(f"{step}: is used twice; a chain uses each layer once")
         steps.append(step)
-        last = output.clone()  # something like `out += identity` would change the output itself
+        last = output.clone()  # a later in-place operation such as `out += identity` would change `output`
 
     hooks = [m.register_forward_pre_hook(before) for m in names] + [m.register_forward_hook(after) for m in names]
     try:
@@ -175,7 +175,7 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
             output = model(images)
     except UserError:
         raise
-    except Exception as error:  # user code may raise anything
+    except Exception as error:  # user code can raise any exception
         place = f"after {steps[-1]}" if steps else "at the first module"
         raise UserError(
             f"the network cannot take {channels}×{image_size}×{image_size} images: {place}: {one_line(error)}"
@@ -190,7 +190,7 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    # a parametrized convolution (such as by weight norm) is a leaf with children; an empty Sequential is no leaf
+    # a parametrized convolution (for example with weight norm) is a leaf with children; an empty Sequential is no leaf
     if isinstance(module, WEIGHTED) or not (isinstance(module, nn.Sequential) or any(module.children())):
         yield name, module
         return
@@ -199,5 +199,5 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    # on the meta device there are no values to compare
+    # tensors on the meta device have no values to compare
     return a.shape == b.shape and (a is b or a.is_meta or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))

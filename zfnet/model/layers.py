@@ -12,25 +12,25 @@ from zfnet.config.randomness import DROPOUT, make_key, uniform
 
 
 class LocalResponseNorm(nn.Module):
-    """y_c = x_c · (k + α Σ x²)^(−β), the sum running over the `size` maps around c (Krizhevsky 2012, section 3.3).
+    """y_c = x_c · (k + α Σ x²)^(−β), where the sum runs over the `size` maps around c (Krizhevsky 2012, section 3.3).
 
-    The constants are Krizhevsky's; ZFNet's paper gives none. His α multiplies the sum (as printed; his code divides
-    it by the size), PyTorch's and Caffe's the mean, so α here is 1/size of theirs. The sum is a 1×1 convolution with a
-    banded matrix: 3 times as fast as `nn.LocalResponseNorm` on a CPU, and deterministic on CUDA, where that one's
-    backward is not.
+    The default constants are Krizhevsky's; the ZFNet paper gives none. As in his paper, α multiplies the sum (his code
+    divides it by `size`). In PyTorch and Caffe α multiplies the mean, so α here is 1/size of theirs. A 1×1 convolution
+    with a banded matrix computes the sum. On a CPU it is 3 times as fast as `nn.LocalResponseNorm`; on CUDA its
+    backward pass is deterministic, unlike that of `nn.LocalResponseNorm`.
     """
 
     def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> None:
         super().__init__()
         if size % 2 == 0:
-            # an odd band is symmetric, and backward relies on that
+            # backward relies on a symmetric band, and only an odd size gives one
             raise ValueError(f"size={size}: must be odd")
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [N, C, H, W]."""
         offsets = torch.arange(x.shape[1], device=x.device)
-        # bf16 would lose α x² beside k, so mixed precision stops here
+        # compute in fp32 even in mixed precision: bf16 would round α x² away when it is added to k
         dtype = torch.promote_types(x.dtype, torch.float32)
         band = ((offsets[:, None] - offsets).abs() <= self.size // 2).to(dtype)
         with _without_autocast(x.device.type):
@@ -43,23 +43,22 @@ class LocalResponseNorm(nn.Module):
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode; afterwards each of its modules has the mode that it had."""
+    """Put a network into evaluation mode within the block; restore the mode of each of its modules afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
         yield
     finally:
-        model.train(modes[model])  # a module's own `train` may do more than set the mode
+        model.train(modes[model])  # an overridden `train` can do more than set the mode
         for module, mode in modes.items():
             module.training = mode
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute as explanations need it: without autocast; on CUDA in IEEE fp32 (not TF32) and with deterministic
-    kernels.
+    """Disable autocast within the block; on CUDA also use IEEE fp32 (not TF32) and deterministic kernels.
 
-    Afterwards training's settings are restored.
+    Explanations use it. The previous settings are restored afterwards.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     conv = cudnn.conv  # type: ignore[attr-defined]
@@ -70,7 +69,7 @@ def full_precision() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         try:
             cudnn.deterministic, cudnn.benchmark = True, False
-            # the older names first: reading them is an error if they differ from the newer ones
+            # set the older names first: reading them raises an error if they differ from the newer ones
             cudnn.allow_tf32 = matmul.allow_tf32 = False
             conv.fp32_precision = matmul.fp32_precision = "ieee"
             yield
@@ -81,7 +80,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    # not `torch.amp.is_autocast_available`: torch.compile of PyTorch 2.10 fails on it, and tries again in each step
+    # avoid `torch.amp.is_autocast_available`: torch.compile of PyTorch 2.10 fails on it, and retries in each step
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
@@ -99,19 +98,19 @@ class _Normalise(torch.autograd.Function):
         # dy_i/dx_j = δ_ij s_j^−β − 2αβ x_i s_i^(−β−1) x_j for i within the band around j
         x, band, scale, power = ctx.saved_tensors
         alpha, beta = ctx.constants
-        with _without_autocast(x.device.type):  # a loop may call backward within autocast
+        with _without_autocast(x.device.type):  # a training loop can call backward within autocast
             spread = F.conv2d(grad * x * power / scale, band * (2 * alpha * beta))
         return grad * power - x * spread, None, None, None, None
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is a function of a key and of each image's place in the global batch.
+    """Dropout with a mask that is a function of a key and of each image's index in the global batch.
 
-    p: probability of dropping an entry; whole_channels: drop whole maps, as `nn.Dropout2d` does
+    p: probability of dropping an entry; whole_channels: drop whole channels, as `nn.Dropout2d` does
 
-    Until `set_key` is called it is ordinary dropout. With a key, a step's mask is the same after a resume,
-    on any device, and however the batch is divided into chunks or among processes. A module that the network
-    uses several times in one pass drops other entries each time.
+    It is ordinary dropout until `set_key` is called. With a key, a step's mask is the same after a resume, on every
+    device, and for every division of the batch into chunks or among processes. A module that the network calls several
+    times in one forward pass uses a different mask in each call.
     """
 
     key: Tensor
@@ -121,12 +120,12 @@ class Dropout(nn.Module):
     def __init__(self, p: float, whole_channels: bool = False) -> None:
         super().__init__()
         self.p, self.whole_channels, self.keyed = p, whole_channels, False
-        # tensors, so that changing them does not recompile; not persistent, since they are functions of the step
+        # tensors, so that changing them does not recompile; not persistent, because they are functions of the step
         for name in ("key", "first", "calls"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
 
     def set_key(self, key: int, first: int) -> None:
-        """Use this key from now on; `first` is the place of image 0 in the global batch."""
+        """Use this key from now on; `first` is the index of the next input's first image in the global batch."""
         self.key.fill_(key)
         self.first.fill_(first)
         self.calls.zero_()
@@ -142,7 +141,7 @@ class Dropout(nn.Module):
         entries = math.prod(shape)
         rows = torch.arange(x.shape[0], device=x.device) + self.first
         index = rows[:, None] * entries + torch.arange(entries, device=x.device)
-        # the first call's key is the key itself
+        # the first call uses the key unchanged
         key = (self.key + self.calls * 0x9E3779B1) & 0xFFFFFFFF
         self.calls.add_(1)
         keep = (uniform(key, index) >= self.p).to(x.dtype).mul_(1 / (1 - self.p) if self.p < 1 else 0)
@@ -152,14 +151,14 @@ class Dropout(nn.Module):
         return f"p={self.p}" + (", whole_channels=True" if self.whole_channels else "")
 
 
-# in evaluation mode all of these pass their input on; the alpha forms have no keyed counterpart
+# all of these are identities in evaluation mode; alpha dropout has no keyed version
 DROPOUTS = (Dropout, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def replace_dropout(model: nn.Module) -> int:
-    """Replace each of PyTorch's dropout layers in a model, in place, by a keyed `Dropout`; return how many.
+    """Replace PyTorch's dropout layers in a model by keyed `Dropout`, in place; return the number of replaced layers.
 
-    `nn.Dropout1d`, `2d` and `3d` keep dropping whole channels. Alpha dropout and calls of `F.dropout` stay as they are:
+    `nn.Dropout1d`, `2d` and `3d` keep dropping whole channels. Alpha dropout and calls of `F.dropout` do not change:
     their masks come from PyTorch's generator.
     """
     device = next((p.device for p in model.parameters()), None)
@@ -174,16 +173,16 @@ def replace_dropout(model: nn.Module) -> int:
 
 
 def set_dropout_step(model: nn.Module, seed: int, step: int, first: int = 0) -> None:
-    """Fix every keyed `Dropout`'s mask of one step; `first` is the next image's place in the global batch."""
+    """Set the key of every `Dropout` for one step; `first` is the next input's first index in the global batch."""
     for number, module in enumerate(m for m in model.modules() if isinstance(m, Dropout)):
         module.set_key(make_key(seed, DROPOUT, step, number), first)
 
 
 @torch.no_grad()
 def renormalize_filters(model: nn.Module, limit: float) -> None:
-    """Scale each filter of an `nn.Conv2d` whose RMS exceeds `limit` back to it (paper, section 3)."""
+    """Scale each `nn.Conv2d` filter with an RMS above `limit` down to that RMS (paper, section 3)."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.weight.requires_grad:  # frozen ones stay
+        if isinstance(module, nn.Conv2d) and module.weight.requires_grad:  # not frozen
             rms = module.weight.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-            # torch.where, so that filters within the limit keep their bits
+            # torch.where leaves filters within the limit bit-identical
             module.weight.copy_(torch.where(rms > limit, module.weight * (limit / rms), module.weight))

@@ -1,7 +1,7 @@
-"""Networks of other programs: an ONNX graph as a chain of PyTorch modules, with its weights.
+"""Read an ONNX graph, written by another program, as a chain of PyTorch modules with weights.
 
-The file is read by the package `onnx` alone and is data: only the operations in the table below are known, each weight
-is compared with the graph before memory is allocated, and weights beside the file come from its own folder only.
+Only the package `onnx` parses the file, and nothing in it is executed. The reader accepts only the operations in
+`_READ`, limits the sizes before it allocates memory, and reads external weights only from the file's own folder.
 """
 
 import math
@@ -22,16 +22,16 @@ _MODULES: dict[str, type[nn.Module]] = {
     m.__name__: m for m in (nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, LocalResponseNorm, nn.Dropout, nn.Flatten)
 }
 _SIDES = ("kernel_size", "stride", "padding", "dilation")
-_MOST_CELLS = 2**28  # of a layer's output: 1 GiB
+_MOST_CELLS = 2**28  # in a layer's output: 1 GiB in fp32
 
 
 class Sequence(nn.Sequential):
-    """A chain of modules that plain settings describe, as an imported run records it.
+    """A chain of modules built from plain settings, as an imported run records them.
 
-    layers: for each module its name, its type (see `_MODULES`) and the type's own arguments, which are numbers, as in
+    layers: for each module its name, its type (see `_MODULES`) and the numeric arguments of that type, as in
         `{name: conv1, type: Conv2d, in_channels: 3, out_channels: 96, kernel_size: [7, 7]}`
 
-    Raises UserError for another type, and for arguments that are not numbers.
+    Raises UserError for an unknown type, and for arguments that are not numbers or are too large.
     """
 
     def __init__(self, layers: list[dict[str, Any]]) -> None:
@@ -50,7 +50,7 @@ class Sequence(nn.Sequential):
 
 
 class _Reader:
-    """Follows a graph from its image to its output; `layers` and `state` grow with each node."""
+    """Follows a graph from its input to its output, and adds each node to `layers` and `state`."""
 
     def __init__(self, path: Path, model: Any, image_size: int) -> None:
         import onnx
@@ -81,7 +81,7 @@ class _Reader:
             for name in node.input:
                 users.setdefault(name, []).append(node)
         end = self.graph.output[0].name
-        for _ in self.graph.node:  # a chain has no more steps
+        for _ in self.graph.node:  # a chain has at most this many steps; a cyclic graph would loop forever
             if self.at == end:
                 break
             if len(following := users.get(self.at, [])) != 1:
@@ -100,7 +100,7 @@ class _Reader:
                 raise self.error(f"{node.op_type} ({printable(self.at)}) cannot be read: {one_line(error)}") from error
 
     def add(self, name: str, kind: str, weights: Mapping[str, Tensor], **settings: Any) -> None:
-        """Add a module, run the shape of an image through it, and record its weights."""
+        """Add a module, compute the shape of its output for one image, and record its weights."""
         plain = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
         with torch.device("meta"):
             module = Sequence([{"name": "m", "type": kind, **plain}])[0].eval()
@@ -118,7 +118,7 @@ class _Reader:
         self.state |= {f"{name}{number}.{key}": value for key, value in weights.items()}
 
     def constant(self, name: str) -> Tensor:
-        """Return a weight of the file; floats as fp32."""
+        """Return a constant of the graph; floating-point values as fp32."""
         maker = self.makers.get(name)
         if maker is None and name not in self.tensors:
             raise ValueError(f"{printable(name)} is not a constant")
@@ -132,7 +132,7 @@ class _Reader:
         return self.value(self.tensors[name] if maker is None else maker.attribute[0].t)
 
     def value(self, tensor: Any) -> Tensor:
-        """Return a tensor of the file, or of a file beside it."""
+        """Return a tensor from the file, or from an external file in the same folder."""
         self.count(tensor.dims)
         folder = os.path.realpath(self.path.parent)
         if tensor.data_location == self.onnx.TensorProto.EXTERNAL:
@@ -142,12 +142,12 @@ class _Reader:
                 raise ValueError(f"its weights lie in {printable(places)}, which is not a file beside {self.path.name}")
         try:
             value = torch.from_numpy(self.onnx.numpy_helper.to_array(tensor, folder).copy())
-        except Exception as error:  # onnx raises all kinds of errors for a damaged tensor
+        except Exception as error:  # onnx raises many kinds of errors for a damaged tensor
             raise ValueError(f"{printable(tensor.name)}: {error}") from error
         return value.float() if value.is_floating_point() else value
 
     def count(self, dims: Any) -> None:
-        """Raise ValueError for a file that claims more weights than any network has."""
+        """Count the weights of a tensor before it is read; raise ValueError above MOST_WEIGHTS in total."""
         if any(d < 0 for d in dims) or (count := math.prod(dims)) + self.weights > MOST_WEIGHTS:
             raise ValueError(f"a weight is {list(dims)}: more than {MOST_WEIGHTS:,} weights are not read")
         self.weights += count
@@ -160,8 +160,8 @@ def _shapes(weights: Mapping[str, Tensor]) -> str:
 def read_onnx(path: Path, image_size: int) -> tuple[list[dict[str, Any]], dict[str, Tensor], int]:
     """Return a graph as the settings of a `Sequence`, its weights, and the side of its images in pixels.
 
-    A softmax at the end is left out, so that the outputs are logits. Convolutions and linear layers are numbered as in
-    the paper: conv1 … fc8. image_size: where the file leaves it open. Raises UserError, also without `onnx`.
+    A final softmax is dropped, so that the outputs are logits. Convolutions and linear layers are numbered as in the
+    paper: conv1 … fc8. image_size: used if the file does not set it. Raises UserError, also if `onnx` is not installed.
     """
     try:
         import onnx
@@ -189,7 +189,7 @@ def read_onnx(path: Path, image_size: int) -> tuple[list[dict[str, Any]], dict[s
 
 
 def _pads(reader: _Reader, values: Mapping[str, Any], is_pooling: bool = False) -> dict[str, Any]:
-    """Return a window's stride, padding and dilation; raise ValueError if PyTorch has none like them."""
+    """Return the settings of a window for PyTorch; raise ValueError if PyTorch has no equivalent."""
     if values.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
         raise ValueError(f"auto_pad={values['auto_pad'].decode(errors='replace')}; must be NOTSET or VALID")
     kernel, strides = list(values["kernel_shape"]), list(values.get("strides", [1, 1]))
@@ -199,7 +199,7 @@ def _pads(reader: _Reader, values: Mapping[str, Any], is_pooling: bool = False) 
     if dilations != [1, 1]:
         settings["dilation"] = dilations
     ceil = bool(values.get("ceil_mode", 0))
-    if first != last and is_pooling and not ceil:  # what Caffe rounds up, some converters pad
+    if first != last and is_pooling and not ceil:  # some converters write Caffe's ceil mode as padding
         with_ceil = nn.MaxPool2d(tuple(kernel), tuple(strides), tuple(first), tuple(dilations), ceil_mode=True)
         wanted = [
             (n + a + b - d * (k - 1) - 1) // s + 1
@@ -232,7 +232,7 @@ def _gemm(reader: _Reader, node: Any, values: Mapping[str, Any]) -> None:
 
 
 def _lrn(reader: _Reader, node: Any, values: Mapping[str, Any]) -> None:
-    size = values["size"]  # α there multiplies the mean over the size, here the sum
+    size = values["size"]  # ONNX's α multiplies the mean over `size`, LocalResponseNorm's the sum
     settings = {"alpha": values.get("alpha", 1e-4) / size, "beta": values.get("beta", 0.75), "k": values.get("bias", 1)}
     reader.add("norm", "LocalResponseNorm", {}, size=size, **settings)
 

@@ -1,7 +1,7 @@
 """ZFNet (Zeiler & Fergus 2013, Fig. 3): five convolutions, three fully connected layers.
 
-The paper's layer numbers are the names everywhere: `conv1 … conv5`, `fc6, fc7, fc8`, in this file, in the
-weights' names, in configs and in figures.
+Layers are named by the paper's numbers, `conv1 … conv5` and `fc6, fc7, fc8`, in this file, in weight names, in
+configs and in figures.
 """
 
 import bisect
@@ -20,9 +20,9 @@ from zfnet.model.layers import Dropout, LocalResponseNorm
 
 CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 FC_LAYERS = ("fc6", "fc7")
-_LARGEST_SIDE = 2 * LARGEST_SIDE  # of a convolution's output
+_LARGEST_SIDE = 2 * LARGEST_SIDE  # of a convolution's output, in pixels
 
-# where the blog's nn.Sequential keeps each layer
+# the name of each layer in the blog's nn.Sequential
 _BLOG_NAMES = {
     "features.0": "conv1",
     "features.3": "conv2",
@@ -39,11 +39,11 @@ class ZFNet(nn.Module):
     """ZFNet for square RGB images.
 
     num_classes: outputs of fc8
-    image_size: side of the images in pixels; fc6's input follows from it. The default network takes 53 and up.
+    image_size: side of the images in pixels; it determines fc6's inputs. The default network needs at least 53.
     config: kernels, channels, normalisation …; the default is the blog's network, with 58,301,578
         parameters at 10 classes and 224 px.
 
-    Raises UserError if num_classes or image_size is no whole number of at least 1, or a layer is left without pixels.
+    Raises UserError if num_classes or image_size is not a whole number of at least 1, or a layer gets too few pixels.
     """
 
     def __init__(self, num_classes: int = 10, image_size: int = 224, config: ModelConfig | None = None) -> None:
@@ -67,7 +67,7 @@ class ZFNet(nn.Module):
                 self.add_module(f"dropout{number}", Dropout(config.dropout))
                 features = width
         self.fc8 = nn.Linear(features, num_classes)
-        # the order of registration is the order of the forward pass
+        # modules are registered in the order of the forward pass
         self.steps = [name for name, _ in self.named_children()]
         self._initialise()
 
@@ -81,7 +81,7 @@ class ZFNet(nn.Module):
         self.add_module(f"relu{number}", nn.ReLU())
         if (pool := pool_of(self.config, layer)) is not None:
             self.add_module(f"pool{number}", pool)
-        # the paper's Fig. 3: pool, then normalise
+        # the paper's Fig. 3 normalises after pooling
         if self.config.norm == "lrn" and layer in ("conv1", "conv2"):
             self.add_module(f"norm{number}", LocalResponseNorm())
         return width
@@ -95,7 +95,7 @@ class ZFNet(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 if self.config.init == "normal":
-                    # paper, section 3: "1e-2", which must be a standard deviation
+                    # paper, section 3: "1e-2", read as a standard deviation
                     nn.init.normal_(module.weight, std=0.01)
                 else:
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -124,11 +124,11 @@ class ZFNet(nn.Module):
 
     @property
     def layers(self) -> list[str]:
-        """The layers that hold weights, in order: conv1 … fc8, less those that the config leaves out."""
+        """The names of the layers with weights, in order: conv1 … fc8, except those that the config leaves out."""
         return self.chain.layers
 
     def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Return each named layer's output: after the ReLU and before pooling, the logits for fc8.
+        """Return the output of each named layer, after its ReLU and before its pooling; for fc8, the logits.
 
         Shapes: conv layers [N, channels, y, x], fc layers [N, features]. Raises UserError for an unknown layer.
         """
@@ -136,7 +136,7 @@ class ZFNet(nn.Module):
 
     @staticmethod
     def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a state dict under this class's names: the blog's are translated, prefixes of wrappers dropped."""
+        """Return a state dict with this class's names: translate the blog's names, and drop prefixes of wrappers."""
         renamed = {}
         for name, value in state.items():
             name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
@@ -147,11 +147,11 @@ class ZFNet(nn.Module):
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         """Load a state dict of this class or of the blog's, with or without DataParallel's `module.` prefix.
 
-        This method takes tensors and reads no file. Convert a `.pth` file once, in a place where its pickle may
-        be trusted: `save_file(torch.load("zfnet.pth", weights_only=True), "zfnet.safetensors")`, with
+        This method takes tensors and reads no file. Convert a `.pth` file that you trust, once:
+        `save_file(torch.load("zfnet.pth", weights_only=True), "zfnet.safetensors")`, with
         `save_file` from `safetensors.torch`; then `model.load_weights(load_file("zfnet.safetensors"))`.
 
-        Raises UserError if names or shapes do not fit.
+        Raises UserError if names or shapes do not match.
         """
         renamed = self.own_names(state)
         own = self.state_dict()
@@ -170,8 +170,8 @@ class ZFNet(nn.Module):
 def pool_of(model: ModelConfig, layer: str) -> nn.MaxPool2d | None:
     """Return the pooling after `layer`, or None.
 
-    `pad` is the blog's: one pixel of padding, except after conv5. `ceil` is cuda-convnet's, and so most
-    probably the paper's: windows start at pixel 0 and the last one may extend beyond the edge.
+    `pad` is the blog's pooling: one pixel of padding, except after conv5. `ceil` is cuda-convnet's pooling, and most
+    probably the paper's: windows start at pixel 0, and the last one can extend beyond the edge.
     """
     if not getattr(model, layer).pool:
         return None
@@ -181,13 +181,13 @@ def pool_of(model: ModelConfig, layer: str) -> nn.MaxPool2d | None:
 
 
 def feature_sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, int]]:
-    """Return, for each convolution, the side of its output and the side after its pooling (if any).
+    """Return, for each convolution, the side of its output and the side after its pooling (if any), in pixels.
 
-    Raises UserError if a layer would be left without pixels; it names the smallest size at which none is.
+    Raises UserError if a layer would get too few pixels; the message names the smallest image size that works.
     """
     sizes, problem = _sizes(model, image_size)
     if problem is not None:
-        larger = range(image_size, LARGEST_SIDE + 1)  # no layer's size falls as this one grows
+        larger = range(image_size, LARGEST_SIDE + 1)  # a larger image never makes a layer smaller
         more = bisect.bisect_left(larger, True, key=lambda size: _sizes(model, size)[1] is None)
         advice = f"set data.image_size={larger[more]} or more (it is {image_size}), or " if more < len(larger) else ""
         raise UserError(f"{problem}: {advice}lower the kernel sizes and strides")
@@ -195,7 +195,7 @@ def feature_sizes(model: ModelConfig, image_size: int) -> dict[str, tuple[int, i
 
 
 def _sizes(model: ModelConfig, image_size: int) -> tuple[dict[str, tuple[int, int]], str | None]:
-    """Return the sides, and which layer is left without pixels, if one is."""
+    """Return the sides, and a message about the first layer that gets too few pixels (None if there is none)."""
     sizes: dict[str, tuple[int, int]] = {}
     n = image_size
     for layer in CONV_LAYERS:
@@ -204,7 +204,7 @@ def _sizes(model: ModelConfig, image_size: int) -> tuple[dict[str, tuple[int, in
         if n + 2 * conv.padding < (k := conv.kernel_size):
             return sizes, f"{layer} receives {n}×{n} pixels, too few for its {k}×{k} kernel (padding {conv.padding})"
         out = n = (n + 2 * conv.padding - k) // conv.stride + 1
-        if out > _LARGEST_SIDE:  # padding takes memory that no weight announces
+        if out > _LARGEST_SIDE:  # large padding needs much memory, even with small weights
             raise UserError(f"{layer} gives {out}×{out} pixels, more than {_LARGEST_SIDE}: lower its padding")
         if (pool := pool_of(model, layer)) is not None:
             try:
