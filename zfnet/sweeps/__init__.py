@@ -1,1 +1,1 @@
-"""Many runs at once: a grid or Optuna's search, and the summary of a sweep directory."""
+"""Sweeps over many runs: a grid or Optuna's search, and the summary of a sweep directory."""

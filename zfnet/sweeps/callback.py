@@ -1,6 +1,6 @@
-"""A job's side of a sweep: Hydra's callback around each job, and a trial's report to its study.
+"""The part of a sweep that runs in each job: Hydra's callback, and a trial's report to its study.
 
-Jobs may run in other processes or on other machines; there this object is a copy, and it reads everything it
+Jobs can run in other processes or on other machines. There the callback is a copy, so it reads everything that it
 needs from the sweep's directory.
 """
 
@@ -25,7 +25,7 @@ from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.launch import TRIAL, outcome_of_job, take_one_gpu
 from zfnet.sweeps.summary import job_rows, read_sweep, to_markdown, to_text
 
-# in the process of a parallel launcher this module is imported before a job's directory is named
+# a parallel launcher's process imports this module before Hydra names a job's directory, which needs the resolvers
 register_resolvers()
 
 
@@ -33,10 +33,10 @@ class SweepReport(Callback):
     """Writes a sweep's tables after each job, and tables and figures at its end."""
 
     def __init__(self) -> None:
-        self._next_summary = 0.0  # summaries of long sweeps are not rewritten after every short job
+        self._next_summary = 0.0  # the earliest time to rewrite the summary, which is slow in long sweeps
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Give a parallel job its GPU, and print which job begins."""
+        """Assign a GPU to a parallel job, and print the job's number and overrides."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         take_one_gpu(config.hydra.launcher.get("n_jobs", 1), Path(str(config.hydra.sweep.dir)))
@@ -47,7 +47,7 @@ class SweepReport(Callback):
         print("\n" + textwrap.fill(head + " ".join(own), 80, subsequent_indent=" " * len(head)), flush=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Record a failure that came before the run began, and update the tables."""
+        """Record a failure from before the run began, and update the tables."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         folder = Path(config.hydra.runtime.output_dir)
@@ -56,7 +56,7 @@ class SweepReport(Callback):
             print(f"failed: {explain(result)}", flush=True)
             _record_failure(RunDirectory(folder), result)
         else:
-            remove_if_empty(folder)  # Hydra made it, and the job may have written nothing
+            remove_if_empty(folder)  # Hydra created it, and some jobs write nothing
         began = time.monotonic()
         if began >= self._next_summary:
             summarize(Path(str(config.hydra.sweep.dir)))
@@ -70,7 +70,7 @@ class SweepReport(Callback):
 
 
 def _record_failure(run: RunDirectory, error: Exception) -> None:
-    """Write status and log of a job whose config was refused; a directory that holds a run is not touched."""
+    """Write the status and the log of a job that failed before its run began; do not change a run's directory."""
     names = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
     if names - set(BEFORE_RUN):
         return
@@ -82,18 +82,18 @@ def _record_failure(run: RunDirectory, error: Exception) -> None:
 def trial_report() -> Callable[[float, int], bool] | None:
     """Return a function that reports (validation accuracy, epoch) to this job's trial and returns whether to prune.
 
-    None unless the job is a trial of a search that prunes. A job learns this from Hydra's own config, so it may run in
-    any process and on any machine.
+    Return None unless the job is a trial of a search that prunes. Hydra's own config says so, and the job has it in
+    every process and on every machine.
     """
     if not HydraConfig.initialized() or TRIAL not in HydraConfig.get().job.env_set:
         return None
-    from zfnet.sweeps.optuna_search import report_to_trial  # optuna is an extra
+    from zfnet.sweeps.optuna_search import report_to_trial  # optuna is an optional dependency
 
     return report_to_trial(HydraConfig.get())
 
 
 def summarize(folder: Path, figures: bool = False) -> str:
-    """Write a sweep's summary into its directory and return the terminal's table; nothing if it holds no training."""
+    """Write a sweep's summary into its directory, and return the terminal's table; empty if there is no training."""
     sweep = read_sweep(folder)
     if not sweep.jobs:
         return ""
@@ -102,7 +102,7 @@ def summarize(folder: Path, figures: bool = False) -> str:
     RunDirectory(folder).write_csv("summary.csv", job_rows(sweep))
     write_atomically(folder / "summary.md", to_markdown(sweep))
     if figures:
-        # imported here: Hydra builds its callback for every command, and few of them draw
+        # import here, because Hydra imports this module for every command and few commands draw
         from zfnet.plots.figures import save_figure
         from zfnet.sweeps.figures import draw_sweep
 

@@ -29,8 +29,8 @@ from zfnet.plots.figures import (
 from zfnet.runs.statistics import LEVEL
 from zfnet.sweeps.summary import Setting, Sweep, format_value, group_name, p_against_best, short_names
 
-NAMED = 8  # settings with a colour and a name of their own; the rest is grey
-_CELLS = 400  # a heat map with more cells is a search, and is drawn as points
+NAMED = 8  # settings with their own colour and name; the others are grey
+_CELLS = 400  # a heat map with more cells is drawn as points
 _ACCURACY = "validation accuracy"
 
 
@@ -49,7 +49,7 @@ def draw_sweep(sweep: Sweep) -> dict[str, Figure]:
 
 @styled()
 def draw_sweep_curves(sweep: Sweep) -> Figure:
-    """Training loss and validation accuracy of every job; a colour for each of the best settings, one line per seed."""
+    """Draw all jobs' training loss and validation accuracy: a colour for each of the best settings, a line per seed."""
     short = short_names(sweep.keys)
     labels = plain(
         ", ".join(f"{short[key]} {format_value(setting.values[key])}" for key in sweep.keys) or "all jobs"
@@ -66,7 +66,7 @@ def draw_sweep_curves(sweep: Sweep) -> Figure:
         for job in setting.jobs:
             line = "--" if job.state in ("pruned", "failed", "stopped") else "-"
             plot_history(axes, job.history, ("train_loss", "validation_accuracy"), linestyle=line, **style)
-            style.pop("label", None)  # one entry of the legend for all seeds
+            style.pop("label", None)  # one legend entry for all seeds
     axes[0].set(title="Training loss", ylabel="training loss")
     axes[1].set(title="Validation accuracy (dashed: not finished)", ylabel=_ACCURACY)
     axes[1].yaxis.set_major_formatter(PercentFormatter(1))
@@ -83,7 +83,7 @@ def draw_sweep_curves(sweep: Sweep) -> Figure:
 class _Scale:
     """Places one key's values on an axis: numbers linearly (wide ranges logarithmically), others evenly.
 
-    many: more numbers than an axis has ticks, as in a search; `raw` are the numbers themselves, one for each setting
+    many: whether there are more numbers than ticks, as in a search; raw: the values themselves, one for each setting
     """
 
     def __init__(self, key: str, settings: Sequence[Setting], even: bool = False) -> None:
@@ -94,7 +94,7 @@ class _Scale:
         self.even = even or not self.numeric
         self.many, self.raw = self.numeric and len(self.values) > 12, values
         self.log = not self.even and self.values[0] > 0 and self.values[-1] / self.values[0] >= 8
-        if self.log and self.many:  # a search over an even interval has its median in the middle
+        if self.log and self.many:  # the median of a uniform sample is near the arithmetic mean
             low, high = self.values[0], self.values[-1]
             self.log = statistics.median(self.values) < (math.sqrt(low * high) + (low + high) / 2) / 2
         self.places = [self._place(v) for v in values]  # one for each setting
@@ -105,7 +105,7 @@ class _Scale:
         return math.log10(value) if self.log else float(value)
 
     def ticks(self, most: int = 12) -> tuple[list[float], list[str]]:
-        """Return places and texts: of the values themselves, or, where there are many numbers, of even steps."""
+        """Return places and texts of ticks: at the values or, if there are more than `most` numbers, at even steps."""
         if len(self.values) > most and not self.even:
             places = np.linspace(min(self.places), max(self.places), most).tolist()
             return places, [f"{10**place if self.log else place:.2g}" for place in places]
@@ -115,7 +115,7 @@ class _Scale:
 
 
 def _spread(settings: Sequence[Setting]) -> str:
-    """Return what is drawn for each setting, with the number of its seeds."""
+    """Return the words of a title that say what is drawn for each setting, with the number of seeds."""
     counts = sorted({len(s.scores()) for s in settings})
     if counts == [1]:
         return "one run each"
@@ -128,9 +128,9 @@ def _means(settings: Sequence[Setting]) -> list[float]:
 
 @styled()
 def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
-    """Validation accuracy against the one swept key: mean ± std, and every seed as a dot.
+    """Draw validation accuracy against the one swept key: mean ± std, and every seed as a dot.
 
-    A search, with more values than the axis has ticks, is a scatter, on a log axis if its range is wide.
+    A search, with more values than ticks, becomes a scatter plot, on a log axis if its range is wide.
     """
     figure = new_figure(figsize=(6.4, 4.2))
     axis = figure.subplots()
@@ -162,9 +162,9 @@ def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
 
 @styled()
 def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
-    """A heat map of the mean accuracy over two keys; points in their plane where values hardly repeat.
+    """Draw the mean accuracy over two keys: as a heat map, or as points if most combinations of values are missing.
 
-    In the map a frame marks the best setting, and a dashed one each setting that is not distinguishable from it.
+    In the map a frame marks the best setting, and dashed frames mark settings that are not distinguishable from it.
     """
     x, y = (_Scale(key, settings, even=True) for key in keys)
     grid = np.full((len(y.values), len(x.values)), np.nan)
@@ -194,7 +194,7 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         x, y = (_Scale(key, settings) for key in keys)
         across, up = (scale.raw if scale.many else scale.places for scale in (x, y))
         style: dict[str, Any] = {"cmap": "viridis", "s": 55, "edgecolor": WHITE, "linewidth": 0.6}
-        colours = axis.scatter(across[::-1], up[::-1], c=means[::-1], **style)  # the best on top
+        colours = axis.scatter(across[::-1], up[::-1], c=means[::-1], **style)  # draws the best last, on top
         axis.scatter(across[0], up[0], s=170, facecolor="none", edgecolor=ORANGE, linewidth=1.8)
         axis.set_title("Validation accuracy (ring: the best)")
     for scale, name, key in zip((x, y), "xy", keys, strict=True):
@@ -210,14 +210,14 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
 
 @styled()
 def draw_parallel(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
-    """Parallel coordinates: an axis per key and one for the accuracy, a line per setting, the best on top."""
+    """Draw parallel coordinates: an axis per key and one for the accuracy, a line per setting, the best on top."""
     figure = new_figure(figsize=(max(7.0, 1.9 * (len(keys) + 1)), 4.8))
     axis = figure.subplots()
     means = _means(settings)
     scales = [_Scale(key, settings) for key in keys]
     accuracies = np.linspace(min(means), max(means), 5).tolist()
     ticks = [*(scale.ticks(7) for scale in scales), (accuracies, [f"{value:.1%}" for value in accuracies])]
-    columns = [*(scale.places for scale in scales), means]  # of places, one for each setting
+    columns = [*(scale.places for scale in scales), means]  # each has one place per setting
 
     def height(value: float, column: int) -> float:
         low, high = min(columns[column]), max(columns[column])

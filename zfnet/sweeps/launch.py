@@ -1,6 +1,6 @@
-"""Launch the jobs of a sweep: finished jobs are skipped, a failed job does not stop the others, nothing is overwritten.
+"""Launch the jobs of a sweep: skip finished jobs, continue after a failed one, and overwrite nothing.
 
-Parallel jobs on one machine take one GPU each. (joblib already divides the CPU threads among its workers.)
+Parallel jobs on one machine use one GPU each. joblib divides the CPU threads among its workers.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, objective, write_atomically
 from zfnet.training.build import check_recipe
 
-TRIAL = "ZFNET_TRIAL"  # in `hydra.job.env_set`: the number of the trial that a job belongs to
+TRIAL = "ZFNET_TRIAL"  # key of `hydra.job.env_set`: the number of the trial that a job belongs to
 
 
 class SweepFailed(UserError):
@@ -47,15 +47,15 @@ class Outcome:
 
 
 class SweepJobs:
-    """Launches jobs by their overrides, with whatever launcher the config names, and keeps their outcomes by name."""
+    """Launches jobs, given as overrides, with the launcher that the config names, and keeps their outcomes by name."""
 
     def __init__(self, context: HydraContext, launcher: Launcher, config: DictConfig) -> None:
         self.context, self.launcher, self.config = context, launcher, config
         self.folder = Path(str(config.hydra.sweep.dir))
         self.outcomes: dict[str, Outcome] = {}
-        self.for_all_jobs: list[str] = []  # overrides
-        self.composed: dict[tuple[str, ...], DictConfig] = {}  # to compose takes longer than to check
-        # `${hydra:…}` needs a running job; within Hydra's own part `${hydra.…}` is the same
+        self.for_all_jobs: list[str] = []  # overrides of every job
+        self.composed: dict[tuple[str, ...], DictConfig] = {}  # a cache: composing is slower than checking
+        # `${hydra:…}` needs a running job; within Hydra's own config `${hydra.…}` gives the same value
         unresolved = OmegaConf.to_container(config.hydra.sweep, resolve=False)
         self.subdir = str(unresolved["subdir"]).replace("${hydra:", "${hydra.")  # type: ignore[index,call-overload]
         setup_globals()
@@ -68,7 +68,7 @@ class SweepJobs:
 
     def compose(self, overrides: Sequence[str], number: int = 0) -> DictConfig:
         """Return the config of one job; raise HydraException if a key or a choice does not exist."""
-        config = self.composed.pop(tuple(overrides), None)  # launched after it was checked, with a number of its own
+        config = self.composed.pop(tuple(overrides), None)  # `check` has composed it; only its number differs
         if config is None:
             config = self.context.config_loader.load_sweep_config(self.config, [*self.for_all_jobs, *overrides])
         with open_dict(config), read_write(config.hydra):
@@ -78,14 +78,14 @@ class SweepJobs:
         return config
 
     def check(self, jobs: Sequence[Sequence[str]]) -> None:
-        """Compose and check the config of every job, before any runs; raise UserError for the first that is wrong."""
+        """Compose and check the config of every job before any job starts; raise UserError for the first error."""
         before = HydraConfig.instance().cfg
         try:
             for overrides in jobs:
                 try:
                     config = self.compose(overrides)
                     self.composed[tuple(overrides)] = config
-                    HydraConfig.instance().set_config(config)  # in it, `${hydra:…}` is that of this job
+                    HydraConfig.instance().set_config(config)  # `${hydra:…}` then has this job's values
                     checked = _read(config)
                     if checked.job.trains:
                         check_recipe(checked)
@@ -99,13 +99,13 @@ class SweepJobs:
             HydraConfig.instance().cfg = before
 
     def launch(self, batch: Sequence[Sequence[str]], first: int) -> list[Outcome]:
-        """Run one job for each list of overrides; the n-th has the number `first` + n.
+        """Run one job for each list of overrides; job n of the batch has the number `first` + n.
 
-        Raises HydraException if one cannot be composed, before any has started. A failed job is an Outcome.
+        Raises HydraException if a config cannot be composed, before any job starts. A failed job is an Outcome.
         """
         configs = [self.compose(overrides, first + n) for n, overrides in enumerate(batch)]
         self._write_record()
-        # launchers number their jobs one after another: none may be left out if names depend on numbers
+        # launchers number jobs consecutively, so no job may be skipped if directory names depend on numbers
         numbered = re.search(r"job\.(num|id)\b", self.subdir)
         finished = {n: o for n, c in enumerate(configs) if not numbered and (o := self._finished(c))}
         for outcome in finished.values():
@@ -119,7 +119,7 @@ class SweepJobs:
             except KeyboardInterrupt:
                 self._report()
                 raise
-            except Exception as error:  # the process of a job died, and the launcher has no result of any job
+            except Exception as error:  # a job's process died, so the launcher returned no results at all
                 returns = [error] * len(jobs)
         ended = {n: self._outcome(configs[n], r) for n, r in zip(unfinished, returns, strict=True)}
         outcomes = [(finished | ended)[n] for n in range(len(batch))]
@@ -134,11 +134,11 @@ class SweepJobs:
             raise SweepFailed("\n".join([f"{len(failed)} of {len(self.outcomes)} jobs failed", *failed]))
 
     def _report(self) -> None:
-        """Call the callbacks that report the sweep, which Hydra leaves out when a sweeper raises."""
+        """Call `on_multirun_end` of the callbacks, because Hydra skips it when a sweeper raises."""
         self.context.callbacks.on_multirun_end(config=self.config, config_name=None)
 
     def _write_record(self) -> None:
-        """Write the sweep's own config to multirun.yaml, or to multirun-2.yaml … if another sweep's is there."""
+        """Write the sweep's config to multirun.yaml, or to multirun-2.yaml … if another sweep has written that file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text, path = OmegaConf.to_yaml(self.config), self.folder / "multirun.yaml"
         numbers = itertools.count(2)
@@ -148,7 +148,7 @@ class SweepJobs:
             write_atomically(path, text)
 
     def _finished(self, config: DictConfig) -> Outcome | None:
-        """Return the outcome of a training that is done and has this config; None for all other jobs."""
+        """Return the outcome of a finished training with this config; None for all other jobs."""
         name = str(config.hydra.sweep.subdir)
         run = RunDirectory(self.folder / name)
         if run.state != "done" or config.job.name != "train":
@@ -156,10 +156,10 @@ class SweepJobs:
         try:
             recorded, wanted = run.read_config(), _read(config)
             if (recorded.identity(), recorded.data.root) != (wanted.identity(), wanted.data.root):
-                return None  # with data elsewhere, the job itself compares what it holds
+                return None  # if only the data's path differs, the job compares the content
             return Outcome(name, "done", objective(run.read_json("results.json")))
         except (UserError, KeyError, TypeError):
-            return None  # the job itself will report what is wrong
+            return None  # the job itself will report the problem
 
     def _outcome(self, config: DictConfig, returned: JobReturn | Exception) -> Outcome:
         name = str(config.hydra.sweep.subdir)
@@ -181,20 +181,20 @@ def _read(config: DictConfig) -> Config:
 
 def outcome_of_job(returned: JobReturn) -> float | Exception | None:
     """Return what a job returned, or the error that it raised."""
-    with contextlib.redirect_stderr(io.StringIO()):  # the property raises a job's error, and prints as well
+    with contextlib.redirect_stderr(io.StringIO()):  # the property raises a job's error and also prints it
         try:
             return returned.return_value
         except Exception as error:
             return error
 
 
-_gpu: FileLock | None = None  # held as long as this process lives
+_gpu: FileLock | None = None  # locked until this process ends
 
 
 def take_one_gpu(parallel: int, folder: Path) -> None:
-    """Show this process one of the GPUs, if it is one of `parallel` that run side by side; -1 means one per core.
+    """Make only one GPU visible to this process, if `parallel` processes run at the same time; -1 means one per core.
 
-    Must come before the process first uses CUDA, which looks at CUDA_VISIBLE_DEVICES once. Locks in `folder` assign the
+    Call it before the process first uses CUDA, which reads CUDA_VISIBLE_DEVICES once. Locks in `folder` assign the
     GPUs; the system releases them when a process ends. A process keeps its GPU for all its jobs.
     """
     global _gpu
@@ -206,7 +206,7 @@ def take_one_gpu(parallel: int, folder: Path) -> None:
     if len(devices) < 2:
         return
     (folder / ".gpus").mkdir(parents=True, exist_ok=True)
-    for number in itertools.count():  # the first number that no living process holds
+    for number in itertools.count():  # find the first number that no running process has locked
         lock = FileLock(folder / ".gpus" / str(number))
         with contextlib.suppress(Timeout):
             lock.acquire(timeout=0)

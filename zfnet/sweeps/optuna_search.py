@@ -1,7 +1,7 @@
 """Optuna's search over a space of overrides: ask for a trial, launch it as a job, tell the study its result.
 
-A study is in its storage alone: a search that was killed continues when it is run again, and several processes may
-share one study.
+The storage contains the whole state of a study. A killed search therefore continues when it is run again, and several
+processes can share one study.
 """
 
 import os
@@ -50,7 +50,7 @@ Target = Annotated[dict[str, Any], BeforeValidator(_settings_of_class)]  # a `_t
 
 @dataclass(kw_only=True)
 class SearchSettings(Checked):
-    """What conf/hydra/sweeper/optuna.yaml holds."""
+    """The settings in conf/hydra/sweeper/optuna.yaml."""
 
     n_trials: Positive
     n_jobs: Positive
@@ -79,9 +79,9 @@ REFUSED = {
 
 
 def construct(slot: str, settings: Mapping[str, Any], **offered: Any) -> Any:
-    """Construct the sampler or pruner that `settings` names by `_target_`, and those in it.
+    """Construct the sampler or pruner that `settings` names by `_target_`, and those nested in its arguments.
 
-    `offered` are arguments for the classes that take them. Raises UserError for any but Optuna's samplers and pruners.
+    offered: arguments for classes that accept them. Raises UserError for any class but Optuna's samplers and pruners.
     """
     target = str(settings.get("_target_"))
     if target in REFUSED:
@@ -98,7 +98,7 @@ def construct(slot: str, settings: Mapping[str, Any], **offered: Any) -> Any:
 def make_sampler(settings: SearchSettings, trial: int) -> optuna.samplers.BaseSampler:
     """Return the sampler for one trial. Its random numbers depend on the seed and the trial's number only.
 
-    QMC's points make one sequence, so there the seed alone counts.
+    The points of QMC form one sequence over all trials, so its sampler depends on the seed only.
     """
     one_sequence = settings.sampler.get("_target_") == "optuna.samplers.QMCSampler"
     seed = settings.seed if one_sequence else make_key(settings.seed, trial)
@@ -110,7 +110,7 @@ def make_sampler(settings: SearchSettings, trial: int) -> optuna.samplers.BaseSa
 
 def search_space(overrides: Sequence[Override]) -> dict[str, BaseDistribution]:
     """Return a distribution for each override that names several values; raise UserError if none does."""
-    for o in overrides:  # Hydra reads a bound that is not a number as plain text
+    for o in overrides:  # Hydra parses these as text if a bound is not a number
         if not o.is_sweep_override() and re.match(r"\W?(tag|interval|range)\(", o.get_value_element_as_str()):
             raise UserError(f"{o.input_line}: is not a search space; its bounds must be numbers")
     space = {o.get_key_element(): _distribution(o) for o in overrides if o.is_sweep_override()}
@@ -128,12 +128,12 @@ def _distribution(override: Override) -> BaseDistribution:
     try:
         if isinstance(value, IntervalSweep):
             low, high = value.start, value.end
-            if isinstance(low, int) and isinstance(high, int):  # int(interval(1,10)); both ends may be chosen
+            if isinstance(low, int) and isinstance(high, int):  # from int(interval(1,10)), which includes both ends
                 return IntDistribution(low, high, log=log)
             return FloatDistribution(float(low or 0.0), float(high or 0.0), log=log)
         texts = list(override.sweep_string_iterator())
         if isinstance(value, RangeSweep) and len(texts) > 1 and not value.shuffle:
-            first, step = Decimal(texts[0]), Decimal(str(value.step))  # as floats, 0.1 + 0.2 is not 0.3
+            first, step = Decimal(texts[0]), Decimal(str(value.step))  # in floats, 0.1 + 0.2 is not 0.3
             last = first + step * (len(texts) - 1)
             if step > 0:
                 if first == int(first) and step == int(step):
@@ -148,9 +148,9 @@ def _distribution(override: Override) -> BaseDistribution:
 
 
 class _JournalLock(JournalFileSymlinkLock):
-    """The lock of a journal for its writer; drops the line that a killed process left half written.
+    """A journal's lock for writers. `acquire` also removes an incomplete last line, left by a killed process.
 
-    The next entry would be appended to it, and Optuna cannot read a journal with a damaged line.
+    Otherwise the next entry would be appended to that line, and Optuna cannot read a journal with a damaged line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -193,7 +193,7 @@ def open_study(settings: SearchSettings, sweep: Path) -> Study:
         )
     except UserError:
         raise
-    except Exception as error:  # any of a database driver's, an address parser's, a file system's
+    except Exception as error:  # from a database driver, a URL parser or a file system
         address = settings.storage or str(sweep / "study.journal")
         shown = address.partition("@")[2] or address  # without a password
         raise UserError(f"hydra.sweeper.storage={shown}: {one_line(error)}") from error
@@ -208,7 +208,7 @@ def open_study(settings: SearchSettings, sweep: Path) -> Study:
 def report_to_trial(hydra: Any) -> Callable[[float, int], bool] | None:
     """Return a function that reports (validation accuracy, epoch) to a job's trial and returns whether to prune.
 
-    hydra: Hydra's own config of the job. None if the search does not prune.
+    Return None if the search does not prune. hydra: Hydra's own config of the job
     """
     settings = read_settings(hydra.sweeper)
     if settings.pruner.get("_target_") == "optuna.pruners.NopPruner":
@@ -231,9 +231,9 @@ def report_to_trial(hydra: Any) -> Callable[[float, int], bool] | None:
 
 
 class Worker:
-    """One process of a study. Its lock shows other processes that it is alive."""
+    """One process that works on a study. Its lock shows other processes that it is alive."""
 
-    ASKING = timedelta(minutes=1)  # a trial older than this without a worker: its process died while asking
+    ASKING = timedelta(minutes=1)  # the process of an older trial without a worker died while asking
 
     def __init__(self, sweep: Path) -> None:
         folder = (sweep / ".workers").absolute()
@@ -241,7 +241,7 @@ class Worker:
         self.host = f"{socket.gethostname()}-"
         self.path = folder / f"{self.host}{os.getpid()}-{time.time_ns()}"
         self.alive = FileLock(self.path)
-        self.asking = FileLock(folder / "asking")  # one process of a sweep directory asks at a time
+        self.asking = FileLock(folder / "asking")  # in a sweep directory, one process at a time asks
 
     def is_stale(self, trial: FrozenTrial) -> bool:
         """Return whether the process of a running trial has died."""
@@ -252,7 +252,7 @@ class Worker:
         path = Path(name)
         if path == self.path:
             return False
-        if not path.exists():  # its process has ended; or it is on a machine whose disk this one does not see
+        if not path.exists():  # the process has ended, or its machine has another disk
             return path.name.startswith(self.host)
         try:
             with FileLock(path, timeout=0):
@@ -265,11 +265,11 @@ class Worker:
 
 
 def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
-    """Launch trials until the study has `n_trials`; raise UserError if it cannot be opened or is another search."""
+    """Launch trials until the study has `n_trials`; raise UserError for a study that fails to open or differs."""
     settings = read_settings(jobs.config.hydra.sweeper)
     space = search_space(overrides)
     fixed = {o.get_key_element(): o.get_value_element_as_str() for o in overrides if not o.is_sweep_override()}
-    # errors come before there is a study: check every choice and both ends, with the first value of the other keys
+    # before creating a study, check every choice and both ends of each key, with the first value of the other keys
     ends = {k: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high) for k, d in space.items()}  # type: ignore[attr-defined]
     first = fixed | {key: values[0] for key, values in ends.items()}
     rest = [first | {key: value} for key, values in ends.items() for value in values[1:]]
@@ -298,12 +298,12 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
 
 
 def _as_overrides(params: Mapping[str, Any]) -> list[str]:
-    """Return values as overrides: choices are texts already, and numbers are written in full."""
+    """Return values as overrides. Choices are text already; numbers are written with all digits."""
     return [f"{key}={value}" for key, value in params.items()]
 
 
 def _check_same_search(study: Study, fixed: Mapping[str, str]) -> None:
-    """Raise UserError if the study's trials have other fixed settings; all processes must agree on them."""
+    """Record the fixed settings in a new study; raise UserError if the study has other fixed settings."""
     not_identity = {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys}
     given = sorted(_as_overrides({k: v for k, v in fixed.items() if k.lstrip("+~") not in not_identity}))
     known = study.user_attrs.get("fixed")
@@ -318,7 +318,7 @@ def _check_same_search(study: Study, fixed: Mapping[str, str]) -> None:
 
 
 def other_images(study: Study, space: Iterable[str], run: RunDirectory) -> UserError | None:
-    """Return an error if a trial was trained on other images than the trial before it; None if data is searched."""
+    """Return an error if a trial was trained on other images than earlier trials; None if the search varies data."""
     known, now = study.user_attrs.get("data_fingerprint"), run.environment.get("data_fingerprint")
     if now is None or any(re.match(r"\+*data(?!\.batch_size)\b", key) for key in space):
         return None
@@ -337,9 +337,9 @@ def ask(
 ) -> Trial | None:
     """Return the next trial of the study; None when it has `n_trials`.
 
-    Trials that a dead process left running are repeated first, with the same values. No values are run twice: a trial
-    with the values of a finished one takes its outcome. If a trial with the same values is running, the study is asked
-    for others until there are some (`wait`), or None is returned.
+    Trials that a dead process left running are repeated first, with the same values. The same values never run twice:
+    a trial with the values of a finished one copies its outcome. If a trial with the same values is running, ask again
+    until the study proposes other values (`wait`), or return None.
     """
     pause = 0.5  # seconds
     while True:
@@ -359,7 +359,7 @@ def ask(
                 ) from error
             trial.set_user_attr("worker", str(worker.path))
         earlier = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
-        if _count(earlier) >= settings.n_trials:  # a process of another sweep directory took the last one
+        if _count(earlier) >= settings.n_trials:  # a process with another sweep directory took the last
             _void(study, trial)
             return None
         duplicates = {t.state: t for t in earlier if t.params == trial.params and "void" not in t.user_attrs}
@@ -393,13 +393,13 @@ def tell(study: Study, trial: Trial, outcome: Outcome) -> None:
 
 
 def _count(trials: Sequence[FrozenTrial]) -> int:
-    """Return how many trials count towards n_trials: not those that were repeated or voided."""
+    """Return how many trials count towards n_trials: all except those that were repeated or voided."""
     again = {t.user_attrs.get("retry_of") for t in trials}
     return sum(t.number not in again and "void" not in t.user_attrs for t in trials)
 
 
 def _void(study: Study, trial: Trial) -> None:
-    """Give a trial back."""
+    """Mark a trial as void, so that it does not count towards n_trials."""
     trial.set_user_attr("void", True)
     study.tell(trial, state=TrialState.FAIL)
 

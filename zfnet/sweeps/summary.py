@@ -1,8 +1,8 @@
-"""A sweep's summary: its runs, the keys in which they differ, mean ± std over seeds, and the tables of these.
+"""Summarize a sweep: its runs, the keys in which they differ, mean ± std over seeds, and tables.
 
-Everything is read from the run directories, so it does not matter which launcher, process or machine made them.
-Validation chooses: settings are ranked by validation accuracy, equal ones by the loss. The test accuracy is shown for
-one setting only, the one that validation chose.
+Everything is read from the run directories, so the launcher, processes and machines of the sweep do not matter.
+Settings are ranked by validation accuracy, then by validation loss. The test accuracy is shown for the best setting
+only.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from zfnet.runs.directory import RunDirectory, find_folders
 from zfnet.runs.statistics import LEVEL, difference, holm
 from zfnet.runs.tables import format_table
 
-ABSENT = "–"  # in place of a value that a job does not have, such as the momentum of an Adam
+ABSENT = "–"  # in place of a value that a job does not have, such as momentum with Adam
 STATES = ("done", "running", "stopped", "pruned", "failed", "none")
-MOST_ROWS = 40  # of a terminal
+MOST_ROWS = 40  # on the terminal
 _NO_SETTING = ("job", "run", "runs", "parent", "images", "imports", "logger")
 
 
@@ -36,11 +36,11 @@ _NO_SETTING = ("job", "run", "runs", "parent", "images", "imports", "logger")
 
 @dataclass(frozen=True)
 class Trained:
-    """One training, as its directory records it; what is damaged or not there yet is empty.
+    """One training, as its directory records it. Damaged or missing records are empty.
 
     config, environment: as recorded, by flat dotted keys
     settings: the keys that its result depends on, without the seed
-    typed: the keys that its command set
+    typed: the keys that its command line set
     """
 
     name: str
@@ -63,7 +63,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Setting:
-    """Jobs that differ in nothing but the seed. `values`: the swept keys and what they are here."""
+    """Jobs that differ only in the seed. `values`: the swept keys with their values."""
 
     values: dict[str, Any]
     jobs: list[Trained]
@@ -77,7 +77,7 @@ class Setting:
         return {job.seed: a for job in self.jobs if (a := job.metric(split)) is not None}
 
     def order(self) -> tuple[float, float]:
-        """Return what sorts settings, best first: accuracy on validation and, of equal ones, the loss there."""
+        """Return the key that sorts settings, best first: by validation accuracy, then by validation loss."""
         losses = [loss for job in self.jobs if (loss := job.metric(name="loss")) is not None]
         return -statistics.fmean(self.scores() or [-1]), statistics.fmean(losses or [math.inf])
 
@@ -88,7 +88,7 @@ class Setting:
         return mean, statistics.stdev(scores) if len(scores) > 1 else None
 
     def score_text(self, split: str = "validation") -> str:
-        """Return `71.23 ± 0.45 %`, without the deviation where there is one seed."""
+        """Return `71.23 ± 0.45 %`, without the deviation if there is only one seed."""
         mean, std = self.mean_and_std(split)
         if mean is None:
             return ABSENT
@@ -97,7 +97,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A whole sweep. `settings` is sorted by validation accuracy and loss, best first; those without come last."""
+    """A whole sweep. `settings` is sorted by validation accuracy and loss, best first; settings without come last."""
 
     jobs: list[Trained]
     keys: list[str]
@@ -107,7 +107,7 @@ class Sweep:
 def read_sweep(folder: Path) -> Sweep:
     """Read every training run below a sweep directory. A run that cannot be read counts as one without results."""
     runs = [RunDirectory(path) for path in find_folders(folder, "status.json", 3)]
-    runs = [run for run in runs if run.job in ("train", None)]  # None: cannot be read
+    runs = [run for run in runs if run.job in ("train", None)]  # None: not readable
     jobs = [read_training(run, run.folder.relative_to(folder).as_posix()) for run in runs]
     jobs = [job if job.state == "done" else replace(job, results={}) for job in jobs]
     tell_data_apart(jobs)
@@ -123,10 +123,10 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def p_against_best(settings: Sequence[Setting]) -> list[float | None]:
-    """Return for each setting the p of its difference from the first, the best; None if nothing can be tested.
+    """Return the p-value of each setting's difference from the first, the best one; None if no test is possible.
 
-    It is corrected after Holm for all pairs of settings, and not for these alone: the best was chosen by the same
-    accuracies.
+    Holm's correction covers all pairs of settings, not only the pairs with the best one, because the same accuracies
+    determined the best one.
     """
     scores = [setting.scores_by_seed() for setting in settings]
     pairs = itertools.combinations(range(len(settings)), 2)
@@ -136,7 +136,7 @@ def p_against_best(settings: Sequence[Setting]) -> list[float | None]:
 
 
 def read_training(run: RunDirectory, name: str) -> Trained:
-    """Read a training's record; `name` is its name in tables."""
+    """Read the record of a training; `name` is its name in tables."""
     recorded = run.plain_config()
     history: list[dict[str, float | None]] = []
     results: Any = {}
@@ -158,13 +158,13 @@ def read_training(run: RunDirectory, name: str) -> Trained:
 
 
 def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the result of a config depends on, by flat dotted keys and without the seed."""
+    """Return the settings that the result of a config depends on, by flat dotted keys, without the seed."""
     settings = flatten(result_keys({key: value for key, value in plain.items() if key not in ("seed", "parent")}))
     return settings | _parent(plain)
 
 
 def _parent(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where a branched run began, in whose parent the seed does not count either."""
+    """Return the epoch, the schedule and a hash of the parent's settings (without its seed) of a branched run."""
     parent = plain.get("parent")
     if not isinstance(parent, Mapping) or not isinstance(parent.get("config"), Mapping):
         return {}
@@ -174,10 +174,10 @@ def _parent(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tell_data_apart(jobs: Sequence[Trained]) -> None:
-    """Add `data.root` to the settings where the jobs were trained on several data sets.
+    """Add `data.root` to the settings if the jobs were trained on several data sets.
 
-    The content of the data counts, not its place: a folder that was moved is one, and one whose content was exchanged
-    between two jobs is two, distinguished by their fingerprints.
+    The content of the data counts, not its path: a moved folder is one data set; a folder with other content in another
+    job is two data sets, distinguished by their fingerprints.
     """
     fingerprints = [_text(job.environment.get("data_fingerprint")) for job in jobs]
     roots = [_text(job.config.get("data.root")) for job in jobs]
@@ -203,17 +203,17 @@ def _text(value: Any) -> str | None:
 
 
 def settings_key(run: Trained) -> str:
-    """Return what runs share that differ in nothing but the seed."""
+    """Return a text that is equal for runs that differ only in the seed."""
     return json.dumps(run.settings, sort_keys=True, default=str)
 
 
 def swept_keys(settings: Sequence[Mapping[str, Any]], typed: Collection[str] = ()) -> list[str]:
-    """Return the keys in which these flat configs differ, without those that only follow another.
+    """Return the keys in which these flat configs differ, without keys that only follow another key.
 
-    A key follows a key of another group if it always has the same value (`scheduler.max_lr: ${optimizer.lr}`), and its
-    own group's choice if that decides it: a sweep over `model=small,zfnet` does not sweep the number of maps in conv1.
+    A key follows a key of another group if both always have the same value (`scheduler.max_lr: ${optimizer.lr}`). It
+    follows its group's choice if that determines it: `model=small,zfnet` does not sweep the number of maps in conv1.
 
-    typed: keys that follow no other
+    typed: keys to return even if they follow another key
     """
     columns = {
         key: [repr(setting.get(key, ABSENT)) for setting in settings]
@@ -235,12 +235,12 @@ def swept_keys(settings: Sequence[Mapping[str, Any]], typed: Collection[str] = (
 
 
 def group_name(key: str) -> str:
-    """Return a dotted key as it is typed: the `name` or `_target_` of a group is called like the group."""
+    """Return a dotted key as on the command line: the `name` or `_target_` of a group becomes the group's name."""
     return key.removesuffix(".name").removesuffix("._target_")
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return for each dotted key its last words, as few as tell it from the others: `lr`, `conv1.kernel_size`."""
+    """Return for each dotted key the shortest ending that no other key has, such as `lr` or `conv1.kernel_size`."""
     plain = {key: group_name(key) for key in keys}
     short = {}
     for key, text in plain.items():
@@ -253,7 +253,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def format_value(value: Any) -> str:
-    """Return a setting's value as it is typed."""
+    """Return a setting's value as on the command line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, float):
@@ -267,7 +267,7 @@ def format_value(value: Any) -> str:
 
 
 def job_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """Return one row per job, best setting first; without test results, by which no setting may be chosen."""
+    """Return one row per job, best setting first, without test results: nobody may choose a setting by them."""
     jobs = [(setting.values, job) for setting in sweep.settings for job in setting.jobs]
     jobs += [({}, job) for job in sweep.jobs if not job.settings]
     return [
@@ -283,8 +283,8 @@ def job_rows(sweep: Sweep) -> list[dict[str, Any]]:
 def setting_rows(sweep: Sweep, keys: Sequence[str]) -> list[list[str]]:
     """Return the header and one row per setting.
 
-    One column tells whether the difference from the best exceeds the spread of the seeds, if there are several; one
-    names the state of a job that is not done.
+    With several seeds, one column says whether the difference from the best exceeds the spread of the seeds. If a job
+    is not done, one column names the states.
     """
     names = short_names(sweep.keys)
     states = [Counter(job.state for job in setting.jobs) for setting in sweep.settings]
@@ -321,8 +321,8 @@ def to_markdown(sweep: Sweep) -> str:
 def to_text(sweep: Sweep, width: int | None = None) -> str:
     """Return the table for a terminal of `width` columns (None: this one), best first.
 
-    Columns of swept keys are shortened; those that do not fit even so are left out, and counted, and so are rows beyond
-    the best MOST_ROWS. summary.csv has them all.
+    Columns of swept keys are shortened. Columns that still do not fit and rows after the best MOST_ROWS are left out
+    and counted. summary.csv contains all of them.
     """
     width = width or shutil.get_terminal_size().columns
     keys = list(sweep.keys)
