@@ -1,1 +1,1 @@
-"""The loop, and what makes it exact: schedules, metrics, checkpoints, signals."""
+"""The training loop, with its schedules, metrics, checkpoints, callbacks and loggers."""

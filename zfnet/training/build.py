@@ -1,4 +1,4 @@
-"""From a config to the objects that train: loss, optimizer, schedule, transforms, callbacks and loggers."""
+"""Build the objects of a training from a config: loss, optimizer, schedule, transforms, callbacks and loggers."""
 
 import inspect
 import re
@@ -27,14 +27,14 @@ from zfnet.training.processes import SINGLE, World
 from zfnet.training.schedule import OWN_KEYS, Schedule, check_interval, schedule_span, steps_by_batch
 from zfnet.training.state import Callback, TrainingState, check_columns, measured_columns, set_optimizer_mode
 
-_BUILT_IN_CALLBACKS = ("ema", "filter_renormalization")  # whose state has these names in checkpoints
-GROUP_KEYS = ("match", "ndim", "lr_scale")  # of a parameter group, beside the optimizer's own
+_BUILT_IN_CALLBACKS = ("ema", "filter_renormalization")  # their state has these names in checkpoints
+GROUP_KEYS = ("match", "ndim", "lr_scale")  # keys of a parameter group that are not the optimizer's
 
 
 class SummedLoss(nn.Module):
-    """A loss as its sum over the images of a batch, so that parts of a batch add up to the whole.
+    """Sums a loss over the images of a batch, so that the sums of the batch's chunks add up to the whole.
 
-    A class with a `reduction` argument is constructed with `sum`; the result of any other counts as the batch's mean.
+    A class with a `reduction` argument is constructed with `sum`; any other class must return the batch's mean.
     """
 
     def __init__(self, loss: nn.Module, is_mean: bool) -> None:
@@ -43,7 +43,7 @@ class SummedLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the losses of logits [B, C] with labels [B]."""
-        if not len(labels):  # a short batch may have no image for this process, and the mean of none is NaN
+        if not len(labels):  # a short batch can have no image for this process; a mean over none is NaN
             return logits.sum() * 0
         value: Tensor = self.loss(logits, labels)
         return value * len(labels) if self.is_mean else value
@@ -56,9 +56,9 @@ def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
     """
     cls = resolve("loss", config.loss.get("_target_"), nn.Module, config.imports)
     sums = "reduction" in inspect.signature(cls).parameters
-    if sums and "loss.reduction" in config.overridden and config.loss.get("reduction") != "sum":  # old records have it
+    if sums and "loss.reduction" in config.overridden and config.loss.get("reduction") != "sum":  # old records set it
         raise UserError(f"loss.reduction={config.loss['reduction']}: must be sum, of which the loop makes means")
-    # a weight of null is left out, for classes of your own that take none
+    # leave out a weight of null, because a user's own class may not accept the argument
     settings = {k: v for k, v in config.loss.items() if (k, v) != ("weight", None)} | (
         {"reduction": "sum"} if sums else {}
     )
@@ -82,7 +82,7 @@ def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
 
 
 def balanced_weights(counts: Sequence[int]) -> list[float]:
-    """Return a weight for each class, inverse to its number of images; their mean over the images is 1."""
+    """Return a weight for each class, inversely proportional to its number of images, with mean 1 over the images."""
     present = sum(count > 0 for count in counts)
     return [sum(counts) / (present * count) if count else 0.0 for count in counts]
 
@@ -96,7 +96,7 @@ def build_transforms(config: Config) -> list[nn.Module]:
 
 
 def build_callbacks(config: Config) -> list[Callback]:
-    """Return the callbacks that `config.callbacks` names, in its order; raise UserError for a hook that none has."""
+    """Return the callbacks that `config.callbacks` names, in its order; raise UserError for an unknown hook."""
     hooks = [hook for hook in dir(Callback) if hook.startswith("on_")]
     made = []
     for name, settings in config.callbacks.items():
@@ -112,7 +112,7 @@ def build_callbacks(config: Config) -> list[Callback]:
 
 
 def build_loggers(config: Config) -> dict[str, Logger]:
-    """Return the loggers that `config.logger` names, by their names."""
+    """Return the loggers that `config.logger` names, by name."""
     return {
         name: instantiate(f"logger.{name}", settings, Logger, config.imports)
         for name, settings in config.logger.items()
@@ -123,7 +123,7 @@ def build_loggers(config: Config) -> dict[str, Logger]:
 
 
 def build_optimizer(config: Config, model: nn.Module, fused: bool = False) -> Optimizer:
-    """Return the optimizer of the model's trainable parameters; `fused` asks for its one-kernel form if it has one."""
+    """Return the optimizer of the model's trainable parameters; `fused`: use fused kernels if it has them."""
 
     def construct(cls: Any, keywords: dict[str, Any]) -> Optimizer:
         groups = list(parameter_groups(config, model, keywords.get("lr")))
@@ -137,10 +137,10 @@ def build_optimizer(config: Config, model: nn.Module, fused: bool = False) -> Op
 
 
 def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iterator[dict[str, Any]]:
-    """Yield the parameter groups of `optimizer.param_groups`, then the rest; raise UserError for an unusable rule.
+    """Yield the groups of `optimizer.param_groups`, then a group of all other parameters; raise UserError.
 
-    Each rule names parameters by `match` (a regular expression searched in the name) and/or `ndim` (the number of
-    dimensions: biases and norms have 1), and sets what the optimizer takes, such as weight_decay, or `lr_scale`, a
+    Each rule selects parameters by `match` (a regular expression searched in the name) and/or `ndim` (the number of
+    dimensions: biases and norms have 1). It sets arguments of the optimizer, such as weight_decay, or `lr_scale`, a
     factor on the learning rate. A parameter belongs to the first rule that matches it.
     """
     rules, target = config.optimizer.get("param_groups") or [], config.optimizer.get("_target_")
@@ -150,7 +150,7 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise UserError(f"optimizer.param_groups={rules}: must be a list such as [{{ndim: 1, weight_decay: 0}}]")
     if rules:
-        resolve("optimizer", target, Optimizer, config.imports)  # its error names its key
+        resolve("optimizer", target, Optimizer, config.imports)  # its error names the key optimizer
     for number, rule in enumerate(rules):
         slot = f"optimizer.param_groups.{number}"
         if not {"match", "ndim"} & rule.keys():
@@ -175,7 +175,7 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
 
 
 def _has_fused(cls: Any, keywords: Mapping[str, Any], device: torch.device) -> bool:
-    """Return whether a one-kernel form exists on this device. Some optimizers raise only when they step."""
+    """Return whether the optimizer has fused kernels on this device. Some optimizers raise an error only in `step`."""
     if "fused" not in inspect.signature(cls).parameters:
         return False
     parameter = nn.Parameter(torch.zeros(1, device=device))
@@ -193,11 +193,11 @@ def _has_fused(cls: Any, keywords: Mapping[str, Any], device: torch.device) -> b
 def build_scheduler(
     settings: Mapping[str, Any], optimizer: Optimizer, length: int, imports: Sequence[str] = ()
 ) -> LRScheduler:
-    """Return the learning-rate schedule; the value `auto` stands for the run's length in the schedule's own unit.
+    """Return the learning-rate schedule; the value `auto` means `length`, the run's length in the schedule's unit.
 
     A schedule that chains others (`SequentialLR`, `ChainedScheduler`) names them in `schedulers`, each by `_target_`.
-    Its `max_lr` or `base_lr` is that of groups without an `lr_scale`; for others it is scaled in proportion (PyTorch
-    would give all groups the same).
+    `max_lr` and `base_lr` apply to groups without an `lr_scale` and are multiplied by it for other groups (PyTorch
+    would use the same value for all groups).
     """
     usual = optimizer.defaults.get("lr")
     scales = [group["lr"] / usual for group in optimizer.param_groups] if usual else [1.0]
@@ -228,9 +228,9 @@ def build_scheduler(
 # -- checks before any data is read
 
 
-@seeded_generators(torch.device("cpu"))  # user code may draw random numbers
+@seeded_generators(torch.device("cpu"))  # user code can draw random numbers
 def check_recipe(config: Config) -> None:
-    """Build everything at a small size; raise UserError for what cannot be built."""
+    """Build every object of a training at a small size; raise UserError if one cannot be built."""
     classes, size = known_classes(config.data), config.data.image_size
     if isinstance(config.model, ModelConfig):
         with torch.device("meta"):  # shapes only
@@ -256,23 +256,23 @@ def check_recipe(config: Config) -> None:
 
 @seeded_generators(torch.device("cpu"))
 def check_loss(config: Config, num_classes: int | None) -> None:
-    """Try the loss on a few images; raise UserError.
+    """Compute the loss of a few images; raise UserError if it fails.
 
-    num_classes: None before the images are read: then a loss that fails may be made for another number of classes
+    num_classes: None before the images are read; a loss that fails is then accepted: it may need more classes
     """
     weights = config.loss.get("weight")
     if isinstance(weights, list) and num_classes not in (None, len(weights)):
         raise UserError(f"loss.weight={weights}: must have {num_classes} numbers, one for each class")
     classes = num_classes or (len(weights) if isinstance(weights, list) else 2)
-    images = 4 if classes == 3 else 3  # not as many as classes, or labels could stand for logits
+    images = 4 if classes == 3 else 3  # unlike `classes`, so that labels cannot be broadcast as logits
     loss = build_loss(config, [1] * classes)
     logits = torch.zeros(images, classes, requires_grad=True)
     name = f"loss ({type(loss.loss).__name__})"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of shapes that differ, which is an error below
+            warnings.simplefilter("ignore")  # about different shapes, an error below
             value = loss(logits, torch.tensor([0] * (images - 1) + [classes - 1]))
-    except Exception as error:  # user code may raise anything
+    except Exception as error:  # user code can raise any exception
         if num_classes is None:
             return
         what = f"logits [{images}, {classes}] and labels [{images}]"
@@ -290,16 +290,16 @@ def _check_batch_norm(model: nn.Module, processes: int, on_gpu: bool) -> None:
 
 
 def check_initial_weights(config: Config) -> None:
-    """Read the weights of `trainer.init_from`, as a new run will; raise UserError. A branch has its parent's."""
+    """Load `trainer.init_from` as a new run will; raise UserError. A branched run has its parent's weights instead."""
     if config.trainer.init_from is not None and config.parent is None:
         initial_model(config, known_classes(config.data))
 
 
 def _check_transforms(config: Config) -> None:
-    """Try the operations of `augment.transforms` on a grey image, where the size of the images is known."""
+    """Apply the operations of `augment.transforms` to a grey image, if the size of the images is known."""
     data, transforms = config.data, build_transforms(config)
     side = data.crop_size or data.store_size
-    if side is None:  # folders and data sets keep images at their own size, if they have one
+    if side is None:  # images keep their own size, known for some data sets
         side = {"cifar10": 32, "cifar100": 32, "shapes": data.image_size}.get(data.name)
     if transforms and side is not None:
         grey = torch.full((1, side, side, 3), 128, dtype=torch.uint8)
@@ -307,17 +307,17 @@ def _check_transforms(config: Config) -> None:
 
 
 def _check_step(config: Config) -> None:
-    """Step the optimizer and the schedule once, on a small network of two kinds of parameters."""
+    """Step the optimizer once, on a small network with two kinds of layers, and build the schedule."""
     network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2, 2))
     plain = {k: v for k, v in config.optimizer.items() if k != "param_groups"}
     optimizer = instantiate(
         "optimizer", plain, Optimizer, config.imports, construct=lambda cls, k: cls(network.parameters(), **k)
     )
     network(torch.zeros(1, 3, 3, 3)).sum().backward()
-    set_optimizer_mode(optimizer, "train")  # some optimizers step in this mode only
+    set_optimizer_mode(optimizer, "train")  # some optimizers (schedule-free ones) step in this mode only
     try:
         optimizer.step()
-    except Exception as error:  # LBFGS wants a closure, SparseAdam sparse gradients; others raise other errors
+    except Exception as error:  # LBFGS needs a closure, SparseAdam sparse gradients; others raise other errors
         raise UserError(
             f"optimizer._target_={plain['_target_']}: cannot take a plain step ({one_line(error)})"
         ) from error
@@ -340,15 +340,15 @@ def build_state(
 ) -> TrainingState:
     """Return the state of a training before its first step.
 
-    counts: training images of each class, on which loss.weight=balanced depends
-    resumed: a checkpoint is going to be loaded, so that the weights of `trainer.init_from` are not read again
+    counts: training images of each class, for loss.weight=balanced
+    resumed: do not read the weights of `trainer.init_from`, because a checkpoint will be loaded
     """
     check_loss(config, num_classes)
     model, new_weights = initial_model(config, num_classes, with_weights=not resumed)
     freeze(model, config.trainer.freeze)
-    _check_batch_norm(model, world.size, runtime.device.type == "cuda")  # torchrun may have started the processes
+    _check_batch_norm(model, world.size, runtime.device.type == "cuda")  # torchrun can have set the size
     model = model.to(runtime.device).to(memory_format=runtime.memory_format)
-    if world.size > 1 and has_batch_norm(model):  # statistics of the whole batch, as in one process
+    if world.size > 1 and has_batch_norm(model):  # use statistics of the whole batch, as one process does
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(config, model, fused=runtime.device.type in ("cpu", "cuda"))
     first, epochs = schedule_span(config.to_dict())
@@ -362,7 +362,7 @@ def build_state(
 
 
 def training_batches(config: Config, runtime: Runtime, images: ImageSet, world: World = SINGLE) -> Batches:
-    """Return the batches that a run trains on: its seed, its augmentation, and this process's share of each."""
+    """Return the batches that a run trains on, with its seed, its augmentation, and this process's share of each."""
     return Batches(
         images,
         config.data,
@@ -376,9 +376,9 @@ def training_batches(config: Config, runtime: Runtime, images: ImageSet, world: 
 
 
 def initial_model(config: Config, num_classes: int | None, with_weights: bool = True) -> tuple[nn.Module, list[str]]:
-    """Return the network with the weights that the seed gives it, or those of `trainer.init_from`.
+    """Return the network, with initial weights from the seed or from `trainer.init_from`.
 
-    Also returns the names of weights that `trainer.init_from` did not set. The global generator is not touched.
+    Also returns the names of weights that `trainer.init_from` did not set. Keeps the global generator's state.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

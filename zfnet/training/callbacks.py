@@ -1,4 +1,4 @@
-"""Callbacks: the hooks that run beside the training step; `callbacks:` in a config adds early stopping and your own."""
+"""The program's callbacks of the training loop. `callbacks:` in a config adds early stopping and your own."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +19,11 @@ from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, copy_c
 from zfnet.training.loggers import Logger, epoch_line, tell
 from zfnet.training.state import Callback, TrainingState
 
-# -- part of the arithmetic
+# -- callbacks that change the weights to train or to evaluate
 
 
 class FilterRenormalization(Callback):
-    """Scales each convolution filter whose RMS exceeds `limit` back to it (paper, section 3)."""
+    """Scales each convolution filter with an RMS above `limit` down to that RMS (paper, section 3)."""
 
     name = "filter_renormalization"
 
@@ -35,9 +35,9 @@ class FilterRenormalization(Callback):
 
 
 class EMA(Callback):
-    """Keeps an exponential moving average of the weights, which is evaluated and saved instead of them.
+    """Keeps an exponential moving average of the weights; the run evaluates and saves it instead of the weights.
 
-    grows: after t steps the decay is at most (1 + t) / (10 + t), so that a short run does not average its first weights
+    grows: limit the decay after t steps to (1 + t) / (10 + t), so that the average soon forgets the first weights
     """
 
     name = "ema"
@@ -51,9 +51,9 @@ class EMA(Callback):
 
     @torch.no_grad()
     def on_optimizer_step(self, state: TrainingState) -> None:
-        # `update_parameters` would synchronise with a GPU: it copies the count of steps to it each time
+        # `update_parameters` would synchronise with a GPU, because each call copies the step count to it
         if self.average.n_averaged == 0:
-            self.average.update_parameters(state.model)  # copies
+            self.average.update_parameters(state.model)  # copies the weights
             return
         groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         averages, values = (
@@ -63,7 +63,7 @@ class EMA(Callback):
             group = groups.setdefault(average.dtype, ([], []))
             group[0].append(average)
             group[1].append(value)
-        count = int(self.average.n_averaged)  # is on the CPU
+        count = int(self.average.n_averaged)  # a CPU tensor
         update = get_ema_multi_avg_fn(min(self.decay, (1 + count) / (10 + count)) if self.grows else self.decay)
         for group in groups.values():
             update(*group, count)
@@ -77,11 +77,11 @@ class EMA(Callback):
         self.average.n_averaged.copy_(state["count"])
 
 
-# -- after steps
+# -- callbacks after steps
 
 
 class ProgressBar(Callback):
-    """A bar for each epoch on a terminal, one line per minute elsewhere, with the remaining time of the whole run.
+    """Shows a bar for each epoch on a terminal, one line per minute elsewhere, with the run's remaining time.
 
     advice: called once, after the first steps of a run of more than a minute, with its estimated seconds; returns text
     to print
@@ -89,7 +89,7 @@ class ProgressBar(Callback):
 
     def __init__(self, advice: Callable[[TrainingState, float], str] | None = None) -> None:
         self.advice = advice
-        self.began: tuple[float, int] | None = None  # when the first step of this process ended, and its number
+        self.began: tuple[float, int] | None = None  # time and number of this process's first step
         self.printed = time.perf_counter()
 
     def on_epoch_start(self, state: TrainingState) -> None:
@@ -101,7 +101,7 @@ class ProgressBar(Callback):
             disable=None,
             leave=False,
             dynamic_ncols=True,
-            # the whole run's time is in the postfix; with the epoch's as well, a line would exceed 80 columns
+            # the postfix has the run's remaining time; with that of the epoch, a line would exceed 80 columns
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
         )
 
@@ -109,12 +109,12 @@ class ProgressBar(Callback):
         now = time.perf_counter()
         self.began = self.began or (now, state.step)
         seconds, steps = now - self.began[0], state.step - self.began[1]
-        each = seconds / steps if steps else 0.0  # evaluations included, from the second epoch on
+        each = seconds / steps if steps else 0.0  # includes evaluations, from the second epoch on
         parts = [f"{duration(each * (self._steps(state) - state.step))} left"] if steps else []
         if state.last_reading is not None:
             loss, accuracy = state.last_reading
             speed = state.step_in_epoch * state.config.data.batch_size / state.epoch_seconds
-            parts += [f"loss {loss:.2f}", f"accuracy {accuracy:.0%}"]  # in 80 columns
+            parts += [f"loss {loss:.2f}", f"accuracy {accuracy:.0%}"]  # short, to fit 80 columns
             parts += [f"{speed:.0f} images/s"] if self.bar.disable else []
         self.bar.update()
         self.bar.set_postfix_str(", ".join(parts), refresh=False)
@@ -147,7 +147,7 @@ def duration(seconds: float) -> str:
 
 
 class Metrics(Callback):
-    """Reads the metrics every `trainer.log_every` steps, the loop's only synchronisation, and logs them."""
+    """Reads and logs the metrics every `trainer.log_every` steps, which is the loop's only synchronisation."""
 
     def __init__(self, run: RunDirectory | None, loggers: dict[str, Logger]) -> None:
         self.run, self.loggers = run, loggers
@@ -155,7 +155,7 @@ class Metrics(Callback):
     def on_step_end(self, state: TrainingState) -> None:
         if state.step % state.config.trainer.log_every:
             return
-        loss, accuracy = state.read_metrics()  # the one place where the host waits for the device
+        loss, accuracy = state.read_metrics()  # makes the host wait for the device
         values = {
             "step/train_loss": loss,
             "step/train_accuracy": accuracy,
@@ -174,7 +174,7 @@ class Metrics(Callback):
 
 
 class Profiler(Callback):
-    """Writes a trace of five steps of the first epoch, the sixth to the tenth, to profile/ in the run."""
+    """Writes a trace of steps 6 to 10 of the first epoch to profile/ in the run directory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -204,8 +204,8 @@ class Profiler(Callback):
 class BestWeights(Callback):
     """Saves the weights of the best epoch so far.
 
-    It comes before callbacks that may end the training after an epoch, so that no checkpoint names a best epoch whose
-    weights are not saved.
+    It runs before callbacks that can end the training after an epoch, so that the weights of the best epoch that a
+    checkpoint names are always saved.
     """
 
     def __init__(self, writer: CheckpointWriter) -> None:
@@ -218,9 +218,9 @@ class BestWeights(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves the state every few minutes, at the end, and when the training is stopped.
+    """Saves the state every `minutes`, at the end, and when the training is stopped.
 
-    After each of `epochs` (counted from 1) it keeps the state, and the best weights so far, for runs that branch.
+    After each of `epochs` (counted from 1) it also keeps the state and the best weights so far, for runs that branch.
     """
 
     def __init__(self, writer: CheckpointWriter, minutes: float, epochs: Sequence[int]) -> None:
@@ -239,10 +239,10 @@ class Checkpoints(Callback):
             folder = self.writer.folder
             if folder is not None and state.best is not None:
                 kept = folder / epoch_name(row["epoch"], best=True)
-                # a killed run may repeat this epoch while BEST is of a later one: then the first copy is right
+                # a killed run can repeat this epoch when BEST is already from a later one: then keep the first copy
                 repeated = kept.exists() and state.best["epoch"] != row["epoch"]
-                if (folder / BEST).exists() and not repeated:  # it may be lost, which a resume warns of
-                    copy_checkpoint(folder / BEST, kept)  # first, so that a state is never without them
+                if (folder / BEST).exists() and not repeated:  # BEST can be lost; a resume warns of it
+                    copy_checkpoint(folder / BEST, kept)  # before the state, which must not be without them
             self.writer.write(epoch_name(row["epoch"]), state.checkpoint(), prune=False)
 
     def on_fit_end(self, state: TrainingState) -> None:
@@ -251,7 +251,7 @@ class Checkpoints(Callback):
 
     def on_exception(self, state: TrainingState, error: BaseException) -> None:
         between_steps = isinstance(error, (Stopped, Pruned)) and not isinstance(error, StoppedAtOnce)
-        # a collective raises RuntimeError when another process has died; the step in progress has changed at most the
+        # a collective raises RuntimeError when another process has died; the unfinished step can have changed only the
         # running means of batch norm
         collective = isinstance(error, RuntimeError) and state.world.size > 1 and not has_batch_norm(state.model)
         if between_steps or collective:
@@ -259,7 +259,7 @@ class Checkpoints(Callback):
             self.writer.wait()
 
     def save(self, state: TrainingState) -> None:
-        """Start writing a checkpoint, unless training has diverged: then the previous one is kept."""
+        """Start writing a checkpoint; raise UserError if training has diverged, so that the previous one is kept."""
         state.read_metrics()
         self.writer.write(step_name(state.step), state.checkpoint())
 
@@ -271,20 +271,20 @@ class StopOnSignal(Callback):
         self.stop = stop
 
     def on_step_end(self, state: TrainingState) -> None:
-        # on GPUs the processes of a run agree to stop only where they synchronise anyway
+        # on GPUs, several processes agree to stop only at steps where they synchronise anyway
         on_cpu = state.runtime.device.type == "cpu"
         if state.world.size == 1 or on_cpu or state.step % state.config.trainer.log_every == 0:
             self.stop.check(state.world.any)
 
 
-# -- after epochs
+# -- callbacks after epochs
 
 
 class Snapshots(Callback):
     """Writes `epoch-0001.safetensors` and so on into `folder` after each of `epochs` (counted from 1; paper, Fig. 4).
 
-    Their format is that of model.safetensors. A resumed run keeps those it has and writes the rest; an epoch that is
-    trained again writes the same file.
+    The files have the format of model.safetensors. A resumed run keeps its earlier snapshots. If it repeats an epoch,
+    it writes the same file again.
     """
 
     def __init__(self, folder: Path, epochs: list[int], metadata: ModelMetadata) -> None:
@@ -312,9 +312,9 @@ class Pruning(Callback):
 
 
 class EarlyStopping(Callback):
-    """Stops training when a metric has stopped improving: by no more than `min_delta` for `patience` epochs.
+    """Stops training when a metric has not improved by more than `min_delta` for `patience` epochs.
 
-    monitor: a column of history.csv: lower is better if its name contains loss, else higher
+    monitor: a column of history.csv; lower is better if its name contains loss, otherwise higher
     """
 
     def __init__(self, monitor: str = "validation_loss", patience: int = 5, min_delta: float = 0.0) -> None:
@@ -327,7 +327,7 @@ class EarlyStopping(Callback):
 
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
         value = row[self.monitor]
-        if value is None:  # a callback's own metric had none
+        if value is None:  # a callback's metric was not finite
             return
         sign = -1 if "loss" in self.monitor else 1
         if self.best is None or sign * (value - self.best) > self.min_delta:

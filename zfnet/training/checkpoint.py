@@ -1,8 +1,8 @@
-"""Checkpoints: tensors and plain values, written so that the last good one is never at risk.
+"""Checkpoints: tensors and plain values, written so that a crash cannot damage the last good checkpoint.
 
-A checkpoint is one safetensors file: the tensors, and a JSON header with everything else. No pickle. It is written by a
-thread from copies, synced, and renamed to a name that sorts by step; only then are older ones removed. A file that was
-cut short fails its own length check, one that changed on the disk fails its checksum, and the one before it is used.
+A checkpoint is one safetensors file: the tensors, and a JSON header with everything else, without pickle. A thread
+writes copies of the tensors, syncs the file and renames it to a name that sorts by step; only then it removes older
+ones. A truncated file fails its length check, a changed file fails its checksum, and the reader uses the previous one.
 """
 
 import json
@@ -27,14 +27,14 @@ from zfnet.model.build import read_tensors
 from zfnet.runs.directory import write_atomically, write_tensors
 
 KEPT = 2
-CHECKPOINT_FORMAT = 3  # 2 had no checksum, 1 another form of the optimizer's state
+CHECKPOINT_FORMAT = 3  # 2 had no checksum; 1 had another format of the optimizer's state
 BEST = "best.safetensors"
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 
 
 @dataclass
 class Checkpoint:
-    """tensors: by name; metadata: what JSON can hold."""
+    """tensors: by name; metadata: values that JSON can represent."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
@@ -49,14 +49,14 @@ class CheckpointWriter:
         self.pending: Future | None = None
 
     def write(self, name: str, checkpoint: Checkpoint, prune: bool = True) -> None:
-        """Start writing `name`; the tensors are copied before this returns, so training may change them.
+        """Start writing `name`. The tensors are copied before this returns, so training can change them.
 
-        Raises the UserError of the write before this one, if that failed.
+        Raises the UserError of the previous write, if that failed.
         """
         self.wait()
         if self.folder is None:
             return
-        # copies from a GPU go to pinned memory, in stream order: the loop does not wait for them
+        # copies from a GPU go to pinned memory in stream order, so the loop does not wait for them
         copies = {
             key: value.detach().to("cpu", non_blocking=value.is_cuda, copy=True)
             for key, value in checkpoint.tensors.items()
@@ -94,9 +94,9 @@ def _write(
 
 
 def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
-    """Return a CRC-32 over the header and each tensor's name, type, shape and bytes: for damage, not for forgery.
+    """Return a CRC-32 over the header and each tensor's name, type, shape and bytes: it detects damage, not forgery.
 
-    It takes 0.2 s of the writing thread for the 0.7 GB of the blog's network; SHA-256 takes twice that.
+    For the 0.7 GB of the blog's network it takes the writing thread 0.2 s; SHA-256 takes twice as long.
     """
     crc = zlib.crc32(header.encode())
     for name in sorted(tensors):
@@ -112,7 +112,7 @@ def step_files(folder: Path) -> list[Path]:
         return sorted(folder / name for name in os.listdir(folder) if _NAME.fullmatch(name))
     except FileNotFoundError:
         return []
-    except OSError as error:  # training again from the start would lose them
+    except OSError as error:  # otherwise training would restart and lose the checkpoints
         raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
 
 
@@ -121,23 +121,23 @@ def step_name(step: int) -> str:
 
 
 def epoch_name(epoch: int, best: bool = False) -> str:
-    """Return the name of the state, or the snapshot, of an epoch (from 1), or of the best weights up to then."""
+    """Return the file name of an epoch's state or snapshot (epochs count from 1), or of the best weights up to it."""
     return f"epoch-{epoch:04d}{'-best' * best}.safetensors"
 
 
 def epoch_files(folder: Path) -> dict[int, Path]:
-    """Return the states, or the snapshots, that a folder keeps, by epoch and in their order; {} without a folder."""
+    """Return the states or snapshots in a folder by epoch, in ascending order; {} if the folder does not exist."""
     names = ((re.fullmatch(r"epoch-(\d{4,})\.safetensors", p.name), p) for p in folder.glob("epoch-*"))
     return dict(sorted((int(name[1]), p) for name, p in names if name))
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a file, whole or not at all; raise UserError."""
+    """Copy a file atomically; raise UserError."""
     write_atomically(target, partial(shutil.copyfile, source))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint, of this version or an earlier one; raise UserError if it is damaged or of another."""
+    """Read a checkpoint of this format or an earlier one; raise UserError if it is damaged or has another format."""
     try:
         header, tensors = read_tensors(path)
         metadata = json.loads(header["checkpoint"])
@@ -155,7 +155,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint that can be read (None if there is none) and what was wrong with newer ones."""
+    """Return the newest checkpoint that can be read (None if there is none), and the errors of newer ones."""
     problems: list[str] = []
     for path in reversed(step_files(folder)):
         try:
@@ -169,12 +169,12 @@ def read_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return a nested value as JSON can hold it; its tensors go into `tensors`, under names that begin with `name`.
+    """Return a nested value that JSON can represent; put its tensors into `tensors`, with names that start with `name`.
 
     Raises UserError for anything but tensors, numbers, text, None, and lists, tuples and dicts of them.
     """
     if isinstance(value, Tensor):
-        while name in tensors:  # keys may hold dots, and 1 and "1" are two keys
+        while name in tensors:  # names can collide: keys can contain dots, and 1 and "1" are two keys
             name += "'"
         tensors[name] = value
         return {"tensor": name}
@@ -192,7 +192,7 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the value that was packed."""
+    """Return the value that `pack` was called with."""
     if isinstance(value, list):
         return [unpack(v, tensors) for v in value]
     if not isinstance(value, dict):
@@ -205,11 +205,11 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Give an optimizer the state that its `state_dict()` had when it was packed."""
+    """Load an optimizer's unpacked `state_dict()` into it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def like(value: Any, parameter: Tensor) -> Any:
-        # safetensors drops the memory format; fused kernels would read NCHW momentum against NHWC weights
+        # safetensors drops the memory format; fused kernels would then mix NCHW momentum and NHWC weights
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         return value
@@ -221,14 +221,14 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     fresh = optimizer.state_dict()["param_groups"]
     groups = []
     for new, old in zip(fresh, saved["param_groups"], strict=True):
-        # which kernels compute a step depends on the device, which may be another one now
+        # the choice of kernels depends on the device, which can differ from the device of the saved run
         kernels = {key: new[key] for key in ("fused", "foreach") if key in new}
         groups.append({**new, **old, "params": new["params"], **kernels})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _from_format_1(old: Checkpoint) -> Checkpoint:
-    """Return a checkpoint as this version would have written it."""
+    """Return a checkpoint of format 1 in the current format."""
     tensors, metadata = dict(old.tensors), dict(old.metadata)
     state: dict[int, dict[str, Any]] = {}
     for name in [n for n in tensors if n.startswith("optimizer.")]:
@@ -247,10 +247,10 @@ def _from_format_1(old: Checkpoint) -> Checkpoint:
         model = {n.removeprefix("average."): tensors.pop(n) for n in list(tensors) if n.startswith("average.")}
         callbacks["ema"] = {"model": model, "count": tensors.pop("average_count")}
     metadata["callbacks"] = pack(callbacks, "callbacks", tensors)
-    metadata.pop("identity", None)  # computed in another way then
+    metadata.pop("identity", None)  # format 1 computed it differently
     return Checkpoint(tensors, metadata)
 
 
 def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors below `prefix.`, without it."""
+    """Return the tensors with names that start with `prefix.`, under names without it."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}

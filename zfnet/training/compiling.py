@@ -14,7 +14,7 @@ WHERE = ("cuda",)  # on CPUs, compiled steps of this network are slower
 
 
 def describe(eager: float, compiled: float, cost: float, steps: int, steps_per_epoch: int) -> str:
-    """Return two lines about a run of `steps`: seconds of an eager and of a compiled step, and of compiling."""
+    """Return two lines about a run of `steps`. eager, compiled: seconds of a step; cost: seconds of compiling"""
     measured = (
         f"torch.compile: took {cost:.1f} s; a step takes {1000 * compiled:.2f} ms with it, "
         f"{1000 * eager:.2f} without:\n"
@@ -26,9 +26,9 @@ def describe(eager: float, compiled: float, cost: float, steps: int, steps_per_e
 
 
 def resolve_compile(state: TrainingState, batches: Batches, recorded: bool | None) -> str | None:
-    """Resolve trainer.compile=auto: as recorded for the same run, else by a trial; return a message about a trial.
+    """Resolve trainer.compile=auto: as recorded for the same run, or else by timing; return a message about the timing.
 
-    With several processes, or on a device other than a GPU, `auto` is off.
+    With several processes, or on a device other than a CUDA GPU, `auto` means off.
     """
     if state.config.trainer.compile != "auto" or state.runtime.device.type not in WHERE or state.world.size > 1:
         return None
@@ -39,7 +39,7 @@ def resolve_compile(state: TrainingState, batches: Batches, recorded: bool | Non
 
 
 def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
-    """Compile the steps of `state` if it pays, and leave its state unchanged; return a message with the reason."""
+    """Compile the training step if that saves time over the run, and restore the state; return a message about it."""
     trainer = state.config.trainer
     steps = trainer.epochs * state.steps_per_epoch
     before = state.checkpoint()
@@ -54,19 +54,19 @@ def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
         try:
             cost = timed(partial(_train_on, state, examples), state.runtime.device)
             compiled = _step_seconds(state, examples[0])
-        except Exception as error:  # no C compiler, no Triton …: auto must not fail
+        except Exception as error:  # such as no C compiler or no Triton; auto must not fail
             state.use_compiled(False)
             state.optimizer.zero_grad(set_to_none=True)
             message = f"torch.compile: off, it fails here ({one_line(error)})"
         else:
-            state.use_compiled(compiled < eager)  # now that compiling is done
+            state.use_compiled(compiled < eager)  # without `cost`, which is already spent
             message = describe(eager, compiled, cost, steps, state.steps_per_epoch)
     state.restore(before)
     return message
 
 
 def _one_of_each_size(batches: Batches) -> list[Batch]:
-    """Return a full batch and, if it is smaller, the last: each size is compiled separately."""
+    """Return a full batch and, if it is smaller, the last batch, because each size is compiled separately."""
     full, last = (next(batches.epoch(0, start)) for start in (0, len(batches) - 1))
     return [full] if len(last.labels) == len(full.labels) else [full, last]
 

@@ -1,4 +1,4 @@
-"""How a run uses the hardware: resolves every `auto`, once, when it starts."""
+"""Decide how a run uses the hardware: resolve every `auto` once, when the run starts."""
 
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ class Runtime:
     deterministic: bool
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Return the mixed-precision context: bf16 needs no loss scaling."""
+        """Return the mixed-precision context; bf16 needs no loss scaling."""
         if self.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
@@ -37,7 +37,7 @@ class Runtime:
     def choose_kernels(self, full: bool) -> None:
         """Let cuDNN benchmark its kernels for full batches only.
 
-        For each new shape that takes some tenths of a second, too long for the short last batch.
+        A benchmark takes some tenths of a second for each new shape, too long for the short last batch.
         """
         torch.backends.cudnn.benchmark = full and not self.deterministic
 
@@ -57,24 +57,24 @@ class Runtime:
 
 
 def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: bool = False) -> Runtime:
-    """Decide every `auto` and set the process-wide switches that the decisions need; raise UserError.
+    """Resolve every `auto` and set the process-wide switches that the results need; raise UserError.
 
-    own_network: whether the network is not ZFNet. On a CPU it keeps PyTorch's default memory format: in PyTorch
+    own_network: whether the network is not ZFNet. On a CPU it then keeps the default memory format, because in PyTorch
         2.14 the backward pass of a 1×1 convolution with stride 2 on three channels corrupts memory in channels_last
     """
     device = _device(trainer.device)
     if world.size > 1 and device.type == "cuda":
-        # all processes started here raise this, not only those without a GPU
+        # all processes on this machine raise this error, not only those without a GPU
         if max(world.local + 1, trainer.devices) > torch.cuda.device_count():
             raise UserError(
                 f"trainer.devices={world.size}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch"
             )
         device = torch.device("cuda", world.local)
-    if device.type == "cuda":  # PyTorch uses the current GPU for pinned memory and more, by default the first
+    if device.type == "cuda":  # pinned memory and more use the current GPU, which is GPU 0 by default
         torch.cuda.set_device(device.index or 0)
     torch.set_num_threads(trainer.threads or max(1, THREADS // world.size))
     if trainer.compile is True or (trainer.compile == "auto" and device.type == "cuda"):
-        torch.compiler.reset()  # after a number of recompilations, later jobs of a sweep would run uncompiled
+        torch.compiler.reset()  # otherwise later jobs of a sweep reach the recompilation limit and run eager
     precision = trainer.precision
     if precision == "auto":
         precision = "bf16" if _fast_bf16(device) else "fp32"
@@ -89,9 +89,9 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: 
 
 @contextlib.contextmanager
 def recorded_threads(count: int | None, devices: int) -> Iterator[None]:
-    """Within this block runs use as many CPU threads as a record says: the last bits of sums depend on it.
+    """Use the recorded number of CPU threads within the block, because the last bits of sums depend on it.
 
-    (A launcher may have given that run fewer than PyTorch chooses. `trainer.threads`, where it is set, wins.)
+    A launcher can have given the recorded run fewer threads than PyTorch's default. `trainer.threads` has precedence.
     """
     global THREADS
     before = THREADS, torch.get_num_threads()
@@ -123,8 +123,8 @@ def _device(name: str) -> torch.device:
 def _fast_bf16(device: torch.device) -> bool:
     """Return whether the device trains faster in bf16 than in fp32.
 
-    A CPU does with matrix units (AMX), and on AMD's Zen 4 and later, whose dot products of bf16 have twice the rate of
-    fp32 (measured: 1.9 times as fast at 224 px). With other instructions for bf16, or none, it is slower.
+    CPUs with matrix units (AMX) do, and AMD's Zen 4 and later: their bf16 dot products have twice the rate of fp32
+    (measured: 1.9 times as fast at 224 px). CPUs with other bf16 instructions, or none, are slower in bf16.
     """
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -134,18 +134,18 @@ def _fast_bf16(device: torch.device) -> bool:
 
 
 def keep_memory(keep: bool) -> None:
-    """Let glibc keep what the network frees, or restore its defaults.
+    """Let glibc keep freed memory for reuse, or restore its defaults.
 
-    Each step allocates the same large blocks again. By default glibc returns them to the system, which then provides
-    them page by page, each zeroed: a tenth of the CPU time of a step at 224 px.
+    Each step allocates the same large blocks. By default glibc returns freed blocks to the system, which zeroes each
+    page when it is allocated again. That takes a tenth of the CPU time of a step at 224 px.
     """
     if sys.platform != "linux":
         return
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # the parameters' numbers in malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0 if keep else 65536)
-        # by default both thresholds grow to these as large blocks are freed
+        # glibc raises both thresholds to these defaults when large blocks are freed
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, -1 if keep else 64 << 20)
 
@@ -159,7 +159,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that one call takes, its work on the device included."""
+    """Return the seconds that one call takes, including its work on the device."""
     synchronize(device)
     started = time.perf_counter()
     call()
@@ -168,15 +168,15 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def set_switches(deterministic: bool) -> None:
-    """Set all switches for each run, so that no job of a sweep affects the next."""
-    # read when the first cuBLAS handle is made; harmless where it is not needed
+    """Set PyTorch's global switches. Every run sets all of them, so that no job of a sweep affects the next."""
+    # PyTorch reads it when it creates the first cuBLAS handle; it is harmless if it is not needed
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    # IEEE fp32 for exactness, else TF32 for what autocast leaves in fp32
-    # by the older names, which set the newer ones too; after setting the newer ones, reading an older one (Lightning,
-    # parts of torch.compile and torch.export) is an error
+    # deterministic runs use IEEE fp32, others TF32 for what autocast leaves in fp32; the older names set the newer ones
+    # too, but after the newer ones are set, reading an older one (as Lightning and parts of torch.compile and
+    # torch.export do) raises an error
     torch.backends.cuda.matmul.allow_tf32 = not deterministic
     torch.backends.cudnn.allow_tf32 = not deterministic

@@ -1,4 +1,4 @@
-"""A finished run as jobs use it: its network on the chosen device, and images prepared as in its training."""
+"""Load a finished run for other jobs: its network on the chosen device, and images prepared as in its training."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -16,15 +16,15 @@ from zfnet.runs.directory import find_run
 from zfnet.runs.weights import ModelMetadata, load_model
 from zfnet.training.device import resolve_runtime
 
-# what the network sees of an image: the run decides it, whatever data is used
+# these keys determine the network's input, so they come from the run, whatever data is used
 PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit", "draft")
 _FIXED = ("model", "loss", "optimizer", "scheduler", "augment", "callbacks")
 
 
 class LoadedRun:
-    """The run that `run=<dir>` names: its network on the chosen device, and images as it saw them.
+    """The run that `run=<dir>` names: its network on the chosen device, and images prepared as in its training.
 
-    source: its directory, which is only read
+    source: the run directory; it is not changed
     model: in evaluation mode, on runtime.device
     metadata: classes and preprocessing, as recorded with the weights
     data: where images come from, after overrides, with the run's preprocessing
@@ -61,7 +61,7 @@ class LoadedRun:
 
     @functools.cached_property
     def splits(self) -> Splits:
-        """The images, loaded when they are first asked for; labels are the run's own numbers, matched by class name."""
+        """The images, loaded on first access; labels are the run's class numbers, matched by class name."""
         loaded = load_splits(self.data, self.config.imports)
         before = self.metadata.data
         stored = (self.data.name, self.data.fit, loaded.train.images.shape[1])
@@ -93,8 +93,8 @@ class LoadedRun:
     def _by_name(self, images: ImageSet) -> ImageSet:
         if images.classes == self.classes:
             return images
-        known = {class_name(name): number for number, name in enumerate(self.classes)}  # old records hold any form
-        plain = {_plain(name): number for name, number in known.items()}  # a folder may be named English_springer
+        known = {class_name(name): number for number, name in enumerate(self.classes)}  # old records have any form
+        plain = {_plain(name): number for name, number in known.items()}  # a folder can be named English_springer
         numbers = [known.get(name, plain.get(_plain(name))) for name in images.classes]
         for name, number in zip(images.classes, numbers, strict=True):
             if number is None:
@@ -109,8 +109,8 @@ def _plain(name: str) -> str:
 
 
 def _data_for(data: DataConfig, metadata: ModelMetadata, given: Collection[str]) -> DataConfig:
-    """Return `data` with the run's preprocessing, except where the command line says otherwise, key by key."""
-    if "data" in given:  # the whole group was swapped for today's file
+    """Return `data` with the run's preprocessing, except for keys that the command line sets."""
+    if "data" in given:  # the command line replaced the whole group
         kept = {key: getattr(metadata.data, key) for key in PREPROCESSING if f"data.{key}" not in given}
         data = replace(data, **kept)
     if data.image_size != metadata.data.image_size:
@@ -125,7 +125,7 @@ def _data_for(data: DataConfig, metadata: ModelMetadata, given: Collection[str])
 
 
 def _joined(sets: Sequence[ImageSet]) -> ImageSet:
-    """Put sets of one data set together; pixels that they share already are not copied."""
+    """Concatenate splits of one data set, without copying an array of pixels that all of them share."""
     arrays = list({id(s.images): s.images for s in sets}.values())
     starts = dict(zip(map(id, arrays), np.cumsum([0, *map(len, arrays)]).tolist(), strict=False))
     boxes = [s.boxes for s in sets if s.boxes is not None]

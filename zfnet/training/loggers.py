@@ -1,4 +1,4 @@
-"""Where metrics go beside history.csv: TensorBoard, a CSV file, Weights & Biases, MLflow, Trackio, or your own."""
+"""Loggers, besides history.csv: TensorBoard, a CSV file, Weights & Biases, MLflow, Trackio, or your own."""
 
 import contextlib
 import csv
@@ -27,10 +27,10 @@ from zfnet.runs.directory import RunDirectory, write_atomically
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """The run that a logger gets in `start`.
+    """Describes the run for a logger's `start`.
 
     folder: the run directory; config: as recorded, nested; step: 0, or the step at which a resumed run continues;
-    model: on the CPU or a GPU, not to be changed; image_size: side of its input in pixels; samples: uint8 [N, h, w, 3]
+    model: on the CPU or a GPU, read-only; image_size: side of its input in pixels; samples: images, uint8 [N, h, w, 3]
     """
 
     folder: Path
@@ -42,10 +42,10 @@ class LoggedRun:
 
 
 class Logger:
-    """Gets everything that a run measures. Derive from it, and override what you need; `conf/logger` names it.
+    """Base class of loggers. Override the methods that you need, and name your class in `conf/logger`.
 
-    Names are `step/…` for readings within an epoch (means since it began), `epoch/…` for those at its end, and
-    `result/…` for the final ones. Only the main process has loggers, and they change nothing about the training.
+    Metrics are named `step/…` within an epoch (means since the epoch began), `epoch/…` at its end, and `result/…` at
+    the end of the run. Only the main process has loggers, and they do not affect the training.
     """
 
     def start(self, run: LoggedRun) -> None:
@@ -55,7 +55,7 @@ class Logger:
         """Called with the metrics of a step (`step/…`: counted in optimizer steps) or an epoch (`epoch/…`)."""
 
     def figure(self, name: str, path: Path, step: int) -> None:
-        """Called with each figure that the run drew, a PNG file."""
+        """Called with each figure that the run draws, a PNG file."""
 
     def finish(self, results: Mapping[str, float]) -> None:
         """Called with the final results, after a run that was not stopped."""
@@ -65,11 +65,11 @@ class Logger:
 
 
 def tell(loggers: dict[str, Logger], method: str, *arguments: Any) -> None:
-    """Call a method of all loggers. One that fails is closed and left out from then on, with a warning."""
+    """Call a method of all loggers. A logger that fails is closed and removed, with a warning."""
     for name, logger in [*loggers.items()]:
         try:
             getattr(logger, method)(*arguments)
-        except Exception as error:  # a service may raise anything, and a training must not end by it
+        except Exception as error:  # a service can raise any exception, which must not end a training
             log.warning("%s; the run continues without this logger", describe_fault(f"logger.{name}", logger, error))
             del loggers[name]
             if method != "close":
@@ -81,7 +81,7 @@ STEP_COLUMNS = ("step", "train_loss", "train_accuracy", "lr")
 
 
 class CSVLogger(Logger):
-    """Writes `steps.csv` in the run directory: the readings within epochs. A resumed run drops rows that it repeats."""
+    """Writes metrics within epochs to `steps.csv` in the run directory. A resumed run drops rows that it repeats."""
 
     def start(self, run: LoggedRun) -> None:
         path = run.folder / "steps.csv"
@@ -89,7 +89,7 @@ class CSVLogger(Logger):
         if run.step and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= run.step]
-        RunDirectory(run.folder).write_csv(path.name, rows, STEP_COLUMNS)  # whole, or the old file stays
+        RunDirectory(run.folder).write_csv(path.name, rows, STEP_COLUMNS)  # atomic: if it fails, the old file stays
         self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (open until `close`)
         self.writer = csv.DictWriter(self.file, STEP_COLUMNS, lineterminator="\n")
 
@@ -108,10 +108,10 @@ class TensorBoardLogger(Logger):
     """Writes event files to `tensorboard/` in the run directory: scalars, graph, images and hyperparameters."""
 
     def start(self, run: LoggedRun) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+        from torch.utils.tensorboard import SummaryWriter  # the import takes a second
 
         self.config = run.config
-        # what was written from this step on is marked as void
+        # hides the events that an interrupted process wrote from this step on
         self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step or None)
         if run.step == 0:
             self._graph(run)
@@ -126,9 +126,9 @@ class TensorBoardLogger(Logger):
             self.writer.add_image(name, np.asarray(file.convert("RGB")), step, dataformats="HWC")
 
     def finish(self, results: Mapping[str, float]) -> None:
-        # TensorBoard takes plain values only: lists and nulls become text
+        # TensorBoard accepts plain values only, so lists and nulls become text
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flatten(self.config).items()}
-        # run_name="." puts them into this run; by default `add_hparams` opens a second one
+        # run_name="." writes them to this run; by default `add_hparams` creates a second run
         self.writer.add_hparams(plain, dict(results), run_name=".")
 
     def close(self) -> None:
@@ -136,20 +136,20 @@ class TensorBoardLogger(Logger):
             self.writer.close()
 
     def _graph(self, run: LoggedRun) -> None:
-        """Draw the network's graph; the model's mode and its values are left as they are."""
+        """Draw the network's graph, without changing the model's mode or weights."""
         device = next(run.model.parameters()).device
         try:
             with warnings.catch_warnings(), torch.no_grad(), evaluation_mode(run.model):
                 warnings.simplefilter("ignore")
                 self.writer.add_graph(run.model, torch.zeros(1, 3, run.image_size, run.image_size, device=device))
-        except Exception as error:  # PyTorch's tracer may fail; a missing graph must not stop a training
+        except Exception as error:  # PyTorch's tracer can fail; a missing graph must not stop a training
             log.warning("TensorBoard: the graph could not be drawn (%s)", one_line(error))
 
 
 class WandbLogger(Logger):
-    """Writes to Weights & Biases; offline in `wandb/` of the run directory, unless `mode` is online.
+    """Writes to Weights & Biases: offline to `wandb/` in the run directory, unless `mode` is online.
 
-    A resumed run continues under the same id. Metrics keep their own axes: `step/…` by step, the others by epoch.
+    A resumed run continues with the same id. The axis of `step/…` metrics is the step, that of `epoch/…` the epoch.
     """
 
     def __init__(self, project: str = "zfnet", entity: str | None = None, mode: str = "offline") -> None:
@@ -161,7 +161,7 @@ class WandbLogger(Logger):
 
     def start(self, run: LoggedRun) -> None:
         quiet = {"console": "off", "silent": True, "disable_git": True, "save_code": False}
-        # environment.json describes the computer
+        # do not record the computer, because environment.json describes it
         quiet |= dict.fromkeys(("x_disable_stats", "x_disable_meta", "x_disable_machine_info"), True)
         self.run = self.wandb.init(
             project=self.project,
@@ -192,7 +192,7 @@ class WandbLogger(Logger):
 
 
 class MLflowLogger(Logger):
-    """Writes to MLflow: to the database `mlflow/mlflow.db` of the run directory, or to the server `tracking_uri`.
+    """Writes to MLflow: to the database `mlflow/mlflow.db` in the run directory, or to the server `tracking_uri`.
 
     A resumed run continues the same MLflow run.
     """
@@ -215,7 +215,7 @@ class MLflowLogger(Logger):
             made = str(client.create_run(number, run_name=run.folder.name).info.run_id)
             param = self.mlflow.entities.Param
             settings = [param(key, str(value)[:500]) for key, value in flatten(run.config).items()]
-            for first in range(0, len(settings), 100):  # a server takes no more at once
+            for first in range(0, len(settings), 100):  # a server's limit per request
                 client.log_batch(made, params=settings[first : first + 100])
             return made
 
@@ -240,15 +240,15 @@ class MLflowLogger(Logger):
 
 
 class TrackioLogger(Logger):
-    """Writes to Trackio's database on this computer, which `trackio show` displays, or to a Space of Hugging Face.
+    """Writes to Trackio's database on this computer, which `trackio show` displays, or to a Hugging Face Space.
 
-    The database is the user's own, of all runs (the environment variable TRACKIO_DIR names its folder). A resumed run
-    continues under the same name.
+    The user's runs share one database (the environment variable TRACKIO_DIR sets its folder). A resumed run continues
+    under the same name.
     """
 
     def __init__(self, project: str = "zfnet", space_id: str | None = None) -> None:
         if space_id is None:
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else it would look for a login on this computer
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # otherwise Trackio looks for a login on this computer
         self.trackio = _import("trackio")
         self.project, self.space_id = project, space_id
 
@@ -269,7 +269,7 @@ class TrackioLogger(Logger):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if any(key.startswith("step/") for key in values):
             self.run.log(dict(values), step)
-        else:  # Trackio counts one axis only; this puts an epoch behind its steps
+        else:  # Trackio has one axis only; without a step, an epoch comes after its steps
             self.run.log({**values, "epoch": step})
 
     def figure(self, name: str, path: Path, step: int) -> None:
@@ -293,7 +293,7 @@ def _import(package: str) -> Any:
 
 
 def _kept_id(path: Path, create: Callable[[], str]) -> str:
-    """Return the content of a file or, if there is none, what `create` returns, after writing it there."""
+    """Return the content of a file; if it does not exist, write the result of `create` to it first."""
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, create())

@@ -22,10 +22,10 @@ def fit(
     stop: StopRequest,
     epochs: int | None = None,
 ) -> None:
-    """Train from where `state` is to the last epoch, or until a callback sets `state.should_stop`.
+    """Train from the current step of `state` to the last epoch, or until a callback sets `state.should_stop`.
 
-    epochs: the last epoch to train, if not trainer.epochs
-    evaluations: sets to measure after each epoch, by the name of their columns (validation, test)
+    epochs: the number of the last epoch to train, instead of trainer.epochs
+    evaluations: sets to evaluate after each epoch, by the name of their columns (validation, test)
 
     Raises UserError if the loss diverges or a callback's columns are not allowed; Stopped or Pruned after the
     callbacks have saved.
@@ -42,11 +42,11 @@ def fit(
     except BaseException as error:
         state.call("on_exception", error)
         raise
-    stop.check(state.world.any)  # a signal since the last step: all is saved, and a resume will write the report
+    stop.check(state.world.any)  # after a signal since the last step: all is saved, a resume will write the report
 
 
 def train_epoch(state: TrainingState, train: Batches) -> None:
-    """Train from where `state` is to the end of its epoch."""
+    """Train from the current step of `state` to the end of the epoch."""
     state.train()
     state.call("on_epoch_start")
     start = time.perf_counter() - state.epoch_seconds
@@ -59,7 +59,7 @@ def train_epoch(state: TrainingState, train: Batches) -> None:
 
 
 def train_step(state: TrainingState, batch: Batch) -> None:
-    """Forward, backward, step. Nothing here makes the host wait for the device."""
+    """Run the forward pass, the backward pass and the optimizer step, without making the host wait for the device."""
     config, world = state.config, state.world
     state.runtime.choose_kernels(full=batch.total == config.data.batch_size)
     totals = torch.zeros(2, dtype=state.metrics.sums.dtype, device=state.runtime.device)  # loss, correct
@@ -69,7 +69,7 @@ def train_step(state: TrainingState, batch: Batch) -> None:
             with state.runtime.autocast():
                 logits = state.forward(micro.images)
                 loss = state.criterion(logits, micro.labels)  # summed over the images
-            # processes average their gradients, so each scales its sum to its share of the whole batch's mean
+            # DDP averages the gradients of all processes; with this factor the result is that of the batch's mean loss
             (loss * (world.size / batch.total)).backward()
         totals += torch.stack([loss.detach(), (logits.argmax(1) == micro.labels).sum()])
     loss_sum, correct = world.all_reduce(totals).unbind()
@@ -86,7 +86,7 @@ def train_step(state: TrainingState, batch: Batch) -> None:
 
 
 def measure(state: TrainingState, evaluations: Mapping[str, Batches], stop: StopRequest) -> dict[str, float | None]:
-    """Return loss and accuracy of each set and the callbacks' numbers, as columns; the same in all processes."""
+    """Return each set's loss and accuracy and the callbacks' metrics, by column; the same in all processes."""
     row: dict[str, float | None] = {}
     set_optimizer_mode(state.optimizer, "eval")
     if state.world.is_main:
@@ -97,7 +97,7 @@ def measure(state: TrainingState, evaluations: Mapping[str, Batches], stop: Stop
         for name, result in results.items():
             row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
         row |= state.own_metrics(results)
-    return state.world.broadcast(row)  # all processes must decide alike
+    return state.world.broadcast(row)  # all processes must make the same decisions
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def evaluate(
     stop: StopRequest | None = None,
     probabilities: bool = False,
 ) -> Evaluation:
-    """Run a whole set through the network in evaluation mode; its mode is restored afterwards.
+    """Evaluate the network on a whole set, in evaluation mode; its mode is restored afterwards.
 
     probabilities: keep every image's probability of every class
     """

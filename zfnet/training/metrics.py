@@ -13,7 +13,7 @@ DIVERGED_LOSS = 1e5
 class RunningMetrics:
     """Loss and accuracy over the images seen since `reset`, without synchronising per step.
 
-    Also keeps the first step that diverged: whose mean loss is not a number, or DIVERGED_LOSS or more.
+    Also keeps the first step that diverged: its mean loss is NaN, or at least DIVERGED_LOSS.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,12 +26,12 @@ class RunningMetrics:
 
     @torch.no_grad()
     def add(self, losses: Tensor, correct: Tensor, count: int, step: int) -> None:
-        """Add one batch: the sum of its losses, the number of its images classified correctly, and of all."""
+        """Add one batch: the sum of its losses, the numbers of correct images and of all images, and its step."""
         self.sums[0] += losses
         self.sums[1] += correct
         self.sums[2] += count
         bad = self.sums[3]
-        # a tensor on the device: `where` would copy a Python number there and synchronise
+        # `where` would copy a Python number to the device and synchronise, so give it a tensor there
         now = torch.full_like(bad, step)
         bad.copy_(torch.where((bad < 0) & ~(losses < DIVERGED_LOSS * count), now, bad))
 
@@ -79,7 +79,7 @@ class Evaluation:
 
 
 class EvaluationSums:
-    """Collects an Evaluation batch by batch, on the device; `probabilities`: whether to keep those of all classes."""
+    """Collects an Evaluation batch by batch, on the device; `probabilities`: keep the probabilities of all classes."""
 
     def __init__(self, probabilities: bool = False) -> None:
         self.with_probabilities, self.num_classes = probabilities, 0

@@ -1,4 +1,4 @@
-"""Muon: momentum whose step has all singular values equal, for the weights of convolutions."""
+"""Muon: an optimizer for weights of convolutions that makes all singular values of a step about equal."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at 0: singular values from 0.01 up come between 0.7 and 1.2 in five steps
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at 0: five steps bring singular values from 0.01 up to between 0.7 and 1.2
 
 
 class Muon(Optimizer):
-    """Momentum orthogonalised by Newton–Schulz steps; SGD for the groups with `orthogonalize=False`, and for biases.
+    """SGD with momentum orthogonalised by Newton–Schulz steps; plain SGD for biases and groups without orthogonalize.
 
-    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon, airbench94_muon). `torch.optim.Muon` takes weights of
-    two dimensions only; here a convolution's count as a matrix [out, in · k · k].
+    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon, airbench94_muon). `torch.optim.Muon` accepts only
+    weights of two dimensions; this class treats the weights of a convolution as a matrix [out, in · k · k].
 
-    lr: the spectral norm of a step; that of a matrix higher than wide is √(out / in) times as large
-    weight_decay: decoupled (weights shrink by lr · weight_decay) where a step is orthogonalised, else as in SGD
-    steps: of Newton–Schulz; after fewer, directions of small singular values stay smaller
+    lr: the spectral norm of a step, times √(rows / columns) for a matrix with more rows than columns
+    weight_decay: decoupled (weights shrink by lr · weight_decay) if a step is orthogonalised, otherwise as in SGD
+    steps: number of Newton–Schulz steps; with fewer, small singular values stay smaller
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Muon(Optimizer):
 
 
 def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
-    """Return about U Vᵀ for a matrix U S Vᵀ [m, n]: each step maps every singular value s by a s + b s³ + c s⁵."""
+    """Return approximately U Vᵀ for a matrix U S Vᵀ [m, n]: each step maps singular values s to a s + b s³ + c s⁵."""
     a, b, c = _QUINTIC
-    x = matrix / matrix.norm().clamp_min(1e-12)  # no singular value is above 1
+    x = matrix / matrix.norm().clamp_min(1e-12)  # then no singular value is above 1
     wide = x if len(x) <= x.shape[1] else x.T
     for _ in range(steps):
         gram = wide @ wide.T

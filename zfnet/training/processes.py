@@ -1,8 +1,8 @@
-"""Several processes that train one network: rank and size, collectives, and how they are started.
+"""Train one network with several processes: their ranks, their collectives, and how they start.
 
-One Hydra job is one run directory, and process 0 alone writes to it. `trainer.devices=N` starts N − 1 more
-processes on this machine; `torchrun` starts them all, on any number of machines that share the run's and the
-data's folders. Every process holds the same state after every step, so the checkpoint of process 0 is enough.
+One Hydra job has one run directory, and only process 0 writes to it. `trainer.devices=N` starts N − 1 more processes
+on this machine; `torchrun` starts all processes, on any number of machines that share the folders of the run and of
+the data. All processes have the same state after every step, so the checkpoint of process 0 is enough.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from tqdm.auto import tqdm
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
 
-PATIENCE_S = 20  # after a process has died, in which the others may notice it themselves
+PATIENCE_S = 20  # seconds in which the other processes can notice themselves that one has died
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among `size` processes; `local` is its number on this machine."""
+    """This process's rank among `size` processes; `local` is its rank on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -45,7 +45,7 @@ class World:
         return self.rank == 0
 
     def all_reduce(self, value: Tensor) -> Tensor:
-        """Return the sum of all processes' values; on a GPU the host does not wait for it."""
+        """Sum `value` over all processes in place, and return it; on a GPU the host does not wait for the sum."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
@@ -70,9 +70,9 @@ class World:
         """Return the module to call in training: it averages gradients over all processes."""
         if self.size == 1:
             return model
-        # buffers hold each process's own dropout offset, so they are not to be broadcast
+        # each process has its own dropout offset in its buffers, so they must not be broadcast
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # its new name is unknown to older releases
+            warnings.simplefilter("ignore", FutureWarning)  # older releases lack broadcast_buffers' new name
             wrapped = nn.parallel.DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
@@ -88,7 +88,7 @@ SINGLE = World()
 
 
 def torchrun_world() -> World | None:
-    """Return the world of this process if torchrun started it."""
+    """Return the world of this process if torchrun started it, otherwise None."""
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return None
     return World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
@@ -102,7 +102,7 @@ def init_process_group(world: World, init_method: str = "env://") -> None:
         init_method=init_method,
         rank=world.rank,
         world_size=world.size,
-        timeout=timedelta(minutes=30),  # one process may have to decode a whole data set first
+        timeout=timedelta(minutes=30),  # the others wait while one process decodes the data set
     )
 
 
@@ -110,11 +110,11 @@ def init_process_group(world: World, init_method: str = "env://") -> None:
 def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> Iterator[World]:
     """Start `count − 1` processes that call `work(world, folder)`, and run this block as process 0.
 
-    When one of them dies, the block ends with a UserError that says how, even if this process waits for something else.
+    If one dies, the block raises a UserError; if process 0 is blocked, a thread prints the error and ends process 0.
     """
     if (world := torchrun_world()) is not None:
         init_process_group(world)
-        world.broadcast(str(folder))  # for `run_worker`
+        world.broadcast(str(folder))  # `run_worker` receives it
         try:
             yield world
         finally:
@@ -153,7 +153,7 @@ def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> 
 
 
 def run_worker(world: World, work: Callable[[World, Path], None]) -> None:
-    """Run a process with rank > 0 of those that torchrun started, on the folder that process 0 broadcasts."""
+    """Run `work` in a process of torchrun with rank > 0, with the folder that process 0 broadcasts."""
     init_process_group(world)
     try:
         work(world, Path(world.broadcast(None)))
@@ -164,29 +164,29 @@ def run_worker(world: World, work: Callable[[World, Path], None]) -> None:
 def _child(
     world: World, init_method: str, work: Callable[[World, Path], None], folder: Path
 ) -> None:  # pragma: no cover (runs in a process of its own)
-    # process 0 decides when to stop; Ctrl-C reaches the whole group
+    # Ctrl-C reaches the whole process group, but process 0 decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    tqdm.set_lock(threading.RLock())  # not a semaphore, which would outlive this process if it were killed
+    tqdm.set_lock(threading.RLock())  # tqdm's default semaphore would outlive a killed process
     try:
         init_process_group(world, init_method)
         work(world, folder)
         dist.destroy_process_group()
     except UserError:
-        os._exit(3)  # process 0 raises the same error, and reports it
+        os._exit(3)  # process 0 raises and reports the same error
     except RuntimeError:
         os._exit(4)
 
 
 class _Watch:
-    """Watches the other processes from a thread, since process 0 may be inside a call that never returns."""
+    """Watches the other processes from a thread, because process 0 can be inside a call that never returns."""
 
     def __init__(self, children: list[BaseProcess], folder: Path) -> None:
         self.children, self.folder, self.done = children, folder, threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
     def death(self, wait: float = 0) -> str | None:
-        """Return how the first dead process ended, if one has."""
+        """Return a message about how the first dead process ended; None if all are alive or succeeded."""
         for child in self.children:
             child.join(wait)
             if child.exitcode not in (None, 0):

@@ -1,7 +1,7 @@
-"""The learning rate: a PyTorch scheduler, with warm-up on top and a state of plain numbers.
+"""The learning-rate schedule: a PyTorch scheduler with warm-up and a state of plain numbers.
 
-A run that branches from another one's epoch (job=extend, job=fork) chooses its schedule: see docs/continue.md. In each
-case the rate is a function of the config, the step and the recorded metrics: `replay` repeats the parent's epochs.
+A run that branches from an epoch of another run (job=extend, job=fork) chooses its schedule: see docs/continue.md. The
+rate is always a function of the config, the step and the recorded metrics; `replay` repeats the parent's epochs.
 """
 
 import warnings
@@ -15,20 +15,20 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import is_number
 
-# keys of conf/scheduler that are ours and not the scheduler's
+# keys of conf/scheduler that `Schedule` reads; the scheduler does not get them
 OWN_KEYS = ("interval", "warmup_epochs")
-# what PyTorch's schedulers set in the optimizer's parameter groups
+# keys that PyTorch's schedulers set in the optimizer's parameter groups
 SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "momentum", "betas", "max_momentum", "base_momentum")
 
 
 class Schedule:
     """Steps a scheduler at the interval that its config names.
 
-    During warm-up each group's rate is the scheduler's, multiplied by a factor that rises linearly to 1. Schedulers
-    that compute a rate from the last one must not see the product, so the scheduler's own rates are restored after the
-    optimizer's step.
+    During warm-up each group's rate is the scheduler's rate times a factor that rises linearly to 1. Schedulers that
+    compute a rate from the previous one must not see the product, so `step` restores the scheduler's own rates after
+    the optimizer's step.
 
-    length: the run's length in the schedule's unit (epochs or steps); first_step: of the run, where it begins
+    length: the run's length in the schedule's unit (epochs or steps); first_step: the step where the schedule begins
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Schedule:
             raise UserError(
                 f"scheduler.total_steps={ends}: the schedule ends before the run, which takes {length}; write auto"
             )
-        self.count = 0  # of the scheduler's steps
-        self._rates: list[float] | None = None  # the scheduler's own, while warm-up replaces them
+        self.count = 0  # the scheduler's steps so far
+        self._rates: list[float] | None = None  # the scheduler's own rates, while warm-up replaces them
         self._recent_rates: deque[tuple[int, float]] = deque(maxlen=1000)  # the last steps and their rates
 
     def lr(self, step: int) -> float:
-        """Return the learning rate (of the first parameter group) of step `step`, or what it would be now."""
+        """Return the learning rate (of the first parameter group) that `step` used or, if unknown, would use now."""
         recent = dict(self._recent_rates)
         return recent[step] if step in recent else self.lr_now(step)
 
@@ -66,7 +66,7 @@ class Schedule:
         return min(1.0, (step - self.first_step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
     def set_lr(self, step: int) -> None:
-        """Give the optimizer the rates of this step."""
+        """Set the optimizer's rates for this step."""
         factor = self._factor(step)
         if factor != 1.0:
             self._rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -92,20 +92,20 @@ class Schedule:
         self.count += 1
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(monitored)  # type: ignore[arg-type]
-        elif self.count < self.length:  # after the last step there is no rate left to compute
+        elif self.count < self.length:  # no rate is needed after the last step
             self.scheduler.step()
 
     def replay(self, monitored: Sequence[float]) -> None:
-        """Advance over epochs that another run has trained, given the metric of a plateau schedule after each."""
+        """Advance over epochs that the parent trained; `monitored`: a plateau schedule's metric after each epoch."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the optimizer has made no step
+            warnings.simplefilter("ignore", UserWarning)  # about no step of the optimizer
             for value in monitored:
                 for _ in range(self.steps_per_epoch if self.by_step else 1):
                     self._advance(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what changes as the schedule advances, as plain numbers; the rest follows from the config."""
-        last = [list(pair) for pair in self._recent_rates][-1:]  # what an epoch that has just ended records
+        """Return the values that change as the schedule advances, as plain numbers. The config determines the rest."""
+        last = [list(pair) for pair in self._recent_rates][-1:]  # an epoch that has just ended records it
         return {"taken": self.count, "scheduler": _plain_state(self.scheduler), "used": last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -138,7 +138,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def steps_by_batch(settings: Mapping[str, Any]) -> bool:
-    """Whether the schedule counts optimizer steps, and not epochs."""
+    """Return whether the schedule counts optimizer steps instead of epochs."""
     return bool(settings.get("interval", "epoch") == "step")
 
 
@@ -154,7 +154,7 @@ def schedule_span(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def check_interval(settings: Mapping[str, Any], epochs: int) -> None:
-    """Check the keys that are ours; raise UserError."""
+    """Check the keys in OWN_KEYS; raise UserError."""
     if settings.get("interval", "epoch") not in ("epoch", "step"):
         raise UserError(f"scheduler.interval={settings['interval']}: must be epoch or step")
     warmup = settings.get("warmup_epochs", 0)

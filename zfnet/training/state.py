@@ -1,4 +1,4 @@
-"""Model, optimizer, schedule, metrics and counters: what a checkpoint holds and what a resume restores."""
+"""The state that checkpoints save and resumes restore: model, optimizer, schedule, metrics and counters."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from zfnet.training.metrics import Evaluation, RunningMetrics
 from zfnet.training.processes import World
 from zfnet.training.schedule import SCHEDULED, Schedule, schedule_span
 
-# keys of `data` that do not change how an image is validated
+# keys of `data` that do not affect validation
 _OF_TRAINING = (
     *("batch_size", "sampler", "subset", "device_memory", "max_pixels", "draft", "cache_dir", "on_error", "test"),
 )
 
 
 class Callback:
-    """Hooks of a training; each gets the `TrainingState`. Derive from it, and override what you need.
+    """Base class of callbacks. Override the hooks that you need; each receives the `TrainingState`.
 
-    name: the key under which a config names it; the state that `state_dict` returns is kept under this name
+    name: the callback's key in the config; checkpoints store the result of `state_dict` under this name
     monitor: a column of history.csv that it needs in each epoch, such as validation_loss; a run that does not measure
         it stops before its first step
-    columns: names of further columns of history.csv, of which `measure` gives the numbers
+    columns: names of additional columns of history.csv; `measure` returns their values
 
-    A callback must be a function of the config, the step and its own state: then a resumed run equals one that never
-    stopped. What it keeps from step to step (numbers, lists, tensors) belongs in `state_dict`.
+    A callback must be a function of the config, the step and its own state, so that a resumed run equals an
+    uninterrupted one. Return the values that it keeps between steps (numbers, lists, tensors) from `state_dict`.
     """
 
     name = ""
@@ -51,39 +51,39 @@ class Callback:
         """Called once before the first step of this process, before a checkpoint is loaded."""
 
     def on_epoch_start(self, state: TrainingState) -> None:
-        """Called before the first step of an epoch, and again after a resume in its middle."""
+        """Called before the first step of an epoch, and again after a resume in the middle of the epoch."""
 
     def on_before_optimizer_step(self, state: TrainingState) -> None:
         """Called in each step with the gradients of the whole batch, before they are clipped and used."""
 
     def on_optimizer_step(self, state: TrainingState) -> None:
-        """Called in each step, after the optimizer has changed the weights: part of the step's arithmetic.
+        """Called in each step after the optimizer has changed the weights; a callback can change them further.
 
-        The gradients are cleared by then.
+        The gradients are already cleared.
         """
 
     def on_step_end(self, state: TrainingState) -> None:
-        """Called after each step; `state.step` counts it already. Raise Stopped or set `state.should_stop` to end."""
+        """Called after each step, which `state.step` counts. To end: raise Stopped, or set `state.should_stop`."""
 
     def measure(self, state: TrainingState, results: Mapping[str, Evaluation]) -> Mapping[str, float]:
-        """Return a number for each of `columns`, which history.csv, the loggers and other callbacks' `monitor` get.
+        """Return a number for each of `columns`, for history.csv, the loggers and the `monitor` of other callbacks.
 
         Called after each epoch if there are `columns`, in the main process only. results: predictions, confidences and
-        labels of the sets that are measured then, by name (validation, test)
+        labels of the evaluated sets, by name (validation, test)
         """
         raise NotImplementedError
 
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
-        """Called after each epoch with its row of history.csv, to read; set `state.should_stop` to end the training."""
+        """Called after each epoch with its row of history.csv, to read. Set `state.should_stop` to end the training."""
 
     def on_fit_end(self, state: TrainingState) -> None:
         """Called after the last epoch."""
 
     def on_exception(self, state: TrainingState, error: BaseException) -> None:
-        """Called when the training ends by an error, a signal or pruning, before the error is raised again."""
+        """Called when an error, a signal or pruning ends the training, before the error is raised again."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold: tensors, numbers, text, and lists, tuples and dicts of them."""
+        """Return the state to save in checkpoints: tensors, numbers, text, and lists, tuples and dicts of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -91,14 +91,14 @@ class Callback:
 
 
 def measured_columns(sets: Iterable[str]) -> list[str]:
-    """Return the columns of history.csv that hold metrics, if these sets are measured after each epoch."""
+    """Return the columns of history.csv that contain metrics, if these sets are evaluated after each epoch."""
     return [f"{name}_{metric}" for name in ("train", *sets) for metric in ("loss", "accuracy")]
 
 
 def check_columns(callbacks: Iterable[Callback], measured: Iterable[str]) -> None:
-    """Raise UserError if a callback's column has another meaning, or it monitors one that is not measured.
+    """Raise UserError if a callback adds a column that exists already, or monitors a column that is not measured.
 
-    measured: the columns that hold the program's own metrics
+    measured: the columns of the program's own metrics
     """
     callbacks, columns = list(callbacks), list(measured)
     for callback in callbacks:
@@ -119,7 +119,7 @@ def check_columns(callbacks: Iterable[Callback], measured: Iterable[str]) -> Non
 def set_optimizer_mode(optimizer: Optimizer, mode: str) -> None:
     """Call the optimizer's `train` or `eval`, if it has them.
 
-    Those of schedule-free optimizers swap in the weights that are trained, or their average, which is evaluated.
+    Schedule-free optimizers then switch between the weights to train and the average of the weights to evaluate.
     """
     if hasattr(optimizer, mode):
         getattr(optimizer, mode)()
@@ -127,12 +127,12 @@ def set_optimizer_mode(optimizer: Optimizer, mode: str) -> None:
 
 @dataclass(eq=False, repr=False)
 class TrainingState:
-    """One training: model, optimizer, schedule, metrics, and its progress.
+    """One training: model, optimizer, schedule, metrics and progress.
 
     There is no random state: order, augmentation and dropout are functions of (seed, epoch, step).
 
-    callbacks: called in this order; their `state_dict`s are saved in the checkpoints
-    eval_model: the weights to evaluate and keep: the model's, unless a callback averages them
+    callbacks: called in this order; checkpoints save their `state_dict`s
+    eval_model: the network to evaluate and save: `model`, unless a callback averages its weights
     new_weights: names of weights that `trainer.init_from` did not set
     """
 
@@ -153,17 +153,17 @@ class TrainingState:
     history: list[dict[str, Any]] = field(default_factory=list)  # one row per finished epoch
     last_reading: tuple[float, float] | None = None  # mean loss and accuracy, when last read
     seconds: float = 0.0  # spent in earlier processes
-    epoch_seconds: float = 0.0  # spent training in this epoch, by all processes
+    epoch_seconds: float = 0.0  # spent training in this epoch, also before a resume
 
     def __post_init__(self) -> None:
-        # wrapping and compiling create new modules; the state dict is always that of the plain model
+        # wrapping and compiling create new modules; checkpoints always use the plain model's state dict
         self.parallel = self.world.wrap(self.model, self.runtime.device, self.config.trainer.gradients)
         self.use_compiled(self.runtime.compile)
         self.metrics = RunningMetrics(self.runtime.device)
         self.eval_model = self.model
         self._started = time.perf_counter()
         for name, count in Counter(callback.name for callback in self.callbacks).items():
-            if name and count > 1:  # the state of one would take the place of the other's in a checkpoint
+            if name and count > 1:  # in a checkpoint, the state of one would replace the other's
                 raise UserError(f"callbacks.{name}: {count} callbacks have this name; give each its own")
         self.call("on_fit_start")
 
@@ -176,10 +176,10 @@ class TrainingState:
             except UserError as error:
                 if hook != "on_exception" or callback.name not in self.config.callbacks:
                     raise
-                log.warning(error)  # it must not keep the others from saving
+                log.warning(error)  # do not raise, because the other callbacks must still save
 
     def own_metrics(self, results: Mapping[str, Evaluation]) -> dict[str, float | None]:
-        """Return what the callbacks measure in the epoch that ends, by column; None for what is not finite."""
+        """Return the callbacks' metrics of the epoch that ends, by column; None for numbers that are not finite."""
         row: dict[str, float | None] = {}
         for callback in self.callbacks:
             if callback.columns:
@@ -191,16 +191,16 @@ class TrainingState:
 
     @contextlib.contextmanager
     def _named(self, callback: Callback) -> Iterator[None]:
-        """Within this block an error of a callback that the config names is a UserError with its name."""
+        """Within this block, convert an error of a callback from the config to a UserError with the callback's name."""
         try:
             yield
-        except Exception as error:  # user code may raise anything
+        except Exception as error:  # user code can raise any exception
             if callback.name not in self.config.callbacks or isinstance(error, (UserError, Pruned)):
                 raise
             raise UserError(describe_fault(f"callbacks.{callback.name}", callback, error)) from error
 
     def use_compiled(self, wanted: bool) -> None:
-        """Train through torch.compile from now on, or not; each batch size is compiled separately."""
+        """Train with torch.compile from now on, or without it; each batch size is compiled separately."""
         self.compiled = wanted
         self.forward: Callable[..., Tensor] = torch.compile(self.parallel, dynamic=False) if wanted else self.parallel
 
@@ -212,7 +212,7 @@ class TrainingState:
         set_optimizer_mode(self.optimizer, "train")
 
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager:
-        """Return the context of a backward pass: processes average their gradients after the last one of a step."""
+        """Return the context of a backward pass: processes average their gradients only in a step's last pass."""
         if last or self.world.size == 1:
             return contextlib.nullcontext()
         return self.parallel.no_sync()  # type: ignore[operator]
@@ -222,7 +222,7 @@ class TrainingState:
         return self.step - self.epoch * self.steps_per_epoch
 
     def elapsed(self) -> float:
-        """Seconds of this run, over all its processes."""
+        """Return the seconds of this run, including the time before a resume."""
         return self.seconds + time.perf_counter() - self._started
 
     def read_metrics(self) -> tuple[float, float]:
@@ -240,13 +240,13 @@ class TrainingState:
     def end_epoch(self, measured: Mapping[str, float | None], images: int) -> dict[str, Any]:
         """Add the epoch to the history, update the best epoch, advance the learning rate; return the row.
 
-        measured: validation_loss, validation_accuracy …, if they are measured; images: trained on in the epoch
+        measured: validation_loss, validation_accuracy …, if they are measured; images: number of training images
         """
         loss, accuracy = self.read_metrics()
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self.step,
-            # version 1 recorded the rate after the schedule had advanced: its runs must still reproduce
+            # version 1 recorded the rate after the schedule had advanced, and its runs must still reproduce
             "lr": (self.schedule.lr if self.config.trainer.version > 1 else self.schedule.lr_now)(self.step - 1),
             "train_loss": loss,
             "train_accuracy": accuracy,
@@ -267,14 +267,14 @@ class TrainingState:
         return row
 
     def is_better(self, row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-        """Return whether an epoch validated better than another: more accurately, or as accurately at a lower loss."""
+        """Return whether an epoch has a higher validation accuracy than another, or the same with a lower loss."""
         accuracy, others = row["validation_accuracy"], other.get("validation_accuracy", -1)
         if accuracy != others or self.config.trainer.version == 1:
             return bool(accuracy > others)
         return bool(row["validation_loss"] < other["validation_loss"])
 
     def checkpoint(self) -> Checkpoint:
-        """Return what a resume needs."""
+        """Return everything that a resume needs."""
         set_optimizer_mode(self.optimizer, "train")
         tensors = {**self.model.state_dict(prefix="model."), "metrics": self.metrics.sums}
         optimizer = self.optimizer.state_dict()
@@ -304,7 +304,7 @@ class TrainingState:
 
         images: the hash of the run's images, which a branch compares with its parent's
 
-        Raises UserError if it does not fit the run: a valid checksum does not say which run wrote it.
+        Raises UserError if the checkpoint does not fit the run; a valid checksum does not say which run wrote it.
         """
         try:
             self._restore(saved, images)
@@ -345,20 +345,20 @@ class TrainingState:
     def _branch(
         self, optimizer: dict[str, Any], callbacks: dict[str, Any], images: str | None
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """Adapt the parent's state to this run, whose weights and history are restored; return the adapted states.
+        """Return the parent's optimizer and callback states, adapted to this run; weights and history are restored.
 
-        The optimizer's settings are this run's, and the learning rate is that of this run's schedule. The optimizer's
-        state (such as momentum) is kept unless the optimizer is another one. A callback keeps its state if its settings
-        are unchanged; none does if one had stopped the parent early. Where the validation images, or what the network
-        sees of them, may be others, callbacks begin anew and the parent's best epoch does not count.
+        The optimizer's settings and the learning rate are those of this run. The optimizer's state (such as momentum)
+        is kept unless the optimizer or trainer.freeze differs. A callback from the config keeps its state if its
+        settings are unchanged and no callback had stopped the parent early. If the validation images or their
+        preprocessing may differ, such callbacks start without state and the parent's best epoch does not count.
         """
         assert self.config.parent is not None
         before, others = self.config.parent.config, self.config.parent.data_hash
-        self.step = self.epoch * self.steps_per_epoch  # the parent may have had batches of another size
+        self.step = self.epoch * self.steps_per_epoch  # the parent's batch size can differ
         data = self.config.to_dict()["data"]
         keys = [k for k in data if k not in _OF_TRAINING and before["data"].get(k) != data[k]]
         changed = [f"data.{key} is" for key in keys]
-        if None not in (images, others):  # not where they lie, but what they hold
+        if None not in (images, others):  # compare the content of the images, not their path
             changed = [each for each in changed if each != "data.root is"] + ["the images are"] * (images != others)
         if changed:
             log.warning(
@@ -381,14 +381,14 @@ class TrainingState:
         if not same or before["trainer"].get("freeze", []) != self.config.trainer.freeze:
             log.info("the optimizer starts without state: %s is not the parent's", "trainer.freeze" if same else "it")
             return None, callbacks
-        # what an optimizer keeps in its groups, such as a count of steps, is state: all but settings and the schedule's
+        # values in an optimizer's groups, such as a step count, are state, except its settings and the schedule's keys
         of_run = {*before["optimizer"], *self.config.optimizer, *SCHEDULED}
         groups = [{k: v for k, v in group.items() if k not in of_run} for group in optimizer["param_groups"]]
         return {**optimizer, "param_groups": groups}, callbacks
 
 
 def _without_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of an optimizer that decide what its state consists of."""
+    """Return an optimizer's settings except numbers: they determine which state the optimizer has."""
 
     def of_numbers(value: Any) -> bool:
         return all(map(of_numbers, value)) if isinstance(value, list) else is_number(value)
