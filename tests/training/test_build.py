@@ -1,4 +1,4 @@
-"""From a config to what trains: losses, parameter groups, weights to start from and frozen layers."""
+"""Objects built from a config: losses, networks, parameter groups, optimizers, initial weights and frozen layers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_class_weights() -> None:
 
 
 def test_balanced_class_weights_are_inverse_to_the_counts(tmp_path: Path, monkeypatch) -> None:
-    assert balanced_weights([6, 2, 0, 4]) == [12 / 18, 12 / 6, 0, 12 / 12]  # their mean over the images is 1
+    assert balanced_weights([6, 2, 0, 4]) == [12 / 18, 12 / 6, 0, 12 / 12]  # the mean over the images is 1
     given: list[list[int]] = []
     monkeypatch.setattr("zfnet.training.build.balanced_weights", lambda c: given.append(c) or balanced_weights(c))
     run = train_minute(tmp_path / "run", "loss.weight=balanced", "trainer.epochs=1", "data.subset=30")
@@ -101,7 +101,7 @@ def test_loss_that_cannot_be_trained_is_refused(name: str, expected: str) -> Non
         checked(*MINUTE, *OWN_LOSS, f"loss._target_=tests.own.{name}")
 
 
-# three classes, whose number is not known before the images are read
+# three classes, but the program learns their number only when it reads the images
 OWN_DATA = (OWN, "data=dataset", "+data.train._target_=tests.own.Items", "+data.train.count=30", "data.validation=6")
 UNKNOWN = (*(word for word in MINUTE if "_images=" not in word), *OWN_DATA)
 
@@ -181,7 +181,7 @@ def test_parameter_groups_take_match_ndim_and_lr_scale() -> None:
     assert [group["weight_decay"] for group in groups] == [0, 5e-4, 5e-4, 5e-4]
     assert [group["lr"] for group in groups] == pytest.approx([0.01, 0.1, 0.5, 0.01])
     config = checked(*MINUTE, "optimizer=sgd", "+optimizer.param_groups=[{match:'',lr_scale:10,weight_decay:0}]")
-    (group,) = build_optimizer(config, model).param_groups  # the only one has its settings, too
+    (group,) = build_optimizer(config, model).param_groups  # a single group keeps its settings
     assert (group["lr"], group["weight_decay"]) == (pytest.approx(0.1), 0)
 
 
@@ -207,13 +207,13 @@ def test_parameter_groups_resume_exactly(tmp_path: Path, optimizer: str) -> None
     resumes_exactly(tmp_path, (3, 11), *words)
 
 
-# -- somebody's own optimizer
+# -- a user's optimizer
 
 
 @pytest.mark.parametrize("name", ["NestedState", "TwoModes"])
 @pytest.mark.parametrize("more", [(), ("optimizer.lr=0.05", "trainer.channels_last=false", "model.norm=batch")])
 def test_optimizer_of_ones_own_resumes_exactly(tmp_path: Path, name: str, more: tuple[str, ...]) -> None:
-    """With lists and dicts of tensors in its state, or with modes: after a kill in mid-epoch, and at an epoch's end."""
+    """The state contains lists and dicts of tensors, or the optimizer has modes; the kill is in or after an epoch."""
     rest = [f"~optimizer.{key}" for key in ("momentum", "weight_decay", "nesterov")]
     words = (OWN, "optimizer=sgd", *rest, f"optimizer._target_=tests.own.{name}", *more)
     resumes_exactly(tmp_path, (3, STEPS, 11), *words)
@@ -232,7 +232,7 @@ def test_optimizer_with_modes_is_measured_and_kept_in_evaluation_mode(tmp_path: 
         assert not torch.equal(kept[name], trained[name])
 
 
-# -- weights to start from
+# -- initial weights
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_freeze_of_nothing_or_all_is_refused(names: str, expected: str) -> None:
 
 
 def test_init_from_and_freeze_are_fine_tuning(started, tmp_path: Path) -> None:
-    """On another data set, of three classes: the head is new, the rest is another run's and stays."""
+    """Another data set has three classes: the head is new, and the frozen layers keep the other run's weights."""
     run = RunDirectory(tmp_path / "run")
     train(compose(*UNKNOWN, f"trainer.init_from={started.folder}", "trainer.freeze=[conv1,conv2]"), run)
     log = (run.folder / "train.log").read_text()

@@ -1,4 +1,4 @@
-"""Callbacks: snapshots, early stopping, and those of somebody's own, exact under kill and resume."""
+"""Callbacks: snapshots, early stopping and users' callbacks, which are exact after a kill and a resume."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_run_that_goes_on_keeps_its_snapshots_and_writes_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = (
-        "scheduler=constant",  # knows nothing of the run's length
+        "scheduler=constant",  # does not depend on the run's length
         "data.train_images=60",
         "data.test_images=20",
         "trainer.snapshots=[1,2]",
@@ -199,9 +199,9 @@ def test_what_the_data_does_not_measure_is_named_before_the_first_step(tmp_path:
 
 
 def test_callbacks_of_one_name_are_refused() -> None:
-    """A checkpoint would hold the state of one of them."""
+    """A checkpoint would contain the state of only one of them."""
     pair = [Counter(), Counter()]
-    training_state(compose(*MINUTE), callbacks=pair)  # nothing is kept of those without a name
+    training_state(compose(*MINUTE), callbacks=pair)  # checkpoints store no state of callbacks without a name
     for callback in pair:
         callback.name = "mine"
     with pytest.raises(UserError, match=r"^callbacks\.mine: 2 callbacks have this name; give each its own$"):
@@ -335,7 +335,7 @@ def test_callback_that_fails_when_a_run_is_stopped_does_not_keep_others_from_sav
 
 
 def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(tmp_path: Path, monkeypatch) -> None:
-    """A callback may end it before others are called; the checkpoint then names the epoch's weights as the best."""
+    """A callback can stop before later callbacks run; the checkpoint then names the epoch's weights as the best."""
     expected = learned(train_minute(tmp_path / "whole", *OWN))
 
     with monkeypatch.context() as patch:
@@ -354,11 +354,11 @@ def test_an_epoch_is_kept_without_best_weights_that_were_lost(tmp_path: Path) ->
     assert list(epoch_files(tmp_path)) == [3]
 
 
-# -- the time that a run takes
+# -- a run's time
 
 
 class Clock:
-    """Stands for the module `time`: each look at the clock is `seconds` after the one before."""
+    """Replaces the module `time`: each call of the clock returns `seconds` more than the previous one."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.now = seconds, 0.0
@@ -369,7 +369,7 @@ class Clock:
 
 
 def test_a_run_says_how_long_it_takes_and_each_minute_what_is_left(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("zfnet.training.callbacks.time", Clock(7))  # looked at twice a step
+    monkeypatch.setattr("zfnet.training.callbacks.time", Clock(7))  # called twice in each step
     run = train_minute(tmp_path / "run", "trainer.log_every=2")
     lines = [line.partition(" INFO ")[2] for line in (run.folder / "train.log").read_text().splitlines()]
     assert lines.count("about 4 min on this CPU, by its first steps") == 1

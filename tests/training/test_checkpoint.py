@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or absent, the newest good one is found, and nothing in them is code."""
+"""Checkpoint files: writes are atomic, the newest undamaged file is found, and no code in a file is executed."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_damaged_file_gives_way_to_the_one_before(writer: CheckpointWriter, ki
 
 
 def test_every_flipped_bit_is_found(writer: CheckpointWriter) -> None:
-    """Of the whole file: the length, the names, the facts, the checksum and the tensors."""
+    """Flip a bit in each byte of the file: in the length, the names, the metadata, the checksum and the tensors."""
     for step in (1, 2):
         writer.write(step_name(step), some(step))
     writer.wait()
@@ -149,7 +149,7 @@ def test_every_flipped_bit_is_found(writer: CheckpointWriter) -> None:
         newest, problems = read_newest(writer.folder)
         same = newest is not None and newest.metadata["step"] == 2
         assert newest is not None
-        # a space that pads the header is no part of the content
+        # whitespace that pads the header is not part of the content
         assert len(problems) == 1 or (same and content[place] in b" \n\t")
 
 
@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypa
             writer.wait()
     assert [p.name for p in writer.folder.iterdir()] == [step_name(1)]
     assert read_newest(writer.folder)[0].metadata["step"] == 1
-    writer.write(step_name(3), some(3))  # and when there is room again, it goes on
+    writer.write(step_name(3), some(3))  # the writer works again when the disk has space
     writer.close()
     assert read_newest(writer.folder)[0].metadata["step"] == 3
 
@@ -272,7 +272,7 @@ def test_an_optimizer_goes_on_to_the_bit(name: str, channels_last: bool, tmp_pat
 
 
 def test_kernels_are_the_devices_and_not_the_checkpoints() -> None:
-    """A run of a CPU may go on where `fused` does not exist."""
+    """A run can start on a CPU and continue on a device without `fused`."""
     here, there = (torch.optim.Adagrad([torch.nn.Parameter(torch.ones(3))], fused=f) for f in (True, None))
     load_optimizer(there, here.state_dict())
     assert there.param_groups[0]["fused"] is None
@@ -321,7 +321,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 @given(nested_values)
 def test_pack_and_unpack_give_the_same_nested_value(value: Any) -> None:
-    tensors = {"x": torch.zeros(1)}  # a name that is taken
+    tensors = {"x": torch.zeros(1)}  # a name that is already used
     packed = json.loads(json.dumps(pack(value, "x", tensors)))
     assert tensors["x"].tolist() == [0]
     assert_same(unpack(packed, tensors), value)

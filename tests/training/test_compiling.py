@@ -1,4 +1,4 @@
-"""trainer.compile=auto: a trial leaves no trace, the faster way is taken, and a run keeps to it."""
+"""trainer.compile=auto: a trial does not change the state, the faster way is used, and a run keeps that choice."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from zfnet.training import state as state_module
 from zfnet.training.compiling import compile_if_it_pays, describe
 from zfnet.training.state import TrainingState
 
-AUTO = ("trainer.compile=auto", "trainer.compile_seconds=0")  # tried, however short the run
+AUTO = ("trainer.compile=auto", "trainer.compile_seconds=0")  # makes a trial even in a short run
 
 
 @pytest.fixture
 def tried(monkeypatch) -> list[tuple[float, ...]]:
-    """Make `auto` try on the CPU, with the compiler's front half only; collect the trials' seconds."""
+    """Make `auto` run trials on the CPU, with the compiler's front end only; collect the seconds of each trial."""
     trials = []
 
     def noted(*measured: float) -> str:
@@ -69,7 +69,7 @@ def test_a_trial_leaves_no_trace(tried, words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("norm", ["lrn", "batch"])
 def test_the_network_is_one_graph(norm: str) -> None:
-    """Where the compiler breaks off, it loses what it gains."""
+    """Graph breaks would cost the time that compiling saves."""
     state, batches = state_and_batches(f"model.norm={norm}", "model.dropout=0.5")
     state.model.train()
     set_dropout_step(state.model, 0, 0)
@@ -125,8 +125,8 @@ def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(tried, tmp_path: Path, 
     if not faster:
         assert learned(run) == learned(whole)
 
-    # the outcome of a trial is kept: neither by a resume (the checkpoint knows it) nor by a reproduction
-    next(step_seconds)  # another trial would find the opposite
+    # neither a resume (the checkpoint contains the outcome) nor a reproduction makes another trial
+    next(step_seconds)  # another trial would have the opposite outcome
     settled = []
     real = train.resolve_compile
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What `auto` becomes, and that one run's switches do not reach the next."""
+"""The settings that `auto` resolves to; and that one run's switches do not affect the next run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_exact_is_exact() -> None:
 
 @pytest.mark.parametrize(("trainer", "loose"), [("exact", False), ("cpu", True)])
 def test_the_older_names_of_tf32_can_be_read(trainer: str, loose: bool) -> None:
-    """Others read these, Lightning and torch.compile among them; set by the newer names alone they raise."""
+    """Lightning and torch.compile read these. Reading raises an error if only the newer names have been set."""
     runtime(f"trainer={trainer}", "trainer.device=cpu")
     assert torch.backends.cuda.matmul.allow_tf32 is loose
     assert torch.backends.cudnn.allow_tf32 is loose
@@ -37,7 +37,7 @@ def test_the_older_names_of_tf32_can_be_read(trainer: str, loose: bool) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_too_few_gpus_for_the_processes(monkeypatch, rank: int) -> None:
-    """All processes must say so: one that did not would wait for the others."""
+    """All processes must raise the error: a process that does not would wait for the others."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"trainer\.devices=2: this machine shows 1 CUDA devices"):
         resolve_runtime(compose("trainer.device=cuda", "trainer.devices=2").trainer, World(rank, 2, rank))

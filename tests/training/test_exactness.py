@@ -1,4 +1,4 @@
-"""Exactness under faults, and the proof that the comparison would see a fault: each damaged ingredient is noticed."""
+"""Exactness under faults, and negative controls: damage to any part of a checkpoint changes the compared result."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ RECIPES = {
 }
 DIES_AT = STEPS + 2  # in the second epoch
 LOSSES = {"validation 1": 3.0, "validation 2": 2.9, "validation 3": 2.8}
-NOT_RESULTS = {"seconds", "epoch_seconds", "compiled"}  # of a checkpoint: what no result depends on
+NOT_RESULTS = {"seconds", "epoch_seconds", "compiled"}  # parts of a checkpoint that no result depends on
 
 
 def judged(model, batches, runtime, name, stop=None, real=loop.evaluate):
-    """Evaluate, and let the first epoch be the best."""
+    """Evaluate, but set the accuracy so that the first epoch is the best."""
     result = real(model, batches, runtime, name, stop)
     if name in LOSSES:
-        # what the network is shows in the last digits
+        # the last digits depend on the network
         return replace(result, loss=LOSSES[name] + result.loss / 1e6, accuracy=1 / int(name[-1]))
     return result
 
 
 @pytest.fixture(scope="module")
 def killed_and_whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    """For each recipe a run that was killed, and what its twin learned that was not."""
+    """For each recipe, a killed run and the result of the same run without a kill."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "evaluate", judged)
@@ -67,7 +67,7 @@ def controls(killed_and_whole, monkeypatch: pytest.MonkeyPatch) -> dict[str, tup
 
 
 def tensor(pattern: str) -> Callable[[Checkpoint], None]:
-    """Return what changes the first tensor of this name a little."""
+    """Return a function that changes the first tensor with a matching name slightly."""
 
     def damage(saved: Checkpoint) -> None:
         name = next(name for name in sorted(saved.tensors) if re.fullmatch(pattern, name))
@@ -78,7 +78,7 @@ def tensor(pattern: str) -> Callable[[Checkpoint], None]:
 
 
 def value(*path: str, to: Any) -> Callable[[Checkpoint], None]:
-    """Return what puts another value at this place."""
+    """Return a function that sets the value at this path of the metadata."""
 
     def damage(saved: Checkpoint) -> None:
         node = saved.metadata
@@ -90,7 +90,7 @@ def value(*path: str, to: Any) -> Callable[[Checkpoint], None]:
 
 
 def packed(slot: str, name: str, to: Any) -> Callable[[Checkpoint], None]:
-    """Return what puts another value in place of the one with this name in a nested value."""
+    """Return a function that replaces the value with this name in a packed value of the metadata."""
 
     def damage(saved: Checkpoint) -> None:
         text = json.dumps(saved.metadata[slot])
@@ -125,7 +125,7 @@ DAMAGES: list[tuple[str, str, Callable[[Checkpoint], None]]] = [
 
 
 def rewrite(path: Path, damage: Callable[[Checkpoint], None]) -> None:
-    """Damage a checkpoint as memory would, and write it as the program does."""
+    """Damage a checkpoint as a memory error would, and write it with a valid checksum."""
     saved = read_checkpoint(path)
     damage(saved)
     writer = CheckpointWriter(path.parent)
@@ -134,7 +134,7 @@ def rewrite(path: Path, damage: Callable[[Checkpoint], None]) -> None:
 
 
 def is_noticed(controls, tmp_path: Path, recipe: str, damage: Callable[[Checkpoint], None], best: bool = False) -> bool:
-    """Return whether the resumed run ends in a line, or otherwise than its twin."""
+    """Return whether the resumed run raises UserError or its result differs from the run without a kill."""
     killed, expected = controls[recipe]
     folder = Path(shutil.copytree(killed, tmp_path / "run"))
     rewrite(folder / "checkpoints" / BEST if best else step_files(folder / "checkpoints")[-1], damage)
@@ -159,7 +159,7 @@ def test_what_is_written_again_undamaged_makes_no_difference(controls, tmp_path:
 
 
 def test_every_ingredient_has_its_control(controls) -> None:
-    """A new one must be added above."""
+    """Each part of a checkpoint needs an entry in DAMAGES."""
     damaged = {name.split(".")[0] for _, name, _ in DAMAGES}
     for recipe, (killed, _) in controls.items():
         saved = read_checkpoint(step_files(killed / "checkpoints")[-1])
@@ -169,11 +169,11 @@ def test_every_ingredient_has_its_control(controls) -> None:
         assert {f"optimizer.{moment}" for moment in moments} <= {name for r, name, _ in DAMAGES if r == recipe}
 
 
-# -- faults one after another
+# -- sequences of faults
 
 
 class Fault:
-    """Ends the process, or its disk space, at its `number`-th write of a file."""
+    """Kills the process, or fills the disk, at the `number`-th write of a file."""
 
     def __init__(self, number: int, fraction: float, full: bool) -> None:
         self.number, self.fraction, self.full = number, fraction, full
@@ -189,7 +189,7 @@ class Fault:
                 real(beside, path)
             elif self.full:
                 full_disk()
-            else:  # the dead write nothing more, either
+            else:  # a dead process makes no later write either
                 if writes == self.number:
                     size = int(self.fraction * beside.stat().st_size)
                     left = path.parent / f".{path.name}.0.partial"
@@ -202,9 +202,9 @@ class Fault:
 
 
 class Faults(RuleBasedStateMachine):
-    """A run that is killed, starved and damaged, and goes on, ends with the same bits as one that never was.
+    """A run that resumes after kills, full disks and damage ends with the same bits as a run without faults.
 
-    Where two processes have trained a part of it, it ends with the same numbers but for the order of additions.
+    If two processes have trained a part of it, the numbers may differ by the rounding of another order of additions.
     """
 
     whole: Any = None
@@ -213,7 +213,7 @@ class Faults(RuleBasedStateMachine):
 
     @initialize(step=st.integers(3, 2 * STEPS - 1))
     def begin(self, step: int) -> None:
-        """Die somewhere, so that no example is without a resume."""
+        """Kill the run at some step, so that every example has a resume."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.train(dying_at(step))
 
@@ -250,7 +250,7 @@ class Faults(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.train(contextlib.nullcontext())
-        run = train_minute(self.folder, EVERY_STEP)  # if a line had asked for a start from the beginning
+        run = train_minute(self.folder, EVERY_STEP)  # continue if `train` has deleted the checkpoints
         if self.together:
             assert_close(learned(run), self.whole)
         else:
@@ -260,7 +260,7 @@ class Faults(RuleBasedStateMachine):
 
 
 def assert_close(run: Any, whole: Any) -> None:
-    """Equal within rounding: weights and history."""
+    """Check that weights and history are equal within rounding."""
     (weights, rows), (expected, others) = run, whole
     for name, value in load(expected).items():
         assert torch.allclose(load(weights)[name], value, rtol=0, atol=1e-6), name
@@ -270,7 +270,7 @@ def assert_close(run: Any, whole: Any) -> None:
 
 @pytest.fixture
 def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start processes as copies of this one: in a moment, and they die where this one does."""
+    """Start processes by fork: that is fast, and they contain this process's patches for faults."""
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
 
@@ -290,17 +290,17 @@ def test_another_number_of_processes_goes_on_with_the_same_numbers(whole, tmp_pa
     run = train_minute(tmp_path / "run", EVERY_STEP)
     assert "continuing from epoch 2, step 11" in (run.folder / "train.log").read_text()
     assert_close(learned(run), whole)
-    with pytest.raises(AssertionError):  # a difference of one part in a thousand is seen
+    with pytest.raises(AssertionError):  # it detects a difference of one part in a thousand
         assert_close(learned(train_minute(tmp_path / "other", "optimizer.lr=0.0010010")), whole)
 
 
 def test_the_faults_are_real(tmp_path: Path) -> None:
-    """Otherwise the test above would prove nothing."""
+    """Without working faults, the tests above would prove nothing."""
     with pytest.raises(Killed), Fault(1, 0.5, full=False).at_work():
         train_minute(tmp_path / "a")
     assert [path.name for path in (tmp_path / "a").iterdir() if "partial" in path.name] == [".config.yaml.0.partial"]
     with pytest.raises(UserError, match="No space left"), Fault(12, 0.5, full=True).at_work():
         train_minute(tmp_path / "b", EVERY_STEP)
     run = RunDirectory(tmp_path / "b")
-    assert run.state == "running"  # nor could this be written
+    assert run.state == "running"  # the full disk also prevented the status update
     assert not run.in_use()

@@ -1,4 +1,4 @@
-"""A run as the jobs that read one see it: its own images, or others prepared as in its training."""
+"""A loaded run: with its own images, or with other images prepared as in its training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_photos_of_any_size_are_stored_as_the_runs_images_were(tiny_run, tmp_pat
     run = used(tiny_run, "data=folder", f"data.root={tmp_path}")
     part = run.split("all")
     assert part.images.shape[1:] == (64, 64, 3)
-    assert sorted(part.labels.tolist()) == [0] * 5 + [6] * 5  # the run's numbers: disc and star
-    # what the command line says key by key wins
+    assert sorted(part.labels.tolist()) == [0] * 5 + [6] * 5  # the run's class numbers of disc and star
+    # keys on the command line have precedence
     assert used(tiny_run, "data=folder", f"data.root={tmp_path}", "data.fit=stretch").data.fit == "stretch"
     assert used(tiny_run, "data.subset=9").data.store_size == tiny_run.read_config().data.store_size

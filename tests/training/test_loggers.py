@@ -1,4 +1,4 @@
-"""Loggers: what they are told, TensorBoard's files read back by its own reader, and the line of an epoch."""
+"""Loggers: the calls that they get, TensorBoard's files read with its own reader, and the line of an epoch."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ ROW = {
 
 
 class Notes(Logger):
-    """Notes every call, in memory: a logger of somebody's own."""
+    """A user's logger that records every call in memory."""
 
-    calls: list[tuple] = []  # noqa: RUF012 (shared: a run makes its own objects)
+    calls: list[tuple] = []  # noqa: RUF012 (shared, because a run creates its own object)
 
     def start(self, run: LoggedRun) -> None:
         self.calls.append(("start", run.step, run.config["seed"], tuple(run.samples.shape)))
@@ -131,7 +131,7 @@ def test_metrics_without_loggers_or_in_another_process(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/config.yaml").touch()
     Metrics(RunDirectory(tmp_path / "a"), {}).on_epoch_end(state, state.history[0])
-    Metrics(None, {}).on_epoch_end(state, state.history[0])  # of a process that writes no files
+    Metrics(None, {}).on_epoch_end(state, state.history[0])  # in a process that writes no files
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")} == {"a/config.yaml", "a/history.csv"}
 
 
@@ -158,7 +158,7 @@ def test_csv_logger_drops_the_rows_that_a_resumed_run_repeats(tmp_path: Path) ->
     words = ("logger=csv", "trainer.log_every=1")
     die_at(tmp_path / "run", 5, *words)
     with open(tmp_path / "run/steps.csv", "a") as file:
-        file.write("6,9.9,0.9,0.1\n")  # of a step that the checkpoint does not hold
+        file.write("6,9.9,0.9,0.1\n")  # a step after the checkpoint
     train_minute(tmp_path / "run", *words)
     train_minute(tmp_path / "whole", *words)
     assert (tmp_path / "run/steps.csv").read_text() == (tmp_path / "whole/steps.csv").read_text()
@@ -204,7 +204,7 @@ def read_events(folder: Path) -> EventAccumulator:
 
 
 def test_tensorboard_files_lie_in_one_directory(run: RunDirectory) -> None:
-    """`SummaryWriter.add_hparams` would open a second run in a folder below."""
+    """By default `SummaryWriter.add_hparams` writes a second run to a subfolder."""
     entries = list((run.folder / "tensorboard").iterdir())
     assert entries
     assert all(p.is_file() and p.name.startswith("events.out.tfevents") for p in entries)

@@ -1,4 +1,4 @@
-"""The loop: it learns, each setting does what it says, and a lost run stops with what to do."""
+"""The loop: it lowers the loss, each setting has its effect, and a diverged run stops with advice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from zfnet.training.state import TrainingState
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).with_name("golden.json")
-# a network that is large enough to learn the 72 images of MINUTE by heart
+# a network that is large enough to memorise the 72 images of MINUTE
 ABLE = (
     "model.conv1.channels=16",
     "model.conv2.channels=24",
@@ -66,17 +66,17 @@ def stepped(*words: str, steps: int = 1) -> TrainingState:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    """From guessing to knowing the training set."""
+    """Train from chance level to almost all training images correct."""
     history = train_minute(tmp_path / "run", *ABLE, "trainer.epochs=20").read_history()
     losses = [row["train_loss"] for row in history]
-    assert losses[0] > 2.2  # ln 10 = 2.30: it guesses
+    assert losses[0] > 2.2  # ln 10 = 2.30 is the loss at chance level
     assert losses[-1] < 0.5
     assert history[-1]["train_accuracy"] > 0.9
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_the_loss(name: str) -> None:
-    """On one batch, over and over, with and without warm-up; at a rate that suits so small a network."""
+    """Train repeatedly on one batch, with warm-up, at a learning rate for a small network."""
     rate = {"sgd": 0.05, "rmsprop": 0.002, "adagrad": 0.02}.get(name, 0.005)
     words = (f"optimizer={name}", f"optimizer.lr={rate}", "scheduler=cosine", "scheduler.warmup_epochs=0.5")
     state = make_state(*words, "trainer.epochs=5")
@@ -98,9 +98,9 @@ def test_every_scheduler_trains(name: str, tmp_path: Path) -> None:
 
 
 def test_golden_losses(tmp_path: Path) -> None:
-    """What this run gave when it was recorded. Processors round differently, hence the tolerance.
+    """Compare with recorded losses, with a tolerance because processors round differently.
 
-    A change that is meant to change results is recorded by deleting golden.json and running this test twice.
+    To record an intended change of results, delete golden.json and run this test twice.
     """
     words = (*ABLE, "augment=crop_flip", "model.dropout=0.1", "trainer.epochs=6")
     history = train_minute(tmp_path / "run", *words).read_history()
@@ -116,7 +116,7 @@ def test_golden_losses(tmp_path: Path) -> None:
 
 
 def test_a_step_is_gradient_descent() -> None:
-    """The update computed by hand, without the loop."""
+    """Compare with the update computed by hand, without the loop."""
     state = make_state("optimizer.lr=0.1", "optimizer.momentum=0", "optimizer.weight_decay=0")
     twin = make_state().model.train()
     data = batch()
@@ -131,7 +131,7 @@ def test_a_step_is_gradient_descent() -> None:
 @pytest.mark.parametrize("parts", [2, 3, 12])
 @pytest.mark.parametrize("count", [12, 7])
 def test_accumulation_is_the_whole_batch(parts: int, count: int) -> None:
-    """Also for a last batch that is smaller; with dropout, since masks do not depend on the division."""
+    """Also for a smaller last batch, and with dropout, because masks do not depend on the division."""
     words = ("model.dropout=0.4", "optimizer.lr=0.1", "loss.label_smoothing=0.1")
     whole, divided = make_state(*words), make_state(*words, f"trainer.accumulate={parts}")
     for state in (whole, divided):
@@ -162,7 +162,7 @@ def test_label_smoothing() -> None:
 
 @pytest.mark.parametrize(("version", "decays"), [(1, [0.3, 0.3, 0.3, 0.3]), (2, [2 / 11, 3 / 12, 0.3, 0.3])])
 def test_the_moving_average_is_its_closed_form(version: int, decays: list[float]) -> None:
-    """Its decay grows, so that a short run does not average the weights it began with; of old records it does not."""
+    """The decay grows, so that a short run soon forgets its first weights; in version 1 it is constant."""
     state = make_state("trainer.ema=0.3", "optimizer.lr=0.5", "model.norm=batch", f"trainer.version={version}")
     state.model.train()
     seen: list[torch.Tensor] = []
@@ -194,7 +194,7 @@ def test_warm_up_scales_the_first_step() -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_recorded_rate_is_that_of_the_epochs_last_step(version: int, tmp_path: Path, monkeypatch) -> None:
-    """In old records it was the next step's, and stays so in their reproductions."""
+    """Version 1 recorded the next step's rate, and reproductions of its runs must do the same."""
     used, real = [], Schedule.set_lr
 
     def noted(self: Schedule, step: int) -> None:
@@ -209,7 +209,7 @@ def test_the_recorded_rate_is_that_of_the_epochs_last_step(version: int, tmp_pat
 
 
 def test_an_epochs_seconds_are_those_of_the_device(monkeypatch) -> None:
-    """A GPU is still at work when the host has given it the last step: the host waits for it, once an epoch."""
+    """A GPU still works when the host has queued the last step, so the host waits for it once per epoch."""
     waits = []
 
     def synchronize(device: torch.device) -> None:
@@ -228,7 +228,7 @@ def test_an_epochs_seconds_are_those_of_the_device(monkeypatch) -> None:
 
 
 def test_short_batches_choose_no_kernels_anew() -> None:
-    """cuDNN would time its kernels for each of their shapes."""
+    """Otherwise cuDNN would benchmark its kernels for each of their shapes."""
     state = make_state("trainer.deterministic=false")
     tuned = []
     state.model.conv1.register_forward_pre_hook(lambda *_: tuned.append(torch.backends.cudnn.benchmark))
@@ -255,7 +255,7 @@ def test_backward_is_outside_autocast() -> None:
     assert seen == [True, True, False, False]
 
 
-# -- a run that is lost
+# -- divergence
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_divergence_stops_with_step_rate_and_advice(words: tuple[str, ...], tmp_
     status = run.read_json("status.json")
     assert (status["state"], status["error"]) == ("failed", text)
     assert not run.weights.exists()
-    assert not list(run.checkpoints.glob("step-*"))  # nothing of a lost run is kept as good
+    assert not list(run.checkpoints.glob("step-*"))  # no checkpoint of a diverged run
 
 
 def test_not_a_number_in_the_data_is_found_at_its_step(tmp_path: Path, monkeypatch) -> None:
@@ -285,10 +285,10 @@ def test_not_a_number_in_the_data_is_found_at_its_step(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=r"the loss at step 5 \(epoch 1, learning rate"):
         train_minute(tmp_path / "run", "trainer.checkpoint_minutes=1e-9")
     newest = sorted((tmp_path / "run/checkpoints").glob("step-*"))[-1]
-    assert newest.name == "step-000000005.safetensors"  # before the loss was lost
+    assert newest.name == "step-000000005.safetensors"  # before the loss became NaN
 
 
-# -- choosing and measuring
+# -- the best epoch and evaluation
 
 
 def end_epoch(state: TrainingState, accuracy: float | None, writer: Silent, test: float, loss: float = 1.0) -> None:
@@ -301,7 +301,7 @@ def end_epoch(state: TrainingState, accuracy: float | None, writer: Silent, test
 
 
 class Silent:
-    """A checkpoint writer that notes names."""
+    """A checkpoint writer that only records names."""
 
     def __init__(self) -> None:
         self.written: list[str] = []
@@ -312,11 +312,11 @@ class Silent:
 
 def test_validation_chooses_and_test_does_not() -> None:
     state, silent = make_state(), Silent()
-    state.optimizer.step()  # PyTorch warns where a schedule moves before its optimizer has
+    state.optimizer.step()  # PyTorch warns if a schedule steps before its optimizer
     for accuracy, test in ((0.3, 0.1), (0.5, 0.2), (0.5, 0.9), (0.4, 1.0)):
         end_epoch(state, accuracy, silent, test)
     assert state.best is not None
-    assert state.best["epoch"] == 2  # the first of equals, whatever the test set says
+    assert state.best["epoch"] == 2  # the first of equal ones, independent of the test set
     assert silent.written == [BEST] * 2
     state = make_state()
     state.optimizer.step()
@@ -326,7 +326,7 @@ def test_validation_chooses_and_test_does_not() -> None:
 
 @pytest.mark.parametrize(("version", "best"), [(1, 1), (2, 3)])
 def test_of_equal_accuracies_the_lower_loss_is_the_best(version: int, best: int) -> None:
-    """The first is in old records, which must reproduce."""
+    """In version 1 the first is the best, and runs of version 1 must reproduce."""
     state, silent = make_state(f"trainer.version={version}"), Silent()
     state.optimizer.step()
     for loss in (102.9, 2.5, 2.3, 2.4):

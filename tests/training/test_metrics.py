@@ -1,4 +1,4 @@
-"""Sums over batches against the same figures computed at once."""
+"""Metrics summed over batches, compared with the same metrics computed at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_evaluation_does_not_depend_on_batches(sizes: list[int], classes: int, s
     assert evaluation.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-5)
     assert evaluation.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
     rank = (logits > logits.gather(1, labels[:, None])).sum(1)
-    # of five classes and fewer it would always be 1
+    # with five classes or fewer, top5 would always be 1
     assert evaluation.top5 == (pytest.approx((rank < 5).double().mean().item()) if classes > 5 else None)
     assert torch.equal(evaluation.predictions, logits.argmax(1))
     torch.testing.assert_close(evaluation.confidences, logits.softmax(1).amax(1))
@@ -71,5 +71,5 @@ def test_the_first_lost_step_is_remembered(value: float) -> None:
     metrics = RunningMetrics(CPU)
     for step, loss in enumerate((1.0, 0.99 * DIVERGED_LOSS, value, 1.0, value)):
         metrics.add(torch.tensor(5 * loss), torch.tensor(3), 5, step)
-    metrics.reset()  # a new epoch forgets the sums, and not that
+    metrics.reset()  # a new epoch resets the sums, but not the diverged step
     assert metrics.read()[2] == 2

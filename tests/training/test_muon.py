@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition, PyTorch's SGD, and a resume."""
+"""Muon, compared with the singular value decomposition and with PyTorch's SGD; and resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zfnet.training.muon import Muon, orthogonalized
 
 
 def oracle(matrix: torch.Tensor, steps: int) -> torch.Tensor:
-    """Map the singular values themselves, in float64."""
+    """Apply the polynomial to the singular values, in float64."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / s.square().sum().sqrt()
     for _ in range(steps):
@@ -77,7 +77,7 @@ def test_the_recipe_orthogonalises_convolutions_only() -> None:
     groups = build_optimizer(checked("optimizer=muon", "optimizer.lr=0.2"), model).param_groups
     assert [({p.ndim for p in g["params"]}, g["lr"], g["orthogonalize"]) for g in groups] == [
         ({4}, 0.2, True),
-        ({1}, 0.1, True),  # from which one dimension is excepted by itself
+        ({1}, 0.1, True),  # Muon does not orthogonalise one-dimensional weights
         ({2}, 0.1, False),
     ]
 

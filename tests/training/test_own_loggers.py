@@ -1,4 +1,4 @@
-"""Weights & Biases, MLflow and Trackio: offline, a stopped run goes on as the same run, nothing reaches the network."""
+"""Weights & Biases, MLflow and Trackio offline: a resumed run stays the same run, and nothing uses the network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers import checked, learned
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
 
-# killed before step 5, and started again; in a process of its own, since these packages keep global state
+# killed before step 5 and resumed, in a separate process because these packages have global state
 TRAIN = """
 import sys
 from pathlib import Path
@@ -29,12 +29,12 @@ from tests.helpers import die_at, train_minute
 die_at(Path(sys.argv[1]), 5, *sys.argv[2:])
 train_minute(Path(sys.argv[1]), *sys.argv[2:])
 """
-LOG_EVERY = 3  # steps of 16: five readings, one before the kill
+LOG_EVERY = 3  # of 16 steps: five log calls, one before the kill
 
 
 @pytest.fixture
 def proxy() -> Iterator[tuple[str, list[str]]]:
-    """The address of a proxy that takes no requests, and the list of those that came."""
+    """The address of a proxy that answers no request, and the list of requests that it received."""
     came: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -92,20 +92,20 @@ def test_wandb(train) -> None:
 
 
 def _wandb_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of metrics in a file of W&B (LevelDB's log format, of protocol buffers), as JSON texts."""
+    """Return the rows of metrics in a W&B file (protocol buffers in LevelDB's log format), as JSON texts."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, place, rows, text = path.read_bytes(), 7, [], b""
     while place + 7 <= len(content):
-        length, kind = struct.unpack_from("<HB", content, place + 4)  # behind the checksum
+        length, kind = struct.unpack_from("<HB", content, place + 4)  # after the checksum
         text += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last chunk
+        if kind in (1, 4):  # a whole record, or the last chunk of one
             record, text = Record.FromString(text), b""
             items = record.history.item
             if items:
                 rows.append({"/".join(item.nested_key) or item.key: item.value_json for item in items})
-        if (left := -place % 32768) < 7:  # no chunk begins in so small a rest of a block
+        if (left := -place % 32768) < 7:  # the rest of the block is too small for a chunk
             place += left
     return rows
 

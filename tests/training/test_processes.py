@@ -1,4 +1,4 @@
-"""Several processes train one network: the same as one process does, and no death goes unnoticed."""
+"""Several processes train one network as one process does, and the run detects a dead process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import load_run
 from zfnet.training.processes import World
 
-# 90 training images in batches of 40, 40 and 10: shares of unequal size, cut into parts once more
+# 90 training images in batches of 40, 40 and 10: shares of unequal size, each divided again by accumulation
 WORDS = (
     "trainer=exact",
     "trainer.device=cpu",
@@ -40,7 +40,7 @@ WORDS = (
 )
 
 
-NORM = ("imports=[tests]", "+callbacks.norm._target_=tests.own.GradNorm")  # of the whole batch's gradients
+NORM = ("imports=[tests]", "+callbacks.norm._target_=tests.own.GradNorm")  # norm of the whole batch's gradients
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 
 def assert_close(a: RunDirectory, b: RunDirectory) -> None:
-    """Equal but for the order in which numbers were added up."""
+    """Check that two runs are equal except for rounding, which depends on the order of additions."""
     for row, other in zip(a.read_history(), b.read_history(), strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
         assert row["train_accuracy"] == other["train_accuracy"]
@@ -154,7 +154,7 @@ def test_gradients_are_sent_with_as_many_digits_as_the_config_says(group_of_one,
 
 
 def test_processes_divide_their_shares_into_as_many_micro_batches() -> None:
-    """Nine images on two processes are shares of four and five; each is divided by trainer.accumulate=4."""
+    """Two processes get four and five of nine images; trainer.accumulate=4 divides each share."""
     for first, size, sizes in ((0, 5, [2, 2, 1, 0]), (5, 4, [1, 1, 1, 1]), (0, 0, [0, 0, 0, 0])):
         share = Batch(torch.zeros(size, 3, 4, 4), torch.arange(size), torch.arange(size), first, 9)
         parts = list(share.split(4, exactly=True))

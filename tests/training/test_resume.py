@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or starved of disk, and goes on, equals one that was not: to the bit."""
+"""A run that resumes after a stop, a kill or a full disk is bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ALL_ON = (
 
 
 def test_two_runs_in_one_process_are_equal(whole, tmp_path: Path) -> None:
-    """Another run between them leaves nothing behind."""
+    """Another run between them does not affect the second one."""
     train_minute(
         tmp_path / "between", "seed=9", "trainer.epochs=1", "trainer.threads=2", "trainer.deterministic=false", *ALL_ON
     )
@@ -57,7 +57,7 @@ def test_two_runs_in_one_process_are_equal(whole, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stops", [[1], [3, 5], [7, 8], [8], [9, 12, 15]], ids=str)
 def test_killed_and_resumed(whole, tmp_path: Path, stops: list[int]) -> None:
-    """Twice in one epoch, in the last step of one and the first of the next, three times."""
+    """Kills: twice in one epoch, in the last step of one epoch and the first of the next, and three times."""
     for step in stops:
         die_at(tmp_path / "run", step)
     run = train_minute(tmp_path / "run", EVERY_STEP)
@@ -106,7 +106,7 @@ def test_killed_while_reporting(whole, tmp_path: Path, monkeypatch) -> None:
     patch_calls: list[int] = []
     monkeypatch.setattr(loop, "train_step", lambda *_: patch_calls.append(1))
     assert learned(train_minute(tmp_path / "run")) == whole
-    assert patch_calls == []  # all steps were done already
+    assert patch_calls == []  # all steps were already done
 
 
 def _raise(error: type[BaseException]):
@@ -117,7 +117,7 @@ def _raise(error: type[BaseException]):
 
 
 def test_killed_while_writing_a_checkpoint(whole, tmp_path: Path) -> None:
-    """A write that ended half way leaves its partial file; a file system that lied, a short newest file."""
+    """An interrupted write leaves a partial file; a file system that lost a synced write leaves a short newest file."""
     die_at(tmp_path / "run", 6)
     files = step_files(tmp_path / "run/checkpoints")
     assert [p.name for p in files] == [step_name(5), step_name(6)]
@@ -186,7 +186,7 @@ def test_signals_stop_after_the_step_and_resume(
 def test_a_signal_after_the_last_step_stops_and_loses_nothing(
     whole, tmp_path: Path, monkeypatch, where: str, number: int
 ) -> None:
-    """The report is left to the next start, which trains no step."""
+    """The next start writes the report, without training any step."""
     owner = loop if where == "loop.evaluate" else Checkpoints
     name = where.rpartition(".")[2]
     real = getattr(owner, name)
@@ -209,7 +209,7 @@ def test_a_signal_after_the_last_step_stops_and_loses_nothing(
 
 
 def test_a_second_signal_stops_at_once_and_saves_no_half_step(whole, tmp_path: Path, run_py, monkeypatch) -> None:
-    def signalled(_: Schedule) -> None:  # after the optimizer's step, before it is counted
+    def signalled(_: Schedule) -> None:  # after the optimizer's step, before `state.step` counts it
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -223,7 +223,7 @@ def test_a_second_signal_stops_at_once_and_saves_no_half_step(whole, tmp_path: P
 
 @pytest.mark.slow
 def test_processes_that_are_really_killed(tmp_path: Path) -> None:
-    """SIGKILL in mid-epoch, the same command again and SIGTERM in the same epoch, then job=resume."""
+    """SIGKILL in the middle of an epoch, then the same command and SIGTERM, then a resume."""
     words = [*MINUTE, EVERY_STEP, "hydra.run.dir=r", "trainer.epochs=12"]
     run = RunDirectory(tmp_path / "r")
 
@@ -270,7 +270,7 @@ def test_a_checkpoint_is_tensors_and_plain_numbers(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_uses_as_many_threads_as_its_record_says(tmp_path: Path, monkeypatch) -> None:
-    die_at(tmp_path / "run", 11, "trainer.threads=null")  # the tests run with one
+    die_at(tmp_path / "run", 11, "trainer.threads=null")  # tests run with one thread
     monkeypatch.setattr("zfnet.training.device.THREADS", 2)
     run = train_minute(tmp_path / "run", EVERY_STEP, "trainer.threads=null")
     assert run.threads == 1

@@ -1,4 +1,4 @@
-"""Learning rates against closed forms, warm-up, and a state of plain numbers that resumes anywhere."""
+"""Learning rates compared with closed forms, warm-up, and a state of plain numbers that resumes at any step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def schedule(*words: str, epochs: int = EPOCHS) -> Schedule:
 
 
 def advance(one: Schedule, steps: range, losses: list[float]) -> list[float]:
-    """Return the rate that the optimizer saw at each step."""
+    """Return the rate that the optimizer used at each step."""
     seen = []
     for step in steps:
         expected = one.lr(step)
@@ -103,13 +103,13 @@ def test_plateau_watches_what_it_is_given() -> None:
     losses = [1.0, 0.9, 0.95, 0.96, 0.97, 0.5, 0.6, 0.6, 0.6, 0.6]
     words = ("scheduler=plateau", "scheduler.factor=0.1", "scheduler.patience=1")
     seen = by_epoch(rates(*words, losses=losses))
-    # epochs 3 and 4 bring nothing: one is forgiven, the second lowers the rate from epoch 5 (index 4) on
+    # epochs 3 and 4 bring no improvement: patience=1 allows one; after the second, the rate falls from index 4 on
     assert seen == pytest.approx([0.5] * 4 + [0.05] * 4 + [0.005] * 2)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_warm_up_multiplies_by_a_line(name: str) -> None:
-    """Over the first two and a half epochs, and without misleading the schedule underneath."""
+    """Warm-up covers the first two and a half epochs and does not change the schedule's own rates."""
     plain, warm = rates(f"scheduler={name}"), rates(f"scheduler={name}", "scheduler.warmup_epochs=2.5")
     length = round(2.5 * STEPS)
     assert warm == pytest.approx([r * min(1, (s + 1) / length) for s, r in enumerate(plain)])

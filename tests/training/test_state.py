@@ -1,4 +1,4 @@
-"""Training state: the seed alone gives the weights, and a checkpoint gives all of it back."""
+"""Training state: the seed alone determines the initial weights, and a checkpoint restores the whole state."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_restore_is_the_inverse_of_checkpoint() -> None:
 
 @pytest.mark.parametrize("name", ["step", "epoch", "best", "history", "optimizer", "callbacks", "schedule"])
 def test_a_checkpoint_that_lacks_something_is_one_line(name: str) -> None:
-    """A checksum does not say who made it."""
+    """A valid checksum does not say which run wrote the checkpoint."""
     saved = state().checkpoint()
     del saved.metadata[name]
     with pytest.raises(UserError, match=r"the checkpoint does not fit this run .*: delete it to use the one before"):
