@@ -1,4 +1,4 @@
-"""Small ONNX files: chains of layers with weights of noise."""
+"""Write small ONNX files for tests: chains of layers with random weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def graph(path: Path, *nodes: Any, weights: dict[str, np.ndarray] | None = None, **values: Any) -> Path:
-    """Write an ONNX file: of each node its operation, its inputs after the image, and its attributes."""
+    """Write an ONNX file; a node is (operation, names of further inputs after the first, attributes)."""
     onnx = pytest.importorskip("onnx")
     made, at = [], "x"
     for number, (kind, inputs, attributes) in enumerate(nodes):

@@ -1,4 +1,4 @@
-"""Any network as a chain: names, ends of layers, activations; and what is no chain."""
+"""Chains of networks: names, ends of layers, activations; and networks that are not chains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zfnet.model.chain import OUTPUT
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_activations_are_those_of_the_forward_pass(name: str) -> None:
-    """Against hooks on the modules that end the layers, to the bit; in-place modules leave what is kept alone."""
+    """Compare bit by bit with hooks on the last module of each layer; in-place modules do not change kept outputs."""
     model = chain(name)
     images = pictures(model)
     seen: dict[str, list[Tensor]] = {}
@@ -109,7 +109,7 @@ def test_chain_on_the_meta_device() -> None:
 
 
 class Functions(nn.Module):
-    """A convolution, something in between, and a linear layer."""
+    """A convolution, the function `between`, a linear layer, and the function `at_the_end`."""
 
     def __init__(self, between, at_the_end=lambda x: x) -> None:
         super().__init__()

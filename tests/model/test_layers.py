@@ -1,4 +1,4 @@
-"""Local response normalisation against PyTorch's, keyed dropout, and the limit on filters."""
+"""Local response normalisation compared with PyTorch's, keyed dropout, and the limit on filters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _noise(*shape: int, scale: float = 20.0) -> torch.Tensor:
 )
 @pytest.mark.parametrize("channels", [1, 2, 7, 96])
 def test_lrn_equals_pytorchs(size: int, alpha: float, beta: float, k: float, channels: int) -> None:
-    """PyTorch's α multiplies the mean of the squares, Krizhevsky's and ours the sum."""
+    """PyTorch's α multiplies the mean of the squares; Krizhevsky's and ours multiply the sum."""
     theirs = nn.LocalResponseNorm(size, alpha * size, beta, k)
     ours = LocalResponseNorm(size, alpha, beta, k)
     x, y = _noise(2, channels, 3, 4).requires_grad_(), _noise(2, channels, 3, 4).requires_grad_()
@@ -56,7 +56,7 @@ def test_lrn_gradient(beta: float, k: float) -> None:
 
 
 def test_lrn_by_hand() -> None:
-    """Map c of a column of maps sees c−2 … c+2."""
+    """The sum of map c covers the maps c−2 … c+2."""
     x = torch.arange(1.0, 7.0, dtype=torch.float64).view(1, 6, 1, 1)
     y = LocalResponseNorm(size=5, alpha=0.5, beta=0.75, k=2.0)(x).flatten()
     for c in range(6):
@@ -66,7 +66,7 @@ def test_lrn_by_hand() -> None:
 
 @pytest.mark.parametrize(("forward", "backward"), [(False, False), (True, False), (True, True)])
 def test_lrn_of_half_precision_is_single(forward: bool, backward: bool) -> None:
-    """Under bf16 autocast as a convolution would hand it over; backward too, within autocast as well."""
+    """With bf16 input, as from a convolution under autocast; forward and backward, with and without autocast."""
     x = _noise(1, 8, 2, 2).bfloat16().requires_grad_()
     y = x.detach().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=forward):
@@ -99,7 +99,7 @@ def test_renormalize_filters_scales_to_exactly_the_limit() -> None:
             assert torch.equal(parameter, before[name])
             continue
         over = rms[name] > 0.1
-        assert torch.equal(parameter[~over], before[name][~over])  # to the bit
+        assert torch.equal(parameter[~over], before[name][~over])  # bit-identical
         after = parameter[over].square().mean((1, 2, 3)).sqrt()
         torch.testing.assert_close(after, torch.full_like(after, 0.1), rtol=1e-6, atol=0)
         direction = F.cosine_similarity(parameter[over].flatten(1), before[name][over].flatten(1))
@@ -174,7 +174,7 @@ def test_set_dropout_step_for_a_chunk_of_a_batch(chunk: slice) -> None:
 
 
 def test_dropout_mask_is_the_recorded_one() -> None:
-    """Runs recorded before drop the same entries: these were written down from an earlier version."""
+    """Reproductions of recorded runs must drop the same entries; an earlier version gave GOLDEN."""
     layer = Dropout(0.5).train()
     layer.set_key(12345, 3)
     assert "".join(str(int(v > 0)) for v in layer(torch.ones(2, 24)).flatten()) == GOLDEN
@@ -195,7 +195,7 @@ def test_dropout_takes_any_rank(cut: int, rest: int, shape: tuple[int, ...], who
     if whole_channels:
         maps = whole.reshape(len(whole), 6, -1)
         assert torch.equal(maps.amin(2), maps.amax(2))
-    else:  # the mask is that of the flattened input
+    else:  # the mask equals that of the flattened input
         layer = Dropout(0.4).train()
         layer.set_key(7, 0)
         assert torch.equal(whole.flatten(1), layer(torch.ones(len(whole), whole[0].numel())))
@@ -212,7 +212,7 @@ def test_dropout_used_twice_in_a_pass_drops_other_entries() -> None:
 
 
 class Shared(nn.Module):
-    """One dropout at two places, others nested, and one that has no keyed counterpart."""
+    """One dropout layer in several places, a nested one, and alpha dropout, which has no keyed version."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def test_renormalize_filters_of_any_network() -> None:
 
 def test_evaluation_mode_gives_each_module_its_own_mode_back() -> None:
     class Recording(nn.Sequential):
-        """A network whose own `train` does more than set the mode, as one that merges weights may."""
+        """A network with a `train` that does more than set the mode, for example merges weights."""
 
         def train(self, mode: bool = True) -> nn.Module:
             calls.append(mode)

@@ -1,4 +1,4 @@
-"""Reading ONNX files: the layers of a chain, and graphs and files that are refused."""
+"""Reading ONNX files: the layers of a chain, and graphs and files that raise UserError."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEQUENCE = "zfnet.model.onnx_graph.Sequence"
 
 
 def test_the_structure_of_the_zoos_zfnet512() -> None:
-    """`onnx` ships its graph, with constants in place of weights, which take no memory here."""
+    """`onnx` contains its graph with constants in place of weights, which need no memory."""
     onnx = pytest.importorskip("onnx")
     path = Path(onnx.__file__).parent / "backend/test/data/light/light_zfnet512.onnx"
     layers, state, size = read_onnx(path, 64)
@@ -31,7 +31,7 @@ def test_the_structure_of_the_zoos_zfnet512() -> None:
     assert chain.layers == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
     shapes = {step.name: list(step.output_shape) for step in chain.steps}
     assert [shapes[f"pool{n}"] for n in (1, 2, 3)] == [[96, 54, 54], [256, 12, 12], [512, 6, 6]]
-    assert next(layer for layer in layers if layer["name"] == "norm1")["alpha"] == pytest.approx(1e-4)  # of the sum
+    assert next(layer for layer in layers if layer["name"] == "norm1")["alpha"] == pytest.approx(1e-4)  # α of the sum
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The network: the paper's figures, the blog's class as an oracle, and what each setting does."""
+"""The network: the paper's numbers, the blog's class as a reference, and the effect of each setting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zfnet.model.zfnet import CONV_LAYERS, ZFNet, feature_sizes, pool_of
 
 
 class BlogZFNet(nn.Module):
-    """The network of the blog post, written down from its listing: an oracle that shares no code with ours."""
+    """The network of the blog post, copied from its listing: a reference that shares no code with ours."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def parameters(num_classes: int, config: ModelConfig | None = None) -> int:
 def test_zfnet_parameter_counts(num_classes: int, expected: int) -> None:
     assert parameters(num_classes) == expected
     assert parameters(num_classes, compose("model=zfnet").model) == expected
-    assert parameters(num_classes, compose("model=zfnet_paper").model) == expected  # LRN has none
+    assert parameters(num_classes, compose("model=zfnet_paper").model) == expected  # LRN has no parameters
 
 
 WIDE = {"conv3": Conv(512, 3, 1, 1), "conv4": Conv(1024, 3, 1, 1), "conv5": Conv(512, 3, 1, 1, True)}
@@ -102,7 +102,7 @@ def test_zfnet_width_scales_every_layer_but_the_classes(width: float, maps: tupl
 
 def test_load_weights_of_the_blog_gives_its_logits() -> None:
     torch.manual_seed(0)
-    with torch.device("meta"):  # 58 million numbers are drawn once
+    with torch.device("meta"):  # without two initialisations of 58 million weights
         blog, ours = BlogZFNet().eval(), ZFNet().eval()
     blog.to_empty(device="cpu")
     ours.to_empty(device="cpu")
@@ -164,7 +164,7 @@ def test_activations_are_the_forward_pass(norm: str) -> None:
 
 
 def test_zfnet_order_of_normalisation() -> None:
-    """LRN after the pooling of layers 1 and 2 (Fig. 3); batch normalisation before each ReLU."""
+    """LRN comes after the pooling of layers 1 and 2 (Fig. 3), batch normalisation before each ReLU."""
     lrn = ZFNet(3, 64, tiny_model_config(norm="lrn")).steps
     assert lrn[:8] == ["conv1", "relu1", "pool1", "norm1", "conv2", "relu2", "pool2", "norm2"]
     assert "norm3" not in lrn
@@ -177,7 +177,7 @@ def test_zfnet_ceil_and_pad_pooling_windows() -> None:
     row = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8).contiguous()
     pools = {p: ZFNet(2, 64, tiny_model_config(pooling=p)).pool1 for p in ("pad", "ceil")}
     assert pools["pad"](row)[0, 0, :, 0].tolist() == [1, 3, 5, 7]  # windows start at pixel −1
-    assert pools["ceil"](row)[0, 0, :, 0].tolist() == [2, 4, 6, 7]  # and at pixel 0
+    assert pools["ceil"](row)[0, 0, :, 0].tolist() == [2, 4, 6, 7]  # windows start at pixel 0
 
 
 def test_zfnet_initialisations() -> None:
@@ -235,7 +235,7 @@ def test_feature_sizes_are_the_networks_or_are_refused(config: ModelConfig, size
 
 
 def _torch_can(config: ModelConfig, size: int) -> bool:
-    """Whether PyTorch's own layers get through with pixels left."""
+    """Return whether PyTorch's own layers accept the size and give at least one pixel."""
     x = torch.empty(1, 3, size, size, device="meta")
     try:
         for name in ("conv1", "conv2", "conv3", "conv4", "conv5"):
@@ -253,7 +253,7 @@ def _torch_can(config: ModelConfig, size: int) -> bool:
 
 
 def test_feature_sizes_of_the_paper() -> None:
-    """Fig. 3: 110, 55, 26, 13, 13, 13, 13, 6; both ways of pooling give them."""
+    """Fig. 3: 110, 55, 26, 13, 13, 13, 13, 6. Both modes of pooling give these sizes."""
     for pooling in ("pad", "ceil"):
         sizes = feature_sizes(ModelConfig(pooling=pooling), 224)
         assert sizes == {"conv1": (110, 55), "conv2": (26, 13), "conv3": (13, 13), "conv4": (13, 13), "conv5": (13, 6)}
@@ -279,7 +279,7 @@ def test_zfnet_takes_every_size_from_64(size: int) -> None:
 
 @pytest.mark.parametrize(("pooling", "smallest"), [("pad", 53), ("ceil", 47)])
 def test_feature_sizes_of_the_smallest_image(pooling: str, smallest: int) -> None:
-    """ZFNet's docstring and conf/model/small.yaml name it."""
+    """ZFNet's docstring and conf/model/small.yaml state the smallest size."""
     config = ModelConfig(pooling=pooling)
     with pytest.raises(UserError, match=rf"set data.image_size={smallest} or more \(it is {smallest - 1}\), or lower "):
         feature_sizes(config, smallest - 1)
@@ -287,7 +287,7 @@ def test_feature_sizes_of_the_smallest_image(pooling: str, smallest: int) -> Non
 
 
 def test_the_smallest_size_is_found_however_odd_the_network() -> None:
-    """Sizes need not grow evenly, and no size helps where the settings leave no pixel at all."""
+    """Also if layers do not grow evenly with the image. If no size works, the message suggests none."""
     config = tiny_model_config(conv2=Conv(6, 31, 3, 0, True))
     with pytest.raises(UserError, match=r"set data.image_size=(\d+) or more") as caught:
         feature_sizes(config, 40)

@@ -1,4 +1,4 @@
-"""Hydra's callback around the jobs of a sweep: what a job leaves, and the summary of all of them."""
+"""Hydra's callback around the jobs of a sweep: the files that a job leaves, and the summary of all jobs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_summarize_writes_every_job_and_its_error(tmp_path: Path) -> None:
     assert [row["state"] for row in rows] == ["done", "failed"]
     assert rows[0]["validation_accuracy"] == "0.25"
     assert rows[1]["error"] == error
-    assert "0.75" not in text  # no setting may be chosen by the test set
+    assert "0.75" not in text  # the test set must not influence the choice of a setting
     assert "- failed: `seed=1`" in to_markdown(sweep)
     assert (tmp_path / "summary.md").read_text() == to_markdown(sweep)
 

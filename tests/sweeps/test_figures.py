@@ -1,4 +1,4 @@
-"""The figures of a sweep: the one that suits the number of swept keys, and the numbers in it."""
+"""The figures of a sweep: the kind of figure for each number of swept keys, and the numbers in the figures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_draw_two_keys_is_a_heat_map_with_means(tmp_path: Path) -> None:
     assert texts(axis) == {"11.0%\n± 7.1", "13.0%\n± 7.1", "20.0%\n± 7.1", "22.0%\n± 7.1"}
     assert {axis.get_xlabel(), axis.get_ylabel()} == {"model.conv1.kernel_size", "optimizer.lr"}
     assert len(figures["curves"].axes[1].lines) == 8  # every job has a line
-    assert len(figures["curves"].legends[0].get_texts()) == 4  # every setting a name
+    assert len(figures["curves"].legends[0].get_texts()) == 4  # every setting has a name
     figures["objective"].canvas.draw()
     figures["curves"].canvas.draw()
 
@@ -50,7 +50,7 @@ def test_draw_one_key_has_error_bars_on_a_log_axis(tmp_path: Path) -> None:
         write_job(tmp_path, f"optimizer.lr={lr}", accuracy=n / 10)
     axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.001", "0.01", "0.1"]
-    assert [round(x) for x in axis.get_xticks()] == [-3, -2, -1]  # by their logarithm
+    assert [round(x) for x in axis.get_xticks()] == [-3, -2, -1]  # logarithms of the values
 
 
 def test_draw_one_key_of_a_search_is_a_scatter_on_a_log_axis(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_draw_parallel_takes_any_values(tmp_path: Path, last: str) -> None:
     axis = figure.axes[0]
     best = [line for line in axis.lines if line.get_linewidth() > 2]
     assert len(best) == 1
-    assert best[0].get_ydata()[-1] == 1.0  # it ends at the top of the last axis
+    assert best[0].get_ydata()[-1] == 1.0  # the best line ends at the top of the last axis
     figure.canvas.draw()
 
 

@@ -1,4 +1,4 @@
-"""Sweeps as a user runs them: failures, skipping, resuming, refusing, and no trace of one job in the next."""
+"""Sweeps as a user runs them: failed, skipped, resumed and refused jobs, and no effect of one job on the next."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL = (
 
 
 def everything_in(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """What each file below a folder holds, and when it was written."""
+    """Return the content and the modification time of each file below a folder."""
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 
@@ -44,11 +44,11 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 
 def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.sweeps.figures.draw_sweep", draw_sweep)
-    monkeypatch.setattr(launch.SweepJobs, "check", lambda *_: None)  # as if only the jobs themselves could find out
+    monkeypatch.setattr(launch.SweepJobs, "check", lambda *_: None)  # so that the error occurs in the jobs
     words = ("-m", *SMALL, "optimizer.lr=1e-3,-1", "seed=0,1")
     answer = run_py(*words)
     assert answer.code == 1
-    assert "\njob 3: optimizer.lr=-1 seed=1\n" in answer.out  # and not what all jobs share
+    assert "\njob 3: optimizer.lr=-1 seed=1\n" in answer.out  # without the overrides that all jobs share
     refused = "optimizer.lr=-1: must be a number greater than 0"
     assert answer.err.splitlines() == [
         "error: 2 of 4 jobs failed",
@@ -70,7 +70,7 @@ def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, monk
     results = json.loads((sweep / "optimizer.lr=0.001,seed=1/results.json").read_text())
     assert float(table["optimizer.lr=0.001,seed=1"]["validation_accuracy"]) == results["validation"]["accuracy"]
 
-    # the same again: finished jobs are not even opened, and Hydra's own record stays what it was
+    # the same command again: it does not open finished jobs, and does not change Hydra's record
     before = {**everything_in(sweep / "optimizer.lr=0.001,seed=0"), "m": (sweep / "multirun.yaml").read_bytes()}
     monkeypatch.setattr("zfnet.jobs.train.load_splits", lambda *_: pytest.fail("images were loaded"))
     again = run_py(*words)
@@ -81,7 +81,7 @@ def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, monk
 
 
 def test_a_sweeps_jobs_print_no_test_accuracy(run_py, tmp_path) -> None:
-    """Who sees one beside each setting chooses by it."""
+    """Users who see a test accuracy for each setting would choose by it."""
     answer = run_py("-m", *SMALL, "seed=0,1")
     assert answer.code == 0
     logs = [path.read_text() for path in (tmp_path / "s").glob("*/train.log")]
@@ -153,7 +153,7 @@ def test_choose_resets_threads_and_compiler_for_every_job(monkeypatch) -> None:
     assert torch.get_num_threads() == 1
     resolve_runtime(compose(*TINY, "trainer.compile=true").trainer)
     assert torch.get_num_threads() == own
-    assert resets == [True]  # past a number of recompilations it would leave the next job's network uncompiled
+    assert resets == [True]  # at the recompilation limit, later jobs would run uncompiled
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_choose_resets_threads_and_compiler_for_every_job(monkeypatch) -> None:
         "model.name=a/../b,'c d'",
         "model.name=" + "long" * 60 + ",b",
         "model.name='$(touch x)','..'",
-        "trainer.epochs=2,3",  # which SMALL has set already
+        "trainer.epochs=2,3",  # SMALL sets this key, too
     ],
 )
 def test_launch_names_directories_safely(run_py, tmp_path, monkeypatch, word) -> None:
@@ -270,13 +270,13 @@ def test_grid_goes_on_after_a_batch_with_a_failed_job(run_py, tmp_path, monkeypa
     assert (tmp_path / "s/seed=2/config.yaml").exists()
 
 
-# -- side by side: each process its own GPU, and the same numbers as one after the other
+# -- parallel jobs: each process uses its own GPU, and the results equal those of sequential jobs
 
 
 @pytest.fixture
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_gpu", None)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))  # put back afterwards
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))  # restored afterwards
 
 
 @pytest.mark.usefixtures("_own_environment")
@@ -284,7 +284,7 @@ def test_take_one_gpu_in_turn_and_that_of_a_dead_process(tmp_path: Path, monkeyp
     locks = []
 
     def take(devices: str) -> str:
-        monkeypatch.setattr(launch, "_gpu", None)  # a process that has none yet
+        monkeypatch.setattr(launch, "_gpu", None)  # like a process without a GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
         launch.take_one_gpu(4, tmp_path)
         locks.append(launch._gpu)
@@ -331,7 +331,7 @@ def test_launch_with_joblib_gives_the_same_numbers(run_py, tmp_path: Path, monke
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_launch_with_submitit_requeues_a_job(run_py, tmp_path: Path, monkeypatch) -> None:
-    """Its local executor stands for SLURM; SIGUSR2 is how it hears that its time is up."""
+    """submitit's local executor replaces SLURM; SIGUSR2 tells it that the job's time limit is reached."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the processes of the jobs
     status: list[Path] = []

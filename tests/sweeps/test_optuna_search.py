@@ -1,4 +1,4 @@
-"""Searching: killed and continued, shared by two processes, pruned, and kept in a database."""
+"""Optuna's search: killed and continued, shared by two processes, pruned, and stored in a database."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_run_search_again_resumes_the_trial_of_a_killed_process(run_py, tmp_path
     assert len(rows(sweep)) == 2
     assert trials[1].value == json.loads((folder / "results.json").read_text())["validation"]["accuracy"]
 
-    assert run_py(*words).code == 0  # there is nothing left to do
+    assert run_py(*words).code == 0  # all trials are done
     assert len(trials_in(sweep)) == 3
     refused = run_py(*words, "model.dropout=0.3")
     assert "was begun with other settings (model.dropout=0.3)" in refused.error
@@ -104,7 +104,7 @@ def test_run_search_in_two_processes_runs_no_trial_twice(run_py, tmp_path) -> No
 
 @pytest.mark.parametrize("cut", [-1, -5, -40])
 def test_a_cut_line_at_the_end_of_the_journal_costs_that_line(tmp_path: Path, cut: int) -> None:
-    """A killed process leaves it; the next one to write would go on behind it."""
+    """A killed process leaves an incomplete line, and the next process must not append to it."""
     settings = SimpleNamespace(storage=None)
 
     def study() -> optuna.Study:
@@ -150,7 +150,7 @@ def test_trial_pruning_ends_trials_that_job_resume_can_finish(run_py, tmp_path, 
     assert answer.code == 0
     trials = trials_in(tmp_path / "s")
     assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "PRUNED"]
-    # the last epoch is not reported: there is nothing left to save by pruning
+    # the last epoch is not reported, because pruning then saves no time
     assert [t.intermediate_values for t in trials] == [{1: 0.9, 2: 0.9}, {1: 0.8}, {1: pytest.approx(0.7)}]
     states = {name: row["state"] for name, row in rows(tmp_path / "s").items()}
     assert sorted(states.values()) == ["done", "pruned", "pruned"]
@@ -196,7 +196,7 @@ def test_ask_is_a_function_of_the_seed_and_of_earlier_trials(run_py, tmp_path, m
     monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: -config.optimizer["lr"])
     words = [*SEARCH, *SPACE, "hydra.sweeper.sampler.n_startup_trials=1"]
     run_py(*words, "hydra.sweeper.n_trials=3")
-    for count in (1, 3):  # the same in two sittings
+    for count in (1, 3):  # the same search in two parts
         run_py(*words, f"hydra.sweeper.n_trials={count}", "hydra.sweep.dir=t")
     run_py(*words, "hydra.sweeper.n_trials=1", "hydra.sweeper.seed=1", "hydra.sweep.dir=u")
     params = {name: [trial.params for trial in trials_in(tmp_path / name)] for name in "stu"}
@@ -281,7 +281,7 @@ def test_construct_nests_pruners() -> None:
 
 @pytest.fixture
 def postgres() -> Iterator[str]:
-    """A PostgreSQL server of our own behind a socket in a temporary folder; yields the address of its database."""
+    """Start a PostgreSQL server with a socket in a temporary folder; yield the address of its database."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not programs:
         pytest.skip("PostgreSQL is not installed")
@@ -308,7 +308,7 @@ def postgres() -> Iterator[str]:
         yield f"postgresql+psycopg2://zfnet@/postgres?host={folder}"
     finally:
         if server is not None:
-            server.send_signal(signal.SIGINT)  # does not wait for its clients
+            server.send_signal(signal.SIGINT)  # fast shutdown: does not wait for clients
             server.wait(30)
         shutil.rmtree(folder)
 

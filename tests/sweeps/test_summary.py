@@ -1,4 +1,4 @@
-"""The summary of a sweep directory, read from runs that were written by hand."""
+"""The summary of a sweep directory, read from run directories that the tests write without training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from zfnet.sweeps.summary import (
 def write_job(
     sweep: Path, *words: str, accuracy: float | None = None, test: float = 0.5, state: str = "done", loss: float = 1.0
 ) -> RunDirectory:
-    """Write the directory that a training with these overrides would leave, with these accuracies."""
+    """Write the directory that a training with these overrides and accuracies would write."""
     run = RunDirectory(sweep / ",".join(words))
     run.folder.mkdir()
     (run.folder / "config.yaml").write_text(yaml.safe_dump(_plain_config(words), sort_keys=False))
@@ -52,7 +52,7 @@ def _base() -> DictConfig:
 
 
 def _plain_config(words: Sequence[str]) -> dict[str, Any]:
-    """What the words compose to; those that only set keys are laid on one composition, which takes no time."""
+    """Return the config of these overrides. If they only set keys, update a cached config, which is much faster."""
     if any("." not in word.partition("=")[0] for word in words if not word.startswith("seed=")):
         return compose(*TINY, *words).to_dict()
     config = copy.deepcopy(_base())
@@ -68,7 +68,7 @@ def test_read_sweep_groups_seeds_and_ranks_by_validation(tmp_path: Path) -> None
         write_job(tmp_path, "optimizer.lr=0.01", f"seed={seed}", accuracy=low[seed], test=0.9)
         write_job(tmp_path, "optimizer.lr=0.1", f"seed={seed}", accuracy=high[seed], test=0.1)
     sweep = read_sweep(tmp_path)
-    assert sweep.keys == ["optimizer.lr"]  # and not scheduler.max_lr, which follows it; nor the seed
+    assert sweep.keys == ["optimizer.lr"]  # without scheduler.max_lr, which follows it, and the seed
     assert [s.values for s in sweep.settings] == [{"optimizer.lr": 0.1}, {"optimizer.lr": 0.01}]
     assert [job.seed for job in sweep.settings[0].jobs] == [0, 1, 2]
     mean, std = sweep.settings[0].mean_and_std()
@@ -85,7 +85,7 @@ def test_read_sweep_ranks_settings_of_equal_accuracy_by_loss(tmp_path: Path) -> 
 
 
 def on_data(run: RunDirectory, root: str, fingerprint: str | None) -> None:
-    """Let a job have been trained on this data."""
+    """Change a job's record as if it had been trained on this data."""
     plain = run.recorded()
     (run.folder / "config.yaml").write_text(yaml.safe_dump({**plain, "data": {**plain["data"], "root": root}}))
     if fingerprint is not None:
@@ -96,7 +96,7 @@ def on_data(run: RunDirectory, root: str, fingerprint: str | None) -> None:
     ("data", "expected"),
     [
         ([("photos", "f1"), ("photos", "f1"), ("photos", None)], {None: 3}),
-        ([("photos", "f1"), ("moved", "f1"), ("moved", "f1")], {None: 3}),  # what it holds counts, not where it lies
+        ([("photos", "f1"), ("moved", "f1"), ("moved", "f1")], {None: 3}),  # the content counts, not the path
         ([("photos", "f1"), ("others", "f2"), ("others", "f2")], {"photos": 1, "others": 2}),
         ([("photos", "f1"), ("photos", "f2"), ("photos", "f2")], {"photos (f1)": 1, "photos (f2)": 2}),
         ([("photos", "f1"), ("moved", "f1"), ("moved", "f2")], {"photos": 2, "moved": 1}),
@@ -175,15 +175,15 @@ def flat(*words: str) -> dict[str, Any]:
     ("jobs", "expected"),
     [
         ([["optimizer.lr=0.1"], ["optimizer.lr=0.2"]], ["optimizer.lr"]),
-        # a group's file decides the rest of the group
+        # the choice of a group determines the group's other keys
         ([["model=small"], ["model=alexnet_stem"]], ["model.name"]),
         ([["optimizer=sgd"], ["optimizer=adamw"]], ["optimizer._target_"]),
-        # but not a key that was swept beside it
+        # but not a key that is swept, too
         (
             [[f"optimizer={o}", f"optimizer.lr={lr}"] for o in ("sgd", "adamw") for lr in (0.1, 0.2)],
             ["optimizer._target_", "optimizer.lr"],
         ),
-        # in a search no value comes twice, and yet neither key follows the other
+        # in a search no value occurs twice, but neither key follows the other
         (
             [[f"optimizer.lr=0.{n}", f"trainer.epochs={10 - n}"] for n in range(1, 6)],
             ["optimizer.lr", "trainer.epochs"],
@@ -200,7 +200,7 @@ def flat(*words: str) -> dict[str, Any]:
 def test_swept_keys(jobs, expected) -> None:
     keys = swept_keys([flat(*words) for words in jobs])
     assert keys[: len(expected)] == expected
-    if "model.conv3" not in expected:  # a layer that is left out takes all its keys along
+    if "model.conv3" not in expected:  # without a layer, all keys of the layer are missing
         assert keys == expected
 
 
@@ -251,7 +251,7 @@ def test_to_text_counts_columns_and_rows_that_do_not_fit(tmp_path: Path, monkeyp
     assert "… and 3 more, in summary.csv" in text
     assert "not shown, but in summary.csv: 1 swept key\n" in text
     assert max(map(len, text.splitlines()[:-1])) <= 60
-    assert "5.00 %" in text  # the best; the objective itself is never left out
+    assert "5.00 %" in text  # the best setting; the accuracy column is never left out
 
 
 def test_to_text_shortens_a_wide_column_before_it_leaves_one_out(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_to_text_reports_test_for_the_setting_that_validation_chose(tmp_path: Pa
 
 
 def test_to_text_tests_each_setting_against_the_best(tmp_path: Path) -> None:
-    """In pairs by seed: t is the mean difference by its standard error; p at two degrees of freedom is known."""
+    """Paired by seed: t is the mean difference / its standard error; p has a closed form for 2 degrees of freedom."""
     scores = {0.1: (0.80, 0.81, 0.83), 0.01: (0.70, 0.72, 0.72), 0.2: (0.81, 0.80, 0.80)}
     for lr, accuracies in scores.items():
         for seed, accuracy in enumerate(accuracies):
