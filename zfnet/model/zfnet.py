@@ -147,7 +147,7 @@ class ZFNet(nn.Module):
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         """Load a state dict of this class or of the blog's, with or without DataParallel's `module.` prefix.
 
-        This method takes tensors and reads no file. Convert a `.pth` file that you trust, once:
+        This method takes tensors and reads no file. Convert a trusted `.pth` file once:
         `save_file(torch.load("zfnet.pth", weights_only=True), "zfnet.safetensors")`, with
         `save_file` from `safetensors.torch`; then `model.load_weights(load_file("zfnet.safetensors"))`.
 

@@ -265,7 +265,7 @@ class Worker:
 
 
 def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
-    """Launch trials until the study has `n_trials`; raise UserError for a study that fails to open or differs."""
+    """Launch trials until the study has `n_trials`; raise UserError if it cannot be opened or has other settings."""
     settings = read_settings(jobs.config.hydra.sweeper)
     space = search_space(overrides)
     fixed = {o.get_key_element(): o.get_value_element_as_str() for o in overrides if not o.is_sweep_override()}

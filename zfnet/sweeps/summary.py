@@ -73,7 +73,7 @@ class Setting:
         return list(self.scores_by_seed(split).values())
 
     def scores_by_seed(self, split: str = "validation") -> dict[Any, float]:
-        """Return the accuracy of each finished job."""
+        """Return the accuracy of each finished job, by seed."""
         return {job.seed: a for job in self.jobs if (a := job.metric(split)) is not None}
 
     def order(self) -> tuple[float, float]:
@@ -97,7 +97,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A whole sweep. `settings` is sorted by validation accuracy and loss, best first; settings without come last."""
+    """A whole sweep. `settings` is sorted by validation accuracy and loss, best first, and without results last."""
 
     jobs: list[Trained]
     keys: list[str]

@@ -150,7 +150,7 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise UserError(f"optimizer.param_groups={rules}: must be a list such as [{{ndim: 1, weight_decay: 0}}]")
     if rules:
-        resolve("optimizer", target, Optimizer, config.imports)  # its error names the key optimizer
+        resolve("optimizer", target, Optimizer, config.imports)  # an unknown class is not the error of a rule
     for number, rule in enumerate(rules):
         slot = f"optimizer.param_groups.{number}"
         if not {"match", "ndim"} & rule.keys():
@@ -270,7 +270,7 @@ def check_loss(config: Config, num_classes: int | None) -> None:
     name = f"loss ({type(loss.loss).__name__})"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about different shapes, an error below
+            warnings.simplefilter("ignore")  # PyTorch warns about different shapes, an error below
             value = loss(logits, torch.tensor([0] * (images - 1) + [classes - 1]))
     except Exception as error:  # user code can raise any exception
         if num_classes is None:

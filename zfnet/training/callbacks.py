@@ -242,7 +242,7 @@ class Checkpoints(Callback):
                 # a killed run can repeat this epoch when BEST is already from a later one: then keep the first copy
                 repeated = kept.exists() and state.best["epoch"] != row["epoch"]
                 if (folder / BEST).exists() and not repeated:  # BEST can be lost; a resume warns of it
-                    copy_checkpoint(folder / BEST, kept)  # before the state, which must not be without them
+                    copy_checkpoint(folder / BEST, kept)  # before the state, so that no state lacks them
             self.writer.write(epoch_name(row["epoch"]), state.checkpoint(), prune=False)
 
     def on_fit_end(self, state: TrainingState) -> None:

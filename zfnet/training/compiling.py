@@ -59,7 +59,7 @@ def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
             state.optimizer.zero_grad(set_to_none=True)
             message = f"torch.compile: off, it fails here ({one_line(error)})"
         else:
-            state.use_compiled(compiled < eager)  # without `cost`, which is already spent
+            state.use_compiled(compiled < eager)  # compiling is done, so only the steps count
             message = describe(eager, compiled, cost, steps, state.steps_per_epoch)
     state.restore(before)
     return message

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
 
-PATIENCE_S = 20  # seconds in which the other processes can notice themselves that one has died
+PATIENCE_S = 20  # seconds for the other processes to notice a dead process themselves
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def run_worker(world: World, work: Callable[[World, Path], None]) -> None:
 
 def _child(
     world: World, init_method: str, work: Callable[[World, Path], None], folder: Path
-) -> None:  # pragma: no cover (runs in a process of its own)
+) -> None:  # pragma: no cover (runs in a separate process)
     # Ctrl-C reaches the whole process group, but process 0 decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -98,14 +98,14 @@ class Schedule:
     def replay(self, monitored: Sequence[float]) -> None:
         """Advance over epochs that the parent trained; `monitored`: a plateau schedule's metric after each epoch."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about no step of the optimizer
+            warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that the optimizer has not stepped
             for value in monitored:
                 for _ in range(self.steps_per_epoch if self.by_step else 1):
                     self._advance(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values that change as the schedule advances, as plain numbers. The config determines the rest."""
-        last = [list(pair) for pair in self._recent_rates][-1:]  # an epoch that has just ended records it
+        last = [list(pair) for pair in self._recent_rates][-1:]  # the row of an epoch that has just ended needs it
         return {"taken": self.count, "scheduler": _plain_state(self.scheduler), "used": last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

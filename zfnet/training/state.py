@@ -345,7 +345,7 @@ class TrainingState:
     def _branch(
         self, optimizer: dict[str, Any], callbacks: dict[str, Any], images: str | None
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """Return the parent's optimizer and callback states, adapted to this run; weights and history are restored.
+        """Return the parent's optimizer and callback states, adapted to this run; its weights are already restored.
 
         The optimizer's settings and the learning rate are those of this run. The optimizer's state (such as momentum)
         is kept unless the optimizer or trainer.freeze differs. A callback from the config keeps its state if its
