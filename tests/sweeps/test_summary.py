@@ -20,7 +20,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.summary import (
     ABSENT,
-    _settings,
+    _result_settings,
     p_against_best,
     read_sweep,
     read_training,
@@ -297,7 +297,7 @@ def test_settings_of_a_branch_are_its_parents_too_and_without_the_seed() -> None
     def settings(lr: float = 0.1, **parent: Any) -> dict[str, Any]:
         config = {"seed": parent.pop("seed", 0), "optimizer": {"lr": lr}}
         link = {"run": "x", "epoch": 2, "step": 9, "schedule": "stretch", "identity": repr(config), "config": config}
-        return _settings({"seed": config["seed"], "parent": link | parent, "optimizer": {"lr": 0.5}})
+        return _result_settings({"seed": config["seed"], "parent": link | parent, "optimizer": {"lr": 0.5}})
 
     assert settings() == settings(seed=1)
     assert len({repr(s) for s in (settings(), settings(0.2), settings(schedule="restart"), settings(epoch=1))}) == 4

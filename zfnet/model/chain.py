@@ -144,9 +144,9 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
     def connect(x: Tensor, name: str) -> None:
         """Check that `x` is the last step's output; if it is that output flattened, add a flatten step."""
         former = steps[-1].name if steps else "the image"
-        if _same(x, last):
+        if _is_equal(x, last):
             return
-        if x.ndim != 2 or last.ndim < 2 or not _same(x, last.flatten(1)):
+        if x.ndim != 2 or last.ndim < 2 or not _is_equal(x, last.flatten(1)):
             raise UserError(
                 f"{name} is not the output of {former}: only a chain of modules can be explained, without branches "
                 "and with no function but torch.flatten between them"
@@ -198,6 +198,6 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _leaves(inner, f"{name}.{child}".lstrip("."))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _is_equal(a: Tensor, b: Tensor) -> bool:
     # tensors on the meta device have no values to compare
     return a.shape == b.shape and (a is b or a.is_meta or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))

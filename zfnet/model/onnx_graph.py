@@ -1,7 +1,7 @@
 """Read an ONNX graph, written by another program, as a chain of PyTorch modules with weights.
 
 Only the package `onnx` parses the file, and nothing in it is executed. The reader accepts only the operations in
-`_READ`, limits the sizes before it allocates memory, and reads external weights only from the file's own folder.
+`_READERS`, limits the sizes before it allocates memory, and reads external weights only from the file's own folder.
 """
 
 import math
@@ -21,8 +21,8 @@ MOST_WEIGHTS = 2**29  # 2 GiB in fp32, the limit of one ONNX file
 _MODULES: dict[str, type[nn.Module]] = {
     m.__name__: m for m in (nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, LocalResponseNorm, nn.Dropout, nn.Flatten)
 }
-_SIDES = ("kernel_size", "stride", "padding", "dilation")
-_MOST_CELLS = 2**28  # in a layer's output: 1 GiB in fp32
+_SIZE_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation")
+_MOST_OUTPUT_VALUES = 2**28  # in a layer's output: 1 GiB in fp32
 
 
 class Sequence(nn.Sequential):
@@ -43,7 +43,7 @@ class Sequence(nn.Sequential):
                 raise UserError(f"model.layers[{number}].type={kind}: no such type{did_you_mean(str(kind), _MODULES)}")
             for key, value in settings.items():
                 for v in value if isinstance(value, list) else [value]:
-                    if not isinstance(v, (int, float)) or (key in _SIDES and v > LARGEST_SIDE):
+                    if not isinstance(v, (int, float)) or (key in _SIZE_ARGUMENTS and v > LARGEST_SIDE):
                         raise UserError(f"model.layers[{number}].{key}={value!s:.40}: must hold numbers within bounds")
             arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
             self.add_module(name, _MODULES[kind](**arguments))
@@ -87,15 +87,15 @@ class _Reader:
             if len(following := users.get(self.at, [])) != 1:
                 raise self.error(f"{len(following)} operations read {printable(self.at)}; a chain has no branches")
             node = following[0]
-            if node.domain not in ("", "ai.onnx") or node.op_type not in _READ:
+            if node.domain not in ("", "ai.onnx") or node.op_type not in _READERS:
                 raise self.error(
                     f"has the operation {printable(node.op_type)} ({printable(node.name or node.output[0])}); known: "
-                    f"{', '.join(_READ)}"
+                    f"{', '.join(_READERS)}"
                 )
             self.at = node.output[0]
             values = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
             try:
-                _READ[node.op_type](self, node, values)
+                _READERS[node.op_type](self, node, values)
             except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 raise self.error(f"{node.op_type} ({printable(self.at)}) cannot be read: {one_line(error)}") from error
 
@@ -108,7 +108,7 @@ class _Reader:
         if own != {k: v.shape for k, v in weights.items()}:
             raise ValueError(f"its weights are {_shapes(weights)}, must be {_shapes(module.state_dict())}")
         self.x = module(self.x)
-        if self.x.numel() > _MOST_CELLS:
+        if self.x.numel() > _MOST_OUTPUT_VALUES:
             raise ValueError(f"gives {list(self.x.shape)} for an image: too large")
         taken = {layer["name"] for layer in self.layers}
         number = next(n for n in range(1, len(taken) + 2) if f"{name}{n}" not in taken)
@@ -253,7 +253,7 @@ def _softmax(reader: _Reader, node: Any, values: Mapping[str, Any]) -> None:
         raise ValueError("must be the last operation")
 
 
-_READ: dict[str, Callable[[_Reader, Any, Mapping[str, Any]], None]] = {
+_READERS: dict[str, Callable[[_Reader, Any, Mapping[str, Any]], None]] = {
     "Conv": _conv,
     "Gemm": _gemm,
     "LRN": _lrn,

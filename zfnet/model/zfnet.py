@@ -20,7 +20,7 @@ from zfnet.model.layers import Dropout, LocalResponseNorm
 
 CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 FC_LAYERS = ("fc6", "fc7")
-_LARGEST_SIDE = 2 * LARGEST_SIDE  # of a convolution's output, in pixels
+_LARGEST_OUTPUT_SIDE = 2 * LARGEST_SIDE  # of a convolution's output, in pixels
 
 # the name of each layer in the blog's nn.Sequential
 _BLOG_NAMES = {
@@ -61,7 +61,7 @@ class ZFNet(nn.Module):
         for layer in FC_LAYERS:
             if (settings := getattr(config, layer)) is not None:
                 number = layer[-1]
-                width = self._wide(settings.features)
+                width = self._scaled_width(settings.features)
                 self.add_module(layer, nn.Linear(features, width))
                 self.add_module(f"relu{number}", nn.ReLU())
                 self.add_module(f"dropout{number}", Dropout(config.dropout))
@@ -74,7 +74,7 @@ class ZFNet(nn.Module):
     def _add_convolution(self, layer: str, channels: int) -> int:
         """Register a layer's modules in forward order: convolution, [batch norm], ReLU, [pooling], [LRN]."""
         settings, number = getattr(self.config, layer), layer[-1]
-        width = self._wide(settings.channels)
+        width = self._scaled_width(settings.channels)
         self.add_module(layer, nn.Conv2d(channels, width, settings.kernel_size, settings.stride, settings.padding))
         if self.config.norm == "batch":
             self.add_module(f"norm{number}", nn.BatchNorm2d(width))
@@ -86,7 +86,7 @@ class ZFNet(nn.Module):
             self.add_module(f"norm{number}", LocalResponseNorm())
         return width
 
-    def _wide(self, size: int) -> int:
+    def _scaled_width(self, size: int) -> int:
         return max(1, round(size * self.config.width))
 
     def _initialise(self) -> None:
@@ -204,8 +204,8 @@ def _sizes(model: ModelConfig, image_size: int) -> tuple[dict[str, tuple[int, in
         if n + 2 * conv.padding < (k := conv.kernel_size):
             return sizes, f"{layer} receives {n}×{n} pixels, too few for its {k}×{k} kernel (padding {conv.padding})"
         out = n = (n + 2 * conv.padding - k) // conv.stride + 1
-        if out > _LARGEST_SIDE:  # large padding needs much memory, even with small weights
-            raise UserError(f"{layer} gives {out}×{out} pixels, more than {_LARGEST_SIDE}: lower its padding")
+        if out > _LARGEST_OUTPUT_SIDE:  # large padding needs much memory, even with small weights
+            raise UserError(f"{layer} gives {out}×{out} pixels, more than {_LARGEST_OUTPUT_SIDE}: lower its padding")
         if (pool := pool_of(model, layer)) is not None:
             try:
                 n = pool(torch.empty(1, 1, out, out, device="meta")).shape[-1]

@@ -30,7 +30,7 @@ from zfnet.runs.statistics import LEVEL
 from zfnet.sweeps.summary import Setting, Sweep, format_value, group_name, p_against_best, short_names
 
 NAMED = 8  # settings with their own colour and name; the others are grey
-_CELLS = 400  # a heat map with more cells is drawn as points
+_MOST_HEAT_MAP_CELLS = 400  # a heat map with more cells is drawn as points
 _ACCURACY = "validation accuracy"
 
 
@@ -114,7 +114,7 @@ class _Scale:
         return [self._place(v) for v in values], plain(format_value(v) for v in values)
 
 
-def _spread(settings: Sequence[Setting]) -> str:
+def _describe_seeds(settings: Sequence[Setting]) -> str:
     """Return the words of a title that say what is drawn for each setting, with the number of seeds."""
     counts = sorted({len(s.scores()) for s in settings})
     if counts == [1]:
@@ -155,7 +155,7 @@ def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         axis.set_xticks(tick_places, texts, rotation=45 if long else 0, ha="right" if long else "center")
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.margins(x=0.08, y=0.12)
-    title = f"Validation accuracy ({_spread(settings)}{'; one dot per seed' if repeated else ''})"
+    title = f"Validation accuracy ({_describe_seeds(settings)}{'; one dot per seed' if repeated else ''})"
     axis.set(title=title, xlabel=group_name(keys[0]), ylabel=_ACCURACY)
     return figure
 
@@ -168,7 +168,7 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
     """
     x, y = (_Scale(key, settings, even=True) for key in keys)
     grid = np.full((len(y.values), len(x.values)), np.nan)
-    is_map = grid.size <= min(_CELLS, 4 * len(settings))
+    is_map = grid.size <= min(_MOST_HEAT_MAP_CELLS, 4 * len(settings))
     figure = new_figure(figsize=(3.2 + 1.05 * grid.shape[1], 2 + 0.75 * grid.shape[0]) if is_map else (7, 5))
     axis = figure.subplots()
     means = _means(settings)
@@ -189,7 +189,7 @@ def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         axis.grid(False)
         axis.spines[:].set_visible(False)
         frames = "framed: the best" + ("; dashed: not distinguishable from it" if any(unclear) else "")
-        axis.set_title(f"Validation accuracy ({_spread(settings)})\n{frames}")
+        axis.set_title(f"Validation accuracy ({_describe_seeds(settings)})\n{frames}")
     else:
         x, y = (_Scale(key, settings) for key in keys)
         across, up = (scale.raw if scale.many else scale.places for scale in (x, y))

@@ -86,7 +86,7 @@ class SweepJobs:
                     config = self.compose(overrides)
                     self.composed[tuple(overrides)] = config
                     HydraConfig.instance().set_config(config)  # `${hydra:…}` then has this job's values
-                    checked = _read(config)
+                    checked = _checked_config(config)
                     if checked.job.trains:
                         check_recipe(checked)
                 except (UserError, HydraException, OmegaConfBaseException, ValueError) as error:
@@ -154,7 +154,7 @@ class SweepJobs:
         if run.state != "done" or config.job.name != "train":
             return None
         try:
-            recorded, wanted = run.read_config(), _read(config)
+            recorded, wanted = run.read_config(), _checked_config(config)
             if (recorded.identity(), recorded.data.root) != (wanted.identity(), wanted.data.root):
                 return None  # if only the data's path differs, the job compares the content
             return Outcome(name, "done", objective(run.read_json("results.json")))
@@ -173,7 +173,7 @@ class SweepJobs:
         return Outcome(name, state, result)
 
 
-def _read(config: DictConfig) -> Config:
+def _checked_config(config: DictConfig) -> Config:
     """Return the checked config of a job that Hydra composed; raise UserError."""
     raw = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return read_command(raw, config.hydra.overrides.task, config.hydra.runtime.config_sources)

@@ -347,7 +347,7 @@ def ask(
             _requeue_stale_trials(study, worker)
             trials = study.get_trials(deepcopy=False)
             waiting = any(t.state == TrialState.WAITING for t in trials)
-            if _count(trials) >= settings.n_trials and not waiting:
+            if _count_trials(trials) >= settings.n_trials and not waiting:
                 return None
             study.sampler = make_sampler(settings, len(trials))
             try:
@@ -359,8 +359,8 @@ def ask(
                 ) from error
             trial.set_user_attr("worker", str(worker.path))
         earlier = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
-        if _count(earlier) >= settings.n_trials:  # a process with another sweep directory took the last
-            _void(study, trial)
+        if _count_trials(earlier) >= settings.n_trials:  # a process with another sweep directory took the last
+            _mark_void(study, trial)
             return None
         duplicates = {t.state: t for t in earlier if t.params == trial.params and "void" not in t.user_attrs}
         if TrialState.COMPLETE in duplicates:
@@ -368,7 +368,7 @@ def ask(
         elif TrialState.PRUNED in duplicates:
             study.tell(trial, state=TrialState.PRUNED)
         elif TrialState.RUNNING in duplicates:
-            _void(study, trial)
+            _mark_void(study, trial)
             if not wait:
                 return None
             time.sleep(pause)
@@ -392,13 +392,13 @@ def tell(study: Study, trial: Trial, outcome: Outcome) -> None:
         )
 
 
-def _count(trials: Sequence[FrozenTrial]) -> int:
+def _count_trials(trials: Sequence[FrozenTrial]) -> int:
     """Return how many trials count towards n_trials: all except those that were repeated or voided."""
     again = {t.user_attrs.get("retry_of") for t in trials}
     return sum(t.number not in again and "void" not in t.user_attrs for t in trials)
 
 
-def _void(study: Study, trial: Trial) -> None:
+def _mark_void(study: Study, trial: Trial) -> None:
     """Mark a trial as void, so that it does not count towards n_trials."""
     trial.set_user_attr("void", True)
     study.tell(trial, state=TrialState.FAIL)

@@ -28,7 +28,7 @@ from zfnet.runs.tables import format_table
 ABSENT = "–"  # in place of a value that a job does not have, such as momentum with Adam
 STATES = ("done", "running", "stopped", "pruned", "failed", "none")
 MOST_ROWS = 40  # on the terminal
-_NO_SETTING = ("job", "run", "runs", "parent", "images", "imports", "logger")
+_NOT_SETTINGS = ("job", "run", "runs", "parent", "images", "imports", "logger")
 
 
 # -- reading
@@ -143,12 +143,12 @@ def read_training(run: RunDirectory, name: str) -> Trained:
     with contextlib.suppress(UserError):
         history = run.read_history()
         results = run.read_json("results.json")
-    seed, parent = recorded.get("seed"), _parent(recorded)
+    seed, parent = recorded.get("seed"), _parent_settings(recorded)
     return Trained(
         name,
         *run.state_and_error(),
-        flatten({key: value for key, value in recorded.items() if key not in _NO_SETTING}) | parent,
-        _settings(recorded),
+        flatten({key: value for key, value in recorded.items() if key not in _NOT_SETTINGS}) | parent,
+        _result_settings(recorded),
         seed if isinstance(seed, int) else None,
         environment_values(run),
         results if isinstance(results, dict) else {},
@@ -157,18 +157,18 @@ def read_training(run: RunDirectory, name: str) -> Trained:
     )
 
 
-def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
+def _result_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that the result of a config depends on, by flat dotted keys, without the seed."""
     settings = flatten(result_keys({key: value for key, value in plain.items() if key not in ("seed", "parent")}))
-    return settings | _parent(plain)
+    return settings | _parent_settings(plain)
 
 
-def _parent(plain: Mapping[str, Any]) -> dict[str, Any]:
+def _parent_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the epoch, the schedule and a hash of the parent's settings (without its seed) of a branched run."""
     parent = plain.get("parent")
     if not isinstance(parent, Mapping) or not isinstance(parent.get("config"), Mapping):
         return {}
-    settings = json.dumps(_settings(parent["config"]), sort_keys=True, default=str)
+    settings = json.dumps(_result_settings(parent["config"]), sort_keys=True, default=str)
     known = {f"parent.{key}": parent.get(key) for key in ("epoch", "schedule")}
     return known | {"parent.settings": hashlib.sha256(settings.encode()).hexdigest()[:12]}
 
@@ -184,7 +184,7 @@ def tell_data_apart(jobs: Sequence[Trained]) -> None:
     root_of: dict[str | None, str | None] = {}
     for fingerprint, root in zip(fingerprints, roots, strict=True):
         root_of.setdefault(fingerprint, root)
-    roots = [root if held is None else root_of[held] for held, root in zip(fingerprints, roots, strict=True)]
+    roots = [root if digest is None else root_of[digest] for digest, root in zip(fingerprints, roots, strict=True)]
     places = [(settings_key(job), root) for job, root in zip(jobs, roots, strict=True)]
     sets: dict[tuple[str, str | None], set[str]] = {place: set() for place in places}
     for place, fingerprint in zip(places, fingerprints, strict=True):
@@ -298,11 +298,11 @@ def setting_rows(sweep: Sweep, keys: Sequence[str]) -> list[list[str]]:
         state = _count_states(count) if len(setting.jobs) > 1 else setting.jobs[0].state
         values = [format_value(setting.values[key]) for key in keys]
         row = [*values, setting.score_text(), str(len(setting.scores()))]
-        rows.append(row + [_verdict(rank, p[rank])] * tested + [state] * not_done)
+        rows.append(row + [_describe_test(rank, p[rank])] * tested + [state] * not_done)
     return rows
 
 
-def _verdict(rank: int, p: float | None) -> str:
+def _describe_test(rank: int, p: float | None) -> str:
     if p is None:
         return ABSENT if rank else "best"
     return f"{'lower' if p < LEVEL else 'unclear'}, p {p:.2g}"
@@ -336,21 +336,21 @@ def to_text(sweep: Sweep, width: int | None = None) -> str:
     if (more := len(sweep.settings) - MOST_ROWS) > 0:
         lines.append(f"… and {more} more, in summary.csv")
     if hidden := len(sweep.keys) - len(keys):
-        lines.append(f"not shown, but in summary.csv: {_count(hidden, 'swept key')}")
+        lines.append(f"not shown, but in summary.csv: {_count_text(hidden, 'swept key')}")
     return "\n".join([*lines, *_test_line(sweep)])
 
 
 def count_line(sweep: Sweep) -> str:
     """Return `2 settings, 4 jobs: 3 done, 1 failed`."""
     states = _count_states(Counter(job.state for job in sweep.jobs))
-    return f"{_count(len(sweep.settings), 'setting')}, {_count(len(sweep.jobs), 'job')}: {states}"
+    return f"{_count_text(len(sweep.settings), 'setting')}, {_count_text(len(sweep.jobs), 'job')}: {states}"
 
 
 def _count_states(states: Counter[str]) -> str:
     return ", ".join(f"{states[s]} {s}" for s in STATES if states[s])
 
 
-def _count(number: int, thing: str) -> str:
+def _count_text(number: int, thing: str) -> str:
     return f"{number} {thing}" + "s" * (number != 1)
 
 

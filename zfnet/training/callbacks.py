@@ -110,7 +110,7 @@ class ProgressBar(Callback):
         self.began = self.began or (now, state.step)
         seconds, steps = now - self.began[0], state.step - self.began[1]
         each = seconds / steps if steps else 0.0  # includes evaluations, from the second epoch on
-        parts = [f"{duration(each * (self._steps(state) - state.step))} left"] if steps else []
+        parts = [f"{duration(each * (self._total_steps(state) - state.step))} left"] if steps else []
         if state.last_reading is not None:
             loss, accuracy = state.last_reading
             speed = state.step_in_epoch * state.config.data.batch_size / state.epoch_seconds
@@ -124,13 +124,13 @@ class ProgressBar(Callback):
             log.info("epoch %d, %s: %s", state.epoch + 1, where, ", ".join(parts))
         if seconds > 5 and self.advice is not None:
             advice, self.advice = self.advice, None
-            if each * self._steps(state) > 60:
-                log.info(advice(state, each * self._steps(state)))
+            if each * self._total_steps(state) > 60:
+                log.info(advice(state, each * self._total_steps(state)))
         if state.step_in_epoch == state.steps_per_epoch:
             self.bar.close()
 
     @staticmethod
-    def _steps(state: TrainingState) -> int:
+    def _total_steps(state: TrainingState) -> int:
         return state.config.trainer.epochs * state.steps_per_epoch
 
     def on_exception(self, state: TrainingState, error: BaseException) -> None:

@@ -77,7 +77,7 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: 
         torch.compiler.reset()  # otherwise later jobs of a sweep reach the recompilation limit and run eager
     precision = trainer.precision
     if precision == "auto":
-        precision = "bf16" if _fast_bf16(device) else "fp32"
+        precision = "bf16" if _is_bf16_faster(device) else "fp32"
     channels_last = device.type == "cuda" or (device.type == "cpu" and not own_network)
     if isinstance(trainer.channels_last, bool):
         channels_last = trainer.channels_last
@@ -120,7 +120,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _fast_bf16(device: torch.device) -> bool:
+def _is_bf16_faster(device: torch.device) -> bool:
     """Return whether the device trains faster in bf16 than in fp32.
 
     CPUs with matrix units (AMX) do, and AMD's Zen 4 and later: their bf16 dot products have twice the rate of fp32

@@ -18,7 +18,7 @@ from zfnet.training.device import resolve_runtime
 
 # these keys determine the network's input, so they come from the run, whatever data is used
 PREPROCESSING = ("image_size", "mean", "std", "crop_size", "store_size", "fit", "draft")
-_FIXED = ("model", "loss", "optimizer", "scheduler", "augment", "callbacks")
+_FIXED_GROUPS = ("model", "loss", "optimizer", "scheduler", "augment", "callbacks")
 
 
 class LoadedRun:
@@ -34,7 +34,7 @@ class LoadedRun:
 
     def __init__(self, config: Config) -> None:
         for key, override in config.overridden.items():
-            if key.split(".")[0] in _FIXED:
+            if key.split(".")[0] in _FIXED_GROUPS:
                 raise UserError(
                     f"{override}: job={config.job.name} uses the network and the weights of run={config.run} "
                     "as they are; leave it out"
@@ -73,8 +73,8 @@ class LoadedRun:
                 if not torch.equal(own.train.rows, loaded.train.rows):
                     text = "run=%s divided these images by data.split_seed=%d: it has trained on others"
                     log.warning(text, self.source.folder, before.split_seed)
-        validation, test = (None if s is None else self._by_name(s) for s in (loaded.validation, loaded.test))
-        return replace(loaded, train=self._by_name(loaded.train), validation=validation, test=test)
+        validation, test = (None if s is None else self._with_run_labels(s) for s in (loaded.validation, loaded.test))
+        return replace(loaded, train=self._with_run_labels(loaded.train), validation=validation, test=test)
 
     def split(self, name: str) -> ImageSet:
         """Return train, validation, test, or `all` of them; raise UserError if there is no such split."""
@@ -90,7 +90,7 @@ class LoadedRun:
         """Return the batches of `images` on the device, prepared as `data` says (default: as in training)."""
         return Batches(images, data or self.data, self.runtime.device, channels_last=self.runtime.channels_last)
 
-    def _by_name(self, images: ImageSet) -> ImageSet:
+    def _with_run_labels(self, images: ImageSet) -> ImageSet:
         if images.classes == self.classes:
             return images
         known = {class_name(name): number for number, name in enumerate(self.classes)}  # old records have any form

@@ -169,7 +169,7 @@ class WandbLogger(Logger):
             mode=self.mode,
             dir=str(run.folder),
             name=run.folder.name,
-            id=_kept_id(run.folder / "wandb" / "run_id", lambda: uuid.uuid4().hex[:12]),
+            id=_stored_id(run.folder / "wandb" / "run_id", lambda: uuid.uuid4().hex[:12]),
             resume="allow" if self.mode == "online" else None,
             config=dict(run.config),
             settings=self.wandb.Settings(**quiet),
@@ -219,7 +219,7 @@ class MLflowLogger(Logger):
                 client.log_batch(made, params=settings[first : first + 100])
             return made
 
-        self.id, self.client = _kept_id(folder / "run_id", create), client
+        self.id, self.client = _stored_id(folder / "run_id", create), client
         client.update_run(self.id, status="RUNNING")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -254,7 +254,7 @@ class TrackioLogger(Logger):
 
     def start(self, run: LoggedRun) -> None:
         path = run.folder / "trackio" / "run_name"
-        name = _kept_id(path, lambda: f"{run.folder.name}-{uuid.uuid4().hex[:8]}")
+        name = _stored_id(path, lambda: f"{run.folder.name}-{uuid.uuid4().hex[:8]}")
         quiet: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         with contextlib.redirect_stdout(io.StringIO()):
             self.run = self.trackio.init(
@@ -292,7 +292,7 @@ def _import(package: str) -> Any:
         raise UserError(f"this needs {error.name}: pip install -e '.[{package}]'") from error
 
 
-def _kept_id(path: Path, create: Callable[[], str]) -> str:
+def _stored_id(path: Path, create: Callable[[], str]) -> str:
     """Return the content of a file; if it does not exist, write the result of `create` to it first."""
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)

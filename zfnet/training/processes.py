@@ -134,7 +134,7 @@ def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> 
         ]
         for child in children:
             child.start()
-        watch = _Watch(children, folder)
+        watch = _Watchdog(children, folder)
         try:
             init_process_group(World(0, count), init_method)
             yield World(0, count)
@@ -178,12 +178,12 @@ def _child(
         os._exit(4)
 
 
-class _Watch:
+class _Watchdog:
     """Watches the other processes from a thread, because process 0 can be inside a call that never returns."""
 
     def __init__(self, children: list[BaseProcess], folder: Path) -> None:
         self.children, self.folder, self.done = children, folder, threading.Event()
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._watch_children, daemon=True).start()
 
     def death(self, wait: float = 0) -> str | None:
         """Return a message about how the first dead process ended; None if all are alive or succeeded."""
@@ -199,7 +199,7 @@ class _Watch:
                 )
         return None
 
-    def _look(self) -> None:
+    def _watch_children(self) -> None:
         while not self.done.wait(0.5):
             if (death := self.death()) and not self.done.wait(PATIENCE_S):
                 RunDirectory(self.folder).set_status("failed", death)

@@ -60,14 +60,14 @@ class Schedule:
 
     def lr_now(self, step: int) -> float:
         """Return the learning rate that step `step` would use now, after the schedule has advanced."""
-        return float(self.optimizer.param_groups[0]["lr"]) * self._factor(step)
+        return float(self.optimizer.param_groups[0]["lr"]) * self._warmup_factor(step)
 
-    def _factor(self, step: int) -> float:
+    def _warmup_factor(self, step: int) -> float:
         return min(1.0, (step - self.first_step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
     def set_lr(self, step: int) -> None:
         """Set the optimizer's rates for this step."""
-        factor = self._factor(step)
+        factor = self._warmup_factor(step)
         if factor != 1.0:
             self._rates = [group["lr"] for group in self.optimizer.param_groups]
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):

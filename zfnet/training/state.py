@@ -26,7 +26,7 @@ from zfnet.training.processes import World
 from zfnet.training.schedule import SCHEDULED, Schedule, schedule_span
 
 # keys of `data` that do not affect validation
-_OF_TRAINING = (
+_TRAINING_ONLY_KEYS = (
     *("batch_size", "sampler", "subset", "device_memory", "max_pixels", "draft", "cache_dir", "on_error", "test"),
 )
 
@@ -171,7 +171,7 @@ class TrainingState:
         """Call a hook of all callbacks, in their order."""
         for callback in self.callbacks:
             try:
-                with self._named(callback):
+                with self._convert_errors(callback):
                     getattr(callback, hook)(self, *arguments)
             except UserError as error:
                 if hook != "on_exception" or callback.name not in self.config.callbacks:
@@ -183,14 +183,14 @@ class TrainingState:
         row: dict[str, float | None] = {}
         for callback in self.callbacks:
             if callback.columns:
-                with self._named(callback):
+                with self._convert_errors(callback):
                     values = callback.measure(self, results)
                     for name in callback.columns:
                         row[name] = number if math.isfinite(number := float(values[name])) else None
         return row
 
     @contextlib.contextmanager
-    def _named(self, callback: Callback) -> Iterator[None]:
+    def _convert_errors(self, callback: Callback) -> Iterator[None]:
         """Within this block, convert an error of a callback from the config to a UserError with the callback's name."""
         try:
             yield
@@ -281,7 +281,7 @@ class TrainingState:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]]
         callbacks: dict[str, Any] = {}
         for callback in self.callbacks:
-            with self._named(callback):
+            with self._convert_errors(callback):
                 callbacks[callback.name] = callback.state_dict()
         metadata = {
             "identity": self.config.identity(),
@@ -339,7 +339,7 @@ class TrainingState:
             load_optimizer(self.optimizer, optimizer)
         for callback in self.callbacks:
             if callback.name in callbacks:
-                with self._named(callback):
+                with self._convert_errors(callback):
                     callback.load_state_dict(callbacks[callback.name])
 
     def _branch(
@@ -356,7 +356,7 @@ class TrainingState:
         before, others = self.config.parent.config, self.config.parent.data_hash
         self.step = self.epoch * self.steps_per_epoch  # the parent's batch size can differ
         data = self.config.to_dict()["data"]
-        keys = [k for k in data if k not in _OF_TRAINING and before["data"].get(k) != data[k]]
+        keys = [k for k in data if k not in _TRAINING_ONLY_KEYS and before["data"].get(k) != data[k]]
         changed = [f"data.{key} is" for key in keys]
         if None not in (images, others):  # compare the content of the images, not their path
             changed = [each for each in changed if each != "data.root is"] + ["the images are"] * (images != others)
@@ -382,8 +382,8 @@ class TrainingState:
             log.info("the optimizer starts without state: %s is not the parent's", "trainer.freeze" if same else "it")
             return None, callbacks
         # values in an optimizer's groups, such as a step count, are state, except its settings and the schedule's keys
-        of_run = {*before["optimizer"], *self.config.optimizer, *SCHEDULED}
-        groups = [{k: v for k, v in group.items() if k not in of_run} for group in optimizer["param_groups"]]
+        not_state = {*before["optimizer"], *self.config.optimizer, *SCHEDULED}
+        groups = [{k: v for k, v in group.items() if k not in not_state} for group in optimizer["param_groups"]]
         return {**optimizer, "param_groups": groups}, callbacks
 
 
