@@ -153,7 +153,7 @@ class Twice(nn.Module):
         (nn.Sequential(nn.ReLU()), "Sequential: the network has no convolution or linear layer"),
     ],
 )  # fmt: skip
-def test_chain_refuses_what_is_none(model: nn.Module, message: str) -> None:
+def test_chain_refuses_networks_that_are_not_chains(model: nn.Module, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Chain(model, 8)
 

@@ -33,7 +33,7 @@ SMALL = (
 )
 
 
-def everything_in(folder: Path) -> dict[str, tuple[bytes, int]]:
+def files_in(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Return the content and the modification time of each file below a folder."""
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
@@ -71,13 +71,13 @@ def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, monk
     assert float(table["optimizer.lr=0.001,seed=1"]["validation_accuracy"]) == results["validation"]["accuracy"]
 
     # the same command again: it does not open finished jobs, and does not change Hydra's record
-    before = {**everything_in(sweep / "optimizer.lr=0.001,seed=0"), "m": (sweep / "multirun.yaml").read_bytes()}
+    before = {**files_in(sweep / "optimizer.lr=0.001,seed=0"), "m": (sweep / "multirun.yaml").read_bytes()}
     monkeypatch.setattr("zfnet.jobs.train.load_splits", lambda *_: pytest.fail("images were loaded"))
     again = run_py(*words)
     assert again.code == 1
     assert again.out.count("finished already: ") == 2
     assert rows(sweep) == table
-    assert before == {**everything_in(sweep / "optimizer.lr=0.001,seed=0"), "m": (sweep / "multirun.yaml").read_bytes()}
+    assert before == {**files_in(sweep / "optimizer.lr=0.001,seed=0"), "m": (sweep / "multirun.yaml").read_bytes()}
 
 
 def test_a_sweeps_jobs_print_no_test_accuracy(run_py, tmp_path) -> None:
@@ -94,12 +94,12 @@ def test_a_sweeps_jobs_print_no_test_accuracy(run_py, tmp_path) -> None:
 
 def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path) -> None:
     assert run_py("-m", *SMALL, "seed=0,1").code == 0
-    before = everything_in(tmp_path / "s/seed=0")
+    before = files_in(tmp_path / "s/seed=0")
     record = (tmp_path / "s/multirun.yaml").read_bytes()
     answer = run_py("-m", *SMALL, "model.dropout=0.3", "seed=0,1,2")
     assert answer.code == 1
     assert answer.err.startswith("error: 2 of 3 jobs failed\n  seed=0: s/seed=0 holds a run with another config")
-    assert everything_in(tmp_path / "s/seed=0") == before
+    assert files_in(tmp_path / "s/seed=0") == before
     assert (tmp_path / "s/multirun.yaml").read_bytes() == record
     assert "dropout: 0.3" in (tmp_path / "s/multirun-2.yaml").read_text()
     assert rows(tmp_path / "s")["seed=2"]["state"] == "done"
@@ -145,7 +145,7 @@ def test_launch_job_of_a_mixed_sweep_equals_the_job_alone(run_py, tmp_path) -> N
         assert mine[key] == its[key]
 
 
-def test_choose_resets_threads_and_compiler_for_every_job(monkeypatch) -> None:
+def test_resolve_runtime_resets_threads_and_compiler_for_every_job(monkeypatch) -> None:
     resets = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
     own = torch.get_num_threads()

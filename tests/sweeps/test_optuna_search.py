@@ -74,7 +74,7 @@ def test_run_search_again_resumes_the_trial_of_a_killed_process(run_py, tmp_path
     assert len(trials_in(sweep)) == 3
 
 
-def test_a_study_is_of_one_data_set(tmp_path: Path) -> None:
+def test_a_study_refuses_other_images(tmp_path: Path) -> None:
     study = optuna.create_study()
     marks = {}
     for name in ("one", "two", "other"):

@@ -44,7 +44,7 @@ def writer(tmp_path: Path):
     one.thread.shutdown()
 
 
-def some(step: int) -> Checkpoint:
+def make_checkpoint(step: int) -> Checkpoint:
     return Checkpoint(
         {"a": torch.full((3,), float(step)), "b": torch.tensor(step), "half": torch.ones(2).bfloat16()},
         {"step": step, "best": None, "history": [{"loss": 0.1 + 0.2}], "nested": {"x": [1, 2.5, "é"]}},
@@ -52,18 +52,18 @@ def some(step: int) -> Checkpoint:
 
 
 def test_round_trip(writer: CheckpointWriter) -> None:
-    writer.write(step_name(7), some(7))
+    writer.write(step_name(7), make_checkpoint(7))
     writer.wait()
     saved = read_checkpoint(writer.folder / "step-000000007.safetensors")
-    assert saved.metadata == some(7).metadata
-    assert {k: v.dtype for k, v in saved.tensors.items()} == {k: v.dtype for k, v in some(7).tensors.items()}
-    assert all(torch.equal(saved.tensors[k], v) for k, v in some(7).tensors.items())
+    assert saved.metadata == make_checkpoint(7).metadata
+    assert {k: v.dtype for k, v in saved.tensors.items()} == {k: v.dtype for k, v in make_checkpoint(7).tensors.items()}
+    assert all(torch.equal(saved.tensors[k], v) for k, v in make_checkpoint(7).tensors.items())
 
 
 def test_the_newest_are_kept_and_the_best_too(writer: CheckpointWriter) -> None:
-    writer.write(BEST, some(1), prune=False)
+    writer.write(BEST, make_checkpoint(1), prune=False)
     for step in (1, 2, 9, 10, 100_000):
-        writer.write(step_name(step), some(step))
+        writer.write(step_name(step), make_checkpoint(step))
     writer.wait()
     assert [p.name for p in step_files(writer.folder)] == [step_name(10), step_name(100_000)]
     assert len(list(writer.folder.iterdir())) == KEPT + 1
@@ -82,7 +82,7 @@ def test_training_may_change_tensors_at_once(writer: CheckpointWriter, monkeypat
         real(*words)
 
     monkeypatch.setattr("zfnet.training.checkpoint.write_tensors", slow)
-    checkpoint = some(1)
+    checkpoint = make_checkpoint(1)
     writer.write(step_name(1), checkpoint)
     checkpoint.tensors["a"].fill_(99)
     checkpoint.metadata["history"].append("later")
@@ -90,7 +90,7 @@ def test_training_may_change_tensors_at_once(writer: CheckpointWriter, monkeypat
     writer.wait()
     saved = read_checkpoint(writer.folder / step_name(1))
     assert saved.tensors["a"].tolist() == [1, 1, 1]
-    assert saved.metadata["history"] == some(1).metadata["history"]
+    assert saved.metadata["history"] == make_checkpoint(1).metadata["history"]
 
 
 def _without(path: Path, name: str) -> None:
@@ -122,10 +122,10 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_file_gives_way_to_the_one_before(writer: CheckpointWriter, kind: str) -> None:
+def test_a_damaged_file_falls_back_to_the_previous_one(writer: CheckpointWriter, kind: str) -> None:
     damage, reason = DAMAGE[kind]
     for step in (1, 2):
-        writer.write(step_name(step), some(step))
+        writer.write(step_name(step), make_checkpoint(step))
     writer.wait()
     path = writer.folder / step_name(2)
     damage(path)
@@ -138,7 +138,7 @@ def test_a_damaged_file_gives_way_to_the_one_before(writer: CheckpointWriter, ki
 def test_every_flipped_bit_is_found(writer: CheckpointWriter) -> None:
     """Flip a bit in each byte of the file: in the length, the names, the metadata, the checksum and the tensors."""
     for step in (1, 2):
-        writer.write(step_name(step), some(step))
+        writer.write(step_name(step), make_checkpoint(step))
     writer.wait()
     path = writer.folder / step_name(2)
     content = path.read_bytes()
@@ -177,7 +177,7 @@ def test_earlier_formats_have_no_checksum(tmp_path: Path, version: int) -> None:
         save({"a": torch.ones(1)}, {"checkpoint": "{}"}),
     ],
 )
-def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / step_name(1)
     path.write_bytes(content)
     with pytest.raises(UserError, match="step-000000001"):
@@ -193,7 +193,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_leftovers_of_a_kill_do_not_count(writer: CheckpointWriter) -> None:
-    writer.write(step_name(3), some(3))
+    writer.write(step_name(3), make_checkpoint(3))
     writer.wait()
     (writer.folder / f".{step_name(4)}.123.partial").write_bytes(b"half")
     (writer.folder / "step-4.safetensors").write_bytes(b"")
@@ -210,7 +210,7 @@ def test_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["write", "fsync", "replace"])
 def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypatch, where: str) -> None:
-    writer.write(step_name(1), some(1))
+    writer.write(step_name(1), make_checkpoint(1))
     writer.wait()
     with monkeypatch.context() as patch:
         if where == "write":
@@ -222,19 +222,19 @@ def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypa
             patch.setattr(run_module, "save_file", half)
         else:
             patch.setattr(run_module.os, where, full_disk)
-        writer.write(step_name(2), some(2))
+        writer.write(step_name(2), make_checkpoint(2))
         with pytest.raises(UserError, match=r"step-000000002\.safetensors cannot be written: .*No space left"):
             writer.wait()
     assert [p.name for p in writer.folder.iterdir()] == [step_name(1)]
     assert read_newest(writer.folder)[0].metadata["step"] == 1
-    writer.write(step_name(3), some(3))  # the writer works again when the disk has space
+    writer.write(step_name(3), make_checkpoint(3))  # the writer works again when the disk has space
     writer.close()
     assert read_newest(writer.folder)[0].metadata["step"] == 3
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "adagrad", "nadam"])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_an_optimizer_goes_on_to_the_bit(name: str, channels_last: bool, tmp_path: Path) -> None:
+def test_a_restored_optimizer_is_bit_identical(name: str, channels_last: bool, tmp_path: Path) -> None:
     config = checked(f"optimizer={name}")
 
     def make():
@@ -271,7 +271,7 @@ def test_an_optimizer_goes_on_to_the_bit(name: str, channels_last: bool, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), whole.parameters(), strict=True))
 
 
-def test_kernels_are_the_devices_and_not_the_checkpoints() -> None:
+def test_kernels_depend_on_the_device_and_not_on_the_checkpoint() -> None:
     """A run can start on a CPU and continue on a device without `fused`."""
     here, there = (torch.optim.Adagrad([torch.nn.Parameter(torch.ones(3))], fused=f) for f in (True, None))
     load_optimizer(there, here.state_dict())

@@ -22,19 +22,19 @@ AUTO = ("trainer.compile=auto", "trainer.compile_seconds=0")  # makes a trial ev
 
 
 @pytest.fixture
-def tried(monkeypatch) -> list[tuple[float, ...]]:
+def trials(monkeypatch) -> list[tuple[float, ...]]:
     """Make `auto` run trials on the CPU, with the compiler's front end only; collect the seconds of each trial."""
-    trials = []
+    measurements = []
 
     def noted(*measured: float) -> str:
-        trials.append(measured)
+        measurements.append(measured)
         return describe(*measured)
 
     monkeypatch.setattr(compiling, "WHERE", ("cpu",))
     monkeypatch.setattr(compiling, "STEPS", 2)
     monkeypatch.setattr(compiling, "describe", noted)
     monkeypatch.setattr(state_module.torch, "compile", partial(torch.compile, backend="eager"))
-    return trials
+    return measurements
 
 
 def state_and_batches(*words: str) -> tuple[TrainingState, Batches]:
@@ -52,13 +52,13 @@ def test_break_even() -> None:
 
 
 @pytest.mark.parametrize("words", [("optimizer=sgd", "scheduler=onecycle", "trainer.ema=0.9"), ("model.norm=batch",)])
-def test_a_trial_leaves_no_trace(tried, words: tuple[str, ...]) -> None:
+def test_a_trial_leaves_the_state_unchanged(trials, words: tuple[str, ...]) -> None:
     state, batches = state_and_batches(*words)
     before = state.checkpoint()
     tensors = {name: tensor.clone() for name, tensor in before.tensors.items()}
     compile_if_it_pays(state, batches)
     after = state.checkpoint()
-    assert len(tried) == 1
+    assert len(trials) == 1
     assert after.tensors.keys() == tensors.keys()
     assert all(torch.equal(after.tensors[name], tensors[name]) for name in tensors)
     aside = ("seconds", "compiled")
@@ -81,14 +81,14 @@ def test_the_network_is_one_graph(norm: str) -> None:
 
 
 @pytest.mark.parametrize("word", ["trainer.compile_seconds=1e9", "trainer.compile_gain=1e-9"])
-def test_a_short_run_is_not_tried(tried, word: str) -> None:
+def test_a_short_run_is_not_tried(trials, word: str) -> None:
     state, batches = state_and_batches("trainer.compile_seconds=1", word)
     assert "too few for it to pay" in compile_if_it_pays(state, batches)
-    assert not tried
+    assert not trials
     assert not state.compiled
 
 
-def test_the_faster_way_is_taken(tried, monkeypatch) -> None:
+def test_the_faster_way_is_taken(trials, monkeypatch) -> None:
     state, batches = state_and_batches()
     for seconds, faster in (((2.0, 1.0), True), ((1.0, 2.0), False)):
         answers = iter(seconds)
@@ -98,7 +98,7 @@ def test_the_faster_way_is_taken(tried, monkeypatch) -> None:
         assert (state.forward is state.model) is not faster
 
 
-def test_a_compiler_that_fails_is_left_alone(tried, monkeypatch) -> None:
+def test_a_compiler_that_fails_is_left_alone(trials, monkeypatch) -> None:
     def compile_nothing(module, **_):
         def call(*_):
             raise RuntimeError("Failed to find C compiler\nand more")
@@ -114,12 +114,12 @@ def test_a_compiler_that_fails_is_left_alone(tried, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(tried, tmp_path: Path, monkeypatch, faster: bool) -> None:
+def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(trials, tmp_path: Path, monkeypatch, faster: bool) -> None:
     whole = train_minute(tmp_path / "plain")
     step_seconds = itertools.cycle([2.0, 1.0] if faster else [1.0, 2.0])
     monkeypatch.setattr(compiling, "_step_seconds", lambda *_: next(step_seconds))
     run = train_minute(tmp_path / "tried", *AUTO)
-    assert len(tried) == 1
+    assert len(trials) == 1
     assert run.read_json("environment.json")["compiled"] is faster
     assert "torch.compile: took" in (run.folder / "train.log").read_text()
     if not faster:
@@ -141,5 +141,5 @@ def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(tried, tmp_path: Path, 
     claim(again, config)
     reproduce.reproduce(config, again)
     assert settled == [faster, faster]
-    assert len(tried) == 1
+    assert len(trials) == 1
     assert again.read_json("reproduction.json")["identical"]

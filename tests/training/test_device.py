@@ -16,7 +16,7 @@ def runtime(*words: str):
     return resolve_runtime(checked(*words).trainer)
 
 
-def test_exact_is_exact() -> None:
+def test_exact_trainer_is_deterministic_fp32() -> None:
     exact = runtime("trainer=exact", "trainer.device=cpu")
     assert (exact.precision, exact.compile, exact.deterministic) == ("fp32", False, True)
     assert torch.are_deterministic_algorithms_enabled()

@@ -38,7 +38,7 @@ LOSSES = {"validation 1": 3.0, "validation 2": 2.9, "validation 3": 2.8}
 NOT_RESULTS = {"seconds", "epoch_seconds", "compiled"}  # parts of a checkpoint that no result depends on
 
 
-def judged(model, batches, runtime, name, stop=None, real=loop.evaluate):
+def evaluate_with_fixed_accuracy(model, batches, runtime, name, stop=None, real=loop.evaluate):
     """Evaluate, but set the accuracy so that the first epoch is the best."""
     result = real(model, batches, runtime, name, stop)
     if name in LOSSES:
@@ -52,7 +52,7 @@ def killed_and_whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
     """For each recipe, a killed run and the result of the same run without a kill."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "evaluate", judged)
+        patch.setattr(loop, "evaluate", evaluate_with_fixed_accuracy)
         for name, words in RECIPES.items():
             folder = tmp_path_factory.mktemp(name)
             die_at(folder / "run", DIES_AT, *words)
@@ -62,7 +62,7 @@ def killed_and_whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
 
 @pytest.fixture
 def controls(killed_and_whole, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Path, Any]]:
-    monkeypatch.setattr(loop, "evaluate", judged)
+    monkeypatch.setattr(loop, "evaluate", evaluate_with_fixed_accuracy)
     return killed_and_whole
 
 
@@ -145,20 +145,20 @@ def is_noticed(controls, tmp_path: Path, recipe: str, damage: Callable[[Checkpoi
 
 
 @pytest.mark.parametrize(("recipe", "name", "damage"), DAMAGES, ids=[name for _, name, _ in DAMAGES])
-def test_a_damaged_ingredient_is_noticed(controls, tmp_path: Path, recipe: str, name: str, damage) -> None:
+def test_a_damaged_part_is_detected(controls, tmp_path: Path, recipe: str, name: str, damage) -> None:
     assert is_noticed(controls, tmp_path, recipe, damage)
 
 
-def test_damaged_best_weights_are_noticed(controls, tmp_path: Path) -> None:
+def test_damaged_best_weights_are_detected(controls, tmp_path: Path) -> None:
     assert is_noticed(controls, tmp_path, "adamw", tensor(r"conv1\.weight"), best=True)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_what_is_written_again_undamaged_makes_no_difference(controls, tmp_path: Path, recipe: str) -> None:
+def test_an_undamaged_rewrite_is_not_detected(controls, tmp_path: Path, recipe: str) -> None:
     assert not is_noticed(controls, tmp_path, recipe, lambda saved: None)
 
 
-def test_every_ingredient_has_its_control(controls) -> None:
+def test_every_part_of_a_checkpoint_has_a_control(controls) -> None:
     """Each part of a checkpoint needs an entry in DAMAGES."""
     damaged = {name.split(".")[0] for _, name, _ in DAMAGES}
     for recipe, (killed, _) in controls.items():
@@ -179,7 +179,7 @@ class Fault:
         self.number, self.fraction, self.full = number, fraction, full
 
     @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         real, writes = os.replace, 0
 
         def replace_or_fail(beside: Path, path: Path) -> None:
@@ -237,7 +237,7 @@ class Faults(RuleBasedStateMachine):
 
     @rule(number=st.integers(1, 20), fraction=st.floats(0, 1), full=st.booleans())
     def killed_or_without_space_in_a_write(self, number: int, fraction: float, full: bool) -> None:
-        self.train(Fault(number, fraction, full).at_work())
+        self.train(Fault(number, fraction, full).active())
 
     @rule(fraction=st.none() | st.floats(0, 0.99), best=st.booleans())
     def newest_checkpoint_is_cut_or_lost(self, fraction: float | None, best: bool) -> None:
@@ -296,10 +296,10 @@ def test_another_number_of_processes_goes_on_with_the_same_numbers(whole, tmp_pa
 
 def test_the_faults_are_real(tmp_path: Path) -> None:
     """Without working faults, the tests above would prove nothing."""
-    with pytest.raises(Killed), Fault(1, 0.5, full=False).at_work():
+    with pytest.raises(Killed), Fault(1, 0.5, full=False).active():
         train_minute(tmp_path / "a")
     assert [path.name for path in (tmp_path / "a").iterdir() if "partial" in path.name] == [".config.yaml.0.partial"]
-    with pytest.raises(UserError, match="No space left"), Fault(12, 0.5, full=True).at_work():
+    with pytest.raises(UserError, match="No space left"), Fault(12, 0.5, full=True).active():
         train_minute(tmp_path / "b", EVERY_STEP)
     run = RunDirectory(tmp_path / "b")
     assert run.state == "running"  # the full disk also prevented the status update

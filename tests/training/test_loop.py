@@ -27,7 +27,7 @@ from zfnet.training.state import TrainingState
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).with_name("golden.json")
 # a network that is large enough to memorise the 72 images of MINUTE
-ABLE = (
+LARGER_MODEL = (
     "model.conv1.channels=16",
     "model.conv2.channels=24",
     "model.conv5.channels=48",
@@ -54,7 +54,7 @@ def weights(state: TrainingState) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 
-def stepped(*words: str, steps: int = 1) -> TrainingState:
+def state_after_steps(*words: str, steps: int = 1) -> TrainingState:
     state = make_state(*words)
     state.model.train()
     for k in range(steps):
@@ -65,9 +65,9 @@ def stepped(*words: str, steps: int = 1) -> TrainingState:
 # -- learning
 
 
-def test_it_learns(tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_raises_the_accuracy(tmp_path: Path) -> None:
     """Train from chance level to almost all training images correct."""
-    history = train_minute(tmp_path / "run", *ABLE, "trainer.epochs=20").read_history()
+    history = train_minute(tmp_path / "run", *LARGER_MODEL, "trainer.epochs=20").read_history()
     losses = [row["train_loss"] for row in history]
     assert losses[0] > 2.2  # ln 10 = 2.30 is the loss at chance level
     assert losses[-1] < 0.5
@@ -102,7 +102,7 @@ def test_golden_losses(tmp_path: Path) -> None:
 
     To record an intended change of results, delete golden.json and run this test twice.
     """
-    words = (*ABLE, "augment=crop_flip", "model.dropout=0.1", "trainer.epochs=6")
+    words = (*LARGER_MODEL, "augment=crop_flip", "model.dropout=0.1", "trainer.epochs=6")
     history = train_minute(tmp_path / "run", *words).read_history()
     figures = {k: [row[k] for row in history] for k in ("step", "lr", "train_loss", "validation_loss")}
     if not GOLDEN.exists():
@@ -145,15 +145,15 @@ def test_accumulation_is_the_whole_batch(parts: int, count: int) -> None:
 def test_clipping_bounds_the_step() -> None:
     words = ("optimizer.momentum=0", "optimizer.weight_decay=0", "optimizer.lr=1")
     start = weights(make_state())
-    free = weights(stepped(*words)) - start
-    clipped = weights(stepped(*words, "trainer.clip_norm=0.01")) - start
+    free = weights(state_after_steps(*words)) - start
+    clipped = weights(state_after_steps(*words, "trainer.clip_norm=0.01")) - start
     assert free.norm() > 0.02
     assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
     assert F.cosine_similarity(free, clipped, dim=0).item() == pytest.approx(1, abs=1e-5)
 
 
 def test_label_smoothing() -> None:
-    state, twin = stepped("loss.label_smoothing=0.2"), make_state().model.train()
+    state, twin = state_after_steps("loss.label_smoothing=0.2"), make_state().model.train()
     logits = twin(batch().images).log_softmax(1)
     labels = batch().labels
     expected = -0.8 * logits[torch.arange(12), labels].mean() - 0.2 * logits.mean()
@@ -178,7 +178,7 @@ def test_the_moving_average_is_its_closed_form(version: int, decays: list[float]
 
 
 def test_filters_stay_within_the_rms_limit() -> None:
-    state = stepped("model.rms_limit=0.05", "optimizer.lr=1", steps=3)
+    state = state_after_steps("model.rms_limit=0.05", "optimizer.lr=1", steps=3)
     for layer in ("conv1", "conv2", "conv5"):
         rms = getattr(state.model, layer).weight.square().mean((1, 2, 3)).sqrt()
         assert rms.max().item() <= 0.05 * (1 + 1e-6)
@@ -187,8 +187,8 @@ def test_filters_stay_within_the_rms_limit() -> None:
 def test_warm_up_scales_the_first_step() -> None:
     words = ("optimizer.momentum=0", "optimizer.weight_decay=0", "optimizer.lr=0.8")
     start = weights(make_state())
-    free = weights(stepped(*words)) - start
-    warmed = weights(stepped(*words, "scheduler.warmup_epochs=0.5")) - start  # 4 steps
+    free = weights(state_after_steps(*words)) - start
+    warmed = weights(state_after_steps(*words, "scheduler.warmup_epochs=0.5")) - start  # 4 steps
     torch.testing.assert_close(warmed, free / 4, rtol=1e-3, atol=1e-6)
 
 
@@ -291,7 +291,7 @@ def test_not_a_number_in_the_data_is_found_at_its_step(tmp_path: Path, monkeypat
 # -- the best epoch and evaluation
 
 
-def end_epoch(state: TrainingState, accuracy: float | None, writer: Silent, test: float, loss: float = 1.0) -> None:
+def end_epoch(state: TrainingState, accuracy: float | None, writer: NameWriter, test: float, loss: float = 1.0) -> None:
     state.step += STEPS
     state.epoch_seconds = 1.0
     measured = {"test_accuracy": test, "test_loss": 1.0}
@@ -300,7 +300,7 @@ def end_epoch(state: TrainingState, accuracy: float | None, writer: Silent, test
     BestWeights(writer).on_epoch_end(state, state.end_epoch(measured, 10))
 
 
-class Silent:
+class NameWriter:
     """A checkpoint writer that only records names."""
 
     def __init__(self) -> None:
@@ -311,33 +311,33 @@ class Silent:
 
 
 def test_validation_chooses_and_test_does_not() -> None:
-    state, silent = make_state(), Silent()
+    state, writer = make_state(), NameWriter()
     state.optimizer.step()  # PyTorch warns if a schedule steps before its optimizer
     for accuracy, test in ((0.3, 0.1), (0.5, 0.2), (0.5, 0.9), (0.4, 1.0)):
-        end_epoch(state, accuracy, silent, test)
+        end_epoch(state, accuracy, writer, test)
     assert state.best is not None
     assert state.best["epoch"] == 2  # the first of equal ones, independent of the test set
-    assert silent.written == [BEST] * 2
+    assert writer.written == [BEST] * 2
     state = make_state()
     state.optimizer.step()
-    end_epoch(state, None, silent, 0.9)
+    end_epoch(state, None, writer, 0.9)
     assert state.best is None
 
 
 @pytest.mark.parametrize(("version", "best"), [(1, 1), (2, 3)])
 def test_of_equal_accuracies_the_lower_loss_is_the_best(version: int, best: int) -> None:
     """In version 1 the first is the best, and runs of version 1 must reproduce."""
-    state, silent = make_state(f"trainer.version={version}"), Silent()
+    state, writer = make_state(f"trainer.version={version}"), NameWriter()
     state.optimizer.step()
     for loss in (102.9, 2.5, 2.3, 2.4):
-        end_epoch(state, 0.25, silent, 0.1, loss)
+        end_epoch(state, 0.25, writer, 0.1, loss)
     assert state.best == {"epoch": best, "validation_accuracy": 0.25, "validation_loss": 102.9 if best == 1 else 2.3}
-    end_epoch(state, 0.26, silent, 0.1, 300.0)
+    end_epoch(state, 0.26, writer, 0.1, 300.0)
     assert state.best["epoch"] == 5
 
 
 @pytest.mark.parametrize(("monitor", "column"), [("validation_loss", 5), ("train_loss", 3)])
-def test_what_a_plateau_watches(monitor: str, column: int, tmp_path: Path, monkeypatch) -> None:
+def test_plateau_schedule_gets_the_monitored_metric(monitor: str, column: int, tmp_path: Path, monkeypatch) -> None:
     watched: list[float] = []
     monkeypatch.setattr(Schedule, "epoch", lambda self, value: watched.append(value))
     run = train_minute(tmp_path / "run", "scheduler=plateau", f"trainer.monitor={monitor}")

@@ -13,7 +13,7 @@ from zfnet.training.metrics import DIVERGED_LOSS, EvaluationSums, RunningMetrics
 CPU = torch.device("cpu")
 
 
-def some(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def random_logits(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, classes, generator=generator), torch.randint(classes, (count,), generator=generator)
 
@@ -21,7 +21,7 @@ def some(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.T
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(2, 12), st.integers(0, 1000))
 def test_evaluation_does_not_depend_on_batches(sizes: list[int], classes: int, seed: int) -> None:
-    logits, labels = some(sum(sizes), classes, seed)
+    logits, labels = random_logits(sum(sizes), classes, seed)
     sums = EvaluationSums()
     for part, truth in zip(logits.split(sizes), labels.split(sizes), strict=True):
         sums.add(part, truth)
@@ -46,14 +46,14 @@ def test_evaluation_does_not_depend_on_batches(sizes: list[int], classes: int, s
 
 
 def test_half_precision_logits_are_measured_in_single() -> None:
-    logits, labels = some(64, 10)
+    logits, labels = random_logits(64, 10)
     sums = EvaluationSums()
     sums.add(logits.bfloat16(), labels)
     assert sums.result().loss == pytest.approx(F.cross_entropy(logits.bfloat16().float(), labels).item())
 
 
 def test_running_means_weigh_batches_by_their_size() -> None:
-    logits, labels = some(25, 4)
+    logits, labels = random_logits(25, 4)
     metrics = RunningMetrics(CPU)
     for step, part in enumerate((slice(0, 10), slice(10, 20), slice(20, 25))):
         losses = F.cross_entropy(logits[part], labels[part], reduction="sum")
