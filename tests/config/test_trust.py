@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from hydra._internal.hydra import Hydra
 from omegaconf import OmegaConf
 
@@ -272,16 +273,20 @@ def test_a_callback_of_a_trusted_package_is_accepted(run_py, tmp_path: Path, mon
     assert not (tmp_path / "witness").exists()
 
 
-def test_imports_of_a_folder_from_elsewhere_have_no_effect(run_py, tmp_path: Path) -> None:
-    """The folder adds a choice to a group, and this choice sets `imports`."""
+@pytest.mark.parametrize("primary", [True, False])
+def test_imports_of_a_folder_from_elsewhere_have_no_effect(run_py, tmp_path: Path, primary: bool) -> None:
+    """The folder's config, or a choice that the folder adds to a group, sets `imports`."""
     (tmp_path / "my_lab.py").write_text(
         "open('witness', 'w').close()\nimport torch\nclass Mine(torch.optim.SGD): pass\n"
     )
-    (tmp_path / "theirs/optimizer").mkdir(parents=True)
-    (tmp_path / "theirs/optimizer/mine.yaml").write_text(
-        "# @package _global_\nimports: [my_lab]\noptimizer: {_target_: my_lab.Mine, lr: 0.1}\n"
-    )
-    words = ["--config-dir", "theirs", *MINUTE, "optimizer=mine"]
+    mine = {"imports": ["my_lab"], "optimizer": {"_target_": "my_lab.Mine", "lr": 0.1}}
+    if primary:
+        job = {"job": {"_target_": "zfnet.jobs.train.TrainJob", "name": "train"}}
+        folder = folder_of(tmp_path, {"config.yaml": yaml.safe_dump(compose(*MINUTE).to_dict() | job | mine)})
+        words = ["--config-path", folder]
+    else:
+        folder = folder_of(tmp_path, {"optimizer/mine.yaml": GLOBAL + yaml.safe_dump(mine)})
+        words = ["--config-dir", folder, *MINUTE, "optimizer=mine"]
     answer = run_py(*words)
     assert answer.code == 1
     assert "add imports=[my_lab]" in answer.err
