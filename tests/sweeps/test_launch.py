@@ -343,7 +343,7 @@ def test_launch_with_submitit_requeues_a_job(run_py, tmp_path: Path, monkeypatch
         status.append(checkpoints[0].parents[1] / "status.json")
         os.kill(json.loads(status[0].read_text())["pid"], signal.SIGUSR2)
 
-    words = ("-m", *MINUTE, "hydra/launcher=submitit_local", "trainer.epochs=25", "trainer.checkpoint_minutes=1e-5")
+    words = ("-m", *MINUTE, "hydra/launcher=submitit_local", "trainer.epochs=16", "trainer.checkpoint_minutes=1e-5")
     other = threading.Thread(target=end_its_time)
     other.start()
     answer = run_py(*words, "seed=3", "hydra.sweep.dir=s")
@@ -351,5 +351,5 @@ def test_launch_with_submitit_requeues_a_job(run_py, tmp_path: Path, monkeypatch
     assert answer.code == 0, answer.err
     assert json.loads(status[0].read_text())["state"] == "done"
     log = status[0].with_name("train.log").read_text()
-    assert log.count("epoch 25/25") == 1
+    assert log.count("epoch 16/16") == 1
     assert "continuing from epoch" in log

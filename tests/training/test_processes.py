@@ -71,7 +71,7 @@ def test_two_processes_train_what_one_does(alone: RunDirectory, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_and_another_number_goes_on(alone: RunDirectory, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_run_and_another_number_goes_on(alone: RunDirectory, tmp_path: Path, run_py) -> None:
     folder = tmp_path / "run"
     words = [*WORDS, "trainer.devices=2", "trainer.epochs=2", f"hydra.run.dir={folder}"]
     words += ["experiment=quickstart", "data.test_images=50", "logger=none", "trainer.log_every=1"]
@@ -109,14 +109,8 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(alone: RunDire
     assert run.state == "failed"
     assert list(run.checkpoints.glob("step-*"))
 
-    resumed = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "job=resume", f"run={folder}", "trainer.devices=1"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    answer = run_py("job=resume", f"run={folder}", "trainer.devices=1")
+    assert answer.code == 0, answer.err
     assert_close(alone, run)
 
 
