@@ -111,42 +111,42 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[dict[str, Any]]]:
-    """The weights and the history of an uninterrupted run of MINUTE, with checkpoints only at its end."""
-    from tests.helpers import learned, train_minute
+def reference_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[dict[str, Any]]]:
+    """The weights and the history of an uninterrupted run of TINY_EXACT, with checkpoints only at its end."""
+    from tests.helpers import train_tiny_exact, weights_and_history
 
-    return learned(train_minute(tmp_path_factory.mktemp("whole") / "run"))
+    return weights_and_history(train_tiny_exact(tmp_path_factory.mktemp("reference") / "run"))
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A network that classifies most built-in images correctly. Tests read its run and never write to it."""
-    from tests.explain.trained import train_some
+    from tests.explain.trained import train_network
 
-    return train_some(tmp_path_factory.mktemp("trained") / "run")
+    return train_network(tmp_path_factory.mktemp("trained") / "run")
 
 
 @pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that fakes validation results: `judge(loss=[…])` sets the losses after epochs 1, 2, …"""
+def fake_validation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that fakes validation results: `fake_validation(loss=[…])` sets those of epochs 1, 2, …"""
     from zfnet.training import loop
 
     real = loop.evaluate
 
-    def prefer(**made_up: Sequence[float]) -> None:
-        def judged(model, batches, runtime, what, stop=None):
+    def set_results(**made_up: Sequence[float]) -> None:
+        def fake_evaluate(model, batches, runtime, what, stop=None):
             evaluation = real(model, batches, runtime, what, stop)
             if what.startswith("validation "):
                 for metric, values in made_up.items():
                     object.__setattr__(evaluation, metric, values[int(what.split()[1]) - 1])
             return evaluation
 
-        monkeypatch.setattr(loop, "evaluate", judged)
+        monkeypatch.setattr(loop, "evaluate", fake_evaluate)
 
-    return prefer
+    return set_results
 
 
-def no_mode(*_: Any, **__: Any) -> None:
+def skip_mode_lookup(*_: Any, **__: Any) -> None:
     """Replace Hydra's lookup of hydra.mode, which composes the config a second time. conf/ never sets it."""
 
 
@@ -182,7 +182,7 @@ def run_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
         with monkeypatch.context() as patch:
             patch.setattr(HydraConfig.instance(), "cfg", None)  # so that later trainings do not record it
             if not any(re.match(r"-+c|hydra\.(mode|searchpath)", str(word)) for word in words):
-                patch.setattr(Hydra, "get_mode", no_mode)
+                patch.setattr(Hydra, "get_mode", skip_mode_lookup)
             try:
                 runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
             except SystemExit as end:

@@ -47,7 +47,7 @@ TINY = (
 )
 
 # A bit-exact training on the CPU with a network of two thousand weights: 8 steps an epoch, milliseconds a step.
-MINUTE = (
+TINY_EXACT = (
     *TINY,
     "trainer=exact",
     "trainer.threads=1",
@@ -62,7 +62,7 @@ MINUTE = (
     "model.fc6.features=16",
     "model.fc7=null",
 )
-STEPS = 8  # in one epoch of MINUTE: 72 training images in batches of 9
+STEPS = 8  # in one epoch of TINY_EXACT: 72 training images in batches of 9
 EVERY_STEP = "trainer.checkpoint_minutes=1e-9"  # a checkpoint after every step; not part of a run's identity
 
 
@@ -77,7 +77,7 @@ def _pickled_config(words: tuple[str, ...]) -> bytes:
     return pickle.dumps(read_command(compose_raw(marked), marked, sources=()))  # five times as fast as copy.deepcopy
 
 
-def checked(*words: str) -> Config:
+def compose_checked(*words: str) -> Config:
     """Return the config of these words after all checks that run.py makes before it reads data."""
     config = compose(*words)
     check_recipe(config)
@@ -97,12 +97,12 @@ def train_tiny(folder: Path, *words: str) -> RunDirectory:
     return run
 
 
-def train_minute(folder: Path, *words: str) -> RunDirectory:
-    """Train or resume MINUTE in `folder`, without figures, which take most of the time."""
-    return train_undrawn(folder, compose(*MINUTE, *words))
+def train_tiny_exact(folder: Path, *words: str) -> RunDirectory:
+    """Train or resume TINY_EXACT in `folder`, without figures, which take most of the time."""
+    return train_without_figures(folder, compose(*TINY_EXACT, *words))
 
 
-def train_undrawn(folder: Path, config: Config) -> RunDirectory:
+def train_without_figures(folder: Path, config: Config) -> RunDirectory:
     """Train or resume a config in `folder`, without figures."""
     run = RunDirectory(folder)
     with no_figures():
@@ -128,7 +128,7 @@ class Trap:
         return Path.write_text, (Path("witness"), "opened")
 
 
-def full_disk(*_: object) -> None:
+def raise_disk_full(*_: object) -> None:
     """Replace a function that writes a file, and fail as on a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -138,7 +138,7 @@ class Killed(BaseException):
 
 
 @contextmanager
-def dying_at(step: int) -> Iterator[None]:
+def killed_before(step: int) -> Iterator[None]:
     """Within this block, training raises Killed just before the given global step and saves nothing more."""
     real = loop.train_step
 
@@ -154,22 +154,22 @@ def dying_at(step: int) -> Iterator[None]:
         yield
 
 
-def die_at(folder: Path, step: int, *words: str) -> None:
-    """Train MINUTE in `folder` with a checkpoint after every step, until it is killed before step `step`."""
-    with dying_at(step), pytest.raises(Killed):
-        train_minute(folder, EVERY_STEP, *words)
+def train_until_killed(folder: Path, step: int, *words: str) -> None:
+    """Train TINY_EXACT in `folder` with a checkpoint after every step, until it is killed before step `step`."""
+    with killed_before(step), pytest.raises(Killed):
+        train_tiny_exact(folder, EVERY_STEP, *words)
 
 
-def resumes_exactly(folder: Path, steps: Sequence[int], *words: str) -> RunDirectory:
-    """Assert that MINUTE, killed before each of these steps and resumed, equals an uninterrupted run.
+def assert_resumes_exactly(folder: Path, steps: Sequence[int], *words: str) -> RunDirectory:
+    """Assert that TINY_EXACT, killed before each of these steps and resumed, equals an uninterrupted run.
 
     Return the resumed run. The uninterrupted run is in `folder`/whole.
     """
-    expected = learned(train_minute(folder / "whole", *words))
+    expected = weights_and_history(train_tiny_exact(folder / "whole", *words))
     for step in steps:
-        die_at(folder / "run", step, *words)
-    run = train_minute(folder / "run", EVERY_STEP, *words)
-    assert learned(run) == expected
+        train_until_killed(folder / "run", step, *words)
+    run = train_tiny_exact(folder / "run", EVERY_STEP, *words)
+    assert weights_and_history(run) == expected
     return run
 
 
@@ -188,7 +188,7 @@ def no_figures() -> Iterator[None]:
         yield
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
+def start_run_py(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     """Start run.py with these words as a subprocess in `folder`, without a training's figures."""
     code = f"import sys; sys.argv[:] = {[str(ROOT / 'run.py'), *words]!r}{_RUN_PY_WITHOUT_FIGURES}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -208,7 +208,7 @@ def _cached_shapes(count: int, size: int, part: int):
     return draw_shapes(count, size, part)
 
 
-def learned(run: RunDirectory) -> tuple[bytes, list[dict[str, Any]]]:
+def weights_and_history(run: RunDirectory) -> tuple[bytes, list[dict[str, Any]]]:
     """Return what is bit-identical in two equal runs: the weights file, and the history without timings."""
     timings = ("seconds", "images_per_second")
     history = [{k: v for k, v in row.items() if k not in timings} for row in run.read_history()]
@@ -253,7 +253,7 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
 
 
 @contextmanager
-def fast_switches() -> Iterator[None]:
+def assert_full_precision() -> Iterator[None]:
     """Turn on autocast, TF32 and autotuning, as a training leaves them, and assert that no convolution uses them.
 
     Explanations must turn them off while they run. Afterwards the switches must be as before.
@@ -294,7 +294,7 @@ def read_csv(path: Path | str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def used(run: RunDirectory, *words: str) -> LoadedRun:
+def load_for_job(run: RunDirectory, *words: str) -> LoadedRun:
     """Load a run as a job with `run=<dir>` and these overrides loads it."""
     words = ("job=evaluate", f"run={run.folder}", *words)
     return LoadedRun(read_command(compose_raw(prepare_overrides(words)), words, sources=()))

@@ -102,7 +102,7 @@ class NoGradient(nn.Module):
         return (logits.argmax(1) != labels).float().mean()
 
 
-class Wordless(nn.Module):
+class ErrorWithoutMessage(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         raise RuntimeError
 
@@ -121,12 +121,12 @@ class TenClasses(nn.Module):
         return (torch.arange(10.0) * F.one_hot(labels, 10) * -logits.log_softmax(1)).sum(1).mean()
 
 
-class OneForEach(nn.Module):
+class UnreducedLoss(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none")
 
 
-class Learned(MeanCrossEntropy):
+class LossWithParameter(MeanCrossEntropy):
     def __init__(self) -> None:
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(()))
@@ -200,7 +200,7 @@ class NoMeasure(Callback):
     columns = ("a",)
 
 
-class Letters(GradNorm):
+class ColumnsAsText(GradNorm):
     columns = "grad_norm"  # not a list
 
     def __init__(self) -> None:
@@ -212,7 +212,7 @@ class Misspelt(GradNorm):
         raise AssertionError
 
 
-class Counter(Callback):
+class StepCounter(Callback):
     """Counts steps. Its state contains numbers, lists and tensors."""
 
     def __init__(self) -> None:
@@ -232,7 +232,7 @@ class Counter(Callback):
         self.steps, self.epochs, self.total = state["steps"], state["epochs"], state["total"]
 
 
-class Witness(Callback):
+class HookRecorder(Callback):
     """Records each call of a hook, in order, with the step count."""
 
     calls: ClassVar[list[tuple[str, int]]] = []

@@ -1,8 +1,8 @@
 """A simulated GPU, which reveals operations that mix devices on machines without a GPU.
 
-Within `pretended_gpu()` the device `cuda` exists. Its tensors, `OnGpu`, report this device, compute on the CPU, and
+Within `simulated_gpu()` the device `cuda` exists. Its tensors, `OnGpu`, report this device, compute on the CPU, and
 raise an error where CUDA does: operations on tensors of both devices, a CPU tensor indexed by a GPU tensor, and
-`numpy()`. `pretended_gpu` yields a list of operations that would make the host wait for the device.
+`numpy()`. `simulated_gpu` yields a list of operations that would make the host wait for the device.
 
 CUDA's arithmetic, streams and memory are not simulated. Calls inside PyTorch's C++ functions are not checked.
 """
@@ -156,7 +156,7 @@ class _Threads(ThreadPoolExecutor):
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[list[str]]:
+def simulated_gpu() -> Iterator[list[str]]:
     """Simulate one GPU of 80 GiB within this block. Yield a growing list of operations that would wait for it."""
     stream = SimpleNamespace(record_event=lambda: SimpleNamespace(synchronize=lambda: None))
     metadata = SimpleNamespace(name="pretended", total_memory=80 << 30, major=9, minor=0)

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.explain.networks import network, pictures, some_units
+from tests.explain.networks import network, random_inputs, some_units
 from tests.gpu.test_cuda import FAST
 from tests.helpers import (
-    MINUTE,
+    TINY_EXACT,
+    assert_full_precision,
     compose,
     data_config,
-    fast_switches,
-    learned,
+    load_for_job,
     random_images,
-    train_minute,
+    train_tiny_exact,
     training_state,
-    used,
+    weights_and_history,
 )
-from tests.pretended import MixedDevices, OnGpu, pretended_gpu
+from tests.pretended import MixedDevices, OnGpu, simulated_gpu
 from zfnet.analyses import correspondence
 from zfnet.analyses.correspondence import Masks, mark_quarters
 from zfnet.analyses.deconvnet import compare_controls, dead_window_sensitivity, inside_frames, project_controls
@@ -47,20 +47,20 @@ GPU = torch.device("cuda")
 
 @pytest.fixture
 def waits() -> Iterator[list[str]]:
-    with pretended_gpu() as waits:
+    with simulated_gpu() as waits:
         yield waits
 
 
 @pytest.fixture
 def in_full_precision() -> Iterator[None]:
-    with fast_switches():
+    with assert_full_precision():
         yield
 
 
 def test_fast_configs_use_bf16_and_a_resize() -> None:
-    """MINUTE has neither. Those tests need a GPU, so this one checks their configs on machines without one."""
+    """TINY_EXACT has neither. Those tests need a GPU, so this one checks their configs on machines without one."""
     for trainer in ("cuda", "auto"):
-        config = compose(*MINUTE, f"trainer={trainer}", *FAST)
+        config = compose(*TINY_EXACT, f"trainer={trainer}", *FAST)
         assert (config.trainer.precision, config.trainer.deterministic) == ("bf16", False)
         assert config.data.store_size < config.data.image_size
         assert config.model.fc7 is not None
@@ -104,7 +104,7 @@ def test_the_simulated_gpu_raises_where_cuda_does(waits: list[str]) -> None:
     ],
 )
 def test_a_step_mixes_no_devices_and_does_not_wait(waits: list[str], words: tuple[str, ...]) -> None:
-    config = compose(*MINUTE, *ON_GPU, *words)
+    config = compose(*TINY_EXACT, *ON_GPU, *words)
     state = training_state(config)
     batches = training_batches(config, state.runtime, load_splits(config.data).train)
     state.train()
@@ -119,13 +119,15 @@ def test_a_step_mixes_no_devices_and_does_not_wait(waits: list[str], words: tupl
 
 def test_a_run_resumes_from_a_checkpoint(waits: list[str], tmp_path: Path) -> None:
     words = ("trainer.checkpoint_minutes=1e-9", "trainer.ema=0.9", "trainer.clip_norm=1", "model.dropout=0.5")
-    whole = train_minute(tmp_path / "gpu", *ON_GPU, *words)
+    whole = train_tiny_exact(tmp_path / "gpu", *ON_GPU, *words)
     (tmp_path / "gpu" / "checkpoints" / "step-000000016.safetensors").unlink()
-    before = learned(whole)
+    before = weights_and_history(whole)
     (whole.folder / "results.json").unlink()
     whole.set_status("stopped")
-    assert learned(train_minute(tmp_path / "gpu", *ON_GPU, *words)) == before
-    assert learned(train_minute(tmp_path / "cpu", *words)) == before  # because `OnGpu` computes on the CPU
+    assert weights_and_history(train_tiny_exact(tmp_path / "gpu", *ON_GPU, *words)) == before
+    assert (
+        weights_and_history(train_tiny_exact(tmp_path / "cpu", *words)) == before
+    )  # because `OnGpu` computes on the CPU
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(32, 224), (32, 64), (64, 20), (48, 48)])
@@ -138,7 +140,7 @@ def test_the_gpus_way_of_preprocessing_is_within_a_grey_level(waits: list[str], 
 @pytest.mark.parametrize(("variant", "rule"), [("lrn", "deconvnet"), ("batch", "guided"), ("no_pool", "gradient")])
 def test_projections(waits: list[str], in_full_precision: None, variant: str, rule: str) -> None:
     model = network(variant)
-    images, layers = pictures(model), ("conv1", "conv5", "fc8")
+    images, layers = random_inputs(model), ("conv1", "conv5", "fc8")
     units = {layer: some_units(model, images, layer)[:6] for layer in layers}
     expected = {layer: Deconvnet(model, rule).project(images, layer, units[layer]) for layer in layers}
     model.to("cuda")
@@ -151,7 +153,7 @@ def test_projections(waits: list[str], in_full_precision: None, variant: str, ru
 def test_explanations(waits: list[str], in_full_precision: None) -> None:
     model = network("lrn").to("cuda")
     size, labels = model.image_size, torch.arange(4, device="cuda")
-    inputs = pictures(model, 4).to("cuda")
+    inputs = random_inputs(model, 4).to("cuda")
     deconvnet = Deconvnet(model, "guided", "all", "gradient")
     units = torch.tensor([[0, 0, 1, 1], [1, 2, 0, 1], [3, 1, 0, 0]])
     assert deconvnet.project(inputs, "conv2", units, fields=True).device.type == "cuda"
@@ -185,7 +187,7 @@ def test_searches_over_a_set(waits: list[str], in_full_precision: None) -> None:
     strongest = collect(model, images, batches, ["conv2", "fc7"], TopActivations(3, 4, images.labels))
     again = TopActivations.from_state(*strongest.state(), GPU)
     assert again.statistics("conv2").class_means.device.type == "cuda"
-    probes = pictures(model, 2).float().to("cuda")
+    probes = random_inputs(model, 2).float().to("cuda")
     assert len(strongest_activations(model.chain, probes.split(2), ["conv2"])["conv2"]) == 2
     seen = collect(model.chain, images, batches, ["conv2"], TopActivations(1, len(images.classes)))
     maps = torch.tensor([0, 3])
@@ -198,7 +200,7 @@ def test_searches_over_a_set(waits: list[str], in_full_precision: None) -> None:
 
 
 def test_a_run_trained_on_a_cpu_loads_on_a_gpu(tiny_run: RunDirectory, waits: list[str]) -> None:
-    run = used(tiny_run, *ON_GPU)
+    run = load_for_job(tiny_run, *ON_GPU)
     assert choose_images(run, run.config, 3).labels.device.type == "cuda"
     evaluation = evaluate(run.model, run.batches(run.split("test")), run.runtime, "test")
     assert evaluation.accuracy == run.source.read_json("results.json")["test"]["accuracy"]

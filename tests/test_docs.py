@@ -22,7 +22,7 @@ from PIL import Image
 
 import zfnet
 from tests.conftest import ROOT
-from tests.helpers import MINUTE, read_csv, tiny_model_config, write_images
+from tests.helpers import TINY_EXACT, read_csv, tiny_model_config, write_images
 from zfnet.config.schema import Config
 from zfnet.jobs.train import compose
 from zfnet.runs.command import compose_raw, prepare_overrides, read_command
@@ -38,8 +38,8 @@ SET_UP = [
     ".venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest",
 ]
 
-# MINUTE with all layers of the network, because the pages name them, each a few maps wide
-SMALL = [word for word in MINUTE if not word.endswith("=null")]
+# TINY_EXACT with all layers of the network, because the pages name them, each a few maps wide
+SMALL = [word for word in TINY_EXACT if not word.endswith("=null")]
 SMALL += [
     "model=small",
     "data.image_size=64",
@@ -180,7 +180,7 @@ def is_training(words: list[str]) -> bool:
 
 def at_tiny_size(words: list[str]) -> list[str]:
     """Return the words of a tiny training, on built-in images unless the words name the folder `photos`."""
-    small = [*MINUTE[1:], "trainer.epochs=1", "model=small", "data.image_size=112", "trainer.snapshots=[]"]
+    small = [*TINY_EXACT[1:], "trainer.epochs=1", "model=small", "data.image_size=112", "trainer.snapshots=[]"]
     if "data.root=photos" in words:  # it has two training images per class
         small = [word for word in small if not word.startswith("data.t")]
         return with_small(words, ["data.validation=0.5", "data.batch_size=2", *small])
@@ -281,7 +281,7 @@ def check_run_py(run_py: Callable, words: list[str]) -> None:
 
 
 def check_sweep(run_py: Callable, words: list[str]) -> None:
-    answer = run_py(*with_small(two_jobs(words), [*MINUTE, "trainer.epochs=1", "hydra.sweep.dir=two"]))
+    answer = run_py(*with_small(two_jobs(words), [*TINY_EXACT, "trainer.epochs=1", "hydra.sweep.dir=two"]))
     assert answer.code == 0, answer.err
     assert len(read_csv("two/summary.csv")) == 2
 

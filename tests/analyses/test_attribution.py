@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.explain.networks import network, pictures
+from tests.explain.networks import network, random_inputs
 from tests.explain.trained import Trained
-from tests.helpers import fast_switches, read_csv
+from tests.helpers import assert_full_precision, read_csv
 from zfnet.analyses.attribution import GRAD_CAM, INTEGRATED, attribute, box_evidence
 from zfnet.explain.deconvnet import RULES
 from zfnet.explain.selection import in_boxes, share_in_boxes
@@ -24,8 +24,8 @@ captum = pytest.importorskip("captum.attr")
 
 def test_attribute_equals_a_plain_computation() -> None:
     model = network("no_pool").float()
-    images, labels = pictures(model, 3).float(), torch.tensor([2, 0, 3])
-    with fast_switches():
+    images, labels = random_inputs(model, 3).float(), torch.tensor([2, 0, 3])
+    with assert_full_precision():
         result = attribute(model.chain, images, labels, "conv5", steps=60, batch_size=2)
     assert tuple(result.maps) == (*RULES, INTEGRATED, GRAD_CAM)
     assert result.maps["gradient"].shape == (3, 3, 32, 32)

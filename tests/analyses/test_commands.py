@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import used
+from tests.helpers import load_for_job
 from zfnet.config.schema import Config
 from zfnet.explain.selection import Look, choose_images, predict, to_rows
 from zfnet.plots.figures import new_figure, save_figure, styled
@@ -107,7 +107,7 @@ class Confidence(Look):
 
 
 def test_user_defined_analysis_is_one_class(tiny_run: RunDirectory, tmp_path: Path) -> None:
-    config = used(tiny_run).config
+    config = load_for_job(tiny_run).config
     config = dataclasses.replace(config, job=Confidence(name="confidence", split="test", count=3))
     config.job.main(config, tmp_path / "out")
     assert len((tmp_path / "out/confidence.csv").read_text().splitlines()) == 4

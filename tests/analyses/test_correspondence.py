@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from tests.explain.networks import network, pictures
+from tests.explain.networks import network, random_inputs
 from tests.helpers import TINY, compose, read_csv
 from zfnet.analyses.correspondence import (
     MARGIN,
@@ -105,7 +105,7 @@ def test_measure_finds_no_parts_in_untrained_networks() -> None:
     for seed in range(20):
         model = network("no_pool", seed).chain
         place = torch.rand(2, generator=torch.Generator().manual_seed(100 + seed))
-        marked = objects(pictures(model, 5, seed=seed), anywhere=place)
+        marked = objects(random_inputs(model, 5, seed=seed), anywhere=place)
         table = measure(model, marked, ["conv5"], masks, places=19, seed=seed).table["conv5"]
         values.append(table["anywhere"].p)
         beyond_random += table["anywhere"].delta < table["random"].delta
@@ -117,7 +117,7 @@ def test_measure_finds_no_parts_in_untrained_networks() -> None:
 
 def test_measure_finds_no_correspondence_where_the_mask_changes_nothing() -> None:
     model = network("no_pool").chain
-    images = pictures(model, 6)
+    images = random_inputs(model, 6)
     images[..., 8:16, 8:16] = 0  # the object's upper left already has the colour of the fill
     marked = objects(images, blank=torch.tensor([4.5, 4.5]) / 24, other=torch.tensor([0.6, 0.6]))
     result = measure(model, marked, ["conv5", "fc7"], Masks(8, torch.zeros(3), 64), places=19, seed=0)
@@ -155,7 +155,7 @@ def test_measure_ranks_first_the_part_that_features_know() -> None:
 
 def test_measure_centres_random_masks_on_the_object() -> None:
     model = network("no_pool").chain
-    marked = objects(pictures(model, 30))
+    marked = objects(random_inputs(model, 30))
     result = measure(model, marked, ["fc7"], Masks(8, torch.zeros(3), 64), places=3, seed=0)
     assert result.centres["random"].min() >= 8 - 0.5
     assert len(result.centres["random"].unique(dim=0)) == 30
@@ -177,7 +177,7 @@ def test_mask_hides_a_square_around_each_centre() -> None:
 
 def test_sign_changes_are_those_of_the_features() -> None:
     model = network("no_pool").chain
-    images, masks = pictures(model, 3), Masks(6, torch.zeros(3), 6)
+    images, masks = random_inputs(model, 3), Masks(6, torch.zeros(3), 6)
     centres = torch.tensor([[[8.0, 8], [16, 16], [24, 9]], [[-50.0, 0], [-50, 0], [-50, 0]]])
     result = sign_changes(model, images, centres, masks, ["conv1", "fc6"])
     hidden = mask(images, centres[0], masks.patch, masks.fill)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.explain.networks import network, pictures
+from tests.explain.networks import network, random_inputs
 from tests.helpers import random_images, read_csv, train_tiny
 from zfnet import load_run
 from zfnet.analyses.deconvnet import (
@@ -46,7 +46,7 @@ def test_rank_correlation_by_hand() -> None:
 
 def test_project_controls_of_a_random_network() -> None:
     model = network("pad")
-    images = pictures(model, 3)
+    images = random_inputs(model, 3)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     units = torch.tensor([[0, 1, 1, 1], [1, 2, 1, 1], [2, 3, 0, 1]])
     deconvnet = Deconvnet(model)
@@ -69,7 +69,7 @@ def test_project_controls_of_a_random_network() -> None:
 def test_project_controls_take_the_switches_of_another_image() -> None:
     """The other image must differ, although units can share an image and a data set can contain an image twice."""
     model = network("pad")
-    one, other = pictures(model, 2).split(1)
+    one, other = random_inputs(model, 2).split(1)
     units = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1], [2, 0, 1, 1], [0, 2, 1, 1]])
     deconvnet = Deconvnet(model)
     images = torch.cat([one, one, other])
@@ -82,7 +82,7 @@ def test_project_controls_take_the_switches_of_another_image() -> None:
 
 def test_project_controls_take_another_unit_that_is_active_there() -> None:
     model = network("pad")
-    images = pictures(model, 2)
+    images = random_inputs(model, 2)
     deconvnet = Deconvnet(model)
     active = model.activations(images, ["conv3"])["conv3"][0, :, 2, 2] > 0
     units = torch.tensor([[0, c, 2, 2] for c in range(len(active))])
@@ -97,7 +97,7 @@ def test_project_controls_take_another_unit_that_is_active_there() -> None:
 
 def test_dead_window_sensitivity_above_and_below_a_pooling() -> None:
     model = network("pad")
-    images = pictures(model, 2)
+    images = random_inputs(model, 2)
     strongest = {}
     for layer in ("conv1", "conv5"):
         maps = model.activations(images, [layer])[layer]
@@ -144,7 +144,7 @@ def test_compare_controls_ranks_within_what_the_unit_sees() -> None:
 @pytest.mark.parametrize("layer", ["conv2", "conv5"])
 def test_inside_frames_hold_all_of_a_projection(layer: str) -> None:
     model = network("pad")
-    images = pictures(model, 1)
+    images = random_inputs(model, 1)
     height, width = model.activations(images, [layer])[layer].shape[2:]
     units = torch.tensor([[0, 1, 0, 0], [0, 1, height - 1, width - 1], [0, 2, height // 2, 0]])
     frames = project_controls(Deconvnet(model), images, layer, units)["own"]
@@ -170,7 +170,7 @@ def test_shuffle_weights_keeps_the_numbers() -> None:
 def test_shuffle_weights_refuses_those_that_a_hook_computes(norm) -> None:
     model = network("pad")
     norm(model.conv2)
-    model(pictures(model))
+    model(random_inputs(model))
     with pytest.raises(UserError, match="conv2: a hook computes its weights"):
         shuffle_weights(model.chain, "conv3")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.explain.networks import network, pictures
+from tests.explain.networks import network, random_inputs
 from tests.explain.trained import Trained
 from tests.helpers import read_csv
 from zfnet.analyses.invariance import TRANSFORMS, identity, make_amounts, measure, transform_images, typical_distance
@@ -20,7 +20,7 @@ from zfnet.runs.directory import RunDirectory
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transform_images_by_the_identity_changes_no_bit(transform: str) -> None:
     model = network("no_pool").chain
-    images, labels = pictures(model, 3), torch.tensor([0, 1, 2])
+    images, labels = random_inputs(model, 3), torch.tensor([0, 1, 2])
     amounts = make_amounts(32, 0.3, 1.8, 350, 5)
     moved = transform_images(images, transform, amounts[transform])
     origin = int((amounts[transform] == identity(transform)).nonzero())
@@ -53,7 +53,7 @@ def test_transform_images_turns_counter_clockwise_and_enlarges() -> None:
 
 def test_measure_equals_one_image_at_a_time() -> None:
     model = network("no_pool").chain
-    images, labels = pictures(model, 3), torch.tensor([3, 1, 2])
+    images, labels = random_inputs(model, 3), torch.tensor([3, 1, 2])
     amounts = make_amounts(32, 0.25, 1.5, 90, 4)
     result = measure(model, images, labels, amounts, ["conv2"], batch_size=1000)
     for transform, curves in result.items():
@@ -68,7 +68,7 @@ def test_measure_equals_one_image_at_a_time() -> None:
 
 def test_typical_distance_is_that_of_all_pairs() -> None:
     model = network("no_pool").chain
-    images = pictures(model, 5)
+    images = random_inputs(model, 5)
     features = model.activations(images, ["conv5"])["conv5"].flatten(1).detach()
     squares = [(a - b).square().sum() for a, b in itertools.combinations(features, 2)]
     expected = float(torch.stack(squares).mean().sqrt())

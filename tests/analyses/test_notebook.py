@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import used
+from tests.helpers import load_for_job
 from zfnet import load_run
 from zfnet.analyses.notebook import occlusion, projections, top_activations
 from zfnet.config.errors import UserError
@@ -32,7 +32,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_predict_is_what_job_predict_says(run: TrainedRun, photo: Path, tiny_run) -> None:
-    (expected,) = predict(used(tiny_run), [str(photo)], top=10, batch_size=1)
+    (expected,) = predict(load_for_job(tiny_run), [str(photo)], top=10, batch_size=1)
     run.model.train()  # predict switches dropout off
     assert list(run.predict(photo).items()) == [(name, pytest.approx(p, abs=1e-6)) for name, p in expected.best]
     assert next(iter(run.predict(photo))) == expected.best[0][0]
@@ -110,7 +110,7 @@ def test_projections_show_the_strongest_unit_of_each_map(run: TrainedRun, photo:
 @torch.no_grad()
 def test_top_activations_are_the_largest_of_the_split(run: TrainedRun, tiny_run) -> None:
     shown = top_activations(run, "conv5", maps=3, top=2)
-    loaded = used(tiny_run)
+    loaded = load_for_job(tiny_run)
     images = loaded.split("validation")
     inputs = next(loaded.batches(images).in_order()).images
     peaks = run.model.activations(inputs, ["conv5"])["conv5"].amax((2, 3))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.explain.networks import network, pictures
+from tests.explain.networks import network, random_inputs
 from tests.explain.trained import Trained
 from tests.helpers import read_csv
 from zfnet.analyses.occlusion import Occlusion, Outputs, box_evidence, falls_at, occlude, square_starts
@@ -25,7 +25,7 @@ FILL = torch.tensor([0.3, -0.2, 0.1])
 
 def test_occlude_equals_a_plain_loop() -> None:
     model = network("no_pool").chain
-    images, labels = pictures(model), torch.tensor([1, 3])
+    images, labels = random_inputs(model), torch.tensor([1, 3])
     result = occlude(model, images, labels, layer="conv5", patch=12, stride=9, fill=FILL, batch_size=7)
     starts, strongest = result.starts.tolist(), result.strongest
     assert starts == [-3, 6, 15, 24]
@@ -76,7 +76,7 @@ def test_occlude_of_a_linear_network_drops_by_the_hidden_products() -> None:
 
 def test_occlude_takes_any_module_and_gives_the_same_probabilities() -> None:
     model = network("no_pool")
-    images, labels = pictures(model.chain, 3), torch.tensor([0, 1, 2])
+    images, labels = random_inputs(model.chain, 3), torch.tensor([0, 1, 2])
     settings = {"patch": 9, "stride": 6, "fill": FILL, "batch_size": 5}
     result, other = (
         occlude(m, images, labels, layer=k, **settings) for m, k in ((model, None), (model.chain, "conv5"))
@@ -88,7 +88,7 @@ def test_occlude_takes_any_module_and_gives_the_same_probabilities() -> None:
 
 def test_occlude_labels_agree_with_probabilities() -> None:
     model = network("no_pool").chain
-    images, labels = pictures(model, 3), torch.tensor([0, 1, 2])
+    images, labels = random_inputs(model, 3), torch.tensor([0, 1, 2])
     result = occlude(model, images, labels, layer="conv5", patch=9, stride=4, fill=FILL, batch_size=64)
     named = result.occluded.predicted == labels[:, None, None]
     assert torch.equal(result.occluded.confidence[named], result.occluded.probability[named])

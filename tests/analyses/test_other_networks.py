@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tests.helpers import TINY, claim, compose, read_csv, train_undrawn
+from tests.helpers import TINY, claim, compose, read_csv, train_without_figures
 from zfnet.data import load_splits
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import ModelMetadata, save_model
@@ -72,7 +72,7 @@ class Residual(nn.Module):
 def train_other(folder: Path, network: type[nn.Module], *words: str) -> RunDirectory:
     target = f"{network.__module__}.{network.__name__}"
     config = dataclasses.replace(compose(*TINY, *words), model={"_target_": target}, imports=["tests"])
-    return train_undrawn(folder, config)
+    return train_without_figures(folder, config)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.explain.trained import Trained
-from tests.helpers import read_csv, used, write_images
+from tests.helpers import load_for_job, read_csv, write_images
 from zfnet.analyses import verdict
 from zfnet.analyses.deconvnet import shuffle_weights
 from zfnet.analyses.verdict import METRICS, SCORES, Row, Study, Subject, compare_methods, prepare, what_holds
@@ -27,7 +27,7 @@ WORDS = ("job.images=4", "job.units=4", "job.others=3", "job.cells=3", "job.sect
 
 
 def study_of(run: RunDirectory, *words: str) -> Study:
-    loaded = used(run, "job=verdict", *WORDS, *words)
+    loaded = load_for_job(run, "job=verdict", *WORDS, *words)
     job: Any = loaded.config.job
     layers = job.layers or loaded.chain.conv_layers
     return prepare(job, loaded, chosen_split(loaded), layers)
@@ -420,13 +420,13 @@ def test_verdict_refuses_bad_input_in_one_line(run_py, tiny_run: RunDirectory, w
 def test_verdict_on_data_without_parts_is_one_line(tiny_run: RunDirectory, tmp_path: Path) -> None:
     root = write_images(tmp_path / "photos", {"disc": 4, "ring": 4}, size=64)
     words = (*WORDS, "job.layers=[conv1]", "job.metrics=[parts]", "data=folder", f"data.root={root}", "job.split=train")
-    config = used(tiny_run, "job=verdict", *words).config
+    config = load_for_job(tiny_run, "job=verdict", *words).config
     with pytest.raises(verdict.UserError, match=r"job\.metrics=\[parts\]: data=folder lacks the parts, boxes or"):
         config.job.main(config, tmp_path / "out")
 
 
 def test_prepare_without_any_active_map_is_one_line(trained: Trained) -> None:
-    loaded = used(trained.run, "job=verdict", *WORDS, "job.split=test")
+    loaded = load_for_job(trained.run, "job=verdict", *WORDS, "job.split=test")
     job: Any = loaded.config.job
     with torch.no_grad():
         for step in loaded.chain.up_to("conv1"):

@@ -8,12 +8,12 @@ import pytest
 
 from benchmarks.exactness import RECIPES, SMALL
 from tests.conftest import ROOT
-from tests.helpers import checked
+from tests.helpers import compose_checked
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_can_be_trained(name: str) -> None:
-    config = checked(*SMALL, *RECIPES[name])
+    config = compose_checked(*SMALL, *RECIPES[name])
     assert config.trainer.deterministic
     optimizer, scheduler = name.split(", ")[:2]
     assert config.optimizer["_target_"].lower().endswith(f".{optimizer}")

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.figures import DOCS, draw_blog, draw_first_layers, draw_time, main
 from tests.explain.networks import chain
-from tests.helpers import train_minute
+from tests.helpers import train_tiny_exact
 from zfnet import load_run
 from zfnet.config.errors import UserError
 from zfnet.runs.weights import save_model
@@ -42,7 +42,7 @@ def test_draw_time_takes_means_and_the_least_time() -> None:
 
 
 def test_draw_first_layers_puts_the_largest_filter_first(tmp_path: Path) -> None:
-    run = load_run(train_minute(tmp_path / "run").folder)
+    run = load_run(train_tiny_exact(tmp_path / "run").folder)
     with torch.no_grad():
         run.model.conv1.weight[:] = 0
         run.model.conv1.weight[3] = 0.1

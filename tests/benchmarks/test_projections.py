@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import projections
 from benchmarks.projections import TOLERANCE, compare, time_projections
-from tests.explain.networks import network, pictures
+from tests.explain.networks import network, random_inputs
 from zfnet.config.errors import UserError
 
 
@@ -32,13 +32,13 @@ def test_time_projections_names_a_layer_without_active_maps() -> None:
     model = network()
     torch.nn.init.constant_(model.conv3.bias, -1e6)
     with pytest.raises(UserError, match="1 maps of conv3: none is active in the 2 images"):
-        time_projections(model, pictures(model), maps=1, rounds=1)
+        time_projections(model, random_inputs(model), maps=1, rounds=1)
 
 
 def test_projections_agree_through_contrast_normalisation() -> None:
     pytest.importorskip("captum.attr")
     model = network("lrn")
-    rows = time_projections(model, pictures(model), maps=1, rounds=1)
+    rows = time_projections(model, random_inputs(model), maps=1, rounds=1)
     assert max(row["difference"] for row in rows) < 1e-9
 
 

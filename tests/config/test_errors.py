@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers import checked
+from tests.helpers import compose_checked
 from zfnet.config.errors import UserError, did_you_mean, one_line, printable, yaml_problem
 from zfnet.config.reading import read_config
 
 
 def changed(key: str, value: Any):
     """Read the default config with one value replaced."""
-    plain = checked().to_dict()
+    plain = compose_checked().to_dict()
     *parents, last = key.split(".")
     node = plain
     for parent in parents:

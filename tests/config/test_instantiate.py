@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from tests.helpers import checked
+from tests.helpers import compose_checked
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import arguments, instantiate, resolve
 from zfnet.config.reading import read_config
@@ -232,7 +232,7 @@ def test_arguments_are_plain_values(key: str, value: object, recorded_calls: lis
 
 
 def test_check_recipe_refuses_a_hostile_record(request: pytest.FixtureRequest) -> None:
-    plain = checked().to_dict()
+    plain = compose_checked().to_dict()
     recorded_calls: list[str] = request.getfixturevalue("recorded_calls")  # only now: Hydra imports modules too
     for hostile in ({"_target_": "os.system", "command": "touch witness"}, {"_target_": "builtins.open"}):
         for slot in ("model", "loss", "optimizer", "scheduler", "logger", "callbacks"):
@@ -248,7 +248,7 @@ def test_check_recipe_refuses_a_hostile_record(request: pytest.FixtureRequest) -
 
 
 def test_a_records_own_imports_have_no_effect() -> None:
-    plain = checked().to_dict() | {"imports": ["os", "my_lab"]}
+    plain = compose_checked().to_dict() | {"imports": ["os", "my_lab"]}
     assert read_config(plain).imports == []
     assert read_config(plain, ["lion_pytorch"]).imports == ["lion_pytorch"]
 
@@ -374,7 +374,7 @@ class Late(torch.optim.SGD):
 
 
 def _optimizer(target: str) -> Optimizer:
-    config = checked("optimizer=sgd")
+    config = compose_checked("optimizer=sgd")
     config.optimizer, config.imports = {"_target_": target, "lr": 0.1}, ["tests"]
     return build_optimizer(config, nn.Linear(2, 2), fused=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers import MINUTE, checked, compose, data_config
+from tests.helpers import TINY_EXACT, compose, compose_checked, data_config
 from zfnet.config.errors import UserError
 from zfnet.config.instantiate import resolve
 from zfnet.config.reading import read_config, read_data
@@ -40,7 +40,7 @@ def test_every_choice_composes_and_passes_the_checks(group: str, name: str) -> N
         pytest.skip("holds the keys that the other data sets share")
     if group == "logger" and name in ("wandb", "mlflow", "trackio"):
         pytest.importorskip(name)  # these packages are optional
-    config = checked(f"{group}={name}", *NEEDED.get(name, []))
+    config = compose_checked(f"{group}={name}", *NEEDED.get(name, []))
     # only one file evaluates the test set after each epoch
     assert config.trainer.test_each_epoch is ((group, name) == ("experiment", "blog"))
     if group in ("model", "data", "augment", "trainer"):
@@ -70,7 +70,7 @@ def test_every_file_opens_with_its_source_a_command_and_what_to_expect(path: Pat
 
 
 def test_the_default_is_the_blogs_recipe() -> None:
-    config = checked()
+    config = compose_checked()
     assert (config.model.name, config.data.name, config.data.image_size) == ("zfnet", "cifar10", 224)
     assert config.data.batch_size == 256
     assert config.optimizer["_target_"] == "torch.optim.AdamW"
@@ -80,7 +80,7 @@ def test_the_default_is_the_blogs_recipe() -> None:
 
 
 def test_the_command_line_wins_over_an_experiment() -> None:
-    config = checked(
+    config = compose_checked(
         "experiment=quickstart",
         "trainer=exact",
         "optimizer=sgd",
@@ -97,8 +97,8 @@ def test_the_command_line_wins_over_an_experiment() -> None:
 
 
 def test_seed_0_is_a_seed_and_seeds_differ() -> None:
-    assert checked("seed=0").seed == 0
-    assert checked("seed=0").identity() != checked("seed=1").identity()
+    assert compose_checked("seed=0").seed == 0
+    assert compose_checked("seed=0").identity() != compose_checked("seed=1").identity()
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_seed_0_is_a_seed_and_seeds_differ() -> None:
 )
 def test_a_wrong_value_is_named(word: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
-        checked(word)
+        compose_checked(word)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -169,14 +169,14 @@ def test_a_config_is_checked_before_data_is_read(run_py, monkeypatch) -> None:
 
     monkeypatch.setattr("zfnet.jobs.train.load_splits", touched)
     for word in ("optimizer.lr=x", "model.conv1.kernel_size=99", "scheduler.factor=2", "optimizer=lion"):
-        answer = run_py(*MINUTE, word)
+        answer = run_py(*TINY_EXACT, word)
         assert answer.code == 1
         assert "AssertionError" not in answer.err
-    assert "AssertionError: data was read" in run_py(*MINUTE).err
+    assert "AssertionError: data was read" in run_py(*TINY_EXACT).err
 
 
 def test_a_record_reads_back_as_the_same_config() -> None:
-    config = checked("model.conv3=null", "optimizer=sgd", "scheduler=multistep", "data=shapes")
+    config = compose_checked("model.conv3=null", "optimizer=sgd", "scheduler=multistep", "data=shapes")
     text = yaml.safe_dump(config.to_dict())
     again = read_config(yaml.safe_load(text))
     assert again.to_dict() == config.to_dict()
@@ -191,7 +191,7 @@ def test_read_data_names_a_folder_whose_name_is_no_text() -> None:
 
 def test_overridden_names_the_keys_of_a_command() -> None:
     overrides = ["optimizer=sgd", "+loss.ignore_index=3", "++data.root=a=b", "~loss.weight", "trainer.epochs=2"]
-    config = dataclasses.replace(checked(), overrides=overrides)
+    config = dataclasses.replace(compose_checked(), overrides=overrides)
     assert list(config.overridden) == ["optimizer", "loss.ignore_index", "data.root", "loss.weight", "trainer.epochs"]
     assert config.overridden["data.root"] == "data.root=a=b"
 
@@ -211,7 +211,10 @@ def test_check_names_what_is_no_json() -> None:
 
 
 def test_identity_counts_all_that_matters_and_nothing_else() -> None:
-    base, link = checked(), {"epoch": 1, "step": 9, "weights_sha256": "a", "identity": "b", "schedule": "stretch"}
+    base, link = (
+        compose_checked(),
+        {"epoch": 1, "step": 9, "weights_sha256": "a", "identity": "b", "schedule": "stretch"},
+    )
     assert "parent" not in base.to_dict()
     plain = base.identity()
     base.parent = Parent(run="outputs/train/one", config={}, **link)  # type: ignore[arg-type]
@@ -247,7 +250,7 @@ def test_identity_counts_all_that_matters_and_nothing_else() -> None:
     ],
 )
 def test_a_record_without_a_later_key_means_what_there_was_before(group: str, key: str, now: Any) -> None:
-    new = checked("data=folder", "data.root=photos", f"{group}.{key}={now}").to_dict()
+    new = compose_checked("data=folder", "data.root=photos", f"{group}.{key}={now}").to_dict()
     old = copy.deepcopy(new)
     del old[group][key]
     before = read_config(old)
@@ -284,7 +287,7 @@ def test_a_record_without_a_later_key_means_what_there_was_before(group: str, ke
     ],
 )
 def test_a_damaged_record_is_named(change, expected: str) -> None:
-    plain = checked().to_dict()
+    plain = compose_checked().to_dict()
     change(plain)
     with pytest.raises(UserError) as caught:
         read_config(plain)

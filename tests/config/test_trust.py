@@ -12,8 +12,8 @@ import yaml
 from hydra._internal.hydra import Hydra
 from omegaconf import OmegaConf
 
-from tests.conftest import no_mode
-from tests.helpers import MINUTE, Trap, compose
+from tests.conftest import skip_mode_lookup
+from tests.helpers import TINY_EXACT, Trap, compose
 from zfnet.config import trust
 from zfnet.config.errors import UserError
 from zfnet.config.trust import CONF, only_own_folders
@@ -134,7 +134,7 @@ def run_hostile(run_py, tmp_path: Path, monkeypatch):
     (tmp_path / "witness_module.py").write_text("open('witness', 'w').close()\nclass X: pass\n")
     monkeypatch.setenv("OUTSIDE", str(tmp_path.parent))
     before = set(tmp_path.parent.iterdir())
-    monkeypatch.setattr(Hydra, "get_mode", no_mode)  # would compose and check a second time
+    monkeypatch.setattr(Hydra, "get_mode", skip_mode_lookup)  # would compose and check a second time
 
     def run(files: dict[str, str], *words: str, option: str | None = None) -> str:
         folder = folder_of(tmp_path, files)
@@ -282,11 +282,11 @@ def test_imports_of_a_folder_from_elsewhere_have_no_effect(run_py, tmp_path: Pat
     mine = {"imports": ["my_lab"], "optimizer": {"_target_": "my_lab.Mine", "lr": 0.1}}
     if primary:
         job = {"job": {"_target_": "zfnet.jobs.train.TrainJob", "name": "train"}}
-        folder = folder_of(tmp_path, {"config.yaml": yaml.safe_dump(compose(*MINUTE).to_dict() | job | mine)})
+        folder = folder_of(tmp_path, {"config.yaml": yaml.safe_dump(compose(*TINY_EXACT).to_dict() | job | mine)})
         words = ["--config-path", folder]
     else:
         folder = folder_of(tmp_path, {"optimizer/mine.yaml": GLOBAL + yaml.safe_dump(mine)})
-        words = ["--config-dir", folder, *MINUTE, "optimizer=mine"]
+        words = ["--config-dir", folder, *TINY_EXACT, "optimizer=mine"]
     answer = run_py(*words)
     assert answer.code == 1
     assert "add imports=[my_lab]" in answer.err
@@ -298,7 +298,7 @@ def test_imports_of_the_command_line_count_with_a_folder_from_elsewhere(run_py, 
     (tmp_path / "trusted_lab.py").write_text("import torch\nclass Mine(torch.optim.SGD): pass\n")
     (tmp_path / "ours/optimizer").mkdir(parents=True)
     (tmp_path / "ours/optimizer/mine.yaml").write_text("_target_: trusted_lab.Mine\nlr: 0.1\n")
-    words = (*MINUTE, "trainer.epochs=1", "optimizer=mine", "imports=[trusted_lab]", "hydra.run.dir=run")
+    words = (*TINY_EXACT, "trainer.epochs=1", "optimizer=mine", "imports=[trusted_lab]", "hydra.run.dir=run")
     answer = run_py("--config-dir", "ours", *words)
     assert answer.code == 0, answer.err
     assert RunDirectory(tmp_path / "run").recorded()["imports"] == ["trusted_lab"]

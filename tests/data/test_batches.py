@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from tests.helpers import augment_config, data_config, random_images, resumes_exactly, train_minute
+from tests.helpers import assert_resumes_exactly, augment_config, data_config, random_images, train_tiny_exact
 from tests.own import Squash
 from zfnet.config.errors import UserError
 from zfnet.data import batches as batches_module
@@ -418,9 +418,9 @@ TRANSFORMS = (
 
 def test_transforms_resume_exactly_and_accumulate_alike(tmp_path: Path) -> None:
     words = ("augment=crop_flip", TRANSFORMS)
-    run = resumes_exactly(tmp_path, [11], *words)
-    parts = train_minute(tmp_path / "parts", *words, "trainer.accumulate=3").read_history()
+    run = assert_resumes_exactly(tmp_path, [11], *words)
+    parts = train_tiny_exact(tmp_path / "parts", *words, "trainer.accumulate=3").read_history()
     for row, other in zip(parts, run.read_history(), strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
-    plain = train_minute(tmp_path / "plain", words[0]).read_history()
+    plain = train_tiny_exact(tmp_path / "plain", words[0]).read_history()
     assert plain[0]["train_loss"] != pytest.approx(parts[0]["train_loss"], rel=1e-4)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import Killed, checked, data_config, full_disk, tiny_model_config, write_images
+from tests.helpers import Killed, compose_checked, data_config, raise_disk_full, tiny_model_config, write_images
 from zfnet.config.errors import UserError
 from zfnet.config.schema import DataConfig
 from zfnet.data import decode, preprocess
@@ -458,7 +458,7 @@ def test_names_with_spaces_accents_and_signs(config, photos: Path) -> None:
 def test_a_full_disk_is_named_before_anything_is_decoded(config, photos: Path, tmp_path: Path, monkeypatch) -> None:
     write_images(photos / "train", {"cat": 2, "dog": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module.os, "posix_fallocate", full_disk, raising=False)
+        patch.setattr(folder_module.os, "posix_fallocate", raise_disk_full, raising=False)
         with pytest.raises(UserError, match=r"cannot be written .*No space left on device.*data\.cache_dir"):
             load_folder(config())
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"] * 2
@@ -496,7 +496,7 @@ def test_large_jpegs_are_drafted_in_training_and_afterwards(config, photos: Path
     trained = load_folder(data).train
     assert set(sides) == {75 if draft else 150}
     metadata = ModelMetadata(tiny_model_config(), ("a", "b"), data, stored_size=32)
-    run = TrainedRun(RunDirectory(photos), checked(), torch.nn.Linear(1, 1), metadata)
+    run = TrainedRun(RunDirectory(photos), compose_checked(), torch.nn.Linear(1, 1), metadata)
     seen = run.inputs(*(photos / file for file in trained.files))
     assert torch.equal(seen, preprocess(torch.from_numpy(trained.images.copy()), data, channels_last=False))
 

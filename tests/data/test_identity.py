@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.helpers import EVERY_STEP, MINUTE, Killed, claim, compose, dying_at, used, write_images
+from tests.helpers import EVERY_STEP, TINY_EXACT, Killed, claim, compose, killed_before, load_for_job, write_images
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.data import load_splits
@@ -19,7 +19,7 @@ from zfnet.jobs.reproduce import reproduce
 from zfnet.jobs.train import train
 from zfnet.runs.directory import RunDirectory
 
-FOLDER = (*(w for w in MINUTE if "_images=" not in w), "data=folder", "data.image_size=64", "data.validation=4")
+FOLDER = (*(w for w in TINY_EXACT if "_images=" not in w), "data=folder", "data.image_size=64", "data.validation=4")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def start(folder: Path, root: Path, *words: str, at: int | None = None) -> RunDi
     if at is None:
         train(config, run)
     else:
-        with dying_at(at), pytest.raises(Killed):
+        with killed_before(at), pytest.raises(Killed):
             train(config, run)
     return run
 
@@ -173,10 +173,10 @@ def again(run: RunDirectory, root: Path) -> RunDirectory:
 def test_evaluation_and_reproduction_say_that_the_images_changed(photos: Path, tmp_path: Path, caplog) -> None:
     run = start(tmp_path / "r", photos)
     line = f"the images are not those of run={run.folder}: other pixels or labels"
-    used(run).split("all")
+    load_for_job(run).split("all")
     assert not caplog.records
     exchange(photos)
-    used(run).split("all")
+    load_for_job(run).split("all")
     assert caplog.messages == [line]
     with pytest.raises(UserError, match=r"not identical to .* data_fingerprint"):
         again(run, photos)

@@ -154,7 +154,7 @@ def test_load_datasets_seeds_items_and_leaves_the_generators_alone() -> None:
         ({"train": own(), "test": own(classes=5), "classes": ["a", "b", "c"]}, "the label 4 has no name"),
         ({"train": own(sort=1)}, "data.train.sort: Items has no such setting"),
         ({"train": {"_target_": "tests.own.Items"}}, "data.train.count is missing: Items needs it"),
-        ({"train": {"_target_": "tests.own.Counter"}}, "must name a subclass of torch.utils.data"),
+        ({"train": {"_target_": "tests.own.StepCounter"}}, "must name a subclass of torch.utils.data"),
         ({"train": {"_target_": "os.system"}}, "the package os is not one that this command imports"),
     ],
 )

@@ -18,7 +18,7 @@ import torch
 import zfnet
 from examples.extend.macro_f1 import MacroF1
 from tests.conftest import ROOT
-from tests.helpers import EVERY_STEP, MINUTE, Killed, dying_at, learned, read_csv
+from tests.helpers import EVERY_STEP, TINY_EXACT, Killed, killed_before, read_csv, weights_and_history
 from zfnet import load_run
 from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
@@ -28,19 +28,19 @@ from zfnet.training.metrics import Evaluation
 
 CONF = ROOT / "examples/extend/conf"
 EXAMPLES = ("--config-dir", CONF, "imports=[examples,lion_pytorch]")
-# MINUTE without the settings of its network, and without those of its images
-_OWN_MODEL = tuple(word for word in MINUTE if not word.startswith("model."))
-_OWN_DATA = tuple(word for word in MINUTE if "_images=" not in word)
+# TINY_EXACT without the settings of its network, and without those of its images
+_OWN_MODEL = tuple(word for word in TINY_EXACT if not word.startswith("model."))
+_OWN_DATA = tuple(word for word in TINY_EXACT if "_images=" not in word)
 SLOTS = {
-    "optimizer=lion": MINUTE,
+    "optimizer=lion": TINY_EXACT,
     "model=tiny_resnet": (*_OWN_MODEL, "model.width=4"),
     "data=gratings": (*_OWN_DATA, "data.train.count=72", "data.val.count=8", "data.test.count=20"),
-    "loss=focal": MINUTE,
-    "augment=speckle": MINUTE,
-    "scheduler=linear_cosine": (*MINUTE, "trainer.epochs=3"),
-    "logger=json_lines": MINUTE,
-    "callbacks=lookahead": MINUTE,
-    "callbacks=macro_f1": MINUTE,
+    "loss=focal": TINY_EXACT,
+    "augment=speckle": TINY_EXACT,
+    "scheduler=linear_cosine": (*TINY_EXACT, "trainer.epochs=3"),
+    "logger=json_lines": TINY_EXACT,
+    "callbacks=lookahead": TINY_EXACT,
+    "callbacks=macro_f1": TINY_EXACT,
 }
 
 
@@ -52,7 +52,7 @@ def train_and_kill(run_py, choice: str, folder: str = "r") -> Path:
     if choice in _TRAINED:
         return shutil.copytree(_TRAINED[choice], Path(folder).absolute())
     words = (*EXAMPLES, *SLOTS[choice], choice, EVERY_STEP, f"hydra.run.dir={folder}")
-    with dying_at(5), pytest.raises(Killed):
+    with killed_before(5), pytest.raises(Killed):
         run_py(*words)
     answer = run_py(*EXAMPLES, "job=resume", f"run={folder}")
     assert answer.code == 0, answer.err
@@ -67,20 +67,20 @@ def test_killed_resumed_reproduced_and_evaluated(run_py, choice: str) -> None:
     answer = run_py(*EXAMPLES, "job=reproduce", "run=r", "hydra.run.dir=again")
     assert answer.code == 0, answer.err
     assert "identical: every metric of" in answer.out
-    assert learned(RunDirectory("again")) == learned(RunDirectory(folder))
+    assert weights_and_history(RunDirectory("again")) == weights_and_history(RunDirectory(folder))
     answer = run_py(*EXAMPLES, "job=evaluate", "run=r", "hydra.run.dir=measured")
     assert answer.code == 0, answer.err
     before, after = (json.loads(Path(f, "results.json").read_text())["test"] for f in ("r", "measured"))
     assert after["accuracy"] == before["accuracy"]
 
 
-def test_each_example_makes_another_run_than_without_it(run_py, whole) -> None:
+def test_each_example_makes_another_run_than_without_it(run_py, reference_run) -> None:
     """An example without any effect would pass all other tests."""
     weights = {}
     for choice in ("optimizer=lion", "loss=focal", "augment=speckle", "callbacks=lookahead", "logger=json_lines"):
         weights[choice] = RunDirectory(train_and_kill(run_py, choice, choice.replace("=", "_"))).weights.read_bytes()
-    assert weights.pop("logger=json_lines") == whole[0]  # a logger does not change the weights
-    assert len({*weights.values(), whole[0]}) == 5
+    assert weights.pop("logger=json_lines") == reference_run[0]  # a logger does not change the weights
+    assert len({*weights.values(), reference_run[0]}) == 5
 
 
 def test_the_schedule_rises_and_falls(run_py) -> None:
@@ -117,17 +117,17 @@ def test_a_network_of_ones_own(run_py) -> None:
         Deconvnet(load_run(folder, ["examples"]).model, image_size=64)
 
 
-def test_a_metric_of_ones_own(run_py, whole) -> None:
+def test_a_metric_of_ones_own(run_py, reference_run) -> None:
     """Its value is F1, it does not change the weights, and early stopping can monitor it."""
     history = RunDirectory(train_and_kill(run_py, "callbacks=macro_f1")).read_history()
     assert all(0 <= row["validation_f1"] <= 1 for row in history)
-    assert RunDirectory("r").weights.read_bytes() == whole[0]
+    assert RunDirectory("r").weights.read_bytes() == reference_run[0]
     confusion = torch.tensor([[2, 1, 0], [0, 0, 0], [1, 0, 1]])  # class 1 is predicted once but has no images
     true, predicted = confusion.nonzero().repeat_interleave(confusion[confusion > 0], 0).unbind(1)
     result = Evaluation(0.0, 0.0, None, predicted, torch.ones(len(true)), true, 3)
     f1 = MacroF1().measure(None, {"validation": result})["validation_f1"]
     assert f1 == pytest.approx((4 / 6 + 0 + 2 / 3) / 3)
-    words = [*EXAMPLES, *MINUTE, "callbacks=[early_stopping,macro_f1]", "callbacks.early_stopping.patience=1"]
+    words = [*EXAMPLES, *TINY_EXACT, "callbacks=[early_stopping,macro_f1]", "callbacks.early_stopping.patience=1"]
     words += ["callbacks.early_stopping.monitor=validation_f1", "callbacks.early_stopping.min_delta=2"]
     assert run_py(*words, "trainer.epochs=4", "hydra.run.dir=short").code == 0
     assert len(RunDirectory("short").read_history()) == 2

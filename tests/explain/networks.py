@@ -127,7 +127,7 @@ def _randomize(model):
     return model
 
 
-def pictures(model: ZFNet | Chain, count: int = 2, seed: int = 1) -> Tensor:
+def random_inputs(model: ZFNet | Chain, count: int = 2, seed: int = 1) -> Tensor:
     channels = model.channels if isinstance(model, Chain) else 3
     return torch.randn(
         count, channels, model.image_size, model.image_size, generator=torch.Generator().manual_seed(seed)

@@ -25,7 +25,7 @@ class _Relu(torch.autograd.Function):
         return (grad * (x > 0) if ctx.guided else grad), None
 
 
-def by_autograd(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], rule: str) -> Tensor:
+def project_by_autograd(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], rule: str) -> Tensor:
     """Return the projection [C, H, W] of one unit by autograd through ReLUs with modified backward passes.
 
     Autograd uses the true gradient of LRN, which corresponds to `lrn="gradient"`.
@@ -40,7 +40,7 @@ def by_autograd(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...],
     return torch.autograd.grad(value, start, value.detach())[0][0]
 
 
-def by_mirror(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], dead_windows: str) -> Tensor:
+def project_by_mirror(chain: Chain, images: Tensor, layer: str, unit: tuple[int, ...], dead_windows: str) -> Tensor:
     """Return the paper's projection [C, H, W] by an explicit mirror network on whole maps.
 
     Unpooling uses `unfold` and `fold`; filtering is `conv_transpose2d`, cropped or padded to the map below; average
@@ -109,5 +109,5 @@ def _maxima_back(signal: Tensor, pool: nn.MaxPool2d, below: Tensor, dead_windows
     return back[:, :, padding[0] : padding[0] + height, padding[1] : padding[1] + width]
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

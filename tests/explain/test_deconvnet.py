@@ -10,8 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.explain.networks import NETWORKS, OTHERS, VARIANTS, chain, network, pictures, some_units, strongest_units
-from tests.explain.oracles import by_autograd, by_mirror, close
+from tests.explain.networks import (
+    NETWORKS,
+    OTHERS,
+    VARIANTS,
+    chain,
+    network,
+    random_inputs,
+    some_units,
+    strongest_units,
+)
+from tests.explain.oracles import assert_close, project_by_autograd, project_by_mirror
 from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
 from zfnet.explain.deconvnet import RULES
@@ -32,14 +41,14 @@ class Scaled(nn.Conv2d):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_project_equals_autograd(name: str, rule: str) -> None:
     model = chain(name)
-    images = pictures(model)
+    images = random_inputs(model)
     deconvnet = Deconvnet(model, rule, lrn="gradient")
     for layer in model.layers:
         units = some_units(model, images, layer)[: 2 if name in OTHERS else None]
         units += strongest_units(model, images, layer)[:1]
-        expected = torch.stack([by_autograd(model, images, layer, unit, rule) for unit in units])
+        expected = torch.stack([project_by_autograd(model, images, layer, unit, rule) for unit in units])
         assert expected.abs().sum() > 0
-        close(deconvnet.project(images, layer, units), expected)
+        assert_close(deconvnet.project(images, layer, units), expected)
 
 
 @pytest.mark.parametrize("dead_windows", DEAD_WINDOWS)
@@ -47,12 +56,12 @@ def test_project_equals_autograd(name: str, rule: str) -> None:
 def test_project_equals_a_mirror_network(name: str, dead_windows: str) -> None:
     """The mirror network works on whole maps, and the deconvnet on the windows that units see."""
     model = chain(name)
-    images = pictures(model)
+    images = random_inputs(model)
     deconvnet = Deconvnet(model, dead_windows=dead_windows)
     for layer in model.layers:
         units = some_units(model, images, layer)[: 2 if name in OTHERS else None]
-        expected = torch.stack([by_mirror(model, images, layer, unit, dead_windows) for unit in units])
-        close(deconvnet.project(images, layer, units), expected)
+        expected = torch.stack([project_by_mirror(model, images, layer, unit, dead_windows) for unit in units])
+        assert_close(deconvnet.project(images, layer, units), expected)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +75,7 @@ def test_project_equals_a_mirror_network(name: str, dead_windows: str) -> None:
 def test_project_equals_captum(name: str, layers: tuple[str, ...]) -> None:
     attr = pytest.importorskip("captum.attr")
     model = chain(name)
-    images = pictures(model)
+    images = random_inputs(model)
     module = copy.deepcopy(model.model)
     for relu in (m for m in module.modules() if isinstance(m, nn.ReLU)):
         relu.inplace = False  # captum's hooks fail with in-place modules
@@ -81,15 +90,15 @@ def test_project_equals_captum(name: str, layers: tuple[str, ...]) -> None:
                 warnings.simplefilter("ignore")
                 for unit, projection in zip(units, ours, strict=True):
                     theirs = method(module, end).attribute(images[unit[0]][None], unit[1:])[0]
-                    close(projection, theirs * activations[unit])
+                    assert_close(projection, theirs * activations[unit])
 
 
 def test_project_equals_finite_differences() -> None:
     """The gradient rule gives the derivative of the activation times the activation."""
     model = network("lrn")
-    images = pictures(model, 1)
+    images = random_inputs(model, 1)
     unit = strongest_units(model, images, "conv5")[0]
-    direction = pictures(model, 1, seed=5)
+    direction = random_inputs(model, 1, seed=5)
     step = 1e-6
 
     def value(shift: float) -> float:
@@ -106,7 +115,7 @@ def test_project_equals_finite_differences() -> None:
 def test_project_with_switches_of_another_image() -> None:
     """The activations are the image's own, and the maxima's positions the other image's, as in a mirror network."""
     model = network("no_layers")
-    images, others = pictures(model), pictures(model, seed=9)
+    images, others = random_inputs(model), random_inputs(model, seed=9)
     units = strongest_units(model, images, "conv2")
     ours = Deconvnet(model).project(images, "conv2", units, switches_from=others)
     own = Deconvnet(model).project(images, "conv2", units)
@@ -122,9 +131,9 @@ def test_project_with_switches_of_another_image() -> None:
         expected = F.conv_transpose2d(signal.view(below.shape).clamp(min=0), model.conv1.weight, stride=2)
         size = model.image_size
         expected = F.pad(expected, (0, 2, 0, 2))[0, :, 1 : size + 1, 1 : size + 1]
-        close(projection, expected)
+        assert_close(projection, expected)
     assert not torch.allclose(ours, own)
-    close(Deconvnet(model).project(images, "conv2", units, switches_from=images), own)
+    assert_close(Deconvnet(model).project(images, "conv2", units, switches_from=images), own)
 
 
 def test_unpool_adds_what_max_unpool_would_lose() -> None:
@@ -136,7 +145,7 @@ def test_unpool_adds_what_max_unpool_would_lose() -> None:
     right = torch.autograd.grad(pooled, x, signal)[0]
     pool = nn.MaxPool2d(3, 2)
     ours = unpool(signal, pool_with_switches(x.detach(), pool)[1], window_of(pool))
-    close(ours, right)
+    assert_close(ours, right)
     wrong = F.max_unpool2d(signal, where, 3, 2, output_size=x.shape[2:])
     error = float((wrong - right).norm() / right.norm())
     assert 0.03 < error < 0.6
@@ -149,12 +158,12 @@ def test_unpool_adds_what_max_unpool_would_lose() -> None:
 def test_project_leaves_the_model_as_it_was() -> None:
     model = network("batch").train()
     model.requires_grad_()
-    model(pictures(model)).sum().backward()
+    model(random_inputs(model)).sum().backward()
     cudnn = torch.backends.cudnn
     switches = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
     before = {k: v.clone() for k, v in model.state_dict().items()}
     grads = [p.grad.clone() for p in model.parameters()]
-    images = pictures(model).requires_grad_()
+    images = random_inputs(model).requires_grad_()
     projections = Deconvnet(model, "guided", lrn="gradient").project(images, "fc8", [(0, 0), (1, 3)])
     assert (cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision) == switches
     assert torch.is_grad_enabled()
@@ -171,7 +180,7 @@ def test_project_leaves_the_model_as_it_was() -> None:
 
 def test_project_gives_the_same_bytes_twice_and_in_chunks(monkeypatch) -> None:
     model = network("pad").float()
-    images = pictures(model, 3).float()
+    images = random_inputs(model, 3).float()
     units = some_units(model, images, "conv5")
     first, second = (Deconvnet(model).project(images, "conv5", units) for _ in range(2))
     assert first.numpy().tobytes() == second.numpy().tobytes()
@@ -193,7 +202,7 @@ def test_project_never_uses_tf32() -> None:
     before = matmul.allow_tf32
     try:
         matmul.allow_tf32 = True
-        deconvnet.project(pictures(model), "fc8", [(0, 0)])
+        deconvnet.project(random_inputs(model), "fc8", [(0, 0)])
         assert matmul.allow_tf32
     finally:
         matmul.allow_tf32 = before
@@ -202,7 +211,7 @@ def test_project_never_uses_tf32() -> None:
 
 def test_project_without_units() -> None:
     model = network()
-    assert Deconvnet(model).project(pictures(model), "conv5", []).shape == (0, 3, 64, 64)
+    assert Deconvnet(model).project(random_inputs(model), "conv5", []).shape == (0, 3, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +229,7 @@ def test_project_without_units() -> None:
 def test_project_names_bad_units(layer: str, units: list, message: str) -> None:
     model = network()
     with pytest.raises(UserError) as error:
-        Deconvnet(model).project(pictures(model), layer, units)
+        Deconvnet(model).project(random_inputs(model), layer, units)
     assert message in str(error.value)
 
 
@@ -228,7 +237,7 @@ def test_project_names_bad_units(layer: str, units: list, message: str) -> None:
 def test_project_refuses_seeds_and_switches_that_do_not_fit(fields: bool) -> None:
     """Without this check, too many seeds would be ignored."""
     model = network()
-    deconvnet, images, units = Deconvnet(model), pictures(model), [(0, 1, 2, 3), (1, 1, 2, 3)]
+    deconvnet, images, units = Deconvnet(model), random_inputs(model), [(0, 1, 2, 3), (1, 1, 2, 3)]
     with pytest.raises(UserError, match=r"seeds of shape \[3\]: must be \[2\], one for each unit"):
         deconvnet.project(images, "conv1", units, seeds=torch.ones(3), fields=fields)
     with pytest.raises(UserError, match=r"switches_from of shape \[1, 3, 64, 64\]: must be \[2, 3, 64, 64\]"):
@@ -245,7 +254,7 @@ def test_project_refuses_images_of_another_size(layer: str, shape: tuple[int, ..
 def test_project_cuts_no_fields_of_linear_layers() -> None:
     model = network()
     with pytest.raises(UserError, match="fc7: its units see the whole image"):
-        Deconvnet(model).project(pictures(model), "fc7", [(0, 0)], fields=True)
+        Deconvnet(model).project(random_inputs(model), "fc7", [(0, 0)], fields=True)
 
 
 def test_deconvnet_names_bad_choices() -> None:
@@ -291,7 +300,7 @@ def test_project_leaves_in_place_modules_and_images_as_they_are() -> None:
 def test_project_on_the_gpu_equals_the_cpu() -> None:
     for variant in VARIANTS:
         model = network(variant)
-        images = pictures(model)
+        images = random_inputs(model)
         units = some_units(model, images, "conv5")
         expected = Deconvnet(model).project(images, "conv5", units)
         ours = Deconvnet(model.cuda()).project(images.cuda(), "conv5", units)

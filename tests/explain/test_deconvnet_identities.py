@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.explain.networks import NETWORKS, chain, network, pictures, some_units, strongest_units
-from tests.explain.oracles import close
+from tests.explain.networks import NETWORKS, chain, network, random_inputs, some_units, strongest_units
+from tests.explain.oracles import assert_close
 from zfnet.explain import Deconvnet, receptive_box, receptive_field
 from zfnet.explain.deconvnet import RULES
 from zfnet.explain.windows import Signal, Window, take_windows, transposed
@@ -18,14 +18,14 @@ from zfnet.model.zfnet import ZFNet
 
 def test_project_conv1_is_the_filter_times_the_activation() -> None:
     model = network()
-    images = pictures(model)
+    images = random_inputs(model)
     activation = model.activations(images, ["conv1"])["conv1"]
     for unit in strongest_units(model, images, "conv1"):
         n, channel, y, x = unit
         expected = torch.zeros(3, 64 + 14, 64 + 14, dtype=torch.float64)
         top, left = 2 * y - 1 + 7, 2 * x - 1 + 7
         expected[:, top : top + 7, left : left + 7] = activation[n, channel, y, x] * model.conv1.weight[channel]
-        close(Deconvnet(model).project(images, "conv1", [unit])[0], expected[:, 7:-7, 7:-7])
+        assert_close(Deconvnet(model).project(images, "conv1", [unit])[0], expected[:, 7:-7, 7:-7])
 
 
 def test_project_in_all_positive_networks_has_one_rule() -> None:
@@ -33,7 +33,7 @@ def test_project_in_all_positive_networks_has_one_rule() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.abs_()
-    images = pictures(model).abs()
+    images = random_inputs(model).abs()
     for layer in ("conv5", "fc8"):
         units = some_units(model, images, layer)
         first, second, third = (Deconvnet(model, rule).project(images, layer, units) for rule in RULES)
@@ -45,20 +45,20 @@ def test_project_in_all_positive_networks_has_one_rule() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_project_seeds_only_scale(rule: str) -> None:
     model = network()
-    images = pictures(model)
+    images = random_inputs(model)
     units = strongest_units(model, images, "conv4")
     deconvnet = Deconvnet(model, rule)
     one = deconvnet.project(images, "conv4", units, seeds=torch.ones(len(units)))
     seven = deconvnet.project(images, "conv4", units, seeds=torch.full((len(units),), 7.0))
     own = deconvnet.project(images, "conv4", units)
     activation = model.activations(images, ["conv4"])["conv4"]
-    close(seven, 7 * one)
-    close(own, one * torch.stack([activation[u] for u in units])[:, None, None, None])
+    assert_close(seven, 7 * one)
+    assert_close(own, one * torch.stack([activation[u] for u in units])[:, None, None, None])
 
 
 def test_project_inactive_units_to_nothing() -> None:
     model = network()
-    images = pictures(model)
+    images = random_inputs(model)
     activation = model.activations(images, ["conv3"])["conv3"]
     unit = tuple((activation == 0).nonzero()[0].tolist())
     for rule in RULES:
@@ -71,7 +71,7 @@ def test_project_stops_negative_signals_at_a_relu() -> None:
     with torch.no_grad():
         model.conv1.weight.abs_().neg_()
         model.conv1.bias.fill_(30)
-    images = pictures(model)
+    images = random_inputs(model)
     units = strongest_units(model, images, "conv5")
     assert units
     projections = Deconvnet(model).project(images, "conv5", units)
@@ -83,7 +83,7 @@ def test_project_stops_negative_signals_at_a_relu() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_project_lies_within_the_receptive_field(name: str) -> None:
     model = chain(name)
-    images = pictures(model)
+    images = random_inputs(model)
     for layer in (model.conv_layers[1], model.conv_layers[-1]):
         units = some_units(model, images, layer)
         projections = Deconvnet(model).project(images, layer, units, seeds=torch.ones(len(units), dtype=torch.float64))
@@ -108,14 +108,14 @@ def test_project_moves_with_the_image() -> None:
     here = Deconvnet(model).project(images, "conv5", [(0, channel, y, x)])
     moved = Deconvnet(model).project(images.roll((16, 16), (2, 3)), "conv5", [(0, channel, y + 1, x + 1)])
     assert here.abs().sum() > 0
-    close(moved[:, :, 16:, 16:], here[:, :, :-16, :-16])
+    assert_close(moved[:, :, 16:, 16:], here[:, :, :-16, :-16])
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("name", "layer"), [("ceil", "conv3"), ("mixed", "body.dilated"), ("vgg11", "features.3")])
 def test_project_fields_are_projections_cut_out(name: str, layer: str, rule: str) -> None:
     model = chain(name)
-    images = pictures(model)
+    images = random_inputs(model)
     units = some_units(model, images, layer)
     deconvnet, extent = Deconvnet(model, rule), receptive_field(model, layer)
     whole = F.pad(deconvnet.project(images, layer, units), (max(extent.kernel),) * 4)
@@ -123,7 +123,7 @@ def test_project_fields_are_projections_cut_out(name: str, layer: str, rule: str
     assert fields.shape == (len(units), model.channels, *extent.kernel)
     for unit, projection, cut in zip(units, whole, fields, strict=True):
         top, left = (place + max(extent.kernel) for place in extent.corners(torch.tensor([unit[2:4]]))[0].tolist())
-        close(cut, projection[:, top : top + extent.kernel[0], left : left + extent.kernel[1]])
+        assert_close(cut, projection[:, top : top + extent.kernel[0], left : left + extent.kernel[1]])
 
 
 @settings(max_examples=60, deadline=None)

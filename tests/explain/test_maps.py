@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.explain.networks import chain, network, pictures
+from tests.explain.networks import chain, network, random_inputs
 from zfnet.explain.maps import BINS, MapResponses, ablation_effects, nearest_maps, strongest_activations
 
 
@@ -21,7 +21,7 @@ def test_histogram_by_hand() -> None:
 @pytest.mark.parametrize("name", ["pad", "mixed"])
 def test_ablation_is_the_change_of_the_mean_output(name: str) -> None:
     own = network(name).chain if name == "pad" else chain(name)
-    images = pictures(own, 3)
+    images = random_inputs(own, 3)
     layer = own.conv_layers[1]
     effect = ablation_effects(own, images.split(2), [layer])[layer]
     channel = 2
@@ -44,7 +44,7 @@ def test_ablation_is_the_change_of_the_mean_output(name: str) -> None:
 
 def test_nearest_maps_finds_each_maps_copy_in_another_network() -> None:
     own = network("pad").chain
-    batches = pictures(own, 8).split(3)
+    batches = random_inputs(own, 8).split(3)
     strongest = strongest_activations(own, batches, ["conv1", "conv3"])
     maps = own.activations(torch.cat(batches), ["conv3"])["conv3"]
     torch.testing.assert_close(strongest["conv3"], maps.flatten(2).amax(2).detach())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.explain.networks import NETWORKS, chain, network, pictures
+from tests.explain.networks import NETWORKS, chain, network, random_inputs
 from zfnet.config.errors import UserError
 from zfnet.explain import receptive_box, receptive_field
 from zfnet.model import Chain, ZFNet
@@ -36,7 +36,7 @@ def test_receptive_box_holds_exactly_the_pixels_that_matter(name: str) -> None:
     with torch.no_grad():
         for parameter in model.model.parameters():
             parameter.abs_()
-    images = pictures(model, 1).abs().requires_grad_()
+    images = random_inputs(model, 1).abs().requires_grad_()
     for layer in (model.conv_layers[1], model.conv_layers[-1]):
         x = images
         for step in model.up_to(layer):

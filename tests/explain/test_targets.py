@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.explain.networks import VARIANTS, network, pictures
+from tests.explain.networks import VARIANTS, network, random_inputs
 from zfnet.explain.receptive_field import receptive_field
 from zfnet.explain.targets import BASELINES, GRAD_CAM, INTEGRATED, Target, blur, sobel, window_activations
 from zfnet.explain.windows import take_windows
@@ -15,7 +15,7 @@ from zfnet.model.chain import OUTPUT
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_window_activations_are_those_of_the_whole_image(name: str) -> None:
     model = network(name)
-    images = pictures(model, 2)
+    images = random_inputs(model, 2)
     for layer in model.chain.conv_layers:
         maps = model.chain.activations(images, [layer])[layer].detach()
         height, width = maps.shape[2:]
@@ -32,7 +32,7 @@ def test_window_activations_are_those_of_the_whole_image(name: str) -> None:
 
 def test_target_value_of_its_own_frames_is_the_activation() -> None:
     model = network("pad")
-    images = pictures(model, 2)
+    images = random_inputs(model, 2)
     out = model.chain.activations(images, ["conv2", "conv5", OUTPUT])
     for layer, unit, cut in (
         ("conv2", (1, 3, 4, 0), True),
@@ -51,7 +51,7 @@ def test_target_value_of_its_own_frames_is_the_activation() -> None:
 
 def test_pictures_of_all_methods_have_one_frame() -> None:
     model = network("pad")
-    images = pictures(model, 2)
+    images = random_inputs(model, 2)
     for layer, unit in (("conv2", (1, 3, 4, 0)), (OUTPUT, (1, 2, 0, 0))):
         target = Target(model.chain, layer, images, torch.tensor([unit]))
         for method in (*target.methods, *BASELINES):
@@ -61,7 +61,7 @@ def test_pictures_of_all_methods_have_one_frame() -> None:
 
 def test_integrated_gradients_add_up_to_the_change_of_the_output() -> None:
     model = network("no_pool")
-    images = pictures(model, 3)
+    images = random_inputs(model, 3)
     labels = torch.tensor([2, 0, 3])
     units = torch.tensor([[0, 2, 0, 0], [1, 0, 0, 0], [2, 3, 0, 0]])
     target = Target(model.chain, OUTPUT, images, units)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.helpers import TINY, compose, train_undrawn
+from tests.helpers import TINY, compose, train_without_figures
 from zfnet.data import ImageSet, load_splits, preprocess
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory
@@ -33,7 +33,7 @@ class Trained:
         return self.inputs[correct], self.images.labels[correct], self.images.boxes[correct]
 
 
-def train_some(folder: Path) -> Trained:
+def train_network(folder: Path) -> Trained:
     """Train a narrow network with batch normalisation on 1,080 built-in images: a third becomes correct in seconds."""
     words = (
         "trainer.epochs=6",
@@ -50,7 +50,7 @@ def train_some(folder: Path) -> Trained:
         "model.conv4=null",
         "model.conv5.channels=48",
     )
-    run = train_undrawn(folder, compose(*TINY, *words))
+    run = train_without_figures(folder, compose(*TINY, *words))
     loaded = load_run(run.folder)
     images = load_splits(loaded.config.data).test
     assert images is not None

@@ -13,19 +13,19 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.explain.networks import network, pictures, some_units
+from tests.explain.networks import network, random_inputs, some_units
 from tests.helpers import (
-    MINUTE,
+    TINY_EXACT,
     augment_config,
     compose,
     data_config,
-    die_at,
-    learned,
+    load_for_job,
     random_images,
     tiny_model_config,
-    train_minute,
+    train_tiny_exact,
+    train_until_killed,
     training_state,
-    used,
+    weights_and_history,
 )
 from zfnet.config.randomness import _one_kernel, make_key, random_bits, uniform
 from zfnet.data import load_splits
@@ -44,7 +44,7 @@ from zfnet.training.processes import World, init_process_group
 
 pytestmark = pytest.mark.gpu
 CUDA = ("trainer.device=cuda", "trainer.checkpoint_minutes=1e-9")
-# overrides that give MINUTE what it lacks of a usual run with trainer=cuda: bf16, a resize, and both dropout layers
+# overrides that give TINY_EXACT what it lacks of a usual run with trainer=cuda: bf16, a resize, and both dropout layers
 FAST = (
     "trainer.device=cuda",
     "trainer.deterministic=false",
@@ -136,8 +136,8 @@ def resumed() -> Callable[..., RunDirectory]:
     """Return a function that trains in a folder, is killed before the twelfth step, and resumes to the end."""
 
     def call(folder: Path, *words: str) -> RunDirectory:
-        die_at(folder, 11, *words)
-        return train_minute(folder, *words)
+        train_until_killed(folder, 11, *words)
+        return train_tiny_exact(folder, *words)
 
     return call
 
@@ -159,15 +159,17 @@ def resumed() -> Callable[..., RunDirectory]:
     ],
 )
 def test_exact_is_exact_and_resumes(resumed, tmp_path: Path, words: tuple[str, ...]) -> None:
-    whole = learned(train_minute(tmp_path / "a", *CUDA, *words))
-    assert learned(train_minute(tmp_path / "b", *CUDA, *words)) == whole
-    assert learned(resumed(tmp_path / "c", *CUDA, *words)) == whole
+    whole = weights_and_history(train_tiny_exact(tmp_path / "a", *CUDA, *words))
+    assert weights_and_history(train_tiny_exact(tmp_path / "b", *CUDA, *words)) == whole
+    assert weights_and_history(resumed(tmp_path / "c", *CUDA, *words)) == whole
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_resumes(resumed, tmp_path: Path, name: str) -> None:
     words = (*CUDA, f"optimizer={name}")
-    assert learned(resumed(tmp_path / "b", *words)) == learned(train_minute(tmp_path / "a", *words))
+    assert weights_and_history(resumed(tmp_path / "b", *words)) == weights_and_history(
+        train_tiny_exact(tmp_path / "a", *words)
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -197,14 +199,14 @@ def test_an_optimizer_state_from_the_cpu_loads_on_the_gpu(name: str) -> None:
 @pytest.mark.parametrize("trainer", ["cuda", "auto"])
 def test_fast_configs_train(tmp_path: Path, trainer: str) -> None:
     words = (f"trainer={trainer}", *FAST, "optimizer.lr=3e-3", "trainer.epochs=6")
-    history = train_minute(tmp_path / "r", *words).read_history()
+    history = train_tiny_exact(tmp_path / "r", *words).read_history()
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="Triton needs a C compiler")
 def test_compiled_training(tmp_path: Path) -> None:
     words = ("trainer=cuda", *FAST, "trainer.compile=true", "model.norm=lrn", "model.dropout=0.1")
-    run = train_minute(tmp_path / "r", *words, "optimizer.lr=3e-3", "trainer.epochs=6")
+    run = train_tiny_exact(tmp_path / "r", *words, "optimizer.lr=3e-3", "trainer.epochs=6")
     history = run.read_history()
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     assert "compiled" in run.read_json("environment.json")["plan"]
@@ -213,7 +215,7 @@ def test_compiled_training(tmp_path: Path) -> None:
 def test_the_fast_way_evaluates_as_the_cpu_does(tiny_run: RunDirectory) -> None:
     evaluations = []
     for words in (("trainer.device=cpu", "trainer.precision=fp32"), ("trainer=cuda",)):
-        run = used(tiny_run, *words)
+        run = load_for_job(tiny_run, *words)
         evaluations.append(loop.evaluate(run.model, run.batches(run.split("test")), run.runtime, "test"))
     assert evaluations[1].loss == pytest.approx(evaluations[0].loss, rel=0.02)  # bf16 has 8 bits
     assert (evaluations[1].predictions == evaluations[0].predictions).double().mean() >= 0.9
@@ -227,7 +229,7 @@ def test_the_fast_way_evaluates_as_the_cpu_does(tiny_run: RunDirectory) -> None:
     ],
 )
 def test_no_step_waits_for_the_device(words: tuple[str, ...]) -> None:
-    config = compose(*MINUTE, "trainer=cuda", *FAST, "trainer.compile=false", "model.dropout=0.5", *words)
+    config = compose(*TINY_EXACT, "trainer=cuda", *FAST, "trainer.compile=false", "model.dropout=0.5", *words)
     state = training_state(config)
     batches = training_batches(config, state.runtime, load_splits(config.data).train)
     state.train()
@@ -245,7 +247,7 @@ def test_no_step_waits_for_the_device(words: tuple[str, ...]) -> None:
 def test_no_step_after_a_resume_waits_for_the_device(name: str) -> None:
     if name == "nadam":
         pytest.xfail("PyTorch's keeps a number on the GPU and reads it twice for each parameter after a resume")
-    config = compose(*MINUTE, "trainer=cuda", *FAST, "trainer.compile=false", f"optimizer={name}")
+    config = compose(*TINY_EXACT, "trainer=cuda", *FAST, "trainer.compile=false", f"optimizer={name}")
     state = training_state(config)
     batches = training_batches(config, state.runtime, load_splits(config.data).train)
     state.train()
@@ -305,7 +307,7 @@ def test_projections_are_the_same_twice_and_close_to_the_cpus(trainer: str) -> N
     """The deconvnet uses full precision and deterministic kernels, whatever switches a training has set."""
     resolve_runtime(compose(f"trainer={trainer}", "trainer.device=cuda").trainer)
     model = network("lrn").float()
-    images = pictures(model).float()
+    images = random_inputs(model).float()
     units = {layer: some_units(model, images, layer) for layer in ("conv1", "conv5", "fc7")}
     deconvnet = Deconvnet(model, lrn="gradient")
     expected = {layer: deconvnet.project(images, layer, of) for layer, of in units.items()}

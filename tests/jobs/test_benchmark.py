@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import MINUTE, compose
+from tests.helpers import TINY_EXACT, compose
 from zfnet.data import load_splits
 from zfnet.jobs.benchmark import PHASES, TrainingSteps, flops_per_image
 from zfnet.model.zfnet import ZFNet
@@ -37,7 +37,7 @@ def test_benchmark_times_the_step_and_its_phases(run_py, tmp_path: Path) -> None
 
 
 def test_the_steps_of_a_warm_up_do_not_count(monkeypatch) -> None:
-    config = compose(*MINUTE)
+    config = compose(*TINY_EXACT)
     runtime, images = resolve_runtime(config.trainer), load_splits(config.data).train
     steps = TrainingSteps("ours", config, runtime, images)
     real, calls = steps.batches.epoch, []

@@ -12,14 +12,14 @@ import pytest
 import zfnet.training.loop
 from tests.helpers import (
     EVERY_STEP,
-    MINUTE,
     STEPS,
+    TINY_EXACT,
     Killed,
     compose,
-    dying_at,
-    learned,
-    train_minute,
-    train_undrawn,
+    killed_before,
+    train_tiny_exact,
+    train_without_figures,
+    weights_and_history,
     write_images,
 )
 from zfnet.runs.directory import RunDirectory
@@ -51,13 +51,15 @@ def rates(run: RunDirectory) -> list[float | None]:
 def test_an_extended_run_equals_one_that_was_as_long_from_the_start(branch, tmp_path: Path) -> None:
     """Also if it is killed in its second step and resumed."""
     words = (*PLATEAU, *ALL_ON)
-    parent = train_minute(tmp_path / "one", *words)
+    parent = train_tiny_exact(tmp_path / "one", *words)
     extend = ("job=extend", "run=one", "trainer.epochs=3", EVERY_STEP)
-    with dying_at(2 * STEPS + 1), pytest.raises(Killed):
+    with killed_before(2 * STEPS + 1), pytest.raises(Killed):
         branch("two", *extend)
     run = branch("two", *extend)
     assert "two holds this run already" in branch.out
-    assert learned(run) == learned(train_minute(tmp_path / "whole", *words, "trainer.epochs=3"))
+    assert weights_and_history(run) == weights_and_history(
+        train_tiny_exact(tmp_path / "whole", *words, "trainer.epochs=3")
+    )
     assert rates(run)[-1] == rates(parent)[-1] / 2
     link = run.read_config().parent
     assert link is not None
@@ -69,9 +71,9 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(branch, tmp_
 
 def test_a_fork_that_changes_nothing_equals_its_parent(branch, tmp_path: Path) -> None:
     words = ("optimizer=sgd", "trainer.checkpoint_epochs=[1]", *ALL_ON)
-    parent = train_minute(tmp_path / "one", *words)
+    parent = train_tiny_exact(tmp_path / "one", *words)
     run = branch("two", "job=fork", "run=one", "job.epoch=1")
-    assert learned(run) == learned(parent)
+    assert weights_and_history(run) == weights_and_history(parent)
     newest = [read_newest(r.checkpoints)[0] for r in (run, parent)]
     assert newest[0].metadata["schedule"] == newest[1].metadata["schedule"]
 
@@ -80,9 +82,11 @@ def test_a_fork_that_changes_nothing_equals_its_parent(branch, tmp_path: Path) -
 def test_what_an_optimizer_keeps_in_its_groups_goes_on(branch, tmp_path: Path, from_defaults: bool) -> None:
     words = (*PLATEAU, "imports=[tests]", "optimizer=sgd", "~optimizer.momentum", "~optimizer.nesterov")
     words += ("optimizer._target_=tests.own.Counting", f"+optimizer.from_defaults={str(from_defaults).lower()}")
-    train_minute(tmp_path / "one", *words)
+    train_tiny_exact(tmp_path / "one", *words)
     run = branch("two", "imports=[tests]", "job=extend", "run=one", "trainer.epochs=3")
-    assert learned(run) == learned(train_minute(tmp_path / "whole", *words, "trainer.epochs=3"))
+    assert weights_and_history(run) == weights_and_history(
+        train_tiny_exact(tmp_path / "whole", *words, "trainer.epochs=3")
+    )
     settings = ("optimizer.lr=0.5", "optimizer.weight_decay=0.25")
     run = branch("three", "imports=[tests]", "job=extend", "run=one", "trainer.epochs=3", *settings)
     saved = read_newest(run.checkpoints)[0]
@@ -90,10 +94,10 @@ def test_what_an_optimizer_keeps_in_its_groups_goes_on(branch, tmp_path: Path, f
     assert (group["count"], group["lr"], group["weight_decay"]) == (3 * STEPS, 0.125, 0.25)  # halved twice
 
 
-def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, judge) -> None:
+def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, fake_validation) -> None:
     accuracies = [0.9, 0.95, 0.1, 0.2]
-    judge(accuracy=accuracies)
-    train_minute(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
+    fake_validation(accuracy=accuracies)
+    train_tiny_exact(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
     longer = branch("two", "job=extend", "run=one", "trainer.epochs=4")
     assert longer.read_json("results.json")["best_epoch"] == 2
     assert longer.weights.read_bytes() == Path("one/model.safetensors").read_bytes()
@@ -105,22 +109,22 @@ def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, jud
 
 @pytest.mark.parametrize("word", ["data.split_seed=1", "data.mean=[0.4,0.4,0.4]"])
 def test_the_best_epoch_before_a_branch_does_not_count_on_other_images(
-    branch, tmp_path: Path, judge, word: str
+    branch, tmp_path: Path, fake_validation, word: str
 ) -> None:
-    judge(accuracy=[0.9, 0.8, 0.1, 0.2])
-    train_minute(tmp_path / "one")
+    fake_validation(accuracy=[0.9, 0.8, 0.1, 0.2])
+    train_tiny_exact(tmp_path / "one")
     other = branch("two", "job=extend", "run=one", "trainer.epochs=4", word)
     assert other.read_json("results.json")["best_epoch"] == 4
     assert f"{word.split('=')[0]} is not the parent's" in (other.folder / "train.log").read_text()
 
 
-def test_the_place_of_the_images_does_not_count(branch, run_py, tmp_path: Path, judge) -> None:
-    judge(accuracy=[0.9, 0.8, 0.1, 0.2])
-    words = [word for word in MINUTE if "_images" not in word]
+def test_the_place_of_the_images_does_not_count(branch, run_py, tmp_path: Path, fake_validation) -> None:
+    fake_validation(accuracy=[0.9, 0.8, 0.1, 0.2])
+    words = [word for word in TINY_EXACT if "_images" not in word]
     words += ["data=folder", "data.root=old", "data.image_size=64", "data.validation=4"]
     for name, test in (("old", "test"), ("new", "test"), ("other", "val")):  # the same pixels and labels
         write_images(tmp_path / name, {"train/a": 20, "train/b": 20, f"{test}/a": 3, f"{test}/b": 3})
-    train_undrawn(tmp_path / "one", compose(*words))
+    train_without_figures(tmp_path / "one", compose(*words))
     extend = ("job=extend", "run=one", "trainer.epochs=4")
     shutil.rmtree("old")
     moved = branch("two", *extend, "data.root=new")
@@ -135,7 +139,7 @@ def test_the_place_of_the_images_does_not_count(branch, run_py, tmp_path: Path, 
 
 
 def test_a_fork_to_other_classes_says_what_to_do(branch, run_py, tmp_path: Path) -> None:
-    train_minute(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
+    train_tiny_exact(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
     write_images(tmp_path / "photos", {f"{split}/{kind}": 9 for split in ("train", "test") for kind in "ab"})
     answer = run_py("job=fork", "run=one", "job.epoch=1", "data=folder", "data.root=photos", "data.image_size=64")
     assert answer.error.startswith("the run cannot begin with its parent's state (RuntimeError: size mismatch for fc8.")
@@ -143,27 +147,27 @@ def test_a_fork_to_other_classes_says_what_to_do(branch, run_py, tmp_path: Path)
 
 
 def test_why_an_optimizer_starts_without_state_is_said(branch, tmp_path: Path) -> None:
-    train_minute(tmp_path / "one", "optimizer=sgd", "optimizer.momentum=0")
+    train_tiny_exact(tmp_path / "one", "optimizer=sgd", "optimizer.momentum=0")
     branch("two", "job=extend", "run=one", "trainer.epochs=3")
     assert "the optimizer starts without state" not in branch.out  # SGD without momentum has no state
     branch("three", "job=extend", "run=one", "trainer.epochs=3", "trainer.freeze=[conv1]")
     assert "the optimizer starts without state: trainer.freeze is not the parent's" in branch.out
 
 
-def test_the_best_epoch_before_a_fork_survives_a_kill(tmp_path: Path, judge, monkeypatch) -> None:
+def test_the_best_epoch_before_a_fork_survives_a_kill(tmp_path: Path, fake_validation, monkeypatch) -> None:
     """Killed in epoch 4 and continued in epoch 2, a run must not keep epoch 3's weights as the best up to epoch 2."""
-    judge(accuracy=[0.5, 0.4, 0.9, 0.1])
+    fake_validation(accuracy=[0.5, 0.4, 0.9, 0.1])
     words = ("trainer.epochs=4", "trainer.checkpoint_epochs=[2]")
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "on_step_end", lambda self, state: state.step == STEPS + 3 and self.save(state))
-        with dying_at(3 * STEPS + 2), pytest.raises(Killed):
-            train_minute(tmp_path / "one", *words)
-    train_minute(tmp_path / "one", *words)
+        with killed_before(3 * STEPS + 2), pytest.raises(Killed):
+            train_tiny_exact(tmp_path / "one", *words)
+    train_tiny_exact(tmp_path / "one", *words)
     assert read_checkpoint(tmp_path / "one/checkpoints" / epoch_name(2, best=True)).metadata["epoch"] == 1
 
 
 def test_fit_extends_a_run_in_python(tmp_path: Path) -> None:
-    train_minute(tmp_path / "one")
+    train_tiny_exact(tmp_path / "one")
     config = zfnet.compose(["job=extend", f"run={tmp_path / 'one'}", "trainer.epochs=3"])
     run = zfnet.fit(config, tmp_path / "two")
     assert zfnet.fit(config, tmp_path / "two").results == run.results
@@ -174,12 +178,12 @@ def test_fit_extends_a_run_in_python(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rule", ["stretch", "continue", "restart"])
 def test_the_schedule_of_a_branch_is_chosen_and_logged(branch, tmp_path: Path, rule: str) -> None:
     words = ("scheduler=cosine", "optimizer.lr=0.04")
-    parent = train_minute(tmp_path / "one", *words)
+    parent = train_tiny_exact(tmp_path / "one", *words)
     run = branch("two", "job=extend", "run=one", "trainer.epochs=4", f"job.schedule={rule}")
     assert rates(run)[:2] == rates(parent)
     now = rates(run)[2:]
     if rule == "stretch":
-        assert now == rates(train_minute(tmp_path / "whole", *words, "trainer.epochs=4"))[2:]
+        assert now == rates(train_tiny_exact(tmp_path / "whole", *words, "trainer.epochs=4"))[2:]
     elif rule == "restart":
         assert now == rates(parent)
     else:
@@ -191,14 +195,14 @@ def test_the_schedule_of_a_branch_is_chosen_and_logged(branch, tmp_path: Path, r
 
 def test_a_chain_is_reproduced_from_its_start_without_its_parents(branch, run_py, tmp_path: Path) -> None:
     """The chain forks with other settings, then extends; the reproduction is killed in its second part."""
-    train_minute(tmp_path / "one", *PLATEAU, "trainer.checkpoint_epochs=[1]", "trainer.epochs=2")
+    train_tiny_exact(tmp_path / "one", *PLATEAU, "trainer.checkpoint_epochs=[1]", "trainer.epochs=2")
     fork = ("optimizer.lr=0.003", "data.batch_size=12", "optimizer=adam", "model.dropout=0.3", "augment=crop_flip")
     branch("two", "job=fork", "run=one", "job.epoch=1", *fork)
     assert "the optimizer starts without state" in branch.out
     branch("three", "job=extend", "run=two", "trainer.epochs=3", "scheduler=cosine", "job.schedule=restart")
     for name in ("one", "two"):
         shutil.rmtree(name)
-    with dying_at(9), pytest.raises(Killed):  # this part has 6 steps per epoch
+    with killed_before(9), pytest.raises(Killed):  # this part has 6 steps per epoch
         branch("again", "job=reproduce", "run=three")
     answer = run_py("job=resume", "run=again")
     assert answer.code == 0, answer.err
@@ -209,7 +213,7 @@ def test_a_chain_is_reproduced_from_its_start_without_its_parents(branch, run_py
 
 
 def test_a_parent_that_comes_out_otherwise_is_named(branch, run_py, tmp_path: Path, monkeypatch) -> None:
-    train_minute(tmp_path / "one", "trainer.epochs=1")
+    train_tiny_exact(tmp_path / "one", "trainer.epochs=1")
     branch("two", "job=extend", "run=one", "trainer.epochs=2")
     real = zfnet.training.loop.train_step
 
@@ -226,16 +230,16 @@ def test_a_parent_that_comes_out_otherwise_is_named(branch, run_py, tmp_path: Pa
 
 def test_a_run_that_was_stopped_early_goes_on(branch, tmp_path: Path) -> None:
     words = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=9")
-    parent = train_minute(tmp_path / "one", *words, "trainer.epochs=4")
+    parent = train_tiny_exact(tmp_path / "one", *words, "trainer.epochs=4")
     assert len(parent.read_history()) == 2
     run = branch("two", "job=extend", "run=one", "trainer.epochs=6")
     assert len(run.read_history()) == 4  # early stopping starts again and stops the run
 
 
 def test_refusals(run_py, branch, tmp_path: Path) -> None:
-    train_minute(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
-    train_minute(tmp_path / "none", "trainer.epochs=1")
-    train_minute(tmp_path / "two-epochs")
+    train_tiny_exact(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
+    train_tiny_exact(tmp_path / "none", "trainer.epochs=1")
+    train_tiny_exact(tmp_path / "two-epochs")
     for words, expected in (
         ("job=extend run=one", "job=extend needs trainer.epochs=N, more than the 2 epochs that run=one has trained"),
         ("job=fork run=one", "job=fork needs job.epoch=N; run=one keeps the state of epochs 1, 2\n"),

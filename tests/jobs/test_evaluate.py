@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import TINY, compose, read_csv, used
+from tests.helpers import TINY, compose, load_for_job, read_csv
 from zfnet import ZFNet
 from zfnet.data.shapes import CLASSES, draw_shapes
 from zfnet.jobs.evaluate import MeanOfViews, data_for_tencrop, worst
@@ -31,7 +31,7 @@ def test_evaluate_repeats_the_runs_own_results(run_py, tiny_run, monkeypatch) ->
     assert what == "test"
     assert shown.accuracy == recorded["test"]["accuracy"]
     assert len(images) == 50
-    run = used(tiny_run)
+    run = load_for_job(tiny_run)
     evaluation = evaluate(run.model, run.batches(run.split("validation")), run.runtime, "validation")
     assert results_of(evaluation, run.classes) == recorded["validation"]
 
@@ -74,11 +74,11 @@ def gallery(tmp_path: Path) -> Path:
 
 
 def test_evaluate_matches_a_folders_classes_by_name(tiny_run, gallery: Path) -> None:
-    folder = used(tiny_run, "data=folder", f"data.root={gallery}")
+    folder = load_for_job(tiny_run, "data=folder", f"data.root={gallery}")
     assert folder.data.image_size == 64  # the run's value; conf/data/folder.yaml says 224
     images = folder.split("all")
     assert len(images) == 40
-    own = used(tiny_run)
+    own = load_for_job(tiny_run)
     same = own.split("test").take(torch.arange(40))
     by_folder = evaluate(folder.model, folder.batches(images), folder.runtime, "folder")
     by_run = evaluate(own.model, own.batches(same), own.runtime, "run")
@@ -87,7 +87,7 @@ def test_evaluate_matches_a_folders_classes_by_name(tiny_run, gallery: Path) -> 
 
 
 def test_split_all_is_every_image_once(tiny_run) -> None:
-    run = used(tiny_run)
+    run = load_for_job(tiny_run)
     splits = run.splits
     images = run.split("all")
     assert splits.validation is not None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import TINY, compose, used
+from tests.helpers import TINY, compose, load_for_job
 from zfnet import ZFNet
 from zfnet.config.errors import UserError
 from zfnet.jobs import export
@@ -21,7 +21,7 @@ def test_pt2_gives_the_networks_logits(run_py, tiny_run) -> None:
     assert answer.code == 0, answer.err
     extra = {"zfnet.json": ""}
     program = torch.export.load("x/model.pt2", extra_files=extra)
-    run = used(tiny_run)
+    run = load_for_job(tiny_run)
     assert json.loads(extra["zfnet.json"])["classes"] == list(run.classes)
     metadata = RunDirectory("x").read_json("model.json")
     assert metadata["weights_sha256"] == tiny_run.read_json("results.json")["weights_sha256"]
@@ -45,7 +45,7 @@ def test_onnx_gives_the_networks_logits(run_py, tiny_run) -> None:
     session = onnxruntime.InferenceSession("x/model.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, 64, 64]
     metadata = json.loads(session.get_modelmeta().custom_metadata_map["zfnet"])
-    run = used(tiny_run)
+    run = load_for_job(tiny_run)
     assert metadata["classes"] == list(run.classes)
     assert metadata["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))

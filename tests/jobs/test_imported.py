@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests import own
-from tests.helpers import MINUTE, Trap, compose, random_images, used, write_images
-from tests.model.graphs import NODES, WEIGHTS, graph
+from tests.helpers import TINY_EXACT, Trap, compose, load_for_job, random_images, write_images
+from tests.model.graphs import NODES, WEIGHTS, write_onnx
 from zfnet import ZFNet, load_run
 from zfnet.config.errors import UserError
 from zfnet.jobs import imported
@@ -26,7 +26,7 @@ from zfnet.model.build import build_model
 from zfnet.model.chain import Chain
 from zfnet.runs.directory import RunDirectory
 
-OWN = tuple(word for word in MINUTE if word.startswith("model."))
+OWN = tuple(word for word in TINY_EXACT if word.startswith("model."))
 
 
 def import_(output: Path, source: object, *words: str) -> RunDirectory:
@@ -57,9 +57,9 @@ def test_a_state_dict_becomes_a_run_on_which_jobs_work(tmp_path: Path, name: str
     assert run.job == "import"
     assert len(results["weights_sha256"]) == 64
     with pytest.raises(UserError, match=r"data\.root is not set: name the folder"):
-        used(run).split("all")
+        load_for_job(run).split("all")
     root = write_images(tmp_path / "photos", {"Sea_Lion": 5, "dog": 5})  # typical folder names for these classes
-    assert used(run, f"data.root={root}").split("all").labels.unique().tolist() == [0, 2]
+    assert load_for_job(run, f"data.root={root}").split("all").labels.unique().tolist() == [0, 2]
     own = import_(tmp_path / "again", run.weights)  # its header contains all settings
     assert own.read_json("results.json")["weights_sha256"] == results["weights_sha256"]
     assert load_run(own.folder).classes == ("sea lion", "cat", "Dog", "emu")
@@ -175,13 +175,13 @@ def imported_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """Import a small ONNX graph; photos/ beside the run has images of two of its classes."""
     folder = tmp_path_factory.mktemp("imported")
     write_images(folder / "photos", {"0": 4, "3": 4}, size=24)
-    import_(folder / "other", graph(folder / "y.onnx", *NODES, weights=WEIGHTS | {"w": -WEIGHTS["w"]}))
-    return import_(folder / "run", graph(folder / "x.onnx", *NODES, weights=WEIGHTS))
+    import_(folder / "other", write_onnx(folder / "y.onnx", *NODES, weights=WEIGHTS | {"w": -WEIGHTS["w"]}))
+    return import_(folder / "run", write_onnx(folder / "x.onnx", *NODES, weights=WEIGHTS))
 
 
 def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    path = graph(tmp_path / "x.onnx", *NODES, weights=WEIGHTS)
+    path = write_onnx(tmp_path / "x.onnx", *NODES, weights=WEIGHTS)
     run = import_(tmp_path / "run", path, "job.channels=bgr")
     loaded = load_run(run.folder)
     images = torch.randn(1, 3, 19, 19)
@@ -230,11 +230,11 @@ def test_jobs_work_on_a_network_that_is_no_zfnet(
 ) -> None:
     monkeypatch.chdir(imported_run.folder.parent)
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: self.draw_without_rendering())
-    config = used(imported_run, f"job={words[0]}", *words[1:]).config
+    config = load_for_job(imported_run, f"job={words[0]}", *words[1:]).config
     config.job.main(config, tmp_path / "out")
 
 
 @pytest.mark.parametrize("job", ["resume", "reproduce", "extend", "fork"])
 def test_jobs_that_train_refuse_an_imported_run(imported_run: RunDirectory, job: str) -> None:
     with pytest.raises(UserError, match=f"was made by job=import: job={job} needs a run that this program trained"):
-        used(imported_run, f"job={job}")
+        load_for_job(imported_run, f"job={job}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import read_csv, used
+from tests.helpers import load_for_job, read_csv
 from zfnet.data.decode import read_image
 from zfnet.data.shapes import draw_shapes
 from zfnet.jobs.predict import Prediction, predict, prediction_rows, prediction_table
@@ -19,7 +19,7 @@ from zfnet.training.loop import evaluate
 
 
 def test_predict_agrees_with_evaluate(tiny_run, tmp_path: Path) -> None:
-    run = used(tiny_run)
+    run = load_for_job(tiny_run)
     test = run.split("test")
     evaluation = evaluate(run.model, run.batches(test), run.runtime, "test")
     images = []
@@ -84,7 +84,7 @@ def test_predict_keeps_pictures_of_the_first_readable_images(tiny_run, tmp_path:
     monkeypatch.setattr("zfnet.jobs.predict.SHOWN", 3)
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     images = ["gone.png"] * 5 + [str(tmp_path / "good.png")] * 5
-    predictions = list(predict(used(tiny_run), images, top=1, batch_size=2))
+    predictions = list(predict(load_for_job(tiny_run), images, top=1, batch_size=2))
     assert [p.error is None for p in predictions] == [False] * 5 + [True] * 5
     assert [p.picture is not None for p in predictions[5:]] == [True, True, True, False, False]
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import zfnet.runs.provenance
 import zfnet.training.loop
-from tests.helpers import EVERY_STEP, MINUTE, TINY, Killed, compose, dying_at, no_figures, train_tiny
+from tests.helpers import EVERY_STEP, TINY, TINY_EXACT, Killed, compose, killed_before, no_figures, train_tiny
 from zfnet.jobs.train import train
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory
@@ -113,10 +113,10 @@ def test_changed_code_of_ones_own_is_named(run_py, tmp_path: Path, monkeypatch) 
         monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two versions have equal time and size
 
     trust = ("imports=[own_loss]",)
-    words = (*MINUTE, *trust, "loss._target_=own_loss.Loss")
+    words = (*TINY_EXACT, *trust, "loss._target_=own_loss.Loss")
     write(1)
     assert run_py(*words, "hydra.run.dir=r").code == 0
-    with dying_at(5), pytest.raises(Killed):
+    with killed_before(5), pytest.raises(Killed):
         run_py(*words, EVERY_STEP, "hydra.run.dir=dead")
     assert "has changed" not in run_py(*trust, "job=reproduce", "run=r", "hydra.run.dir=same").out
     write(2)

@@ -10,37 +10,46 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import EVERY_STEP, MINUTE, STEPS, claim, compose, die_at, learned, train_minute
+from tests.helpers import (
+    EVERY_STEP,
+    STEPS,
+    TINY_EXACT,
+    claim,
+    compose,
+    train_tiny_exact,
+    train_until_killed,
+    weights_and_history,
+)
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.checkpoint import BEST, step_files
 
 
-def test_the_same_command_goes_on_in_the_same_directory(whole, tmp_path: Path, run_py) -> None:
-    die_at(tmp_path / "r", 5)
-    answer = run_py(*MINUTE, EVERY_STEP, "hydra.run.dir=r")
+def test_the_same_command_goes_on_in_the_same_directory(reference_run, tmp_path: Path, run_py) -> None:
+    train_until_killed(tmp_path / "r", 5)
+    answer = run_py(*TINY_EXACT, EVERY_STEP, "hydra.run.dir=r")
     assert answer.code == 0
     assert "r holds this run already" in answer.out
     assert "continuing from epoch 1, step 5" in answer.out
-    assert learned(RunDirectory(tmp_path / "r")) == whole
+    assert weights_and_history(RunDirectory(tmp_path / "r")) == reference_run
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*") if p.name != ".lock"}
-    assert "nothing to do: r is finished" in run_py(*MINUTE, "hydra.run.dir=r").out
+    assert "nothing to do: r is finished" in run_py(*TINY_EXACT, "hydra.run.dir=r").out
     assert "nothing to do: r is finished" in run_py("job=resume", "run=r").out
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 def test_another_configs_directory_is_refused_untouched(tmp_path: Path, run_py) -> None:
-    die_at(tmp_path / "r", 3)
+    train_until_killed(tmp_path / "r", 3)
     before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
-    answer = run_py(*MINUTE, "hydra.run.dir=r", "seed=1")
+    answer = run_py(*TINY_EXACT, "hydra.run.dir=r", "seed=1")
     assert answer.code == 1
     assert answer.err == ("error: r holds a run with another config: choose another directory (hydra.run.dir=…)\n")
     assert {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()} == before
 
 
 def test_resume_takes_no_other_settings(tmp_path: Path, run_py) -> None:
-    die_at(tmp_path / "r", 2)
+    train_until_killed(tmp_path / "r", 2)
     answer = run_py("job=resume", "run=r", "optimizer.lr=0.5")
     assert answer.code == 1
     assert "takes no others, such as" in answer.err
@@ -54,7 +63,7 @@ def _hold(folder: Path, held: Any) -> None:
 
 
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
-    config, run = compose(*MINUTE), RunDirectory(tmp_path / "r")
+    config, run = compose(*TINY_EXACT), RunDirectory(tmp_path / "r")
     claim(run, config)
     fork = multiprocessing.get_context("fork")  # a new interpreter needs two seconds to import PyTorch
     held = fork.Event()
@@ -72,7 +81,7 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_config_than_the_checkpoints_is_refused(run_py, tmp_path: Path) -> None:
-    assert run_py(*MINUTE, "hydra.run.dir=r").code == 0
+    assert run_py(*TINY_EXACT, "hydra.run.dir=r").code == 0
     run = RunDirectory(tmp_path / "r")
     run.set_status("stopped")
     text = (run.folder / "config.yaml").read_text()
@@ -82,7 +91,7 @@ def test_another_config_than_the_checkpoints_is_refused(run_py, tmp_path: Path) 
 
 
 def test_a_finished_run_without_its_weights_is_named(run_py, tmp_path: Path) -> None:
-    run = train_minute(tmp_path / "r", "trainer.epochs=1")
+    run = train_tiny_exact(tmp_path / "r", "trainer.epochs=1")
     run.weights.unlink()
     answer = run_py("job=resume", "run=r")
     assert answer.error == (
@@ -96,9 +105,9 @@ def test_a_finished_run_without_its_weights_is_named(run_py, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("harm", ["missing", "damaged"])
-def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, judge, harm: str) -> None:
-    judge(accuracy=[0.9, 0.2, 0.3])
-    die_at(tmp_path / "r", 2 * STEPS + 3, "trainer.epochs=3")
+def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, fake_validation, harm: str) -> None:
+    fake_validation(accuracy=[0.9, 0.2, 0.3])
+    train_until_killed(tmp_path / "r", 2 * STEPS + 3, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
     path = run.checkpoints / BEST
     path.unlink()
@@ -106,42 +115,42 @@ def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, judge,
         path.write_bytes(b"\x00" * 99)
     words = {"missing": "is missing", "damaged": "cannot be read"}
     with pytest.raises(UserError) as caught:
-        train_minute(run.folder, EVERY_STEP, "trainer.epochs=3")
+        train_tiny_exact(run.folder, EVERY_STEP, "trainer.epochs=3")
     lost = f"{path} {words[harm]}: the weights of the best epoch, 1, are lost"
     assert str(caught.value).startswith(f"{lost}: delete {run.checkpoints} and give job=resume run={run.folder}")
     assert f"{lost}; unless a later epoch is better" in (run.folder / "train.log").read_text()
     assert not run.weights.exists()
     shutil.rmtree(run.checkpoints)  # as the message says
-    again = learned(train_minute(run.folder, "trainer.epochs=3"))
-    assert again == learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
+    again = weights_and_history(train_tiny_exact(run.folder, "trainer.epochs=3"))
+    assert again == weights_and_history(train_tiny_exact(tmp_path / "whole", "trainer.epochs=3"))
     assert run.read_json("results.json")["best_epoch"] == 1
 
 
 @pytest.mark.parametrize(("accuracies", "best"), [((0.3, 0.2, 0.9), 3), ((0.1, 0.2, 0.15), 2)])
 def test_a_better_later_epoch_replaces_lost_best_weights(
-    tmp_path: Path, judge, accuracies: tuple[float, ...], best: int
+    tmp_path: Path, fake_validation, accuracies: tuple[float, ...], best: int
 ) -> None:
-    judge(accuracy=accuracies)
-    expected = learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
-    die_at(tmp_path / "r", STEPS + 3, "trainer.epochs=3")
+    fake_validation(accuracy=accuracies)
+    expected = weights_and_history(train_tiny_exact(tmp_path / "whole", "trainer.epochs=3"))
+    train_until_killed(tmp_path / "r", STEPS + 3, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
     (run.checkpoints / BEST).unlink()
-    assert learned(train_minute(run.folder, "trainer.epochs=3")) == expected
+    assert weights_and_history(train_tiny_exact(run.folder, "trainer.epochs=3")) == expected
     assert run.read_json("results.json")["best_epoch"] == best
 
 
-def test_best_weights_of_an_epoch_that_is_trained_again_are_not_lost(tmp_path: Path, judge) -> None:
+def test_best_weights_of_an_epoch_that_is_trained_again_are_not_lost(tmp_path: Path, fake_validation) -> None:
     """A killed run can have reached a better epoch after its newest checkpoint."""
-    judge(accuracy=[0.1, 0.9, 0.2])
-    expected = learned(train_minute(tmp_path / "whole", "trainer.epochs=3"))
-    die_at(tmp_path / "r", 2 * STEPS + 1, "trainer.epochs=3")
+    fake_validation(accuracy=[0.1, 0.9, 0.2])
+    expected = weights_and_history(train_tiny_exact(tmp_path / "whole", "trainer.epochs=3"))
+    train_until_killed(tmp_path / "r", 2 * STEPS + 1, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
     for path in step_files(run.checkpoints):
         path.unlink()
-    die_at(tmp_path / "other", STEPS + 3, "trainer.epochs=3")
+    train_until_killed(tmp_path / "other", STEPS + 3, "trainer.epochs=3")
     newest = step_files(tmp_path / "other/checkpoints")[-1]
     shutil.copy(newest, run.checkpoints / newest.name)
-    judge(accuracy=[0.1, 0.05, 0.02])  # the repeated epoch is worse, as on hardware that rounds differently
-    assert learned(train_minute(run.folder, "trainer.epochs=3"))[0] == expected[0]
+    fake_validation(accuracy=[0.1, 0.05, 0.02])  # the repeated epoch is worse, as on hardware that rounds differently
+    assert weights_and_history(train_tiny_exact(run.folder, "trainer.epochs=3"))[0] == expected[0]
     assert run.read_json("results.json")["best_epoch"] == 2
     assert "are lost" not in (run.folder / "train.log").read_text()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.helpers import MINUTE, compose, learned, read_csv, train_minute
+from tests.helpers import TINY_EXACT, compose, read_csv, train_tiny_exact, weights_and_history
 from zfnet.config.errors import UserError
 from zfnet.jobs.train import train
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
@@ -20,10 +20,10 @@ from zfnet.training import callbacks
 from zfnet.training.checkpoint import epoch_files
 
 
-def test_the_best_weights_are_the_ones_kept(tmp_path: Path, judge) -> None:
+def test_the_best_weights_are_the_ones_kept(tmp_path: Path, fake_validation) -> None:
     """If the first of three epochs is the best on validation, the file contains its weights."""
-    judge(accuracy=[0.9, 0.2, 0.3])
-    run = train_minute(tmp_path / "run", "trainer.epochs=3", "optimizer.lr=0.01", "trainer.snapshots=[1,3]")
+    fake_validation(accuracy=[0.9, 0.2, 0.3])
+    run = train_tiny_exact(tmp_path / "run", "trainer.epochs=3", "optimizer.lr=0.01", "trainer.snapshots=[1,3]")
     files = run.weights, *epoch_files(run.snapshots).values()
     kept, first, last = (load_model(file)[0].conv1.weight for file in files)
     assert torch.equal(kept, first)
@@ -68,7 +68,7 @@ def test_results(tiny_run: RunDirectory) -> None:
 
 def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
     words = ("data.validation=0", "trainer.monitor=train_loss", "trainer.test_each_epoch=true")
-    run = train_minute(tmp_path / "run", *words)
+    run = train_tiny_exact(tmp_path / "run", *words)
     results = run.read_json("results.json")
     assert results["validation"] is None
     assert results["best_epoch"] is None
@@ -81,14 +81,14 @@ def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
 
 def test_logging_and_boards_change_no_weights(tmp_path: Path) -> None:
     """Logs and checkpoints must not affect the computation."""
-    plain = learned(train_minute(tmp_path / "a"))
+    plain = weights_and_history(train_tiny_exact(tmp_path / "a"))
     words = ("trainer.log_every=1", "logger=[tensorboard,csv]", "trainer.checkpoint_minutes=1e-9")
-    assert learned(train_minute(tmp_path / "b", *words)) == plain
+    assert weights_and_history(train_tiny_exact(tmp_path / "b", *words)) == plain
 
 
 def test_the_objective_of_a_sweep_is_validations(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    value = train(compose(*MINUTE), run)
+    value = train(compose(*TINY_EXACT), run)
     assert value == run.read_json("results.json")["validation"]["accuracy"]
 
 
@@ -98,7 +98,7 @@ def test_few_images_give_a_warning(tiny_run: RunDirectory, tmp_path: Path) -> No
     assert "few images: one of 50 test images is 2.0 % of accuracy" in log
     assert "no test images" not in log
     words = ("trainer.epochs=1", "data.train_images=200", "data.validation=100", "data.subset=7")
-    log = (train_minute(tmp_path / "run", *words).folder / "train.log").read_text()
+    log = (train_tiny_exact(tmp_path / "run", *words).folder / "train.log").read_text()
     assert "validation images is" not in log
     absent = re.search(r"no training images in 3 of 10 classes: (\w+, \w+, \w+)\n.*epoch 1", log, re.DOTALL)
     assert absent is not None  # logged before training
@@ -114,7 +114,7 @@ def test_few_images_give_a_warning(tiny_run: RunDirectory, tmp_path: Path) -> No
 )
 def test_what_does_not_fit_the_images_is_named(tmp_path: Path, words: list[str], expected: str) -> None:
     with pytest.raises(UserError) as caught:
-        train_minute(tmp_path / "run", *words)
+        train_tiny_exact(tmp_path / "run", *words)
     assert str(caught.value).startswith(expected)
 
 
@@ -148,13 +148,13 @@ def test_what_cannot_be_read_or_fails_is_named_before_a_directory_is_taken(
     run_py, tmp_path: Path, words: list[str], expected: str
 ) -> None:
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
-    answer = run_py(*MINUTE, *words, "hydra.run.dir=new")
+    answer = run_py(*TINY_EXACT, *words, "hydra.run.dir=new")
     assert answer.error.startswith(expected)
     assert not Path("new").exists()
 
 
 def test_what_just_fits_the_images_is_taken(tmp_path: Path) -> None:
-    assert train_minute(tmp_path / "run", "data.subset=72", "augment.cutout=64", "trainer.epochs=1").state == "done"
+    assert train_tiny_exact(tmp_path / "run", "data.subset=72", "augment.cutout=64", "trainer.epochs=1").state == "done"
 
 
 def test_a_directory_outside_the_current_one_keeps_its_absolute_name(run_py, tmp_path_factory, monkeypatch) -> None:
@@ -162,7 +162,7 @@ def test_a_directory_outside_the_current_one_keeps_its_absolute_name(run_py, tmp
     monkeypatch.setattr("zfnet.jobs.train.TrainJob.main", lambda self, config, output: given.append(output))
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "run"
     for folder in (elsewhere, "a/b", Path.cwd() / "c"):
-        assert run_py(*MINUTE, f"hydra.run.dir={folder}").code == 0
+        assert run_py(*TINY_EXACT, f"hydra.run.dir={folder}").code == 0
     assert given == [elsewhere, Path("a/b"), Path("c")]
 
 
@@ -179,4 +179,4 @@ def test_a_directory_that_is_deleted_ends_the_run(tmp_path: Path, monkeypatch, w
     # the thread that writes the best weights can be the first to notice that the directory is missing
     gone = r" was deleted during the run \(it lacks config\.yaml\)"
     with pytest.raises(UserError, match=rf"/gone({gone}|/checkpoints/best\.safetensors cannot be written: .*No such)"):
-        train_minute(tmp_path / "gone", "trainer.epochs=1")
+        train_tiny_exact(tmp_path / "gone", "trainer.epochs=1")

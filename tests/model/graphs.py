@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 
-def graph(path: Path, *nodes: Any, weights: dict[str, np.ndarray] | None = None, **values: Any) -> Path:
+def write_onnx(path: Path, *nodes: Any, weights: dict[str, np.ndarray] | None = None, **values: Any) -> Path:
     """Write an ONNX file; a node is (operation, names of further inputs after the first, attributes)."""
     onnx = pytest.importorskip("onnx")
     made, at = [], "x"
@@ -27,13 +27,18 @@ def graph(path: Path, *nodes: Any, weights: dict[str, np.ndarray] | None = None,
     return path
 
 
-def numbers(*shape: int) -> np.ndarray:
+def random_weights(*shape: int) -> np.ndarray:
     return (np.random.default_rng(len(shape)).standard_normal(shape) / 4).astype(np.float32)
 
 
 CONV = ("Conv", ["w", "b"], {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]})
-WEIGHTS = {"w": numbers(6, 3, 3, 3), "b": numbers(6), "v": numbers(9, 2, 3, 3), "m": numbers(81, 5)}
-WEIGHTS |= {"c": numbers(5), "s": np.array([0, -1])}
+WEIGHTS = {
+    "w": random_weights(6, 3, 3, 3),
+    "b": random_weights(6),
+    "v": random_weights(9, 2, 3, 3),
+    "m": random_weights(81, 5),
+}
+WEIGHTS |= {"c": random_weights(5), "s": np.array([0, -1])}
 NODES = (
     CONV,
     ("Relu", [], {}),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from tests.explain.networks import NETWORKS, chain, pictures
+from tests.explain.networks import NETWORKS, chain, random_inputs
 from tests.helpers import tiny_model_config
 from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
@@ -22,7 +22,7 @@ from zfnet.model.chain import OUTPUT
 def test_activations_are_those_of_the_forward_pass(name: str) -> None:
     """Compare bit by bit with hooks on the last module of each layer; in-place modules do not change kept outputs."""
     model = chain(name)
-    images = pictures(model)
+    images = random_inputs(model)
     seen: dict[str, list[Tensor]] = {}
     for layer in model.layers:
         model.up_to(layer)[-1].module.register_forward_hook(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers import compose
-from tests.model.graphs import CONV, WEIGHTS, graph
+from tests.model.graphs import CONV, WEIGHTS, write_onnx
 from zfnet.config.errors import UserError
 from zfnet.model.build import build_model
 from zfnet.model.chain import Chain
@@ -53,7 +53,7 @@ def test_the_structure_of_the_zoos_zfnet512() -> None:
     ],
 )
 def test_onnx_graphs_of_other_kinds_are_refused(tmp_path: Path, nodes: list[Any], message: str) -> None:
-    path = graph(tmp_path / "x.onnx", *nodes, weights=WEIGHTS | {"s2": np.array([3, -1])})
+    path = write_onnx(tmp_path / "x.onnx", *nodes, weights=WEIGHTS | {"s2": np.array([3, -1])})
     config = compose("job=import", f"source={path}")
     with pytest.raises(UserError, match=message):
         config.job.main(config, tmp_path / "run")
@@ -63,7 +63,7 @@ def test_onnx_graphs_of_other_kinds_are_refused(tmp_path: Path, nodes: list[Any]
 def test_onnx_files_cannot_claim_memory_or_other_peoples_files(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     (tmp_path / "a").mkdir()
-    path = graph(tmp_path / "a/x.onnx", CONV, weights=WEIGHTS)
+    path = write_onnx(tmp_path / "a/x.onnx", CONV, weights=WEIGHTS)
     model = onnx.load(path)
     secret = tmp_path / "secret"
     secret.write_bytes(WEIGHTS["w"].tobytes())

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import zfnet
-from tests.helpers import MINUTE, TINY, claim, compose
+from tests.helpers import TINY, TINY_EXACT, claim, compose
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.config.trust import parse_overrides
@@ -150,7 +150,7 @@ def test_a_deleted_key_is_gone(onecycle: RunDirectory) -> None:
 
 def test_a_record_without_hydras_works_too(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    claim(run, compose(*MINUTE))
+    claim(run, compose(*TINY_EXACT))
     assert overlay(run, ["optimizer.lr=0.5"], OWN).optimizer["lr"] == 0.5
 
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import zfnet
-from tests.helpers import MINUTE, TINY, claim, compose, data_config
+from tests.helpers import TINY, TINY_EXACT, claim, compose, data_config
 from zfnet.config.errors import UserError
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory
@@ -327,7 +327,7 @@ def test_compose_says_in_python_what_the_command_line_says(words, expected: str,
 
 def test_fit_names_what_is_wrong_before_it_takes_a_directory(tmp_path: Path) -> None:
     def changed(part: str, key: str, value: object):
-        config = compose(*MINUTE)
+        config = compose(*TINY_EXACT)
         group = getattr(config, part)
         group.__setitem__(key, value) if isinstance(group, dict) else setattr(group, key, value)
         return config
@@ -377,8 +377,8 @@ def test_nothing_is_longer_than_a_line_of_80_columns(run_py, terminal, monkeypat
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     monkeypatch.setattr("zfnet.training.callbacks.tqdm", functools.partial(tqdm, mininterval=0))  # every step
     commands = (
-        [*MINUTE, "hydra.run.dir=run"],
-        ["-m", *MINUTE, "seed=0,1", "trainer.epochs=1", "hydra.sweep.dir=outputs/sweep"],
+        [*TINY_EXACT, "hydra.run.dir=run"],
+        ["-m", *TINY_EXACT, "seed=0,1", "trainer.epochs=1", "hydra.sweep.dir=outputs/sweep"],
         ["job=evaluate", "run=run"],
         ["job=compare", "runs=[outputs/sweep]"],
         ["job=runs"],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import TINY, claim, compose, full_disk, write_images
+from tests.helpers import TINY, claim, compose, raise_disk_full, write_images
 from zfnet.config.errors import UserError
 from zfnet.runs import directory as run_module
 from zfnet.runs.command import CONF
@@ -56,7 +56,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch) -> None:
     write_atomically(path, "first")
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(run_module.os, name, full_disk)
+            patch.setattr(run_module.os, name, raise_disk_full)
             with pytest.raises(UserError, match=r"results\.json cannot be written: No space left on device"):
                 write_atomically(path, "second")
         assert path.read_text() == "first"

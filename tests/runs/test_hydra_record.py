@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from tests.helpers import MINUTE
+from tests.helpers import TINY_EXACT
 from zfnet.runs.command import overlay
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import NAME_LIMIT, explain_job, short_dirname
@@ -33,10 +33,10 @@ def test_short_dirname_is_readable_and_unique() -> None:
 
 
 def test_write_hydra_record_is_what_hydra_writes(run_py, tmp_path: Path) -> None:
-    assert run_py(*MINUTE, "hydra.run.dir=r", "seed=4").code == 0
+    assert run_py(*TINY_EXACT, "hydra.run.dir=r", "seed=4").code == 0
     folder = tmp_path / "r/.hydra"
     assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
-    assert yaml.safe_load((folder / "overrides.yaml").read_text()) == [*MINUTE, "seed=4"]
+    assert yaml.safe_load((folder / "overrides.yaml").read_text()) == [*TINY_EXACT, "seed=4"]
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["seed"] == 4
     assert config["scheduler"]["max_lr"] == "${optimizer.lr}"  # the reference is kept

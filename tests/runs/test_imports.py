@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import EVERY_STEP, MINUTE, STEPS, Killed, compose, dying_at, learned, train_undrawn
+from tests.helpers import (
+    EVERY_STEP,
+    STEPS,
+    TINY_EXACT,
+    Killed,
+    compose,
+    killed_before,
+    train_without_figures,
+    weights_and_history,
+)
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import load_run
@@ -16,19 +25,19 @@ from zfnet.runs.weights import load_run
 TRUST = "imports=[tests]"
 NETWORK = ("~model", "+model._target_=tests.own.Network", "+model.width=8")
 WORDS = (
-    *(word for word in MINUTE if not word.startswith("model.")),
+    *(word for word in TINY_EXACT if not word.startswith("model.")),
     *NETWORK,
     "optimizer=sgd",
     *(f"~optimizer.{key}" for key in ("momentum", "weight_decay", "nesterov")),
     "optimizer._target_=tests.own.NestedState",
-    "+callbacks.mine._target_=tests.own.Counter",
+    "+callbacks.mine._target_=tests.own.StepCounter",
     TRUST,
 )
 REFUSAL = "_target_=tests.own.{}: the package tests is not one that this command imports; if you trust it, add "
 
 
 def train_own(folder: Path, *words: str) -> RunDirectory:
-    return train_undrawn(folder, compose(*WORDS, *words))
+    return train_without_figures(folder, compose(*WORDS, *words))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,7 @@ def test_jobs_import_only_what_the_command_trusts(own: RunDirectory, run_py, tmp
     folder = own.folder
     if job == "resume":
         folder = tmp_path / "killed"
-        with dying_at(STEPS + 3), pytest.raises(Killed):
+        with killed_before(STEPS + 3), pytest.raises(Killed):
             train_own(folder, EVERY_STEP)
     refused = run_py(f"job={job}", f"run={folder}")
     assert "the package tests is not one that this command imports" in refused.error
@@ -61,7 +70,7 @@ def test_jobs_import_only_what_the_command_trusts(own: RunDirectory, run_py, tmp
     assert done.code == 0, done.err
     if job == "resume":
         assert "continuing from epoch 2" in done.out
-        assert learned(RunDirectory(folder)) == learned(own)
+        assert weights_and_history(RunDirectory(folder)) == weights_and_history(own)
     if job == "reproduce":
         assert "identical" in done.out
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import full_disk
+from tests.helpers import raise_disk_full
 from zfnet.runs import provenance
 from zfnet.runs.provenance import changed_code, describe_environment
 
@@ -83,7 +83,7 @@ def test_code_of_an_imported_package_is_hashed(tmp_path: Path, monkeypatch: pyte
         file.with_name("renamed.py").rename(file)
     zfnets = {**first, "code": {**first["code"], "source_sha256": "0" * 64}}
     assert changed_code(zfnets, now()) == ["zfnet", "my_lab"]
-    monkeypatch.setattr(Path, "read_bytes", full_disk)
+    monkeypatch.setattr(Path, "read_bytes", raise_disk_full)
     assert provenance._source_hash("my_lab") is None
     monkeypatch.undo()
     assert changed_code({}, now()) == changed_code({"code": {"imported": None}}, now()) == []  # earlier records

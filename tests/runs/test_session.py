@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import MINUTE, TINY, claim, compose, full_disk, train_minute
+from tests.helpers import TINY, TINY_EXACT, claim, compose, raise_disk_full, train_tiny_exact
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory, write_atomically
 from zfnet.runs.session import Stopped, StopRequest, hold, own_directory
@@ -142,7 +142,7 @@ def test_a_full_disk_ends_with_its_own_error(tmp_path: Path, monkeypatch, capfd)
 
     class Full(io.StringIO):
         def flush(self) -> None:
-            full_disk()
+            raise_disk_full()
 
         def close(self) -> None:
             self.flush()
@@ -181,12 +181,12 @@ def test_what_killed_writes_left_is_removed_by_the_next_start(tmp_path: Path) ->
     assert all(path.exists() for path in kept)
 
 
-WRITERS = [["hydra.run.dir=out", *MINUTE], ["job=reproduce", "run=run", "hydra.run.dir=out"]]
+WRITERS = [["hydra.run.dir=out", *TINY_EXACT], ["job=reproduce", "run=run", "hydra.run.dir=out"]]
 
 
 @pytest.fixture(scope="module")
 def minute_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    return train_minute(tmp_path_factory.mktemp("minute") / "run")
+    return train_tiny_exact(tmp_path_factory.mktemp("minute") / "run")
 
 
 @pytest.mark.parametrize("words", WRITERS, ids=lambda words: words[0])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.helpers import MINUTE, TINY, compose, read_csv, start
+from tests.helpers import TINY, TINY_EXACT, compose, read_csv, start_run_py
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as job
 from zfnet.sweeps import launch
@@ -135,7 +135,7 @@ def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, monkeypatch) ->
 
 def test_launch_job_of_a_mixed_sweep_equals_the_job_alone(run_py, tmp_path) -> None:
     words = [word for word in SMALL if not word.startswith("trainer.threads")]
-    alone = start(tmp_path, *words, "trainer=exact", "hydra.run.dir=alone")
+    alone = start_run_py(tmp_path, *words, "trainer=exact", "hydra.run.dir=alone")
     assert run_py("-m", *words, "trainer.threads=1,null", "trainer=auto,exact").code == 0
     assert alone.wait(timeout=200) == 0
     last = tmp_path / "s/trainer.threads=null,trainer=exact"
@@ -343,7 +343,7 @@ def test_launch_with_submitit_requeues_a_job(run_py, tmp_path: Path, monkeypatch
         status.append(checkpoints[0].parents[1] / "status.json")
         os.kill(json.loads(status[0].read_text())["pid"], signal.SIGUSR2)
 
-    words = ("-m", *MINUTE, "hydra/launcher=submitit_local", "trainer.epochs=16", "trainer.checkpoint_minutes=1e-5")
+    words = ("-m", *TINY_EXACT, "hydra/launcher=submitit_local", "trainer.epochs=16", "trainer.checkpoint_minutes=1e-5")
     other = threading.Thread(target=end_its_time)
     other.start()
     answer = run_py(*words, "seed=3", "hydra.sweep.dir=s")

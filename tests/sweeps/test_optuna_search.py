@@ -18,7 +18,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from tests.helpers import start
+from tests.helpers import start_run_py
 from tests.sweeps.test_launch import SMALL, rows
 from zfnet.config.errors import UserError
 from zfnet.runs.command import CONF
@@ -49,7 +49,7 @@ def trials_in(sweep: Path, storage: str | None = None) -> list[optuna.trial.Froz
 @pytest.mark.slow
 def test_run_search_again_resumes_the_trial_of_a_killed_process(run_py, tmp_path) -> None:
     words = [*SEARCH, *SPACE, "trainer.epochs=12", "hydra.sweeper.n_trials=2", "trainer.checkpoint_minutes=1e-5"]
-    process, sweep = start(tmp_path, *words), tmp_path / "s"
+    process, sweep = start_run_py(tmp_path, *words), tmp_path / "s"
     wait_for(lambda: list(sweep.glob("*/checkpoints/step-*")))
     process.kill()
     process.wait()
@@ -91,7 +91,7 @@ def test_a_study_refuses_other_images(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_run_search_in_two_processes_runs_no_trial_twice(run_py, tmp_path) -> None:
     words = [*SEARCH, "optimizer.lr=interval(1e-4,1e-3)", "hydra.sweeper.n_trials=6"]
-    other, sweep = start(tmp_path, *words), tmp_path / "s"
+    other, sweep = start_run_py(tmp_path, *words), tmp_path / "s"
     wait_for(lambda: list(sweep.glob("*/status.json")))
     assert run_py(*words).code == 0
     assert other.wait(timeout=120) == 0

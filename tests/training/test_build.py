@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.helpers import MINUTE, STEPS, Trap, checked, compose, resumes_exactly, train_minute, train_undrawn
+from tests.helpers import (
+    STEPS,
+    TINY_EXACT,
+    Trap,
+    assert_resumes_exactly,
+    compose,
+    compose_checked,
+    train_tiny_exact,
+    train_without_figures,
+)
 from tests.helpers import training_state as make_state
 from zfnet.config.errors import UserError
 from zfnet.data import load_splits
@@ -27,8 +36,8 @@ OWN_LOSS = (OWN, "~loss.label_smoothing")
 
 
 def first_steps(*words: str, steps: int = 3):
-    """Return a state after some steps of MINUTE."""
-    config = compose(*MINUTE, *words)
+    """Return a state after some steps of TINY_EXACT."""
+    config = compose(*TINY_EXACT, *words)
     state = make_state(config)
     state.train()
     batches = training_batches(config, state.runtime, load_splits(config.data, config.imports).train)
@@ -42,8 +51,8 @@ def first_steps(*words: str, steps: int = 3):
 
 @pytest.mark.parametrize("more", [(), ("trainer.accumulate=3",)])
 def test_loss_without_reduction_is_taken_as_the_mean(tmp_path: Path, more: tuple[str, ...]) -> None:
-    own = train_minute(tmp_path / "own", *OWN_LOSS, "loss._target_=tests.own.MeanCrossEntropy", *more)
-    usual = train_minute(tmp_path / "usual", *more)
+    own = train_tiny_exact(tmp_path / "own", *OWN_LOSS, "loss._target_=tests.own.MeanCrossEntropy", *more)
+    usual = train_tiny_exact(tmp_path / "usual", *more)
     for row, other in zip(own.read_history(), usual.read_history(), strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
         assert row["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-6)
@@ -51,7 +60,8 @@ def test_loss_without_reduction_is_taken_as_the_mean(tmp_path: Path, more: tuple
 
 def test_class_weights() -> None:
     weights = [0.5, 2.0, *[1.0] * 7, 0.0]
-    state, twin = make_state(checked(*MINUTE, f"loss.weight={weights}")), make_state(compose(*MINUTE)).model
+    state = make_state(compose_checked(*TINY_EXACT, f"loss.weight={weights}"))
+    twin = make_state(compose(*TINY_EXACT)).model
     batches = training_batches(state.config, state.runtime, load_splits(state.config.data).train)
     batch = next(batches.epoch(0))
     state.train()
@@ -64,52 +74,52 @@ def test_balanced_class_weights_are_inverse_to_the_counts(tmp_path: Path, monkey
     assert balanced_weights([6, 2, 0, 4]) == [12 / 18, 12 / 6, 0, 12 / 12]  # the mean over the images is 1
     given: list[list[int]] = []
     monkeypatch.setattr("zfnet.training.build.balanced_weights", lambda c: given.append(c) or balanced_weights(c))
-    run = train_minute(tmp_path / "run", "loss.weight=balanced", "trainer.epochs=1", "data.subset=30")
+    run = train_tiny_exact(tmp_path / "run", "loss.weight=balanced", "trainer.epochs=1", "data.subset=30")
     assert sum(given[-1]) == 30
     assert run.read_config().loss["weight"] == "balanced"
     for weight in ("even", "{a:1}", f"[{','.join('abcdefghij')}]"):
         with pytest.raises(
             UserError, match=r"loss.weight=.*: must be a number for each class, as in \[1,2,1\], balanced"
         ):
-            checked(*MINUTE, f"loss.weight={weight}")
+            compose_checked(*TINY_EXACT, f"loss.weight={weight}")
     for weights in ([0] * 10, [-1] + [1] * 9):
         with pytest.raises(UserError, match=r"loss\.weight=\[.*\]: must be 0 or more for each class, above 0 for one"):
-            checked(*MINUTE, f"loss.weight={weights}")
+            compose_checked(*TINY_EXACT, f"loss.weight={weights}")
     with pytest.raises(UserError, match="both balance uneven classes; choose one"):
-        checked(*MINUTE, "loss.weight=balanced", "data.sampler=balanced")
+        compose_checked(*TINY_EXACT, "loss.weight=balanced", "data.sampler=balanced")
 
 
 def test_class_weights_of_another_number_of_classes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"loss\.weight=\[1, 2\]: must have 10 numbers, one for each class"):
-        train_minute(tmp_path / "run", "loss.weight=[1,2]")
+        train_tiny_exact(tmp_path / "run", "loss.weight=[1,2]")
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("NoGradient", "loss (NoGradient): must give one number with a gradient, not []"),
-        ("OneForEach", "loss (OneForEach): must give one number with a gradient, not [3]"),
-        ("Learned", "loss (Learned): has parameters of its own"),
+        ("UnreducedLoss", "loss (UnreducedLoss): must give one number with a gradient, not [3]"),
+        ("LossWithParameter", "loss (LossWithParameter): has parameters of its own"),
         ("Squash", "loss (Squash): fails on logits [3, 10] and labels [3]: "),
         ("SoftTargets", "loss (SoftTargets): fails on logits [3, 10] and labels [3]: "),
-        ("Wordless", "loss (Wordless): fails on logits [3, 10] and labels [3]: RuntimeError"),
-        ("Counter", "loss._target_=tests.own.Counter: must name a subclass of torch.nn.modules.module.Module"),
+        ("ErrorWithoutMessage", "loss (ErrorWithoutMessage): fails on logits [3, 10] and labels [3]: RuntimeError"),
+        ("StepCounter", "loss._target_=tests.own.StepCounter: must name a subclass of torch.nn.modules.module.Module"),
     ],
 )
 def test_loss_that_cannot_be_trained_is_refused(name: str, expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
-        checked(*MINUTE, *OWN_LOSS, f"loss._target_=tests.own.{name}")
+        compose_checked(*TINY_EXACT, *OWN_LOSS, f"loss._target_=tests.own.{name}")
 
 
 # three classes, but the program learns their number only when it reads the images
 OWN_DATA = (OWN, "data=dataset", "+data.train._target_=tests.own.Items", "+data.train.count=30", "data.validation=6")
-UNKNOWN = (*(word for word in MINUTE if "_images=" not in word), *OWN_DATA)
+UNKNOWN = (*(word for word in TINY_EXACT if "_images=" not in word), *OWN_DATA)
 
 
 def test_loss_for_a_number_of_classes_is_tried_with_that_number(tmp_path: Path) -> None:
     words = (*OWN_LOSS, "loss._target_=tests.own.TenClasses")
-    checked(*MINUTE, *words)
-    config = checked(*UNKNOWN, *words)
+    compose_checked(*TINY_EXACT, *words)
+    config = compose_checked(*UNKNOWN, *words)
     with pytest.raises(UserError, match=r"loss \(TenClasses\): fails on logits \[4, 3\] and labels \[4\]: "):
         train(config, RunDirectory(tmp_path / "run"))
 
@@ -124,7 +134,7 @@ def test_loss_for_a_number_of_classes_is_tried_with_that_number(tmp_path: Path) 
 )
 def test_data_sets_of_ones_own_are_checked_before_they_are_read(words: tuple[str, ...], expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
-        checked(*UNKNOWN, *words)
+        compose_checked(*UNKNOWN, *words)
 
 
 # -- network
@@ -137,20 +147,22 @@ def own_network(*words: str) -> list[str]:
 
 def test_network_with_a_fixed_number_of_outputs_may_fit(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
-    checked(*own_network(*MINUTE))
+    compose_checked(*own_network(*TINY_EXACT))
     assert torch.equal(before, torch.random.get_rng_state())
     with pytest.raises(UserError, match=r"model \(Fixed\): gives \[2, 7\] for 2 images; must be \[2, 10\]"):
-        checked(*own_network(*MINUTE), "+model.outputs=7")
-    train_undrawn(tmp_path / "run", checked(*own_network(*UNKNOWN), "+model.outputs=3", "trainer.epochs=1"))
-    config = checked(*own_network(*UNKNOWN))
+        compose_checked(*own_network(*TINY_EXACT), "+model.outputs=7")
+    train_without_figures(
+        tmp_path / "run", compose_checked(*own_network(*UNKNOWN), "+model.outputs=3", "trainer.epochs=1")
+    )
+    config = compose_checked(*own_network(*UNKNOWN))
     with pytest.raises(UserError, match=r"model \(Fixed\): gives \[2, 10\] for 2 images; must be \[2, 3\]"):
         train(config, RunDirectory(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("words", [MINUTE, UNKNOWN])
+@pytest.mark.parametrize("words", [TINY_EXACT, UNKNOWN])
 def test_network_that_gives_more_in_training_mode_is_named(words: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match=r"model \(Fixed\): gives tuple for 2 images in training mode; must be \[2, "):
-        checked(*own_network(*words), "+model.second=true")
+        compose_checked(*own_network(*words), "+model.second=true")
 
 
 # -- parameter groups
@@ -167,7 +179,7 @@ def test_has_batch_norm_knows_the_layers_of_several_gpus() -> None:
 
 
 def test_parameter_groups_take_match_ndim_and_lr_scale() -> None:
-    config = checked(*MINUTE, "optimizer=sgd", GROUPS)
+    config = compose_checked(*TINY_EXACT, "optimizer=sgd", GROUPS)
     model = make_state(config).model
     groups = build_optimizer(config, model).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
@@ -180,7 +192,9 @@ def test_parameter_groups_take_match_ndim_and_lr_scale() -> None:
     ]
     assert [group["weight_decay"] for group in groups] == [0, 5e-4, 5e-4, 5e-4]
     assert [group["lr"] for group in groups] == pytest.approx([0.01, 0.1, 0.5, 0.01])
-    config = checked(*MINUTE, "optimizer=sgd", "+optimizer.param_groups=[{match:'',lr_scale:10,weight_decay:0}]")
+    config = compose_checked(
+        *TINY_EXACT, "optimizer=sgd", "+optimizer.param_groups=[{match:'',lr_scale:10,weight_decay:0}]"
+    )
     (group,) = build_optimizer(config, model).param_groups  # a single group keeps its settings
     assert (group["lr"], group["weight_decay"]) == (pytest.approx(0.1), 0)
 
@@ -198,13 +212,13 @@ def test_parameter_groups_take_match_ndim_and_lr_scale() -> None:
 )
 def test_parameter_groups_that_fit_nothing_are_refused(rules: str, expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
-        checked(*MINUTE, "optimizer=sgd", f"+optimizer.param_groups={rules}")
+        compose_checked(*TINY_EXACT, "optimizer=sgd", f"+optimizer.param_groups={rules}")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_parameter_groups_resume_exactly(tmp_path: Path, optimizer: str) -> None:
     words = (f"optimizer={optimizer}", GROUPS, "scheduler=cosine", "scheduler.warmup_epochs=0.5")
-    resumes_exactly(tmp_path, (3, 11), *words)
+    assert_resumes_exactly(tmp_path, (3, 11), *words)
 
 
 # -- a user's optimizer
@@ -216,13 +230,13 @@ def test_optimizer_of_ones_own_resumes_exactly(tmp_path: Path, name: str, more: 
     """The state contains lists and dicts of tensors, or the optimizer has modes; the kill is in or after an epoch."""
     rest = [f"~optimizer.{key}" for key in ("momentum", "weight_decay", "nesterov")]
     words = (OWN, "optimizer=sgd", *rest, f"optimizer._target_=tests.own.{name}", *more)
-    resumes_exactly(tmp_path, (3, STEPS, 11), *words)
+    assert_resumes_exactly(tmp_path, (3, STEPS, 11), *words)
 
 
 def test_optimizer_with_modes_is_measured_and_kept_in_evaluation_mode(tmp_path: Path) -> None:
     rest = [f"~optimizer.{key}" for key in ("momentum", "weight_decay", "nesterov")]
     words = (OWN, "optimizer=sgd", *rest, "optimizer._target_=tests.own.TwoModes", "trainer.epochs=1")
-    run = train_minute(tmp_path / "run", *words)
+    run = train_tiny_exact(tmp_path / "run", *words)
     state = first_steps(*words, steps=STEPS)
     trained = {name: p.clone() for name, p in state.model.named_parameters()}
     state.optimizer.eval()
@@ -237,27 +251,27 @@ def test_optimizer_with_modes_is_measured_and_kept_in_evaluation_mode(tmp_path: 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory):
-    return train_minute(tmp_path_factory.mktemp("started") / "run", "trainer.epochs=1")
+    return train_tiny_exact(tmp_path_factory.mktemp("started") / "run", "trainer.epochs=1")
 
 
 def test_init_from_takes_a_runs_weights(started) -> None:
     for source in (started.folder, started.weights):
-        model, fresh = initial_model(compose(*MINUTE, f"trainer.init_from={source}"), 10)
+        model, fresh = initial_model(compose(*TINY_EXACT, f"trainer.init_from={source}"), 10)
         assert fresh == []
         assert all(torch.equal(model.state_dict()[k], v) for k, v in load_file(started.weights).items())
 
 
 def test_init_from_another_number_of_classes_makes_a_new_head_and_says_so(started) -> None:
-    config = compose(*MINUTE, f"trainer.init_from={started.folder}")
+    config = compose(*TINY_EXACT, f"trainer.init_from={started.folder}")
     model, fresh = initial_model(config, 3)
     assert fresh == ["fc8.weight", "fc8.bias"]
-    own, _ = initial_model(compose(*MINUTE), 3)
+    own, _ = initial_model(compose(*TINY_EXACT), 3)
     assert torch.equal(model.fc8.weight, own.fc8.weight)
     assert torch.equal(model.conv1.weight, load_file(started.weights)["conv1.weight"])
 
 
 def test_init_from_resumes_exactly_and_records_the_weights(started, tmp_path: Path) -> None:
-    run = resumes_exactly(tmp_path, [5], f"trainer.init_from={started.folder}")
+    run = assert_resumes_exactly(tmp_path, [5], f"trainer.init_from={started.folder}")
     recorded = run.read_json("environment.json")["initial_weights_sha256"]
     assert recorded == started.read_json("results.json")["weights_sha256"]
 
@@ -273,9 +287,9 @@ def test_init_from_refuses_what_does_not_fit(started, tmp_path: Path) -> None:
     for name, (state, expected) in cases.items():
         save_file(state, tmp_path / f"{name}.safetensors")
         with pytest.raises(UserError, match=re.escape(expected)):
-            initial_model(compose(*MINUTE, f"trainer.init_from={tmp_path / name}.safetensors"), 10)
+            initial_model(compose(*TINY_EXACT, f"trainer.init_from={tmp_path / name}.safetensors"), 10)
     with pytest.raises(UserError, match="there is no such file of weights"):
-        initial_model(compose(*MINUTE, f"trainer.init_from={tmp_path}"), 10)
+        initial_model(compose(*TINY_EXACT, f"trainer.init_from={tmp_path}"), 10)
 
 
 def test_init_from_opens_no_pickle(tmp_path: Path, monkeypatch) -> None:
@@ -284,7 +298,7 @@ def test_init_from_opens_no_pickle(tmp_path: Path, monkeypatch) -> None:
     torch.save({"a": Trap()}, tmp_path / "y.safetensors")
     for name in ("x.pth", "y.safetensors"):
         with pytest.raises(UserError, match="is not a safetensors file, or is damaged"):
-            initial_model(compose(*MINUTE, f"trainer.init_from={tmp_path / name}"), 10)
+            initial_model(compose(*TINY_EXACT, f"trainer.init_from={tmp_path / name}"), 10)
     assert not (tmp_path / "witness").exists()
 
 
@@ -304,7 +318,7 @@ def test_freeze_keeps_bits_and_running_statistics() -> None:
 
 def test_freeze_resumes_exactly(tmp_path: Path) -> None:
     words = ("model.norm=batch", "trainer.freeze=[conv1,norm1]", "trainer.ema=0.9", "trainer.clip_norm=1")
-    resumes_exactly(tmp_path, [11], *words)
+    assert_resumes_exactly(tmp_path, [11], *words)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +331,7 @@ def test_freeze_resumes_exactly(tmp_path: Path) -> None:
 )
 def test_freeze_of_nothing_or_all_is_refused(names: str, expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
-        checked(*MINUTE, f"trainer.freeze={names}")
+        compose_checked(*TINY_EXACT, f"trainer.freeze={names}")
 
 
 def test_init_from_and_freeze_are_fine_tuning(started, tmp_path: Path) -> None:
@@ -344,5 +358,5 @@ def test_init_from_and_freeze_are_fine_tuning(started, tmp_path: Path) -> None:
 )
 def test_parameter_groups_name_a_wrong_setting(rule: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
-        checked("optimizer=sgd", f"+optimizer.param_groups=[{rule}]")
+        compose_checked("optimizer=sgd", f"+optimizer.param_groups=[{rule}]")
     assert str(caught.value).startswith(expected)

@@ -16,21 +16,21 @@ import torch
 from tests.explain.trained import Trained
 from tests.helpers import (
     EVERY_STEP,
-    MINUTE,
     STEPS,
     TINY,
+    TINY_EXACT,
     Killed,
-    checked,
+    assert_resumes_exactly,
     compose,
-    die_at,
-    dying_at,
-    learned,
-    resumes_exactly,
-    train_minute,
+    compose_checked,
+    killed_before,
     train_tiny,
+    train_tiny_exact,
+    train_until_killed,
     training_state,
+    weights_and_history,
 )
-from tests.own import Counter, Witness
+from tests.own import HookRecorder, StepCounter
 from zfnet.config.errors import UserError
 from zfnet.config.reading import read_config
 from zfnet.jobs.train import train
@@ -118,9 +118,9 @@ def test_snapshots_of_epochs_that_there_are_not_are_refused(epochs: str, expecte
 EARLY = ("callbacks=early_stopping", "callbacks.early_stopping.patience=2", "trainer.epochs=8")
 
 
-def test_early_stopping_ends_after_its_patience_and_says_so(tmp_path: Path, judge) -> None:
-    judge(loss=[1.0, 0.9, 0.95, 0.8, 0.85, 0.81, 0.1, 0.1])
-    run = train_minute(tmp_path / "run", *EARLY)
+def test_early_stopping_ends_after_its_patience_and_says_so(tmp_path: Path, fake_validation) -> None:
+    fake_validation(loss=[1.0, 0.9, 0.95, 0.8, 0.85, 0.81, 0.1, 0.1])
+    run = train_tiny_exact(tmp_path / "run", *EARLY)
     assert [row["epoch"] for row in run.read_history()] == [1, 2, 3, 4, 5, 6]
     assert run.state == "done"
     assert run.read_json("results.json")["epochs"] == 6
@@ -137,17 +137,17 @@ def test_early_stopping_takes_min_delta_and_metrics_that_rise() -> None:
 
 
 @pytest.mark.parametrize("steps", [[9], [2 * STEPS + 3, 3 * STEPS], [4 * STEPS - 1]], ids=str)
-def test_early_stopping_is_exact_after_a_kill(tmp_path: Path, judge, steps: list[int]) -> None:
-    judge(loss=[1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1])
-    assert len(resumes_exactly(tmp_path, steps, *EARLY).read_history()) == 4
+def test_early_stopping_is_exact_after_a_kill(tmp_path: Path, fake_validation, steps: list[int]) -> None:
+    fake_validation(loss=[1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1])
+    assert len(assert_resumes_exactly(tmp_path, steps, *EARLY).read_history()) == 4
 
 
 @pytest.mark.parametrize("where", ["loop.measure", "callbacks.EarlyStopping.on_epoch_end", "report"])
 def test_early_stopping_is_exact_when_killed_after_the_last_step(
-    tmp_path: Path, judge, monkeypatch, where: str
+    tmp_path: Path, fake_validation, monkeypatch, where: str
 ) -> None:
-    judge(loss=[1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1])
-    expected = learned(train_minute(tmp_path / "whole", *EARLY))
+    fake_validation(loss=[1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1])
+    expected = weights_and_history(train_tiny_exact(tmp_path / "whole", *EARLY))
     name = "zfnet.jobs.train._report" if where == "report" else f"zfnet.training.{where}"
     module, _, attribute = name.rpartition(".")
     owner = EarlyStopping if "EarlyStopping" in module else sys.modules[module]
@@ -162,9 +162,9 @@ def test_early_stopping_is_exact_when_killed_after_the_last_step(
     with monkeypatch.context() as patch:
         patch.setattr(owner, attribute, killed)
         with pytest.raises(Killed):
-            train_minute(tmp_path / "run", EVERY_STEP, *EARLY)
+            train_tiny_exact(tmp_path / "run", EVERY_STEP, *EARLY)
     monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("no step is left"))
-    assert learned(train_minute(tmp_path / "run", *EARLY)) == expected
+    assert weights_and_history(train_tiny_exact(tmp_path / "run", *EARLY)) == expected
 
 
 @pytest.mark.parametrize(
@@ -177,15 +177,15 @@ def test_early_stopping_is_exact_when_killed_after_the_last_step(
 )
 def test_early_stopping_names_a_setting_that_means_nothing(word: str, expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
-        checked(*MINUTE, EARLY[0], f"++callbacks.early_stopping.{word}")
+        compose_checked(*TINY_EXACT, EARLY[0], f"++callbacks.early_stopping.{word}")
 
 
 def test_what_is_not_measured_is_named_before_data_is_read() -> None:
     expected = r"callbacks\.early_stopping\.monitor=test_loss: is not measured; known: train_loss, train_accuracy, val"
-    words = (*MINUTE, EARLY[0], "callbacks.early_stopping.monitor=test_loss")
+    words = (*TINY_EXACT, EARLY[0], "callbacks.early_stopping.monitor=test_loss")
     with pytest.raises(UserError, match=expected):
-        checked(*words)
-    checked(*words, "trainer.test_each_epoch=true")
+        compose_checked(*words)
+    compose_checked(*words, "trainer.test_each_epoch=true")
 
 
 def test_what_the_data_does_not_measure_is_named_before_the_first_step(tmp_path: Path, monkeypatch) -> None:
@@ -195,20 +195,20 @@ def test_what_the_data_does_not_measure_is_named_before_the_first_step(tmp_path:
         r"callbacks\.early_stopping\.monitor=validation_loss: is not measured; known: train_loss, train_accuracy$"
     )
     with pytest.raises(UserError, match=expected):
-        train_minute(tmp_path / "run", *words)
+        train_tiny_exact(tmp_path / "run", *words)
 
 
 def test_callbacks_of_one_name_are_refused() -> None:
     """A checkpoint would contain the state of only one of them."""
-    pair = [Counter(), Counter()]
-    training_state(compose(*MINUTE), callbacks=pair)  # checkpoints store no state of callbacks without a name
+    pair = [StepCounter(), StepCounter()]
+    training_state(compose(*TINY_EXACT), callbacks=pair)  # checkpoints store no state of callbacks without a name
     for callback in pair:
         callback.name = "mine"
     with pytest.raises(UserError, match=r"^callbacks\.mine: 2 callbacks have this name; give each its own$"):
-        training_state(compose(*MINUTE), callbacks=pair)
+        training_state(compose(*TINY_EXACT), callbacks=pair)
 
 
-OWN = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Counter")
+OWN = ("imports=[tests]", "+callbacks.mine._target_=tests.own.StepCounter")
 NORM = ("imports=[tests]", "+callbacks.mine._target_=tests.own.GradNorm")
 
 
@@ -216,9 +216,9 @@ def test_a_column_of_ones_own_holds_the_gradients_norm(tmp_path: Path, monkeypat
     norms = []
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(float(clip(*args))))
-    with dying_at(STEPS + 3), pytest.raises(Killed):
-        train_minute(tmp_path / "run", *NORM, EVERY_STEP, "trainer.clip_norm=1e-3")
-    history = train_minute(tmp_path / "run", *NORM, EVERY_STEP, "trainer.clip_norm=1e-3").read_history()
+    with killed_before(STEPS + 3), pytest.raises(Killed):
+        train_tiny_exact(tmp_path / "run", *NORM, EVERY_STEP, "trainer.clip_norm=1e-3")
+    history = train_tiny_exact(tmp_path / "run", *NORM, EVERY_STEP, "trainer.clip_norm=1e-3").read_history()
     assert [row["grad_norm"] for row in history] == pytest.approx([norms[STEPS - 1], norms[-1]], rel=1e-5)
 
 
@@ -232,36 +232,36 @@ def test_a_column_of_ones_own_holds_the_gradients_norm(tmp_path: Path, monkeypat
 )
 def test_a_column_that_is_taken_is_refused(words: tuple[str, ...], expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
-        checked(*MINUTE, *NORM, *words)
+        compose_checked(*TINY_EXACT, *NORM, *words)
 
 
-@pytest.mark.parametrize("name", ["NoMeasure", "Letters"])
+@pytest.mark.parametrize("name", ["NoMeasure", "ColumnsAsText"])
 def test_columns_that_nothing_measures_are_refused_before_data_is_read(name: str) -> None:
     with pytest.raises(UserError, match=r"^callbacks\.mine: columns must be a list of names, whose numbers measure"):
-        checked(*MINUTE, *NORM, f"callbacks.mine._target_=tests.own.{name}")
+        compose_checked(*TINY_EXACT, *NORM, f"callbacks.mine._target_=tests.own.{name}")
 
 
 def test_a_misspelt_hook_is_refused_before_data_is_read() -> None:
     with pytest.raises(
         UserError, match=r"^callbacks\.mine: there is no hook on_epoch_ends; did you mean 'on_epoch_end'"
     ):
-        checked(*MINUTE, *NORM, "callbacks.mine._target_=tests.own.Misspelt")
+        compose_checked(*TINY_EXACT, *NORM, "callbacks.mine._target_=tests.own.Misspelt")
 
 
 def test_a_callback_that_does_not_give_its_number_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape("callbacks.mine (GradNorm): KeyError: 'other'")):
-        train_minute(tmp_path / "run", *NORM, "+callbacks.mine.column=other")
+        train_tiny_exact(tmp_path / "run", *NORM, "+callbacks.mine.column=other")
 
 
 def test_what_a_callback_writes_into_the_row_changes_no_history(tmp_path: Path) -> None:
-    run = train_minute(tmp_path / "run", *NORM, "+callbacks.other._target_=tests.own.Writer")
+    run = train_tiny_exact(tmp_path / "run", *NORM, "+callbacks.other._target_=tests.own.Writer")
     assert "written" not in run.read_history()[0]
 
 
 def test_a_metric_without_a_value_leaves_its_cell_empty(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("tests.own.GradNorm.measure", lambda *_: {"grad_norm": float("nan")})
     early = ("callbacks=early_stopping", "callbacks.early_stopping.monitor=grad_norm")
-    run = train_minute(tmp_path / "run", *early, *NORM, "callbacks.early_stopping.patience=1")
+    run = train_tiny_exact(tmp_path / "run", *early, *NORM, "callbacks.early_stopping.patience=1")
     assert [row["grad_norm"] for row in run.read_history()] == [None, None]
 
 
@@ -273,7 +273,7 @@ def test_callback_of_ones_own_is_restored_exactly(tmp_path: Path) -> None:
         states: dict[str, Any] = unpack(saved.metadata["callbacks"], saved.tensors)
         return states["mine"]
 
-    run = resumes_exactly(tmp_path, (3, STEPS, 13), *OWN)
+    run = assert_resumes_exactly(tmp_path, (3, STEPS, 13), *OWN)
     expected, restored = kept(tmp_path / "whole"), kept(run.folder)
     assert restored["steps"] == expected["steps"] == 2 * STEPS
     assert restored["epochs"] == expected["epochs"] == [(1, STEPS), (2, 2 * STEPS)]
@@ -281,28 +281,28 @@ def test_callback_of_ones_own_is_restored_exactly(tmp_path: Path) -> None:
 
 
 def test_callback_hooks_are_called_in_the_documented_order(tmp_path: Path) -> None:
-    words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Witness")
-    Witness.calls.clear()
-    train_minute(tmp_path / "run", *words)
+    words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.HookRecorder")
+    HookRecorder.calls.clear()
+    train_tiny_exact(tmp_path / "run", *words)
     expected: list[tuple[str, int]] = [("on_fit_start", 0)]
     for epoch in range(2):
         expected.append(("on_epoch_start", epoch * STEPS))
         for step in range(epoch * STEPS, (epoch + 1) * STEPS):
             expected += [("on_before_optimizer_step", step), ("on_optimizer_step", step), ("on_step_end", step + 1)]
         expected.append(("on_epoch_end", (epoch + 1) * STEPS))
-    assert Witness.calls == [*expected, ("on_fit_end", 2 * STEPS)]
-    Witness.calls.clear()
-    die_at(tmp_path / "dead", 2, *words)
-    assert Witness.calls[-2:] == [("on_step_end", 2), ("on_exception", 2)]
-    Witness.calls.clear()
-    die_at(tmp_path / "dead", 3, *words)
-    assert Witness.calls[:3] == [("on_fit_start", 0), ("on_epoch_start", 2), ("on_before_optimizer_step", 2)]
+    assert HookRecorder.calls == [*expected, ("on_fit_end", 2 * STEPS)]
+    HookRecorder.calls.clear()
+    train_until_killed(tmp_path / "dead", 2, *words)
+    assert HookRecorder.calls[-2:] == [("on_step_end", 2), ("on_exception", 2)]
+    HookRecorder.calls.clear()
+    train_until_killed(tmp_path / "dead", 3, *words)
+    assert HookRecorder.calls[:3] == [("on_fit_start", 0), ("on_epoch_start", 2), ("on_before_optimizer_step", 2)]
 
 
 def test_callback_that_cannot_be_saved_is_named(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(Counter, "state_dict", lambda self: {"steps": {1, 2}})
+    monkeypatch.setattr(StepCounter, "state_dict", lambda self: {"steps": {1, 2}})
     with pytest.raises(UserError, match=r"callbacks\.mine\.steps: a checkpoint cannot hold a set"):
-        train_minute(tmp_path / "run", *OWN)
+        train_tiny_exact(tmp_path / "run", *OWN)
 
 
 BROKEN = r"callbacks\.mine \(Broken\): KeyError: 'val_loss' \(HYDRA_FULL_ERROR=1 shows where\)$"
@@ -313,14 +313,14 @@ HOOKS = ("on_fit_start", "on_epoch_start", "on_optimizer_step", "on_step_end", "
 def test_callback_that_fails_is_named(tmp_path: Path, method: str) -> None:
     words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Broken", f"+callbacks.mine.method={method}")
     with pytest.raises(UserError, match=f"^{BROKEN}"):
-        train_minute(tmp_path / "run", *words, "trainer.epochs=1")
+        train_tiny_exact(tmp_path / "run", *words, "trainer.epochs=1")
 
 
 def test_callback_that_fails_to_restore_is_named(tmp_path: Path) -> None:
     words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Broken", "+callbacks.mine.method=load_state_dict")
-    die_at(tmp_path / "run", 2, *words)
+    train_until_killed(tmp_path / "run", 2, *words)
     with pytest.raises(UserError, match=f"^{BROKEN}"):
-        train_minute(tmp_path / "run", *words)
+        train_tiny_exact(tmp_path / "run", *words)
 
 
 def test_callback_that_fails_when_a_run_is_stopped_does_not_keep_others_from_saving(
@@ -329,21 +329,21 @@ def test_callback_that_fails_when_a_run_is_stopped_does_not_keep_others_from_sav
     words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.Broken", "+callbacks.mine.method=on_exception")
     monkeypatch.setattr(StopOnSignal, "on_step_end", stopped)
     with pytest.raises(Stopped):
-        train_minute(tmp_path / "run", *words)
+        train_tiny_exact(tmp_path / "run", *words)
     assert read_newest(tmp_path / "run/checkpoints")[0].metadata["step"] == 1
     assert re.search(BROKEN, capfd.readouterr().out, re.M)
 
 
 def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(tmp_path: Path, monkeypatch) -> None:
     """A callback can stop before later callbacks run; the checkpoint then names the epoch's weights as the best."""
-    expected = learned(train_minute(tmp_path / "whole", *OWN))
+    expected = weights_and_history(train_tiny_exact(tmp_path / "whole", *OWN))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Counter, "on_epoch_end", stopped)
+        patch.setattr(StepCounter, "on_epoch_end", stopped)
         with pytest.raises(Stopped):
-            train_minute(tmp_path / "run", *OWN)
+            train_tiny_exact(tmp_path / "run", *OWN)
     assert (tmp_path / "run/checkpoints" / BEST).exists()
-    assert learned(train_minute(tmp_path / "run", *OWN)) == expected
+    assert weights_and_history(train_tiny_exact(tmp_path / "run", *OWN)) == expected
 
 
 def test_an_epoch_is_kept_without_best_weights_that_were_lost(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ class Clock:
 
 def test_a_run_says_how_long_it_takes_and_each_minute_what_is_left(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.training.callbacks.time", Clock(7))  # called twice in each step
-    run = train_minute(tmp_path / "run", "trainer.log_every=2")
+    run = train_tiny_exact(tmp_path / "run", "trainer.log_every=2")
     lines = [line.partition(" INFO ")[2] for line in (run.folder / "train.log").read_text().splitlines()]
     assert lines.count("about 4 min on this CPU, by its first steps") == 1
     left = [line for line in lines if line.endswith("images/s") and " left, " in line]
@@ -385,7 +385,7 @@ def test_a_run_says_how_long_it_takes_and_each_minute_what_is_left(tmp_path: Pat
 @pytest.mark.parametrize(("model", "named"), [("zfnet", True), ("small", False)])
 def test_a_long_run_on_a_cpu_names_experiments_for_one(tmp_path: Path, monkeypatch, model: str, named: bool) -> None:
     monkeypatch.setattr("zfnet.training.callbacks.time", Clock(600))
-    run = train_minute(tmp_path / "run", f"model={model}")
+    run = train_tiny_exact(tmp_path / "run", f"model={model}")
     log = (run.folder / "train.log").read_text()
     assert "about 5 h 20 min on this CPU, by its first steps" in log
     assert ("made for a CPU: experiment=cifar10_fast and, for photographs, photos_small\n" in log) is named

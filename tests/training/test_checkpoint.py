@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from tests.helpers import Trap, checked, full_disk
+from tests.helpers import Trap, compose_checked, raise_disk_full
 from zfnet.config.errors import UserError
 from zfnet.model.build import read_tensors
 from zfnet.runs import directory as run_module
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypa
 
             patch.setattr(run_module, "save_file", half)
         else:
-            patch.setattr(run_module.os, where, full_disk)
+            patch.setattr(run_module.os, where, raise_disk_full)
         writer.write(step_name(2), make_checkpoint(2))
         with pytest.raises(UserError, match=r"step-000000002\.safetensors cannot be written: .*No space left"):
             writer.wait()
@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_the_last_good_one(writer: CheckpointWriter, monkeypa
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "adagrad", "nadam"])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_a_restored_optimizer_is_bit_identical(name: str, channels_last: bool, tmp_path: Path) -> None:
-    config = checked(f"optimizer={name}")
+    config = compose_checked(f"optimizer={name}")
 
     def make():
         torch.manual_seed(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import MINUTE, claim, compose, learned, train_minute, training_state
+from tests.helpers import TINY_EXACT, claim, compose, train_tiny_exact, training_state, weights_and_history
 from zfnet.data import Batches, load_splits
 from zfnet.jobs import reproduce, train
 from zfnet.model.layers import set_dropout_step
@@ -38,7 +38,7 @@ def trials(monkeypatch) -> list[tuple[float, ...]]:
 
 
 def state_and_batches(*words: str) -> tuple[TrainingState, Batches]:
-    config = compose(*MINUTE, *AUTO, *words)
+    config = compose(*TINY_EXACT, *AUTO, *words)
     images = load_splits(config.data).train
     batches = Batches(images, config.data, torch.device("cpu"), augment=config.augment)
     return training_state(config, len(batches)), batches
@@ -115,15 +115,15 @@ def test_a_compiler_that_fails_is_left_alone(trials, monkeypatch) -> None:
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_a_run_is_the_same_after_a_trial_and_keeps_to_it(trials, tmp_path: Path, monkeypatch, faster: bool) -> None:
-    whole = train_minute(tmp_path / "plain")
+    whole = train_tiny_exact(tmp_path / "plain")
     step_seconds = itertools.cycle([2.0, 1.0] if faster else [1.0, 2.0])
     monkeypatch.setattr(compiling, "_step_seconds", lambda *_: next(step_seconds))
-    run = train_minute(tmp_path / "tried", *AUTO)
+    run = train_tiny_exact(tmp_path / "tried", *AUTO)
     assert len(trials) == 1
     assert run.read_json("environment.json")["compiled"] is faster
     assert "torch.compile: took" in (run.folder / "train.log").read_text()
     if not faster:
-        assert learned(run) == learned(whole)
+        assert weights_and_history(run) == weights_and_history(whole)
 
     # neither a resume (the checkpoint contains the outcome) nor a reproduction makes another trial
     next(step_seconds)  # another trial would have the opposite outcome

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import checked, compose
+from tests.helpers import compose, compose_checked
 from zfnet.config.errors import UserError
 from zfnet.training import device as device_module
 from zfnet.training.device import resolve_runtime
@@ -13,7 +13,7 @@ from zfnet.training.processes import World
 
 
 def runtime(*words: str):
-    return resolve_runtime(checked(*words).trainer)
+    return resolve_runtime(compose_checked(*words).trainer)
 
 
 def test_exact_trainer_is_deterministic_fp32() -> None:

@@ -20,7 +20,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from safetensors.torch import load
 
-from tests.helpers import EVERY_STEP, STEPS, Killed, die_at, dying_at, full_disk, learned, train_minute
+from tests.helpers import (
+    EVERY_STEP,
+    STEPS,
+    Killed,
+    killed_before,
+    raise_disk_full,
+    train_tiny_exact,
+    train_until_killed,
+    weights_and_history,
+)
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
@@ -48,22 +57,22 @@ def evaluate_with_fixed_accuracy(model, batches, runtime, name, stop=None, real=
 
 
 @pytest.fixture(scope="module")
-def killed_and_whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+def killed_and_uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
     """For each recipe, a killed run and the result of the same run without a kill."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "evaluate", evaluate_with_fixed_accuracy)
         for name, words in RECIPES.items():
             folder = tmp_path_factory.mktemp(name)
-            die_at(folder / "run", DIES_AT, *words)
-            made[name] = folder / "run", learned(train_minute(folder / "whole", *words))
+            train_until_killed(folder / "run", DIES_AT, *words)
+            made[name] = folder / "run", weights_and_history(train_tiny_exact(folder / "whole", *words))
     return made
 
 
 @pytest.fixture
-def controls(killed_and_whole, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Path, Any]]:
+def controls(killed_and_uninterrupted, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Path, Any]]:
     monkeypatch.setattr(loop, "evaluate", evaluate_with_fixed_accuracy)
-    return killed_and_whole
+    return killed_and_uninterrupted
 
 
 def tensor(pattern: str) -> Callable[[Checkpoint], None]:
@@ -139,7 +148,7 @@ def is_noticed(controls, tmp_path: Path, recipe: str, damage: Callable[[Checkpoi
     folder = Path(shutil.copytree(killed, tmp_path / "run"))
     rewrite(folder / "checkpoints" / BEST if best else step_files(folder / "checkpoints")[-1], damage)
     try:
-        return learned(train_minute(folder, *RECIPES[recipe])) != expected
+        return weights_and_history(train_tiny_exact(folder, *RECIPES[recipe])) != expected
     except UserError:
         return True
 
@@ -188,7 +197,7 @@ class Fault:
             if writes < self.number:
                 real(beside, path)
             elif self.full:
-                full_disk()
+                raise_disk_full()
             else:  # a dead process makes no later write either
                 if writes == self.number:
                     size = int(self.fraction * beside.stat().st_size)
@@ -207,7 +216,7 @@ class Faults(RuleBasedStateMachine):
     If two processes have trained a part of it, the numbers may differ by the rounding of another order of additions.
     """
 
-    whole: Any = None
+    reference_run: Any = None
     folder: Path
     together: bool = False  # whether two processes have trained a part
 
@@ -215,13 +224,13 @@ class Faults(RuleBasedStateMachine):
     def begin(self, step: int) -> None:
         """Kill the run at some step, so that every example has a resume."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.train(dying_at(step))
+        self.train(killed_before(step))
 
     def train(self, fault: Any, devices: int = 1) -> None:
         line, self.together = None, self.together or devices > 1
         try:
             with fault:
-                train_minute(self.folder, EVERY_STEP, f"trainer.devices={devices}")
+                train_tiny_exact(self.folder, EVERY_STEP, f"trainer.devices={devices}")
         except Killed:
             pass
         except UserError as error:
@@ -233,7 +242,7 @@ class Faults(RuleBasedStateMachine):
 
     @rule(step=st.integers(0, 2 * STEPS - 1), devices=st.sampled_from([1, 2]))
     def killed_before_a_step(self, step: int, devices: int) -> None:
-        self.train(dying_at(step), devices)
+        self.train(killed_before(step), devices)
 
     @rule(number=st.integers(1, 20), fraction=st.floats(0, 1), full=st.booleans())
     def killed_or_without_space_in_a_write(self, number: int, fraction: float, full: bool) -> None:
@@ -250,18 +259,18 @@ class Faults(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.train(contextlib.nullcontext())
-        run = train_minute(self.folder, EVERY_STEP)  # continue if `train` has deleted the checkpoints
+        run = train_tiny_exact(self.folder, EVERY_STEP)  # continue if `train` has deleted the checkpoints
         if self.together:
-            assert_close(learned(run), self.whole)
+            assert_close(weights_and_history(run), self.reference_run)
         else:
-            assert learned(run) == self.whole
+            assert weights_and_history(run) == self.reference_run
         assert run.state == "done"
         assert not list(self.folder.rglob("*.partial"))
 
 
-def assert_close(run: Any, whole: Any) -> None:
+def assert_close(run: Any, reference: Any) -> None:
     """Check that weights and history are equal within rounding."""
-    (weights, rows), (expected, others) = run, whole
+    (weights, rows), (expected, others) = run, reference
     for name, value in load(expected).items():
         assert torch.allclose(load(weights)[name], value, rtol=0, atol=1e-6), name
     for row, other in zip(rows, others, strict=True):
@@ -276,31 +285,31 @@ def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_forked")
-def test_any_sequence_of_faults_ends_with_the_same_bits(whole, tmp_path: Path) -> None:
-    machine = type("Machine", (Faults,), {"whole": whole, "folder": tmp_path / "run"})
+def test_any_sequence_of_faults_ends_with_the_same_bits(reference_run, tmp_path: Path) -> None:
+    machine = type("Machine", (Faults,), {"reference_run": reference_run, "folder": tmp_path / "run"})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=4, stateful_step_count=4, deadline=None, phases=[Phase.generate])
     )
 
 
 @pytest.mark.usefixtures("_forked")
-def test_another_number_of_processes_goes_on_with_the_same_numbers(whole, tmp_path: Path) -> None:
+def test_another_number_of_processes_goes_on_with_the_same_numbers(reference_run, tmp_path: Path) -> None:
     for step, devices in ((3, 1), (STEPS + 3, 2)):
-        die_at(tmp_path / "run", step, f"trainer.devices={devices}")
-    run = train_minute(tmp_path / "run", EVERY_STEP)
+        train_until_killed(tmp_path / "run", step, f"trainer.devices={devices}")
+    run = train_tiny_exact(tmp_path / "run", EVERY_STEP)
     assert "continuing from epoch 2, step 11" in (run.folder / "train.log").read_text()
-    assert_close(learned(run), whole)
+    assert_close(weights_and_history(run), reference_run)
     with pytest.raises(AssertionError):  # it detects a difference of one part in a thousand
-        assert_close(learned(train_minute(tmp_path / "other", "optimizer.lr=0.0010010")), whole)
+        assert_close(weights_and_history(train_tiny_exact(tmp_path / "other", "optimizer.lr=0.0010010")), reference_run)
 
 
 def test_the_faults_are_real(tmp_path: Path) -> None:
     """Without working faults, the tests above would prove nothing."""
     with pytest.raises(Killed), Fault(1, 0.5, full=False).active():
-        train_minute(tmp_path / "a")
+        train_tiny_exact(tmp_path / "a")
     assert [path.name for path in (tmp_path / "a").iterdir() if "partial" in path.name] == [".config.yaml.0.partial"]
     with pytest.raises(UserError, match="No space left"), Fault(12, 0.5, full=True).active():
-        train_minute(tmp_path / "b", EVERY_STEP)
+        train_tiny_exact(tmp_path / "b", EVERY_STEP)
     run = RunDirectory(tmp_path / "b")
     assert run.state == "running"  # the full disk also prevented the status update
     assert not run.in_use()

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.helpers import used
+from tests.helpers import load_for_job
 
 
 def test_images_that_are_divided_otherwise_are_named(tiny_run, caplog) -> None:
-    used(tiny_run, "trainer.threads=1").split("all")
+    load_for_job(tiny_run, "trainer.threads=1").split("all")
     assert "divided" not in caplog.text
-    used(tiny_run, "data.split_seed=1").split("all")
+    load_for_job(tiny_run, "data.split_seed=1").split("all")
     assert "divided these images by data.split_seed=0: it has trained on others" in caplog.text
 
 
@@ -23,10 +23,10 @@ def test_photos_of_any_size_are_stored_as_the_runs_images_were(tiny_run, tmp_pat
         for n, (width, height) in enumerate(sizes):
             pixels = np.full((height, width, 3), 20 * n, dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / kind / f"{n}.png")
-    run = used(tiny_run, "data=folder", f"data.root={tmp_path}")
+    run = load_for_job(tiny_run, "data=folder", f"data.root={tmp_path}")
     part = run.split("all")
     assert part.images.shape[1:] == (64, 64, 3)
     assert sorted(part.labels.tolist()) == [0] * 5 + [6] * 5  # the run's class numbers of disc and star
     # keys on the command line have precedence
-    assert used(tiny_run, "data=folder", f"data.root={tmp_path}", "data.fit=stretch").data.fit == "stretch"
-    assert used(tiny_run, "data.subset=9").data.store_size == tiny_run.read_config().data.store_size
+    assert load_for_job(tiny_run, "data=folder", f"data.root={tmp_path}", "data.fit=stretch").data.fit == "stretch"
+    assert load_for_job(tiny_run, "data.subset=9").data.store_size == tiny_run.read_config().data.store_size

@@ -12,7 +12,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from tests.helpers import MINUTE, STEPS, Killed, compose, die_at, learned, read_csv, train_minute, training_state
+from tests.helpers import (
+    STEPS,
+    TINY_EXACT,
+    Killed,
+    compose,
+    read_csv,
+    train_tiny_exact,
+    train_until_killed,
+    training_state,
+    weights_and_history,
+)
 from zfnet.config.errors import UserError
 from zfnet.plots.figures import save_figure
 from zfnet.plots.results import draw_curves
@@ -65,7 +75,7 @@ OWN = ("imports=[tests]", f"+logger.mine._target_={__name__}.Notes")
 
 
 def test_logger_of_ones_own_is_told_everything(tmp_path: Path, notes: Notes) -> None:
-    run = train_minute(tmp_path / "run", *OWN, "trainer.log_every=8")
+    run = train_tiny_exact(tmp_path / "run", *OWN, "trainer.log_every=8")
     history, results = run.read_history(), run.read_json("results.json")
     assert notes.calls[0] == ("start", 0, 0, (16, 64, 64, 3))
     assert [c[1] for c in notes.calls if c[0] == "log"] == [8, 1, 16, 2]  # steps 8 and 16, epochs 1 and 2
@@ -80,10 +90,12 @@ BROKEN = "logger.broken (Broken): KeyError: 'val_loss' (HYDRA_FULL_ERROR=1 shows
 
 
 @pytest.mark.parametrize("method", ["log", "finish", "close"])
-def test_logger_that_fails_is_left_out_with_one_warning(tmp_path: Path, notes: Notes, whole, method: str) -> None:
+def test_logger_that_fails_is_left_out_with_one_warning(
+    tmp_path: Path, notes: Notes, reference_run, method: str
+) -> None:
     words = ("+logger.broken._target_=tests.own.Broken", f"+logger.broken.method={method}", *OWN, "trainer.log_every=1")
-    run = train_minute(tmp_path / "run", *words)
-    assert learned(run) == whole
+    run = train_tiny_exact(tmp_path / "run", *words)
+    assert weights_and_history(run) == reference_run
     assert (run.folder / "train.log").read_text().count(f"{BROKEN}; the run continues without this logger") == 1
     steps = range(1, 2 * STEPS + 1)
     assert [c[1] for c in notes.calls if c[0] == "log"] == [*steps[:STEPS], 1, *steps[STEPS:], 2]
@@ -94,22 +106,22 @@ def test_logger_that_cannot_start_is_named_before_the_first_step(tmp_path: Path,
     monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("it trained"))
     words = (OWN[0], "+logger.broken._target_=tests.own.Broken", "+logger.broken.method=start")
     with pytest.raises(UserError) as caught:
-        train_minute(tmp_path / "run", *words)
+        train_tiny_exact(tmp_path / "run", *words)
     assert str(caught.value) == BROKEN
 
 
 def test_logger_is_told_where_a_resumed_run_goes_on(tmp_path: Path, notes: Notes) -> None:
-    die_at(tmp_path / "run", 5, *OWN)
+    train_until_killed(tmp_path / "run", 5, *OWN)
     assert notes.calls[-1] == ("close",)
     notes.calls.clear()
-    train_minute(tmp_path / "run", *OWN)
+    train_tiny_exact(tmp_path / "run", *OWN)
     assert notes.calls[0][:2] == ("start", 5)
 
 
 def test_metrics_go_to_history_and_loggers(tmp_path: Path, notes: Notes) -> None:
     run = RunDirectory(tmp_path)
     (tmp_path / "config.yaml").touch()
-    metrics, state = Metrics(run, {"mine": notes}), training_state(compose(*MINUTE, "trainer.log_every=7"))
+    metrics, state = Metrics(run, {"mine": notes}), training_state(compose(*TINY_EXACT, "trainer.log_every=7"))
     state.metrics.add(torch.tensor(3.0), torch.tensor(1), 2, 0)
     for state.step in range(1, 8):
         metrics.on_step_end(state)
@@ -126,7 +138,7 @@ def test_metrics_go_to_history_and_loggers(tmp_path: Path, notes: Notes) -> None
 
 
 def test_metrics_without_loggers_or_in_another_process(tmp_path: Path) -> None:
-    state = training_state(compose(*MINUTE))
+    state = training_state(compose(*TINY_EXACT))
     state.history = [{**ROW, "validation_loss": None, "validation_accuracy": None}]
     (tmp_path / "a").mkdir()
     (tmp_path / "a/config.yaml").touch()
@@ -156,11 +168,11 @@ def test_epoch_line_fits_80_columns() -> None:
 
 def test_csv_logger_drops_the_rows_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     words = ("logger=csv", "trainer.log_every=1")
-    die_at(tmp_path / "run", 5, *words)
+    train_until_killed(tmp_path / "run", 5, *words)
     with open(tmp_path / "run/steps.csv", "a") as file:
         file.write("6,9.9,0.9,0.1\n")  # a step after the checkpoint
-    train_minute(tmp_path / "run", *words)
-    train_minute(tmp_path / "whole", *words)
+    train_tiny_exact(tmp_path / "run", *words)
+    train_tiny_exact(tmp_path / "whole", *words)
     assert (tmp_path / "run/steps.csv").read_text() == (tmp_path / "whole/steps.csv").read_text()
     rows = read_csv(tmp_path / "run/steps.csv")
     assert [int(row["step"]) for row in rows] == list(range(1, 2 * STEPS + 1))
@@ -169,7 +181,7 @@ def test_csv_logger_drops_the_rows_that_a_resumed_run_repeats(tmp_path: Path) ->
 
 def test_csv_logger_keeps_its_rows_when_a_resumed_run_is_killed_before_the_next(tmp_path: Path) -> None:
     words = ("logger=csv", "trainer.log_every=1")
-    die_at(tmp_path / "run", 5, *words)
+    train_until_killed(tmp_path / "run", 5, *words)
     before = (tmp_path / "run/steps.csv").read_text()
     path = tmp_path / "run/steps.csv"
 
@@ -180,7 +192,7 @@ def test_csv_logger_keeps_its_rows_when_a_resumed_run_is_killed_before_the_next(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", killed)
         with pytest.raises(Killed):
-            train_minute(tmp_path / "run", *words)
+            train_tiny_exact(tmp_path / "run", *words)
 
 
 # -- TensorBoard
@@ -189,7 +201,7 @@ def test_csv_logger_keeps_its_rows_when_a_resumed_run_is_killed_before_the_next(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     folder = tmp_path_factory.mktemp("board") / "run"
-    return train_minute(folder, "logger=tensorboard", "trainer.log_every=3")
+    return train_tiny_exact(folder, "logger=tensorboard", "trainer.log_every=3")
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +278,7 @@ def test_tensorboard_graph_leaves_the_mode_and_a_failure_is_a_warning(tmp_path: 
 
 
 def test_no_logger_writes_nothing(tmp_path: Path) -> None:
-    run = train_minute(tmp_path / "run")
+    run = train_tiny_exact(tmp_path / "run")
     assert not (run.folder / "tensorboard").exists()
     assert not (run.folder / "steps.csv").exists()
 

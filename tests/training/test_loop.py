@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import MINUTE, STEPS, compose, random_images, train_minute, training_state
+from tests.helpers import STEPS, TINY_EXACT, compose, random_images, train_tiny_exact, training_state
 from zfnet.config.errors import UserError
 from zfnet.data import Batch, Batches
 from zfnet.data.images import image_set
@@ -26,7 +26,7 @@ from zfnet.training.state import TrainingState
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).with_name("golden.json")
-# a network that is large enough to memorise the 72 images of MINUTE
+# a network that is large enough to memorise the 72 images of TINY_EXACT
 LARGER_MODEL = (
     "model.conv1.channels=16",
     "model.conv2.channels=24",
@@ -40,7 +40,7 @@ SCHEDULERS = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
 
 
 def make_state(*words: str) -> TrainingState:
-    config = compose(*MINUTE, "optimizer=sgd", "scheduler=constant", "data.batch_size=12", *words)
+    config = compose(*TINY_EXACT, "optimizer=sgd", "scheduler=constant", "data.batch_size=12", *words)
     return training_state(config)
 
 
@@ -67,7 +67,7 @@ def state_after_steps(*words: str, steps: int = 1) -> TrainingState:
 
 def test_training_lowers_the_loss_and_raises_the_accuracy(tmp_path: Path) -> None:
     """Train from chance level to almost all training images correct."""
-    history = train_minute(tmp_path / "run", *LARGER_MODEL, "trainer.epochs=20").read_history()
+    history = train_tiny_exact(tmp_path / "run", *LARGER_MODEL, "trainer.epochs=20").read_history()
     losses = [row["train_loss"] for row in history]
     assert losses[0] > 2.2  # ln 10 = 2.30 is the loss at chance level
     assert losses[-1] < 0.5
@@ -91,7 +91,7 @@ def test_every_optimizer_lowers_the_loss(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_trains(name: str, tmp_path: Path) -> None:
-    run = train_minute(tmp_path / "run", f"scheduler={name}", "scheduler.warmup_epochs=0.5", "data.subset=18")
+    run = train_tiny_exact(tmp_path / "run", f"scheduler={name}", "scheduler.warmup_epochs=0.5", "data.subset=18")
     history = run.read_history()
     assert [row["epoch"] for row in history] == [1, 2]
     assert all(math.isfinite(row["train_loss"]) and row["lr"] > 0 for row in history)
@@ -103,7 +103,7 @@ def test_golden_losses(tmp_path: Path) -> None:
     To record an intended change of results, delete golden.json and run this test twice.
     """
     words = (*LARGER_MODEL, "augment=crop_flip", "model.dropout=0.1", "trainer.epochs=6")
-    history = train_minute(tmp_path / "run", *words).read_history()
+    history = train_tiny_exact(tmp_path / "run", *words).read_history()
     figures = {k: [row[k] for row in history] for k in ("step", "lr", "train_loss", "validation_loss")}
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps(figures, indent=2) + "\n")
@@ -203,7 +203,7 @@ def test_the_recorded_rate_is_that_of_the_epochs_last_step(version: int, tmp_pat
 
     monkeypatch.setattr(Schedule, "set_lr", noted)
     words = ("scheduler=onecycle", "scheduler.warmup_epochs=0.5", f"trainer.version={version}")
-    recorded = [row["lr"] for row in train_minute(tmp_path / "run", *words).read_history()]
+    recorded = [row["lr"] for row in train_tiny_exact(tmp_path / "run", *words).read_history()]
     assert (recorded == [used[STEPS - 1], used[2 * STEPS - 1]]) is (version == 2)
     assert (recorded[0] == used[STEPS]) is (version == 1)
 
@@ -263,7 +263,7 @@ def test_backward_is_outside_autocast() -> None:
 )
 def test_divergence_stops_with_step_rate_and_advice(words: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        train_minute(tmp_path / "run", *words, "scheduler=constant")
+        train_tiny_exact(tmp_path / "run", *words, "scheduler=constant")
     text = str(caught.value)
     assert text.startswith("training diverged: the loss at step ")
     assert f"learning rate {float(words[1].split('=')[1]):g}" in text
@@ -283,7 +283,7 @@ def test_not_a_number_in_the_data_is_found_at_its_step(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(UserError, match=r"the loss at step 5 \(epoch 1, learning rate"):
-        train_minute(tmp_path / "run", "trainer.checkpoint_minutes=1e-9")
+        train_tiny_exact(tmp_path / "run", "trainer.checkpoint_minutes=1e-9")
     newest = sorted((tmp_path / "run/checkpoints").glob("step-*"))[-1]
     assert newest.name == "step-000000005.safetensors"  # before the loss became NaN
 
@@ -340,7 +340,7 @@ def test_of_equal_accuracies_the_lower_loss_is_the_best(version: int, best: int)
 def test_plateau_schedule_gets_the_monitored_metric(monitor: str, column: int, tmp_path: Path, monkeypatch) -> None:
     watched: list[float] = []
     monkeypatch.setattr(Schedule, "epoch", lambda self, value: watched.append(value))
-    run = train_minute(tmp_path / "run", "scheduler=plateau", f"trainer.monitor={monitor}")
+    run = train_tiny_exact(tmp_path / "run", "scheduler=plateau", f"trainer.monitor={monitor}")
     name = HISTORY_COLUMNS[column]
     assert name == monitor
     assert watched == [row[name] for row in run.read_history()]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import checked, resumes_exactly
+from tests.helpers import assert_resumes_exactly, compose_checked
 from zfnet.training.build import build_optimizer
 from zfnet.training.muon import Muon, orthogonalized
 
@@ -74,7 +74,7 @@ def test_biases_and_excepted_weights_take_steps_of_sgd(momentum: float, nesterov
 
 def test_the_recipe_orthogonalises_convolutions_only() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
-    groups = build_optimizer(checked("optimizer=muon", "optimizer.lr=0.2"), model).param_groups
+    groups = build_optimizer(compose_checked("optimizer=muon", "optimizer.lr=0.2"), model).param_groups
     assert [({p.ndim for p in g["params"]}, g["lr"], g["orthogonalize"]) for g in groups] == [
         ({4}, 0.2, True),
         ({1}, 0.1, True),  # Muon does not orthogonalise one-dimensional weights
@@ -84,4 +84,4 @@ def test_the_recipe_orthogonalises_convolutions_only() -> None:
 
 def test_muon_resumes_exactly(tmp_path: Path) -> None:
     words = ("optimizer=muon", "scheduler=onecycle", "scheduler.warmup_epochs=0.5", "model.norm=batch")
-    resumes_exactly(tmp_path, (3, 11), *words)
+    assert_resumes_exactly(tmp_path, (3, 11), *words)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import checked, learned
+from tests.helpers import compose_checked, weights_and_history
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
 
@@ -25,9 +25,9 @@ from zfnet.runs.directory import RunDirectory
 TRAIN = """
 import sys
 from pathlib import Path
-from tests.helpers import die_at, train_minute
-die_at(Path(sys.argv[1]), 5, *sys.argv[2:])
-train_minute(Path(sys.argv[1]), *sys.argv[2:])
+from tests.helpers import train_until_killed, train_tiny_exact
+train_until_killed(Path(sys.argv[1]), 5, *sys.argv[2:])
+train_tiny_exact(Path(sys.argv[1]), *sys.argv[2:])
 """
 LOG_EVERY = 3  # of 16 steps: five log calls, one before the kill
 
@@ -52,7 +52,7 @@ def proxy() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.fixture
-def train(tmp_path: Path, proxy, whole):
+def train(tmp_path: Path, proxy, reference_run):
     """Return a function that trains with a logger, with a kill in between, and returns the run directory."""
 
     def call(name: str) -> Path:
@@ -71,7 +71,7 @@ def train(tmp_path: Path, proxy, whole):
         )
         assert done.returncode == 0, done.stderr
         assert came == []
-        assert learned(RunDirectory(tmp_path / "r")) == whole
+        assert weights_and_history(RunDirectory(tmp_path / "r")) == reference_run
         return tmp_path / "r"
 
     return call
@@ -144,5 +144,5 @@ def test_trackio(train, tmp_path: Path) -> None:
 def test_a_missing_package_is_named(monkeypatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError) as error:
-        checked("experiment=quickstart", f"logger={name}")
+        compose_checked("experiment=quickstart", f"logger={name}")
     assert str(error.value) == f"this needs {name}: pip install -e '.[{name}]'"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.conftest import ROOT
-from tests.helpers import TINY, checked, no_figures, train_tiny
+from tests.helpers import TINY, compose_checked, no_figures, train_tiny
 from zfnet.config.errors import UserError
 from zfnet.data import Batch
 from zfnet.runs.directory import RunDirectory
@@ -124,7 +124,7 @@ def test_batch_norm_over_processes_needs_gpus(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("cpu", "auto"):
         with pytest.raises(UserError, match="batch normalisation over several processes needs GPUs"):
-            checked(*TINY, "model.norm=batch", "trainer.devices=2", f"trainer.device={device}")
+            compose_checked(*TINY, "model.norm=batch", "trainer.devices=2", f"trainer.device={device}")
 
 
 @pytest.fixture

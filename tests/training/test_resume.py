@@ -13,16 +13,16 @@ import pytest
 
 from tests.helpers import (
     EVERY_STEP,
-    MINUTE,
     STEPS,
+    TINY_EXACT,
     Killed,
+    assert_resumes_exactly,
     compose,
-    die_at,
-    dying_at,
-    learned,
-    resumes_exactly,
-    start,
-    train_minute,
+    killed_before,
+    start_run_py,
+    train_tiny_exact,
+    train_until_killed,
+    weights_and_history,
 )
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
@@ -47,65 +47,65 @@ ALL_ON = (
 )
 
 
-def test_two_runs_in_one_process_are_equal(whole, tmp_path: Path) -> None:
+def test_two_runs_in_one_process_are_equal(reference_run, tmp_path: Path) -> None:
     """Another run between them does not affect the second one."""
-    train_minute(
+    train_tiny_exact(
         tmp_path / "between", "seed=9", "trainer.epochs=1", "trainer.threads=2", "trainer.deterministic=false", *ALL_ON
     )
-    assert learned(train_minute(tmp_path / "again")) == whole
+    assert weights_and_history(train_tiny_exact(tmp_path / "again")) == reference_run
 
 
 @pytest.mark.parametrize("stops", [[1], [3, 5], [7, 8], [8], [9, 12, 15]], ids=str)
-def test_killed_and_resumed(whole, tmp_path: Path, stops: list[int]) -> None:
+def test_killed_and_resumed(reference_run, tmp_path: Path, stops: list[int]) -> None:
     """Kills: twice in one epoch, in the last step of one epoch and the first of the next, and three times."""
     for step in stops:
-        die_at(tmp_path / "run", step)
-    run = train_minute(tmp_path / "run", EVERY_STEP)
-    assert learned(run) == whole
+        train_until_killed(tmp_path / "run", step)
+    run = train_tiny_exact(tmp_path / "run", EVERY_STEP)
+    assert weights_and_history(run) == reference_run
     assert run.state == "done"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("scheduler", ["plateau", "onecycle"])
 def test_with_everything_on(tmp_path: Path, optimizer: str, scheduler: str) -> None:
-    resumes_exactly(tmp_path, (5, 11), *ALL_ON, f"optimizer={optimizer}", f"scheduler={scheduler}")
+    assert_resumes_exactly(tmp_path, (5, 11), *ALL_ON, f"optimizer={optimizer}", f"scheduler={scheduler}")
 
 
 def test_with_balanced_draws(tmp_path: Path) -> None:
-    resumes_exactly(tmp_path, (3, 8), "data.sampler=balanced", "augment=crop_flip", "data.subset=50")
+    assert_resumes_exactly(tmp_path, (3, 8), "data.sampler=balanced", "augment=crop_flip", "data.subset=50")
 
 
 def test_bf16_keeps_the_promise_of_exact(tmp_path: Path) -> None:
     """trainer=exact trainer.precision=bf16: the same bits twice and after a kill, other bits than in fp32."""
     words = ("trainer.precision=bf16", "model.norm=lrn", "model.dropout=0.5", "augment=crop_flip", "data.store_size=32")
-    run = resumes_exactly(tmp_path, [11], *words)
-    assert learned(train_minute(tmp_path / "fp32", *words[1:])) != learned(run)
+    run = assert_resumes_exactly(tmp_path, [11], *words)
+    assert weights_and_history(train_tiny_exact(tmp_path / "fp32", *words[1:])) != weights_and_history(run)
 
 
-def test_without_a_checkpoint_it_starts_again(whole, tmp_path: Path) -> None:
-    with dying_at(3), pytest.raises(Killed):
-        train_minute(tmp_path / "run")
+def test_without_a_checkpoint_it_starts_again(reference_run, tmp_path: Path) -> None:
+    with killed_before(3), pytest.raises(Killed):
+        train_tiny_exact(tmp_path / "run")
     assert not step_files(tmp_path / "run/checkpoints")
-    assert learned(train_minute(tmp_path / "run")) == whole
+    assert weights_and_history(train_tiny_exact(tmp_path / "run")) == reference_run
 
 
-def test_killed_while_validating(whole, tmp_path: Path, monkeypatch) -> None:
+def test_killed_while_validating(reference_run, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", _raise(Killed))
         with pytest.raises(Killed):
-            train_minute(tmp_path / "run", EVERY_STEP)
+            train_tiny_exact(tmp_path / "run", EVERY_STEP)
     assert step_files(tmp_path / "run/checkpoints")[-1].name == step_name(STEPS)
-    assert learned(train_minute(tmp_path / "run", EVERY_STEP)) == whole
+    assert weights_and_history(train_tiny_exact(tmp_path / "run", EVERY_STEP)) == reference_run
 
 
-def test_killed_while_reporting(whole, tmp_path: Path, monkeypatch) -> None:
+def test_killed_while_reporting(reference_run, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "_report", _raise(Killed))
         with pytest.raises(Killed):
-            train_minute(tmp_path / "run")
+            train_tiny_exact(tmp_path / "run")
     patch_calls: list[int] = []
     monkeypatch.setattr(loop, "train_step", lambda *_: patch_calls.append(1))
-    assert learned(train_minute(tmp_path / "run")) == whole
+    assert weights_and_history(train_tiny_exact(tmp_path / "run")) == reference_run
     assert patch_calls == []  # all steps were already done
 
 
@@ -116,9 +116,9 @@ def _raise(error: type[BaseException]):
     return fail
 
 
-def test_killed_while_writing_a_checkpoint(whole, tmp_path: Path) -> None:
+def test_killed_while_writing_a_checkpoint(reference_run, tmp_path: Path) -> None:
     """An interrupted write leaves a partial file; a file system that lost a synced write leaves a short newest file."""
-    die_at(tmp_path / "run", 6)
+    train_until_killed(tmp_path / "run", 6)
     files = step_files(tmp_path / "run/checkpoints")
     assert [p.name for p in files] == [step_name(5), step_name(6)]
     content = files[-1].read_bytes()
@@ -126,14 +126,14 @@ def test_killed_while_writing_a_checkpoint(whole, tmp_path: Path) -> None:
     files[-1].write_bytes(content[: len(content) // 2])
     log = (tmp_path / "run/train.log").read_text()
     assert "using an earlier one" not in log
-    assert learned(train_minute(tmp_path / "run", EVERY_STEP)) == whole
+    assert weights_and_history(train_tiny_exact(tmp_path / "run", EVERY_STEP)) == reference_run
     log = (tmp_path / "run/train.log").read_text()
     assert f"{files[-1]} is damaged or not a checkpoint" in log
     assert "using an earlier one" in log
     assert "continuing from epoch 1, step 5" in log
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path: Path, monkeypatch) -> None:
+def test_a_full_disk_stops_the_run_and_loses_nothing(reference_run, tmp_path: Path, monkeypatch) -> None:
     real = checkpoint_module.write_tensors
 
     def full(path: Path, *rest) -> None:
@@ -144,17 +144,17 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module, "write_tensors", full)
         with pytest.raises(UserError, match="No space left on device"):
-            train_minute(tmp_path / "run", EVERY_STEP)
+            train_tiny_exact(tmp_path / "run", EVERY_STEP)
     run = RunDirectory(tmp_path / "run")
     assert run.state == "failed"
     assert "No space left" in run.read_json("status.json")["error"]
     assert step_files(run.checkpoints)[-1].name == step_name(4)
-    assert learned(train_minute(tmp_path / "run", EVERY_STEP)) == whole
+    assert weights_and_history(train_tiny_exact(tmp_path / "run", EVERY_STEP)) == reference_run
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_stop_after_the_step_and_resume(
-    whole, tmp_path: Path, run_py, monkeypatch, number: int, code: int
+    reference_run, tmp_path: Path, run_py, monkeypatch, number: int, code: int
 ) -> None:
     real, steps = loop.train_step, []
 
@@ -166,7 +166,7 @@ def test_signals_stop_after_the_step_and_resume(
 
     monkeypatch.setattr(loop, "train_step", signalled)
     before = signal.getsignal(number)
-    answer = run_py(*MINUTE, "hydra.run.dir=r")
+    answer = run_py(*TINY_EXACT, "hydra.run.dir=r")
     assert answer.code == code
     assert "stopping after this step" in answer.err
     assert "Traceback" not in answer.err
@@ -178,13 +178,13 @@ def test_signals_stop_after_the_step_and_resume(
     assert signal.getsignal(number) is before
     assert run_py("job=resume", "run=r").code == 0
     assert steps == list(range(1, 2 * STEPS + 1))
-    assert learned(run) == whole
+    assert weights_and_history(run) == reference_run
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("where", ["loop.evaluate", "callbacks.Checkpoints.on_fit_end"])
 def test_a_signal_after_the_last_step_stops_and_loses_nothing(
-    whole, tmp_path: Path, monkeypatch, where: str, number: int
+    reference_run, tmp_path: Path, monkeypatch, where: str, number: int
 ) -> None:
     """The next start writes the report, without training any step."""
     owner = loop if where == "loop.evaluate" else Checkpoints
@@ -200,15 +200,17 @@ def test_a_signal_after_the_last_step_stops_and_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, signalled)
         with pytest.raises(Stopped):
-            train_minute(tmp_path / "run")
+            train_tiny_exact(tmp_path / "run")
     run = RunDirectory(tmp_path / "run")
     assert run.read_json("status.json")["error"] == f"stopped by {signal.Signals(number).name}"
     assert not run.weights.exists()
     monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("it trained again"))
-    assert learned(train_minute(run.folder)) == whole
+    assert weights_and_history(train_tiny_exact(run.folder)) == reference_run
 
 
-def test_a_second_signal_stops_at_once_and_saves_no_half_step(whole, tmp_path: Path, run_py, monkeypatch) -> None:
+def test_a_second_signal_stops_at_once_and_saves_no_half_step(
+    reference_run, tmp_path: Path, run_py, monkeypatch
+) -> None:
     def signalled(_: Schedule) -> None:  # after the optimizer's step, before `state.step` counts it
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -216,19 +218,19 @@ def test_a_second_signal_stops_at_once_and_saves_no_half_step(whole, tmp_path: P
     run = RunDirectory(tmp_path / "r")
     with monkeypatch.context() as patch:
         patch.setattr(Schedule, "step", signalled)
-        assert run_py(*MINUTE, "hydra.run.dir=r").code == 130
+        assert run_py(*TINY_EXACT, "hydra.run.dir=r").code == 130
     assert run.state == "stopped"
-    assert learned(train_minute(run.folder)) == whole
+    assert weights_and_history(train_tiny_exact(run.folder)) == reference_run
 
 
 @pytest.mark.slow
 def test_processes_that_are_really_killed(tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch, then the same command and SIGTERM, then a resume."""
-    words = [*MINUTE, EVERY_STEP, "hydra.run.dir=r", "trainer.epochs=12"]
+    words = [*TINY_EXACT, EVERY_STEP, "hydra.run.dir=r", "trainer.epochs=12"]
     run = RunDirectory(tmp_path / "r")
 
     def start_and_signal(reached: int, number: int) -> subprocess.Popen:
-        process = start(tmp_path, *words)
+        process = start_run_py(tmp_path, *words)
         try:
             deadline = time.monotonic() + 120
             while not any(int(p.stem[5:]) >= reached for p in step_files(run.checkpoints)):
@@ -256,11 +258,11 @@ def test_processes_that_are_really_killed(tmp_path: Path) -> None:
     config = compose(*longer)
     train_module.train(config, run)
     assert f"continuing from epoch {second // STEPS + 1}, step {second}" in (run.folder / "train.log").read_text()
-    assert learned(run) == learned(train_minute(tmp_path / "whole", "trainer.epochs=12"))
+    assert weights_and_history(run) == weights_and_history(train_tiny_exact(tmp_path / "whole", "trainer.epochs=12"))
 
 
 def test_a_checkpoint_is_tensors_and_plain_numbers(tmp_path: Path) -> None:
-    die_at(tmp_path / "run", 3, *ALL_ON)
+    train_until_killed(tmp_path / "run", 3, *ALL_ON)
     saved, _ = checkpoint_module.read_newest(tmp_path / "run/checkpoints")
     assert saved is not None
     assert json.loads(json.dumps(saved.metadata)) == saved.metadata
@@ -270,15 +272,15 @@ def test_a_checkpoint_is_tensors_and_plain_numbers(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_uses_as_many_threads_as_its_record_says(tmp_path: Path, monkeypatch) -> None:
-    die_at(tmp_path / "run", 11, "trainer.threads=null")  # tests run with one thread
+    train_until_killed(tmp_path / "run", 11, "trainer.threads=null")  # tests run with one thread
     monkeypatch.setattr("zfnet.training.device.THREADS", 2)
-    run = train_minute(tmp_path / "run", EVERY_STEP, "trainer.threads=null")
+    run = train_tiny_exact(tmp_path / "run", EVERY_STEP, "trainer.threads=null")
     assert run.threads == 1
-    assert train_minute(tmp_path / "new", "trainer.threads=null", "trainer.epochs=1").threads == 2
+    assert train_tiny_exact(tmp_path / "new", "trainer.threads=null", "trainer.epochs=1").threads == 2
 
 
 def test_a_process_of_torchrun_joins_a_resumed_run(tmp_path: Path, run_py, monkeypatch) -> None:
-    die_at(tmp_path / "run", 11)
+    train_until_killed(tmp_path / "run", 11)
     joined: list[object] = []
     monkeypatch.setattr(train_module, "torchrun_world", lambda: World(1, 2))
     monkeypatch.setattr(train_module, "run_worker", lambda world, work: joined.append(world))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import checked, resumes_exactly
+from tests.helpers import assert_resumes_exactly, compose_checked
 from zfnet.config.errors import UserError
 from zfnet.training.build import build_optimizer, build_scheduler
 from zfnet.training.schedule import Schedule, steps_by_batch
@@ -23,7 +23,7 @@ ALL = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
 
 
 def schedule(*words: str, epochs: int = EPOCHS) -> Schedule:
-    config = checked("optimizer=sgd", "optimizer.lr=0.5", *words)
+    config = compose_checked("optimizer=sgd", "optimizer.lr=0.5", *words)
     optimizer = build_optimizer(config, torch.nn.Linear(1, 1))
     length = epochs * STEPS if steps_by_batch(config.scheduler) else epochs
     scheduler = build_scheduler(config.scheduler, optimizer, length)
@@ -191,7 +191,7 @@ def test_chained_schedule_by_target_resumes_exactly(tmp_path: Path) -> None:
     chain += "{_target_:torch.optim.lr_scheduler.CosineAnnealingLR,T_max:auto}]"
     words = ("scheduler=constant", "~scheduler.factor", "scheduler.interval=step", "+scheduler.milestones=[4]")
     words += ("scheduler._target_=torch.optim.lr_scheduler.SequentialLR", f"+scheduler.schedulers={chain}")
-    run = resumes_exactly(tmp_path, (3, 4, 11), *words)
+    run = assert_resumes_exactly(tmp_path, (3, 4, 11), *words)
     assert len({row["lr"] for row in run.read_history()}) == 2
 
 

@@ -5,25 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import MINUTE, compose, training_state
+from tests.helpers import TINY_EXACT, compose, training_state
 from zfnet.config.errors import UserError
 from zfnet.training.build import initial_model
 from zfnet.training.state import TrainingState
 
 
 def state(*words: str) -> TrainingState:
-    return training_state(compose(*MINUTE, *words))
+    return training_state(compose(*TINY_EXACT, *words))
 
 
 def test_the_seed_gives_the_weights_and_leaves_the_global_generator_alone() -> None:
-    config = compose(*MINUTE)
+    config = compose(*TINY_EXACT)
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     a = initial_model(config, 10)[0].state_dict()
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(2)
     b = initial_model(config, 10)[0].state_dict()
-    c = initial_model(compose(*MINUTE, "seed=1"), 10)[0].state_dict()
+    c = initial_model(compose(*TINY_EXACT, "seed=1"), 10)[0].state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
 
