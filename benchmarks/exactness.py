@@ -41,7 +41,7 @@ from zfnet.jobs import train as training
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.provenance import describe_environment
-from zfnet.training.checkpoint import BEST, step_files
+from zfnet.training.checkpoint import BEST_FILE, step_files
 
 # steps that take milliseconds, with a checkpoint after each step
 SMALL = (
@@ -245,8 +245,8 @@ class Tries:
             self.faults["newest checkpoint lost"] += 1
 
     def delete_best(self, folder: Path, name: str) -> None:
-        if (folder / "checkpoints" / BEST).exists():
-            (folder / "checkpoints" / BEST).unlink()
+        if (folder / "checkpoints" / BEST_FILE).exists():
+            (folder / "checkpoints" / BEST_FILE).unlink()
             self.faults["best weights lost"] += 1
 
     def race(self) -> None:

@@ -49,7 +49,7 @@ from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.provenance import describe_environment
 from zfnet.training import loop
 from zfnet.training.build import initial_model
-from zfnet.training.device import resolve_runtime, timed
+from zfnet.training.device import resolve_runtime, time_call
 from zfnet.training.state import TrainingState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,18 +126,18 @@ def kernels(setting: Setting) -> Iterator[dict[str, Any]]:
             runtime = replace(resolve_runtime(config.trainer), compile=compiled)
             steps = TrainingSteps(name, config, runtime, load_splits(config.data).train)
             count = setting.size(10, 2)
-            first, cuda = steps.turn(1, 0), runtime.device.type == "cuda"
-            milliseconds = 1000 * steps.turn(count, setting.size(5, 1)) / count
+            first, cuda = steps.time_turn(1, 0), runtime.device.type == "cuda"
+            milliseconds = 1000 * steps.time_turn(count, setting.size(5, 1)) / count
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 if cuda:
                     torch.cuda.set_sync_debug_mode("warn")
-                steps.turn(count, 0)
+                steps.time_turn(count, 0)
                 if cuda:
                     torch.cuda.set_sync_debug_mode("default")
             waits = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)})
             with torch.profiler.profile() as profile:
-                steps.turn(count, 0)
+                steps.time_turn(count, 0)
             time_of = "self_device_time_total" if cuda else "self_cpu_time_total"
             rows = [
                 {"kernel": row.key[:90], "calls": row.count / count, "us": getattr(row, time_of) / count}
@@ -172,7 +172,7 @@ def choices(setting: Setting) -> Iterator[dict[str, Any]]:
         by_name = {row["name"]: row for row in result["contenders"]}
         if (compiled := by_name.get("compiled")) is not None:
             torch.compiler.reset()
-            warm = TrainingSteps("warm", config, replace(runtime, compile=True), images).turn(1, 0)
+            warm = TrainingSteps("warm", config, replace(runtime, compile=True), images).time_turn(1, 0)
             result["compile"] = {
                 "cold_seconds": compiled["first_step_seconds"],
                 "warm_seconds": warm,
@@ -202,7 +202,7 @@ def candidates(setting: Setting) -> Iterator[dict[str, Any]]:
 
         try:
             turn()
-            result[name] = 1e6 / repeats * statistics.median(timed(turn, device) for _ in range(setting.size(5, 1)))
+            result[name] = 1e6 / repeats * statistics.median(time_call(turn, device) for _ in range(setting.size(5, 1)))
         except RuntimeError as error:
             result[name] = str(error).splitlines()[0]
     yield result
@@ -261,7 +261,7 @@ def epochs(setting: Setting) -> Iterator[dict[str, Any]]:
     plain = loop.train_epoch
 
     def train_epoch(state: TrainingState, train: Batches) -> None:
-        measured.append(timed(lambda: plain(state, train), state.runtime.device))
+        measured.append(time_call(lambda: plain(state, train), state.runtime.device))
 
     words = ("experiment=blog", "data.train_images=50000", "data.test_images=10000", "trainer.epochs=3")
     for compiled in (False, True)[: setting.size(2, 1)]:
@@ -284,7 +284,7 @@ def epochs(setting: Setting) -> Iterator[dict[str, Any]]:
     assert test is not None
     model = initial_model(config, 10)[0].to(runtime.device).to(memory_format=runtime.memory_format)
     batches = Batches(test, config.data, runtime.device, channels_last=runtime.channels_last)
-    evaluation = [timed(lambda: loop.evaluate(model, batches, runtime, "test"), runtime.device) for _ in range(4)]
+    evaluation = [time_call(lambda: loop.evaluate(model, batches, runtime, "test"), runtime.device) for _ in range(4)]
     yield result | {"evaluation_seconds": evaluation, "evaluated_images": len(test)}
 
 
@@ -330,7 +330,7 @@ def atlas(setting: Setting) -> Iterator[dict[str, Any]]:
         batches = partial(Batches, data=config.data, device=runtime.device)
         searches.append(collect(chain, images, batches, chain.conv_layers, TopActivations(9, len(images.classes))))
 
-    seconds = [timed(search, runtime.device) for _ in range(2)]
+    seconds = [time_call(search, runtime.device) for _ in range(2)]
     result: dict[str, Any] = {"images": len(images), "search_seconds": seconds}
     first, second = (s.state()[0] for s in searches)
     result["searches_equal"] = all(torch.equal(first[name], second[name]) for name in first)
@@ -340,7 +340,7 @@ def atlas(setting: Setting) -> Iterator[dict[str, Any]]:
         maps = record.filled.any(1).nonzero().flatten().cpu()[: setting.size(10_000, 2)]
         if len(maps):
             project = partial(view_maps, deconvnet, images, config.data, layer, record, maps)
-            result["projection_seconds"][layer] = timed(project, runtime.device)
+            result["projection_seconds"][layer] = time_call(project, runtime.device)
             result["maps"] += len(maps)
         yield result
 

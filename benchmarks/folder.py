@@ -31,7 +31,7 @@ from zfnet.data import Batches
 from zfnet.data.folder import load_folder
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.tables import format_table
-from zfnet.training.device import keep_memory, resolve_runtime, timed
+from zfnet.training.device import keep_memory, resolve_runtime, time_call
 
 WIDTH, HEIGHT = 500, 375
 DISTINCT = 32  # different files; the others are copies
@@ -67,7 +67,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, batches in ways.items():
                 # a deque of length 0 consumes all batches and keeps none
-                epoch_seconds = timed(lambda b=batches: deque(b(), maxlen=0), runtime.device)  # type: ignore[misc]
+                epoch_seconds = time_call(lambda b=batches: deque(b(), maxlen=0), runtime.device)  # type: ignore[misc]
                 speeds[name].append(options.pictures / epoch_seconds)
     rows = [(name, *(f"{f(s):.0f}" for f in (statistics.median, min, max))) for name, s in speeds.items()]
     print("\n".join(format_table([("batches", "images/s", "min", "max"), *rows], "<>>>")))

@@ -22,7 +22,7 @@ from zfnet.model.build import build_model
 from zfnet.model.chain import WEIGHTED, Chain
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.tables import format_table
-from zfnet.training.device import Runtime, resolve_runtime, timed
+from zfnet.training.device import Runtime, resolve_runtime, time_call
 
 CALLS = 5
 
@@ -94,7 +94,7 @@ def time_layer(module: Any, images: torch.Tensor, runtime: Runtime, to_input: bo
         output.backward(gradient, retain_graph=True)
 
     operations = 2.0 * output.numel() * module.weight[0].numel()
-    times = [min(timed(call, runtime.device) for _ in range(CALLS)) for call in (forward, backward)]
+    times = [min(time_call(call, runtime.device) for _ in range(CALLS)) for call in (forward, backward)]
     return Pass(operations, times[0]), Pass(operations * (1 + to_input), times[1])
 
 

@@ -38,7 +38,7 @@ from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.provenance import describe_environment
 from zfnet.runs.tables import format_table
 from zfnet.training.build import initial_model
-from zfnet.training.device import resolve_runtime, timed
+from zfnet.training.device import resolve_runtime, time_call
 
 # relative to the largest pixel: above the rounding errors of equal computations, below the effect of another switch
 TOLERANCE = 1e-5
@@ -211,7 +211,7 @@ def _take_turns(
     results: dict[str, Tensor] = {}
     for _ in range(rounds):
         for name, call in calls.items():
-            seconds[name].append(timed(lambda n=name, c=call: results.update({n: c()}), device))  # type: ignore[misc]
+            seconds[name].append(time_call(lambda n=name, c=call: results.update({n: c()}), device))  # type: ignore[misc]
     return seconds, results
 
 

@@ -141,7 +141,7 @@ class BlogLoop:
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3)
         self.criterion = nn.CrossEntropyLoss()
 
-    def turn(self, steps: int, warmup: int) -> float:
+    def time_turn(self, steps: int, warmup: int) -> float:
         keep_memory(False)
         return time_steps(self._loop(), steps, warmup, self.device)
 
@@ -185,7 +185,7 @@ class _Loop:
             drop_last=True,
         )
 
-    def turn(self, steps: int, warmup: int) -> float:
+    def time_turn(self, steps: int, warmup: int) -> float:
         keep_memory(False)  # other projects do not change malloc's settings
         return time_steps(self._loop(), steps, warmup, self.runtime.device)
 
@@ -259,7 +259,7 @@ class LightningLoop(_Loop):
 
     name = "Lightning"
 
-    def turn(self, steps: int, warmup: int) -> float:
+    def time_turn(self, steps: int, warmup: int) -> float:
         import lightning
 
         keep_memory(False)

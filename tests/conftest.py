@@ -82,11 +82,11 @@ def _reset_switches():
     """Reset the process-wide switches that `trainer=exact` and `trainer.threads` set, before and after each test."""
     import torch
 
-    from zfnet.training.device import THREADS
+    from zfnet.training.device import DEFAULT_THREADS
 
     def put_back() -> None:
         torch.use_deterministic_algorithms(False)
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(DEFAULT_THREADS)
 
     put_back()  # module and session fixtures may have trained before this test
     yield

@@ -86,7 +86,7 @@ def compose_checked(*words: str) -> Config:
 
 def claim(run: RunDirectory, config: Config) -> bool:
     """Claim the directory for `config`'s run, and return whether there is a run to resume."""
-    with run.claimed(config) as resumed:
+    with run.claim(config) as resumed:
         return resumed
 
 
@@ -116,7 +116,7 @@ def training_state(config: Config, steps: int = STEPS, callbacks: Sequence[Callb
     if config.model.rms_limit is not None:
         arithmetic.append(FilterRenormalization(config.model.rms_limit))
     if config.trainer.ema is not None:
-        arithmetic.append(EMA(config.trainer.ema, grows=config.trainer.version > 1))
+        arithmetic.append(EMA(config.trainer.ema, warmup=config.trainer.version > 1))
     runtime = resolve_runtime(config.trainer)
     return build_state(config, runtime, 10, steps, callbacks=[*arithmetic, *callbacks])
 

@@ -21,7 +21,7 @@ from tests.explain.networks import network, random_inputs
 from tests.helpers import TINY, compose, read_csv
 from zfnet.analyses.correspondence import (
     MARGIN,
-    Marked,
+    MarkedImages,
     Masks,
     agreement,
     disagreement,
@@ -89,11 +89,11 @@ def test_agreement_refuses_classes_without_pairs() -> None:
         agreement(random_signs(3, 5, 0), torch.arange(3))
 
 
-def objects(images: Tensor, **parts: Tensor) -> Marked:
+def objects(images: Tensor, **parts: Tensor) -> MarkedImages:
     """Return images with objects in the lower right and these parts, (y, x) in 0 … 1 of the box."""
     count, size = len(images), images.shape[-1]
     box = torch.tensor([[size / 4, size / 4, size, size]]).expand(count, -1)
-    marked = Marked(images, {}, box, torch.zeros(count, dtype=torch.int64))
+    marked = MarkedImages(images, {}, box, torch.zeros(count, dtype=torch.int64))
     for name, place in parts.items():
         marked.parts[name] = marked.on_objects(place.expand(1, count, 2))[0]
     return marked

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.explain.networks import network, random_inputs
 from tests.explain.trained import Trained
 from tests.helpers import read_csv
-from zfnet.analyses.occlusion import Occlusion, Outputs, box_evidence, falls_at, occlude, square_starts
+from zfnet.analyses.occlusion import Occlusion, Outputs, box_evidence, occlude, probability_falls, square_starts
 from zfnet.config.errors import UserError
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.runs.directory import RunDirectory
@@ -157,14 +157,14 @@ def test_falls_at_the_lowest_place_are_those_of_a_closed_form() -> None:
         return torch.stack([torch.zeros(len(inputs)), inputs.sum((1, 2, 3))], 1)
 
     result = occlude(network, images, labels, fill=black, **settings)
-    falls = falls_at(network, images, labels, result, torch.full((3,), -1 / 48), 2)  # sums 1 - 2, 1 - 1
+    falls = probability_falls(network, images, labels, result, torch.full((3,), -1 / 48), 2)  # sums 1 - 2, 1 - 1
     own, others = (1 / (1 + math.exp(-1)) - 1 / (1 + math.exp(-left)) for left in (-1, 0))
     expected = torch.full((3, 3), others, dtype=torch.float64).fill_diagonal_(own)
     torch.testing.assert_close(falls, expected, atol=1e-6, rtol=0)
 
     blank = torch.zeros_like(images)  # without an object the lowest place is arbitrary
     result = occlude(network, blank, labels, fill=black, **settings)
-    falls = falls_at(network, blank, labels, result, torch.ones(3), 2)
+    falls = probability_falls(network, blank, labels, result, torch.ones(3), 2)
     assert torch.equal(falls, falls[:1, :1].expand(3, 3))
 
 

@@ -15,7 +15,7 @@ from tests.explain.trained import Trained
 from tests.helpers import load_for_job, read_csv, write_images
 from zfnet.analyses import verdict
 from zfnet.analyses.deconvnet import shuffle_weights
-from zfnet.analyses.verdict import METRICS, SCORES, Row, Study, Subject, compare_methods, prepare, what_holds
+from zfnet.analyses.verdict import METRICS, SCORES, Row, Study, Subject, compare_methods, prepare, significance_lines
 from zfnet.data.shapes import draw_without
 from zfnet.explain.atlas import find_verdict
 from zfnet.explain.selection import chosen_split
@@ -282,7 +282,7 @@ def test_ablation_guesses_among_the_classes_that_have_images(
     found = scores(list(METRICS["ablation"](dataclasses.replace(study, split=split, job=job, statistics=statistics))))
     values = found["conv5", "ablation", "agreement"].values
     assert set(values[values.isfinite()].tolist()) <= scores_of_agreement
-    line = list(verdict._ablation_lines({"conv5": verdict.clustered(values, torch.arange(len(values)))}))
+    line = list(verdict._ablation_lines({"conv5": verdict.clustered_mean(values, torch.arange(len(values)))}))
     assert bool(line) == (len(classes) > 1)
 
 
@@ -296,7 +296,7 @@ def test_compare_methods_tells_a_difference_from_none() -> None:
     found = {(d["first"], d["second"]): d for d in compare_methods(rows)}
     assert found["random", "Sobel"]["p_holm"] > 0.05
     assert found["random", "gradient"]["p_holm"] < 1e-6
-    assert what_holds("class", list(found.values())) == [
+    assert significance_lines("class", list(found.values())) == [
         "class, deletion: above chance: gradient, all baselines: gradient"
     ]
     units = torch.cat([torch.full((25,), 0.0), torch.full((25,), 1.0)]).double() + 0.01 * torch.rand(
@@ -308,7 +308,9 @@ def test_compare_methods_tells_a_difference_from_none() -> None:
     always = [
         Row("class", n, "own", torch.full((9,), v), torch.arange(9)) for n, v in (("random", 0.0), ("guided", 1.0))
     ]
-    assert what_holds("class", compare_methods(always)) == ["class, own: above chance: guided, all baselines: guided"]
+    assert significance_lines("class", compare_methods(always)) == [
+        "class, own: above chance: guided, all baselines: guided"
+    ]
 
 
 def test_every_number_of_the_figure_has_its_error() -> None:
@@ -325,7 +327,7 @@ def test_every_number_of_the_figure_has_its_error() -> None:
 
 def test_row_survives_json() -> None:
     row = Row("conv1", "guided", "own", torch.tensor([0.5, torch.nan]).double(), torch.tensor([3, 4]))
-    again = Row.read(json.loads(json.dumps(row.plain())))
+    again = Row.from_dict(json.loads(json.dumps(row.to_dict())))
     assert torch.equal(again.values.nan_to_num(9), row.values.nan_to_num(9))
     assert torch.equal(again.clusters, row.clusters)
 

@@ -37,14 +37,14 @@ def test_pillow_images_are_our_inputs() -> None:
 def test_blog_loop_trains_in_its_turn() -> None:
     loop = BlogLoop(draw_shapes(4, 32, part=0), 2, torch.device("cpu"), workers=0)
     before = loop.net.classifier[6].bias.clone()
-    assert loop.turn(steps=1, warmup=1) > 0
+    assert loop.time_turn(steps=1, warmup=1) > 0
     assert not torch.equal(before, loop.net.classifier[6].bias)
 
 
 def test_torchvision_loop_trains_fewer_than_five_classes() -> None:
     config = compose("data=shapes", "model=small", "data.image_size=64", "data.batch_size=2", "trainer.device=cpu")
     images = image_set(random_images(4, 32).numpy(), torch.arange(4) % 3, "abc")
-    assert TorchvisionLoop(config, resolve_runtime(config.trainer), images, workers=0).turn(steps=1, warmup=0) > 0
+    assert TorchvisionLoop(config, resolve_runtime(config.trainer), images, workers=0).time_turn(steps=1, warmup=0) > 0
 
 
 def test_main_times_this_program_beside_the_others(tmp_path: Path, monkeypatch, capsys) -> None:

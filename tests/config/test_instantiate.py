@@ -360,7 +360,7 @@ def test_a_missing_argument_is_named() -> None:
 def test_a_schedule_that_means_nothing_is_named(name: str, key: str, value: object, expected: str) -> None:
     settings = {"_target_": f"torch.optim.lr_scheduler.{name}", key: value}
     with pytest.raises(UserError) as caught:
-        arguments("scheduler", settings, LRScheduler, taken=1)
+        arguments("scheduler", settings, LRScheduler, num_args=1)
     assert str(caught.value).startswith(f"scheduler.{key}={value}: must be {expected}")
 
 

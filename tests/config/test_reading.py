@@ -65,7 +65,7 @@ def test_read_yaml_is_bounded(tmp_path: Path, kind: str) -> None:
     with pytest.raises((ValueError, yaml.YAMLError), match=expected):
         read_yaml(tmp_path / "config.yaml")
     with pytest.raises(UserError, match=r"config\.yaml cannot be read: ") as caught:
-        RunDirectory(tmp_path).recorded()
+        RunDirectory(tmp_path).recorded_config()
     assert "\n" not in str(caught.value)
 
 

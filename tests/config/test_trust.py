@@ -301,7 +301,7 @@ def test_imports_of_the_command_line_count_with_a_folder_from_elsewhere(run_py, 
     words = (*TINY_EXACT, "trainer.epochs=1", "optimizer=mine", "imports=[trusted_lab]", "hydra.run.dir=run")
     answer = run_py("--config-dir", "ours", *words)
     assert answer.code == 0, answer.err
-    assert RunDirectory(tmp_path / "run").recorded()["imports"] == ["trusted_lab"]
+    assert RunDirectory(tmp_path / "run").recorded_config()["imports"] == ["trusted_lab"]
     refused = run_py("job=reproduce", "run=run", "hydra.run.dir=again")
     assert "add imports=[trusted_lab]" in refused.err
     assert run_py("job=evaluate", "run=run", "hydra.run.dir=evaluated").code == 0  # evaluation needs no optimizer

@@ -16,7 +16,7 @@ from PIL import Image
 
 from zfnet.data import files
 from zfnet.data.decode import UnreadableImage
-from zfnet.data.files import LeftOut, fetch, find_images, list_images, read_named
+from zfnet.data.files import LeftOutNames, fetch, find_images, list_images, read_named
 
 
 def names(items: list[str]) -> list[str]:
@@ -52,7 +52,7 @@ def test_list_images_follows_links_and_ends_loops(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "far/y.png")
     (tmp_path / "top/0/c").symlink_to(tmp_path / "far")
-    left_out = LeftOut()
+    left_out = LeftOutNames()
     found = list_images(tmp_path / "top", left_out)
     assert [os.path.relpath(f, tmp_path / "top") for f in found] == [
         *("0/c/y.png", "0/x.png", "1/x.png", "10/x.png", "11/x.png"),

@@ -120,7 +120,7 @@ def test_another_folder_is_recognised_in_the_directory_of_a_run(photos: Path, tm
 def test_data_that_moved_is_found_and_recorded(photos: Path, tmp_path: Path, run_py, at: int | None) -> None:
     run = start(tmp_path / "r", photos, at=at)
     (run.folder / ".hydra").mkdir()
-    (run.folder / ".hydra/config.yaml").write_text(yaml.safe_dump(run.recorded() | {"hydra": {}}))
+    (run.folder / ".hydra/config.yaml").write_text(yaml.safe_dump(run.recorded_config() | {"hydra": {}}))
     moved = photos.rename(tmp_path / "moved")
     if at is None:
         start(run.folder, moved)

@@ -13,7 +13,7 @@ from zfnet.explain.faithfulness import (
     cell_means,
     greedy_areas,
     impute,
-    own_percentile,
+    rank_among_others,
     ranks_of,
     removal_scores,
     structural_similarity,
@@ -138,11 +138,11 @@ def test_support_is_the_largest_share_of_what_is_inside() -> None:
 def test_own_percentile_is_1_for_the_best_and_0_by_chance() -> None:
     nan = torch.nan
     others = torch.tensor([[1.0, 2.0, nan], [1.0, 5.0, nan], [3.0, 3.0, 3.0], [nan, nan, nan]])
-    found = own_percentile(torch.tensor([3.0, 3.0, 3.0, 3.0]), others)
+    found = rank_among_others(torch.tensor([3.0, 3.0, 3.0, 3.0]), others)
     assert found[:3].tolist() == [1, 0, 0]
     assert found[3].isnan()
     values = torch.rand(500, 11, generator=torch.Generator().manual_seed(0))  # control: own is a random value, too
-    assert abs(own_percentile(values[:, 0], values[:, 1:]).mean()) < 0.08
+    assert abs(rank_among_others(values[:, 0], values[:, 1:]).mean()) < 0.08
 
 
 def test_structural_similarity() -> None:

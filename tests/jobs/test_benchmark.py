@@ -49,12 +49,12 @@ def test_the_steps_of_a_warm_up_do_not_count(monkeypatch) -> None:
             yield batch
 
     monkeypatch.setattr(steps.batches, "epoch", slow_at_first)
-    steps.turn(3, warmup=2)
+    steps.time_turn(3, warmup=2)
     assert len(calls) >= 5
-    assert steps.taken == 3
+    assert steps.steps_taken == 3
     assert 0 < steps.data_wait < 0.5
-    steps.turn(1, warmup=2)
-    assert steps.taken == 4
+    steps.time_turn(1, warmup=2)
+    assert steps.steps_taken == 4
 
 
 @pytest.mark.parametrize("capability", ["AVX512", "AVX2"])

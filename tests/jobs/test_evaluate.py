@@ -12,7 +12,7 @@ from PIL import Image
 from tests.helpers import TINY, compose, load_for_job, read_csv
 from zfnet import ZFNet
 from zfnet.data.shapes import CLASSES, draw_shapes
-from zfnet.jobs.evaluate import MeanOfViews, data_for_tencrop, worst
+from zfnet.jobs.evaluate import MeanOfViews, data_for_tencrop, wrong_by_confidence
 from zfnet.plots.results import results_of
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.loop import evaluate
@@ -58,8 +58,8 @@ def test_evaluate_lists_every_prediction_and_draws_the_worst_first(run_py, tiny_
 def test_worst_is_the_most_confident_mistake() -> None:
     predictions, labels = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 0, 1])
     confidences = torch.tensor([0.99, 0.6, 0.9, 0.7])
-    assert worst(Evaluation(0, 0, 0, predictions, confidences, labels, 2)).tolist() == [2, 3, 1]
-    assert worst(Evaluation(0, 0, 0, labels, confidences, labels, 2)).tolist() == []
+    assert wrong_by_confidence(Evaluation(0, 0, 0, predictions, confidences, labels, 2)).tolist() == [2, 3, 1]
+    assert wrong_by_confidence(Evaluation(0, 0, 0, labels, confidences, labels, 2)).tolist() == []
 
 
 @pytest.fixture

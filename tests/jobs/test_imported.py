@@ -198,7 +198,7 @@ def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"^job\.channels=bgr: model\.safetensors records its classes and channels"):
         import_(tmp_path / "again", run.weights, "job.channels=bgr")
     # the recorded settings are checked, too
-    recorded = run.recorded()
+    recorded = run.recorded_config()
     recorded["model"]["layers"][0]["type"] = "Bilinear"
     with pytest.raises(UserError, match=r"model\.layers\[0\]\.type=Bilinear: no such type"):
         build_model(recorded["model"], 5, 19)

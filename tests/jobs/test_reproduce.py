@@ -165,7 +165,7 @@ def test_what_cannot_matter_is_no_variation_and_a_stopped_one_goes_on(run_py, ex
         assert run_py(*words).code == 130
     assert RunDirectory("again").state == "stopped"
     torch.set_num_threads(2)  # the original used 1 thread
-    monkeypatch.setattr("zfnet.training.device.THREADS", 2)
+    monkeypatch.setattr("zfnet.training.device.DEFAULT_THREADS", 2)
     answer = run_py("job=resume", "run=again")
     assert torch.get_num_threads() == 2
     assert answer.code == 0, answer.err

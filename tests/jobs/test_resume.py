@@ -23,7 +23,7 @@ from tests.helpers import (
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as train_module
 from zfnet.runs.directory import RunDirectory
-from zfnet.training.checkpoint import BEST, step_files
+from zfnet.training.checkpoint import BEST_FILE, step_files
 
 
 def test_the_same_command_goes_on_in_the_same_directory(reference_run, tmp_path: Path, run_py) -> None:
@@ -109,7 +109,7 @@ def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, fake_v
     fake_validation(accuracy=[0.9, 0.2, 0.3])
     train_until_killed(tmp_path / "r", 2 * STEPS + 3, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
-    path = run.checkpoints / BEST
+    path = run.checkpoints / BEST_FILE
     path.unlink()
     if harm == "damaged":
         path.write_bytes(b"\x00" * 99)
@@ -134,7 +134,7 @@ def test_a_better_later_epoch_replaces_lost_best_weights(
     expected = weights_and_history(train_tiny_exact(tmp_path / "whole", "trainer.epochs=3"))
     train_until_killed(tmp_path / "r", STEPS + 3, "trainer.epochs=3")
     run = RunDirectory(tmp_path / "r")
-    (run.checkpoints / BEST).unlink()
+    (run.checkpoints / BEST_FILE).unlink()
     assert weights_and_history(train_tiny_exact(run.folder, "trainer.epochs=3")) == expected
     assert run.read_json("results.json")["best_epoch"] == best
 

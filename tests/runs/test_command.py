@@ -15,7 +15,7 @@ from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
 from zfnet.config.trust import parse_overrides
 from zfnet.runs import command as composing
-from zfnet.runs.command import CONF, overlay, prepare_overrides, read_command
+from zfnet.runs.command import CONF, apply_overrides, prepare_overrides, read_command
 from zfnet.runs.directory import RunDirectory
 
 OWN = {"job": {"name": "train"}, "run": None, "images": None}
@@ -41,11 +41,11 @@ def without_own(config: Config) -> dict:
 
 
 def test_no_overrides_give_the_record_itself(onecycle: RunDirectory) -> None:
-    assert overlay(onecycle, [], OWN) == onecycle.read_config()
+    assert apply_overrides(onecycle, [], OWN) == onecycle.read_config()
 
 
 def test_a_key_override_sets_that_key(onecycle: RunDirectory) -> None:
-    config = overlay(onecycle, ["trainer.epochs=7", "model.conv1.kernel_size=9", "seed=5"], OWN)
+    config = apply_overrides(onecycle, ["trainer.epochs=7", "model.conv1.kernel_size=9", "seed=5"], OWN)
     expected = onecycle.read_config().to_dict()
     expected["trainer"]["epochs"], expected["seed"] = 7, 5
     expected["model"]["conv1"]["kernel_size"] = 9
@@ -54,7 +54,7 @@ def test_a_key_override_sets_that_key(onecycle: RunDirectory) -> None:
 
 def test_a_key_that_follows_another_still_follows_it(onecycle: RunDirectory) -> None:
     assert onecycle.read_config().scheduler["max_lr"] == 1e-3
-    config = overlay(onecycle, ["optimizer.lr=0.05"], OWN)
+    config = apply_overrides(onecycle, ["optimizer.lr=0.05"], OWN)
     assert config.scheduler["max_lr"] == 0.05
     assert config.optimizer == {**onecycle.read_config().optimizer, "lr": 0.05}
 
@@ -62,20 +62,20 @@ def test_a_key_that_follows_another_still_follows_it(onecycle: RunDirectory) -> 
 def test_images_that_were_moved_are_the_parents_too(tmp_path: Path) -> None:
     """If a parent had other images than its child, their folder does not change."""
     run = record(tmp_path / "run", "data=folder", "data.root=old")
-    plain = run.recorded()
+    plain = run.recorded_config()
     plain["trainer"]["epochs"] = 9
     link = {"run": "x", "epoch": 1, "step": 1, "weights_sha256": "0", "identity": "0", "schedule": "stretch"}
     other = {**plain, "data": {**plain["data"], "root": "other"}}
     middle = {**plain, "parent": {**link, "config": other}}
     plain["parent"] = {**link, "config": middle}
     (run.folder / "config.yaml").write_text(yaml.safe_dump(plain))
-    parent = overlay(run, ["data.root=new"], OWN).parent
+    parent = apply_overrides(run, ["data.root=new"], OWN).parent
     assert parent.config["data"]["root"] == "new"
     assert parent.config["parent"]["config"]["data"]["root"] == "other"
 
 
 def test_a_group_override_swaps_the_whole_group(onecycle: RunDirectory) -> None:
-    config = overlay(onecycle, ["optimizer=sgd", "scheduler=step", "scheduler.gamma=0.3"], OWN)
+    config = apply_overrides(onecycle, ["optimizer=sgd", "scheduler=step", "scheduler.gamma=0.3"], OWN)
     assert config.optimizer == compose("optimizer=sgd").optimizer  # AdamW's betas and the decay are gone
     assert config.scheduler == {**compose("scheduler=step").scheduler, "gamma": 0.3}
     assert config.seed == 3
@@ -88,14 +88,14 @@ def test_a_rate_reaches_the_schedule_of_a_record_that_holds_numbers(onecycle: Ru
     plain.folder.mkdir()
     (plain.folder / "config.yaml").write_bytes((onecycle.folder / "config.yaml").read_bytes())
     for run in (onecycle, plain):
-        assert overlay(run, ["optimizer.lr=0.2"], OWN).scheduler["max_lr"] == 0.2
-        assert overlay(run, ["optimizer.lr=0.2", "scheduler.max_lr=0.3"], OWN).scheduler["max_lr"] == 0.3
+        assert apply_overrides(run, ["optimizer.lr=0.2"], OWN).scheduler["max_lr"] == 0.2
+        assert apply_overrides(run, ["optimizer.lr=0.2", "scheduler.max_lr=0.3"], OWN).scheduler["max_lr"] == 0.3
 
 
 def test_the_order_of_words_does_not_matter(onecycle: RunDirectory) -> None:
     words = ["optimizer.lr=0.2", "optimizer=sgd"]
-    assert overlay(onecycle, words, OWN) == overlay(onecycle, words[::-1], OWN)
-    assert overlay(onecycle, words, OWN).optimizer["lr"] == 0.2
+    assert apply_overrides(onecycle, words, OWN) == apply_overrides(onecycle, words[::-1], OWN)
+    assert apply_overrides(onecycle, words, OWN).optimizer["lr"] == 0.2
 
 
 def test_current_defaults_do_not_change_a_record(onecycle: RunDirectory, tmp_path: Path, monkeypatch) -> None:
@@ -116,10 +116,10 @@ def test_current_defaults_do_not_change_a_record(onecycle: RunDirectory, tmp_pat
     assert zfnet.compose(["optimizer=adamw"]).optimizer["lr"] == 0.777  # composed from the changed files
     before = onecycle.read_config()
     for words in ([], ["trainer.epochs=9"]):
-        config = overlay(onecycle, words, OWN)
+        config = apply_overrides(onecycle, words, OWN)
         assert (config.seed, config.model, config.optimizer) == (3, before.model, before.optimizer)
         assert config.data == before.data
-    swapped = overlay(onecycle, ["optimizer=sgd"], OWN)
+    swapped = apply_overrides(onecycle, ["optimizer=sgd"], OWN)
     assert swapped.optimizer["momentum"] == 0.111
     assert swapped.seed == 3
 
@@ -140,18 +140,18 @@ def test_current_defaults_do_not_change_a_record(onecycle: RunDirectory, tmp_pat
 )
 def test_overrides_that_fit_no_record(onecycle: RunDirectory, word: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
-        overlay(onecycle, [word], OWN)
+        apply_overrides(onecycle, [word], OWN)
     assert expected in str(caught.value)
 
 
 def test_a_deleted_key_is_gone(onecycle: RunDirectory) -> None:
-    assert "weight_decay" not in overlay(onecycle, ["~optimizer.weight_decay"], OWN).optimizer
+    assert "weight_decay" not in apply_overrides(onecycle, ["~optimizer.weight_decay"], OWN).optimizer
 
 
 def test_a_record_without_hydras_works_too(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     claim(run, compose(*TINY_EXACT))
-    assert overlay(run, ["optimizer.lr=0.5"], OWN).optimizer["lr"] == 0.5
+    assert apply_overrides(run, ["optimizer.lr=0.5"], OWN).optimizer["lr"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_strangers_record_reads_no_environment(tmp_path: Path, monkeypatch, ho
     text = path.read_text()
     assert "\ndata:\n" in text
     path.write_text(text.replace("\ndata:\n", f"\ndata:\n  {hostile}\n"))
-    config = overlay(run, ["optimizer.lr=0.5"], OWN)
+    config = apply_overrides(run, ["optimizer.lr=0.5"], OWN)
     assert "s3cret" not in str(config)
     assert config.data.root is None
     assert config.optimizer["lr"] == 0.5
@@ -195,7 +195,7 @@ def test_a_damaged_hydra_record_is_not_used(tmp_path: Path, monkeypatch, content
     monkeypatch.chdir(tmp_path)
     run = record(tmp_path / "run", *TINY)
     (run.folder / ".hydra/config.yaml").write_text(content)
-    config = overlay(run, ["trainer.epochs=4"], OWN)
+    config = apply_overrides(run, ["trainer.epochs=4"], OWN)
     assert (config.trainer.epochs, config.seed) == (4, 0)
     assert config.optimizer["_target_"] == "torch.optim.AdamW"
     assert not (tmp_path / "witness").exists()
@@ -205,7 +205,7 @@ def test_a_hydra_record_of_another_run_is_not_used(tmp_path: Path) -> None:
     run = record(tmp_path / "run", *TINY)
     other = OmegaConf.to_yaml(composing.compose_raw([*TINY, "optimizer=sgd"]))
     (run.folder / ".hydra/config.yaml").write_text(other)
-    assert overlay(run, ["trainer.epochs=4"], OWN).optimizer["_target_"] == "torch.optim.AdamW"
+    assert apply_overrides(run, ["trainer.epochs=4"], OWN).optimizer["_target_"] == "torch.optim.AdamW"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_hydra_record_of_another_run_is_not_used(tmp_path: Path) -> None:
 def test_a_damaged_record_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(UserError) as caught:
-        overlay(RunDirectory(tmp_path), [], OWN)
+        apply_overrides(RunDirectory(tmp_path), [], OWN)
     assert str(caught.value).startswith(str(tmp_path / "config.yaml"))
     assert "\n" not in str(caught.value)
 
@@ -319,12 +319,12 @@ def test_a_record_holds_values_only(onecycle: RunDirectory) -> None:
 )
 def test_a_records_logger_sends_nothing_elsewhere(tmp_path: Path, name: str, key: str, value: str) -> None:
     run = record(tmp_path / "run", *TINY)
-    plain = run.recorded()
+    plain = run.recorded_config()
     plain["logger"] = {"mine": {"_target_": f"zfnet.training.loggers.{name}", key: value}}
     (run.folder / "config.yaml").write_text(yaml.safe_dump(plain))
     with pytest.raises(UserError, match=rf"its logger.mine.{key}={value} sends results elsewhere"):
-        overlay(run, [], OWN)
-    assert overlay(run, ["logger=none"], OWN).logger == {}
+        apply_overrides(run, [], OWN)
+    assert apply_overrides(run, ["logger=none"], OWN).logger == {}
 
 
 def test_a_job_of_ones_own_needs_a_name(run_py, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from zfnet.config.errors import UserError
 from zfnet.runs import directory as run_module
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory, find_run, list_runs, write_atomically, write_tensors
-from zfnet.runs.session import hold
+from zfnet.runs.session import hold_directory
 from zfnet.training.checkpoint import step_files
 
 
@@ -219,7 +219,7 @@ def test_recorded_bounds_what_aliases_multiply(tmp_path: Path) -> None:
     lines += [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
     (tmp_path / "config.yaml").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"config.yaml cannot be read: it holds more than 100,000 values"):
-        RunDirectory(tmp_path).recorded()
+        RunDirectory(tmp_path).recorded_config()
 
 
 @pytest.mark.parametrize("name", ["train.log", "figures", "checkpoints", "profile/trace"])
@@ -237,7 +237,7 @@ def test_a_run_does_not_write_through_links(tiny_run, tmp_path: Path, name: str)
     refused = pytest.raises(UserError, match=f"{name}: is a link, through which the run would write elsewhere")
     with refused:
         claim(run, run.read_config())
-    with refused, hold(run, "train.log"):  # a continued reproduction calls `hold` alone
+    with refused, hold_directory(run, "train.log"):  # a continued reproduction calls it alone
         pass
     assert not any((tmp_path / "elsewhere").iterdir())
 

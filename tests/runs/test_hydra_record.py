@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import ROOT
 from tests.helpers import TINY_EXACT
-from zfnet.runs.command import overlay
+from zfnet.runs.command import apply_overrides
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.hydra_record import NAME_LIMIT, explain_job, short_dirname
 
@@ -42,7 +42,7 @@ def test_write_hydra_record_is_what_hydra_writes(run_py, tmp_path: Path) -> None
     assert config["scheduler"]["max_lr"] == "${optimizer.lr}"  # the reference is kept
     assert config["hydra"]["job"] == {"chdir": False}  # so that `--config-path` works with this file
     own = {"job": {"name": "train"}, "run": None, "images": None}
-    later = overlay(RunDirectory(tmp_path / "r"), ["optimizer.lr=0.05"], own)
+    later = apply_overrides(RunDirectory(tmp_path / "r"), ["optimizer.lr=0.05"], own)
     assert later.scheduler["max_lr"] == 0.05
     assert later.seed == 4
 

@@ -19,7 +19,7 @@ import pytest
 from tests.helpers import TINY, TINY_EXACT, claim, compose, raise_disk_full, train_tiny_exact
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory, write_atomically
-from zfnet.runs.session import Stopped, StopRequest, hold, own_directory
+from zfnet.runs.session import Stopped, StopRequest, hold_directory, own_directory
 
 
 def test_the_state_tells_how_the_job_ended(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_what_killed_writes_left_is_removed_by_the_next_start(tmp_path: Path) ->
     assert len(left) == 4
     assert not run.in_use()
     assert all(path.exists() for path in left)  # `in_use` removes nothing
-    with hold(run, "train.log"):
+    with hold_directory(run, "train.log"):
         assert [path for path in left if path.exists()] == list(other.folder.glob(".*.partial"))
     assert all(path.exists() for path in kept)
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from zfnet.runs.statistics import (
-    clustered,
+    clustered_mean,
     clustered_p,
+    compare_own_with_others,
     describe,
     difference,
     false_discovery_rate,
     holm,
-    own_and_others,
     rank_correlation,
     rank_p,
     t_quantile,
@@ -50,11 +50,11 @@ def test_describe_the_interval_holds_the_mean_19_times_of_20(count: int) -> None
 
 def test_own_and_others_leaves_the_own_partner_out() -> None:
     table = torch.tensor([[1.0, 0.5, 0.0], [0.2, 0.8, 0.0], [0.4, 0.4, 0.4]])
-    result = own_and_others(table)
+    result = compare_own_with_others(table)
     assert result["own"]["mean"] == pytest.approx(2.2 / 3)
     assert result["others"]["mean"] == pytest.approx((0.25 + 0.1 + 0.4) / 3)
     assert result["difference"]["mean"] == pytest.approx((0.75 + 0.7 + 0) / 3)
-    assert own_and_others(torch.ones(1, 1))["difference"]["n"] == 0
+    assert compare_own_with_others(torch.ones(1, 1))["difference"]["n"] == 0
 
 
 def test_rank_p_counts_the_value_itself() -> None:
@@ -85,14 +85,14 @@ def test_rank_correlation_counts_what_the_mask_shows() -> None:
 
 def test_clustered_error_is_that_of_the_clusters() -> None:
     values, clusters = torch.tensor([1.0, 2.0, 4.0, 7.0]).double(), torch.tensor([5, 6, 7, 8])
-    row = clustered(values, clusters)
+    row = clustered_mean(values, clusters)
     assert row["se"] == pytest.approx(float(values.std(correction=1)) / 2)  # one value per cluster: the usual error
-    repeated = clustered(values.repeat_interleave(10), clusters.repeat_interleave(10))
+    repeated = clustered_mean(values.repeat_interleave(10), clusters.repeat_interleave(10))
     assert repeated["se"] == pytest.approx(row["se"])  # ten copies add no information
     assert (repeated["n"], repeated["clusters"], repeated["mean"]) == (40, 4, 3.5)
-    gap = clustered(torch.tensor([1.0, torch.nan]), torch.tensor([0, 1]))
+    gap = clustered_mean(torch.tensor([1.0, torch.nan]), torch.tensor([0, 1]))
     assert (gap["n"], gap["mean"], gap["se"]) == (1, 1.0, None)
-    assert clustered(torch.tensor([torch.nan]), torch.tensor([0]))["mean"] is None
+    assert clustered_mean(torch.tensor([torch.nan]), torch.tensor([0]))["mean"] is None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_clustered_error_is_that_of_the_clusters() -> None:
     [([1.0, 3], 0.2952), ([0.1] * 7, 2**-6), ([-0.1] * 3, 0.25), ([0.0] * 7, None), ([1.0], None)],
 )
 def test_clustered_p_needs_no_spread(values: list[float], expected: float | None) -> None:
-    p = clustered_p(clustered(torch.tensor(values), torch.arange(len(values))))
+    p = clustered_p(clustered_mean(torch.tensor(values), torch.arange(len(values))))
     assert p == (expected and pytest.approx(expected, abs=1e-4))
 
 

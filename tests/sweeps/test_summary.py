@@ -86,7 +86,7 @@ def test_read_sweep_ranks_settings_of_equal_accuracy_by_loss(tmp_path: Path) -> 
 
 def on_data(run: RunDirectory, root: str, fingerprint: str | None) -> None:
     """Change a job's record as if it had been trained on this data."""
-    plain = run.recorded()
+    plain = run.recorded_config()
     (run.folder / "config.yaml").write_text(yaml.safe_dump({**plain, "data": {**plain["data"], "root": root}}))
     if fingerprint is not None:
         run.write_json("environment.json", {"data_fingerprint": fingerprint})

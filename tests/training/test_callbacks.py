@@ -38,9 +38,9 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Stopped
 from zfnet.runs.weights import load_model
 from zfnet.training import loop
-from zfnet.training.callbacks import Checkpoints, EarlyStopping, Metrics, StopOnSignal, duration
+from zfnet.training.callbacks import Checkpoints, EarlyStopping, Metrics, StopOnSignal, format_duration
 from zfnet.training.checkpoint import (
-    BEST,
+    BEST_FILE,
     Checkpoint,
     CheckpointWriter,
     epoch_files,
@@ -342,7 +342,7 @@ def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(tmp_pa
         patch.setattr(StepCounter, "on_epoch_end", stopped)
         with pytest.raises(Stopped):
             train_tiny_exact(tmp_path / "run", *OWN)
-    assert (tmp_path / "run/checkpoints" / BEST).exists()
+    assert (tmp_path / "run/checkpoints" / BEST_FILE).exists()
     assert weights_and_history(train_tiny_exact(tmp_path / "run", *OWN)) == expected
 
 
@@ -393,4 +393,4 @@ def test_a_long_run_on_a_cpu_names_experiments_for_one(tmp_path: Path, monkeypat
 
 def test_duration_reads_like_a_clock() -> None:
     times = {0.4: "0 s", 99: "99 s", 100: "2 min", 5900: "98 min", 3600 * 2.75: "2 h 45 min"}
-    assert {seconds: duration(seconds) for seconds in times} == times
+    assert {seconds: format_duration(seconds) for seconds in times} == times

@@ -22,7 +22,7 @@ from zfnet.model.build import read_tensors
 from zfnet.runs import directory as run_module
 from zfnet.training.build import build_optimizer
 from zfnet.training.checkpoint import (
-    BEST,
+    BEST_FILE,
     KEPT,
     Checkpoint,
     CheckpointWriter,
@@ -32,7 +32,7 @@ from zfnet.training.checkpoint import (
     read_newest,
     step_files,
     step_name,
-    under_prefix,
+    strip_prefix,
     unpack,
 )
 
@@ -61,7 +61,7 @@ def test_round_trip(writer: CheckpointWriter) -> None:
 
 
 def test_the_newest_are_kept_and_the_best_too(writer: CheckpointWriter) -> None:
-    writer.write(BEST, make_checkpoint(1), prune=False)
+    writer.write(BEST_FILE, make_checkpoint(1), prune=False)
     for step in (1, 2, 9, 10, 100_000):
         writer.write(step_name(step), make_checkpoint(step))
     writer.wait()
@@ -197,7 +197,7 @@ def test_leftovers_of_a_kill_do_not_count(writer: CheckpointWriter) -> None:
     writer.wait()
     (writer.folder / f".{step_name(4)}.123.partial").write_bytes(b"half")
     (writer.folder / "step-4.safetensors").write_bytes(b"")
-    (writer.folder / BEST).write_bytes(b"")
+    (writer.folder / BEST_FILE).write_bytes(b"")
     newest, problems = read_newest(writer.folder)
     assert newest is not None
     assert newest.metadata["step"] == 3
@@ -281,7 +281,7 @@ def test_kernels_depend_on_the_device_and_not_on_the_checkpoint() -> None:
 def test_prefixes() -> None:
     one = {"a.b": torch.ones(1), "c": torch.zeros(1)}
     both = {**{f"model.{name}": value for name, value in one.items()}, "model2.a.b": torch.ones(2)}
-    assert under_prefix("model", both).keys() == one.keys()
+    assert strip_prefix("model", both).keys() == one.keys()
 
 
 # -- nested values

@@ -15,7 +15,7 @@ from zfnet.jobs import reproduce, train
 from zfnet.model.layers import set_dropout_step
 from zfnet.training import compiling
 from zfnet.training import state as state_module
-from zfnet.training.compiling import compile_if_it_pays, describe
+from zfnet.training.compiling import compile_if_faster, describe
 from zfnet.training.state import TrainingState
 
 AUTO = ("trainer.compile=auto", "trainer.compile_seconds=0")  # makes a trial even in a short run
@@ -56,7 +56,7 @@ def test_a_trial_leaves_the_state_unchanged(trials, words: tuple[str, ...]) -> N
     state, batches = state_and_batches(*words)
     before = state.checkpoint()
     tensors = {name: tensor.clone() for name, tensor in before.tensors.items()}
-    compile_if_it_pays(state, batches)
+    compile_if_faster(state, batches)
     after = state.checkpoint()
     assert len(trials) == 1
     assert after.tensors.keys() == tensors.keys()
@@ -83,7 +83,7 @@ def test_the_network_is_one_graph(norm: str) -> None:
 @pytest.mark.parametrize("word", ["trainer.compile_seconds=1e9", "trainer.compile_gain=1e-9"])
 def test_a_short_run_is_not_tried(trials, word: str) -> None:
     state, batches = state_and_batches("trainer.compile_seconds=1", word)
-    assert "too few for it to pay" in compile_if_it_pays(state, batches)
+    assert "too few for it to pay" in compile_if_faster(state, batches)
     assert not trials
     assert not state.compiled
 
@@ -93,7 +93,7 @@ def test_the_faster_way_is_taken(trials, monkeypatch) -> None:
     for seconds, faster in (((2.0, 1.0), True), ((1.0, 2.0), False)):
         answers = iter(seconds)
         monkeypatch.setattr(compiling, "_step_seconds", lambda *_, answers=answers: next(answers))
-        compile_if_it_pays(state, batches)
+        compile_if_faster(state, batches)
         assert state.compiled is faster
         assert (state.forward is state.model) is not faster
 
@@ -108,7 +108,7 @@ def test_a_compiler_that_fails_is_left_alone(trials, monkeypatch) -> None:
     monkeypatch.setattr(state_module.torch, "compile", compile_nothing)
     state, batches = state_and_batches()
     before = {name: tensor.clone() for name, tensor in state.checkpoint().tensors.items()}
-    assert "off, it fails here (Failed to find C compiler)" in compile_if_it_pays(state, batches)
+    assert "off, it fails here (Failed to find C compiler)" in compile_if_faster(state, batches)
     assert state.forward is state.model
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.checkpoint().tensors.items())
 

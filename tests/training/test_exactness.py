@@ -33,7 +33,7 @@ from tests.helpers import (
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
-from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, step_files
+from zfnet.training.checkpoint import BEST_FILE, Checkpoint, CheckpointWriter, read_checkpoint, step_files
 
 # -- negative controls
 
@@ -146,7 +146,7 @@ def is_noticed(controls, tmp_path: Path, recipe: str, damage: Callable[[Checkpoi
     """Return whether the resumed run raises UserError or its result differs from the run without a kill."""
     killed, expected = controls[recipe]
     folder = Path(shutil.copytree(killed, tmp_path / "run"))
-    rewrite(folder / "checkpoints" / BEST if best else step_files(folder / "checkpoints")[-1], damage)
+    rewrite(folder / "checkpoints" / BEST_FILE if best else step_files(folder / "checkpoints")[-1], damage)
     try:
         return weights_and_history(train_tiny_exact(folder, *RECIPES[recipe])) != expected
     except UserError:
@@ -251,7 +251,7 @@ class Faults(RuleBasedStateMachine):
     @rule(fraction=st.none() | st.floats(0, 0.99), best=st.booleans())
     def newest_checkpoint_is_cut_or_lost(self, fraction: float | None, best: bool) -> None:
         folder = self.folder / "checkpoints"
-        for path in [folder / BEST] * (best and (folder / BEST).exists()) or step_files(folder)[-1:]:
+        for path in [folder / BEST_FILE] * (best and (folder / BEST_FILE).exists()) or step_files(folder)[-1:]:
             content = path.read_bytes()
             path.unlink()
             if fraction is not None:

@@ -19,7 +19,7 @@ from zfnet.data.images import image_set
 from zfnet.runs.directory import HISTORY_COLUMNS, RunDirectory
 from zfnet.training import loop
 from zfnet.training.callbacks import BestWeights
-from zfnet.training.checkpoint import BEST
+from zfnet.training.checkpoint import BEST_FILE
 from zfnet.training.loop import evaluate, train_step
 from zfnet.training.schedule import Schedule
 from zfnet.training.state import TrainingState
@@ -317,7 +317,7 @@ def test_validation_chooses_and_test_does_not() -> None:
         end_epoch(state, accuracy, writer, test)
     assert state.best is not None
     assert state.best["epoch"] == 2  # the first of equal ones, independent of the test set
-    assert writer.written == [BEST] * 2
+    assert writer.written == [BEST_FILE] * 2
     state = make_state()
     state.optimizer.step()
     end_epoch(state, None, writer, 0.9)

@@ -273,7 +273,7 @@ def test_a_checkpoint_is_tensors_and_plain_numbers(tmp_path: Path) -> None:
 
 def test_a_resumed_run_uses_as_many_threads_as_its_record_says(tmp_path: Path, monkeypatch) -> None:
     train_until_killed(tmp_path / "run", 11, "trainer.threads=null")  # tests run with one thread
-    monkeypatch.setattr("zfnet.training.device.THREADS", 2)
+    monkeypatch.setattr("zfnet.training.device.DEFAULT_THREADS", 2)
     run = train_tiny_exact(tmp_path / "run", EVERY_STEP, "trainer.threads=null")
     assert run.threads == 1
     assert train_tiny_exact(tmp_path / "new", "trainer.threads=null", "trainer.epochs=1").threads == 2

@@ -38,7 +38,7 @@ from zfnet.plots.figures import WHITE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.directory import write_tensors
 from zfnet.runs.session import own_directory
-from zfnet.runs.statistics import own_and_others, percent
+from zfnet.runs.statistics import compare_own_with_others, format_percent
 from zfnet.training.loaded import LoadedRun
 
 INTEGRATED = "integrated gradients"
@@ -82,7 +82,7 @@ class AttributionJob(Look):
                 log.info(f"attribution inside the object's box and inside other images' boxes, {len(many)} images,")
                 log.info(f"{right} of them correctly classified:")
                 for method, row in evidence.items():
-                    own, others, difference = (percent(row[key]) for key in ("own", "others", "difference"))
+                    own, others, difference = (format_percent(row[key]) for key in ("own", "others", "difference"))
                     log.info(f"  {method:<20} {own}, {others}; difference {difference}")
 
 
@@ -122,9 +122,9 @@ def attribute(chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: i
 
 
 def box_evidence(maps: Mapping[str, Tensor], boxes: Tensor | None) -> dict[str, dict[str, Any]]:
-    """Return `own_and_others` of the shares in the objects' boxes [N, 4] for each method's maps [N, C, S, S]."""
+    """Compare the shares of each method's maps [N, C, S, S] in the images' own boxes and in the others', [N, 4]."""
     assert boxes is not None
-    return {method: own_and_others(share_in_boxes(each, boxes)) for method, each in maps.items()}
+    return {method: compare_own_with_others(share_in_boxes(each, boxes)) for method, each in maps.items()}
 
 
 def _rows(result: Attributions, chosen: ChosenImages) -> list[dict[str, Any]]:

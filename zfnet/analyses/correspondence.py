@@ -111,7 +111,7 @@ class CorrespondenceJob(Look):
 
 
 @dataclass(frozen=True)
-class Marked:
+class MarkedImages:
     """Images with marked parts of their objects.
 
     inputs: [N, 3, S, S], normalised, on the device; parts: name → centres (y, x) [N, 2] in input pixels
@@ -129,7 +129,7 @@ class Marked:
         return self.boxes[:, :2] + places * (self.boxes[:, 2:] - self.boxes[:, :2]) - 0.5
 
 
-def quarters_of_boxes(loaded: LoadedRun) -> Marked:
+def quarters_of_boxes(loaded: LoadedRun) -> MarkedImages:
     """Return images of the split, cut to their boxes, with the quarters of the boxes as parts."""
     split = chosen_split(loaded)
     if split.images.boxes is None:
@@ -141,7 +141,7 @@ def quarters_of_boxes(loaded: LoadedRun) -> Marked:
     return mark_quarters(chosen.inputs, chosen.boxes, chosen.labels.cpu())
 
 
-def mark_quarters(images: Tensor, boxes: Tensor, groups: Tensor) -> Marked:
+def mark_quarters(images: Tensor, boxes: Tensor, groups: Tensor) -> MarkedImages:
     """Cut images [N, 3, S, S] to a square around each box, resized to S × S, with the quarters of the boxes as parts.
 
     boxes: [N, 4] (top, left, bottom, right). The square's side is MARGIN times the box's longer side, so the object
@@ -155,14 +155,14 @@ def mark_quarters(images: Tensor, boxes: Tensor, groups: Tensor) -> Marked:
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False).to(images)
     cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     middle, half = size / 2, extent / longer * (size / 2) / MARGIN
-    marked = Marked(cut, {}, torch.cat([middle - half, middle + half], 1), groups)
+    marked = MarkedImages(cut, {}, torch.cat([middle - half, middle + half], 1), groups)
     for vertical, y in (("upper", 0.25), ("lower", 0.75)):
         for horizontal, x in (("left", 0.25), ("right", 0.75)):
             marked.parts[f"{vertical} {horizontal}"] = marked.on_objects(torch.tensor([[[y, x]]]))[0]
     return marked
 
 
-def read_points(loaded: LoadedRun, table: Path) -> Marked:
+def read_points(loaded: LoadedRun, table: Path) -> MarkedImages:
     """Read a CSV with the columns image (a file next to the table), part, x and y (pixels from the file's top left).
 
     Every image must have every part once. The columns left, top, right, bottom contain the object's box; without them
@@ -194,7 +194,7 @@ def read_points(loaded: LoadedRun, table: Path) -> Marked:
         if not (extent.min() >= 0 and extent.max() >= 1):
             raise UserError(f"{table}: {name} has no box: give the object's in the columns left, top, right, bottom")
     inputs = to_inputs(loaded, torch.stack(pixels))
-    return Marked(inputs, centres, boxes, torch.zeros(len(places), dtype=torch.int64))
+    return MarkedImages(inputs, centres, boxes, torch.zeros(len(places), dtype=torch.int64))
 
 
 def to_input_pixels(
@@ -285,7 +285,9 @@ class Measured:
     centres: dict[str, Tensor]
 
 
-def measure(chain: Chain, marked: Marked, layers: Sequence[str], masks: Masks, places: int, seed: int) -> Measured:
+def measure(
+    chain: Chain, marked: MarkedImages, layers: Sequence[str], masks: Masks, places: int, seed: int
+) -> Measured:
     """Measure the agreement of every part, of a random place on each object, and of `places` same places on all.
 
     Raises UserError if no two images are in the same group.

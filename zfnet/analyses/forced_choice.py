@@ -35,7 +35,7 @@ from zfnet.plots.figures import INK, PALETTE, SOFT, WHITE, new_figure, save_figu
 from zfnet.plots.pictures import mosaic, on_grey
 from zfnet.runs.directory import find_run
 from zfnet.runs.session import own_directory
-from zfnet.runs.statistics import clustered, clustered_tests
+from zfnet.runs.statistics import clustered_mean, clustered_tests
 from zfnet.runs.tables import shorten
 from zfnet.runs.weights import load_model, weights_hash
 from zfnet.training.loaded import LoadedRun
@@ -342,7 +342,7 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for target, (values, maps) in _targets(rows).items():
         for name in CONDITIONS:
-            row, named = clustered(values[name], maps), {"layer": target, "condition": name}
+            row, named = clustered_mean(values[name], maps), {"layer": target, "condition": name}
             numbers = {"accuracy": row["mean"], "se": row["se"], "trials": row["n"], "maps": row["clusters"]}
             table.append(named | numbers)
     return table

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zfnet.analyses.occlusion import occlude, square_and_steps
+from zfnet.analyses.occlusion import occlude, resolve_patch_and_stride
 from zfnet.config.errors import UserError, did_you_mean
 from zfnet.data import Batches, load_splits
 from zfnet.explain.crops import view_maps
@@ -95,7 +95,7 @@ def occlusion(
     label = next(iter(run.predict(image))) if label is None else label
     if label not in run.classes:
         raise UserError(f"label={label}: no such class{did_you_mean(label, run.classes)}")
-    patch, stride = square_and_steps(data.image_size, patch, stride)
+    patch, stride = resolve_patch_and_stride(data.image_size, patch, stride)
     number = torch.tensor([run.classes.index(label)], device=inputs.device)
     few, fill = min(data.batch_size, 64), torch.zeros(3)
     result = occlude(chain, inputs, number, layer=layer, patch=patch, stride=stride, fill=fill, batch_size=few)

@@ -49,7 +49,7 @@ from zfnet.model.layers import full_precision
 from zfnet.plots.figures import PALETTE, RED, WHITE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.session import own_directory
-from zfnet.runs.statistics import own_and_others, percent
+from zfnet.runs.statistics import compare_own_with_others, format_percent
 from zfnet.training.loaded import LoadedRun
 
 OTHERS = 3  # images in panel c besides the occluded one (paper, Fig. 7)
@@ -74,7 +74,7 @@ class OcclusionJob(Look):
         """Write figures/occlusion.png, the values of its maps (maps.csv), and a summary (occlusion.json)."""
         loaded = LoadedRun(config)
         data, layer = loaded.data, self._layer(loaded)
-        patch, stride = square_and_steps(data.image_size, self.patch, self.stride)
+        patch, stride = resolve_patch_and_stride(data.image_size, self.patch, self.stride)
         square_starts(data.image_size, patch, stride)  # raises before any data is read
         split = chosen_split(loaded)
         chosen = choose_images(loaded, config, self.count)
@@ -94,7 +94,7 @@ class OcclusionJob(Look):
                 boxes["correctly_classified"] = int((occluded.whole.predicted == many.labels.cpu()).sum())
             grey = sum(data.mean) / len(data.mean) * 255 if self.fill is None else self.fill
             second = mean_colour(loaded, 255 if grey < 64 else 0)
-            falls = falls_at(loaded.model, chosen.inputs, chosen.labels, result, second, data.batch_size)
+            falls = probability_falls(loaded.model, chosen.inputs, chosen.labels, result, second, data.batch_size)
             pictures = to_pixels(chosen.inputs, data).numpy()
             colour = (to_pixels(fill.view(1, 3, 1, 1), data).flatten() / 255).tolist()
             panels = project_strongest_map(loaded, layer, chosen.inputs, result.strongest, split.images)
@@ -160,7 +160,7 @@ class Occlusion:
     strongest: StrongestMap | None
 
 
-def square_and_steps(size: int, patch: int | None, stride: int | None) -> tuple[int, int]:
+def resolve_patch_and_stride(size: int, patch: int | None, stride: int | None) -> tuple[int, int]:
     """Return the side and the steps of the square in pixels. None means a fifth of the image and about 24 places."""
     patch = patch or max(1, size // 5)
     return patch, stride or max(1, min(patch, round(size / 24)))
@@ -237,7 +237,7 @@ def occlude(
 
 @torch.no_grad()
 @full_precision()
-def falls_at(
+def probability_falls(
     network: Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
@@ -271,7 +271,7 @@ def _strongest_maps(chain: Chain, layer: str, images: Tensor, batch_size: int) -
 
 
 def box_evidence(result: Occlusion, boxes: Tensor | None) -> dict[str, Any]:
-    """Return `own_and_others` of the boxes [N, 4]: how often the lowest probability is inside, and the mean's change.
+    """Compare own boxes with the others' [N, 4]: how often the lowest probability is inside, and the mean's change.
 
     A place is inside a box if the square's centre is.
     """
@@ -283,8 +283,8 @@ def box_evidence(result: Occlusion, boxes: Tensor | None) -> dict[str, Any]:
     )
     return {
         "share_of_places_in_the_box": float(inside.float().mean()),
-        "lowest_in_the_box": own_and_others(inside[:, probability.argmin(1)].T.double()),
-        "probability_outside_minus_inside": own_and_others(outside - within),
+        "lowest_in_the_box": compare_own_with_others(inside[:, probability.argmin(1)].T.double()),
+        "probability_outside_minus_inside": compare_own_with_others(outside - within),
     }
 
 
@@ -308,7 +308,7 @@ def _summarise(
 ) -> dict[str, Any]:
     """Return and log the results of each image, the control and, if boxes are known, whether the objects matter.
 
-    falls: the result of `falls_at`
+    falls: the result of `probability_falls`
     """
     images, lowest = [], result.occluded.probability.flatten(1).argmin(1)
     for number, name in enumerate(chosen.names):
@@ -333,7 +333,7 @@ def _summarise(
         )
         images.append(row)
     summary: dict[str, Any] = {"patch": result.patch, "starts": result.starts.tolist(), "images": images}
-    summary["control"] = control = own_and_others(falls)
+    summary["control"] = control = compare_own_with_others(falls)
     if (std := control["difference"]["std"]) is not None:
         own, among, difference = (f"{100 * (row['mean'] or 0):.1f}" for row in control.values())
         log.info(f"a square of another colour lowers P by {own} points at the image's own lowest place,")
@@ -341,8 +341,8 @@ def _summarise(
     if boxes is not None:
         summary["boxes"], lowest_in = boxes, boxes["lowest_in_the_box"]
         right = f"{boxes['correctly_classified']} of them correctly classified"
-        log.info(f"lowest in the object's box: {percent(lowest_in['own'])} of {lowest_in['own']['n']} images, {right};")
-        among, difference = percent(lowest_in["others"]), percent(lowest_in["difference"])
+        own, among, difference = (format_percent(lowest_in[key]) for key in ("own", "others", "difference"))
+        log.info(f"lowest in the object's box: {own} of {lowest_in['own']['n']} images, {right};")
         log.info(f"in other images' boxes: {among}; difference {difference}")
     return summary
 

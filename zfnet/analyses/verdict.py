@@ -34,7 +34,7 @@ from zfnet.explain.faithfulness import (
     Removal,
     box_cells,
     cell_means,
-    own_percentile,
+    rank_among_others,
     removal_scores,
     structural_similarity,
     support,
@@ -57,7 +57,7 @@ from zfnet.model.chain import OUTPUT
 from zfnet.plots.figures import INK, PALE, PALETTE, SOFT, WHITE, new_figure, save_figure, styled
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import continued_directory
-from zfnet.runs.statistics import LEVEL, clustered, clustered_tests, rank_correlation, standard_ranks
+from zfnet.runs.statistics import LEVEL, clustered_mean, clustered_tests, rank_correlation, standard_ranks
 from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import LoadedRun
 
@@ -116,14 +116,14 @@ class VerdictJob(Look):
                 if rows is None:
                     start, used, plain = time.perf_counter(), time.process_time(), []
                     for row in METRICS[name](study):
-                        plain.append(row.plain())
+                        plain.append(row.to_dict())
                         stop.check()
                     seconds = {"seconds": round(time.perf_counter() - start, 1)}
                     seconds["cpu_seconds"] = round(time.process_time() - used, 1)
                     (run.folder / "metrics").mkdir(exist_ok=True)
                     run.write_json(f"metrics/{name}.json", {"of": origin, **seconds, "rows": plain})
                     log.info("%s: %.0f s", name, seconds["seconds"])
-                    rows = [Row.read(row) for row in plain]  # rounded, as a resumed job reads them
+                    rows = [Row.from_dict(row) for row in plain]  # rounded, as a resumed job reads them
                 all_rows += rows
             if not all_rows:
                 names, data = ",".join(metrics), loaded.data.name
@@ -147,13 +147,13 @@ class Row:
     values: Tensor
     clusters: Tensor
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the row as plain values for JSON."""
         values = [None if math.isnan(v) else round(v, 5) for v in self.values.double().tolist()]
         return vars(self) | {"values": values, "clusters": self.clusters.tolist()}
 
     @staticmethod
-    def read(plain: Mapping[str, Any]) -> "Row":
+    def from_dict(plain: Mapping[str, Any]) -> "Row":
         """Return the row from the plain values of JSON."""
         values = [math.nan if v is None else v for v in plain["values"]]
         named = {key: plain[key] for key in ("target", "method", "measure")}
@@ -170,7 +170,7 @@ def saved_rows(run: RunDirectory, metric: str, origin: Mapping[str, str]) -> lis
         return None
     try:
         saved = run.read_json(f"metrics/{metric}.json")
-        return [Row.read(row) for row in saved["rows"]] if saved["of"] == origin else None
+        return [Row.from_dict(row) for row in saved["rows"]] if saved["of"] == origin else None
     except (KeyError, TypeError, ValueError, RuntimeError, UserError) as error:
         raise UserError(f"{path} is damaged: delete it to measure the metric again") from error
 
@@ -313,7 +313,7 @@ def measure_own(study: Study) -> Iterator[Row]:
             kept = support(size, inside[at], study.job.support)
             value = target.value(frames[at] * kept[:, None].to(frames), at).cpu()
             left[at, column[part]] = torch.where(size.flatten(1).any(1), value, torch.nan)
-        score = own_percentile(left[:, 0], left[:, 1:])
+        score = rank_among_others(left[:, 0], left[:, 1:])
         yield subject.row(method, "own", torch.where(left[:, 0].isfinite(), score, torch.nan))
 
 
@@ -486,7 +486,8 @@ def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping
     """Write the tables and the figure, and log the significant results."""
     rows = [*rows, *_pooled(rows)]
     table = [
-        {"target": r.target, "method": r.method, "measure": r.measure, **clustered(r.values, r.clusters)} for r in rows
+        {"target": r.target, "method": r.method, "measure": r.measure, **clustered_mean(r.values, r.clusters)}
+        for r in rows
     ]
     differences, ablation = compare_methods(rows), _ablation_table(rows, study.loaded.classes)
     run.write_csv("verdict.csv", table)
@@ -496,7 +497,7 @@ def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping
             run.write_csv(name, content)
     scores = [row for row in table if row["measure"] in SCORES]
     agreement: dict[str, dict[str, Any]] = {str(row["target"]): row for row in table if row["measure"] == "agreement"}
-    holds = [sentence for target in (UNITS, CLASS) for sentence in what_holds(target, differences)]
+    holds = [sentence for target in (UNITS, CLASS) for sentence in significance_lines(target, differences)]
     run.write_json(
         "verdict.json",
         {"run": str(study.loaded.source.folder), "split": study.split.name, **origin, "scores": scores}
@@ -511,14 +512,14 @@ def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping
 
 
 def map_scores(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return each map's scores for its page in the atlas: `clustered` over the map's units, for each method."""
+    """Return each map's scores for its page in the atlas: `clustered_mean` over the map's units, for each method."""
     channels = {subject.name: subject.target.units[:, 1] for subject in study.subjects[:-1]}
     table = []
     for row in rows:
         if row.target in channels and row.measure in SCORES and row.method in RULES:
             for number in channels[row.target].unique().tolist():
                 of = channels[row.target] == number
-                summary = clustered(row.values[of], row.clusters[of])
+                summary = clustered_mean(row.values[of], row.clusters[of])
                 if summary["n"]:
                     named = {"layer": row.target, "map": number, "method": row.method, "measure": row.measure}
                     table.append(named | summary)
@@ -552,7 +553,7 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return tests
 
 
-def what_holds(target: str, differences: Sequence[Mapping[str, Any]]) -> list[str]:
+def significance_lines(target: str, differences: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return for each score the methods that beat the random picture, and which of these beat every baseline."""
     lines = []
     for measure in SCORES:

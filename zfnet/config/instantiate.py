@@ -124,26 +124,26 @@ def instantiate(
     base: type,
     imports: Sequence[str] = (),
     *,
-    given: Sequence[Any] = (),
-    offered: Mapping[str, Any] | None = None,
+    args: Sequence[Any] = (),
+    defaults: Mapping[str, Any] | None = None,
     own: Sequence[str] = (),
     construct: Callable[..., Any] | None = None,
 ) -> Any:
     """Return an object of the class that `settings` names; raise UserError with the key or the class's own message.
 
-    given: positional arguments that the program passes; offered: keyword arguments that it passes if the class takes
+    args: positional arguments that the program passes; defaults: keyword arguments that it passes if the class takes
     them and the config does not set them; own: keys that belong to the slot and not to the class
     construct: function that makes the object from the class and its keyword arguments; by default the class is called
     """
-    cls, keywords = arguments(slot, settings, base, imports, taken=len(given), own=own)
+    cls, keywords = arguments(slot, settings, base, imports, num_args=len(args), own=own)
     parameters = inspect.signature(cls).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key, value in (offered or {}).items():
+    for key, value in (defaults or {}).items():
         if key not in keywords and (key in parameters or takes_all):
             keywords[key] = value
-    check_complete(slot, cls, keywords, taken=len(given))
+    check_complete(slot, cls, keywords, num_args=len(args))
     try:
-        made = construct(cls, keywords) if construct else cls(*given, **keywords)
+        made = construct(cls, keywords) if construct else cls(*args, **keywords)
     except UserError:
         raise
     except Exception as error:  # a class can raise any exception about its arguments
@@ -154,9 +154,9 @@ def instantiate(
     return made
 
 
-def check_complete(slot: str, cls: Any, keywords: Mapping[str, Any], taken: int = 0) -> None:
-    """Raise UserError if a required argument is not in `keywords`; the first `taken` are passed by position."""
-    for key, p in list(inspect.signature(cls).parameters.items())[taken:]:
+def check_complete(slot: str, cls: Any, keywords: Mapping[str, Any], num_args: int = 0) -> None:
+    """Raise UserError if a required argument is not in `keywords`; the first `num_args` are passed by position."""
+    for key, p in list(inspect.signature(cls).parameters.items())[num_args:]:
         optional = p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         if not optional and key not in keywords and key not in _PASSED_BY_PROGRAM.get(slot.split(".")[0], ()):
             raise UserError(f"{slot}.{key} is missing: {cls.__name__} needs it")
@@ -168,7 +168,7 @@ def arguments(
     base: type,
     imports: Sequence[str] = (),
     *,
-    taken: int = 0,
+    num_args: int = 0,
     own: Sequence[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
     """Return the class that `settings` names and its keyword arguments, checked against its signature."""
@@ -176,7 +176,7 @@ def arguments(
         raise UserError(f"{slot}._target_ is missing: name a class, as the files in conf/{slot.split('.')[0]} do")
     cls = resolve(slot, settings["_target_"], base, imports)
     given = _PASSED_BY_PROGRAM.get(slot.split(".")[0], ())
-    parameters = {k: p for k, p in list(inspect.signature(cls).parameters.items())[taken:] if k not in given}
+    parameters = {k: p for k, p in list(inspect.signature(cls).parameters.items())[num_args:] if k not in given}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     keywords: dict[str, Any] = {}
     for key, value in settings.items():

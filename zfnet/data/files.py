@@ -43,7 +43,7 @@ def read_named(name: str, max_pixels: int, draft: int) -> Image.Image:
     return read_image(io.BytesIO(fetch(name)) if _is_address(name) else name, max_pixels, draft)
 
 
-class LeftOut:
+class LeftOutNames:
     """The names that a listing of folders leaves out, by kind; `str()` gives the counts in one line."""
 
     FORMAT = "file{s} of unknown format"
@@ -80,7 +80,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> list[str]:
+def list_images(folder: Path, left_out: LeftOutNames, above: Sequence[Path] = ()) -> list[str]:
     """Return the paths of the image files below `folder`, in a fixed order, and count the others in `left_out`.
 
     Links are followed. Each folder is read once: further links to it, or to a folder in `above`, are skipped.
@@ -95,22 +95,22 @@ def list_images(folder: Path, left_out: LeftOut, above: Sequence[Path] = ()) -> 
             with os.scandir(at) if place not in seen else contextlib.nullcontext(()) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
-            left_out.add(LeftOut.UNREADABLE, f"{at}: {error.strerror}")
+            left_out.add(LeftOutNames.UNREADABLE, f"{at}: {error.strerror}")
             continue
         if place in seen:
-            left_out.add(LeftOut.LINK, os.path.basename(at))
+            left_out.add(LeftOutNames.LINK, os.path.basename(at))
         seen.add(place)
         for entry in entries:
             if is_folder(entry) and is_hidden(entry.name):
-                left_out.add(LeftOut.HIDDEN_FOLDER, entry.name)
+                left_out.add(LeftOutNames.HIDDEN_FOLDER, entry.name)
             elif is_folder(entry):
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif is_image(entry.name):
                 files.append(entry.path)
             elif is_hidden(entry.name):
-                left_out.add(LeftOut.HIDDEN_FILE, entry.name)
+                left_out.add(LeftOutNames.HIDDEN_FILE, entry.name)
             else:
-                left_out.add(LeftOut.FORMAT, os.path.splitext(entry.name)[1].lower() or entry.name)
+                left_out.add(LeftOutNames.FORMAT, os.path.splitext(entry.name)[1].lower() or entry.name)
     return sorted(files, key=lambda file: file.split(os.sep))
 
 
@@ -133,7 +133,7 @@ def find_images(items: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if _is_address(item):
             names.append(item)
         elif os.path.isdir(path):  # Path.is_dir raises if the name is too long
-            left_out = LeftOut()
+            left_out = LeftOutNames()
             names += (images := list_images(path, left_out))
             if not images:
                 errors[item] = f"holds no image files{f'; left out: {left_out}' if left_out.names else ''}"
@@ -156,7 +156,7 @@ def _matches(pattern: str) -> list[str]:
     if not recursive or end[:1] not in ("", os.sep):
         return [m for m in sorted(glob.glob(pattern)) if os.path.isfile(m)]
     folders = [Path(m) for m in sorted(glob.glob(start or ".")) if os.path.isdir(m)]
-    files = [file for folder in folders for file in list_images(folder, LeftOut())]
+    files = [file for folder in folders for file in list_images(folder, LeftOutNames())]
     return [str(path) for path in map(PurePath, files) if path.match(end.strip(os.sep) or "*")]
 
 

@@ -27,7 +27,7 @@ from zfnet.config.errors import UserError, log, printable
 from zfnet.config.reading import read_json
 from zfnet.config.schema import NO_ROOT, FolderData
 from zfnet.data.decode import UnreadableImage, fit_square, image_size, read_image
-from zfnet.data.files import LeftOut, is_folder, is_hidden, list_images
+from zfnet.data.files import LeftOutNames, is_folder, is_hidden, list_images
 from zfnet.data.images import Splits, class_name, image_set, release, stratified
 
 CACHE_VERSION = 3
@@ -52,7 +52,7 @@ class _Listing:
     splits: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
-    left_out: LeftOut = field(default_factory=LeftOut)
+    left_out: LeftOutNames = field(default_factory=LeftOutNames)
 
     def __str__(self) -> str:
         return f"data.root={printable(self.root)}"
@@ -69,7 +69,7 @@ def load_folder(data: FolderData) -> Splits:
     listing = _list_files(Path(data.root).expanduser())
     if listing.left_out.names:
         log.warning("%s: left out: %s", listing, listing.left_out)
-        closed = listing.left_out.names.get(LeftOut.UNREADABLE)
+        closed = listing.left_out.names.get(LeftOutNames.UNREADABLE)
         if closed and data.on_error == "stop":
             raise UserError(
                 f"{listing}: a folder cannot be read ({printable(closed[0])}): change its permissions, or set "
@@ -166,7 +166,7 @@ def _split_folders(root: Path, listing: _Listing) -> dict[str, tuple[Path, list[
         )
     for path in below:
         if folders and path not in named:
-            listing.left_out.add(LeftOut.BESIDE, path.name)
+            listing.left_out.add(LeftOutNames.BESIDE, path.name)
         # such as my_train/ alone, or cats/train
         elif not folders and (names := _scan(path)[0]) and (_split_word(path.name) or _named_splits(map(Path, names))):
             raise UserError(
@@ -197,7 +197,10 @@ def _named_splits(folders: Iterable[Path]) -> dict[Path, str]:
 def _folders_in(folder: Path, listing: _Listing) -> list[Path]:
     """Return the visible folders in a folder of splits or classes; add hidden folders and files to `left_out`."""
     folders, others = _scan(folder)
-    for names, hidden, loose in ((folders, LeftOut.HIDDEN_FOLDER, None), (others, LeftOut.HIDDEN_FILE, LeftOut.LOOSE)):
+    for names, hidden, loose in (
+        (folders, LeftOutNames.HIDDEN_FOLDER, None),
+        (others, LeftOutNames.HIDDEN_FILE, LeftOutNames.LOOSE),
+    ):
         for name in names:
             if kind := hidden if is_hidden(name) else loose:
                 listing.left_out.add(kind, name)

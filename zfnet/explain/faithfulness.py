@@ -208,7 +208,7 @@ def support(size: Tensor, inside: Tensor, share: float) -> Tensor:
     return (place < amount[:, None]).view_as(size) & inside
 
 
-def own_percentile(own: Tensor, others: Tensor) -> Tensor:
+def rank_among_others(own: Tensor, others: Tensor) -> Tensor:
     """Return the rank of own values [U] among others [U, K], ignoring NaN: 1 above all, 0 by chance, −1 below all."""
     known = others.isfinite()
     higher = (own[:, None] > others).double() + 0.5 * (own[:, None] == others).double()

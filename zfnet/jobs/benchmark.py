@@ -30,7 +30,7 @@ from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import own_directory
 from zfnet.runs.tables import format_table
 from zfnet.training.build import build_state, training_batches
-from zfnet.training.device import Runtime, keep_memory, resolve_runtime, set_switches, synchronize, timed
+from zfnet.training.device import Runtime, keep_memory, resolve_runtime, set_switches, synchronize, time_call
 from zfnet.training.loop import train_step
 
 PHASES = {"data": ORANGE, "forward": BLUE, "backward": LIGHT_BLUE, "optimizer": PURPLE}
@@ -64,14 +64,14 @@ class Contender(Protocol):
     name: str
     batch_size: int
 
-    def turn(self, steps: int, warmup: int) -> float:
+    def time_turn(self, steps: int, warmup: int) -> float:
         """Train for `warmup` and then `steps` steps; return the seconds of the latter, including work on the device."""
 
 
 class TrainingSteps:
     """The steps of job=train with a given `runtime`, including its batches and its readings of the metrics.
 
-    data_wait: seconds that the host waited for the batches of `taken` steps
+    data_wait: seconds that the host waited for the batches of `steps_taken` steps
 
     Raises UserError if the images do not fill a batch.
     """
@@ -82,13 +82,13 @@ class TrainingSteps:
             raise UserError(f"data.batch_size={self.batch_size}: there are only {len(images)} training images")
         self.batches = training_batches(config, runtime, images)
         self.state = build_state(config, runtime, len(images.classes), len(self.batches))
-        self.data_wait, self.taken = 0.0, 0
+        self.data_wait, self.steps_taken = 0.0, 0
 
-    def turn(self, steps: int, warmup: int) -> float:
-        loop, before = self._loop(), (self.data_wait, self.taken)
+    def time_turn(self, steps: int, warmup: int) -> float:
+        loop, before = self._loop(), (self.data_wait, self.steps_taken)
         for _ in range(warmup):
             next(loop)
-        self.data_wait, self.taken = before  # do not count a new loop's wait for its first batch
+        self.data_wait, self.steps_taken = before  # do not count a new loop's wait for its first batch
         return time_steps(loop, steps, 0, self.runtime.device)
 
     def _loop(self) -> Generator[None, None, None]:
@@ -109,7 +109,7 @@ class TrainingSteps:
                 start = time.perf_counter()
                 batch = next(batches)
                 self.data_wait += time.perf_counter() - start
-                self.taken += 1
+                self.steps_taken += 1
                 yield batch
 
     def phase_seconds(self, steps: int) -> dict[str, float]:
@@ -168,15 +168,15 @@ def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps
     """
     runtime = ours.runtime
     print(f"{runtime.describe()}, batches of {ours.batch_size}, data included\n")
-    first_steps = [ours.turn(1, 0)]
+    first_steps = [ours.time_turn(1, 0)]
     memory = peak_memory(runtime.device)  # before the others allocate memory
-    ours.data_wait, ours.taken = 0.0, 0
+    ours.data_wait, ours.steps_taken = 0.0, 0
     contenders: list[Contender] = [ours, *others]
-    first_steps += [other.turn(1, 0) for other in contenders[1:]]  # the first step compiles and autotunes
+    first_steps += [other.time_turn(1, 0) for other in contenders[1:]]  # the first step compiles and autotunes
     speeds: list[list[float]] = [[] for _ in contenders]
     for _ in tqdm(range(rounds), unit="round", disable=None, leave=False, dynamic_ncols=True):
         for contender, row in zip(contenders, speeds, strict=True):
-            row.append(steps * contender.batch_size / contender.turn(steps, warmup))
+            row.append(steps * contender.batch_size / contender.time_turn(steps, warmup))
     rows: list[Result] = [
         {
             "name": contender.name,
@@ -195,7 +195,7 @@ def measure(ours: TrainingSteps, others: Iterable[Contender], rounds: int, steps
         "runtime": runtime.describe(),
         "steps": steps,
         "contenders": rows,
-        "waiting_share": ours.data_wait / ours.taken * speed / ours.batch_size,
+        "waiting_share": ours.data_wait / ours.steps_taken * speed / ours.batch_size,
         "breakdown_seconds": ours.phase_seconds(max(2, min(steps, 10))),  # after waiting_share: it adds to data_wait
         "training_gflop_per_image": flops / 1e9,
         "tflop_per_second": speed * flops / 1e12,
@@ -209,7 +209,7 @@ def time_steps(loop: Generator[None, None, None], steps: int, warmup: int, devic
     """Return the seconds of `steps` steps of a loop that trains on one batch at each `next()`, and close the loop."""
     for _ in range(warmup):
         next(loop)
-    seconds = timed(lambda: [next(loop) for _ in range(steps)], device)
+    seconds = time_call(lambda: [next(loop) for _ in range(steps)], device)
     loop.close()  # stops the workers of a data loader
     return seconds
 
@@ -230,7 +230,7 @@ def matmul_peak(runtime: Runtime) -> float:
     dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
     n = 2048 if runtime.device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=runtime.device).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(timed(lambda: a @ b, runtime.device) for _ in range(10))
+    return 2 * n**3 / min(time_call(lambda: a @ b, runtime.device) for _ in range(10))
 
 
 def peak_memory(device: torch.device) -> float:

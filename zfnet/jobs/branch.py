@@ -19,7 +19,7 @@ from zfnet.runs.weights import weights_hash
 from zfnet.sweeps.callback import trial_report
 from zfnet.training.build import check_recipe
 from zfnet.training.checkpoint import (
-    BEST,
+    BEST_FILE,
     Checkpoint,
     CheckpointWriter,
     copy_checkpoint,
@@ -28,7 +28,7 @@ from zfnet.training.checkpoint import (
     read_checkpoint,
     step_files,
     step_name,
-    under_prefix,
+    strip_prefix,
 )
 from zfnet.training.device import recorded_threads
 
@@ -113,7 +113,7 @@ def _state_files(parent: RunDirectory, epoch: int) -> tuple[Path, Path]:
     files = step_files(parent.checkpoints)
     if not files:
         raise UserError(f"{parent.checkpoints} holds no checkpoint: job=reproduce run={parent.folder} trains it again")
-    return files[-1], parent.checkpoints / BEST
+    return files[-1], parent.checkpoints / BEST_FILE
 
 
 def _link(
@@ -127,7 +127,7 @@ def _link(
         run=str(parent.folder),
         epoch=saved.metadata["epoch"],
         step=saved.metadata["step"],
-        weights_sha256=weights_hash(under_prefix("model", saved.tensors)),
+        weights_sha256=weights_hash(strip_prefix("model", saved.tensors)),
         identity=config.identity(),
         schedule=schedule,
         config=config.to_dict(),
@@ -158,7 +158,7 @@ def begin(config: Config, run: RunDirectory, saved: Checkpoint, best: Path) -> N
         return
     run.checkpoints.mkdir(exist_ok=True)
     if best.exists():
-        copy_checkpoint(best, run.checkpoints / BEST)
+        copy_checkpoint(best, run.checkpoints / BEST_FILE)
     writer = CheckpointWriter(run.checkpoints)
     first = Checkpoint(saved.tensors, {**saved.metadata, "identity": config.identity(), "branches": True})
     # use step 0, so that every checkpoint of the run itself is newer, even if its batches are larger
@@ -176,13 +176,13 @@ def train_parent(config: Config, run: RunDirectory, stop: StopRequest) -> None:
         return
     before = read_config({**link.config, "logger": {}}, config.imports)
     parent = RunDirectory(run.folder / "parent")
-    with parent.claimed(before):
+    with parent.claim(before):
         train_parent(before, parent, stop)
         log.info("first its parent, %s, to epoch %d", link.run, link.epoch)
         with recorded_threads(link.threads, before.trainer.devices):
             train_and_test(before, parent, stop, compiled=link.compiled, epochs=link.epoch)
         saved = read_checkpoint(step_files(parent.checkpoints)[-1])
-        if weights_hash(under_prefix("model", saved.tensors)) != link.weights_sha256:
+        if weights_hash(strip_prefix("model", saved.tensors)) != link.weights_sha256:
             log.warning("after epoch %d the weights are not the recorded ones", link.epoch)
-        begin(config, run, saved, parent.checkpoints / BEST)
+        begin(config, run, saved, parent.checkpoints / BEST_FILE)
     shutil.rmtree(parent.folder)

@@ -25,7 +25,7 @@ from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import LEVEL, Difference, difference, holm
 from zfnet.runs.tables import format_table, shorten
 from zfnet.sweeps.callback import summarize
-from zfnet.sweeps.summary import ABSENT, Trained, format_value, read_training, settings_key, swept_keys, tell_data_apart
+from zfnet.sweeps.summary import ABSENT, Trained, add_data_roots, format_value, read_training, settings_key, swept_keys
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_PAIRS = 10  # tests shown; if there are more, only those of the best group
@@ -114,7 +114,7 @@ def group(runs: Sequence[Trained]) -> list[Group]:
     Runs with the same settings and seed, such as a run and its reproduction, are compared one by one if no setting has
     several seeds; otherwise only the first of them counts. Raises UserError if there are more groups than letters.
     """
-    tell_data_apart(runs)
+    add_data_roots(runs)
     settings: dict[str, dict[int, list[Trained]]] = {}
     for run in runs:
         # a run that cannot be read is a group of its own

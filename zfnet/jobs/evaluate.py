@@ -60,7 +60,7 @@ class EvaluateJob(Job):
             log_per_class(result)
             draw_results(run, evaluation, images, what)
             run.write_csv("predictions.csv", _rows(evaluation, images, self.split, data.root))
-            if len(wrong := worst(evaluation)):
+            if len(wrong := wrong_by_confidence(evaluation)):
                 save_figure(draw_samples(images, evaluation, wrong), run.figures / "worst.png")
             else:
                 log.info("all images are correct, so there is no figures/worst.png")
@@ -68,7 +68,7 @@ class EvaluateJob(Job):
                 raise UserError(f"run={source}: the loss is {evaluation.loss}; its network's outputs are not finite")
 
 
-def worst(evaluation: Evaluation) -> Tensor:
+def wrong_by_confidence(evaluation: Evaluation) -> Tensor:
     """Return the indices of the images with a wrong prediction, the most confident first."""
     wrong = (evaluation.predictions != evaluation.labels).nonzero().flatten()
     return wrong[evaluation.confidences[wrong].argsort(descending=True, stable=True)]

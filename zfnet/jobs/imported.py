@@ -194,7 +194,7 @@ def _state_dict(path: Path, config: Config) -> _Found:
         if own.keys() == state.keys() and all(state[key].shape == own[key].shape for key in body):
             return settings, {key: state[key] for key in own}, 224
     if not isinstance(config.model, dict):
-        state = ZFNet.own_names(state)
+        state = ZFNet.translate_names(state)
     order = _empty_state(config.model, config.data.image_size, config.imports)
     for key in order:
         if key not in state:

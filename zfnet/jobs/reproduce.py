@@ -10,7 +10,7 @@ from zfnet.jobs.branch import train_parent
 from zfnet.jobs.train import train_and_test
 from zfnet.runs.compare import compare_runs
 from zfnet.runs.directory import RunDirectory, find_run
-from zfnet.runs.session import StopRequest, claimed, hold, recorded_state
+from zfnet.runs.session import StopRequest, claim_directory, hold_directory, recorded_state
 from zfnet.training.build import check_initial_weights
 from zfnet.training.device import recorded_threads
 from zfnet.training.processes import torchrun_world
@@ -33,14 +33,14 @@ class ReproduceJob(Job):
             raise UserError(f"hydra.run.dir={output}: lies in the run itself; choose a directory of its own")
         check_initial_weights(config)
         run = RunDirectory(output)
-        with claimed(run, config, "reproduce.log", new=True) as stop:
+        with claim_directory(run, config, "reproduce.log", new=True) as stop:
             _reproduce(config, run, original, stop)
 
 
 def reproduce(config: Config, run: RunDirectory) -> None:
     """Continue a reproduction in its directory, and compare with `config.run`."""
     original = _find_finished(config)
-    with hold(run, "reproduce.log") as stop:
+    with hold_directory(run, "reproduce.log") as stop:
         if run.state == "done":
             print(f"nothing to do: {run.folder} is finished; see its reproduction.json")
             return

@@ -22,7 +22,7 @@ from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, in_sweep, objective, remove_if_empty
 from zfnet.runs.hydra_record import record_data
 from zfnet.runs.provenance import changed_code, describe_environment, recorded_changes
-from zfnet.runs.session import Pruned, StopRequest, claimed, recorded_state
+from zfnet.runs.session import Pruned, StopRequest, claim_directory, recorded_state
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
 from zfnet.sweeps.callback import trial_report
 from zfnet.training import callbacks as cb
@@ -34,10 +34,10 @@ from zfnet.training.build import (
     check_recipe,
     training_batches,
 )
-from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, read_checkpoint, read_newest, step_files
+from zfnet.training.checkpoint import BEST_FILE, Checkpoint, CheckpointWriter, read_checkpoint, read_newest, step_files
 from zfnet.training.compiling import resolve_compile
 from zfnet.training.device import recorded_threads, resolve_runtime
-from zfnet.training.loggers import LoggedRun, Logger, tell
+from zfnet.training.loggers import LoggedRun, Logger, call_loggers
 from zfnet.training.loop import evaluate
 from zfnet.training.loop import fit as run_loop
 from zfnet.training.processes import World, processes, run_worker, torchrun_world
@@ -117,7 +117,7 @@ def train(
     """
     if run.state == "none" and config.parent is None:
         check_initial_weights(config)  # before the run claims the directory
-    with claimed(run, config, "train.log", config.composed) as stop:
+    with claim_directory(run, config, "train.log", config.composed) as stop:
         if begin is not None:
             begin()
         if config.job.name == "train" and run.state != "none":
@@ -280,7 +280,7 @@ def _train(
         return _report(config, run, state, metadata, splits, sets, loggers)
     finally:
         writer.close()
-        tell(loggers, "close")
+        call_loggers(loggers, "close")
 
 
 def _callbacks(
@@ -300,7 +300,7 @@ def _callbacks(
     if limit is not None:
         made.append(cb.FilterRenormalization(limit))
     if trainer.ema is not None:
-        made.append(cb.EMA(trainer.ema, grows=trainer.version > 1))
+        made.append(cb.EMA(trainer.ema, warmup=trainer.version > 1))
     made.append(cb.BestWeights(writer))
     if world.is_main and trainer.snapshots:
         made.append(cb.Snapshots(run.snapshots, trainer.snapshots, metadata))
@@ -318,7 +318,7 @@ def _callbacks(
 def _advise(state: TrainingState, seconds: float) -> str:
     """Return the expected duration of a run and, if it is long on a CPU, the experiments made for CPUs."""
     device = {"cpu": "this CPU", "cuda": "this GPU"}.get(state.runtime.device.type, "this device")
-    advice = f"about {cb.duration(seconds)} on {device}, by its first steps"
+    advice = f"about {cb.format_duration(seconds)} on {device}, by its first steps"
     alone = state.runtime.device.type == "cpu" and state.world.size == 1
     if alone and seconds >= _LONG_RUN_SECONDS and model_name(state.config.model) not in _CPU_MODELS:
         advice += "; made for a CPU: experiment=cifar10_fast and, for photographs, photos_small"
@@ -387,7 +387,7 @@ def _best_checkpoint(run: RunDirectory, state: TrainingState) -> tuple[Checkpoin
     """
     if state.best is None:
         return None, None
-    path, problem = run.checkpoints / BEST, "holds the weights of a worse epoch"
+    path, problem = run.checkpoints / BEST_FILE, "holds the weights of a worse epoch"
     try:
         best = read_checkpoint(path)
         if not state.is_better(state.best, best.metadata):
@@ -446,8 +446,8 @@ def _report(
             draw_results(run, measured[name], split, name)
             break
     for path in sorted(run.figures.glob("*.png")):
-        tell(loggers, "figure", path.stem, path, state.step)
-    tell(loggers, "finish", accuracies)
+        call_loggers(loggers, "figure", path.stem, path, state.step)
+    call_loggers(loggers, "finish", accuracies)
     run.write_json("results.json", results)
     _print_results(config, run, results)
     return results

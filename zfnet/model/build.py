@@ -37,8 +37,8 @@ def build_model(
     cls = resolve("model", model.get("_target_"), nn.Module, imports)
     # pass `image_size` only if the signature names it: `**kwargs` could forward it to a class that does not accept it
     sizes = {"image_size": image_size} if "image_size" in inspect.signature(cls).parameters else {}
-    offered = {"num_classes": outputs, **sizes}
-    network: nn.Module = instantiate("model", model, nn.Module, imports, offered=offered)
+    defaults = {"num_classes": outputs, **sizes}
+    network: nn.Module = instantiate("model", model, nn.Module, imports, defaults=defaults)
     replace_dropout(network)
     if probe:
         check_logits(network, num_classes, image_size)
@@ -100,7 +100,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"trainer.init_from={path}: is not a safetensors file, or is damaged ({error})") from error
     if isinstance(model, ZFNet):
-        state = model.own_names(state)
+        state = model.translate_names(state)
     own = model.state_dict()
     head = list(own)[-1].rpartition(".")[0] + "."
     fresh = []

@@ -135,7 +135,7 @@ class ZFNet(nn.Module):
         return self.chain.activations(images, layers)
 
     @staticmethod
-    def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def translate_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a state dict with this class's names: translate the blog's names, and drop prefixes of wrappers."""
         renamed = {}
         for name, value in state.items():
@@ -153,7 +153,7 @@ class ZFNet(nn.Module):
 
         Raises UserError if names or shapes do not match.
         """
-        renamed = self.own_names(state)
+        renamed = self.translate_names(state)
         own = self.state_dict()
         for name in own.keys() - renamed.keys():
             raise UserError(f"the weights lack {name}")

@@ -159,12 +159,14 @@ def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[An
         if job_class.trains and base.job == "import":
             raise UserError(f"run={base.folder} was made by job=import: {job} needs a run that this program trained")
         own = {key: OmegaConf.to_container(raw, resolve=True)[key] for key in _COMMAND_KEYS}  # type: ignore[index,call-overload]
-        config = overlay(base, overrides, {**own, "run": str(base.folder)}, imports)
+        config = apply_overrides(base, overrides, {**own, "run": str(base.folder)}, imports)
     config.overrides, config.composed = list(overrides), raw
     return config
 
 
-def overlay(run: RunDirectory, overrides: Sequence[str], own: dict[str, Any], imports: Sequence[str] = ()) -> Config:
+def apply_overrides(
+    run: RunDirectory, overrides: Sequence[str], own: dict[str, Any], imports: Sequence[str] = ()
+) -> Config:
     """Return a run's recorded config with overrides applied; `own` contains the command's own job, run and images.
 
     A group override (`optimizer=sgd`) replaces the whole group by the file in `conf/`; a key override sets that key.
@@ -172,9 +174,9 @@ def overlay(run: RunDirectory, overrides: Sequence[str], own: dict[str, Any], im
     parsed = parse_overrides(overrides)
     applied = [o for o in parsed if o.key_or_group not in _COMMAND_KEYS and not o.key_or_group.startswith("job.")]
     run.read_config(imports)  # if the record is damaged, this error names the file
-    _refuse_remote_loggers(run.recorded().get("logger"), overrides, f"run={run.folder}: its")
+    _refuse_remote_loggers(run.recorded_config().get("logger"), overrides, f"run={run.folder}: its")
     if not applied:
-        return _with_moved_parents(read_config({**run.recorded(), **own}, imports), run)
+        return _with_moved_parents(read_config({**run.recorded_config(), **own}, imports), run)
     base = _composed_record(run)
     # without `.hydra/` (a reproduction's record), a number replaces the reference in conf/scheduler/onecycle.yaml
     peak, rate = (OmegaConf.select(base, key) for key in ("scheduler.max_lr", "optimizer.lr"))
@@ -204,7 +206,7 @@ def overlay(run: RunDirectory, overrides: Sequence[str], own: dict[str, Any], im
 
 def _with_moved_parents(config: Config, run: RunDirectory) -> Config:
     """Set the data folders of a run's parents to the run's own, if they use the same images, and return its config."""
-    recorded, held, link = run.recorded()["data"], data_hash(run.environment), config.parent
+    recorded, held, link = run.recorded_config()["data"], data_hash(run.environment), config.parent
     parent: Any = link and {"config": link.config, "data_hash": link.data_hash}
     while parent is not None:
         data = parent["config"]["data"]
@@ -249,7 +251,7 @@ def _composed_record(run: RunDirectory) -> DictConfig:
     `.hydra/config.yaml` is used only if it resolves to the record and if each `${…}` in it names a plain value: other
     interpolations could read environment variables or expand without bound. Otherwise the record itself is returned.
     """
-    recorded = run.recorded()
+    recorded = run.recorded_config()
     plain = OmegaConf.create(recorded)
     try:
         unresolved = read_yaml(run.folder / ".hydra" / "config.yaml")

@@ -125,7 +125,7 @@ class RunDirectory:
     # -- claim and lock
 
     @contextlib.contextmanager
-    def claimed(self, config: Config, new: bool = False) -> Iterator[bool]:
+    def claim(self, config: Config, new: bool = False) -> Iterator[bool]:
         """Claim the directory for the run of `config` and lock it within this block; yield whether to resume the run.
 
         A directory without a run is claimed. One with the same run is resumed. One with another run, or with other
@@ -218,7 +218,7 @@ class RunDirectory:
 
     # -- the small files
 
-    def recorded(self) -> dict[str, Any]:
+    def recorded_config(self) -> dict[str, Any]:
         """Return config.yaml as plain values in the format of this version; raise UserError if it cannot be read."""
         path = self.folder / "config.yaml"
         try:
@@ -234,9 +234,9 @@ class RunDirectory:
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
     def plain_config(self) -> dict[str, Any]:
-        """Return `recorded()`, or an empty dict if it cannot be read."""
+        """Return `recorded_config()`, or an empty dict if it cannot be read."""
         try:
-            return self.recorded()
+            return self.recorded_config()
         except UserError:
             return {}
 
@@ -247,7 +247,7 @@ class RunDirectory:
         """
         path = self.folder / "config.yaml"
         try:
-            return read_config(self.recorded(), imports)
+            return read_config(self.recorded_config(), imports)
         except UserError as error:
             raise with_file_name(path, error) from error
 

@@ -42,7 +42,7 @@ def write_hydra_record(folder: Path, config: DictConfig | Config) -> None:
 
 def record_data(run: RunDirectory, data: DataConfig) -> None:
     """Record where a run's data is and how it is read; the caller has checked that its content is the same."""
-    plain, now = run.recorded(), dataclasses.asdict(data)
+    plain, now = run.recorded_config(), dataclasses.asdict(data)
     if plain["data"] == now:
         return
     path = run.folder / ".hydra" / "config.yaml"

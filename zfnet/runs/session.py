@@ -135,7 +135,7 @@ def own_directory(config: Config, output: Path) -> Iterator[RunDirectory]:
     Raises UserError if it is not empty.
     """
     run = RunDirectory(output)
-    with claimed(run, config, f"{config.job.name}.log", new=True), recorded_state(run):
+    with claim_directory(run, config, f"{config.job.name}.log", new=True), recorded_state(run):
         yield run
         log.info("written to %s", run.folder)
 
@@ -148,7 +148,7 @@ def continued_directory(config: Config, output: Path) -> Iterator[tuple[RunDirec
     """
     run = RunDirectory(output)
     message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
-    with claimed(run, config, f"{config.job.name}.log") as stop:
+    with claim_directory(run, config, f"{config.job.name}.log") as stop:
         if any(run.plain_config()[key] != config.to_dict()[key] for key in ("job", "run")):
             raise UserError(f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)")
         with recorded_state(run, message):
@@ -156,23 +156,23 @@ def continued_directory(config: Config, output: Path) -> Iterator[tuple[RunDirec
 
 
 @contextlib.contextmanager
-def claimed(
+def claim_directory(
     run: RunDirectory, config: Config, log_name: str, composed: DictConfig | None = None, new: bool = False
 ) -> Iterator[StopRequest]:
-    """Claim a directory for the run of `config`, or continue the run in it, and `hold` the directory.
+    """Claim a directory for the run of `config`, or continue the run in it, and hold it with `hold_directory`.
 
     composed: the config that Hydra composed, for its record in `.hydra/`; None if a recorded run was the base
     new: the directory must be new or empty
     """
-    with run.claimed(config, new) as resumed:
+    with run.claim(config, new) as resumed:
         if not resumed:
             write_hydra_record(run.folder, config if composed is None else composed)
-        with hold(run, log_name) as stop:
+        with hold_directory(run, log_name) as stop:
             yield stop
 
 
 @contextlib.contextmanager
-def hold(run: RunDirectory, log_name: str) -> Iterator[StopRequest]:
+def hold_directory(run: RunDirectory, log_name: str) -> Iterator[StopRequest]:
     """Lock a claimed directory and log to a file in it; SIGINT, SIGTERM, SIGHUP raise Stopped within this block."""
     with run.lock(), log_to(run.folder / log_name), StopRequest() as stop:
         run.remove_partials()

@@ -55,7 +55,7 @@ def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return (middle - reach) / scale, (middle + reach) / scale
 
 
-def own_and_others(table: Tensor) -> dict[str, dict[str, float | int | None]]:
+def compare_own_with_others(table: Tensor) -> dict[str, dict[str, float | int | None]]:
     """Compare each image's value for its own partner with its values for the other images' partners.
 
     table: [N, N], row: image, column: partner (such as an image's object box). Most objects are in the middle of their
@@ -68,7 +68,7 @@ def own_and_others(table: Tensor) -> dict[str, dict[str, float | int | None]]:
     return {"own": describe(own), "others": describe(others), "difference": describe(own - others)}
 
 
-def clustered(values: Tensor, clusters: Tensor) -> dict[str, float | int | None]:
+def clustered_mean(values: Tensor, clusters: Tensor) -> dict[str, float | int | None]:
     """Return mean, standard error, n and the number of clusters of values [n]; non-finite values are left out.
 
     clusters: int64 [n], such as the image of each value. Values of one image are not independent, so the standard error
@@ -87,7 +87,7 @@ def clustered(values: Tensor, clusters: Tensor) -> dict[str, float | int | None]
 
 
 def clustered_p(row: Mapping[str, float | int | None]) -> float | None:
-    """Return the two-sided p of a t-test of `clustered`'s mean; None for one cluster or a mean of 0 without spread.
+    """Return the two-sided p of a t-test of a clustered mean; None for one cluster or a mean of 0 without spread.
 
     Other means without spread have no t statistic. Their p is that of a sign-flip test, 2 ^ (1 − clusters).
     """
@@ -109,7 +109,7 @@ def clustered_tests(
     """
     rows: list[dict[str, Any]] = []
     for first, second in pairs:
-        row = clustered(values[first] - values[second], clusters)
+        row = clustered_mean(values[first] - values[second], clusters)
         if (p := clustered_p(row)) is not None:
             numbers = {"difference": row["mean"], "se": row["se"], "n": row["n"], "clusters": row["clusters"], "p": p}
             rows.append({"first": first, "second": second, **numbers})
@@ -170,7 +170,7 @@ def false_discovery_rate(p: Tensor) -> Tensor:
     return q
 
 
-def percent(row: dict[str, float | int | None]) -> str:
+def format_percent(row: dict[str, float | int | None]) -> str:
     """Format a row of `describe` in percent as `mean [low, high]`, for the log."""
     if row["mean"] is None:
         return "–"

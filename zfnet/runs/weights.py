@@ -132,7 +132,7 @@ def _largest(value: Any) -> int:
 
 def _load(path: Path, model: Any, state: dict[str, Tensor]) -> None:
     own = model.state_dict()
-    for name, value in (model.own_names(state) if isinstance(model, ZFNet) else state).items():
+    for name, value in (model.translate_names(state) if isinstance(model, ZFNet) else state).items():
         if name in own and value.dtype != own[name].dtype:
             raise UserError(f"{path}: its {name} is {value.dtype}, its network's is {own[name].dtype}")
     # batch norm's counters can be absent: old files do not have them, and PyTorch creates them

@@ -78,10 +78,10 @@ REFUSED = {
 }
 
 
-def construct(slot: str, settings: Mapping[str, Any], **offered: Any) -> Any:
+def construct(slot: str, settings: Mapping[str, Any], **defaults: Any) -> Any:
     """Construct the sampler or pruner that `settings` names by `_target_`, and those nested in its arguments.
 
-    offered: arguments for classes that accept them. Raises UserError for any class but Optuna's samplers and pruners.
+    defaults: arguments for classes that accept them. Raises UserError for any class but Optuna's samplers and pruners.
     """
     target = str(settings.get("_target_"))
     if target in REFUSED:
@@ -89,10 +89,10 @@ def construct(slot: str, settings: Mapping[str, Any], **offered: Any) -> Any:
     if not re.fullmatch(rf"optuna\.{slot}s\.\w+", target):
         raise UserError(f"hydra.sweeper.{slot}._target_={target}: must be a {slot} of Optuna")
     arguments = {
-        key: construct(slot, value, **offered) if isinstance(value, Mapping) and "_target_" in value else value
+        key: construct(slot, value, **defaults) if isinstance(value, Mapping) and "_target_" in value else value
         for key, value in settings.items()
     }
-    return instantiate(f"hydra.sweeper.{slot}", arguments, _BASES[slot], ["optuna"], offered=offered)
+    return instantiate(f"hydra.sweeper.{slot}", arguments, _BASES[slot], ["optuna"], defaults=defaults)
 
 
 def make_sampler(settings: SearchSettings, trial: int) -> optuna.samplers.BaseSampler:

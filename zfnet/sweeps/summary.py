@@ -110,7 +110,7 @@ def read_sweep(folder: Path) -> Sweep:
     runs = [run for run in runs if run.job in ("train", None)]  # None: not readable
     jobs = [read_training(run, run.folder.relative_to(folder).as_posix()) for run in runs]
     jobs = [job if job.state == "done" else replace(job, results={}) for job in jobs]
-    tell_data_apart(jobs)
+    add_data_roots(jobs)
     keys = swept_keys([job.settings for job in jobs if job.settings])
     groups: dict[str, list[Trained]] = {}
     for job in sorted(jobs, key=lambda job: -1 if job.seed is None else job.seed):
@@ -173,7 +173,7 @@ def _parent_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
     return known | {"parent.settings": hashlib.sha256(settings.encode()).hexdigest()[:12]}
 
 
-def tell_data_apart(jobs: Sequence[Trained]) -> None:
+def add_data_roots(jobs: Sequence[Trained]) -> None:
     """Add `data.root` to the settings if the jobs were trained on several data sets.
 
     The content of the data counts, not its path: a moved folder is one data set; a folder with other content in another

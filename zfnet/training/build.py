@@ -23,7 +23,7 @@ from zfnet.model.build import build_model, check_logits, freeze, has_batch_norm,
 from zfnet.model.zfnet import ZFNet
 from zfnet.training.device import Runtime
 from zfnet.training.loggers import Logger
-from zfnet.training.processes import SINGLE, World
+from zfnet.training.processes import SINGLE_PROCESS, World
 from zfnet.training.schedule import OWN_KEYS, Schedule, check_interval, schedule_span, steps_by_batch
 from zfnet.training.state import Callback, TrainingState, check_columns, measured_columns, set_optimizer_mode
 
@@ -62,7 +62,7 @@ def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
     settings = {k: v for k, v in config.loss.items() if (k, v) != ("weight", None)} | (
         {"reduction": "sum"} if sums else {}
     )
-    weight, offered = settings.get("weight"), {}
+    weight, defaults = settings.get("weight"), {}
     if weight == "balanced":
         weight = balanced_weights(counts)
     numbers = weight if isinstance(weight, list) and all(map(is_number, weight)) else [1]
@@ -71,11 +71,11 @@ def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
     if weight is not None and "weight" in inspect.signature(cls).parameters:
         del settings["weight"]
         try:
-            offered = {"weight": torch.tensor(weight, dtype=torch.float32)}
+            defaults = {"weight": torch.tensor(weight, dtype=torch.float32)}
         except (TypeError, ValueError) as error:
             problem = "must be a number for each class, as in [1,2,1], balanced or null"
             raise UserError(f"loss.weight={weight}: {problem}") from error
-    loss = instantiate("loss", settings, nn.Module, config.imports, offered=offered)
+    loss = instantiate("loss", settings, nn.Module, config.imports, defaults=defaults)
     if any(True for _ in loss.parameters()):
         raise UserError(f"loss ({cls.__name__}): has parameters of its own, which the optimizer would not train")
     return SummedLoss(loss, is_mean=not sums)
@@ -212,12 +212,12 @@ def build_scheduler(
         if not isinstance(chain, list):
             return instantiate(
                 *(slot, values, LRScheduler, imports),
-                given=(optimizer,),
+                args=(optimizer,),
                 own=OWN_KEYS,
                 construct=lambda cls, keywords: cls(optimizer, **for_each_group(keywords)),
             )
         values["schedulers"] = [build(f"{slot}.schedulers.{n}", inner) for n, inner in enumerate(chain)]
-        return instantiate(slot, values, LRScheduler, imports, own=OWN_KEYS, offered={"optimizer": optimizer})
+        return instantiate(slot, values, LRScheduler, imports, own=OWN_KEYS, defaults={"optimizer": optimizer})
 
     made = build("scheduler", settings)
     if isinstance(made, ReduceLROnPlateau) and steps_by_batch(settings):
@@ -332,7 +332,7 @@ def build_state(
     runtime: Runtime,
     num_classes: int,
     steps_per_epoch: int,
-    world: World = SINGLE,
+    world: World = SINGLE_PROCESS,
     callbacks: Sequence[Callback] = (),
     *,
     resumed: bool = False,
@@ -361,7 +361,7 @@ def build_state(
     )
 
 
-def training_batches(config: Config, runtime: Runtime, images: ImageSet, world: World = SINGLE) -> Batches:
+def training_batches(config: Config, runtime: Runtime, images: ImageSet, world: World = SINGLE_PROCESS) -> Batches:
     """Return the batches that a run trains on, with its seed, its augmentation, and this process's share of each."""
     return Batches(
         images,

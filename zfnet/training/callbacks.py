@@ -15,8 +15,8 @@ from zfnet.model.layers import renormalize_filters
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Pruned, Stopped, StoppedAtOnce, StopRequest
 from zfnet.runs.weights import ModelMetadata, save_model
-from zfnet.training.checkpoint import BEST, Checkpoint, CheckpointWriter, copy_checkpoint, epoch_name, step_name
-from zfnet.training.loggers import Logger, epoch_line, tell
+from zfnet.training.checkpoint import BEST_FILE, Checkpoint, CheckpointWriter, copy_checkpoint, epoch_name, step_name
+from zfnet.training.loggers import Logger, call_loggers, epoch_line
 from zfnet.training.state import Callback, TrainingState
 
 # -- callbacks that change the weights to train or to evaluate
@@ -37,13 +37,13 @@ class FilterRenormalization(Callback):
 class EMA(Callback):
     """Keeps an exponential moving average of the weights; the run evaluates and saves it instead of the weights.
 
-    grows: limit the decay after t steps to (1 + t) / (10 + t), so that the average soon forgets the first weights
+    warmup: limit the decay after t steps to (1 + t) / (10 + t), so that the average soon forgets the first weights
     """
 
     name = "ema"
 
-    def __init__(self, decay: float, grows: bool = True) -> None:
-        self.decay, self.grows = decay, grows
+    def __init__(self, decay: float, warmup: bool = True) -> None:
+        self.decay, self.warmup = decay, warmup
 
     def on_fit_start(self, state: TrainingState) -> None:
         self.average = AveragedModel(state.model, use_buffers=True)
@@ -64,7 +64,7 @@ class EMA(Callback):
             group[0].append(average)
             group[1].append(value)
         count = int(self.average.n_averaged)  # a CPU tensor
-        update = get_ema_multi_avg_fn(min(self.decay, (1 + count) / (10 + count)) if self.grows else self.decay)
+        update = get_ema_multi_avg_fn(min(self.decay, (1 + count) / (10 + count)) if self.warmup else self.decay)
         for group in groups.values():
             update(*group, count)
         self.average.n_averaged += 1
@@ -110,7 +110,7 @@ class ProgressBar(Callback):
         self.began = self.began or (now, state.step)
         seconds, steps = now - self.began[0], state.step - self.began[1]
         each = seconds / steps if steps else 0.0  # includes evaluations, from the second epoch on
-        parts = [f"{duration(each * (self._total_steps(state) - state.step))} left"] if steps else []
+        parts = [f"{format_duration(each * (self._total_steps(state) - state.step))} left"] if steps else []
         if state.last_reading is not None:
             loss, accuracy = state.last_reading
             speed = state.step_in_epoch * state.config.data.batch_size / state.epoch_seconds
@@ -138,7 +138,7 @@ class ProgressBar(Callback):
             self.bar.close()
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a rounded time as text: 45 s, 6 min, 2 h 45 min."""
     minutes = round(seconds / 60)
     if seconds < 100:
@@ -161,7 +161,7 @@ class Metrics(Callback):
             "step/train_accuracy": accuracy,
             "step/lr": state.schedule.lr(state.step - 1),
         }
-        tell(self.loggers, "log", state.step, values)
+        call_loggers(self.loggers, "log", state.step, values)
 
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
         if self.run is None:  # not the main process
@@ -170,7 +170,7 @@ class Metrics(Callback):
         self.run.write_history(state.history)
         log.info(epoch_line(row, state.config.trainer.epochs))
         values = {f"epoch/{k}": v for k, v in row.items() if k not in ("epoch", "step") and v is not None}
-        tell(self.loggers, "log", row["epoch"], values)
+        call_loggers(self.loggers, "log", row["epoch"], values)
 
 
 class Profiler(Callback):
@@ -214,7 +214,7 @@ class BestWeights(Callback):
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
         if state.best is not None and state.best["epoch"] == row["epoch"]:
             best = Checkpoint(dict(state.eval_model.state_dict()), state.best)
-            self.writer.write(BEST, best, prune=False)
+            self.writer.write(BEST_FILE, best, prune=False)
 
 
 class Checkpoints(Callback):
@@ -239,10 +239,10 @@ class Checkpoints(Callback):
             folder = self.writer.folder
             if folder is not None and state.best is not None:
                 kept = folder / epoch_name(row["epoch"], best=True)
-                # a killed run can repeat this epoch when BEST is already from a later one: then keep the first copy
+                # a killed run can repeat this epoch when BEST_FILE is from a later one: then keep the first copy
                 repeated = kept.exists() and state.best["epoch"] != row["epoch"]
-                if (folder / BEST).exists() and not repeated:  # BEST can be lost; a resume warns of it
-                    copy_checkpoint(folder / BEST, kept)  # before the state, so that no state lacks them
+                if (folder / BEST_FILE).exists() and not repeated:  # BEST_FILE can be lost; a resume warns of it
+                    copy_checkpoint(folder / BEST_FILE, kept)  # before the state, so that no state lacks them
             self.writer.write(epoch_name(row["epoch"]), state.checkpoint(), prune=False)
 
     def on_fit_end(self, state: TrainingState) -> None:

@@ -28,7 +28,7 @@ from zfnet.runs.directory import write_atomically, write_tensors
 
 KEPT = 2
 CHECKPOINT_FORMAT = 3  # 2 had no checksum; 1 had another format of the optimizer's state
-BEST = "best.safetensors"
+BEST_FILE = "best.safetensors"
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 
 
@@ -251,6 +251,6 @@ def _from_format_1(old: Checkpoint) -> Checkpoint:
     return Checkpoint(tensors, metadata)
 
 
-def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors with names that start with `prefix.`, under names without it."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}

@@ -5,7 +5,7 @@ from functools import partial
 
 from zfnet.config.errors import one_line
 from zfnet.data import Batch, Batches
-from zfnet.training.device import timed
+from zfnet.training.device import time_call
 from zfnet.training.loop import train_step
 from zfnet.training.state import TrainingState
 
@@ -33,12 +33,12 @@ def resolve_compile(state: TrainingState, batches: Batches, recorded: bool | Non
     if state.config.trainer.compile != "auto" or state.runtime.device.type not in WHERE or state.world.size > 1:
         return None
     if recorded is None:
-        return compile_if_it_pays(state, batches)
+        return compile_if_faster(state, batches)
     state.use_compiled(recorded)
     return None
 
 
-def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
+def compile_if_faster(state: TrainingState, batches: Batches) -> str:
     """Compile the training step if that saves time over the run, and restore the state; return a message about it."""
     trainer = state.config.trainer
     steps = trainer.epochs * state.steps_per_epoch
@@ -52,7 +52,7 @@ def compile_if_it_pays(state: TrainingState, batches: Batches) -> str:
     else:
         state.use_compiled(True)
         try:
-            cost = timed(partial(_train_on, state, examples), state.runtime.device)
+            cost = time_call(partial(_train_on, state, examples), state.runtime.device)
             compiled = _step_seconds(state, examples[0])
         except Exception as error:  # such as no C compiler or no Triton; auto must not fail
             state.use_compiled(False)
@@ -73,7 +73,7 @@ def _one_of_each_size(batches: Batches) -> list[Batch]:
 
 def _step_seconds(state: TrainingState, batch: Batch) -> float:
     _train_on(state, [batch] * WARMUP)
-    return timed(partial(_train_on, state, [batch] * STEPS), state.runtime.device) / STEPS
+    return time_call(partial(_train_on, state, [batch] * STEPS), state.runtime.device) / STEPS
 
 
 def _train_on(state: TrainingState, batches: Sequence[Batch]) -> None:

@@ -13,9 +13,9 @@ import torch
 from zfnet.config.errors import UserError
 from zfnet.config.schema import TrainerConfig
 from zfnet.runs.provenance import cpu_info
-from zfnet.training.processes import SINGLE, World
+from zfnet.training.processes import SINGLE_PROCESS, World
 
-THREADS = torch.get_num_threads()  # PyTorch's own choice, before any run changes it
+DEFAULT_THREADS = torch.get_num_threads()  # PyTorch's own choice, before any run changes it
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Runtime:
         return ", ".join(parts)
 
 
-def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: bool = False) -> Runtime:
+def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE_PROCESS, own_network: bool = False) -> Runtime:
     """Resolve every `auto` and set the process-wide switches that the results need; raise UserError.
 
     own_network: whether the network is not ZFNet. On a CPU it then keeps the default memory format, because in PyTorch
@@ -65,14 +65,14 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE, own_network: 
     device = _device(trainer.device)
     if world.size > 1 and device.type == "cuda":
         # all processes on this machine raise this error, not only those without a GPU
-        if max(world.local + 1, trainer.devices) > torch.cuda.device_count():
+        if max(world.local_rank + 1, trainer.devices) > torch.cuda.device_count():
             raise UserError(
                 f"trainer.devices={world.size}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch"
             )
-        device = torch.device("cuda", world.local)
+        device = torch.device("cuda", world.local_rank)
     if device.type == "cuda":  # pinned memory and more use the current GPU, which is GPU 0 by default
         torch.cuda.set_device(device.index or 0)
-    torch.set_num_threads(trainer.threads or max(1, THREADS // world.size))
+    torch.set_num_threads(trainer.threads or max(1, DEFAULT_THREADS // world.size))
     if trainer.compile is True or (trainer.compile == "auto" and device.type == "cuda"):
         torch.compiler.reset()  # otherwise later jobs of a sweep reach the recompilation limit and run eager
     precision = trainer.precision
@@ -93,14 +93,14 @@ def recorded_threads(count: int | None, devices: int) -> Iterator[None]:
 
     A launcher can have given the recorded run fewer threads than PyTorch's default. `trainer.threads` has precedence.
     """
-    global THREADS
-    before = THREADS, torch.get_num_threads()
+    global DEFAULT_THREADS
+    before = DEFAULT_THREADS, torch.get_num_threads()
     if count is not None:
-        THREADS = count * devices
+        DEFAULT_THREADS = count * devices
     try:
         yield
     finally:
-        THREADS = before[0]
+        DEFAULT_THREADS = before[0]
         torch.set_num_threads(before[1])
 
 
@@ -158,7 +158,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
+def time_call(call: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that one call takes, including its work on the device."""
     synchronize(device)
     started = time.perf_counter()

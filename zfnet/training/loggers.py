@@ -64,7 +64,7 @@ class Logger:
         """Called at the end, however the run ended."""
 
 
-def tell(loggers: dict[str, Logger], method: str, *arguments: Any) -> None:
+def call_loggers(loggers: dict[str, Logger], method: str, *arguments: Any) -> None:
     """Call a method of all loggers. A logger that fails is closed and removed, with a warning."""
     for name, logger in [*loggers.items()]:
         try:

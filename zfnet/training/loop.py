@@ -96,7 +96,7 @@ def measure(state: TrainingState, evaluations: Mapping[str, Batches], stop: Stop
         }
         for name, result in results.items():
             row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
-        row |= state.own_metrics(results)
+        row |= state.callback_metrics(results)
     return state.world.broadcast(row)  # all processes must make the same decisions
 
 

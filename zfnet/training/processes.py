@@ -33,11 +33,11 @@ PATIENCE_S = 20  # seconds for the other processes to notice a dead process them
 
 @dataclass(frozen=True)
 class World:
-    """This process's rank among `size` processes; `local` is its rank on this machine."""
+    """This process's rank among `size` processes; `local_rank` is its rank on this machine."""
 
     rank: int = 0
     size: int = 1
-    local: int = 0
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -84,7 +84,7 @@ class World:
         return wrapped
 
 
-SINGLE = World()
+SINGLE_PROCESS = World()
 
 
 def torchrun_world() -> World | None:
@@ -121,7 +121,7 @@ def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> 
             dist.destroy_process_group()
         return
     if count == 1:
-        yield SINGLE
+        yield SINGLE_PROCESS
         return
     if not torch.cuda.is_available() and count > (os.cpu_count() or 1):
         raise UserError(f"trainer.devices={count}: this machine has {os.cpu_count()} CPU cores and no CUDA device")

@@ -19,7 +19,7 @@ from zfnet.config.instantiate import is_number
 from zfnet.config.schema import Config
 from zfnet.runs.directory import HISTORY_COLUMNS
 from zfnet.runs.session import Pruned
-from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, under_prefix, unpack
+from zfnet.training.checkpoint import Checkpoint, load_optimizer, pack, strip_prefix, unpack
 from zfnet.training.device import Runtime
 from zfnet.training.metrics import Evaluation, RunningMetrics
 from zfnet.training.processes import World
@@ -178,7 +178,7 @@ class TrainingState:
                     raise
                 log.warning(error)  # do not raise, because the other callbacks must still save
 
-    def own_metrics(self, results: Mapping[str, Evaluation]) -> dict[str, float | None]:
+    def callback_metrics(self, results: Mapping[str, Evaluation]) -> dict[str, float | None]:
         """Return the callbacks' metrics of the epoch that ends, by column; None for numbers that are not finite."""
         row: dict[str, float | None] = {}
         for callback in self.callbacks:
@@ -324,7 +324,7 @@ class TrainingState:
 
     def _restore(self, saved: Checkpoint, images: str | None) -> None:
         metadata = saved.metadata
-        self.model.load_state_dict(under_prefix("model", saved.tensors))
+        self.model.load_state_dict(strip_prefix("model", saved.tensors))
         self.metrics.sums.copy_(saved.tensors["metrics"])
         self.epoch, self.step, self.best = metadata["epoch"], metadata["step"], metadata["best"]
         self.should_stop = metadata.get("should_stop", False)
