@@ -1,10 +1,10 @@
-"""Runs that are killed, starved of disk, stopped and damaged: do they end with the same bits as an undisturbed one?
+"""Test whether interrupted and damaged training runs end with the same bits as an uninterrupted run.
 
     python benchmarks/exactness.py --seconds 300 --seed 0 --out exactness.json
 
-Each try trains a small network through 1 to 6 faults, each in a process of its own, and then to its end. It compares
-the weights and the history with those of a run that nothing happened to. Now and then two processes start one directory
-at one moment. Exit code 1 if anything differs.
+Each try trains a small network through 1 to 6 faults (killed or stopped processes, a full disk, damaged files), each
+in a separate process, and then to the end. It compares the weights and the history with those of an uninterrupted run.
+Some tries also start two processes in one directory at the same time. The exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -308,9 +308,9 @@ def learned(run: RunDirectory) -> str:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300, help="time after which no try begins")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults")
-    parser.add_argument("--out", type=Path, default=Path("exactness.json"), help="file to write")
+    parser.add_argument("--seconds", type=float, default=300, help="start no new try after this time; default: 300")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults; default: 0")
+    parser.add_argument("--out", type=Path, default=Path("exactness.json"), help="default: exactness.json")
     options = parser.parse_args(words)
     register_resolvers()
     torch.set_num_threads(1)  # threads do not survive a fork, and neither do CUDA's

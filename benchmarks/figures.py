@@ -1,9 +1,9 @@
-"""Draw the figures of docs/ that no job draws: over several files of results, or over several runs.
+"""Draw the figures in docs/ that no job draws, because they combine several result files or several runs.
 
     python benchmarks/figures.py
     python benchmarks/figures.py --runs "AdamW=outputs/train/a" "SGD=outputs/train/b"    # their first layers
 
-The first command reads docs/results. Both commands write PNG files to docs/figures.
+The first command reads docs/results. Both write PNG files to docs/figures.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main(words: list[str] | None = None) -> None:
     words: command-line arguments; None: those of this process
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", nargs="+", metavar="NAME=DIR", help="draw the first layers of these runs")
+    parser.add_argument("--runs", nargs="+", metavar="NAME=DIR", help="draw only the first layers of these runs")
     runs = parser.parse_args(words).runs
     for run in runs or ():
         if "=" not in run:

@@ -1,13 +1,13 @@
-"""Measure this program on a machine with a GPU, in one go: run it once, keep the small JSON files.
+"""Measure this program on a machine with a GPU: one command runs all stages and writes small JSON files.
 
-    python benchmarks/first_gpu.py results/                      # at most half an hour; no network, no data set
+    python benchmarks/first_gpu.py results/                      # at most half an hour; needs no network or data set
     python benchmarks/first_gpu.py results/ --stages tests kernels
-    python benchmarks/first_gpu.py rehearsal/ --rehearse         # on the CPU, at tiny sizes: does the script work?
+    python benchmarks/first_gpu.py rehearsal/ --rehearse         # tests the script on the CPU, at tiny sizes
 
-Each stage is a process of its own with a limit in time, and writes `<stage>.json` as it goes, so that a fault or a lost
-machine costs one stage. In their order, by what decides most: whether the tests pass, where a step's time goes, what
-each choice of trainer=auto brings, what else might, what an epoch takes, what is exact, and what the atlas takes.
-`summary.json` holds the machine and, for each target, what was predicted without a GPU, what was measured, a verdict.
+Each stage runs in its own process with a time limit and writes `<stage>.json` while it runs, so a crash or a lost
+machine costs only one stage. The most important stages come first: the tests; the time of each part of a step; the
+speedup of each choice of trainer=auto; other candidates; the time of an epoch; exactness; the time of the atlas.
+`summary.json` describes the machine and, for each target, the prediction without a GPU, the measurement and a verdict.
 """
 
 from __future__ import annotations
@@ -441,8 +441,8 @@ def judge(target: str, predicted: str, measured: Any, met: Callable[[Any], bool]
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder for the JSON files")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="run these only")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, in this process")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="run only these stages")
+    parser.add_argument("--rehearse", action="store_true", help="test the script on the CPU, at tiny sizes")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     setting = Setting(options.output.resolve(), options.rehearse)
@@ -451,7 +451,7 @@ def main(words: list[str] | None = None) -> None:
         run_stage(setting, options.stage)
         return
     if not (options.rehearse or torch.cuda.is_available()):
-        sys.exit("error: PyTorch sees no GPU here; --rehearse tries the script on the CPU")
+        sys.exit("error: PyTorch sees no GPU; --rehearse tests the script on the CPU")
     setting.output.mkdir(parents=True, exist_ok=True)
     for name in options.stages:
         print(f"{name} …", flush=True)

@@ -1,9 +1,9 @@
-"""A folder of photographs, decoded once and read from the cache, beside Pillow decoding it in every epoch.
+"""Compare batches from the image cache, which decodes each photograph once, with decoding by Pillow in every epoch.
 
     python benchmarks/folder.py --pictures 4000 --rounds 5
 
-writes JPEG files of ImageNet's most frequent size to a temporary folder and prints how fast they are decoded once, and
-the images per second of both ways to make augmented 224 px batches from them.
+It writes JPEG files of ImageNet's most frequent size to a temporary folder. It prints the speed of the first decoding
+and the images per second of augmented 224 px batches, from the cache and decoded by Pillow.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ DISTINCT = 32  # different files; the others are copies
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=1000, help="photographs to write")
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each")
+    parser.add_argument("--pictures", type=int, default=1000, help="number of photographs; default: 1000")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs per method; default: 5")
     options, cores = parser.parse_args(), os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="zfnet-folder-") as place:
         root = Path(place, "photos")

@@ -2,8 +2,8 @@
 
     python benchmarks/layers.py data=shapes data.store_size=32 data.batch_size=32
 
-It takes overrides of `model`, `data` and `trainer`, for networks that are chains of layers. It times each layer by
-itself, convolutions in NHWC and NCHW: the best of five calls, ten classes, no gradient of the images, as in training.
+It accepts overrides of `model`, `data` and `trainer`. The network, built for ten classes, must be a chain of layers.
+Each layer is timed alone, convolutions in NHWC and NCHW: the best of five calls, without gradients of the images.
 """
 
 from __future__ import annotations

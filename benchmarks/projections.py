@@ -1,15 +1,15 @@
-"""Deconvnet projections, batched and cut to receptive fields, beside three other ways to the same pictures:
+"""Compare the speed of Deconvnet.project with three other ways to compute the same deconvnet projections:
 
-    captum     captum's NeuronDeconvolution, called unit by unit, as its interface suggests
-    repeated   the same with the image repeated for many units in one call
+    captum     captum's NeuronDeconvolution, one unit per call, as its interface suggests
+    repeated   the same, but with copies of the image for many units in one call
     autograd   torch.autograd.grad(…, is_grads_batched=True) for many units at once, with the deconvnet's rule for ReLUs
 
     pip install -e '.[explain]'
     python benchmarks/projections.py data=shapes data.store_size=32 --maps 16 --rounds 3
 
-projects, with a freshly initialised network of the config, the strongest unit of each of `--maps` feature maps per
-layer in each of `--count` images, in turns; prints the time per projection, how much longer the fastest of the others
-takes, and the largest difference to any of them, and writes projections.json to outputs/benchmarks/projections.
+The network is freshly initialised. All ways project the strongest unit of each of `--maps` feature maps per layer in
+each of `--count` images, in turns. The table shows the time per projection, the speedup over the fastest other way, and
+the largest difference from any other way; projections.json is written to outputs/benchmarks/projections.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ TOP = 9  # projections of each map in the paper's Figure 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--maps", type=int, default=8, help="feature maps per layer, evenly spaced; 0: all")
-    parser.add_argument("--count", type=int, default=9, help="images")
-    parser.add_argument("--chunk", type=int, default=32, help="units at once, where several go in one call")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each; medians are reported")
+    parser.add_argument("--maps", type=int, default=8, help="feature maps per layer, evenly spaced (0: all)")
+    parser.add_argument("--count", type=int, default=9, help="number of images")
+    parser.add_argument("--chunk", type=int, default=32, help="units per call, for ways that batch units")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; the table shows medians")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/projections"))
-    parser.add_argument("overrides", nargs="*", help="of the config, as in data.image_size=64")
+    parser.add_argument("overrides", nargs="*", help="config overrides, such as data.image_size=64")
     options = parser.parse_intermixed_args()
     register_resolvers()
     config = compose(options.overrides)
@@ -99,7 +99,7 @@ def time_projections(
     for layer in tqdm(chain.conv_layers, "projections", unit="layer", disable=None, leave=False):
         units = strongest_units(chain, images, layer, maps)
         if not units:
-            raise UserError(f"{maps} maps of {layer}: none is active in the {len(images)} images; take more")
+            raise UserError(f"{maps} maps of {layer}: none is active in the {len(images)} images; use more images")
         index = torch.tensor(units, device=images.device).unbind(1)
         seeds = chain.activations(images, [layer])[layer][index]
         captum = NeuronDeconvolution(chain.model, chain.up_to(layer)[-1].module)
@@ -254,11 +254,11 @@ def print_result(result: dict[str, Any]) -> None:
     print("\n".join(format_table(lines, "<>>>>>>>>")))
     total = result["all_maps_top_9"]
     print(
-        f"\ntimes: ms for each projection; best: the fastest of the other three beside zfnet"
-        f"\ndifference: the largest, of the largest pixel; apart: units with more than {TOLERANCE:.0e}\n"
-        f"all {total['projections']:,} projections ({TOP} of each map), from the times above: "
-        f"{total['zfnet_seconds']:.0f} s,\nunit by unit with captum {total['captum_seconds']:.0f} s: "
-        f"{total['ratio']:.1f} times as long;\nby each layer's fastest other way {total['ratio_to_best']:.1f} times"
+        f"\ntimes: ms per projection; best: how many times as long the fastest of the other three takes"
+        f"\ndifference: the largest, as a fraction of the largest pixel; apart: units above {TOLERANCE:.0e}\n"
+        f"estimate for all {total['projections']:,} projections ({TOP} per map): "
+        f"{total['zfnet_seconds']:.0f} s;\nunit by unit with captum {total['captum_seconds']:.0f} s, "
+        f"{total['ratio']:.1f} times as long;\nwith each layer's fastest other way {total['ratio_to_best']:.1f} times"
     )
 
 

@@ -1,12 +1,12 @@
-"""Training steps of this program beside other people's loops, in turns, on the same network and images, data included.
+"""Compare this program's training speed with other training loops, in alternating rounds, data loading included.
 
-    pip install -e '.[benchmark]'      # timm and Lightning, each left out where it is not installed
+    pip install -e '.[benchmark]'      # timm and Lightning; a missing package is left out
     python benchmarks/training.py data=shapes data.store_size=32 data.batch_size=32 job.steps=2
 
-takes the overrides of `python run.py job=benchmark`, and `--workers N`, the loader processes of the other loops (this
-program needs none); writes benchmark.json and a figure to outputs/benchmarks/training. The blog's loop is written
-after the blog post, the others after their project's documentation or reference script. All but the blog's use the
-network, the optimizer settings and the precision of the config, so that loop and loader make the difference.
+It accepts the overrides of `python run.py job=benchmark` and `--workers N`, the number of loader processes of the other
+loops (this program uses none). It writes benchmark.json and a figure to outputs/benchmarks/training. The blog's loop
+follows the blog post; the others follow their project's documentation or reference script. All except the blog's use
+the config's network, optimizer settings and precision, so they differ only in the loop and the loader.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from zfnet.training.device import Runtime, keep_memory, resolve_runtime, synchro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=0, help="loader processes of the other loops")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes of the other loops; default: 0")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/training"))
-    parser.add_argument("overrides", nargs="*", help="of the config, as in data.batch_size=32")
+    parser.add_argument("overrides", nargs="*", help="config overrides, such as data.batch_size=32")
     options = parser.parse_intermixed_args()
     register_resolvers()
     config = compose(["job=benchmark", *options.overrides])
@@ -60,7 +60,7 @@ def other_loops(config: Config, runtime: Runtime, images: ImageSet, workers: int
     if config.data.image_size == 224:
         yield BlogLoop(images, config.data.batch_size, runtime.device, workers)
     else:
-        print("the blog's network takes images of 224 px only: its loop is left out")
+        print("the blog's network accepts only images of 224 px: its loop is left out")
     yield TorchvisionLoop(config, runtime, images, workers)
     for package, loop in (("timm", TimmLoop), ("lightning", LightningLoop)):
         if importlib.util.find_spec(package):
