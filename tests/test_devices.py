@@ -40,7 +40,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.training.build import training_batches
 from zfnet.training.loop import evaluate, train_step
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real one is there")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real CUDA device is present")
 ON_GPU = ("trainer.device=cuda", "trainer.precision=fp32")
 GPU = torch.device("cuda")
 

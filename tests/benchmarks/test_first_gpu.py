@@ -74,7 +74,7 @@ def test_what_was_not_measured_stays_open() -> None:
     assert [judge("t", "1", x, lambda x: x < 2)["verdict"] for x in (1, 2)] == ["met", "missed"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["first_gpu.py", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="--rehearse"):

@@ -200,13 +200,13 @@ PROJECT = """
 import json, os, runpy, sys
 import zfnet.jobs.evaluate, zfnet.jobs.train
 for job in (zfnet.jobs.train, zfnet.jobs.evaluate):
-    assert job.__file__.startswith(os.getcwd())  # the project's own copy
+    assert job.__file__.startswith(os.getcwd())  # the project's copy, not this repository's
     for name in ("draw_curves", "draw_results", "draw_samples", "save_figure"):
         setattr(job, name, lambda *_: None)
 for words in json.loads(sys.argv[1]):
     sys.argv[:] = ["run.py", *words]
     runpy.run_path("run.py", run_name="__main__")
-    sys.modules.pop("tiny_resnet")  # the next command must find it by itself
+    sys.modules.pop("tiny_resnet")  # the next command must import it again
 """
 
 

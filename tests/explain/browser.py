@@ -44,7 +44,7 @@ class Browser:
         """Wait until a JavaScript expression is true."""
         end = time.monotonic() + 20
         while not self.run(f"return Boolean({condition})"):
-            assert time.monotonic() < end, f"the page did not come to: {condition}"
+            assert time.monotonic() < end, f"this did not become true in the page: {condition}"
             time.sleep(0.05)
 
     def press(self, key: str) -> None:

@@ -246,7 +246,7 @@ def test_no_step_waits_for_the_device(words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_step_after_a_resume_waits_for_the_device(name: str) -> None:
     if name == "nadam":
-        pytest.xfail("PyTorch's keeps a number on the GPU and reads it twice for each parameter after a resume")
+        pytest.xfail("PyTorch's NAdam keeps a number on the GPU and reads it twice per parameter after a resume")
     config = compose(*TINY_EXACT, "trainer=cuda", *FAST, "trainer.compile=false", f"optimizer={name}")
     state = training_state(config)
     batches = training_batches(config, state.runtime, load_splits(config.data).train)

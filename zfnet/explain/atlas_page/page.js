@@ -41,7 +41,7 @@ const NUMBERS = {
   effect: (map) => largest(map.effect, 1),
   match: (map) => (map.nearest && map.nearest.length ? map.nearest[0][2] : 0),
 };
-// those of job=verdict; a map without one is not found by a bound, and sorted to the end
+// the scores of job=verdict; no bound matches a map without the score, and sorting puts it at the end
 const scores = [...new Set(maps.flatMap((map) => Object.keys(map.scores || {})))];
 for (const name of scores) NUMBERS[name] = (map) => (name in map.scores ? map.scores[name][0] : NaN);
 
@@ -144,7 +144,7 @@ function showImage(map, place) {
     top: `${100 * top}%`, left: `${100 * left}%`, height: `${100 * (bottom - top)}%`, width: `${100 * (right - left)}%`,
   });
   $("caption").textContent = `${metadata.split} image ${image}, ${classes[label]}: activation ${value} `
-    + `at (${y}, ${x}); outlined is what the unit sees`;
+    + `at (${y}, ${x}); the outline shows what the unit sees`;
   [...$("tiles").children].forEach((item, n) => item.firstChild.setAttribute("aria-pressed", n === place));
 }
 
@@ -209,9 +209,9 @@ function showMap(map) {
   const found = Object.entries(map.scores || {});
   bars("scores", found.map(([name, score]) => [name, score[0], scored(score)]), 1);
   if (metadata.verdict) $("judged").textContent = (found.length
-    ? `in hundredths, 0: chance (but of parts), 100: best; ${found.some(([, score]) => score[1] !== null) ? "± standard error over" : "over"} `
+    ? `in hundredths; 0: chance (except for parts), 100: best; ${found.some(([, score]) => score[1] !== null) ? "± standard error over" : "over"} `
       + `${Math.max(...found.map(([, score]) => score[2]))} of its activations`
-    : "not among the units measured") + `, ${metadata.verdict.split} images, ${metadata.rule}; ${metadata.verdict.name}`;
+    : "none of its activations was measured") + `, ${metadata.verdict.split} images, ${metadata.rule}; ${metadata.verdict.name}`;
   $("link").href = address(map);
   $("json").href = `data:application/json,${encodeURIComponent(JSON.stringify(numbers(map), null, 1))}`;
   $("json").download = `${map.layer.name}_${map.number}.json`;
@@ -272,6 +272,6 @@ for (const [name, has] of [["effect", maps.some((map) => map.effect)], ["match",
 for (const name of scores) $("sort").append(make("option", { value: name, textContent: `verdict: ${name}` }));
 if (scores.length) $("search").title += `; and the verdict's scores, 0 … 1: ${scores.join(", ")}`;
 chooseLayer("");
-// in one file, what is shown may stand further down
+// if the page is one file, the pictures can come after this script
 if (document.readyState === "loading") addEventListener("DOMContentLoaded", follow);
 else follow();

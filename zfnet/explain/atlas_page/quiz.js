@@ -24,7 +24,7 @@ function picture(image, source) { // small ones show their pixels
   image.src = source;
 }
 
-function cell(values) { // of rights, 1 or 0: trials are of different maps, and so independent
+function cell(values) { // values: 1 for a right choice, else 0; trials show different maps, so they are independent
   const n = values.length;
   if (!n) return "";
   const mean = values.reduce((a, b) => a + b, 0) / n;
@@ -46,7 +46,7 @@ function showScore() {
   };
   const conditions = Object.entries(quiz.conditions);
   $("score").replaceChildren(
-    row("given", ...quiz.layers, ...(quiz.layers.length > 1 ? ["all"] : [])),
+    row("pictures", ...quiz.layers, ...(quiz.layers.length > 1 ? ["all"] : [])),
     ...conditions.map(([condition, name]) => row(name, ...quiz.layers.map((layer) => cell(rights(layer, condition))),
       ...(quiz.layers.length > 1 ? [cell(rights("", condition))] : []))),
   );
@@ -81,7 +81,7 @@ function show() {
     return;
   }
   $("number").textContent = `Question ${answers.length + 1} of ${quiz.trials.length}: `
-    + "these pictures are of what excites a map most. Which of the two images excites it more?";
+    + "these pictures show what excites a map most. Which of the two images excites it more?";
   for (const [kind, source] of trial.references) {
     const figure = make("figure", {});
     const image = make("img", { alt: kind });
