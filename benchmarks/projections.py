@@ -254,8 +254,8 @@ def print_result(result: dict[str, Any]) -> None:
     print("\n".join(format_table(lines, "<>>>>>>>>")))
     total = result["all_maps_top_9"]
     print(
-        f"\ntimes: ms per projection; best: how many times as long the fastest of the other three takes"
-        f"\ndifference: the largest, as a fraction of the largest pixel; apart: units above {TOLERANCE:.0e}\n"
+        f"\ntimes: ms per projection; best: the fastest other way, relative to zfnet"
+        f"\ndifference: largest, relative to the largest pixel; apart: units above {TOLERANCE:.0e}\n"
         f"estimate for all {total['projections']:,} projections ({TOP} per map): "
         f"{total['zfnet_seconds']:.0f} s;\nunit by unit with captum {total['captum_seconds']:.0f} s, "
         f"{total['ratio']:.1f} times as long;\nwith each layer's fastest other way {total['ratio_to_best']:.1f} times"

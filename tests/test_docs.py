@@ -289,7 +289,7 @@ def check_sweep(run_py: Callable, words: list[str]) -> None:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name)
 def test_python(workspace: Callable, monkeypatch: pytest.MonkeyPatch, page: Path) -> None:
     if page.name == TESTED_ELSEWHERE:
-        pytest.skip("see the tests of examples/extend")
+        pytest.skip("tests/examples/test_extend.py runs it")
     monkeypatch.setattr(zfnet, "ZFNet", small_zfnet)
     monkeypatch.setattr(zfnet, "compose", lambda words: compose(with_small(words, SMALL)))
     exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {})

@@ -57,14 +57,14 @@ QUICK = ("trainer.threads=1",)
         ),
         (
             ["job=deconvnet", "job.verdict=nowhere"],
-            "job.verdict=nowhere: holds no verdict with maps.csv of this network",
+            "job.verdict=nowhere: contains no verdict of this network with maps.csv",
         ),
         (["job=deconvnet", "job.layers=[]"], "job.layers=[]: names no layer"),
         (["job=deconvnet", "job.top=0"], "job.top=0: must be at least 1"),
         (["job=deconvnet", "job.rule=relu"], "job.rule=relu: must be one of deconvnet, guided or gradient"),
         (["job=deconvnet", "job.split=all"], "job.split=all: must be one of auto, train, validation or test"),
         (["job=deconvnet", "job.tops=3"], "job.tops: no such key"),
-        (["job=deconvnet", "data.image_size=96"], "data.image_size=96: the run's network takes images of 64 px"),
+        (["job=deconvnet", "data.image_size=96"], "data.image_size=96: the run's network expects images of 64 px"),
         (["job=invariance", "job.steps=2"], "job.steps=2: must be at least 3"),
     ],
 )
@@ -81,7 +81,7 @@ def test_analyses_do_not_write_to_the_run(run_py, tiny_run: RunDirectory) -> Non
     before = sorted(p.name for p in tiny_run.folder.iterdir())
     answer = run_py("job=occlusion", f"run={tiny_run.folder}", f"hydra.run.dir={tiny_run.folder}", *QUICK)
     assert answer.code == 1
-    assert "is not empty and holds a run: choose another directory" in answer.err
+    assert "is not empty and contains a run: choose another directory" in answer.err
     assert sorted(p.name for p in tiny_run.folder.iterdir()) == before
 
 

@@ -271,15 +271,15 @@ def test_read_points_follow_their_pixels_into_the_network(loaded: Any, tmp_path:
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        (["image,part,x"], "lacks the column y"),
+        (["image,part,x"], "has no column y"),
         (["x,y,part,image", "20,20,head"], "points.csv, line 2: has no image; it needs image, part, x, y"),
         (["x,y,image,part", "20,20,a.png"], "points.csv, line 2: has no part"),
         (["image,part,x,y", "a.png,eye,1"], "points.csv, line 2: has no y"),
         (["image,part,x,y", "a.png,eye,1,b"], "line 2: x=1, y=b are not numbers"),
-        (["image,part,x,y", "a.png,eye,1,nan", "b.png,eye,1,1"], "eye of a.png lies outside"),
-        (["image,part,x,y", "a.png,eye,1,1", "a.png,eye,1,1"], "line 3: eye of a.png is there already"),
+        (["image,part,x,y", "a.png,eye,1,nan", "b.png,eye,1,1"], "eye of a.png is outside"),
+        (["image,part,x,y", "a.png,eye,1,1", "a.png,eye,1,1"], "line 3: eye of a.png is already listed"),
         (["image,part,x,y", "a.png,eye,60,1", "b.png,nose,30,1"], "image a.png has no nose"),
-        (["image,part,x,y", "a.png,eye,1,1", "b.png,eye,1,1"], "eye of a.png lies outside what the network sees"),
+        (["image,part,x,y", "a.png,eye,1,1", "b.png,eye,1,1"], "eye of a.png is outside the area of the image"),
         (["image,part,x,y", "a.png,eye,60,1"], "names 1 images"),
         (["image,part,x,y", "a.png,eye,60,1", "b.png,eye,9,1"], "a.png has no box: give the object's in the columns"),
         (

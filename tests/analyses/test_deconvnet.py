@@ -305,7 +305,7 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: P
     assert (tmp_path / "photo/figures/photograph_1.png").stat().st_size > 10_000
     assert read_csv(tmp_path / "photo/predictions.csv")[0]["predicted"] == next(iter(run.predict("cat.png")))
     answer = run_py("job=deconvnet", f"run={own}", "images=[cat.png]", "job.pages=.", "hydra.run.dir=y")
-    assert answer.error == "job.pages=.: holds no atlas of this network"
+    assert answer.error == "job.pages=.: contains no atlas of this network"
     answer = run_py("job=deconvnet", f"run={own}", "images=[dog.png]", "hydra.run.dir=y")
     assert "dog.png" in answer.error
     assert json.loads((whole / "controls.json").read_text())["conv4"].keys() == {
@@ -337,7 +337,7 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: P
     answer = run_py(*SMALL, f"run={own}", "hydra.run.dir=part")
     assert "nothing to do" in answer.out
     answer = run_py(*SMALL, f"run={own}", "hydra.run.dir=part", "job.top=2")
-    assert answer.err == ("error: part holds a job with other settings: choose another directory (hydra.run.dir=…)\n")
+    assert answer.err == ("error: part was made with other settings: choose another directory (hydra.run.dir=…)\n")
 
 
 def test_deconvnet_job_refuses_the_runs_own_directory(run_py, tiny_run) -> None:

@@ -372,14 +372,14 @@ def test_the_quiz_becomes_a_page_of_the_atlas(run_py, tiny_run: RunDirectory, ot
     ("words", "expected"),
     [
         ([], "job.other is not set: name a run that was trained independently"),
-        (["job.other=SAME"], "has the weights of run="),
+        (["job.other=SAME"], "has the same weights as run="),
         (["job.other=nowhere"], "run=nowhere: there is no run"),
         (["job.other=OTHER", "job.layers=[fc6]"], "job.layers=fc6: the network has no such convolution"),
         (["job.other=OTHER", "job.features=[conv9]"], "job.features=conv9: the network has no such layer"),
         (["job.other=OTHER", "job.split=validation"], "job.trials=10: needs 200 validation images"),
         (["job.other=OTHER", "job.references=100", "job.trials=1"], "job.references=100: needs 200 "),
         (["job.other=OTHER", "job.extreme=0.6"], "job.extreme=0.6: must be at most 0.5"),
-        (["job.other=OTHER", "job.trials=3", "job.pages=nowhere"], "job.pages=nowhere: holds no atlas of this network"),
+        (["job.other=OTHER", "job.trials=3", "job.pages=nowhere"], "job.pages=nowhere: contains no atlas of this"),
     ],
 )
 def test_forced_choice_refuses_bad_input_in_one_line(

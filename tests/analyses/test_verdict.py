@@ -297,7 +297,7 @@ def test_compare_methods_tells_a_difference_from_none() -> None:
     assert found["random", "Sobel"]["p_holm"] > 0.05
     assert found["random", "gradient"]["p_holm"] < 1e-6
     assert significance_lines("class", list(found.values())) == [
-        "class, deletion: above chance: gradient, all baselines: gradient"
+        "class, deletion: above chance: gradient, above all baselines: gradient"
     ]
     units = torch.cat([torch.full((25,), 0.0), torch.full((25,), 1.0)]).double() + 0.01 * torch.rand(
         50, generator=generator
@@ -309,7 +309,7 @@ def test_compare_methods_tells_a_difference_from_none() -> None:
         Row("class", n, "own", torch.full((9,), v), torch.arange(9)) for n, v in (("random", 0.0), ("guided", 1.0))
     ]
     assert significance_lines("class", compare_methods(always)) == [
-        "class, own: above chance: guided, all baselines: guided"
+        "class, own: above chance: guided, above all baselines: guided"
     ]
 
 
@@ -368,7 +368,7 @@ def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkey
     before = Path("out/metrics/removal.json").read_text()
     assert not Path("out/metrics/stability.json").exists()
     monkeypatch.setitem(METRICS, "stability", verdict.measure_stability)
-    monkeypatch.setitem(METRICS, "removal", lambda study: pytest.fail("measured again"))
+    monkeypatch.setitem(METRICS, "removal", lambda study: pytest.fail("the metric was measured again"))
     answer = run_py(*words)
     assert answer.code == 0, answer.err
     assert Path("out/metrics/removal.json").read_text() == before
@@ -403,7 +403,7 @@ def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkey
     ("words", "expected"),
     [
         (["job.layers=[conv9]"], "job.layers=conv9: the network has no such convolution"),
-        (["job.metrics=[]"], "job.metrics=[]: names no metric; null is all of them"),
+        (["job.metrics=[]"], "job.metrics=[]: names no metric; null means all of them"),
         (["job.metrics=[delition]"], "job.metrics=delition: there is no such metric"),
         (
             ["job.split=validation", "data.validation=0", "trainer.monitor=train_loss"],
@@ -423,7 +423,7 @@ def test_verdict_on_data_without_parts_is_one_line(tiny_run: RunDirectory, tmp_p
     root = write_images(tmp_path / "photos", {"disc": 4, "ring": 4}, size=64)
     words = (*WORDS, "job.layers=[conv1]", "job.metrics=[parts]", "data=folder", f"data.root={root}", "job.split=train")
     config = load_for_job(tiny_run, "job=verdict", *words).config
-    with pytest.raises(verdict.UserError, match=r"job\.metrics=\[parts\]: data=folder lacks the parts, boxes or"):
+    with pytest.raises(verdict.UserError, match=r"job\.metrics=\[parts\]: data=folder does not have the parts, boxes"):
         config.job.main(config, tmp_path / "out")
 
 
@@ -435,5 +435,5 @@ def test_prepare_without_any_active_map_is_one_line(trained: Trained) -> None:
             for name, parameter in step.module.named_parameters():
                 parameter.fill_(-1 if name == "bias" else 0)
     split = chosen_split(loaded)
-    with pytest.raises(verdict.UserError, match=r"job\.layers: of conv1 no map is ever active"):
+    with pytest.raises(verdict.UserError, match=r"job\.layers: no map of conv1 is ever active"):
         prepare(job, loaded, split, ["conv1"])

@@ -195,7 +195,7 @@ def test_resolve_imports_nothing_without_trust(monkeypatch: pytest.MonkeyPatch, 
 def test_resolve_names_a_package_that_is_missing_or_broken(monkeypatch, tmp_path: pathlib.Path) -> None:
     (tmp_path / "broken_module.py").write_text("import no_such_package_at_all\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match=r"install it, put it beside run\.py, or name its folder in PYTHONPATH"):
+    with pytest.raises(UserError, match=r"install it, put it next to run\.py, or add its folder to PYTHONPATH"):
         resolve("optimizer", "no_such_package.Lion", Optimizer, ["no_such_package"])
     with pytest.raises(UserError, match="No module named 'no_such_package_at_all'"):
         resolve("optimizer", "broken_module.Lion", Optimizer, ["broken_module"])
@@ -203,7 +203,7 @@ def test_resolve_names_a_package_that_is_missing_or_broken(monkeypatch, tmp_path
 
 def test_a_modules_getattr_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     module = type(sys)("lazy")
-    module.__getattr__ = lambda name: pytest.fail(f"asked for {name}")
+    module.__getattr__ = lambda name: pytest.fail(f"the attribute {name} was read")
     monkeypatch.setitem(sys.modules, "lazy", module)
     with pytest.raises(UserError):
         resolve("optimizer", "lazy.SGD", Optimizer)

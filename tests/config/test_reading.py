@@ -43,17 +43,17 @@ YAML = {
     "hexadecimal digits": (f"a: 0x{'f' * 500_000}", "more than 100 digits"),
     "a time of day": (f"a: 1{':1' * 200_000}", "more than 100 digits"),
     "a tagged number": (f"a: !!int '{'9' * 500_000}'", "more than 100 digits"),
-    "a key twice": ("b: {a: 1, c: 2, a: 3}", "holds 'a' twice"),
-    "a key twice at the top": ("a: 1\nb: 2\n'a': 3", "holds 'a' twice"),
+    "a key twice": ("b: {a: 1, c: 2, a: 3}", "contains 'a' twice"),
+    "a key twice at the top": ("a: 1\nb: 2\n'a': 3", "contains 'a' twice"),
     "size": (f"a: {'x' * 2**20}", "larger than 1,048,576 bytes"),
-    "a tag of Python's": ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
-    "a date that is none": ("a: 2026-99-99", "month must be in"),
+    "a Python tag": ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+    "an invalid date": ("a: 2026-99-99", "month must be in"),
 }
 JSON = {
     "deep": ("[" * 100_000, "nested too deeply"),
     "deep and closed": ("[" * 60 + "]" * 60, "nested too deeply"),
     "digits": ("9" * 500_000, "more than 100 digits"),
-    "a key twice": ('{"a": {"b": 1, "b": 2}}', "holds 'b' twice"),
+    "a key twice": ('{"a": {"b": 1, "b": 2}}', "contains 'b' twice"),
     "no JSON": ("x", "Expecting value"),
 }
 

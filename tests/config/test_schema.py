@@ -37,7 +37,7 @@ NEEDED = {
 @pytest.mark.parametrize(("group", "name"), RECIPES, ids=lambda v: v)
 def test_every_choice_composes_and_passes_the_checks(group: str, name: str) -> None:
     if (group, name) == ("data", "base"):
-        pytest.skip("holds the keys that the other data sets share")
+        pytest.skip("contains only the keys that the other data sets share")
     if group == "logger" and name in ("wandb", "mlflow", "trackio"):
         pytest.importorskip(name)  # these packages are optional
     config = compose_checked(f"{group}={name}", *NEEDED.get(name, []))
@@ -60,7 +60,7 @@ def test_every_job_file_names_its_class(name: str) -> None:
 )
 def test_every_file_opens_with_its_source_a_command_and_what_to_expect(path: Path) -> None:
     if path == CONF / "local.yaml":
-        pytest.skip("the user's own")
+        pytest.skip("the user's own file")
     lines = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n").splitlines()
     opening = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
     starts = ("# Source: ", "#   python run.py ", "# Expected: ")
@@ -185,7 +185,7 @@ def test_a_record_reads_back_as_the_same_config() -> None:
 
 def test_read_data_names_a_folder_whose_name_is_no_text() -> None:
     plain = dataclasses.asdict(data_config("folder"))
-    with pytest.raises(UserError, match=r"^data\.root: holds bytes that are not valid UTF-8"):
+    with pytest.raises(UserError, match=r"^data\.root: contains bytes that are not valid UTF-8"):
         read_data({**plain, "root": b"photos\xff".decode(errors="surrogateescape")})
 
 
@@ -272,14 +272,14 @@ def test_a_record_without_a_later_key_means_what_there_was_before(group: str, ke
         ),
         (lambda c: c.update(model="zfnet"), "model"),
         (lambda c: c.update(optimizer=None), "optimizer"),
-        (lambda c: c.update(optimizer=["a"]), "optimizer=['a']: must hold keys and values"),
+        (lambda c: c.update(optimizer=["a"]), "optimizer=['a']: must be a mapping of keys to values"),
         (
             lambda c: c.update(callbacks={"_target_": "a.B"}),
-            "callbacks._target_: needs a name above it, as in callbacks",
+            "callbacks._target_: must be under a name of its own, as in callbacks",
         ),
         (
             lambda c: c.update(logger={"_target_": "a.B", "x": 1}),
-            "logger._target_: needs a name above it, as in logger",
+            "logger._target_: must be under a name of its own, as in logger",
         ),
         (lambda c: c["data"].update(name="digits", train={}), "data.name=digits: no such data set; known: cifar10, ci"),
         (lambda c: c.update(seed="x"), "seed"),

@@ -28,7 +28,7 @@ GLOBAL = "# @package _global_\n"
 RUNS_CODE = {
     "callback": {"config.yaml": CALLBACK},
     "callback in an experiment": {"experiment/x.yaml": GLOBAL + CALLBACK},
-    "a date that is none": {"config.yaml": "day: 2026-99-99\n" + CALLBACK},
+    "an invalid date": {"config.yaml": "day: 2026-99-99\n" + CALLBACK},
     "a Python tag": {"config.yaml": "p: !!python/object/apply:pathlib.Path [x]\n" + CALLBACK},
     "escapes": {"config.yaml": f'"\\x68ydr\\u0061": {{"callb\\x61cks": {{"x": {TOUCH}}}}}\n'},
     "an alias": {"config.yaml": f"a: &a {{callbacks: {{x: {TOUCH}}}}}\nhydra: *a\n"},
@@ -38,11 +38,11 @@ RUNS_CODE = {
         "experiment/x.yaml": GLOBAL + "defaults: [/other@hydra.callbacks: bad]\n",
         "other/bad.yaml": f"x: {TOUCH}\n",
     },
-    "a group of Hydra's": {
+    "a Hydra group": {
         "experiment/x.yaml": GLOBAL + "defaults: [override /hydra/callbacks: bad]\n",
         "hydra/callbacks/bad.yaml": f"x: {TOUCH}\n",
     },
-    "a default outside": {
+    "a default outside the folder": {
         "experiment/x.yaml": GLOBAL + "defaults: [../../elsewhere/bad@_global_]\n",
         "../elsewhere/bad.yaml": CALLBACK,
     },
@@ -52,32 +52,32 @@ RUNS_CODE = {
         "config.yaml": "t: pathlib.Path.touch\nhydra: {callbacks: {x: {_target_: '${t}', self: witness}}}\n"
     },
     "a resolver": {"config.yaml": f"hydra: {{callbacks: {{x: \"${{oc.create:'{TOUCH}'}}\"}}}}\n"},
-    "a function of Hydra's": {
+    "a Hydra function": {
         "config.yaml": "hydra: {callbacks: {x: {_target_: hydra.utils.get_object, path: witness_module.x}}}\n"
     },
-    "nested in one of Hydra's": {
+    "nested in a Hydra callback": {
         "config.yaml": "hydra: {callbacks: {x: {_target_: hydra.experimental.callbacks.LogJobReturnCallback, "
         f"y: {TOUCH}}}}}}}\n"
     },
-    "nested in one of ours": {
+    "nested in our callback": {
         "config.yaml": f"hydra: {{callbacks: {{x: {{_target_: zfnet.sweeps.callback.SweepReport, y: {TOUCH}}}}}}}\n"
     },
-    "a factory of log handlers": {
+    "a log handler factory": {
         "config.yaml": "hydra: {job_logging: {version: 1, handlers: {x: {'()': pathlib.Path.touch, self: witness}}}}\n"
     },
-    "a class of log handlers": {
+    "a log handler class": {
         "config.yaml": "hydra: {hydra_logging: {version: 1, handlers: {x: {class: witness_module.Handler}}}}\n"
     },
-    "a harmless key of the same dotted name": {
+    "a harmless key with the same dotted name": {
         "config.yaml": "hydra: {job_logging: {version: 1, handlers: {x: {'()': pathlib.Path.touch, self: witness}}, "
         "handlers.x.(): null, handlers.x.self: null}}\n"
     },
-    "a package to search": {"config.yaml": "hydra: {searchpath: ['pkg://witness_module']}\n"},
-    "a folder to search": {
+    "a package in the search path": {"config.yaml": "hydra: {searchpath: ['pkg://witness_module']}\n"},
+    "a folder in the search path": {
         "config.yaml": "hydra: {searchpath: ['file://../elsewhere']}\ndefaults: [x@_global_: x]\n",
         "../elsewhere/x/x.yaml": CALLBACK,
     },
-    "words of the command line": {
+    "recorded overrides": {
         "optimizer/x.yaml": GLOBAL + "optimizer: {_target_: witness_module.X}\n"
         "hydra: {overrides: {task: ['imports=[witness_module]']}}\n"
     },
@@ -88,11 +88,11 @@ SWEPT = {
         "hydra/launcher/bad.yaml": f"{TOUCH}\n",
     },
     "sweeper": {"config.yaml": "defaults: [override hydra/sweeper: bad]\n", "hydra/sweeper/bad.yaml": f"{TOUCH}\n"},
-    "what a launcher runs": {
+    "a launcher's commands": {
         "experiment/x.yaml": GLOBAL + "defaults: [override /hydra/launcher: submitit_slurm]\n"
         "hydra: {launcher: {setup: ['touch witness']}}\n"
     },
-    "where a search writes": {
+    "a search's storage": {
         "experiment/x.yaml": GLOBAL + "defaults: [override /hydra/sweeper: optuna]\n"
         "hydra: {sweeper: {storage: 'sqlite:////tmp/outside'}}\n"
     },
@@ -101,7 +101,7 @@ SWEPT = {
         "experiment/x.yaml": GLOBAL + "hydra: {job_logging: {version: 1, handlers: {x: {'()': pathlib.Path.touch, "
         "self: witness}}}}\n",
     },
-    "words of the command line": {
+    "sweeper parameters": {
         "experiment/x.yaml": GLOBAL + "optimizer: {_target_: witness_module.X}\n"
         "hydra: {sweeper: {params: {++imports: '[witness_module]'}}}\n"
     },
@@ -167,7 +167,7 @@ def test_a_hostile_folder_runs_nothing_in_a_sweep(run_hostile, kind: str) -> Non
 def test_an_error_is_explained_without_running_anything(run_py, tmp_path: Path, monkeypatch, words: list[str]) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "witness_module.py").write_text("open('witness', 'w').close()\n")
-    folder = folder_of(tmp_path, RUNS_CODE["a package to search"])
+    folder = folder_of(tmp_path, RUNS_CODE["a package in the search path"])
     assert run_py("--config-path", folder, *words).code == 1
     assert not (tmp_path / "witness").exists()
     assert "witness_module" not in sys.modules
@@ -180,7 +180,7 @@ def test_only_the_command_line_sets(run_hostile, key: str, value: object) -> Non
         text = f"{{{name}: {text}}}"
     error = run_hostile({"config.yaml": f"outside: ../outside\nhydra: {text}\n"})
     assert error.startswith(f"hydra.{key}=")
-    assert ": a config folder from elsewhere may not set this" in error
+    assert ": an external config folder may not set this" in error
 
 
 @pytest.mark.parametrize("option", ["--config-di", "--config-d", "-cd"])
@@ -215,7 +215,7 @@ def test_aliases_of_a_folder_from_elsewhere_are_bounded(run_py, tmp_path: Path, 
     folder = folder_of(tmp_path, {place: GLOBAL + "\n".join(["a0: &a0 [1]", *lines])})
     words = ["--config-path", folder] if place == "config.yaml" else ["--config-dir", folder, "experiment=x"]
     answer = run_py(*words)
-    assert answer.error == f"{folder / place} cannot be read: it holds more than 100,000 values"
+    assert answer.error == f"{folder / place} cannot be read: it contains more than 100,000 values"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_aliases_of_a_folder_from_elsewhere_are_bounded(run_py, tmp_path: Path, 
         (b"- " * 50_000, "exceeded maximum nesting depth"),
         (b"a: \0", "control characters are not allowed"),
         (b"\xff\xfe\xff", ""),
-        (b"a: 1\na: 2\n", "it holds 'a' twice"),
+        (b"a: 1\na: 2\n", "it contains 'a' twice"),
     ],
 )
 def test_a_file_of_a_folder_from_elsewhere_that_is_no_config_is_named(
@@ -337,7 +337,7 @@ def test_a_folder_reads_no_environment_and_builds_no_text(run_py, tmp_path: Path
     folder = folder_of(tmp_path, {"experiment/x.yaml": f"{GLOBAL}data: {{root: '{root}'}}\n"})
     answer = run_py("--config-dir", folder, "experiment=x", "job=summary")
     assert answer.code == 1
-    assert answer.err.startswith(f"error: data.root={root}: a config folder from elsewhere may not set this")
+    assert answer.err.startswith(f"error: data.root={root}: an external config folder may not set this")
 
 
 @pytest.mark.parametrize("folder", ["../outside", "/tmp/outside", "${oc.env:OUTSIDE}/outside"])
@@ -355,7 +355,7 @@ def test_own_files_are_parsed_once_until_they_change(tmp_path: Path, monkeypatch
     file.write_text("x: 1")
     source.load_config("a").config.x = 3
     with monkeypatch.context() as patch:
-        patch.setattr(OmegaConf, "load", lambda _: pytest.fail("parsed again"))
+        patch.setattr(OmegaConf, "load", lambda _: pytest.fail("the config was parsed again"))
         assert source.load_config("a").config == {"x": 1}
     file.write_text("x: 25")
     assert source.load_config("a").config == {"x": 25}

@@ -395,10 +395,10 @@ def test_transforms_that_change_the_size_come_after_the_window(side: int) -> Non
 @pytest.mark.parametrize(
     ("operation", "expected"),
     [
-        (Squash(4), "augment.transforms: give [3, 4, 16] of torch.uint8, not uint8 [3, s, s]"),
+        (Squash(4), "augment.transforms: return [3, 4, 16] of torch.uint8, not uint8 [3, s, s]"),
         (Squash(), "augment.transforms: return images of different sizes; end with a resize"),
-        (v2.Grayscale(), "augment.transforms: give [1, 16, 16] of torch.uint8"),
-        (v2.ToDtype(torch.int32), "augment.transforms: give [3, 16, 16] of torch.int32"),
+        (v2.Grayscale(), "augment.transforms: return [1, 16, 16] of torch.uint8"),
+        (v2.ToDtype(torch.int32), "augment.transforms: return [3, 16, 16] of torch.int32"),
     ],
 )
 def test_transforms_that_give_other_shapes_are_refused(operation: nn.Module, expected: str) -> None:

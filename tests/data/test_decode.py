@@ -205,7 +205,7 @@ def hostile_files() -> dict[str, bytes]:
         "header only": whole[:40],
         "flipped bytes": whole[:60] + bytes(255 - b for b in whole[60:90]) + whole[90:],
         "decompression bomb": _png_header(60_000, 60_000),
-        "beyond all bounds": _png_header(2**31 - 1, 2**31 - 1),
+        "largest possible size": _png_header(2**31 - 1, 2**31 - 1),
         "no pixels": _png_header(0, 0),
         "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
         "html": b"<html><body>404</body></html>",
@@ -282,7 +282,7 @@ def _peak() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks of memory can be reset on Linux")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux can reset the memory peak")
 @pytest.mark.parametrize("mode", ["I;16", "F", "RGBA", "RGB"])
 def test_memory_follows_the_number_of_pixels(mode: str, tmp_path: Path) -> None:
     """At most three copies of four bytes per pixel, plus one band; an earlier version took 26 bytes per pixel."""

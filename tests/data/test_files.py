@@ -58,7 +58,7 @@ def test_list_images_follows_links_and_ends_loops(tmp_path: Path) -> None:
         *("0/c/y.png", "0/x.png", "1/x.png", "10/x.png", "11/x.png"),
         *(f"{n}/x.png" for n in range(2, 10)),
     ]
-    assert "to folders that are read already" in str(left_out)
+    assert "to folders that are already read" in str(left_out)
     assert "1 file of unknown format (itself)" in str(left_out)
 
 
@@ -89,7 +89,7 @@ def test_find_images_counts_what_a_folder_holds_beside_images(tmp_path: Path, mo
         "to read .heic, convert them to .jpg or .png"
     )
     Path("photos/a.png").unlink()
-    assert find_images(["photos"])[1]["photos"].startswith("holds no image files; left out: 1 hidden folder")
+    assert find_images(["photos"])[1]["photos"].startswith("contains no image files; left out: 1 hidden folder")
 
 
 def test_find_images_reports_what_names_no_image(tmp_path: Path, monkeypatch) -> None:
@@ -99,7 +99,7 @@ def test_find_images_reports_what_names_no_image(tmp_path: Path, monkeypatch) ->
     images, errors = find_images(["empty", "none.png", "*.jpg", "pipe"])
     assert images == []
     assert errors == {
-        "empty": "holds no image files",
+        "empty": "contains no image files",
         "none.png": "there is no such file",
         "*.jpg": "matches no file",
         "pipe": "is not a regular file",
@@ -232,7 +232,7 @@ def test_find_images_takes_addresses(server: str) -> None:
         ("missing", "the server returned 404"),
         ("hop/5", "more than 5 redirects"),
         ("loop", "more than 5 redirects"),
-        ("escape", "file: is not fetched"),
+        ("escape", "file: is not supported"),
         ("announced", "more than 1 MB"),
         ("short", "the connection ended after 3 of 6 bytes"),
         ("cut", r"cannot be fetched \(IncompleteRead"),

@@ -157,8 +157,8 @@ def test_what_is_left_out_is_counted_in_one_line(config, photos: Path, tmp_path:
     (record,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert record == (
         f"data.root={photos}: left out: 3 hidden folders (.thumbs, .ipynb_checkpoints, __MACOSX), "
-        "2 files outside the class folders (README.md, loose.png), 1 folder beside the splits (predict), "
-        "1 file of unknown format (.heic), 1 link to folders that are read already (round), 1 hidden file (._000.png); "
+        "2 files outside the class folders (README.md, loose.png), 1 folder next to the splits (predict), "
+        "1 file of unknown format (.heic), 1 link to folders that are already read (round), 1 hidden file (._000.png); "
         "to read .heic, convert them to .jpg or .png"
     )
     caplog.clear()
@@ -166,7 +166,7 @@ def test_what_is_left_out_is_counted_in_one_line(config, photos: Path, tmp_path:
         path.rename(path.with_suffix(".heic"))
     (photos / "train/b/more").unlink()
     with pytest.raises(
-        UserError, match=r"to learn the class 'b' from \(left out: .*4 files of unknown format \(.heic\)"
+        UserError, match=r"contains no image files for the class 'b' \(left out: .*4 files of unknown format \(.heic\)"
     ):
         load_folder(config())
 
@@ -237,10 +237,10 @@ def test_messages_about_odd_names_are_one_line(config, photos: Path) -> None:
         (lambda p: None, "there is no such folder"),
         (lambda p: p.mkdir(), "needs at least two class folders"),
         (lambda p: write_images(p, {"a": 3}), "needs at least two class folders with images, has 1"),
-        (lambda p: [(p / c).mkdir(parents=True) for c in "ab"], "hold no image files"),
+        (lambda p: [(p / c).mkdir(parents=True) for c in "ab"], "contain no image files"),
         (
             lambda p: [write_images(p / "train", {"a": 1, "b": 1, "cat": 0}), write_images(p / "val", {"cat": 1})],
-            "train/cat: holds no image files to learn the class 'cat' from",
+            "train/cat: contains no image files for the class 'cat'",
         ),
         (lambda p: write_images(p / "test", {"a": 1, "b": 1}), "has test/ but no train/ folder"),
         (
@@ -304,7 +304,7 @@ def test_the_fingerprint_is_that_of_images_and_labels(config, photos: Path) -> N
 def test_the_cache_is_used(config, photos: Path, monkeypatch) -> None:
     write_images(photos, {"a": 3, "b": 3})
     first = load_folder(config())
-    monkeypatch.setattr(folder_module, "read_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(folder_module, "read_image", lambda *_: pytest.fail("an image was decoded again"))
     second = load_folder(config(validation=0.3))
     assert np.array_equal(first.train.images, second.train.images)
     assert first.fingerprint == second.fingerprint
@@ -358,14 +358,14 @@ def test_equal_names_sizes_and_times_are_not_equal_content(config, photos: Path,
 def test_the_cache_is_found_wherever_the_files_lie(config, photos: Path, monkeypatch) -> None:
     write_images(photos, {"a": 3, "b": 3})
     first = load_folder(config())
-    monkeypatch.setattr(folder_module, "read_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(folder_module, "read_image", lambda *_: pytest.fail("an image was decoded again"))
     photos.rename(photos.with_name("moved"))
     for path in photos.with_name("moved").rglob("*.png"):
         os.utime(path, ns=(0, 10**18))
     moved = config(root=str(photos.with_name("moved")))
     monkeypatch.setattr(folder_module, "_COARSEST_CLOCK_NS", -(10**12))  # trust the times of files that are this new
     assert load_folder(moved).train.images.filename == first.train.images.filename
-    monkeypatch.setattr(folder_module, "_hash_and_size", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(folder_module, "_hash_and_size", lambda *_: pytest.fail("a file was hashed again"))
     assert load_folder(moved).fingerprint == first.fingerprint
 
 

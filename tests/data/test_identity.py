@@ -72,11 +72,11 @@ def remembered(photos: Path) -> dict[str, object]:
     ("change", "expected"),
     [
         (exchange, "other pixels or labels"),
-        (lambda p: write_images(p / "train", {"eel": 3}, size=64), "class 'eel' is new; 21 training images, were 18"),
+        (lambda p: write_images(p / "train", {"eel": 3}, size=64), "class 'eel' is new; 21 training images, not 18"),
         (lambda p: [shutil.rmtree(p / s / "cat") for s in ("train", "test")], "class 'cat' is gone; 10 training"),
-        (lambda p: (p / "test/dog/001.png").unlink(), "3 test images, were 4"),
+        (lambda p: (p / "test/dog/001.png").unlink(), "3 test images, not 4"),
         (lambda p: [(p / s / "cat").rename(p / s / "ant") for s in ("train", "test")], "'ant' is new, 'cat' is gone"),
-        (to_validation, "21 training images, were 18; 1 validation images, were 4"),
+        (to_validation, "21 training images, not 18; 1 validation images, not 4"),
     ],
 )
 def test_difference_sees_pixels_counts_classes_and_splits(photos: Path, change: Callable, expected: str) -> None:

@@ -77,7 +77,7 @@ def test_hold_out_at_its_ends() -> None:
     whole = some_set(torch.arange(10) % 5)
     assert hold_out(whole, 0, 0) == (whole, None)
     for amount in (10, 11, 1000):
-        with pytest.raises(UserError, match="leaves no training images of 10"):
+        with pytest.raises(UserError, match="leaves no training images out of 10"):
             hold_out(whole, amount, 0)
 
 
@@ -131,7 +131,7 @@ print(seen, kibibytes("VmHWM") - before, stored.nbytes // 1024)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_map_larger_than_the_memory_allowed_streams(tmp_path: Path) -> None:
     """Read an epoch from a file four times as large as the memory limit; few pages of the file stay in memory."""
     np.lib.format.open_memmap(tmp_path / "i.npy", "w+", np.uint8, (1024, 256, 256, 3)).flush()  # sparse

@@ -179,7 +179,7 @@ def test_find_atlas_by_its_networks_weights(page: Path, tmp_path: Path, monkeypa
     numbers = Path("outputs/deconvnet/2026-01-03/atlas/atlas.json")
     numbers.write_text(numbers.read_text().replace('"abc"', '"another"'))
     assert find_atlas("abc") == Path("outputs/deconvnet/2026-01-02/atlas/index.html")
-    with pytest.raises(UserError, match=r"job\.pages=outputs/deconvnet/2026-01-03: holds no atlas of this network"):
+    with pytest.raises(UserError, match=r"job\.pages=outputs/deconvnet/2026-01-03: contains no atlas of this network"):
         find_atlas("abc", "outputs/deconvnet/2026-01-03")
 
 
@@ -197,7 +197,7 @@ def test_find_verdict_by_its_networks_weights(tmp_path: Path, monkeypatch: pytes
     found = find_verdict("abc", "guided")
     assert found == Verdict("2026-01-02", "test", {("conv1", 3): {"own": (0.5, None, 1)}})
     for name in ("2026-01-03", "old", "nowhere"):
-        with pytest.raises(UserError, match=rf"job\.verdict=outputs/verdict/{name}: holds no verdict with maps\.csv"):
+        with pytest.raises(UserError, match=rf"job\.verdict=outputs/verdict/{name}: contains no verdict of this"):
             find_verdict("abc", "guided", f"outputs/verdict/{name}")
     with pytest.raises(UserError, match=r"z/verdict\.json cannot be read"):
         find_verdict("abc", "guided", "outputs/verdict/z")
@@ -318,7 +318,7 @@ def test_atlas_in_a_browser(page: Path, tmp_path: Path) -> None:
             "own": {"mean": 0.8, "error": 0.021, "n": 4}
         }
         b.run("location.hash = '#conv1/1'")
-        b.wait("document.getElementById('judged').textContent.startsWith('not among')")
+        b.wait("document.getElementById('judged').textContent.startsWith('none of its')")
         # open a dead map by its address
         b.run("location.hash = '#conv1/3'")
         b.wait("document.getElementById('statistics').textContent.startsWith('Never active')")

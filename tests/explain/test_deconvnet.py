@@ -247,7 +247,7 @@ def test_project_refuses_seeds_and_switches_that_do_not_fit(fields: bool) -> Non
 @pytest.mark.parametrize("layer", ["conv1", "fc6"])
 @pytest.mark.parametrize("shape", [(2, 3, 63, 64), (2, 1, 64, 64), (3, 64, 64)])
 def test_project_refuses_images_of_another_size(layer: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=r"images of shape .*: the network takes \[N, 3, 64, 64\]"):
+    with pytest.raises(UserError, match=r"images of shape .*: the network expects \[N, 3, 64, 64\]"):
         Deconvnet(network()).project(torch.zeros(shape), layer, [(0, 0, 0, 0)])
 
 

@@ -56,7 +56,7 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(branch, tmp_
     with killed_before(2 * STEPS + 1), pytest.raises(Killed):
         branch("two", *extend)
     run = branch("two", *extend)
-    assert "two holds this run already" in branch.out
+    assert "two already contains this run" in branch.out
     assert weights_and_history(run) == weights_and_history(
         train_tiny_exact(tmp_path / "whole", *words, "trainer.epochs=3")
     )
@@ -104,7 +104,7 @@ def test_the_best_epoch_before_a_branch_still_counts(branch, tmp_path: Path, fak
     accuracies[1] = 0.3
     other = branch("three", "job=fork", "run=one", "job.epoch=1", "optimizer.lr=0.1", "trainer.epochs=3")
     assert other.read_json("results.json")["best_epoch"] == 1  # not the parent's epoch 2
-    assert "the weights are of epoch 1 (the parent's), the best of 3" in branch.out
+    assert "the weights are those of epoch 1 (the parent's), the best of 3" in branch.out
 
 
 @pytest.mark.parametrize("word", ["data.split_seed=1", "data.mean=[0.4,0.4,0.4]"])
@@ -133,7 +133,7 @@ def test_the_place_of_the_images_does_not_count(branch, run_py, tmp_path: Path, 
     assert results["best_epoch"] == 1
     assert results["images_per_second"] == pytest.approx(36 * 2 / sum(seconds[2:]), rel=0.02)  # of its two epochs
     assert branch("three", *extend, "data.root=other").read_json("results.json")["best_epoch"] == 4
-    assert "the images are not the parent's: its best epoch does not count" in branch.out
+    assert "the images are not the parent's: the parent's best epoch does not count" in branch.out
     answer = run_py("job=reproduce", "run=two")
     assert "identical: every metric of 4 epochs" in answer.out, answer.err
 
@@ -247,14 +247,14 @@ def test_refusals(run_py, branch, tmp_path: Path) -> None:
         (
             "job=fork run=two-epochs job.epoch=1",
             "job.epoch=1: run=two-epochs keeps the state of epoch 2; job=reproduce run=two-epochs "
-            "trainer.checkpoint_epochs=[1] makes a run to fork instead\n",
+            "trainer.checkpoint_epochs=[1] makes a run that can be forked there\n",
         ),
-        ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: must be the parent's"),
+        ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: must be "),
         (
             "job=fork run=one job.epoch=1 scheduler.warmup_epochs=1.5 job.schedule=restart",
             "scheduler.warmup_epochs=1.5",
         ),
-        ("job=fork run=one job.epoch=1 hydra.run.dir=one", "one holds a run with another config"),
+        ("job=fork run=one job.epoch=1 hydra.run.dir=one", "one contains a run with another config"),
     ):
         answer = run_py(*words.split(), *(["hydra.run.dir=new"] if "hydra.run.dir" not in words else []))
         assert f"{answer.error}\n".startswith(expected), words
@@ -264,4 +264,4 @@ def test_refusals(run_py, branch, tmp_path: Path) -> None:
     for path in step_files(run.checkpoints):
         path.unlink()
     answer = run_py("job=resume", "run=two")
-    assert answer.error == "two/checkpoints lacks the state from which the run began: branch from one again"
+    assert answer.error == "two/checkpoints no longer has the state that the run began with: branch from one again"

@@ -43,13 +43,13 @@ def test_compare_shows_only_what_differs(tmp_path: Path) -> None:
     assert rows_of(comparison, "Results") == [["", "A", "B"], ["validation accuracy", "50.00 %", "25.00 %"]]
     text = to_text(comparison, 80)
     assert "B first differs from A in epoch 1: validation_accuracy 0.5 and 0.25" in text
-    assert "not tested: that takes two or more seeds" in text
+    assert "not tested: a test needs two or more seeds" in text
 
 
 def test_compare_says_that_runs_are_equal(tmp_path: Path) -> None:
     runs = [write_job(tmp_path, f"trainer.log_every={n}", accuracy=0.5) for n in (1, 2)]
     comparison = comparison_of(*(run.folder for run in runs))
-    assert "B equals A in all 2 epochs, weights too" in to_text(comparison, 80)
+    assert "B equals A in all 2 epochs, and in the weights" in to_text(comparison, 80)
     assert rows_of(comparison, "Settings") == [["", "A", "B"], ["trainer.log_every", "1", "2"]]
 
 
@@ -171,7 +171,7 @@ def test_find_trainings_takes_directories_sweeps_and_patterns(tmp_path: Path) ->
     for items, problem in (
         (["nowhere"], "runs: nowhere: there is no training run"),
         ([str(tmp_path / "other")], "there is no training run"),
-        ([str(tmp_path / "optimizer.lr=1")] * 2, "names one training"),
+        ([str(tmp_path / "optimizer.lr=1")] * 2, "names one training run"),
     ):
         with pytest.raises(UserError, match=problem):
             find_trainings(items)

@@ -104,7 +104,7 @@ def test_split_all_is_every_image_once(tiny_run) -> None:
     [
         (["model.dropout=0.5"], "model.dropout=0.5: job=evaluate uses the network and the weights"),
         (["optimizer=sgd"], "optimizer=sgd: job=evaluate uses"),
-        (["data.image_size=128"], "data.image_size=128: the run's network takes images of 64 px"),
+        (["data.image_size=128"], "data.image_size=128: the run's network expects images of 64 px"),
         (["job.split=dev"], "job.split=dev: must be one of test, validation, train or all"),
         (["job.tta=mirror"], "job.tta=mirror: must be one of none, flip, flip_shift or tencrop"),
         (["data=folder", "data.root=strange"], "its class 'cat' is not one of run="),

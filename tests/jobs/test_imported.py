@@ -85,11 +85,11 @@ def test_the_last_layer_need_not_be_the_last_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("fc8.bias"), r"lacks fc8\.bias of model=small"),
+        (lambda s: s.pop("fc8.bias"), r"has no fc8\.bias of model=small"),
         (lambda s: s.update({"fc9.bias": torch.ones(1)}), r"fc9\.bias, which this network does not have"),
         (lambda s: s.update({"conv2.bias": torch.ones(9)}), r"conv2\.bias is \[9\], this network's is \[4\]"),
-        (lambda s: s["conv1.bias"].fill_(torch.nan), r"conv1\.bias holds NaN"),
-        (lambda s: s.clear(), r"lacks conv1\.weight"),
+        (lambda s: s["conv1.bias"].fill_(torch.nan), r"conv1\.bias contains NaN"),
+        (lambda s: s.clear(), r"has no conv1\.weight"),
     ],
 )
 def test_weights_of_another_network_are_refused(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
@@ -109,7 +109,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, monkeypatch: pyte
         Path(name).write_bytes(b"\x08garbage")
     pytest.importorskip("onnx")
     for name in ("evil.pth", "list.pth", "torn.pth", "torn.safetensors", "torn.onnx"):
-        with pytest.raises(UserError, match=rf"^{name}\b.*(is no|holds no|is not|is damaged|has 0 inputs)"):
+        with pytest.raises(UserError, match=rf"^{name}\b.*(is no|contains no|is not|is damaged|has 0 inputs)"):
             import_(tmp_path / "run", name)
     assert not Path("witness").exists()
     with pytest.raises(UserError, match="source=alexnett: there is no such file; did you mean 'alexnet'"):
@@ -203,7 +203,7 @@ def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"model\.layers\[0\]\.type=Bilinear: no such type"):
         build_model(recorded["model"], 5, 19)
     recorded["model"]["layers"][0].update(type="Conv2d", padding_mode="circular")
-    with pytest.raises(UserError, match=r"padding_mode=circular: must hold numbers"):
+    with pytest.raises(UserError, match=r"padding_mode=circular: must be numbers"):
         build_model(recorded["model"], 5, 19)
 
 

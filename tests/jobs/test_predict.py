@@ -67,7 +67,7 @@ def test_predict_job_reports_unreadable_images_and_does_the_rest(run_py, tiny_ru
     unread = {Path(i["image"]).name: i["error"] for i in written["unreadable"]}
     assert unread["gone.png"] == unread["a" * 300] == "there is no such file"
     assert unread["bad.jpg"].startswith("not an image of a known format (JPEG, ")
-    assert unread["passwd"] == "file: is not fetched, only http and https"
+    assert unread["passwd"] == "file: is not supported, only http and https"
     assert "cut.png" in unread
     assert "1 of 6 images" in answer.out
     assert "tall $x_{y.png: data.fit=crop keeps the central 33 %" in answer.out
@@ -104,8 +104,8 @@ def test_predict_job_fails_where_no_image_is_readable(run_py, tiny_run, tmp_path
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("data=cifar100", "data=cifar100: job=predict reads images=[…] and no data set; leave it out"),
-        ("data.subset=5", "data.subset=5: job=predict reads images=[…] and no data set"),
+        ("data=cifar100", "data=cifar100: job=predict reads only images=[…], not a data set; leave it out"),
+        ("data.subset=5", "data.subset=5: job=predict reads only images=[…], not a data set"),
         ("job.top=11", "job.top=11: the run has 10 classes"),
     ],
 )

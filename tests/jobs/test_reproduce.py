@@ -178,7 +178,7 @@ def test_what_cannot_matter_is_no_variation_and_a_stopped_one_goes_on(run_py, ex
 def test_refusals(run_py, exact_run, tmp_path: Path) -> None:
     before = contents(exact_run.folder)
     inside = run_py("job=reproduce", f"run={exact_run.folder}", f"hydra.run.dir={exact_run.folder}")
-    assert (inside.code, "lies in the run itself" in inside.err) == (1, True)
+    assert (inside.code, "is inside the run's own directory" in inside.err) == (1, True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/letter.txt").write_text("mine")
     full = run_py("job=reproduce", f"run={exact_run.folder}", "hydra.run.dir=full")

@@ -30,7 +30,7 @@ def test_the_same_command_goes_on_in_the_same_directory(reference_run, tmp_path:
     train_until_killed(tmp_path / "r", 5)
     answer = run_py(*TINY_EXACT, EVERY_STEP, "hydra.run.dir=r")
     assert answer.code == 0
-    assert "r holds this run already" in answer.out
+    assert "r already contains this run" in answer.out
     assert "continuing from epoch 1, step 5" in answer.out
     assert weights_and_history(RunDirectory(tmp_path / "r")) == reference_run
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*") if p.name != ".lock"}
@@ -44,7 +44,7 @@ def test_another_configs_directory_is_refused_untouched(tmp_path: Path, run_py) 
     before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
     answer = run_py(*TINY_EXACT, "hydra.run.dir=r", "seed=1")
     assert answer.code == 1
-    assert answer.err == ("error: r holds a run with another config: choose another directory (hydra.run.dir=…)\n")
+    assert answer.err == ("error: r contains a run with another config: choose another directory (hydra.run.dir=…)\n")
     assert {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()} == before
 
 
@@ -52,7 +52,7 @@ def test_resume_takes_no_other_settings(tmp_path: Path, run_py) -> None:
     train_until_killed(tmp_path / "r", 2)
     answer = run_py("job=resume", "run=r", "optimizer.lr=0.5")
     assert answer.code == 1
-    assert "takes no others, such as" in answer.err
+    assert "accepts no others, such as" in answer.err
     assert "optimizer.lr=0.5" in answer.err
 
 
@@ -95,8 +95,8 @@ def test_a_finished_run_without_its_weights_is_named(run_py, tmp_path: Path) -> 
     run.weights.unlink()
     answer = run_py("job=resume", "run=r")
     assert answer.error == (
-        "r is finished, but its model.safetensors is gone: python run.py job=reproduce run=r trains it again, in a new "
-        "directory"
+        "r is finished, but its model.safetensors is missing: python run.py job=reproduce run=r trains it again, in a "
+        "new directory"
     )
     assert run.state == "done"
 
@@ -117,7 +117,7 @@ def test_lost_best_weights_are_not_replaced_by_worse_ones(tmp_path: Path, fake_v
     with pytest.raises(UserError) as caught:
         train_tiny_exact(run.folder, EVERY_STEP, "trainer.epochs=3")
     lost = f"{path} {words[harm]}: the weights of the best epoch, 1, are lost"
-    assert str(caught.value).startswith(f"{lost}: delete {run.checkpoints} and give job=resume run={run.folder}")
+    assert str(caught.value).startswith(f"{lost}: delete {run.checkpoints} and run job=resume run={run.folder}")
     assert f"{lost}; unless a later epoch is better" in (run.folder / "train.log").read_text()
     assert not run.weights.exists()
     shutil.rmtree(run.checkpoints)  # as the message says

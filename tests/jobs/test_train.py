@@ -107,7 +107,7 @@ def test_few_images_give_a_warning(tiny_run: RunDirectory, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["data.subset=73"], "data.subset=73: there are 72 training images; null takes all of them"),
+        (["data.subset=73"], "data.subset=73: there are 72 training images; null uses all of them"),
         (["augment.cutout=65"], "augment.cutout=65: must be at most 64, the side of the images it is cut from"),
         (["augment.cutout=33", "data.crop_size=32"], "augment.cutout=33: must be at most 32"),
     ],
@@ -122,7 +122,7 @@ def test_what_does_not_fit_the_images_is_named(tmp_path: Path, words: list[str],
     ("words", "expected"),
     [
         (["trainer.init_from=nowhere.safetensors"], "trainer.init_from=nowhere.safetensors: there is no such file"),
-        (["trainer.init_from=other.safetensors"], "trainer.init_from=other.safetensors: lacks conv1.weight"),
+        (["trainer.init_from=other.safetensors"], "trainer.init_from=other.safetensors: has no conv1.weight"),
         (
             ["augment.transforms=[{_target_:torchvision.transforms.v2.RandomCrop,size:65}]"],
             "augment.transforms.0 (RandomCrop): fails on an image [3, 64, 64]: Required crop size (65, 65)",
@@ -136,11 +136,11 @@ def test_what_does_not_fit_the_images_is_named(tmp_path: Path, words: list[str],
         ),
         (
             ["augment.transforms=[{_target_:torchvision.transforms.v2.CenterCrop,size:[9,10]}]"],
-            "augment.transforms: give [3, 9, 10] of torch.uint8, not uint8 [3, s, s]",
+            "augment.transforms: return [3, 9, 10] of torch.uint8, not uint8 [3, s, s]",
         ),
         (
             ["augment.transforms=[{_target_:torchvision.transforms.v2.ToPILImage}]"],
-            "augment.transforms: give Image; must be a tensor",
+            "augment.transforms: return Image; must be a tensor",
         ),
     ],
 )
@@ -177,6 +177,6 @@ def test_a_directory_that_is_deleted_ends_the_run(tmp_path: Path, monkeypatch, w
 
     monkeypatch.setattr(f"zfnet.training.callbacks.{where}", deleted)
     # the thread that writes the best weights can be the first to notice that the directory is missing
-    gone = r" was deleted during the run \(it lacks config\.yaml\)"
+    gone = r" was deleted during the run \(config\.yaml is missing\)"
     with pytest.raises(UserError, match=rf"/gone({gone}|/checkpoints/best\.safetensors cannot be written: .*No such)"):
         train_tiny_exact(tmp_path / "gone", "trainer.epochs=1")

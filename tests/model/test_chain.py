@@ -146,7 +146,7 @@ class Twice(nn.Module):
         (Functions(lambda x: x.flatten(1).flip(1)), r"the input of fc \(Linear\) is not the output of conv"),
         (Functions(lambda x: x.flatten(1), lambda x: x.softmax(1)), "the network's output is not the output of fc"),
         (Functions(lambda x: x.flatten(1), lambda x: (x, x)), "Functions: returns a tuple"),
-        (Functions(lambda x: x), r"cannot take 3×8×8 images: after conv \(Conv2d\): mat1 and mat2"),
+        (Functions(lambda x: x), r"cannot process 3×8×8 images: after conv \(Conv2d\): mat1 and mat2"),
         (nn.Sequential(nn.Conv2d(3, 2, 3), nn.MaxPool2d(2, return_indices=True)), r"1 \(MaxPool2d\): returns a tuple"),
         (Twice(), r"conv \(Conv2d\): is used twice"),
         (nn.ModuleDict({"a/b": nn.Conv2d(3, 2, 3)}), "a/b: rename this module"),

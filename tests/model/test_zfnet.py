@@ -135,10 +135,10 @@ def test_load_weights_refuses_what_does_not_fit() -> None:
     state = dict(model.state_dict())
     with pytest.raises(UserError, match=r"the weights' fc8.weight is \[4, 11\], this network's is \[3, 11\]"):
         model.load_weights({**state, "fc8.weight": torch.zeros(4, 11)})
-    with pytest.raises(UserError, match=r"the weights hold fc9.bias, which this network does not have"):
+    with pytest.raises(UserError, match=r"the weights contain fc9.bias, which this network does not have"):
         model.load_weights({**state, "fc9.bias": torch.zeros(1)})
     del state["conv2.bias"]
-    with pytest.raises(UserError, match=r"the weights lack conv2.bias"):
+    with pytest.raises(UserError, match=r"conv2.bias is missing from the weights"):
         model.load_weights(state)
 
 
@@ -305,7 +305,7 @@ def test_images_of_another_size_are_named() -> None:
         for use in (model, lambda x: model.activations(x, ["conv5"])):
             with pytest.raises(UserError) as caught:
                 use(torch.zeros(shape))
-            assert str(caught.value) == f"images of shape {list(shape)}: the network takes [N, 3, 64, 64]"
+            assert str(caught.value) == f"images of shape {list(shape)}: the network expects [N, 3, 64, 64]"
     with pytest.raises(UserError, match=r"layers='conv5': must be a list, as in \['conv5'\]"):
         model.activations(torch.zeros(1, 3, 64, 64), "conv5")
 

@@ -105,7 +105,7 @@ def test_draw_curves_shows_what_there_is() -> None:
     axes = draw_curves(history(3, validation_loss=2.0, validation_accuracy=0.4, test_loss=3.0)).axes
     assert [line.get_label() for line in axes[0].lines] == ["train", "validation", "test"]
     assert [line.get_label() for line in axes[1].lines] == ["train", "validation"]
-    assert axes[0].get_ylabel() == "loss (train: of the config; others: cross-entropy)"
+    assert axes[0].get_ylabel() == "loss (train: the config's loss; others: cross-entropy)"
     assert axes[2].lines[0].get_ydata().tolist() == [0.1] * 3
 
 

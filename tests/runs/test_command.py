@@ -332,13 +332,11 @@ def test_a_job_of_ones_own_needs_a_name(run_py, tmp_path: Path) -> None:
     text = "# @package _global_\njob: {_target_: zfnet.jobs.summary.SummaryJob}\n"
     (tmp_path / "own/job/mine.yaml").write_text(text)
     answer = run_py("--config-dir", "own", "job=mine")
-    assert (
-        answer.error == "job._target_=zfnet.jobs.summary.SummaryJob: the job's file must also have a name, under job:"
-    )
+    assert answer.error == "job._target_=zfnet.jobs.summary.SummaryJob: the job's file must also set job.name"
     assert not (tmp_path / "outputs").exists()
 
 
 def test_an_installed_package_says_that_it_lacks_conf(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr("zfnet.runs.command.CONF", tmp_path / "conf")
-    with pytest.raises(UserError, match=r"conf/, which is not at .*/conf: install it by pip install -e \.$"):
+    with pytest.raises(UserError, match=r"conf/, which is not at .*/conf; run pip install -e \.$"):
         composing.compose_raw([])

@@ -55,15 +55,15 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["--lr=0.1"], "--lr: no such option; settings have no dashes, as in optimizer.lr=0.01"),
         (
             ["optimizer.lr=0,001"],
-            "0,001: several values are a sweep, with run.py -m; a decimal number has a point: opti",
+            "0,001: several values need a sweep, run.py -m; write a decimal number with a point: opti",
         ),
-        (["logger=csv,none"], "a list is written logger=[csv,none]"),
-        (["job=summary", "model=[small,zfnet]"], "choose one; several are a sweep, run.py -m model=small,zfnet"),
+        (["logger=csv,none"], "write a list as logger=[csv,none]"),
+        (["job=summary", "model=[small,zfnet]"], "choose one, or sweep over them with run.py -m model=small,zfnet"),
         (
             ["experiment=[quickstart,cifar10_small]"],
-            "choose one; several are a sweep, run.py -m experiment=quickstart,",
+            "choose one, or sweep over them with run.py -m experiment=quickstart,",
         ),
-        (["~loss.weight"], "~loss.weight: is null already"),
+        (["~loss.weight"], "~loss.weight: is already null"),
         (["~optimizer.maximize"], "optimizer.maximize"),
         (["hydra/lancher=basic"], "hydra/lancher: no such group; did you mean 'hydra/launcher'?"),
         (
@@ -72,16 +72,16 @@ hydra: {run: {dir: 'x/${job.name}'}}
         ),
         (["~loss.weigth"], "loss.weigth: no such key; did you mean 'loss.weight'?"),
         (["trainer.freeze=conv1"], "trainer.freeze=conv1: must be a list, as in [conv1]"),
-        (["data.mean=0.5,0.4,0.3"], "a list is written data.mean=[0.5,0.4,0.3]"),
+        (["data.mean=0.5,0.4,0.3"], "write a list as data.mean=[0.5,0.4,0.3]"),
         (["optimizer.lr=choice(1,2"], "optimizer.lr=choice(1,2: must be a number"),
         (["optimizer=sgd", "optimizer.betas=1"], "optimizer.betas: no such key with optimizer=sgd; known: optimizer."),
-        (["model.conv1=[1]"], "model.conv1=[1]: holds keys of its own; set one of them, as in model.conv1.channels="),
+        (["model.conv1=[1]"], "model.conv1=[1]: is a mapping; set one of its keys, as in model.conv1.channels="),
         (["model.conv3=null", "optimizer.lrr=0.1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
         (["job=predict", "run=last", "images="], "images=: is empty; name a file or folder"),
         (["job=compare", "job.sweep="], "job.sweep=: is empty; name a file or folder"),
-        (["optimizer=adamw", "optimizer.foreach=true"], "AdamW takes it: write +optimizer.foreach=true"),
-        (["loss.ignore_index=3"], "is not in conf/loss/, but CrossEntropyLoss takes it: write +loss.ignore_index=3"),
-        (["optimizer.param_groups=[]"], "AdamW takes it: write +optimizer.param_groups=[]"),
+        (["optimizer=adamw", "optimizer.foreach=true"], "AdamW accepts it: write +optimizer.foreach=true"),
+        (["loss.ignore_index=3"], "is not in conf/loss/, but CrossEntropyLoss accepts it: write +loss.ignore_index=3"),
+        (["optimizer.param_groups=[]"], "AdamW accepts it: write +optimizer.param_groups=[]"),
         (["optimizer._target_=torch.optim.AdamWW"], "there is no such name; did you mean 'torch.optim.AdamW'?"),
         (["loss._target_=torch.nn.CrosEntropyLoss"], "did you mean 'torch.nn.CrossEntropyLoss'?"),
         (["model=small", "data.image_size=9"], "set data.image_size="),
@@ -110,8 +110,8 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["job=resume", "run=nowhere"], "run=nowhere: there is no run"),
         (["job=resume", f"run={'a' * 300}"], "aaa: there is no run"),
         (["+loss.reduction=mean"], "loss.reduction=mean: must be sum"),
-        (["run=x"], "job=train reads no run: job=resume continues one"),
-        (["images=cat.jpg"], "job=train reads no image files"),
+        (["run=x"], "job=train does not read a run: job=resume continues one"),
+        (["images=cat.jpg"], "job=train does not read image files"),
         (["optimizer.lr"], "the command line cannot be parsed"),
         (["data.mean=[0.5,0.5]"], "must have 3 values"),
         (["scheduler.interval=year"], "scheduler.interval=year: must be epoch or step"),
@@ -122,14 +122,14 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["seed=${oc.env:ZFNET_NONE}"], "seed: Environment variable 'ZFNET_NONE' not found"),
         (["ü=3"], "the command line cannot be parsed (ü=3): write key=value"),
         (["+data.fit=größe"], "data.fit=größe: must be one of crop or stretch"),
-        (["hydra.run.dir=file"], "the folder file cannot be made (File exists): choose another with hydra.run.dir=…"),
+        (["hydra.run.dir=file"], "the folder file cannot be created (File exists): choose another with hydra.run.dir"),
         (
             ["hydra.run.dir=file/run"],
-            "the folder file/run cannot be made (Not a directory): choose another with hydra.",
+            "the folder file/run cannot be created (Not a directory): choose another with hydra.",
         ),
-        ([f"hydra.run.dir={'x' * 300}"], "x cannot be made (File name too long): choose another with hydra.run.dir=…"),
-        (["-m", "seed=0,1", "hydra.sweep.dir=file/run"], "file/run cannot be made (Not a directory): choose another"),
-        (["-cp", "record", "job=summary"], "job=summary: this config has no choices of jobs; write job.name=summary"),
+        ([f"hydra.run.dir={'x' * 300}"], "x cannot be created (File name too long): choose another with hydra.run"),
+        (["-m", "seed=0,1", "hydra.sweep.dir=file/run"], "file/run cannot be created (Not a directory): choose"),
+        (["-cp", "record", "job=summary"], "job=summary: this config has no group `job`; write job.name=summary"),
         (["-cp", "broken"], "broken/config.yaml, line 3, column 2: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -235,7 +235,7 @@ def test_a_search_path_adds_choices(run_py, tmp_path: Path) -> None:
     [
         (["model=mine", "model.nothing=80"], "model.nothing: no such key with model=mine; known: model."),
         (["optimizer.lrr=1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
-        (["optimizer.lr=0,001"], "optimizer.lr=0,001: several values are a sweep, with run.py -m"),
+        (["optimizer.lr=0,001"], "optimizer.lr=0,001: several values need a sweep, run.py -m"),
         (["model=mina"], "model=mina: no such choice; did you mean 'mine'?"),
         (["-m", "optimizer.lrr=1,2"], "no job has started: optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
         (["-m", "model=mine,mina"], "no job has started: model=mina: no such choice; did you mean 'mine'?"),
@@ -257,9 +257,9 @@ def test_a_fault_is_named_with_a_further_folder(run_py, tmp_path: Path, option: 
         ("experiment=mine", "trainer: {epochs: 3}", "its first line must be # @package _global_"),
         ("debug=mine", "trainer: {epochs: 3}", "its first line must be # @package _global_"),
         ("job=mine", "job: {name: mine}", "its first line must be # @package _global_"),
-        ("job=mine", "# @package _global_\nname: mine", "its keys must be below job:, with # @package _global_ above"),
-        ("model=mine", "", "holds nothing"),
-        ("augment=mine", "# nothing", "holds nothing"),
+        ("job=mine", "# @package _global_\nname: mine", "its keys must be under job:, after # @package _global_"),
+        ("model=mine", "", "is empty"),
+        ("augment=mine", "# nothing", "is empty"),
     ],
 )
 def test_a_choice_whose_file_is_wrong_is_named(run_py, tmp_path: Path, word: str, text: str, expected: str) -> None:
@@ -281,7 +281,7 @@ def test_a_wrong_defaults_list_of_an_experiment(run_py, tmp_path: Path, line: st
 
 @pytest.mark.parametrize("word", ["model=small,zfnet", "seed=0,1", "optimizer.lr=range(1,3)"])
 def test_no_list_is_offered_for_one_value(run_py, word: str) -> None:
-    assert run_py(word).error == f"{word}: several values are a sweep, with run.py -m"
+    assert run_py(word).error == f"{word}: several values need a sweep, run.py -m"
 
 
 def test_a_reason_on_the_second_line_is_shown(run_py, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_unusual_names_are_taken_literally(run_py, tmp_path: Path, monkeypatch) 
         (["expriment=quickstart"], "expriment: no such key; did you mean 'experiment'?"),
         (["optimizer=sdg"], "optimizer=sdg: no such choice; did you mean 'sgd'?"),
         (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number"),
-        (["optimizer.lr=0,001"], "a decimal number has a point: optimizer.lr=0.001"),
+        (["optimizer.lr=0,001"], "write a decimal number with a point: optimizer.lr=0.001"),
         (["optimizer.lr"], "cannot be parsed (optimizer.lr): write key=value"),
         (["model=null"], "model=null: no such choice; known: "),
         ("experiment=quickstart", "give a list of overrides, as in compose(['experiment=quickstart'])"),

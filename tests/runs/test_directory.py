@@ -46,7 +46,7 @@ def test_another_runs_directory_is_refused_and_left_alone(tmp_path: Path) -> Non
     assert claim(run, compose(*TINY)) is False
     before = (run.folder / "config.yaml").read_bytes()
     assert claim(run, compose(*TINY)) is True
-    with pytest.raises(UserError, match="holds a run with another config"):
+    with pytest.raises(UserError, match="contains a run with another config"):
         claim(run, compose(*TINY, "seed=1"))
     assert (run.folder / "config.yaml").read_bytes() == before
 
@@ -144,13 +144,13 @@ def test_a_table_holds_no_formulas(tmp_path: Path) -> None:
 
 def test_a_folder_of_configs_is_no_run(tmp_path: Path) -> None:
     shutil.copy(CONF / "config.yaml", tmp_path)
-    with pytest.raises(UserError, match="is not empty and holds no run"):
+    with pytest.raises(UserError, match="is not empty and contains no run"):
         claim(RunDirectory(tmp_path), compose(*TINY))
 
 
 def test_a_folder_that_holds_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is not empty and holds no run"):
+    with pytest.raises(UserError, match="is not empty and contains no run"):
         claim(RunDirectory(tmp_path), compose(*TINY))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -218,7 +218,7 @@ def test_recorded_bounds_what_aliases_multiply(tmp_path: Path) -> None:
     lines = ["a0: &a0 [1,1,1,1,1,1,1,1,1]"]
     lines += [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
     (tmp_path / "config.yaml").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"config.yaml cannot be read: it holds more than 100,000 values"):
+    with pytest.raises(UserError, match=r"config.yaml cannot be read: it contains more than 100,000 values"):
         RunDirectory(tmp_path).recorded_config()
 
 
@@ -234,7 +234,7 @@ def test_a_run_does_not_write_through_links(tiny_run, tmp_path: Path, name: str)
         place.unlink(missing_ok=True)
     place.parent.mkdir(exist_ok=True)
     place.symlink_to(tmp_path / "elsewhere")
-    refused = pytest.raises(UserError, match=f"{name}: is a link, through which the run would write elsewhere")
+    refused = pytest.raises(UserError, match=f"{name}: is a link, so the run would write elsewhere")
     with refused:
         claim(run, run.read_config())
     with refused, hold_directory(run, "train.log"):  # a continued reproduction calls it alone

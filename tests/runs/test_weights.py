@@ -71,13 +71,13 @@ def header(path: Path) -> tuple[dict, dict]:
         (lambda h: h.update(format="zfnet-9"), "another version of this program"),
         (lambda h: h.pop("format"), "not a file of ZFNet weights"),
         (lambda h: h.pop("classes"), "not a file of ZFNet weights"),
-        (lambda h: h.update(model=None), "model=None: must hold keys and values"),
+        (lambda h: h.update(model=None), "model=None: must be a mapping of keys to values"),
         (lambda h: h["model"].update(norm="os.system"), "model.norm=os.system: must be one of"),
         (lambda h: h["model"].update(extra=1), "model.extra: no such key"),
         (lambda h: h["data"].update(root="${oc.env:HOME}"), "may not contain an interpolation"),
         (lambda h: h["data"].update(image_size=10), "too few for its"),
-        (lambda h: h.update(classes=[]), "its classes are no list"),
-        (lambda h: h.update(classes="abc"), "its classes are no list"),
+        (lambda h: h.update(classes=[]), "its classes are not a list"),
+        (lambda h: h.update(classes="abc"), "its classes are not a list"),
         (lambda h: h.update(stored_size=10**12), "stored_size=1000000000000: must be from 1 to 4096"),
         (lambda h: h.update(stored_size="32"), "stored_size=32: must be from"),
         (lambda h: h.update(stored_size=True), "stored_size=True: must be from"),
@@ -142,13 +142,13 @@ def _changed(state: dict, name: str, value: torch.Tensor) -> dict:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda s: _changed(s, "fc8.bias", torch.full((3,), torch.nan)), "its fc8.bias holds NaN or infinity"),
-        (lambda s: _changed(s, "conv1.weight", s["conv1.weight"] / 0), "its conv1.weight holds NaN or infinity"),
+        (lambda s: _changed(s, "fc8.bias", torch.full((3,), torch.nan)), "its fc8.bias contains NaN or infinity"),
+        (lambda s: _changed(s, "conv1.weight", s["conv1.weight"] / 0), "its conv1.weight contains NaN or infinity"),
         (lambda s: _changed(s, "fc8.bias", s["fc8.bias"].double()), "its fc8.bias is torch.float64, its network's is"),
         (lambda s: _changed(s, "fc8.bias", s["fc8.bias"].half()), "its fc8.bias is torch.float16, its network's is"),
         (lambda s: _changed(s, "fc8.bias", s["fc8.bias"].int()), "its fc8.bias is torch.int32, its network's is"),
-        (lambda s: _changed(s, "more", torch.ones(1)), "the weights hold"),
-        (lambda s: {k: v for k, v in s.items() if k != "fc8.bias"}, "the weights lack fc8.bias"),
+        (lambda s: _changed(s, "more", torch.ones(1)), "the weights contain"),
+        (lambda s: {k: v for k, v in s.items() if k != "fc8.bias"}, "fc8.bias is missing from the weights"),
     ],
 )
 def test_weights_that_are_no_networks_are_one_line(saved, change, expected: str) -> None:
@@ -169,7 +169,7 @@ def test_a_name_that_is_there_twice_is_refused(saved) -> None:
     entry = json.dumps(json.loads(text)["fc8.bias"])
     twice = (text.rstrip()[:-1] + f', "fc8.bias": {entry}}}').encode()
     path.write_bytes(len(twice).to_bytes(8, "little") + twice + content[8 + length :])
-    with pytest.raises(UserError, match=r"it holds 'fc8.bias' twice"):
+    with pytest.raises(UserError, match=r"it contains 'fc8.bias' twice"):
         load_model(path)
 
 
@@ -180,7 +180,7 @@ def test_other_weights_than_the_recorded_are_refused(tiny_run, tmp_path: Path) -
     metadata, state = header(tmp_path / "model.safetensors")
     state["fc8.bias"][0] += 1e-6
     (tmp_path / "model.safetensors").write_bytes(save(state, {"zfnet": json.dumps(metadata)}))
-    with pytest.raises(UserError, match=r"model\.safetensors does not hold the weights that results\.json was"):
+    with pytest.raises(UserError, match=r"model\.safetensors does not contain the weights that results\.json was"):
         load_run(tmp_path)
 
 
@@ -303,7 +303,7 @@ def test_another_kind_of_file_is_refused_and_never_run(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(float("nan"), "its fc8.weight holds NaN"), (3e38, "its network's outputs are not finite")]
+    ("value", "expected"), [(float("nan"), "fc8.weight contains NaN"), (3e38, "its network's outputs are not finite")]
 )
 def test_evaluating_a_network_without_numbers_fails(run_py, tiny_run, tmp_path: Path, value: float, expected) -> None:
     (tmp_path / "run").mkdir()

@@ -98,7 +98,7 @@ def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path) -> None:
     record = (tmp_path / "s/multirun.yaml").read_bytes()
     answer = run_py("-m", *SMALL, "model.dropout=0.3", "seed=0,1,2")
     assert answer.code == 1
-    assert answer.err.startswith("error: 2 of 3 jobs failed\n  seed=0: s/seed=0 holds a run with another config")
+    assert answer.err.startswith("error: 2 of 3 jobs failed\n  seed=0: s/seed=0 contains a run with another config")
     assert files_in(tmp_path / "s/seed=0") == before
     assert (tmp_path / "s/multirun.yaml").read_bytes() == record
     assert "dropout: 0.3" in (tmp_path / "s/multirun-2.yaml").read_text()

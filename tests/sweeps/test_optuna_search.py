@@ -35,7 +35,7 @@ SPACE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "data.batch_size=choice(20
 def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not happened():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.01)
 
 
@@ -84,7 +84,7 @@ def test_a_study_refuses_other_images(tmp_path: Path) -> None:
     assert other_images(study, ["optimizer.lr"], RunDirectory(tmp_path / "failed")) is None
     assert other_images(study, ["optimizer.lr"], marks["one"]) is None
     assert other_images(study, ["optimizer.lr"], marks["two"]) is None
-    assert "other was trained on other images than" in str(other_images(study, ["data.batch_size"], marks["other"]))
+    assert "other was trained on different images from" in str(other_images(study, ["data.batch_size"], marks["other"]))
     assert other_images(study, ["data.root"], marks["other"]) is None
 
 
@@ -223,7 +223,7 @@ def test_ask_is_a_function_of_the_seed_and_of_earlier_trials(run_py, tmp_path, m
         ([*SPACE, "hydra/sweeper/pruner=medium"], "did you mean 'median'?"),
         (
             [*SPACE, "hydra.sweeper.pruner=median"],
-            "hydra.sweeper.pruner=median: choose a file by hydra/sweeper/pruner=…",
+            "hydra.sweeper.pruner=median: choose a file with hydra/sweeper/pruner=…",
         ),
         ([*SPACE, "+hydra.sweeper.sampler_settings.seed=1"], "no such key; did you mean 'sampler'?"),
         ([*SPACE, "+hydra.sweeper.sampler.sed=1"], "did you mean 'seed'?"),

@@ -97,8 +97,8 @@ def test_class_weights_of_another_number_of_classes_are_named(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("NoGradient", "loss (NoGradient): must give one number with a gradient, not []"),
-        ("UnreducedLoss", "loss (UnreducedLoss): must give one number with a gradient, not [3]"),
+        ("NoGradient", "loss (NoGradient): must return one number with a gradient, not []"),
+        ("UnreducedLoss", "loss (UnreducedLoss): must return one number with a gradient, not [3]"),
         ("LossWithParameter", "loss (LossWithParameter): has parameters of its own"),
         ("Squash", "loss (Squash): fails on logits [3, 10] and labels [3]: "),
         ("SoftTargets", "loss (SoftTargets): fails on logits [3, 10] and labels [3]: "),
@@ -149,19 +149,19 @@ def test_network_with_a_fixed_number_of_outputs_may_fit(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     compose_checked(*own_network(*TINY_EXACT))
     assert torch.equal(before, torch.random.get_rng_state())
-    with pytest.raises(UserError, match=r"model \(Fixed\): gives \[2, 7\] for 2 images; must be \[2, 10\]"):
+    with pytest.raises(UserError, match=r"model \(Fixed\): returns \[2, 7\] for 2 images; must be \[2, 10\]"):
         compose_checked(*own_network(*TINY_EXACT), "+model.outputs=7")
     train_without_figures(
         tmp_path / "run", compose_checked(*own_network(*UNKNOWN), "+model.outputs=3", "trainer.epochs=1")
     )
     config = compose_checked(*own_network(*UNKNOWN))
-    with pytest.raises(UserError, match=r"model \(Fixed\): gives \[2, 10\] for 2 images; must be \[2, 3\]"):
+    with pytest.raises(UserError, match=r"model \(Fixed\): returns \[2, 10\] for 2 images; must be \[2, 3\]"):
         train(config, RunDirectory(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("words", [TINY_EXACT, UNKNOWN])
 def test_network_that_gives_more_in_training_mode_is_named(words: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match=r"model \(Fixed\): gives tuple for 2 images in training mode; must be \[2, "):
+    with pytest.raises(UserError, match=r"model \(Fixed\): returns tuple for 2 images in training mode; must be \[2, "):
         compose_checked(*own_network(*words), "+model.second=true")
 
 
@@ -202,9 +202,9 @@ def test_parameter_groups_take_match_ndim_and_lr_scale() -> None:
 @pytest.mark.parametrize(
     ("rules", "expected"),
     [
-        ("[{match:conv9,lr_scale:2}]", "param_groups.0={'match': 'conv9', 'lr_scale': 2}: no parameter fits it"),
-        ("[{match:fc},{match:fc8}]", "param_groups.1={'match': 'fc8'}: no parameter fits it"),
-        ("[{weight_decay:0}]", "param_groups.0={'weight_decay': 0}: names no parameters; set match or ndim"),
+        ("[{match:conv9,lr_scale:2}]", "param_groups.0={'match': 'conv9', 'lr_scale': 2}: no parameter matches"),
+        ("[{match:fc},{match:fc8}]", "param_groups.1={'match': 'fc8'}: no parameter matches"),
+        ("[{weight_decay:0}]", "param_groups.0={'weight_decay': 0}: selects no parameters; set match or ndim"),
         ("['{match:\"(\"}']", "param_groups=['{match:\"(\"}']: must be a list such as"),
         ("[{match:'('}]", "param_groups.0.match=(: "),
         ("3", "param_groups=3: must be a list such as"),
@@ -280,8 +280,8 @@ def test_init_from_refuses_what_does_not_fit(started, tmp_path: Path) -> None:
     weights = load_file(started.weights)
     cases = {
         "shape": ({**weights, "conv1.weight": torch.zeros(4, 3, 5, 5)}, "its conv1.weight is [4, 3, 5, 5]"),
-        "lacks": ({k: v for k, v in weights.items() if k != "conv2.bias"}, "lacks conv2.bias"),
-        "more": ({**weights, "conv7.bias": torch.zeros(1)}, "holds conv7.bias, and the network has no such"),
+        "lacks": ({k: v for k, v in weights.items() if k != "conv2.bias"}, "has no conv2.bias"),
+        "more": ({**weights, "conv7.bias": torch.zeros(1)}, "contains conv7.bias, but the network has no such"),
         "head": ({**weights, "fc8.weight": torch.zeros(10, 3)}, "its fc8.weight is [10, 3]"),
     }
     for name, (state, expected) in cases.items():

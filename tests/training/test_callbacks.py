@@ -163,7 +163,7 @@ def test_early_stopping_is_exact_when_killed_after_the_last_step(
         patch.setattr(owner, attribute, killed)
         with pytest.raises(Killed):
             train_tiny_exact(tmp_path / "run", EVERY_STEP, *EARLY)
-    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("no step is left"))
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("a step was trained"))
     assert weights_and_history(train_tiny_exact(tmp_path / "run", *EARLY)) == expected
 
 
@@ -189,7 +189,7 @@ def test_what_is_not_measured_is_named_before_data_is_read() -> None:
 
 
 def test_what_the_data_does_not_measure_is_named_before_the_first_step(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("a step was trained"))
     words = (EARLY[0], "data.validation=0", "trainer.monitor=train_loss")
     expected = (
         r"callbacks\.early_stopping\.monitor=validation_loss: is not measured; known: train_loss, train_accuracy$"
@@ -225,9 +225,9 @@ def test_a_column_of_ones_own_holds_the_gradients_norm(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("+callbacks.mine.column=seconds",), "callbacks.mine: history.csv has a column seconds already; choose"),
-        (("+callbacks.mine.column=train_loss",), "callbacks.mine: history.csv has a column train_loss already"),
-        (("+callbacks.other._target_=tests.own.GradNorm",), "callbacks.other: history.csv has a column grad_norm al"),
+        (("+callbacks.mine.column=seconds",), "callbacks.mine: history.csv already has a column seconds; choose"),
+        (("+callbacks.mine.column=train_loss",), "callbacks.mine: history.csv already has a column train_loss"),
+        (("+callbacks.other._target_=tests.own.GradNorm",), "callbacks.other: history.csv already has a column grad"),
     ],
 )
 def test_a_column_that_is_taken_is_refused(words: tuple[str, ...], expected: str) -> None:
@@ -237,7 +237,7 @@ def test_a_column_that_is_taken_is_refused(words: tuple[str, ...], expected: str
 
 @pytest.mark.parametrize("name", ["NoMeasure", "ColumnsAsText"])
 def test_columns_that_nothing_measures_are_refused_before_data_is_read(name: str) -> None:
-    with pytest.raises(UserError, match=r"^callbacks\.mine: columns must be a list of names, whose numbers measure"):
+    with pytest.raises(UserError, match=r"^callbacks\.mine: columns must be a list of the names of the values"):
         compose_checked(*TINY_EXACT, *NORM, f"callbacks.mine._target_=tests.own.{name}")
 
 
@@ -301,7 +301,7 @@ def test_callback_hooks_are_called_in_the_documented_order(tmp_path: Path) -> No
 
 def test_callback_that_cannot_be_saved_is_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(StepCounter, "state_dict", lambda self: {"steps": {1, 2}})
-    with pytest.raises(UserError, match=r"callbacks\.mine\.steps: a checkpoint cannot hold a set"):
+    with pytest.raises(UserError, match=r"callbacks\.mine\.steps: a checkpoint cannot store a set"):
         train_tiny_exact(tmp_path / "run", *OWN)
 
 
@@ -372,7 +372,7 @@ def test_a_run_says_how_long_it_takes_and_each_minute_what_is_left(tmp_path: Pat
     monkeypatch.setattr("zfnet.training.callbacks.time", Clock(7))  # called twice in each step
     run = train_tiny_exact(tmp_path / "run", "trainer.log_every=2")
     lines = [line.partition(" INFO ")[2] for line in (run.folder / "train.log").read_text().splitlines()]
-    assert lines.count("about 4 min on this CPU, by its first steps") == 1
+    assert lines.count("about 4 min on this CPU, estimated from the first steps") == 1
     left = [line for line in lines if line.endswith("images/s") and " left, " in line]
     assert left[0].startswith("epoch 1, step 5/8: 3 min left, loss ")
     assert [re.split(r"[:,] ", line)[1:3] for line in left] == [
@@ -387,8 +387,8 @@ def test_a_long_run_on_a_cpu_names_experiments_for_one(tmp_path: Path, monkeypat
     monkeypatch.setattr("zfnet.training.callbacks.time", Clock(600))
     run = train_tiny_exact(tmp_path / "run", f"model={model}")
     log = (run.folder / "train.log").read_text()
-    assert "about 5 h 20 min on this CPU, by its first steps" in log
-    assert ("made for a CPU: experiment=cifar10_fast and, for photographs, photos_small\n" in log) is named
+    assert "about 5 h 20 min on this CPU, estimated from the first steps" in log
+    assert ("experiments for CPUs: cifar10_fast and, for photographs, photos_small\n" in log) is named
 
 
 def test_duration_reads_like_a_clock() -> None:

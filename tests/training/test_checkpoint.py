@@ -330,10 +330,10 @@ def test_pack_and_unpack_give_the_same_nested_value(value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ({"a": [{1, 2}]}, "x.a.0: a checkpoint cannot hold a set"),
-        ([Path("p")], "x.0: a checkpoint cannot hold a PosixPath"),
-        ({"f": print}, "x.f: a checkpoint cannot hold a builtin_function_or_method"),
-        ({("a", 1): 2}, "x: a checkpoint cannot hold a key that is a tuple"),
+        ({"a": [{1, 2}]}, "x.a.0: a checkpoint cannot store a set"),
+        ([Path("p")], "x.0: a checkpoint cannot store a PosixPath"),
+        ({"f": print}, "x.f: a checkpoint cannot store a builtin_function_or_method"),
+        ({("a", 1): 2}, "x: a checkpoint cannot store a key that is a tuple"),
     ],
 )
 def test_pack_refuses_other_types_by_name(value: Any, expected: str) -> None:

@@ -46,9 +46,9 @@ def state_and_batches(*words: str) -> tuple[TrainingState, Batches]:
 
 def test_break_even() -> None:
     words = describe(eager=0.005, compiled=0.004, cost=30.0, steps=2000, steps_per_epoch=100)
-    assert "pays after 300.0 epochs, of 20" in words
+    assert "saves time after 300.0 epochs of 20" in words
     assert max(map(len, words.splitlines())) <= 80
-    assert "never pays; off" in describe(0.004, 0.004, 30.0, 2000, 100)
+    assert "never saves time; off" in describe(0.004, 0.004, 30.0, 2000, 100)
 
 
 @pytest.mark.parametrize("words", [("optimizer=sgd", "scheduler=onecycle", "trainer.ema=0.9"), ("model.norm=batch",)])
@@ -83,7 +83,7 @@ def test_the_network_is_one_graph(norm: str) -> None:
 @pytest.mark.parametrize("word", ["trainer.compile_seconds=1e9", "trainer.compile_gain=1e-9"])
 def test_a_short_run_is_not_tried(trials, word: str) -> None:
     state, batches = state_and_batches("trainer.compile_seconds=1", word)
-    assert "too few for it to pay" in compile_if_faster(state, batches)
+    assert "too few for it to save time" in compile_if_faster(state, batches)
     assert not trials
     assert not state.compiled
 

@@ -39,7 +39,7 @@ def test_the_older_names_of_tf32_can_be_read(trainer: str, loose: bool) -> None:
 def test_too_few_gpus_for_the_processes(monkeypatch, rank: int) -> None:
     """All processes must raise the error: a process that does not would wait for the others."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match=r"trainer\.devices=2: this machine shows 1 CUDA devices"):
+    with pytest.raises(UserError, match=r"trainer\.devices=2: PyTorch sees 1 CUDA devices"):
         resolve_runtime(compose("trainer.device=cuda", "trainer.devices=2").trainer, World(rank, 2, rank))
 
 
@@ -87,7 +87,7 @@ def test_memory_format() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("cuda:99", "CUDA devices to PyTorch"),
+        ("cuda:99", "CUDA devices on this machine"),
         ("cuda:x", "trainer.device=cuda:x: must be one of auto, cpu, cuda, cuda:N, mps"),
         ("cuda:01", "must be one of auto, cpu, cuda, cuda:N, mps"),
         (f"cuda:{10**30}", "must be one of auto, cpu, cuda, cuda:N, mps"),

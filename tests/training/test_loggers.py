@@ -103,7 +103,7 @@ def test_logger_that_fails_is_left_out_with_one_warning(
 
 
 def test_logger_that_cannot_start_is_named_before_the_first_step(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("a step was trained"))
     words = (OWN[0], "+logger.broken._target_=tests.own.Broken", "+logger.broken.method=start")
     with pytest.raises(UserError) as caught:
         train_tiny_exact(tmp_path / "run", *words)

@@ -107,7 +107,7 @@ def test_golden_losses(tmp_path: Path) -> None:
     figures = {k: [row[k] for row in history] for k in ("step", "lr", "train_loss", "validation_loss")}
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps(figures, indent=2) + "\n")
-        pytest.fail(f"{GOLDEN} was missing and has been written: look at it, then commit it")
+        pytest.fail(f"{GOLDEN} was missing and has been written: check it, then commit it")
     for key, expected in json.loads(GOLDEN.read_text()).items():
         assert figures[key] == pytest.approx(expected, rel=1e-3), key
 

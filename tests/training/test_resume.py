@@ -204,7 +204,7 @@ def test_a_signal_after_the_last_step_stops_and_loses_nothing(
     run = RunDirectory(tmp_path / "run")
     assert run.read_json("status.json")["error"] == f"stopped by {signal.Signals(number).name}"
     assert not run.weights.exists()
-    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("it trained again"))
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("a step was trained again"))
     assert weights_and_history(train_tiny_exact(run.folder)) == reference_run
 
 

@@ -191,7 +191,7 @@ def draw_attribution(
             ScalarMappable(Normalize(low, 1), colours),
             cax=figure.add_subplot(grid[-1, first : last + 1]),
             orientation="horizontal",
-            label="of the largest" if low == 0 else "of the largest size",
+            label="fraction of the largest value" if low == 0 else "fraction of the largest absolute value",
             ticks=range(low, 2),
         )
     return figure

@@ -134,7 +134,7 @@ def quarters_of_boxes(loaded: LoadedRun) -> MarkedImages:
     split = chosen_split(loaded)
     if split.images.boxes is None:
         raise UserError(
-            f"data={loaded.data.name}: only data=shapes knows where parts are; name them in a table, job.points=…"
+            f"data={loaded.data.name}: only data=shapes records where parts are; list them in a table, job.points=…"
         )
     chosen = take(loaded, split, sample(loaded, split.images, loaded.config.job.count))
     assert chosen.boxes is not None
@@ -183,7 +183,7 @@ def read_points(loaded: LoadedRun, table: Path) -> MarkedImages:
                 raise UserError(f"{table}: image {name} has no {part}: every image needs every part")
             point = to_input_pixels(parts[part], image.size, size, loaded.data)
             if not all(0 <= p < loaded.data.image_size for p in point):
-                raise UserError(f"{table}: {part} of {name} lies outside what the network sees of the image")
+                raise UserError(f"{table}: {part} of {name} is outside the area of the image that the network sees")
             centres[part][number] = torch.tensor(point)
         around = torch.stack([centres[part][number] for part in order])
         boxes[number] = torch.cat([around.amin(0), around.amax(0)])
@@ -219,14 +219,14 @@ def _read_table(table: Path) -> tuple[dict[str, dict[str, tuple[float, float]]],
             rows = csv.DictReader(file)
             missing = [c for c in COLUMNS if c not in (rows.fieldnames or ())]
             if missing:
-                raise UserError(f"{table}: lacks the column {missing[0]}; it needs {', '.join(COLUMNS)}")
+                raise UserError(f"{table}: has no column {missing[0]}; it needs {', '.join(COLUMNS)}")
             boxed = {"left", "top", "right", "bottom"} <= set(rows.fieldnames or ())
             for line, row in enumerate(rows, 2):
                 if empty := next((c for c in COLUMNS if not row[c]), None):
                     raise UserError(f"{table}, line {line}: has no {empty}; it needs {', '.join(COLUMNS)}")
                 parts = places.setdefault(row["image"], {})
                 if row["part"] in parts:
-                    raise UserError(f"{table}, line {line}: {row['part']} of {row['image']} is there already")
+                    raise UserError(f"{table}, line {line}: {row['part']} of {row['image']} is already listed")
                 for part, (x, y) in {row["part"]: ("x", "y"), **(_CORNERS if boxed else {})}.items():
                     try:
                         parts[part] = (float(row[x]), float(row[y]))
@@ -236,7 +236,7 @@ def _read_table(table: Path) -> tuple[dict[str, dict[str, tuple[float, float]]],
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"job.points={table} cannot be read ({error})") from error
     if len(places) < 2:
-        raise UserError(f"{table}: names {len(places)} images; it takes two to compare")
+        raise UserError(f"{table}: names {len(places)} images; a comparison needs two")
     return places, list(order)
 
 
@@ -403,7 +403,7 @@ def draw_correspondence(measured: Measured, examples: Mapping[str, Tensor]) -> F
     """
     parts, widths = list(examples), (1.15 * len(examples) + 0.3, 3.9 * len(measured.table))
     figure = new_figure(figsize=(sum(widths), 5.2))
-    figure.suptitle("Does hiding the same part of different images change features alike?")
+    figure.suptitle("Does hiding the same part of different images change features in the same way?")
     left, right = figure.subfigures(1, 2, width_ratios=widths)  # type: ignore[misc]
     count, size = next(iter(examples.values())).shape[:2]
     panel = left.subplots()
@@ -428,7 +428,7 @@ def draw_correspondence(measured: Measured, examples: Mapping[str, Tensor]) -> F
         axis.grid(axis="y", visible=False)
         axis.set(
             title=f"{layer} (grey: middle 95 % of {len(measured.places)} same places)",
-            xlabel="agreement κ beyond chance\n(1: the part changes features alike in every image)",
+            xlabel="agreement κ beyond chance\n(1: the same change of features in every image)",
             xlim=(lowest, 1.9 * largest),
         )
     axes[0].set_xticks([tick for tick in axes[0].get_xticks() if lowest <= tick <= 1])

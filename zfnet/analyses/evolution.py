@@ -223,11 +223,11 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> 
         (
             "epoch",
             "correlation_with_previous",
-            "Similarity to the snapshot before\n(dotted: of different maps)",
+            "Similarity to the previous snapshot\n(dotted: of different maps)",
             "correlation",
         ),
         ("previous", "correlation_of_previous_with_last", "Similarity to the last snapshot", "correlation"),
-        ("epoch", "strongest_image_changed", "Maps with a new strongest image", "of the layer's maps"),
+        ("epoch", "strongest_image_changed", "Maps with a new strongest image", "fraction of the layer's maps"),
     )
     for axis, (at, key, title, label) in zip(axes, panels, strict=True):
         for k, layer in enumerate(layers):

@@ -327,7 +327,7 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
     )
     axes[2].set(
         title="Response beyond the stride's Nyquist frequency\n(dashed: median of white-noise filters)",
-        xlabel="of the energy of the filter's responses",
+        xlabel="fraction of the energy of the filter's responses",
         xlim=(0, most),
         ylabel="filters",
     )

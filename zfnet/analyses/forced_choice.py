@@ -97,7 +97,7 @@ class ForcedChoiceJob(Look):
         model, metadata = load_model(find_run(self.other).weights, config.imports)
         if weights_hash(model.state_dict()) == weights:
             raise UserError(
-                f"job.other={self.other}: has the weights of run={config.run}; the observer must be another network"
+                f"job.other={self.other}: has the same weights as run={config.run}; the observer must be another one"
             )
         try:
             there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)

@@ -175,7 +175,7 @@ def square_starts(size: int, patch: int, stride: int) -> Tensor:
     if patch >= size:
         raise UserError(f"job.patch={patch}: the occluder must be smaller than the image, which is {size} px")
     if stride > patch:
-        raise UserError(f"job.stride={stride}: must be at most job.patch={patch}, else some pixels are never covered")
+        raise UserError(f"job.stride={stride}: must be at most job.patch={patch}, so that every pixel is covered")
     places = -(-size // stride)
     beyond = (places - 1) * stride + patch - size
     return torch.arange(places) * stride - beyond // 2

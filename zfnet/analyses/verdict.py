@@ -68,12 +68,12 @@ CLASS, UNITS = "class", "units"  # targets other than layers: the class, and the
 # the scores in the table, the figure and the tests, in the order of the table
 SCORES = {
     "weights": "depends on the weights",
-    "own": "own unit, or class, beside others",
-    "deletion": "removed, it lowers the number",
-    "insertion": "alone, it restores it",
-    "box": "inside the object's box",
-    "mosaic": "right quarter of a mosaic",
-    "parts": "predicts what a part does",
+    "own": "specific to its unit or class",
+    "deletion": "removing it lowers the output",
+    "insertion": "keeping only it restores the output",
+    "box": "in the object's box",
+    "mosaic": "in the correct quarter of a mosaic",
+    "parts": "predicts the effect of a part",
     "stability": "stable under ±1/255",
 }
 _PAIRS_AT_ONCE = 256  # pairs of a unit and another unit's picture
@@ -101,7 +101,7 @@ class VerdictJob(Look):
         layers = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
         metrics = list(dict.fromkeys(METRICS if self.metrics is None else self.metrics))
         if not metrics:
-            raise UserError("job.metrics=[]: names no metric; null is all of them")
+            raise UserError("job.metrics=[]: names no metric; null means all of them")
         for name in metrics:
             if name not in METRICS:
                 raise UserError(f"job.metrics={name}: there is no such metric{did_you_mean(name, list(METRICS))}")
@@ -128,7 +128,7 @@ class VerdictJob(Look):
             if not all_rows:
                 names, data = ",".join(metrics), loaded.data.name
                 raise UserError(
-                    f"job.metrics=[{names}]: data={data} lacks the parts, boxes or four classes that these need; "
+                    f"job.metrics=[{names}]: data={data} does not have the parts, boxes or four classes these need; "
                     "add another metric, such as own"
                 )
             report(run, study, all_rows, origin)
@@ -242,7 +242,7 @@ def prepare(job: VerdictJob, loaded: LoadedRun, split: Split, layers: Sequence[s
         if frame_size(chain, layer) == chain.image_size:
             whole.append(layer)
     if not subjects:
-        raise UserError(f"job.layers: of {', '.join(layers)} no map is ever active, so there is no unit to explain")
+        raise UserError(f"job.layers: no map of {', '.join(layers)} is ever active, so there is no unit to explain")
     if whole:
         log.info("%s: the receptive field is larger than the image; units see all of it", ", ".join(whole))
     numbers = sample(loaded, images, job.images)
@@ -362,7 +362,7 @@ def measure_pointing(study: Study) -> Iterator[Row]:
     target, labels = subject.target, subject.target.units[:, 1]
     boxes = study.split.images.boxes
     if boxes is None:
-        log.info("the data have no boxes around the objects: pointing is measured on mosaics alone")
+        log.info("the data have no boxes around the objects: pointing is measured only on mosaics")
     order = torch.stack([labels[:k].eq(label).sum() for k, label in enumerate(labels)])  # so that classes alternate
     order = (order * len(study.loaded.classes) + labels).argsort()
     fours = [four for four in order.split(4) if len(labels[four].unique()) == 4]
@@ -505,7 +505,7 @@ def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping
     )
     save_figure(draw_verdict(table, [s.name for s in study.subjects]), run.figures / "verdict.png")
     log.info("\n".join([*_table_lines(scores), *_ablation_lines(agreement)]))
-    log.info("What holds (paired t-tests by image, p < %g after Holm):", LEVEL)
+    log.info("Significant differences (paired t-tests by image, p < %g after Holm):", LEVEL)
     for line in holds:
         log.info(textwrap.fill(line, 80, subsequent_indent="  "))
     log.info("written to %s", run.folder)
@@ -568,7 +568,7 @@ def significance_lines(target: str, differences: Sequence[Mapping[str, Any]]) ->
         good = [n for n in names if n not in BASELINES and "random" in above[n]]
         better = [n for n in good if above[n] >= set(BASELINES) & set(names)]
         if of:
-            every = ", all baselines: " + (", ".join(better) or "none")
+            every = ", above all baselines: " + (", ".join(better) or "none")
             lines.append(f"{target}, {measure}: above chance: {', '.join(good) or 'none'}{every if good else ''}")
     return lines
 
@@ -632,7 +632,7 @@ def draw_verdict(table: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> 
     count = len(panels) + len(cascades)
     columns, rows = min(count, 5), -(-count // 5)
     figure = new_figure(figsize=(max(8, 3.2 * columns), 4.3 * rows))
-    figure.suptitle("What the pictures are worth: mean ± standard error; 0: chance, 1: best")
+    figure.suptitle("Scores of the explanation methods: mean ± standard error; 0: chance, 1: best")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, measure in zip(axes, panels, strict=False):
         _draw_score(axis, measure, targets, of, looks)

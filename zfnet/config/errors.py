@@ -56,7 +56,7 @@ def yaml_problem(error: yaml.YAMLError) -> str:
     if mark is None:
         return one_line(error)
     file = "" if mark.name.startswith("<") else f"{mark.name}, "
-    return f"{file}line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'no YAML'}"
+    return f"{file}line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'invalid YAML'}"
 
 
 # messages for pydantic's types of errors, worded like this program's other messages
@@ -70,8 +70,8 @@ _MESSAGES = {
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "list_type": "must be a list, as in [{item}]",
-    "dict_type": "must hold keys and values",
-    "dataclass_type": "must hold keys and values",
+    "dict_type": "must be a mapping of keys to values",
+    "dataclass_type": "must be a mapping of keys to values",
     "literal_error": "must be one of {expected}",
     "greater_than_equal": "must be at least {ge:g}",
     "greater_than": "must be greater than {gt:g}",

@@ -105,7 +105,7 @@ def _look_up(target: str, places: Sequence[str], trusted: bool) -> Any:
             if error.name != name and not name.startswith(f"{error.name}."):  # one of the module's own imports
                 raise UserError(f"{target} cannot be imported: {error}; install it first") from error
             if cut == 1:
-                place = "install it, put it beside run.py, or name its folder in PYTHONPATH"
+                place = "install it, put it next to run.py, or add its folder to PYTHONPATH"
                 raise UserError(f"{target} cannot be imported ({error}): {place}") from error
             break
         except Exception as error:
@@ -189,7 +189,7 @@ def arguments(
         if key in _REFUSED_ARGUMENTS.get(slot, ()) and value is not None:
             raise UserError(f"{slot}.{key}={value}: start from weights with trainer.init_from=… instead")
         if key != "schedulers" and "_target_" in str(value):
-            raise UserError(f"{slot}.{key}={value}: must be a plain value; nothing is constructed inside arguments")
+            raise UserError(f"{slot}.{key}={value}: must be a plain value, because arguments are not instantiated")
         fixed = _is_inside(str(getattr(cls, "__module__", "")), "torch")
         keywords[key] = _check_value(f"{slot}.{key}", value, parameters.get(key), fixed)
         _check_meaning(slot, str(key), value)

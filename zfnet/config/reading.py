@@ -51,7 +51,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return None if node is None else loader.construct_document(node)
     except (LookupError, AttributeError, TypeError) as error:  # PyYAML raises these for `!!int ""`
-        raise ValueError(f"it holds a value that does not fit its tag ({type(error).__name__})") from error
+        raise ValueError(f"it contains a value that does not match its tag ({type(error).__name__})") from error
 
 
 def parse_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
@@ -93,7 +93,7 @@ def _check_nodes(root: yaml.Node) -> None:
         node, depth = waiting.pop()
         count += 1
         if count > _MAX_VALUES:
-            raise ValueError(f"it holds more than {_MAX_VALUES:,} values")
+            raise ValueError(f"it contains more than {_MAX_VALUES:,} values")
         if depth > _MAX_DEPTH:
             raise ValueError("it is nested too deeply")
         if isinstance(node, yaml.ScalarNode):
@@ -102,7 +102,7 @@ def _check_nodes(root: yaml.Node) -> None:
         elif isinstance(node, yaml.MappingNode):
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
             if len(names) > len(set(names)):
-                raise ValueError(f"it holds {Counter(names).most_common(1)[0][0]!r:.80} twice")
+                raise ValueError(f"it contains {Counter(names).most_common(1)[0][0]!r:.80} twice")
             waiting += [(child, depth + 1) for pair in node.value for child in pair]
         else:
             waiting += [(child, depth + 1) for child in node.value]
@@ -112,7 +112,7 @@ def _object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in pairs:
         if name in made:
-            raise ValueError(f"it holds {name!r:.80} twice")
+            raise ValueError(f"it contains {name!r:.80} twice")
         made[name] = value
     return made
 
@@ -137,7 +137,7 @@ def read_config(raw: DictConfig | dict[str, Any], imports: Sequence[str] = ()) -
             plain[key] = [plain[key]]
     for key in ("callbacks", "logger"):
         if isinstance(plain.get(key), dict) and "_target_" in plain[key]:
-            raise UserError(f"{key}._target_: needs a name above it, as in {key}: {{mine: {{_target_: …}}}}")
+            raise UserError(f"{key}._target_: must be under a name of its own, as in {key}: {{mine: {{_target_: …}}}}")
     config = check(Config, upgrade(plain) | {"imports": list(imports)}, "")
     settings = config.job if isinstance(config.job, dict) else {"name": str(config.job)}
     if "_target_" in settings:
@@ -146,7 +146,7 @@ def read_config(raw: DictConfig | dict[str, Any], imports: Sequence[str] = ()) -
     else:  # in a record, only the job's name is used
         config.job = Job(name=str(settings.get("name")))
     if not isinstance(config.model, dict):
-        raise UserError(f"model={config.model}: must hold keys and values")
+        raise UserError(f"model={config.model}: must be a mapping of keys to values")
     if "_target_" not in config.model:
         config.model = check(ModelConfig, config.model, "model")
     config.data = read_data(config.data)
@@ -160,7 +160,7 @@ def read_data(plain: Any) -> DataConfig:
     if name not in DATA:
         problem = f"data.name={name}: no such data set{did_you_mean(str(name), DATA)}"
         if isinstance(plain, dict) and "train" in plain:
-            problem += "; one of your own keeps name: dataset"
+            problem += "; a data set of your own must keep name: dataset"
         raise UserError(problem)
     return check(DATA[name], plain, "data")
 

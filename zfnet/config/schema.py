@@ -22,7 +22,7 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 LARGEST_SIDE = 4096
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]  # side of an image, in pixels
-NO_ROOT = "data.root is not set: name the folder that holds train/ and test/, as in data.root=photos"
+NO_ROOT = "data.root is not set: name the folder that contains train/ and test/, as in data.root=photos"
 MAX_PIXELS = 89_478_485  # per image file: Pillow's own limit, 256 MiB of RGB
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -395,7 +395,7 @@ _adapter = functools.cache(TypeAdapter)  # making an adapter takes ten times as 
 def check(schema: type[T], plain: Any, prefix: str) -> T:
     """Return `plain` as an object of this class; raise UserError that names the first bad key and its value."""
     if not isinstance(plain, dict):
-        raise UserError(f"{prefix}={plain!r:.40}: must hold keys and values")
+        raise UserError(f"{prefix}={plain!r:.40}: must be a mapping of keys to values")
     try:
         # validate JSON: pydantic is then strict about numbers and text, but still converts mappings to dataclasses
         return _adapter(schema).validate_json(json.dumps(plain, default=str))  # type: ignore[arg-type]
@@ -404,6 +404,6 @@ def check(schema: type[T], plain: Any, prefix: str) -> T:
             odd = (k for k, v in flatten(plain).items() if str(v) != str(v).encode(errors="replace").decode())
             if (key := next(odd, None)) is None:  # nested too deeply, or bytes in a key or a list
                 raise UserError(f"{prefix or 'config'}: {one_line(error.errors()[0]['msg'])}") from error
-            key, advice = printable(f"{prefix}.{key}".lstrip(".")), "name it by a link with a plain name"
-            raise UserError(f"{key}: holds bytes that are not valid UTF-8; {advice}") from error
+            key, advice = printable(f"{prefix}.{key}".lstrip(".")), "use a link to it with an ASCII name"
+            raise UserError(f"{key}: contains bytes that are not valid UTF-8; {advice}") from error
         raise UserError(schema_problem(error, schema, plain, prefix)) from error

@@ -219,7 +219,7 @@ def _own_config(choices: Mapping[str, Any], parsed: Sequence[Override]) -> DictC
         return _compose_own(CONF, (*groups, *typed))
     except HydraException as error:
         raise UserError(
-            f"{' '.join(typed or groups)}: not accepted with a config folder from elsewhere ({one_line(error)})"
+            f"{' '.join(typed or groups)}: not accepted with an external config folder ({one_line(error)})"
         ) from error
 
 
@@ -308,6 +308,6 @@ def _value_at(node: Any, key: str) -> Any:
 
 def _refusal(key: str, value: Any) -> UserError:
     return UserError(
-        f"{key}={value!s:.80}: a config folder from elsewhere may not set this, since it can run code or write "
-        f"elsewhere; to set it, use the command line or {CONF.name}/"
+        f"{key}={value!s:.80}: an external config folder may not set this, because it could run code or write "
+        f"elsewhere; set it on the command line or in {CONF.name}/"
     )

@@ -320,11 +320,11 @@ def apply_transforms(
                     given = f"image {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
                     raise UserError(f"{slot}: fails on an {given}: {one_line(error)}") from error
             if not isinstance(image, Tensor):
-                raise UserError(f"augment.transforms: give {type(image).__name__}; must be a tensor, uint8 [3, s, s]")
+                raise UserError(f"augment.transforms: return {type(image).__name__}; must be a tensor, uint8 [3, s, s]")
             if image.is_floating_point():
                 image = image.mul(255).round().clamp(0, 255).to(torch.uint8)
             if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.shape[1] != image.shape[2]:
-                raise UserError(f"augment.transforms: give {list(image.shape)} of {image.dtype}, not uint8 [3, s, s]")
+                raise UserError(f"augment.transforms: return {list(image.shape)} of {image.dtype}, not uint8 [3, s, s]")
             out.append(image)
     if len({image.shape for image in out}) > 1:
         raise UserError("augment.transforms: return images of different sizes; end with a resize")

@@ -49,8 +49,8 @@ class LeftOutNames:
     FORMAT = "file{s} of unknown format"
     HIDDEN_FILE, HIDDEN_FOLDER = "hidden file{s}", "hidden folder{s}"
     UNREADABLE = "folder{s} that cannot be read"
-    LINK = "link{s} to folders that are read already"
-    LOOSE, BESIDE = "file{s} outside the class folders", "folder{s} beside the splits"
+    LINK = "link{s} to folders that are already read"
+    LOOSE, BESIDE = "file{s} outside the class folders", "folder{s} next to the splits"
 
     def __init__(self) -> None:
         self.names: dict[str, list[str]] = {}
@@ -136,7 +136,7 @@ def find_images(items: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             left_out = LeftOutNames()
             names += (images := list_images(path, left_out))
             if not images:
-                errors[item] = f"holds no image files{f'; left out: {left_out}' if left_out.names else ''}"
+                errors[item] = f"contains no image files{f'; left out: {left_out}' if left_out.names else ''}"
             elif left_out.names:
                 log.warning("%s: left out: %s", printable(item), left_out)
         elif os.path.isfile(path):
@@ -202,7 +202,7 @@ def _download(address: str, deadline: float) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
         scheme = urllib.parse.urlsplit(address).scheme.lower()
         if scheme not in ("http", "https"):
-            raise UnreadableImage(f"{scheme}: is not fetched, only http and https")
+            raise UnreadableImage(f"{scheme}: is not supported, only http and https")
         request = urllib.request.Request(address, headers={"User-Agent": "zfnet"})
         try:
             with opener.open(request, timeout=_SOCKET_TIMEOUT_S) as response:

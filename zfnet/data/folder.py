@@ -103,7 +103,7 @@ def load_folder(data: FolderData) -> Splits:
 def _list_files(root: Path) -> _Listing:
     if not root.is_dir():
         problem = (
-            "is a file; name the folder that holds train/ and test/" if root.is_file() else "there is no such folder"
+            "is a file; name the folder that contains train/ and test/" if root.is_file() else "there is no such folder"
         )
         raise UserError(f"data.root={printable(root)}: {problem}")
     listing = _Listing(root)
@@ -131,11 +131,11 @@ def _list_files(root: Path) -> _Listing:
     learned = {label for label, split in pairs if split in ("train", "all")}
     left_out = f" (left out: {listing.left_out})" if listing.left_out.names else ""
     if not learned:
-        raise UserError(f"{listing}: its class folders hold no image files{left_out}")
+        raise UserError(f"{listing}: its class folders contain no image files{left_out}")
     for label, (name, path) in enumerate(classes.items()):
         if label not in learned:
             raise UserError(
-                f"{printable(path)}: holds no image files to learn the class '{name}' from{left_out}; "
+                f"{printable(path)}: contains no image files for the class '{name}'{left_out}; "
                 "put some there or remove the folder"
             )
     return listing
@@ -261,7 +261,7 @@ def _load_cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, dict[
         fingerprint = str(manifest["fingerprint"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"the image cache {printable(folder)} is damaged ({type(error).__name__}): delete it, and it is made again"
+            f"the image cache {printable(folder)} is damaged ({type(error).__name__}): delete it to create it again"
         ) from error
     if unreadable and data.on_error == "stop":  # the cache was built with on_error=skip
         raise _cannot_be_read(listing, *next(iter(unreadable.items())))

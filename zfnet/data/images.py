@@ -127,7 +127,7 @@ class Splits:
             counts = counts if isinstance(counts, dict) else current
             for name in dict.fromkeys([*counts, *current]) if sizes else ():
                 if (old := counts.get(name, 0)) != (new := current.get(name, 0)):
-                    words.append(f"{new:,} {printable(name)} images, were {old}")
+                    words.append(f"{new:,} {printable(name)} images, not {old}")
         if not words and environment["data_fingerprint"] != self.fingerprint:
             words.append("other pixels or labels")
         return "; ".join(words) or None
@@ -167,7 +167,7 @@ def hold_out(train: ImageSet, amount: float, seed: int) -> tuple[ImageSet, Image
         return train, None
     count = max(1, round(amount * len(train))) if amount < 1 else int(amount)
     if count >= len(train):
-        raise UserError(f"data.validation={amount:g}: leaves no training images of {len(train)}")
+        raise UserError(f"data.validation={amount:g}: leaves no training images out of {len(train)}")
     held_out, kept = stratified(train.labels, count, seed)
     return train.take(kept), train.take(held_out)
 

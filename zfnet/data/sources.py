@@ -236,7 +236,7 @@ def _read_or_download(cls: type, name: str, folder: Path, **settings: Any) -> An
         reason = one_line(getattr(error, "reason", None) or error)
         raise UserError(
             f"{name} is not in {folder.absolute()} and could not be downloaded ({reason}): set data.root=… to a folder "
-            "that holds it, or try the built-in images with experiment=quickstart"
+            "that contains it, or try the built-in images with experiment=quickstart"
         ) from error
     finally:
         socket.setdefaulttimeout(before)

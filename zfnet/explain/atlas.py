@@ -250,7 +250,7 @@ def find_atlas(weights: str, folder: str | None = None) -> Path | None:
             if page.is_file():
                 return page
     if folder is not None:
-        raise UserError(f"job.pages={folder}: holds no atlas of this network")
+        raise UserError(f"job.pages={folder}: contains no atlas of this network")
     return None
 
 
@@ -273,7 +273,7 @@ def find_verdict(weights: str, method: str, folder: str | None = None) -> Verdic
                 if folder is not None:
                     raise
     if folder is not None:
-        raise UserError(f"job.verdict={folder}: holds no verdict with maps.csv of this network")
+        raise UserError(f"job.verdict={folder}: contains no verdict of this network with maps.csv")
     return None
 
 

@@ -76,7 +76,7 @@ def pick_layers(
         raise UserError(f"{key}: the network has no {what}")
     names = [names] if isinstance(names, str) else names
     if names is not None and not names:
-        raise UserError(f"{key}=[]: names no layer; null is the default")
+        raise UserError(f"{key}=[]: names no layer; null means the default")
     for name in names or ():
         if name not in known:
             raise UserError(f"{key}={name}: the network has no such {what}{did_you_mean(name, known)}")
@@ -200,7 +200,7 @@ def read_files(loaded: LoadedRun, items: Sequence[str]) -> tuple[Tensor, list[st
     for item, problem in problems.items():
         raise UserError(f"{item}: {problem}")
     if not 1 <= len(images) <= _MAX_FILES:
-        raise UserError(f"images: {len(images)} are named; a figure holds 1 to {_MAX_FILES}")
+        raise UserError(f"images: {len(images)} are given; a figure shows 1 to {_MAX_FILES}")
     pixels, size = [], loaded.metadata.stored_size
     for image in images:
         try:

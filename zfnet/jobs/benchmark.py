@@ -253,7 +253,7 @@ def print_result(result: Result) -> None:
     table = [[row[k] for k in shown] for row in rows]
     print("\n".join(format_table(table, "<>>>>>"[: len(shown)], 80, shrink=[0])))
     phases, total = result["breakdown_seconds"], sum(result["breakdown_seconds"].values())
-    print(f"\none step ({result['contenders'][0]['name']}), the device waited for after each phase")
+    print(f"\none step ({result['contenders'][0]['name']}), with a synchronization after each phase")
     lines = [(f"  {phase}", f"{1000 * s:.2f} ms", f"{s / total:.1%}") for phase, s in phases.items()]
     print("\n".join(format_table(lines, "<>>")))
     print(
@@ -284,7 +284,7 @@ def draw_benchmark(result: Result) -> Figure:
         ratio = f"  ({rows[0]['name']}: {row['first_is_faster_by']:.2f}× as fast)" if y else ""
         upper.text(max(speeds), y, f" {row['median']:.1f}{ratio}", va="center")
     upper.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    upper.set(title="Training, data included (dots: turns)", xlabel="images per second")
+    upper.set(title="Training, including data loading (dots: rounds)", xlabel="images per second")
     upper.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.45 * max(max(r["images_per_second"]) for r in rows)))
     upper.grid(axis="y", visible=False)
     total, left = sum(phases.values()), 0.0

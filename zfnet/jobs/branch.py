@@ -102,7 +102,7 @@ class ForkJob(BranchJob):
         problem = f"job.epoch={self.epoch}: {keeps}"
         if self.epoch <= len(parent.read_history()):
             command = f"job=reproduce run={parent.folder} trainer.checkpoint_epochs=[{self.epoch}]"
-            problem += f"; {command} makes a run to fork instead"
+            problem += f"; {command} makes a run that can be forked there"
         raise UserError(problem)
 
 
@@ -112,7 +112,7 @@ def _state_files(parent: RunDirectory, epoch: int) -> tuple[Path, Path]:
         return parent.checkpoints / epoch_name(epoch), parent.checkpoints / epoch_name(epoch, best=True)
     files = step_files(parent.checkpoints)
     if not files:
-        raise UserError(f"{parent.checkpoints} holds no checkpoint: job=reproduce run={parent.folder} trains it again")
+        raise UserError(f"{parent.checkpoints} has no checkpoint: job=reproduce run={parent.folder} trains it again")
     return files[-1], parent.checkpoints / BEST_FILE
 
 
@@ -146,7 +146,7 @@ def _check(config: Config) -> None:
     )
     for key in [*now, *before]:
         if before.get(key) != now.get(key) and key not in _CHANGEABLE_KEYS:
-            raise UserError(f"{key}={now.get(key)}: must be the parent's, {before.get(key)}")
+            raise UserError(f"{key}={now.get(key)}: must be {before.get(key)}, as in the parent")
     if config.trainer.init_from != config.parent.config["trainer"]["init_from"]:
         raise UserError(f"trainer.init_from={config.trainer.init_from}: the run begins with its parent's weights")
     check_recipe(config)  # check again, because the schedule's length has changed

@@ -104,7 +104,7 @@ def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
             raise UserError(f"runs: {item}: there is no training run (no history.csv)")
         by_path |= {run.folder.resolve(): run for run in runs}
     if len(by_path) < 2:
-        raise UserError(f"runs: {', '.join(items)}: names one training; it takes two to compare")
+        raise UserError(f"runs: {', '.join(items)}: names one training run; a comparison needs two")
     return list(by_path.values())
 
 
@@ -128,7 +128,7 @@ def group(runs: Sequence[Trained]) -> list[Group]:
         print(f"{run.name} is left out: another run has the same settings and seed", file=sys.stderr)
     if len(groups) > len(LETTERS):
         raise UserError(
-            f"runs: {len(groups)} settings are named, and at most {len(LETTERS)} are compared; "
+            f"runs: {len(groups)} settings are named, and at most {len(LETTERS)} can be compared; "
             "job=compare job.sweep=<dir> ranks a whole sweep"
         )
     return [Group(letter, members) for letter, members in zip(LETTERS, groups, strict=False)]
@@ -221,7 +221,7 @@ def _results(groups: Sequence[Group], split: str) -> list[list[str]]:
         ]
         rows.append([key.replace("_", " "), *columns])
     weights = [_shared(str(r.results.get("weights_sha256", ABSENT))[:10] for r in g.runs) for g in groups]
-    rows.append(["weights' hash", *map(str, weights)])
+    rows.append(["hash of the weights", *map(str, weights)])
     return [row for n, row in enumerate(rows) if n == 0 or len(set(row[1:])) > 1]
 
 
@@ -246,7 +246,7 @@ def _first_differences(groups: Sequence[Group]) -> list[str]:
         divergence = first_difference(a.history, b.history)
         if divergence is None:
             same = a.results.get("weights_sha256") == b.results.get("weights_sha256")
-            weights = "" if not a.results or not b.results else f", weights {'too' if same else 'not'}"
+            weights = "" if not a.results or not b.results else f", {'and' if same else 'but not'} in the weights"
             lines.append(f"{other.letter} equals {first.letter} in all {len(a.history)} epochs{of_seed}{weights}")
         else:
             was, now = (ABSENT if v is None else f"{v:.6g}" for v in (divergence["recorded"], divergence["now"]))
@@ -266,7 +266,7 @@ def _tests(groups: Sequence[Group], split: str) -> tuple[list[dict[str, Any]], S
         if (result := difference(better.values(split), other.values(split))) is not None:
             pairs.append((better, other, result))
     if not pairs:
-        note = "not tested: that takes two or more seeds of each setting, as in -m seed=0,1,2"
+        note = "not tested: a test needs two or more seeds of each setting, as in -m seed=0,1,2"
         if sum(len(g.values(split)) > 1 for g in ranked) > 1:
             note = "not tested: the differences do not vary from seed to seed"
         return [], Section(title, [], notes=(note,))
@@ -288,7 +288,7 @@ def _tests(groups: Sequence[Group], split: str) -> tuple[list[dict[str, Any]], S
                 f"{t['p_holm']:.2g}",
             ]
         )
-    notes = [f"? is not distinguishable: p is {LEVEL} or more"] if any(not t["holds"] for t in shown) else []
+    notes = [f"? means not significant: p is {LEVEL} or more"] if any(not t["holds"] for t in shown) else []
     if len(tests) > 1:
         notes.append(f"p is corrected for {len(tests)} tests (Holm); the intervals are not")
     if len(shown) < len(tests):

@@ -173,7 +173,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # PyTorch raises many errors for a damaged file, and advises unsafe loading
         raise UserError(
-            f"{path} is damaged, or holds more than torch.save(model.state_dict()) writes: tensors by name"
+            f"{path} is damaged, or contains more than torch.save(model.state_dict()) writes: tensors by name"
         ) from error
     for key in ("state_dict", "model"):  # a checkpoint has its state dict here
         content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
@@ -198,7 +198,7 @@ def _state_dict(path: Path, config: Config) -> _Found:
     order = _empty_state(config.model, config.data.image_size, config.imports)
     for key in order:
         if key not in state:
-            raise UserError(f"{path}: lacks {key} of model={model_name(config.model)}; has {', '.join([*state][:4])} …")
+            raise UserError(f"{path}: has no {key} of model={model_name(config.model)}, but {', '.join([*state][:4])}…")
     others = {key: value for key, value in state.items() if key not in order}  # refused later, by name
     # find the last layer by its shapes, which depend on the number of classes; it can be anywhere in the file
     more = _empty_state(config.model, config.data.image_size, config.imports, classes=11)
@@ -222,7 +222,7 @@ def _onnx(path: Path, config: Config) -> _Found:
     layers, state, image_size = read_onnx(path, config.data.image_size)
     for name, value in state.items():
         if value.numel() > 1 and name.endswith(".weight") and value.min() == value.max():
-            log.warning("%s: all values of %s are equal: it holds no trained weights", path, name)
+            log.warning("%s: all values of %s are equal: the file contains no trained weights", path, name)
             break
     return {"_target_": "zfnet.model.onnx_graph.Sequence", "layers": layers}, state, image_size
 

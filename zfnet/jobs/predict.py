@@ -61,7 +61,7 @@ class PredictJob(Job):
             raise UserError("job=predict needs images, as in 'images=[cat.jpg,photos/,https://…]'")
         for key, override in config.overridden.items():
             if key == "data" or (key.startswith("data.") and key.removeprefix("data.") not in _DATA_KEYS):
-                raise UserError(f"{override}: job=predict reads images=[…] and no data set; leave it out")
+                raise UserError(f"{override}: job=predict reads only images=[…], not a data set; leave it out")
         images, errors = find_images(config.images)
         if not images:
             raise _none_readable(errors)

@@ -30,7 +30,7 @@ class ReproduceJob(Job):
             raise UserError("job=reproduce does not run under torchrun: set trainer.devices=<processes> instead")
         original = _find_finished(config)
         if output.resolve().is_relative_to(original.folder.resolve()):
-            raise UserError(f"hydra.run.dir={output}: lies in the run itself; choose a directory of its own")
+            raise UserError(f"hydra.run.dir={output}: is inside the run's own directory; choose another")
         check_initial_weights(config)
         run = RunDirectory(output)
         with claim_directory(run, config, "reproduce.log", new=True) as stop:
@@ -78,9 +78,9 @@ def _find_finished(config: Config) -> RunDirectory:
         )
     results, history = original.read_json("results.json"), original.read_history()
     if not isinstance(results, dict) or "weights_sha256" not in results:
-        raise UserError(f"{original.folder / 'results.json'} holds no results, {nothing}")
+        raise UserError(f"{original.folder / 'results.json'} contains no results, {nothing}")
     if not history or any("train_loss" not in row for row in history):
-        raise UserError(f"{original.folder / 'history.csv'} holds no epochs, {nothing}")
+        raise UserError(f"{original.folder / 'history.csv'} contains no epochs, {nothing}")
     return original
 
 

@@ -26,7 +26,7 @@ class ResumeJob(Job):
         for key, override in config.overridden.items():
             if key not in free:
                 raise UserError(
-                    f"job=resume uses the run's own settings and takes no others, such as {override}: "
+                    f"job=resume uses the run's own settings and accepts no others, such as {override}: "
                     "start a new run for other settings"
                 )
         run = RunDirectory(str(config.run))

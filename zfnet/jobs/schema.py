@@ -16,9 +16,9 @@ from zfnet.config.trust import CONF
 from zfnet.runs.directory import write_atomically
 from zfnet.runs.hydra_record import described_keys
 
-_TARGET = {"_target_": {"type": "string", "description": "a class, by its dotted name"}}
+_TARGET = {"_target_": {"type": "string", "description": "dotted name of a class"}}
 _PART = {"type": "object", "properties": _TARGET}  # the class defines the other keys
-_DEFAULTS = {"type": "array", "description": "Hydra's defaults list: what this file builds on"}
+_DEFAULTS = {"type": "array", "description": "Hydra's defaults list: the configs that this file extends"}
 # a file can take a value from another key (`${…}`) or leave it to the user (`???`)
 _INTERPOLATION = {"type": "string", "pattern": r"^(\$\{.*\}|\?\?\?)$"}
 _GLOBAL = ("config", "experiment", "debug", "job")  # the files of these groups contain whole configs
@@ -35,7 +35,7 @@ class SchemaJob(Job):
         for group, schema in group_schemas().items():
             write_atomically(folder / f"{group}.json", json.dumps(schema, indent=1) + "\n")
         path = os.path.relpath(folder / "optimizer.json", CONF / "optimizer")
-        print(f"written to {folder}; to use a schema, begin a file, such as one in conf/optimizer, with this line:")
+        print(f"written to {folder}; to use one, begin a file (such as one in conf/optimizer) with this line:")
         print(f"# yaml-language-server: $schema={path}")
 
 

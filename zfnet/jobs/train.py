@@ -121,11 +121,11 @@ def train(
         if begin is not None:
             begin()
         if config.job.name == "train" and run.state != "none":
-            print(f"{run.folder} holds this run already")
+            print(f"{run.folder} already contains this run")
         if run.state == "done":
             if not run.weights.is_file():
                 raise UserError(
-                    f"{run.folder} is finished, but its {run.weights.name} is gone: python run.py job=reproduce "
+                    f"{run.folder} is finished, but its {run.weights.name} is missing: python run.py job=reproduce "
                     f"run={run.folder} trains it again, in a new directory"
                 )
             if config.data.root != run.read_config(config.imports).data.root:
@@ -217,7 +217,7 @@ def _train(
         )
     if saved is None and config.parent is not None:
         raise UserError(
-            f"{run.checkpoints} lacks the state from which the run began: branch from {config.parent.run} again"
+            f"{run.checkpoints} no longer has the state that the run began with: branch from {config.parent.run} again"
         )
     if not world.is_main:
         if saved is not None:
@@ -270,8 +270,8 @@ def _train(
             best, problem = _best_checkpoint(run, state)
             if best is None:  # the weights of a worse epoch must not replace the best ones
                 raise UserError(
-                    f"{problem}: delete {run.checkpoints} and give job=resume run={run.folder} to train from the "
-                    "start again"
+                    f"{problem}: delete {run.checkpoints} and run job=resume run={run.folder} to train again from "
+                    "the start"
                 )
             state.eval_model.load_state_dict(best.tensors)
             state.best = best.metadata
@@ -318,10 +318,10 @@ def _callbacks(
 def _advise(state: TrainingState, seconds: float) -> str:
     """Return the expected duration of a run and, if it is long on a CPU, the experiments made for CPUs."""
     device = {"cpu": "this CPU", "cuda": "this GPU"}.get(state.runtime.device.type, "this device")
-    advice = f"about {cb.format_duration(seconds)} on {device}, by its first steps"
+    advice = f"about {cb.format_duration(seconds)} on {device}, estimated from the first steps"
     alone = state.runtime.device.type == "cpu" and state.world.size == 1
     if alone and seconds >= _LONG_RUN_SECONDS and model_name(state.config.model) not in _CPU_MODELS:
-        advice += "; made for a CPU: experiment=cifar10_fast and, for photographs, photos_small"
+        advice += "; experiments for CPUs: cifar10_fast and, for photographs, photos_small"
     return advice
 
 
@@ -371,7 +371,7 @@ def _check_images(splits: Splits, config: Config) -> None:
         )
     if data.subset is not None and data.subset > len(splits.train):
         raise UserError(
-            f"data.subset={data.subset}: there are {len(splits.train)} training images; null takes all of them"
+            f"data.subset={data.subset}: there are {len(splits.train)} training images; null uses all of them"
         )
     side = data.crop_size or splits.train.images.shape[1]
     if config.augment.cutout > side:
@@ -387,7 +387,7 @@ def _best_checkpoint(run: RunDirectory, state: TrainingState) -> tuple[Checkpoin
     """
     if state.best is None:
         return None, None
-    path, problem = run.checkpoints / BEST_FILE, "holds the weights of a worse epoch"
+    path, problem = run.checkpoints / BEST_FILE, "contains the weights of a worse epoch"
     try:
         best = read_checkpoint(path)
         if not state.is_better(state.best, best.metadata):
@@ -461,7 +461,7 @@ def _print_results(config: Config, run: RunDirectory, results: dict[str, Any]) -
     best, last = results["best_epoch"], results["epochs"]
     if best is not None and best < last:
         parents = config.parent is not None and best <= config.parent.epoch
-        log.info("the weights are of epoch %d%s, the best of %d", best, " (the parent's)" * parents, last)
+        log.info("the weights are those of epoch %d%s, the best of %d", best, " (the parent's)" * parents, last)
     if names:
         log_per_class(results[names[-1]])
     if results["test_seen_each_epoch"]:

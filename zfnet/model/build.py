@@ -61,7 +61,7 @@ def check_logits(network: nn.Module, num_classes: int | None, image_size: int, t
     shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.ndim != 2 or shape != [2, num_classes or logits.shape[1]]:
         wanted = f"[2, {num_classes or 'classes'}]"
-        raise UserError(f"model ({name}): gives {shape} for 2 images{mode}; must be {wanted}")
+        raise UserError(f"model ({name}): returns {shape} for 2 images{mode}; must be {wanted}")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -84,7 +84,7 @@ def refuse_not_finite(path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise UserError if any weight is NaN or infinite."""
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f"{path}: its {name} holds NaN or infinity: its training diverged, or the file is damaged")
+            raise UserError(f"{path}: its {name} contains NaN or infinity: training diverged, or the file is damaged")
 
 
 def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
@@ -106,7 +106,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
     fresh = []
     for name, value in own.items():
         if name not in state:
-            raise UserError(f"trainer.init_from={path}: lacks {name}")
+            raise UserError(f"trainer.init_from={path}: has no {name}")
         if state[name].is_floating_point() != value.is_floating_point():
             raise UserError(
                 f"trainer.init_from={path}: its {name} is {state[name].dtype}, this network's is {value.dtype}"
@@ -121,7 +121,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
             state[name] = value
     for name in state:
         if name not in own:
-            raise UserError(f"trainer.init_from={path}: holds {name}, and the network has no such weight")
+            raise UserError(f"trainer.init_from={path}: contains {name}, but the network has no such weight")
     refuse_not_finite(path, state)
     model.load_state_dict(state)
     return fresh

@@ -86,7 +86,7 @@ class Chain:
         wanted = self.steps[0].input_shape
         if images.ndim != 1 + len(wanted) or images.shape[1:] != wanted:
             raise UserError(
-                f"images of shape {list(images.shape)}: the network takes [N, {', '.join(map(str, wanted))}]"
+                f"images of shape {list(images.shape)}: the network expects [N, {', '.join(map(str, wanted))}]"
             )
 
     @full_precision()
@@ -156,7 +156,7 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         name = f"{names[module]} ({type(module).__name__})"
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-            raise UserError(f"{name}: takes {len(inputs)} inputs; a chain passes on one tensor")
+            raise UserError(f"{name}: has {len(inputs)} inputs; a chain passes on one tensor")
         connect(inputs[0], f"the input of {name}")
 
     def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
@@ -178,7 +178,7 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
     except Exception as error:  # user code can raise any exception
         place = f"after {steps[-1]}" if steps else "at the first module"
         raise UserError(
-            f"the network cannot take {channels}×{image_size}×{image_size} images: {place}: {one_line(error)}"
+            f"the network cannot process {channels}×{image_size}×{image_size} images: {place}: {one_line(error)}"
         ) from error
     finally:
         for hook in hooks:

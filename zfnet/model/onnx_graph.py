@@ -44,7 +44,7 @@ class Sequence(nn.Sequential):
             for key, value in settings.items():
                 for v in value if isinstance(value, list) else [value]:
                     if not isinstance(v, (int, float)) or (key in _SIZE_ARGUMENTS and v > LARGEST_SIDE):
-                        raise UserError(f"model.layers[{number}].{key}={value!s:.40}: must hold numbers within bounds")
+                        raise UserError(f"model.layers[{number}].{key}={value!s:.40}: must be numbers within bounds")
             arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
             self.add_module(name, _MODULES[kind](**arguments))
 
@@ -109,7 +109,7 @@ class _Reader:
             raise ValueError(f"its weights are {_shapes(weights)}, must be {_shapes(module.state_dict())}")
         self.x = module(self.x)
         if self.x.numel() > _MOST_OUTPUT_VALUES:
-            raise ValueError(f"gives {list(self.x.shape)} for an image: too large")
+            raise ValueError(f"outputs {list(self.x.shape)} for an image: too large")
         taken = {layer["name"] for layer in self.layers}
         number = next(n for n in range(1, len(taken) + 2) if f"{name}{n}" not in taken)
         if name in ("conv", "fc"):
@@ -139,7 +139,7 @@ class _Reader:
             places = [entry.value for entry in tensor.external_data if entry.key == "location"]
             beside = os.path.realpath(os.path.join(folder, *places[:1]))
             if len(places) != 1 or os.path.dirname(beside) != folder or not os.path.isfile(beside):
-                raise ValueError(f"its weights lie in {printable(places)}, which is not a file beside {self.path.name}")
+                raise ValueError(f"its weights are in {printable(places)}, not in a file next to {self.path.name}")
         try:
             value = torch.from_numpy(self.onnx.numpy_helper.to_array(tensor, folder).copy())
         except Exception as error:  # onnx raises many kinds of errors for a damaged tensor
@@ -181,7 +181,7 @@ def read_onnx(path: Path, image_size: int) -> tuple[list[dict[str, Any]], dict[s
     ):
         raise UserError(f"{path}: is not a chain from its input to its output with a convolution or a linear layer")
     if reader.x.ndim != 2:
-        raise UserError(f"{path}: gives {list(reader.x.shape)} for an image; must give one number for each class")
+        raise UserError(f"{path}: outputs {list(reader.x.shape)} for an image; must output one number for each class")
     return reader.layers, reader.state, reader.image_size
 
 

@@ -109,7 +109,7 @@ class ZFNet(nn.Module):
         """
         size = self.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise UserError(f"images of shape {list(images.shape)}: the network takes [N, 3, {size}, {size}]")
+            raise UserError(f"images of shape {list(images.shape)}: the network expects [N, 3, {size}, {size}]")
         x = images
         for name in self.steps:
             module = self._modules[name]
@@ -156,10 +156,10 @@ class ZFNet(nn.Module):
         renamed = self.translate_names(state)
         own = self.state_dict()
         for name in own.keys() - renamed.keys():
-            raise UserError(f"the weights lack {name}")
+            raise UserError(f"{name} is missing from the weights")
         for name, value in renamed.items():
             if name not in own:
-                raise UserError(f"the weights hold {name}, which this network does not have")
+                raise UserError(f"the weights contain {name}, which this network does not have")
             if own[name].shape != value.shape:
                 raise UserError(
                     f"the weights' {name} is {list(value.shape)}, this network's is {list(own[name].shape)}"
@@ -205,7 +205,7 @@ def _sizes(model: ModelConfig, image_size: int) -> tuple[dict[str, tuple[int, in
             return sizes, f"{layer} receives {n}×{n} pixels, too few for its {k}×{k} kernel (padding {conv.padding})"
         out = n = (n + 2 * conv.padding - k) // conv.stride + 1
         if out > _LARGEST_OUTPUT_SIDE:  # large padding needs much memory, even with small weights
-            raise UserError(f"{layer} gives {out}×{out} pixels, more than {_LARGEST_OUTPUT_SIDE}: lower its padding")
+            raise UserError(f"{layer} outputs {out}×{out} pixels, more than {_LARGEST_OUTPUT_SIDE}: lower its padding")
         if (pool := pool_of(model, layer)) is not None:
             try:
                 n = pool(torch.empty(1, 1, out, out, device="meta")).shape[-1]

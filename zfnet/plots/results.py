@@ -99,11 +99,11 @@ def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
             if any(v is not None for v in values):
                 axis.plot(epochs, values, ".-", color=colour, label=name)
         axis.legend()
-    axes[0].set(title="Loss", ylabel="loss (train: of the config; others: cross-entropy)")
-    axes[1].set(title="Accuracy (train: while the weights change)", ylabel="correctly classified images")
+    axes[0].set(title="Loss", ylabel="loss (train: the config's loss; others: cross-entropy)")
+    axes[1].set(title="Accuracy (train: measured during the epoch)", ylabel="correctly classified images")
     axes[1].yaxis.set_major_formatter(PercentFormatter(1))
     axes[2].plot(epochs, [row["lr"] for row in history], ".-", color=SOFT)
-    axes[2].set(title="Learning rate", ylabel="at the epoch's last step")
+    axes[2].set(title="Learning rate", ylabel="at the last step of the epoch")
     axes[2].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     for axis in axes:
         epoch_axis(axis, epochs)
@@ -120,7 +120,7 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str], what: str = "
     axis = figure.subplots()
     heat = axis.imshow(rates, cmap="Blues", vmin=0, vmax=1)
     axis.grid(False)
-    bar = figure.colorbar(heat, ax=axis, shrink=0.7, label="of the true class's images")
+    bar = figure.colorbar(heat, ax=axis, shrink=0.7, label="fraction of the true class's images")
     bar.ax.yaxis.set_major_formatter("{x:.0%}")
     cell = "% of the true class's images" + (", and their number" if count <= 12 else "")
     correct = f"{100 * evaluation.accuracy:.2f} % of {counts.sum():,} images are correct"
@@ -158,7 +158,7 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str], what: str = "
     ticks, names = _axis_ticks(len(classes)), plain(classes)
     axis.set_yticks(ticks, [names[t] for t in ticks], fontsize=8 if len(classes) <= _MAX_NUMBERED_CLASSES else 6)
     axis.invert_yaxis()
-    lines = f"dashed: all images, {evaluation.accuracy:.2%}; dotted: mean of classes, {mean:.2%}"
+    lines = f"dashed: all images, {evaluation.accuracy:.2%}; dotted: mean over classes, {mean:.2%}"
     title = f"Accuracy by class{what and f' ({what})'}\n{lines}"
     axis.set(xlim=(0, 1.14), title=title, xlabel="correctly classified images")
     axis.set_xticks(np.linspace(0, 1, 6))

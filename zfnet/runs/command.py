@@ -116,43 +116,43 @@ def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[An
         # Hydra would merge the files of several choices
         if isinstance(value, list) and len(value) > 1 and override.key_or_group in _SINGLE_CHOICE:
             several = f"{override.key_or_group}={','.join(map(str, value))}"
-            raise UserError(f"{override.input_line}: choose one; several are a sweep, run.py -m {several}")
+            raise UserError(f"{override.input_line}: choose one, or sweep over them with run.py -m {several}")
         if value == {}:
             raise UserError(f"{override.input_line}: is empty; set keys, as in {override.key_or_group}.KEY=VALUE")
         if value == "" and override.key_or_group in _PATH_KEYS:  # for example, an unset shell variable
             raise UserError(f"{override.input_line}: is empty; name a file or folder")
     if isinstance(raw.get("job"), str):  # in a record given by --config-path, job is not a group
-        raise UserError(f"job={raw.job}: this config has no choices of jobs; write job.name={raw.job}")
+        raise UserError(f"job={raw.job}: this config has no group `job`; write job.name={raw.job}")
     chosen = {o.key_or_group: f"{o.key_or_group}/{o.value()}.yaml" for o in parsed}
     for group, misplaced in (("experiment", "experiment"), ("debug", "debug"), ("job", "job.job")):
         if group in chosen and OmegaConf.is_dict(OmegaConf.select(raw, misplaced)):
             raise UserError(f"{chosen[group]}: its first line must be # @package _global_")
     for group in _SINGLE_CHOICE:
         if raw.get(group) == {}:
-            raise UserError(f"{chosen.get(group, f'the file of {group}')}: holds nothing")
+            raise UserError(f"{chosen.get(group, f'the file of {group}')}: is empty")
     # a command trusts the packages in its own overrides and in the project's own `conf/`
     own_imports = [o for o in overrides if o.lstrip("+").startswith("imports=")]
     imports = imported_packages(compose_raw(own_imports) if from_elsewhere else raw)
     target, name = (OmegaConf.select(raw, f"job.{key}") for key in ("_target_", "name"))
     if target is None and name is None and "job" in chosen:
-        raise UserError(f"{chosen['job']}: its keys must be below job:, with # @package _global_ above")
+        raise UserError(f"{chosen['job']}: its keys must be under job:, after # @package _global_")
     if target is None:
-        raise UserError(f"job.name={name}: choose a job by job=NAME, such as job=train")
+        raise UserError(f"job.name={name}: choose a job with job=NAME, such as job=train")
     if name is None:
-        raise UserError(f"job._target_={target}: the job's file must also have a name, under job:")
+        raise UserError(f"job._target_={target}: the job's file must also set job.name")
     job_class = resolve("job", target, Job, imports)
     job, run = f"job={name}", raw.get("run")
     if raw.get("images") is not None and not job_class.reads_images:
-        raise UserError(f"{job} reads no image files: leave images=… out")
+        raise UserError(f"{job} does not read image files: leave out images=…")
     if run is None:
         if job_class.reads_run == "needed":
             raise UserError(f"{job} needs run=<dir>: the directory of a run, or run=last for the newest one")
         config = read_config(raw, imports)
         if from_elsewhere:
-            _refuse_remote_loggers(config.logger, overrides, "a config folder from elsewhere:")
+            _refuse_remote_loggers(config.logger, overrides, "an external config folder:")
     elif job_class.reads_run == "refused":
         raise UserError(
-            f"{job} reads no run: job=resume continues one, job=reproduce runs one again, in a new directory"
+            f"{job} does not read a run: job=resume continues one, and job=reproduce repeats one in a new directory"
         )
     else:
         base = find_run(str(run))
@@ -230,8 +230,8 @@ def _refuse_remote_loggers(loggers: Any, overrides: Sequence[str], whose: str) -
         for key, harmless in _REMOTE_KEYS.items():
             if isinstance(settings, dict) and settings.get(key) not in harmless:
                 raise UserError(
-                    f"{whose} logger.{name}.{key}={settings[key]} sends results elsewhere; name the "
-                    f"loggers yourself, as in logger={name} or logger=none"
+                    f"{whose} logger.{name}.{key}={settings[key]} sends results elsewhere; choose "
+                    f"the loggers yourself, as in logger={name} or logger=none"
                 )
 
 
@@ -277,7 +277,7 @@ def _names_a_value(text: Any, values: Mapping[str, Any]) -> bool:
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
     """Compose this project's `conf/` with these overrides; works inside and outside a Hydra program."""
     if not CONF.is_dir():  # only an editable install has the repository's conf/
-        raise UserError(f"compose needs the repository's conf/, which is not at {CONF}: install it by pip install -e .")
+        raise UserError(f"compose needs the repository's conf/, which is not at {CONF}; run pip install -e .")
     program = GlobalHydra.instance().hydra  # compose replaces a running program's state, so restore it below
     GlobalHydra.instance().clear()
     try:

@@ -124,8 +124,8 @@ def explain(error: Exception, argv: Sequence[str] | None = None, loader: ConfigL
         return f"out of memory ({first}): lower data.batch_size or the network's sizes"
     if isinstance(error, OSError) and error.__traceback__ and _makes_run_directory(error):
         return (
-            f"the folder {error.filename} cannot be made ({error.strerror}): choose another with hydra.run.dir=… or, "
-            "of a sweep, hydra.sweep.dir=…"
+            f"the folder {error.filename} cannot be created ({error.strerror}): choose another with hydra.run.dir=…, "
+            "or hydra.sweep.dir=… for a sweep"
         )
     return f"{type(error).__name__}: {first} (HYDRA_FULL_ERROR=1 shows where)"
 
@@ -193,7 +193,7 @@ def find_bad_override(argv: Sequence[str], loader: ConfigLoader | None = None) -
         return None
     for o in overrides:
         if o.key_or_group == "job" and not has_jobs:  # the config is a run's record, without groups
-            return f"{o.input_line}: this config has no choices of jobs; write job.name={o.value()}"
+            return f"{o.input_line}: this config has no group `job`; write job.name={o.value()}"
     return next(filter(None, (_override_problem(o, groups, list_group, composed, sweeps) for o in overrides)), None)
 
 
@@ -214,16 +214,16 @@ def _override_problem(
     if override.is_sweep_override() and not sweeps:
         value = (compose() or {}).get(key)
         lists = key in ("logger", "callbacks") or isinstance(value, list)
-        advice = f"; a list is written {key}=[{given}]" if lists else ""
+        advice = f"; write a list as {key}=[{given}]" if lists else ""
         if isinstance(value, float) and _DECIMAL_COMMA.fullmatch(given):
-            advice = f"; a decimal number has a point: {key}={given.replace(',', '.')}"
-        return f"{text}: several values are a sweep, with run.py -m{advice}"
+            advice = f"; write a decimal number with a point: {key}={given.replace(',', '.')}"
+        return f"{text}: several values need a sweep, run.py -m{advice}"
     if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
         return None  # Hydra expands the pattern itself
     values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value()
     values = values if isinstance(values, list) else [values]
     if key == "hydra/launcher" and (extra := _EXTRA_OF.get(str(values[0]))):
-        return f"{key}={values[0]} needs packages of its own: pip install -e '.[{extra}]'"
+        return f"{key}={values[0]} needs additional packages: pip install -e '.[{extra}]'"
     if key.startswith("hydra."):
         return None
     if choices := list_group(key):
@@ -244,18 +244,18 @@ def _override_problem(
         return None
     known = {".".join(name.split(".")[: n + 1]) for name in composed for n in range(name.count(".") + 1)}
     if override.is_delete() and composed.get(key, key) is None:
-        return f"{text}: is null already, and Hydra cannot delete it; leave it out"
+        return f"{text}: is already null, and Hydra cannot delete it; leave it out"
     if key in known:
         below = sorted(name for name in known if name.rpartition(".")[0] == key)
         if below and not isinstance(override.value(), (dict, type(None))) and not override.is_sweep_override():
-            return f"{text}: holds keys of its own; set one of them, as in {below[0]}=VALUE"
+            return f"{text}: is a mapping; set one of its keys, as in {below[0]}=VALUE"
         return None
     group, _, name = key.partition(".")
     with contextlib.suppress(UserError, ValueError):
         target = composed.get(f"{group}._target_")
         taken = [*inspect.signature(resolve(group, target, object)).parameters, *_EXTRA_KEYS.get(group, ())]
         if name in taken and not override.is_delete():
-            return f"{key}: is not in conf/{group}/, but {str(target).rpartition('.')[2]} takes it: write +{text}"
+            return f"{key}: is not in conf/{group}/, but {str(target).rpartition('.')[2]} accepts it: write +{text}"
     parent, _, last = key.rpartition(".")
     beside = {k.removeprefix(f"{parent}."): k for k in known if k.rpartition(".")[0] == parent}
     longer = sorted((k for k in known if k.endswith(f".{key}")), key=len)

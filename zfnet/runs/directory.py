@@ -137,7 +137,7 @@ class RunDirectory:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be made: {error.strerror or error}") from error
+            raise UserError(f"{self.folder} cannot be created: {error.strerror or error}") from error
         with self.lock():
             resumed = self._belongs_to(config, new)  # again: another process may have claimed it
             if not resumed:
@@ -151,7 +151,7 @@ class RunDirectory:
         if recorded and not new:
             if self.read_config().identity() != config.identity():
                 raise UserError(
-                    f"{self.folder} holds a run with another config: choose another directory (hydra.run.dir=…)"
+                    f"{self.folder} contains a run with another config: choose another directory (hydra.run.dir=…)"
                 )
             return True
         try:
@@ -161,7 +161,7 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.folder} cannot be read: {error.strerror or error}") from error
         if any(name not in (*BEFORE_RUN, *_written_by_hydra()) and not _PARTIAL.fullmatch(name) for name in names):
-            content = "holds a run" if recorded else "holds no run"
+            content = "contains a run" if recorded else "contains no run"
             raise UserError(f"{self.folder} is not empty and {content}: choose another directory (hydra.run.dir=…)")
         return False
 
@@ -175,7 +175,7 @@ class RunDirectory:
             for path in (Path(place, name) for name in (*folders, *files)):
                 outside = path.is_symlink() and not path.resolve().is_relative_to(inside)
                 if outside and not path.relative_to(self.folder).match("wandb/*run-*/logs/debug-core.log"):
-                    raise UserError(f"{path}: is a link, through which the run would write elsewhere: replace it")
+                    raise UserError(f"{path}: is a link, so the run would write elsewhere: replace it")
 
     def remove_partials(self) -> None:
         """Remove files that killed processes left half written; the caller must hold the directory's lock."""
@@ -298,7 +298,7 @@ class RunDirectory:
     def check_record(self) -> None:
         """Raise UserError if config.yaml, without which the run is useless, was deleted after the run began."""
         if not (self.folder / "config.yaml").is_file():
-            raise UserError(f"{self.folder} was deleted during the run (it lacks config.yaml): start a new run")
+            raise UserError(f"{self.folder} was deleted during the run (config.yaml is missing): start a new run")
 
     def set_status(self, state: str, error: str | None = None) -> None:
         """Record running, done, stopped, pruned (stopped by a search) or failed."""
@@ -378,7 +378,7 @@ def find_run(text: str) -> RunDirectory:
         and not (sweep and run.folder.resolve().is_relative_to(sweep))
     ]
     if not finished:
-        apart = f", outside this sweep's {sweep}" if sweep else ""
+        apart = f", except in this sweep's {sweep}" if sweep else ""
         raise UserError(f"run=last: there is no finished training run in {OUTPUTS.absolute()}{apart}")
     return max(finished, key=lambda run: (run.folder / "results.json").stat().st_mtime_ns)
 

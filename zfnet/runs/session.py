@@ -147,10 +147,10 @@ def continued_directory(config: Config, output: Path) -> Iterator[tuple[RunDirec
     Raises UserError if the directory contains anything else.
     """
     run = RunDirectory(output)
-    message = f"stopped; to continue, give the command again with hydra.run.dir={run.folder}"
+    message = f"stopped; to continue, run the command again with hydra.run.dir={run.folder}"
     with claim_directory(run, config, f"{config.job.name}.log") as stop:
         if any(run.plain_config()[key] != config.to_dict()[key] for key in ("job", "run")):
-            raise UserError(f"{run.folder} holds a job with other settings: choose another directory (hydra.run.dir=…)")
+            raise UserError(f"{run.folder} was made with other settings: choose another directory (hydra.run.dir=…)")
         with recorded_state(run, message):
             yield run, stop
 
@@ -190,7 +190,7 @@ def recorded_state(run: RunDirectory, when_stopped: str = "stopped") -> Iterator
         log.info("pruned: %s", error)
         raise
     except KeyboardInterrupt as error:
-        run.set_status("stopped", str(error) or "stopped by the keyboard")
+        run.set_status("stopped", str(error) or "interrupted from the keyboard")
         log.info(when_stopped)
         raise
     except SystemExit:  # from a cluster's launcher, before it queues the job again

@@ -86,7 +86,7 @@ def _metadata(path: Path, header: dict[str, Any]) -> ModelMetadata:
     refuse_interpolation(header)
     network, classes, stored_size = header["model"], header["classes"], header["stored_size"]
     if not isinstance(classes, list) or not classes:
-        raise ValueError("its classes are no list")
+        raise ValueError("its classes are not a list")
     if type(stored_size) is not int or not 1 <= stored_size <= LARGEST_SIDE:
         raise ValueError(f"stored_size={stored_size}: must be from 1 to {LARGEST_SIDE}")
     is_own = isinstance(network, dict) and "_target_" in network
@@ -106,7 +106,7 @@ def _build(path: Path, metadata: ModelMetadata, state: Mapping[str, Tensor], imp
     if isinstance(settings, dict) and not trusted:  # a claim of many layers costs time rather than memory
         for key, value in settings.items():
             if _largest(value) > weights:
-                raise UserError(f"{path}: model.{key}={value!s:.80}: is more than its {weights:,} weights allow")
+                raise UserError(f"{path}: model.{key}={value!s:.80}: is too large for a file with {weights:,} weights")
     try:
         with torch.device("meta"):  # shapes without memory
             empty = build_model(settings, *sizes, probe=False)
@@ -138,7 +138,7 @@ def _load(path: Path, model: Any, state: dict[str, Tensor]) -> None:
     # batch norm's counters can be absent: old files do not have them, and PyTorch creates them
     absent = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]
     if absent and not isinstance(model, ZFNet):
-        raise UserError(f"{path}: does not fit its network (it lacks {absent[0]})")
+        raise UserError(f"{path}: does not fit its network ({absent[0]} is missing)")
     try:
         getattr(model, "load_weights", model.load_state_dict)(state)
     except RuntimeError as error:
@@ -153,7 +153,7 @@ def _compare_with_record(path: Path, model: nn.Module) -> None:
         return
     if recorded != weights_hash(model.state_dict()):
         raise UserError(
-            f"{path} does not hold the weights that results.json was measured with: it was replaced or is damaged"
+            f"{path} does not contain the weights that results.json was measured with: it was replaced or is damaged"
         )
 
 

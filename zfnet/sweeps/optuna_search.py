@@ -41,7 +41,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 def _settings_of_class(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"choose a file by hydra/sweeper/{info.field_name}=…")
+        raise ValueError(f"choose a file with hydra/sweeper/{info.field_name}=…")
     return value
 
 
@@ -72,7 +72,7 @@ def read_settings(sweeper: DictConfig) -> SearchSettings:
 _BASES = {"sampler": optuna.samplers.BaseSampler, "pruner": optuna.pruners.BasePruner}
 _NEEDS_OWN_LOOP = "runs every combination and needs Optuna's own loop: use hydra/sweeper=grid"
 REFUSED = {
-    "optuna.samplers.CmaEsSampler": "unpickles what it reads from the storage, which can run code",
+    "optuna.samplers.CmaEsSampler": "unpickles data from the storage, which can run code",
     "optuna.samplers.BruteForceSampler": _NEEDS_OWN_LOOP,
     "optuna.samplers.GridSampler": _NEEDS_OWN_LOOP,
 }
@@ -199,7 +199,7 @@ def open_study(settings: SearchSettings, sweep: Path) -> Study:
         raise UserError(f"hydra.sweeper.storage={shown}: {one_line(error)}") from error
     if study.direction.name.lower() != settings.direction:
         raise UserError(
-            f"hydra.sweeper.direction={settings.direction}: the study {settings.study_name} has "
+            f"hydra.sweeper.direction={settings.direction}: the study {settings.study_name} has direction "
             f"{study.direction.name.lower()}; choose another hydra.sweeper.study_name"
         )
     return study
@@ -327,7 +327,7 @@ def other_images(study: Study, space: Iterable[str], run: RunDirectory) -> UserE
     if known in (None, now):
         return None
     return UserError(
-        f"{run.folder} was trained on other images than the earlier trials of the study {study.study_name}: "
+        f"{run.folder} was trained on different images from the earlier trials of the study {study.study_name}: "
         "choose another hydra.sweep.dir or hydra.sweeper.study_name"
     )
 

@@ -57,7 +57,7 @@ def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
     cls = resolve("loss", config.loss.get("_target_"), nn.Module, config.imports)
     sums = "reduction" in inspect.signature(cls).parameters
     if sums and "loss.reduction" in config.overridden and config.loss.get("reduction") != "sum":  # old records set it
-        raise UserError(f"loss.reduction={config.loss['reduction']}: must be sum, of which the loop makes means")
+        raise UserError(f"loss.reduction={config.loss['reduction']}: must be sum, because the loop computes the mean")
     # leave out a weight of null, because a user's own class may not accept the argument
     settings = {k: v for k, v in config.loss.items() if (k, v) != ("weight", None)} | (
         {"reduction": "sum"} if sums else {}
@@ -154,7 +154,7 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
     for number, rule in enumerate(rules):
         slot = f"optimizer.param_groups.{number}"
         if not {"match", "ndim"} & rule.keys():
-            raise UserError(f"{slot}={rule}: names no parameters; set match or ndim")
+            raise UserError(f"{slot}={rule}: selects no parameters; set match or ndim")
         try:
             pattern = re.compile(str(rule.get("match", "")))
         except re.error as error:
@@ -162,12 +162,12 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
         chosen = {k: p for k, p in rest.items() if pattern.search(k) and rule.get("ndim", p.ndim) == p.ndim}
         rest = {name: p for name, p in rest.items() if name not in chosen}
         if not chosen:
-            raise UserError(f"{slot}={rule}: no parameter fits it")
+            raise UserError(f"{slot}={rule}: no parameter matches")
         settings = {key: value for key, value in rule.items() if key not in GROUP_KEYS}
         group = arguments(slot, {**settings, "_target_": target}, Optimizer, config.imports)[1]
         if "lr_scale" in rule:
             if lr is None or not is_number(rule["lr_scale"]) or rule["lr_scale"] <= 0:
-                raise UserError(f"{slot}.lr_scale={rule['lr_scale']}: must be a number above 0, beside optimizer.lr")
+                raise UserError(f"{slot}.lr_scale={rule['lr_scale']}: must be a number above 0, and needs optimizer.lr")
             group["lr"] = lr * rule["lr_scale"]
         yield {"params": list(chosen.values()), **group}
     if rest:
@@ -279,7 +279,7 @@ def check_loss(config: Config, num_classes: int | None) -> None:
         raise UserError(f"{name}: fails on {what}: {one_line(error)}") from error
     if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise UserError(f"{name}: must give one number with a gradient, not {shape}")
+        raise UserError(f"{name}: must return one number with a gradient, not {shape}")
 
 
 def _check_batch_norm(model: nn.Module, processes: int, on_gpu: bool) -> None:
@@ -319,7 +319,7 @@ def _check_step(config: Config) -> None:
         optimizer.step()
     except Exception as error:  # LBFGS needs a closure, SparseAdam sparse gradients; others raise other errors
         raise UserError(
-            f"optimizer._target_={plain['_target_']}: cannot take a plain step ({one_line(error)})"
+            f"optimizer._target_={plain['_target_']}: cannot make a plain step ({one_line(error)})"
         ) from error
     build_scheduler(config.scheduler, optimizer, 100, config.imports)
 

@@ -142,7 +142,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         header, tensors = read_tensors(path)
         metadata = json.loads(header["checkpoint"])
         if not isinstance(metadata, dict):
-            raise ValueError("its header is not a record")
+            raise ValueError("its header is not a mapping")
         version = metadata.pop("format", None)
         if version not in (1, 2, CHECKPOINT_FORMAT):
             raise UserError(f"{path} was written by another version of this program")
@@ -181,14 +181,14 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, (str, int, float)) and key is not None:
-                raise UserError(f"{name}: a checkpoint cannot hold a key that is a {type(key).__name__}")
+                raise UserError(f"{name}: a checkpoint cannot store a key that is a {type(key).__name__}")
         return {"dict": [[k, pack(v, f"{name}.{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         items = [pack(v, f"{name}.{n}", tensors) for n, v in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise UserError(f"{name}: a checkpoint cannot hold a {type(value).__name__}; only tensors, numbers and text")
+    raise UserError(f"{name}: a checkpoint cannot store a {type(value).__name__}; only tensors, numbers and text")
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:

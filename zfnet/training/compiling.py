@@ -20,9 +20,9 @@ def describe(eager: float, compiled: float, cost: float, steps: int, steps_per_e
         f"{1000 * eager:.2f} without:\n"
     )
     if compiled >= eager:
-        return f"{measured}it never pays; off"
+        return f"{measured}it never saves time; off"
     even = cost / (eager - compiled)
-    return f"{measured}it pays after {even / steps_per_epoch:.1f} epochs, of {steps / steps_per_epoch:.0f}; on"
+    return f"{measured}it saves time after {even / steps_per_epoch:.1f} epochs of {steps / steps_per_epoch:.0f}; on"
 
 
 def resolve_compile(state: TrainingState, batches: Batches, recorded: bool | None) -> str | None:
@@ -48,7 +48,7 @@ def compile_if_faster(state: TrainingState, batches: Batches) -> str:
     examples = _one_of_each_size(batches)
     eager = _step_seconds(state, examples[0])
     if eager * steps * trainer.compile_gain < trainer.compile_seconds:
-        message = f"torch.compile: off, {steps:,} steps of {1000 * eager:.2f} ms are too few for it to pay"
+        message = f"torch.compile: off, {steps:,} steps of {1000 * eager:.2f} ms are too few for it to save time"
     else:
         state.use_compiled(True)
         try:

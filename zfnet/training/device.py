@@ -67,7 +67,7 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE_PROCESS, own_n
         # all processes on this machine raise this error, not only those without a GPU
         if max(world.local_rank + 1, trainer.devices) > torch.cuda.device_count():
             raise UserError(
-                f"trainer.devices={world.size}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch"
+                f"trainer.devices={world.size}: PyTorch sees {torch.cuda.device_count()} CUDA devices on this machine"
             )
         device = torch.device("cuda", world.local_rank)
     if device.type == "cuda":  # pinned memory and more use the current GPU, which is GPU 0 by default
@@ -112,7 +112,7 @@ def _device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"trainer.device={name}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch; "
+            f"trainer.device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices on this machine; "
             "try trainer.device=auto"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -71,7 +71,7 @@ class LoadedRun:
             elif self.data.split_seed != before.split_seed:
                 own = load_splits(replace(self.data, split_seed=before.split_seed), self.config.imports)
                 if not torch.equal(own.train.rows, loaded.train.rows):
-                    text = "run=%s divided these images by data.split_seed=%d: it has trained on others"
+                    text = "run=%s split these images with data.split_seed=%d: its training images differ from these"
                     log.warning(text, self.source.folder, before.split_seed)
         validation, test = (None if s is None else self._with_run_labels(s) for s in (loaded.validation, loaded.test))
         return replace(loaded, train=self._with_run_labels(loaded.train), validation=validation, test=test)
@@ -115,7 +115,7 @@ def _data_for(data: DataConfig, metadata: ModelMetadata, given: Collection[str])
         data = replace(data, **kept)
     if data.image_size != metadata.data.image_size:
         raise UserError(
-            f"data.image_size={data.image_size}: the run's network takes images of {metadata.data.image_size} px; "
+            f"data.image_size={data.image_size}: the run's network expects images of {metadata.data.image_size} px; "
             "leave it out"
         )
     elsewhere = (data.name, data.root) != (metadata.data.name, metadata.data.root)

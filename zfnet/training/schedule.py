@@ -47,7 +47,7 @@ class Schedule:
         ends = getattr(scheduler, "total_steps", length)
         if ends < length:
             raise UserError(
-                f"scheduler.total_steps={ends}: the schedule ends before the run, which takes {length}; write auto"
+                f"scheduler.total_steps={ends}: the schedule ends before the run, which has {length}; write auto"
             )
         self.count = 0  # the scheduler's steps so far
         self._rates: list[float] | None = None  # the scheduler's own rates, while warm-up replaces them

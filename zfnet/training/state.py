@@ -104,10 +104,10 @@ def check_columns(callbacks: Iterable[Callback], measured: Iterable[str]) -> Non
     for callback in callbacks:
         if isinstance(callback.columns, str) or (callback.columns and type(callback).measure is Callback.measure):
             raise UserError(
-                f"callbacks.{callback.name}: columns must be a list of names, whose numbers measure() returns"
+                f"callbacks.{callback.name}: columns must be a list of the names of the values that measure() returns"
             )
         if taken := [name for name in callback.columns if name in (*HISTORY_COLUMNS, *columns)]:
-            raise UserError(f"callbacks.{callback.name}: history.csv has a column {taken[0]} already; choose another")
+            raise UserError(f"callbacks.{callback.name}: history.csv already has a column {taken[0]}; choose another")
         columns += callback.columns
     for callback in callbacks:
         if callback.monitor is not None and callback.monitor not in columns:
@@ -362,8 +362,8 @@ class TrainingState:
             changed = [each for each in changed if each != "data.root is"] + ["the images are"] * (images != others)
         if changed:
             log.warning(
-                "%s not the parent's: its best epoch does not count, and it may have trained on validation images of "
-                "this run",
+                "%s not the parent's: the parent's best epoch does not count, and the parent may have trained on "
+                "validation images of this run",
                 changed[0],
             )
             self.best = None
