@@ -1,4 +1,4 @@
-"""The layout that README and CONTRIBUTING describe: imports point to the same row or down, and there are no import cycles."""
+"""The layout that README describes: imports point to the same row or down, and there are no import cycles."""
 
 from __future__ import annotations
 

@@ -297,7 +297,7 @@ def test_compare_methods_tells_a_difference_from_none() -> None:
     assert found["random", "Sobel"]["p_holm"] > 0.05
     assert found["random", "gradient"]["p_holm"] < 1e-6
     assert significance_lines("class", list(found.values())) == [
-        "class, deletion: above chance: gradient, above all baselines: gradient"
+        "class, deletion: above chance: gradient; above all baselines: gradient"
     ]
     units = torch.cat([torch.full((25,), 0.0), torch.full((25,), 1.0)]).double() + 0.01 * torch.rand(
         50, generator=generator
@@ -309,7 +309,7 @@ def test_compare_methods_tells_a_difference_from_none() -> None:
         Row("class", n, "own", torch.full((9,), v), torch.arange(9)) for n, v in (("random", 0.0), ("guided", 1.0))
     ]
     assert significance_lines("class", compare_methods(always)) == [
-        "class, own: above chance: guided, above all baselines: guided"
+        "class, own: above chance: guided; above all baselines: guided"
     ]
 
 

@@ -58,7 +58,7 @@ def test_list_images_follows_links_and_ends_loops(tmp_path: Path) -> None:
         *("0/c/y.png", "0/x.png", "1/x.png", "10/x.png", "11/x.png"),
         *(f"{n}/x.png" for n in range(2, 10)),
     ]
-    assert "to folders that are already read" in str(left_out)
+    assert "to folders that were already read" in str(left_out)
     assert "1 file of unknown format (itself)" in str(left_out)
 
 

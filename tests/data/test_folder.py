@@ -158,8 +158,8 @@ def test_what_is_left_out_is_counted_in_one_line(config, photos: Path, tmp_path:
     assert record == (
         f"data.root={photos}: left out: 3 hidden folders (.thumbs, .ipynb_checkpoints, __MACOSX), "
         "2 files outside the class folders (README.md, loose.png), 1 folder next to the splits (predict), "
-        "1 file of unknown format (.heic), 1 link to folders that are already read (round), 1 hidden file (._000.png); "
-        "to read .heic, convert them to .jpg or .png"
+        "1 file of unknown format (.heic), 1 link to folders that were already read (round), "
+        "1 hidden file (._000.png); to read .heic, convert them to .jpg or .png"
     )
     caplog.clear()
     for path in (photos / "train/b").glob("0*"):

@@ -247,7 +247,7 @@ def test_refusals(run_py, branch, tmp_path: Path) -> None:
         (
             "job=fork run=two-epochs job.epoch=1",
             "job.epoch=1: run=two-epochs keeps the state of epoch 2; job=reproduce run=two-epochs "
-            "trainer.checkpoint_epochs=[1] makes a run that can be forked there\n",
+            "trainer.checkpoint_epochs=[1] makes a run that keeps the state of this epoch\n",
         ),
         ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: must be "),
         (

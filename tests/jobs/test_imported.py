@@ -85,7 +85,7 @@ def test_the_last_layer_need_not_be_the_last_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("fc8.bias"), r"has no fc8\.bias of model=small"),
+        (lambda s: s.pop("fc8.bias"), r"has no fc8\.bias, which model=small needs"),
         (lambda s: s.update({"fc9.bias": torch.ones(1)}), r"fc9\.bias, which this network does not have"),
         (lambda s: s.update({"conv2.bias": torch.ones(9)}), r"conv2\.bias is \[9\], this network's is \[4\]"),
         (lambda s: s["conv1.bias"].fill_(torch.nan), r"conv1\.bias contains NaN"),

@@ -55,7 +55,7 @@ hydra: {run: {dir: 'x/${job.name}'}}
         (["--lr=0.1"], "--lr: no such option; settings have no dashes, as in optimizer.lr=0.01"),
         (
             ["optimizer.lr=0,001"],
-            "0,001: several values need a sweep, run.py -m; write a decimal number with a point: opti",
+            "0,001: several values need a sweep (run.py -m); write a decimal number with a point: opti",
         ),
         (["logger=csv,none"], "write a list as logger=[csv,none]"),
         (["job=summary", "model=[small,zfnet]"], "choose one, or sweep over them with run.py -m model=small,zfnet"),
@@ -129,7 +129,10 @@ hydra: {run: {dir: 'x/${job.name}'}}
         ),
         ([f"hydra.run.dir={'x' * 300}"], "x cannot be created (File name too long): choose another with hydra.run"),
         (["-m", "seed=0,1", "hydra.sweep.dir=file/run"], "file/run cannot be created (Not a directory): choose"),
-        (["-cp", "record", "job=summary"], "job=summary: this config has no group `job`; write job.name=summary"),
+        (
+            ["-cp", "record", "job=summary"],
+            "job=summary: this config has no config group named job; write job.name=summary",
+        ),
         (["-cp", "broken"], "broken/config.yaml, line 3, column 2: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -235,7 +238,7 @@ def test_a_search_path_adds_choices(run_py, tmp_path: Path) -> None:
     [
         (["model=mine", "model.nothing=80"], "model.nothing: no such key with model=mine; known: model."),
         (["optimizer.lrr=1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
-        (["optimizer.lr=0,001"], "optimizer.lr=0,001: several values need a sweep, run.py -m"),
+        (["optimizer.lr=0,001"], "optimizer.lr=0,001: several values need a sweep (run.py -m)"),
         (["model=mina"], "model=mina: no such choice; did you mean 'mine'?"),
         (["-m", "optimizer.lrr=1,2"], "no job has started: optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
         (["-m", "model=mine,mina"], "no job has started: model=mina: no such choice; did you mean 'mine'?"),
@@ -281,7 +284,7 @@ def test_a_wrong_defaults_list_of_an_experiment(run_py, tmp_path: Path, line: st
 
 @pytest.mark.parametrize("word", ["model=small,zfnet", "seed=0,1", "optimizer.lr=range(1,3)"])
 def test_no_list_is_offered_for_one_value(run_py, word: str) -> None:
-    assert run_py(word).error == f"{word}: several values need a sweep, run.py -m"
+    assert run_py(word).error == f"{word}: several values need a sweep (run.py -m)"
 
 
 def test_a_reason_on_the_second_line_is_shown(run_py, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def state_and_batches(*words: str) -> tuple[TrainingState, Batches]:
 
 def test_break_even() -> None:
     words = describe(eager=0.005, compiled=0.004, cost=30.0, steps=2000, steps_per_epoch=100)
-    assert "saves time after 300.0 epochs of 20" in words
+    assert "saves time after 300.0 of 20 epochs" in words
     assert max(map(len, words.splitlines())) <= 80
     assert "never saves time; off" in describe(0.004, 0.004, 30.0, 2000, 100)
 

@@ -14,7 +14,7 @@ def test_images_that_are_divided_otherwise_are_named(tiny_run, caplog) -> None:
     load_for_job(tiny_run, "trainer.threads=1").split("all")
     assert "divided" not in caplog.text
     load_for_job(tiny_run, "data.split_seed=1").split("all")
-    assert "split these images with data.split_seed=0: its training images differ" in caplog.text
+    assert "split these images with data.split_seed=0: it trained on some that are now held out" in caplog.text
 
 
 def test_photos_of_any_size_are_stored_as_the_runs_images_were(tiny_run, tmp_path: Path) -> None:

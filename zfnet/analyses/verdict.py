@@ -568,7 +568,7 @@ def significance_lines(target: str, differences: Sequence[Mapping[str, Any]]) ->
         good = [n for n in names if n not in BASELINES and "random" in above[n]]
         better = [n for n in good if above[n] >= set(BASELINES) & set(names)]
         if of:
-            every = ", above all baselines: " + (", ".join(better) or "none")
+            every = "; above all baselines: " + (", ".join(better) or "none")
             lines.append(f"{target}, {measure}: above chance: {', '.join(good) or 'none'}{every if good else ''}")
     return lines
 

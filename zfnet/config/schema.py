@@ -23,7 +23,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 LARGEST_SIDE = 4096
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]  # side of an image, in pixels
 NO_ROOT = "data.root is not set: name the folder that contains train/ and test/, as in data.root=photos"
-MAX_PIXELS = 89_478_485  # per image file: Pillow's own limit, 256 MiB of RGB
+MAX_PIXELS = 89_478_485  # per image file: Pillow warns above this number; 256 MiB of RGB
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

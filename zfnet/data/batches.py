@@ -315,7 +315,7 @@ def apply_transforms(
             for place, transform in enumerate(transforms):
                 try:
                     image = transform(image)
-                except Exception as error:  # user code may raise anything
+                except Exception as error:  # user code can raise any exception
                     slot = f"augment.transforms.{place} ({type(transform).__name__})"
                     given = f"image {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
                     raise UserError(f"{slot}: fails on an {given}: {one_line(error)}") from error

@@ -45,7 +45,7 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, draft:
     8 bits are scaled: integers from 0 … 65535, floats from the smallest of 0 … 1, 0 … 255 and 0 … 65535 that contains
     them. An image with values outside these ranges is scaled by its own range; a warning is logged once per process.
 
-    draft: pixels per side that the caller needs: a JPEG is decoded at 1/2, 1/4 or 1/8 if twice as many pixels remain
+    draft: pixels per side that the caller needs: a JPEG is decoded at 1/2, 1/4 or 1/8 if each side keeps twice as many
     """
     with _open_image(file, max_pixels) as image, _pixel_limit.reserve(_pixels(image)):
         if draft:

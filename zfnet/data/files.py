@@ -49,7 +49,7 @@ class LeftOutNames:
     FORMAT = "file{s} of unknown format"
     HIDDEN_FILE, HIDDEN_FOLDER = "hidden file{s}", "hidden folder{s}"
     UNREADABLE = "folder{s} that cannot be read"
-    LINK = "link{s} to folders that are already read"
+    LINK = "link{s} to folders that were already read"
     LOOSE, BESIDE = "file{s} outside the class folders", "folder{s} next to the splits"
 
     def __init__(self) -> None:

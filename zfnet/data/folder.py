@@ -261,7 +261,8 @@ def _load_cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, dict[
         fingerprint = str(manifest["fingerprint"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"the image cache {printable(folder)} is damaged ({type(error).__name__}): delete it to create it again"
+            f"the image cache {printable(folder)} is damaged ({type(error).__name__}): delete it, and the next run "
+            "creates it again"
         ) from error
     if unreadable and data.on_error == "stop":  # the cache was built with on_error=skip
         raise _cannot_be_read(listing, *next(iter(unreadable.items())))
@@ -392,7 +393,7 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 def _natural_size(sizes: set[tuple[int, int] | None], data: FolderData) -> int:
-    """Return the side of small squares of equal size, which the device enlarges; otherwise the side that it needs."""
+    """Return the images' own side if all are equal squares no larger than needed; otherwise the side that is needed."""
     largest = max(data.image_size, data.crop_size or 0)
     sizes = sizes - {None}
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)  # type: ignore[misc]

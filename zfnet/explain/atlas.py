@@ -241,7 +241,7 @@ def write_single(folder: Path) -> Path:
 
 
 def find_atlas(weights: str, folder: str | None = None) -> Path | None:
-    """Return the page of the newest atlas of these weights in outputs/ (None if there is none), or of that in `folder`.
+    """Return the page of the atlas of these weights in `folder` or, if that is None, the newest in outputs/ (or None).
 
     Raises UserError if `folder` contains no atlas of these weights.
     """

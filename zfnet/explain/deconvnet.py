@@ -196,7 +196,7 @@ class Deconvnet:
     # -- backward
 
     def _backward(self, steps: list[Step], trace: _Trace, units: Tensor, seeds: Tensor | None) -> Signal:
-        """Return the signals of units, int64 [u, 4], at the pixels. A unit's image is its place in the trace.
+        """Return the signals of units, int64 [u, 4], at the pixels. Their image numbers count the images of the trace.
 
         At each step a signal covers a window of the feature map: the part that the unit sees.
         """

@@ -183,7 +183,7 @@ def _places_in_boxes(boxes: Tensor, extent: tuple[int, int]) -> Tensor:
 
 
 def impute(points: Tensor, removed: Tensor) -> Tensor:
-    """Replace each removed point, bool [B, g, g], by the exact weighted mean of its neighbours: points [B, C, g, g]."""
+    """Return points [B, C, g, g] in which each removed one, bool [B, g, g], is the weighted mean of its neighbours."""
     side = points.shape[-1]
     line = torch.arange(side)
     away = (line[:, None] - line).abs()
@@ -201,7 +201,7 @@ def impute(points: Tensor, removed: Tensor) -> Tensor:
 
 
 def support(size: Tensor, inside: Tensor, share: float) -> Tensor:
-    """Return bool [U, h, w]: the given share of the pixels inside, bool [U, h, w], those with the largest size."""
+    """Return a mask [U, h, w] of the `share` of pixels in `inside` [U, h, w] with the largest `size` [U, h, w]."""
     ranked = size.masked_fill(~inside, -1).flatten(1)
     amount = (inside.flatten(1).sum(1) * share).ceil().long().clamp(min=1)
     place = ranked.argsort(dim=1, descending=True).argsort(1)

@@ -82,8 +82,9 @@ class Ablation:
     @torch.no_grad()
     @full_precision()
     def without(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return in which images this map is active, bool [B], and the network's outputs for these without the map. The
-        outputs for the other images do not change.
+        """Return a mask, bool [B], of the images in which this map is active, and their outputs without the map.
+
+        The outputs for the other images do not change.
         """
         rows = self.active[:, number]
         maps = self.maps[rows]

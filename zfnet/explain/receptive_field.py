@@ -62,7 +62,7 @@ def _along(step: Step, axis: int) -> tuple[int, int, int]:
 
 
 def window_at(step: Step) -> Window:
-    """Return the window of a convolution or a pooling; raise UserError if it does not pad with zeros."""
+    """Return the window of a convolution or a pooling; raise UserError for a padding_mode other than zeros."""
     assert isinstance(step.module, _WINDOWED)
     try:
         return window_of(step.module)
@@ -81,7 +81,10 @@ def receptive_box(model: nn.Module | Chain, layer: str, y: int, x: int) -> tuple
 
 
 def receptive_boxes(model: nn.Module | Chain, layer: str, places: Tensor) -> Tensor:
-    """Return the `receptive_box` of each place (y, x) [U, 2]: int64 [U, 4]; raise UserError outside the maps."""
+    """Return the `receptive_box` of each place (y, x) [U, 2]: int64 [U, 4].
+
+    Raises UserError for places outside the maps, and for a layer that is not a convolution.
+    """
     steps = window_steps(model, layer)
     height, width = steps[-1].output_shape[1:]
     y, x = places.unbind(1)

@@ -194,7 +194,7 @@ def _correct_first(loaded: LoadedRun, images: ImageSet, count: int) -> Tensor:
 def read_files(loaded: LoadedRun, items: Sequence[str]) -> tuple[Tensor, list[str]]:
     """Return the images that `images=[…]` names in stored pixels, uint8 [N, s, s, 3], and their names.
 
-    Raises UserError for an unreadable image, and for none or more than a figure has rows for.
+    Raises UserError for an unreadable image, and unless there are 1 to _MAX_FILES images.
     """
     images, problems = find_images(items)
     for item, problem in problems.items():

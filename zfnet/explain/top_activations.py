@@ -61,7 +61,8 @@ class MapStatistics:
     images and of positions where the map is active, 0 … 1; selectivity: [C], see `selectivity`; best_class: int64
     [C], the class with the highest mean; dead: bool [C], never active
     chance: [C], the mean selectivity with shuffled labels, NaN without them; it is high for a map that is seldom active
-    even if the map ignores classes; p: [C], the share of labels (true or shuffled) with at least the true selectivity
+    even if the map ignores classes; p: [C], the share of labellings (shuffled ones and the true one) with at least
+    the true selectivity
     """
 
     mean: Tensor
@@ -167,7 +168,7 @@ class TopActivations:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return (tensors, JSON-serializable metadata) for `from_state`."""
+        """Return (tensors, JSON-compatible metadata) for `from_state`."""
         tensors = {"class_counts": self.class_counts}
         for layer, record in self.layers.items():
             tensors |= {f"{layer}.{k}": v for k, v in vars(record).items() if isinstance(v, Tensor)}

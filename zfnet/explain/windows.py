@@ -48,7 +48,7 @@ class Window(NamedTuple):
 
 
 def window_of(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> Window:
-    """Return a module's window; raise ValueError unless it pads with zeros (max pooling: with −inf)."""
+    """Return a module's window; raise ValueError for a padding_mode other than zeros."""
     kernel, stride = _pair(module.kernel_size), _pair(module.stride)
     spacing = _pair(getattr(module, "dilation", 1))
     if getattr(module, "padding_mode", "zeros") != "zeros":
@@ -127,7 +127,7 @@ def _covered(window: Window, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _cells(window: Window, size: tuple[int, int]) -> Iterator[tuple[int, tuple]]:
-    """Yield each place in a window, and the index that selects this cell of every window in the area of all windows."""
+    """Yield each position in a window, and the index of its cells in all windows at once."""
     for place in range(math.prod(window.kernel)):
         cell = divmod(place, window.kernel[1])
         rows, columns = (
@@ -141,8 +141,9 @@ def transposed(signal: Tensor, weight: Tensor, window: Window, groups: int) -> T
     """Compute `F.conv_transpose2d` without padding, with the stride and the spacing of `window`.
 
     signal: [N, C, h, w]; weight: [C, I / groups, k, l]. Returns [N, I, (h−1)·stride + extent, …]. On a CPU that
-    function is slow for few output channels, such as the three of an image. This one then computes each of the stride²
-    phases of the output as channels of an ordinary convolution with every stride-th row and column of the filters.
+    function is slow for few output channels, such as the three of an image. In that case `transposed` computes each
+    of the stride² phases of the output as channels of an ordinary convolution with every stride-th row and column of
+    the filters.
     """
     stride, kernel = window.stride[0], window.kernel
     plain = groups == 1 and window.spacing == (1, 1) and window.stride == (stride, stride)
@@ -179,7 +180,7 @@ class Signal:
         return take_windows(as_maps(maps), self.item, self.corner, (self.values.shape[2], self.values.shape[3]))
 
     def move_down(self, values: Tensor, window: Window, shape: torch.Size) -> None:
-        """Set the values to those at the input, of this shape, of a convolution or pooling with this window."""
+        """Move to the input, of `shape`, of a convolution or pooling with this window; set the signals to `values`."""
         self.values = values
         self.corner = window.corners(self.corner)
         self.keep_inside((shape[1], shape[2]))

@@ -253,7 +253,7 @@ def print_result(result: Result) -> None:
     table = [[row[k] for k in shown] for row in rows]
     print("\n".join(format_table(table, "<>>>>>"[: len(shown)], 80, shrink=[0])))
     phases, total = result["breakdown_seconds"], sum(result["breakdown_seconds"].values())
-    print(f"\none step ({result['contenders'][0]['name']}), with a synchronization after each phase")
+    print(f"\none step ({result['contenders'][0]['name']}), with a synchronisation after each phase")
     lines = [(f"  {phase}", f"{1000 * s:.2f} ms", f"{s / total:.1%}") for phase, s in phases.items()]
     print("\n".join(format_table(lines, "<>>")))
     print(

@@ -102,7 +102,7 @@ class ForkJob(BranchJob):
         problem = f"job.epoch={self.epoch}: {keeps}"
         if self.epoch <= len(parent.read_history()):
             command = f"job=reproduce run={parent.folder} trainer.checkpoint_epochs=[{self.epoch}]"
-            problem += f"; {command} makes a run that can be forked there"
+            problem += f"; {command} makes a run that keeps the state of this epoch"
         raise UserError(problem)
 
 

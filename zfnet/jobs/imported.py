@@ -198,7 +198,8 @@ def _state_dict(path: Path, config: Config) -> _Found:
     order = _empty_state(config.model, config.data.image_size, config.imports)
     for key in order:
         if key not in state:
-            raise UserError(f"{path}: has no {key} of model={model_name(config.model)}, but {', '.join([*state][:4])}…")
+            names, model = ", ".join([*state][:4]), model_name(config.model)
+            raise UserError(f"{path}: has no {key}, which model={model} needs; it has {names}…")
     others = {key: value for key, value in state.items() if key not in order}  # refused later, by name
     # find the last layer by its shapes, which depend on the number of classes; it can be anywhere in the file
     more = _empty_state(config.model, config.data.image_size, config.imports, classes=11)

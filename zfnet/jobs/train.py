@@ -45,8 +45,9 @@ from zfnet.training.schedule import schedule_span
 from zfnet.training.state import TrainingState, set_optimizer_mode
 
 Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
-_CPU_MODELS, _LONG_RUN_SECONDS = ("fast", "small"), 1200  # models for CPUs; longer runs (in seconds) advise them
-_FEW_IMAGES = 100  # images; with fewer, one image is more than 1 % of accuracy
+# a longer run on a CPU with another model than these, which are made for CPUs, suggests experiments with them
+_CPU_MODELS, _LONG_RUN_SECONDS = ("fast", "small"), 1200
+_FEW_IMAGES = 100  # below this number, one image changes the accuracy by more than 1 %
 _MAX_CLASS_NAMES = 12  # class names in one line
 
 
@@ -110,7 +111,7 @@ def train(
 ) -> float | None:
     """Train in a free directory, or continue this run in its directory from its newest checkpoint.
 
-    Returns the objective of a sweep; None if the run was pruned.
+    Returns the objective of a sweep; None if the run was pruned or has no validation images.
 
     report: receives the validation accuracy of each epoch and can prune the run
     begin: writes the first checkpoint of a run that branches from another, if there is none yet
@@ -155,7 +156,7 @@ def train_and_test(
     """Train, evaluate and write everything except the status; return the content of results.json.
 
     compiled: the value of trainer.compile=auto in the run that this one repeats
-    epochs: stop after this epoch and evaluate nothing
+    epochs: stop after this epoch, without the final evaluation and report; the result is then {}
     """
     given = {"imports": config.imports, "data": config.data, "parent": config.parent}
     work = partial(_train_worker, **given, epochs=epochs)

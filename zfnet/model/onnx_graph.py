@@ -22,7 +22,7 @@ _MODULES: dict[str, type[nn.Module]] = {
     m.__name__: m for m in (nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, LocalResponseNorm, nn.Dropout, nn.Flatten)
 }
 _SIZE_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation")
-_MOST_OUTPUT_VALUES = 2**28  # in a layer's output: 1 GiB in fp32
+_MAX_OUTPUT_VALUES = 2**28  # in a layer's output: 1 GiB in fp32
 
 
 class Sequence(nn.Sequential):
@@ -108,7 +108,7 @@ class _Reader:
         if own != {k: v.shape for k, v in weights.items()}:
             raise ValueError(f"its weights are {_shapes(weights)}, must be {_shapes(module.state_dict())}")
         self.x = module(self.x)
-        if self.x.numel() > _MOST_OUTPUT_VALUES:
+        if self.x.numel() > _MAX_OUTPUT_VALUES:
             raise ValueError(f"outputs {list(self.x.shape)} for an image: too large")
         taken = {layer["name"] for layer in self.layers}
         number = next(n for n in range(1, len(taken) + 2) if f"{name}{n}" not in taken)

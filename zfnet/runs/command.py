@@ -122,7 +122,7 @@ def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[An
         if value == "" and override.key_or_group in _PATH_KEYS:  # for example, an unset shell variable
             raise UserError(f"{override.input_line}: is empty; name a file or folder")
     if isinstance(raw.get("job"), str):  # in a record given by --config-path, job is not a group
-        raise UserError(f"job={raw.job}: this config has no group `job`; write job.name={raw.job}")
+        raise UserError(f"job={raw.job}: this config has no config group named job; write job.name={raw.job}")
     chosen = {o.key_or_group: f"{o.key_or_group}/{o.value()}.yaml" for o in parsed}
     for group, misplaced in (("experiment", "experiment"), ("debug", "debug"), ("job", "job.job")):
         if group in chosen and OmegaConf.is_dict(OmegaConf.select(raw, misplaced)):

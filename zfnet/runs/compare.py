@@ -10,7 +10,7 @@ from zfnet.runs.directory import RunDirectory
 
 # keys that are not results: times, and remarks about the images
 _REMARKS = ("validation_chose_and_reports", "unreadable", "test_seen_each_epoch")
-_NO_RESULTS = ("seconds", "images_per_second", *_REMARKS)
+_NOT_RESULTS = ("seconds", "images_per_second", *_REMARKS)
 _MAX_LENGTH = 120  # characters; a longer text, such as a diff, is replaced by its hash
 
 
@@ -84,7 +84,7 @@ def _differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[di
         {"what": key, "recorded": recorded.get(key), "now": now.get(key)}
         for key in dict.fromkeys([*recorded, *now])
         if recorded.get(key) != now.get(key)
-        and key not in _NO_RESULTS
+        and key not in _NOT_RESULTS
         # earlier versions recorded the top-5 accuracy for five classes or fewer, where it is always 1
         and not (key.endswith(".top5") and recorded.get(key) == 1 and now.get(key) is None)
     ]

@@ -193,7 +193,7 @@ def find_bad_override(argv: Sequence[str], loader: ConfigLoader | None = None) -
         return None
     for o in overrides:
         if o.key_or_group == "job" and not has_jobs:  # the config is a run's record, without groups
-            return f"{o.input_line}: this config has no group `job`; write job.name={o.value()}"
+            return f"{o.input_line}: this config has no config group named job; write job.name={o.value()}"
     return next(filter(None, (_override_problem(o, groups, list_group, composed, sweeps) for o in overrides)), None)
 
 
@@ -217,7 +217,7 @@ def _override_problem(
         advice = f"; write a list as {key}=[{given}]" if lists else ""
         if isinstance(value, float) and _DECIMAL_COMMA.fullmatch(given):
             advice = f"; write a decimal number with a point: {key}={given.replace(',', '.')}"
-        return f"{text}: several values need a sweep, run.py -m{advice}"
+        return f"{text}: several values need a sweep (run.py -m){advice}"
     if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
         return None  # Hydra expands the pattern itself
     values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value()

@@ -378,7 +378,7 @@ def find_run(text: str) -> RunDirectory:
         and not (sweep and run.folder.resolve().is_relative_to(sweep))
     ]
     if not finished:
-        apart = f", except in this sweep's {sweep}" if sweep else ""
+        apart = f" outside this sweep's {sweep}" if sweep else ""
         raise UserError(f"run=last: there is no finished training run in {OUTPUTS.absolute()}{apart}")
     return max(finished, key=lambda run: (run.folder / "results.json").stat().st_mtime_ns)
 

@@ -64,7 +64,7 @@ def _code() -> dict[str, Any]:
 
 
 def _source_hash(package: str) -> str | None:
-    """Return the hash of a package's Python files, or of a module's single file; None if no file can be read."""
+    """Return the hash of a package's Python files, or of a module's single file; None if one is unreadable."""
     module = sys.modules[package]
     folders = [Path(place) for place in getattr(module, "__path__", ())]
     files = sorted((path.relative_to(folder).as_posix(), path) for folder in folders for path in folder.rglob("*.py"))

@@ -2,7 +2,7 @@
 
 All functions use one convention. `std` is the sample standard deviation (ddof=1), None for a single value. `low` and
 `high` are the ends of a 95 % confidence interval: a bootstrap over the `n` values or, below 30 values, for which a
-bootstrap is too narrow, Student's t. If all values are 0 or 1, it is Wilson's interval (1927).
+bootstrap is too narrow, Student's t. For values of 0 and 1 that are not all 0, it is Wilson's interval (1927).
 
 If two settings have the same seeds, which fix the initial weights and the order of images, their t-test is paired.
 Otherwise it is Welch's, which does not assume equal variances (Welch 1947). Multiple tests are corrected after Holm
@@ -39,7 +39,7 @@ def describe(values: Tensor) -> dict[str, float | int | None]:
         mean, std = float(known.mean()), float(known.std(correction=1))
         reach = t_quantile(count - 1) * std / math.sqrt(count)
         low, high = mean - reach, mean + reach
-        if known.unique().tolist() in ([0, 1], [1]):  # a proportion, which is between 0 and 1
+        if known.unique().tolist() in ([0, 1], [1]):  # a proportion: its interval must stay within 0 … 1
             low, high = _wilson(mean, count)
         elif count >= _MIN_BOOTSTRAP:
             drawn = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
@@ -158,8 +158,9 @@ def rank_p(values: Tensor, null: Tensor) -> Tensor:
 
 
 def false_discovery_rate(p: Tensor) -> Tensor:
-    """Return q values [n] (Benjamini & Hochberg 1995): 5 % of tests with q ≤ 0.05 are expected to be false positives.
+    """Return q values [n] (Benjamini & Hochberg 1995).
 
+    At most 5 % of the tests with q ≤ 0.05 are expected to be false positives.
     A NaN in p means that there was no test; its q is NaN.
     """
     q, tested = torch.full_like(p, torch.nan), p.isfinite().nonzero().flatten()

@@ -30,7 +30,7 @@ from zfnet.runs.statistics import LEVEL
 from zfnet.sweeps.summary import Setting, Sweep, format_value, group_name, p_against_best, short_names
 
 NAMED = 8  # settings with their own colour and name; the others are grey
-_MOST_HEAT_MAP_CELLS = 400  # a heat map with more cells is drawn as points
+_MAX_HEAT_MAP_CELLS = 400  # a heat map with more cells is drawn as points
 _ACCURACY = "validation accuracy"
 
 
@@ -162,13 +162,13 @@ def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
 
 @styled()
 def draw_two_keys(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
-    """Draw the mean accuracy over two keys: as a heat map, or as points if most combinations of values are missing.
+    """Draw the mean accuracy over two keys: as a heat map, or as points if it has too many or mostly empty cells.
 
     In the map a frame marks the best setting, and dashed frames mark settings that are not distinguishable from it.
     """
     x, y = (_Scale(key, settings, even=True) for key in keys)
     grid = np.full((len(y.values), len(x.values)), np.nan)
-    is_map = grid.size <= min(_MOST_HEAT_MAP_CELLS, 4 * len(settings))
+    is_map = grid.size <= min(_MAX_HEAT_MAP_CELLS, 4 * len(settings))
     figure = new_figure(figsize=(3.2 + 1.05 * grid.shape[1], 2 + 0.75 * grid.shape[0]) if is_map else (7, 5))
     axis = figure.subplots()
     means = _means(settings)

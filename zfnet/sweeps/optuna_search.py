@@ -233,7 +233,7 @@ def report_to_trial(hydra: Any) -> Callable[[float, int], bool] | None:
 class Worker:
     """One process that works on a study. Its lock shows other processes that it is alive."""
 
-    ASKING = timedelta(minutes=1)  # the process of an older trial without a worker died while asking
+    ASKING = timedelta(minutes=1)  # an older running trial without a worker is stale: its process died while asking
 
     def __init__(self, sweep: Path) -> None:
         folder = (sweep / ".workers").absolute()
@@ -241,7 +241,7 @@ class Worker:
         self.host = f"{socket.gethostname()}-"
         self.path = folder / f"{self.host}{os.getpid()}-{time.time_ns()}"
         self.alive = FileLock(self.path)
-        self.asking = FileLock(folder / "asking")  # in a sweep directory, one process at a time asks
+        self.asking = FileLock(folder / "asking")  # one process of a sweep asks at a time
 
     def is_stale(self, trial: FrozenTrial) -> bool:
         """Return whether the process of a running trial has died."""
@@ -252,7 +252,7 @@ class Worker:
         path = Path(name)
         if path == self.path:
             return False
-        if not path.exists():  # the process has ended, or its machine has another disk
+        if not path.exists():  # the process has ended, or it runs on a machine with another file system
             return path.name.startswith(self.host)
         try:
             with FileLock(path, timeout=0):
@@ -269,7 +269,7 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
     settings = read_settings(jobs.config.hydra.sweeper)
     space = search_space(overrides)
     fixed = {o.get_key_element(): o.get_value_element_as_str() for o in overrides if not o.is_sweep_override()}
-    # before creating a study, check every choice and both ends of each key, with the first value of the other keys
+    # before creating a study, check each key's choices or limits, one key at a time
     ends = {k: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high) for k, d in space.items()}  # type: ignore[attr-defined]
     first = fixed | {key: values[0] for key, values in ends.items()}
     rest = [first | {key: value} for key, values in ends.items() for value in values[1:]]

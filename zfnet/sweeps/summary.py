@@ -1,4 +1,4 @@
-"""Summarize a sweep: its runs, the keys in which they differ, mean ± std over seeds, and tables.
+"""Summarise a sweep: its runs, the keys in which they differ, mean ± std over seeds, and tables.
 
 Everything is read from the run directories, so the launcher, processes and machines of the sweep do not matter.
 Settings are ranked by validation accuracy, then by validation loss. The test accuracy is shown for the best setting

@@ -150,7 +150,9 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise UserError(f"optimizer.param_groups={rules}: must be a list such as [{{ndim: 1, weight_decay: 0}}]")
     if rules:
-        resolve("optimizer", target, Optimizer, config.imports)  # an unknown class is not the error of a rule
+        resolve(
+            "optimizer", target, Optimizer, config.imports
+        )  # report an unknown class first
     for number, rule in enumerate(rules):
         slot = f"optimizer.param_groups.{number}"
         if not {"match", "ndim"} & rule.keys():
@@ -167,7 +169,8 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
         group = arguments(slot, {**settings, "_target_": target}, Optimizer, config.imports)[1]
         if "lr_scale" in rule:
             if lr is None or not is_number(rule["lr_scale"]) or rule["lr_scale"] <= 0:
-                raise UserError(f"{slot}.lr_scale={rule['lr_scale']}: must be a number above 0, and needs optimizer.lr")
+                scale = rule["lr_scale"]
+                raise UserError(f"{slot}.lr_scale={scale}: must be a number above 0, and optimizer.lr must be set")
             group["lr"] = lr * rule["lr_scale"]
         yield {"params": list(chosen.values()), **group}
     if rest:
@@ -258,13 +261,13 @@ def check_recipe(config: Config) -> None:
 def check_loss(config: Config, num_classes: int | None) -> None:
     """Compute the loss of a few images; raise UserError if it fails.
 
-    num_classes: None before the images are read; a loss that fails is then accepted: it may need more classes
+    num_classes: None before the images are read; then a failing loss is accepted, because it may need more classes
     """
     weights = config.loss.get("weight")
     if isinstance(weights, list) and num_classes not in (None, len(weights)):
         raise UserError(f"loss.weight={weights}: must have {num_classes} numbers, one for each class")
     classes = num_classes or (len(weights) if isinstance(weights, list) else 2)
-    images = 4 if classes == 3 else 3  # unlike `classes`, so that labels cannot be broadcast as logits
+    images = 4 if classes == 3 else 3  # not equal to `classes`, so that a loss that confuses images and classes fails
     loss = build_loss(config, [1] * classes)
     logits = torch.zeros(images, classes, requires_grad=True)
     name = f"loss ({type(loss.loss).__name__})"
@@ -319,7 +322,7 @@ def _check_step(config: Config) -> None:
         optimizer.step()
     except Exception as error:  # LBFGS needs a closure, SparseAdam sparse gradients; others raise other errors
         raise UserError(
-            f"optimizer._target_={plain['_target_']}: cannot make a plain step ({one_line(error)})"
+            f"optimizer._target_={plain['_target_']}: step() without arguments fails ({one_line(error)})"
         ) from error
     build_scheduler(config.scheduler, optimizer, 100, config.imports)
 

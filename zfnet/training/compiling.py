@@ -22,7 +22,7 @@ def describe(eager: float, compiled: float, cost: float, steps: int, steps_per_e
     if compiled >= eager:
         return f"{measured}it never saves time; off"
     even = cost / (eager - compiled)
-    return f"{measured}it saves time after {even / steps_per_epoch:.1f} epochs of {steps / steps_per_epoch:.0f}; on"
+    return f"{measured}it saves time after {even / steps_per_epoch:.1f} of {steps / steps_per_epoch:.0f} epochs; on"
 
 
 def resolve_compile(state: TrainingState, batches: Batches, recorded: bool | None) -> str | None:

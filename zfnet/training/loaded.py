@@ -71,7 +71,7 @@ class LoadedRun:
             elif self.data.split_seed != before.split_seed:
                 own = load_splits(replace(self.data, split_seed=before.split_seed), self.config.imports)
                 if not torch.equal(own.train.rows, loaded.train.rows):
-                    text = "run=%s split these images with data.split_seed=%d: its training images differ from these"
+                    text = "run=%s split these images with data.split_seed=%d: it trained on some that are now held out"
                     log.warning(text, self.source.folder, before.split_seed)
         validation, test = (None if s is None else self._with_run_labels(s) for s in (loaded.validation, loaded.test))
         return replace(loaded, train=self._with_run_labels(loaded.train), validation=validation, test=test)
@@ -125,7 +125,7 @@ def _data_for(data: DataConfig, metadata: ModelMetadata, given: Collection[str])
 
 
 def _joined(sets: Sequence[ImageSet]) -> ImageSet:
-    """Concatenate splits of one data set, without copying an array of pixels that all of them share."""
+    """Concatenate splits of one data set. If all share one array of pixels, it is not copied."""
     arrays = list({id(s.images): s.images for s in sets}.values())
     starts = dict(zip(map(id, arrays), np.cumsum([0, *map(len, arrays)]).tolist(), strict=False))
     boxes = [s.boxes for s in sets if s.boxes is not None]

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at 0: five steps bring singular values from 0.01 up to between 0.7 and 1.2
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at 0: five steps map singular values of at least 0.01 into 0.7 … 1.2
 
 
 class Muon(Optimizer):
-    """SGD with momentum orthogonalised by Newton–Schulz steps; plain SGD for biases and groups without orthogonalize.
+    """SGD with momentum orthogonalised by Newton–Schulz steps; for biases and groups with orthogonalize=False, SGD.
 
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon, airbench94_muon). `torch.optim.Muon` accepts only
     weights of two dimensions; this class treats the weights of a convolution as a matrix [out, in · k · k].

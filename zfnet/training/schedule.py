@@ -46,9 +46,8 @@ class Schedule:
         self.warmup_steps = round(settings.get("warmup_epochs", 0) * steps_per_epoch)
         ends = getattr(scheduler, "total_steps", length)
         if ends < length:
-            raise UserError(
-                f"scheduler.total_steps={ends}: the schedule ends before the run, which has {length}; write auto"
-            )
+            run = f"{length} {'steps' if self.by_step else 'epochs'}"
+            raise UserError(f"scheduler.total_steps={ends}: the schedule ends before the run ({run}); write auto")
         self.count = 0  # the scheduler's steps so far
         self._rates: list[float] | None = None  # the scheduler's own rates, while warm-up replaces them
         self._recent_rates: deque[tuple[int, float]] = deque(maxlen=1000)  # the last steps and their rates
