@@ -150,9 +150,7 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise UserError(f"optimizer.param_groups={rules}: must be a list such as [{{ndim: 1, weight_decay: 0}}]")
     if rules:
-        resolve(
-            "optimizer", target, Optimizer, config.imports
-        )  # report an unknown class first
+        resolve("optimizer", target, Optimizer, config.imports)  # report an unknown class first
     for number, rule in enumerate(rules):
         slot = f"optimizer.param_groups.{number}"
         if not {"match", "ndim"} & rule.keys():
