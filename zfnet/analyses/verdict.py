@@ -70,7 +70,7 @@ SCORES = {
     "weights": "depends on the weights",
     "own": "specific to its unit or class",
     "deletion": "removing it lowers the output",
-    "insertion": "keeping only it restores the output",
+    "insertion": "it alone restores the output",
     "box": "in the object's box",
     "mosaic": "in the correct quarter of a mosaic",
     "parts": "predicts the effect of a part",
