@@ -312,7 +312,7 @@ class Pruning(Callback):
 
 
 class EarlyStopping(Callback):
-    """Stops training when a metric has not improved by more than `min_delta` for `patience` epochs.
+    """Stop training if a metric does not improve by more than `min_delta` for `patience` epochs.
 
     monitor: a column of history.csv; lower is better if its name contains loss, otherwise higher
     """

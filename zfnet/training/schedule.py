@@ -97,7 +97,7 @@ class Schedule:
     def replay(self, monitored: Sequence[float]) -> None:
         """Advance over epochs that the parent trained; `monitored`: a plateau schedule's metric after each epoch."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that the optimizer has not stepped
+            warnings.simplefilter("ignore", UserWarning)  # lr_scheduler.step() without optimizer.step() warns
             for value in monitored:
                 for _ in range(self.steps_per_epoch if self.by_step else 1):
                     self._advance(value)
