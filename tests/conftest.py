@@ -95,7 +95,7 @@ def _reset_switches():
 
 @pytest.fixture(autouse=True)
 def _without_figures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Skip the figures of trainings, evaluations and sweeps, which take most of their time, except in `drawn` tests."""
+    """Skip the figures of trainings and sweeps, and the rendering of others, except in `drawn` tests: it is slow."""
     from tests.helpers import no_figures
 
     with contextlib.nullcontext() if request.node.get_closest_marker("drawn") else no_figures():

@@ -72,6 +72,7 @@ def test_attribute_points_at_the_object(trained: Trained) -> None:
     assert abs(prior["difference"]["mean"]) < 0.01
 
 
+@pytest.mark.drawn
 def test_attribution_writes_its_maps(run_py, tiny_run: RunDirectory) -> None:
     answer = run_py(
         "job=attribution", f"run={tiny_run.folder}", "job.count=2", "job.boxed_images=5", "job.steps=8",

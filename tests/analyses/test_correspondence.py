@@ -207,6 +207,7 @@ def test_mark_quarters_cuts_to_the_box() -> None:
         assert (cut[0, 1, y, x] > 0.5) == (name == "upper right"), name
 
 
+@pytest.mark.drawn
 def test_correspondence_of_shapes_and_of_a_table_of_points(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:
     words = ("job=correspondence", f"run={tiny_run.folder}", "job.places=99", "trainer.threads=1")
     answer = run_py(*words, "job.split=test", "job.count=12", "hydra.run.dir=out")

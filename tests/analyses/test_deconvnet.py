@@ -237,6 +237,7 @@ def save_photograph(path: Path) -> None:
     Image.fromarray(random_images(1, 40, seed=5)[0].numpy()).save(path)
 
 
+@pytest.mark.drawn
 def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.analyses.deconvnet._CONTROL_UNITS", 8)  # faster
     few = ("model.conv1.channels=12", "model.conv4.channels=12", "trainer.epochs=1")

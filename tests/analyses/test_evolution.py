@@ -83,6 +83,7 @@ def test_a_map_is_not_compared_with_itself_where_there_is_no_other() -> None:
     ] * 2
 
 
+@pytest.mark.drawn
 def test_evolution_names_each_maps_strongest_image_at_each_epoch(run_py, trained: Trained) -> None:
     answer = run_py(
         "job=evolution", f"run={trained.run.folder}", "job.split=test", "job.layers=[conv1,conv5]", "job.maps=3",

@@ -154,6 +154,7 @@ def test_measure_filters_that_are_not_square() -> None:
     draw_filters({"A": result}, 0.1)
 
 
+@pytest.mark.drawn
 def test_filters_of_two_runs_stand_side_by_side(run_py, tiny_run: RunDirectory, trained: Trained) -> None:
     answer = run_py(
         "job=filters",

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from tests.explain.browser import CHROMIUM, DRIVER, browser
@@ -330,6 +331,7 @@ def other_run(tiny_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) 
 WORDS = ("job=forced_choice", "job.split=train", "trainer.threads=1", "hydra.run.dir=out")
 
 
+@pytest.mark.drawn
 def test_forced_choice_job_writes_all(run_py, tiny_run: RunDirectory, other_run: Path) -> None:
     words = (f"run={tiny_run.folder}", f"job.other={other_run}", "job.layers=[conv1,conv5]")
     answer = run_py(*WORDS, *words, "job.maps=3", "job.trials=3", "job.quiz=1")
@@ -343,7 +345,7 @@ def test_forced_choice_job_writes_all(run_py, tiny_run: RunDirectory, other_run:
     mean = sum(float(row["both"]) for row in rows) / len(rows)
     assert of["all", "both"]["accuracy"] == pytest.approx(mean)
     assert record["published"] == PUBLISHED
-    assert Path("out/figures/forced_choice.png").exists()
+    assert Image.open("out/figures/forced_choice.png").width > 500
     quiz = json.loads(re.search(r'id="metadata">(.*?)</script>', Path("out/quiz.html").read_text(), re.S)[1])
     assert len(quiz["trials"]) == 2 * len(CONDITIONS)
     assert [t["condition"] for t in quiz["trials"]] != list(CONDITIONS) * 2  # shuffled

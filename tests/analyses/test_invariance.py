@@ -101,6 +101,7 @@ def test_measure_of_a_trained_network_is_lowest_for_turns(trained: Trained) -> N
     assert mean["rotation"] < mean["vertical translation"]
 
 
+@pytest.mark.drawn
 def test_invariance_writes_every_point_that_it_draws(run_py, tiny_run: RunDirectory) -> None:
     answer = run_py(
         "job=invariance", f"run={tiny_run.folder}", "job.count=2", "job.mean_images=6", "job.steps=3",

@@ -168,6 +168,7 @@ def test_falls_at_the_lowest_place_are_those_of_a_closed_form() -> None:
     assert torch.equal(falls, falls[:1, :1].expand(3, 3))
 
 
+@pytest.mark.drawn
 def test_occlusion_of_image_files(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:
     picture = tmp_path / "a, b.png"  # a comma, which a CSV file must quote
     Image.new("RGB", (50, 80), "red").save(picture)

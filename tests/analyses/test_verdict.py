@@ -346,6 +346,7 @@ def test_damaged_rows_of_a_metric_are_one_line(tmp_path: Path, damage: str) -> N
     assert verdict.saved_rows(run, "own", {}) is None
 
 
+@pytest.mark.drawn
 def test_verdict_writes_all_and_continues(run_py, tiny_run: RunDirectory, monkeypatch) -> None:
     words = (
         "job=verdict",

@@ -47,6 +47,7 @@ def test_torchvision_loop_trains_fewer_than_five_classes() -> None:
     assert TorchvisionLoop(config, resolve_runtime(config.trainer), images, workers=0).time_turn(steps=1, warmup=0) > 0
 
 
+@pytest.mark.drawn
 def test_main_times_this_program_beside_the_others(tmp_path: Path, monkeypatch, capsys) -> None:
     words = "data=shapes model=small data.image_size=64 data.store_size=32 data.train_images=20 data.test_images=10"
     sizes = "data.batch_size=8 job.rounds=1 job.steps=2"

@@ -20,6 +20,7 @@ WORDS = ("job=benchmark", "model=small", "data=shapes", "data.image_size=64", "d
 SIZES = ("data.train_images=20", "data.test_images=10", "data.batch_size=8", "job.rounds=2", "job.steps=2")
 
 
+@pytest.mark.drawn
 def test_benchmark_times_the_step_and_its_phases(run_py, tmp_path: Path) -> None:
     answer = run_py(*WORDS, *SIZES, "hydra.run.dir=b")
     assert answer.code == 0, answer.err
@@ -57,6 +58,7 @@ def test_the_steps_of_a_warm_up_do_not_count(monkeypatch) -> None:
     assert steps.steps_taken == 4
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
 def test_benchmark_times_each_choice_beside_its_alternative(
     capability: str, run_py, tmp_path: Path, monkeypatch

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -229,7 +228,6 @@ def test_jobs_work_on_a_network_that_is_no_zfnet(
     imported_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(imported_run.folder.parent)
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: self.draw_without_rendering())
     config = load_for_job(imported_run, f"job={words[0]}", *words[1:]).config
     config.job.main(config, tmp_path / "out")
 

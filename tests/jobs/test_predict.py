@@ -52,6 +52,7 @@ def test_file_formats_show_the_same_picture(tmp_path: Path) -> None:
     assert np.abs(np.asarray(read_image(tmp_path / "deep.png"))[..., 0] - grey / 257).max() <= 1
 
 
+@pytest.mark.drawn
 def test_predict_job_reports_unreadable_images_and_does_the_rest(run_py, tiny_run, tmp_path: Path) -> None:
     Image.new("RGB", (30, 90), "red").save(tmp_path / "tall $x_{y.png")
     (tmp_path / "bad.jpg").write_text("not an image")

@@ -33,6 +33,7 @@ def test_styled_uses_the_style_and_leaves_the_callers_settings() -> None:
     assert axis.figure.get_layout_engine() is not None
 
 
+@pytest.mark.drawn
 def test_letters_without_a_font_are_one_line(tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(figures, "_families", lambda: ["DejaVu Sans"])
     figures._warn_once.cache_clear()
@@ -51,6 +52,7 @@ def test_letters_come_from_the_fonts_that_are_installed(monkeypatch) -> None:
     assert figures._families.__wrapped__() == ["DejaVu Sans", "Noto Sans CJK SC", "Hiragino Sans"]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", ["$x$", r"a $\nonsense$", "5 $", "$$"])
 def test_plain_keeps_dollar_signs_from_being_formulas(tmp_path: Path, name: str) -> None:
     axis, _ = draw([name, "b"])

@@ -119,6 +119,7 @@ def test_draw_samples_names_guess_and_truth() -> None:
         assert np.array_equal(shown.get_array(), image)
 
 
+@pytest.mark.drawn
 def test_save_figure_writes_equal_files_for_equal_figures(tmp_path: Path) -> None:
     for name in ("a/x.png", "b/x.png"):
         save_figure(draw_curves(history(2)), tmp_path / name)

@@ -20,7 +20,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import zfnet
@@ -377,7 +376,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
 
 def test_nothing_is_longer_than_a_line_of_80_columns(run_py, terminal, monkeypatch) -> None:
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     monkeypatch.setattr("zfnet.training.callbacks.tqdm", functools.partial(tqdm, mininterval=0))  # every step
     commands = (
         [*TINY_EXACT, "hydra.run.dir=run"],
