@@ -1,7 +1,9 @@
 """README, CONTRIBUTING and docs/: every command composes, every Python block runs, every link target exists.
 
-Jobs, single-process trainings and README's sweeps also run, at a tiny size and on built-in images instead of
-downloads. Other sweeps, multi-process trainings and compiled ones are only composed.
+README's jobs, single-process trainings and sweeps also run, at a tiny size and on built-in images instead of
+downloads. So do those of other pages that name a job or choose a file (`group=choice`) that no earlier command does;
+their other options are only checked, because the tests of each job run them. Other sweeps, multi-process trainings and
+compiled ones are only composed.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import zfnet
-from tests.conftest import ROOT
-from tests.helpers import TINY_EXACT, read_csv, tiny_model_config, write_images
+from tests.conftest import ROOT, Answer
+from tests.helpers import TINY_EXACT, no_figures, read_csv, tiny_model_config, write_images
 from zfnet.config.schema import Config
 from zfnet.jobs.train import compose
 from zfnet.runs.command import compose_raw, prepare_overrides, read_command
@@ -61,6 +63,7 @@ EXTRA = {  # overrides that make a job cheap, or possible with 80 images
         *(f"model.conv{n}.channels={channels}" for n, channels in enumerate((4, 6, 5, 5, 6), 1)),
         *("model.fc6.features=12", "model.fc7.features=11", "data.image_size=64"),
     ],
+    "evolution": ["job.max_images=20"],
     "export": ["job.format=pt2"],  # the job's own tests export to ONNX
     "invariance": ["job.steps=5", "job.mean_images=10"],
     "occlusion": ["job.stride=12", "job.boxed_images=2"],
@@ -188,6 +191,29 @@ def at_tiny_size(words: list[str]) -> list[str]:
     return with_small(kept, ["data=shapes", "data.store_size=64", *small])
 
 
+def at_test_size(words: list[str]) -> list[str]:
+    """Return the words that run a job or a training in a test."""
+    if not is_cheap(words):
+        return at_tiny_size(words)
+    extra = [] if {"--config-name", "--help"} & set(words) else EXTRA.get(settings(words).get("job", "train"), [])
+    return with_small(words, extra)
+
+
+def commands_to_run() -> set[str]:
+    """Return README's jobs and trainings, and those of other pages with a choice that no other one of its job has."""
+    of_readme, chosen, seen = set(commands(README)), set(), set()
+    for command in sorted(all_commands(), key=lambda command: command not in of_readme):
+        _, *words = words_of(command)
+        words = words[words.index("run.py") + 1 :] if "run.py" in words else ["-m"]
+        if is_cheap(words) or is_training(words):
+            job = settings(words).get("job", "train")
+            choices = {(job, word) for word in at_test_size(words) if not re.match(r"(run|seed)=|[^=]*\.", word)}
+            if command in of_readme or not choices <= seen:
+                chosen.add(command)
+                seen |= choices
+    return chosen
+
+
 def two_jobs(words: list[str]) -> list[str]:
     """Return the words of a two-job sweep: the first two values of the first swept key, the first of the others."""
     kept, most = [], 2
@@ -203,7 +229,7 @@ def two_jobs(words: list[str]) -> list[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the pages assume: a finished run, a sweep, and some images."""
     folder = tmp_path_factory.mktemp("pages")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, no_figures():
         patch.chdir(folder)
         patch.setattr(sys, "argv", [str(ROOT / "run.py"), *SMALL, f"hydra.run.dir={RUN}"])
         runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
@@ -228,15 +254,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workspace(run_py, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path) -> Callable:
-    """Return `run_py`, in a copy of the folder `finished`."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    """Return `run_py`, in a copy of the folder `finished`. Until the first call, the current folder is `finished`."""
+    monkeypatch.chdir(finished)
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # other tests check the figures
     monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e11)  # it takes two seconds
-    return run_py
+
+    def run_in_copy(*words: str) -> Answer:
+        shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+        monkeypatch.chdir(tmp_path)
+        return run_py(*words)
+
+    return run_in_copy
 
 
 def small_zfnet(num_classes: int, image_size: int) -> zfnet.ZFNet:
     return zfnet.model.zfnet.ZFNet(num_classes, 64, tiny_model_config())
+
+
+RUN_COMMANDS = commands_to_run()
 
 
 @pytest.mark.parametrize("command", all_commands())
@@ -244,7 +279,7 @@ def test_command(workspace: Callable, command: str) -> None:
     head, *words = words_of(command)
     if "run.py" in words:
         assert head in ("python", "torchrun")
-        check_run_py(workspace, words[words.index("run.py") + 1 :])
+        check_run_py(workspace, words[words.index("run.py") + 1 :], command in RUN_COMMANDS)
         if "-m" in words and command in commands(README):
             check_sweep(workspace, words[1:])
     elif head == "pip":
@@ -265,18 +300,14 @@ def test_command(workspace: Callable, command: str) -> None:
         assert command in (*SHELL, "python3 -m venv .venv", "tensorboard --logdir outputs")
 
 
-def check_run_py(run_py: Callable, words: list[str]) -> None:
-    # cheap jobs that read a run are checked when they run below; others run at a tiny size, so check the real size here
-    if not any(word.startswith("--") for word in words) and not (is_cheap(words) and "run" in settings(words)):
+def check_run_py(run_py: Callable, words: list[str], runs: bool) -> None:
+    # jobs that read a run are checked when they run below; others run at a tiny size, so check the real size here
+    checks_itself = runs and is_cheap(words) and "run" in settings(words)
+    if not any(word.startswith("--") for word in words) and not checks_itself:
         for job in first_and_last_job([word for word in words if word != "-m"]):
             checked(job)
-    if is_cheap(words):
-        given = {"--config-name", "--help"} & set(words)
-        extra = [] if given else EXTRA.get(settings(words).get("job", "train"), [])
-        answer = run_py(*with_small(words, extra))
-        assert answer.code == 0, answer.err
-    elif is_training(words):
-        answer = run_py(*at_tiny_size(words))
+    if runs:
+        answer = run_py(*at_test_size(words))
         assert answer.code == 0, answer.err
 
 
@@ -287,9 +318,12 @@ def check_sweep(run_py: Callable, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name)
-def test_python(workspace: Callable, monkeypatch: pytest.MonkeyPatch, page: Path) -> None:
+@pytest.mark.usefixtures("workspace")
+def test_python(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: Path) -> None:
     if page.name == TESTED_ELSEWHERE:
         pytest.skip("tests/examples/test_extend.py runs it")
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(zfnet, "ZFNet", small_zfnet)
     monkeypatch.setattr(zfnet, "compose", lambda words: compose(with_small(words, SMALL)))
     exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {})
