@@ -30,7 +30,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import _Terminal
 from zfnet.training.callbacks import ProgressBar
 
-SHAPES = ("experiment=quickstart", "trainer.epochs=1", "data.train_images=100", "data.test_images=20")
+SHAPES = (*TINY_EXACT, "trainer.epochs=1")
 
 # the relevant part of a run's .hydra/config.yaml: job is not a group, and Hydra does not log
 RECORD = """
@@ -44,9 +44,6 @@ hydra: {run: {dir: 'x/${job.name}'}}
     ("words", "expected"),
     [
         (["optimizer.lrr=0.1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
-        (["lr=0.1"], "lr: no such key; did you mean 'optimizer.lr'?"),
-        (["trainer.epoch=3"], "trainer.epoch: no such key; did you mean 'trainer.epochs'?"),
-        (["optimzer=sgd"], "optimzer: no such key; did you mean 'optimizer'?"),
         (["expriment=quickstart"], "expriment: no such key; did you mean 'experiment'?"),
         (["--experiment", "blog"], "--experiment: no such option; settings have no dashes, as in experiment=blog"),
         (["--experiment=blog"], "--experiment: no such option; settings have no dashes, as in experiment=blog"),
@@ -56,71 +53,21 @@ hydra: {run: {dir: 'x/${job.name}'}}
             ["optimizer.lr=0,001"],
             "0,001: several values need a sweep (run.py -m); write a decimal number with a point: opti",
         ),
-        (["logger=csv,none"], "write a list as logger=[csv,none]"),
         (["job=summary", "model=[small,zfnet]"], "choose one, or sweep over them with run.py -m model=small,zfnet"),
-        (
-            ["experiment=[quickstart,cifar10_small]"],
-            "choose one, or sweep over them with run.py -m experiment=quickstart,",
-        ),
-        (["~loss.weight"], "~loss.weight: is already null"),
-        (["~optimizer.maximize"], "optimizer.maximize"),
         (["hydra/lancher=basic"], "hydra/lancher: no such group; did you mean 'hydra/launcher'?"),
         (
             ["-m", "optimizer=glob(*)", "hydra/launcher=nope"],
             "hydra/launcher=nope: no such choice; known: basic, joblib",
         ),
-        (["~loss.weigth"], "loss.weigth: no such key; did you mean 'loss.weight'?"),
-        (["trainer.freeze=conv1"], "trainer.freeze=conv1: must be a list, as in [conv1]"),
-        (["data.mean=0.5,0.4,0.3"], "write a list as data.mean=[0.5,0.4,0.3]"),
-        (["optimizer.lr=choice(1,2"], "optimizer.lr=choice(1,2: must be a number"),
-        (["optimizer=sgd", "optimizer.betas=1"], "optimizer.betas: no such key with optimizer=sgd; known: optimizer."),
-        (["model.conv1=[1]"], "model.conv1=[1]: is a mapping; set one of its keys, as in model.conv1.channels="),
-        (["model.conv3=null", "optimizer.lrr=0.1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
-        (["job=predict", "run=last", "images="], "images=: is empty; name a file or folder"),
-        (["job=compare", "job.sweep="], "job.sweep=: is empty; name a file or folder"),
-        (["optimizer=adamw", "optimizer.foreach=true"], "AdamW accepts it: write +optimizer.foreach=true"),
-        (["loss.ignore_index=3"], "is not in conf/loss/, but CrossEntropyLoss accepts it: write +loss.ignore_index=3"),
-        (["optimizer.param_groups=[]"], "AdamW accepts it: write +optimizer.param_groups=[]"),
-        (["optimizer._target_=torch.optim.AdamWW"], "there is no such name; did you mean 'torch.optim.AdamW'?"),
-        (["loss._target_=torch.nn.CrosEntropyLoss"], "did you mean 'torch.nn.CrossEntropyLoss'?"),
-        (["model=small", "data.image_size=9"], "set data.image_size="),
         (["optimizer=sdg"], "optimizer=sdg: no such choice; did you mean 'sgd'?"),
-        (["experiment=blogg"], "experiment=blogg: no such choice; did you mean 'blog'?"),
         (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number"),
-        (["optimizer.lr=-1"], "optimizer.lr=-1: must be a number greater than 0"),
-        (["optimizer.lr=0"], "optimizer.lr=0: must be a number greater than 0"),
-        (["optimizer.lr=nan"], "optimizer.lr=nan: must be a finite number"),
-        (["trainer.epochs=0"], "trainer.epochs=0: must be at least 1"),
-        (["trainer.epochs=two"], "trainer.epochs"),
-        (["data.batch_size=0"], "data.batch_size=0: must be at least 1"),
-        (["model.dropout=1"], "model.dropout=1: must be less than 1"),
         (["trainer.device=cuda:99"], "trainer.device=cuda:99"),
-        (["trainer.device=gpu"], "trainer.device=gpu: must be one of"),
-        (["seed=-1"], "seed=-1: must be at least 0"),
-        (["+optimizer.colour=red"], "optimizer.colour: AdamW has no such setting"),
-        (
-            ["optimizer._target_=os.system"],
-            "optimizer._target_=os.system: the package os is not one that this command imports",
-        ),
-        (["data.image_size=20"], "too few for its"),
-        (["data=folder"], "data.root is not set"),
         (["data=folder", "data.root=/nowhere"], "data.root=/nowhere: there is no such folder"),
         (["job=resume"], "job=resume needs run=<dir>"),
         (["job=resume", "run=nowhere"], "run=nowhere: there is no run"),
         (["job=resume", f"run={'a' * 300}"], "aaa: there is no run"),
-        (["+loss.reduction=mean"], "loss.reduction=mean: must be sum"),
-        (["run=x"], "job=train does not read a run: job=resume continues one"),
-        (["images=cat.jpg"], "job=train does not read image files"),
         (["optimizer.lr"], "the command line cannot be parsed"),
-        (["data.mean=[0.5,0.5]"], "must have 3 values"),
-        (["scheduler.interval=year"], "scheduler.interval=year: must be epoch or step"),
-        (["scheduler.patience=-x"], "scheduler.patience=-x: must be a number"),
         (["model=null"], "model=null: no such choice; known: "),
-        (["data="], "data=: no such choice; known: base, cifar10, "),
-        (["optimizer=3"], "optimizer=3: no such choice; known: adagrad, "),
-        (["seed=${oc.env:ZFNET_NONE}"], "seed: Environment variable 'ZFNET_NONE' not found"),
-        (["ü=3"], "the command line cannot be parsed (ü=3): write key=value"),
-        (["+data.fit=größe"], "data.fit=größe: must be one of crop or stretch"),
         (["hydra.run.dir=file"], "the folder file cannot be created (File exists): choose another with hydra.run.dir"),
         (
             ["hydra.run.dir=file/run"],
@@ -232,20 +179,27 @@ def test_a_search_path_adds_choices(run_py, tmp_path: Path) -> None:
     assert (answer.code, answer.err) == (0, "")
 
 
+NO_KEY = "model.nothing: no such key with model=mine; known: model."
+NO_CHOICE = "model=mina: no such choice; did you mean 'mine'?"
+
+
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("option", "words", "expected"),
     [
-        (["model=mine", "model.nothing=80"], "model.nothing: no such key with model=mine; known: model."),
-        (["optimizer.lrr=1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
-        (["optimizer.lr=0,001"], "optimizer.lr=0,001: several values need a sweep (run.py -m)"),
-        (["model=mina"], "model=mina: no such choice; did you mean 'mine'?"),
-        (["-m", "optimizer.lrr=1,2"], "no job has started: optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
-        (["-m", "model=mine,mina"], "no job has started: model=mina: no such choice; did you mean 'mine'?"),
-        (["-m", "hydra/sweeper=optuna", "optimizer.lrr=1,2"], "no job has started: optimizer.lrr: no such key; did "),
+        ("--config-dir={}", ["model=mine", "model.nothing=80"], NO_KEY),
+        ("--config-dir={}", ["optimizer.lr=0,001"], "optimizer.lr=0,001: several values need a sweep (run.py -m)"),
+        ("--config-dir={}", ["model=mina"], NO_CHOICE),
+        ("--config-dir={}", ["-m", "model=mine,mina"], f"no job has started: {NO_CHOICE}"),
+        (
+            "--config-dir={}",
+            ["-m", "hydra/sweeper=optuna", "optimizer.lrr=1,2"],
+            "no job has started: optimizer.lrr: no such key; did you mean 'optimizer.lr'?",
+        ),
+        ("hydra.searchpath=[file://{}]", ["model=mine", "model.nothing=80"], NO_KEY),
+        ("hydra.searchpath=[file://{}]", ["-m", "model=mine,mina"], f"no job has started: {NO_CHOICE}"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-@pytest.mark.parametrize("option", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
 def test_a_fault_is_named_with_a_further_folder(run_py, tmp_path: Path, option: str, words, expected: str) -> None:
     (tmp_path / "more/model").mkdir(parents=True)
     shutil.copy(CONF / "model/small.yaml", tmp_path / "more/model/mine.yaml")
@@ -317,8 +271,62 @@ def test_unusual_names_are_taken_literally(run_py, tmp_path: Path, monkeypatch) 
         (["optimizer.lr=0,001"], "write a decimal number with a point: optimizer.lr=0.001"),
         (["optimizer.lr"], "cannot be parsed (optimizer.lr): write key=value"),
         (["model=null"], "model=null: no such choice; known: "),
+        (["lr=0.1"], "lr: no such key; did you mean 'optimizer.lr'?"),
+        (["trainer.epoch=3"], "trainer.epoch: no such key; did you mean 'trainer.epochs'?"),
+        (["optimzer=sgd"], "optimzer: no such key; did you mean 'optimizer'?"),
+        (["logger=csv,none"], "write a list as logger=[csv,none]"),
+        (
+            ["experiment=[quickstart,cifar10_small]"],
+            "choose one, or sweep over them with run.py -m experiment=quickstart,",
+        ),
+        (["~loss.weight"], "~loss.weight: is already null"),
+        (["~optimizer.maximize"], "optimizer.maximize"),
+        (["~loss.weigth"], "loss.weigth: no such key; did you mean 'loss.weight'?"),
+        (["trainer.freeze=conv1"], "trainer.freeze=conv1: must be a list, as in [conv1]"),
+        (["data.mean=0.5,0.4,0.3"], "write a list as data.mean=[0.5,0.4,0.3]"),
+        (["optimizer.lr=choice(1,2"], "optimizer.lr=choice(1,2: must be a number"),
+        (["optimizer=sgd", "optimizer.betas=1"], "optimizer.betas: no such key with optimizer=sgd; known: optimizer."),
+        (["model.conv1=[1]"], "model.conv1=[1]: is a mapping; set one of its keys, as in model.conv1.channels="),
+        (["model.conv3=null", "optimizer.lrr=0.1"], "optimizer.lrr: no such key; did you mean 'optimizer.lr'?"),
+        (["job=predict", "run=last", "images="], "images=: is empty; name a file or folder"),
+        (["job=compare", "job.sweep="], "job.sweep=: is empty; name a file or folder"),
+        (["optimizer=adamw", "optimizer.foreach=true"], "AdamW accepts it: write +optimizer.foreach=true"),
+        (["loss.ignore_index=3"], "is not in conf/loss/, but CrossEntropyLoss accepts it: write +loss.ignore_index=3"),
+        (["optimizer.param_groups=[]"], "AdamW accepts it: write +optimizer.param_groups=[]"),
+        (["optimizer._target_=torch.optim.AdamWW"], "there is no such name; did you mean 'torch.optim.AdamW'?"),
+        (["loss._target_=torch.nn.CrosEntropyLoss"], "did you mean 'torch.nn.CrossEntropyLoss'?"),
+        (["model=small", "data.image_size=9"], "set data.image_size="),
+        (["experiment=blogg"], "experiment=blogg: no such choice; did you mean 'blog'?"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1: must be a number greater than 0"),
+        (["optimizer.lr=0"], "optimizer.lr=0: must be a number greater than 0"),
+        (["optimizer.lr=nan"], "optimizer.lr=nan: must be a finite number"),
+        (["trainer.epochs=0"], "trainer.epochs=0: must be at least 1"),
+        (["trainer.epochs=two"], "trainer.epochs"),
+        (["data.batch_size=0"], "data.batch_size=0: must be at least 1"),
+        (["model.dropout=1"], "model.dropout=1: must be less than 1"),
+        (["trainer.device=gpu"], "trainer.device=gpu: must be one of"),
+        (["seed=-1"], "seed=-1: must be at least 0"),
+        (["+optimizer.colour=red"], "optimizer.colour: AdamW has no such setting"),
+        (
+            ["optimizer._target_=os.system"],
+            "optimizer._target_=os.system: the package os is not one that this command imports",
+        ),
+        (["data.image_size=20"], "too few for its"),
+        (["data=folder"], "data.root is not set"),
+        (["+loss.reduction=mean"], "loss.reduction=mean: must be sum"),
+        (["run=x"], "job=train does not read a run: job=resume continues one"),
+        (["images=cat.jpg"], "job=train does not read image files"),
+        (["data.mean=[0.5,0.5]"], "must have 3 values"),
+        (["scheduler.interval=year"], "scheduler.interval=year: must be epoch or step"),
+        (["scheduler.patience=-x"], "scheduler.patience=-x: must be a number"),
+        (["data="], "data=: no such choice; known: base, cifar10, "),
+        (["optimizer=3"], "optimizer=3: no such choice; known: adagrad, "),
+        (["seed=${oc.env:ZFNET_NONE}"], "seed: Environment variable 'ZFNET_NONE' not found"),
+        (["ü=3"], "the command line cannot be parsed (ü=3): write key=value"),
+        (["+data.fit=größe"], "data.fit=größe: must be one of crop or stretch"),
         ("experiment=quickstart", "give a list of overrides, as in compose(['experiment=quickstart'])"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_compose_says_in_python_what_the_command_line_says(words, expected: str, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ipykernel", "-f", "optimizer=adamm"])  # arguments of another program
@@ -379,7 +387,7 @@ def test_nothing_is_longer_than_a_line_of_80_columns(run_py, terminal, monkeypat
     monkeypatch.setattr("zfnet.training.callbacks.tqdm", functools.partial(tqdm, mininterval=0))  # every step
     commands = (
         [*TINY_EXACT, "hydra.run.dir=run"],
-        ["-m", *TINY_EXACT, "seed=0,1", "trainer.epochs=1", "hydra.sweep.dir=outputs/sweep"],
+        ["-m", *SHAPES, "seed=0,1", "data.subset=18", "hydra.sweep.dir=outputs/sweep"],
         ["job=evaluate", "run=run"],
         ["job=compare", "runs=[outputs/sweep]"],
         ["job=runs"],
