@@ -44,6 +44,13 @@ def branch(run_py) -> Callable[..., RunDirectory]:
     return run
 
 
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished run that keeps the state of both its epochs. Tests copy it."""
+    folder = tmp_path_factory.mktemp("branch") / "run"
+    return train_tiny_exact(folder, "trainer.checkpoint_epochs=[1]")
+
+
 def rates(run: RunDirectory) -> list[float | None]:
     return [row["lr"] for row in run.read_history()]
 
@@ -138,8 +145,8 @@ def test_the_place_of_the_images_does_not_count(branch, run_py, tmp_path: Path, 
     assert "identical: every metric of 4 epochs" in answer.out, answer.err
 
 
-def test_a_fork_to_other_classes_says_what_to_do(branch, run_py, tmp_path: Path) -> None:
-    train_tiny_exact(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
+def test_a_fork_to_other_classes_says_what_to_do(run_py, two_epochs: RunDirectory, tmp_path: Path) -> None:
+    shutil.copytree(two_epochs.folder, tmp_path / "one")
     write_images(tmp_path / "photos", {f"{split}/{kind}": 9 for split in ("train", "test") for kind in "ab"})
     answer = run_py("job=fork", "run=one", "job.epoch=1", "data=folder", "data.root=photos", "data.image_size=64")
     assert answer.error.startswith("the run cannot begin with its parent's state (RuntimeError: size mismatch for fc8.")
@@ -166,28 +173,34 @@ def test_the_best_epoch_before_a_fork_survives_a_kill(tmp_path: Path, fake_valid
     assert read_checkpoint(tmp_path / "one/checkpoints" / epoch_name(2, best=True)).metadata["epoch"] == 1
 
 
-def test_fit_extends_a_run_in_python(tmp_path: Path) -> None:
-    train_tiny_exact(tmp_path / "one")
-    config = zfnet.compose(["job=extend", f"run={tmp_path / 'one'}", "trainer.epochs=3"])
+def test_fit_extends_a_run_in_python(two_epochs: RunDirectory, tmp_path: Path) -> None:
+    config = zfnet.compose(["job=extend", f"run={two_epochs.folder}", "trainer.epochs=3"])
     run = zfnet.fit(config, tmp_path / "two")
     assert zfnet.fit(config, tmp_path / "two").results == run.results
     assert [row["epoch"] for row in RunDirectory(tmp_path / "two").read_history()] == [1, 2, 3]
     assert run.results["epochs"] == 3
 
 
+COSINE = ("scheduler=cosine", "optimizer.lr=0.04")
+
+
+@pytest.fixture(scope="module")
+def cosine(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return train_tiny_exact(tmp_path_factory.mktemp("cosine") / "run", *COSINE)
+
+
 @pytest.mark.parametrize("rule", ["stretch", "continue", "restart"])
-def test_the_schedule_of_a_branch_is_chosen_and_logged(branch, tmp_path: Path, rule: str) -> None:
-    words = ("scheduler=cosine", "optimizer.lr=0.04")
-    parent = train_tiny_exact(tmp_path / "one", *words)
-    run = branch("two", "job=extend", "run=one", "trainer.epochs=4", f"job.schedule={rule}")
-    assert rates(run)[:2] == rates(parent)
+def test_the_schedule_of_a_branch_is_chosen_and_logged(branch, cosine: RunDirectory, tmp_path: Path, rule: str) -> None:
+    run = branch("two", "job=extend", f"run={cosine.folder}", "trainer.epochs=4", f"job.schedule={rule}")
+    before = rates(cosine)
+    assert rates(run)[:2] == before
     now = rates(run)[2:]
     if rule == "stretch":
-        assert now == rates(train_tiny_exact(tmp_path / "whole", *words, "trainer.epochs=4"))[2:]
+        assert now == rates(train_tiny_exact(tmp_path / "whole", *COSINE, "trainer.epochs=4"))[2:]
     elif rule == "restart":
-        assert now == rates(parent)
+        assert now == before
     else:
-        assert now == [rates(parent)[-1]] * 2
+        assert now == [before[-1]] * 2
     spans = {"stretch": "1 to 4", "continue": "1 to 2", "restart": "3 to 4"}
     assert f"learning rate (job.schedule={rule}): CosineAnnealingLR over epochs {spans[rule]}; " in branch.out
     assert "; 0.000384 before, 0.0" in branch.out
@@ -236,17 +249,17 @@ def test_a_run_that_was_stopped_early_goes_on(branch, tmp_path: Path) -> None:
     assert len(run.read_history()) == 4  # early stopping starts again and stops the run
 
 
-def test_refusals(run_py, branch, tmp_path: Path) -> None:
-    train_tiny_exact(tmp_path / "one", "trainer.checkpoint_epochs=[1]")
-    train_tiny_exact(tmp_path / "none", "trainer.epochs=1")
-    train_tiny_exact(tmp_path / "two-epochs")
+def test_refusals(run_py, branch, two_epochs: RunDirectory, tmp_path: Path) -> None:
+    for name in ("one", "late"):
+        shutil.copytree(two_epochs.folder, tmp_path / name)
+    Path("late/checkpoints", epoch_name(1)).unlink()
     for words, expected in (
         ("job=extend run=one", "job=extend needs trainer.epochs=N, more than the 2 epochs that run=one has trained"),
         ("job=fork run=one", "job=fork needs job.epoch=N; run=one keeps the state of epochs 1, 2\n"),
-        ("job=fork run=none job.epoch=2 trainer.epochs=4", "job.epoch=2: run=none keeps the state of epoch 1\n"),
+        ("job=fork run=late job.epoch=3 trainer.epochs=4", "job.epoch=3: run=late keeps the state of epoch 2\n"),
         (
-            "job=fork run=two-epochs job.epoch=1",
-            "job.epoch=1: run=two-epochs keeps the state of epoch 2; job=reproduce run=two-epochs "
+            "job=fork run=late job.epoch=1",
+            "job.epoch=1: run=late keeps the state of epoch 2; job=reproduce run=late "
             "trainer.checkpoint_epochs=[1] makes a run that keeps the state of this epoch\n",
         ),
         ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: must be "),
