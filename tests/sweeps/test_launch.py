@@ -31,6 +31,8 @@ SMALL = (
     "trainer.threads=1",
     "hydra.sweep.dir=s",
 )
+# for tests whose jobs train: the network of TINY_EXACT, and two steps
+FAST = (*SMALL, *(word for word in TINY_EXACT if word.startswith("model.")), "data.train_images=60")
 
 
 def files_in(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -45,7 +47,7 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.sweeps.figures.draw_sweep", draw_sweep)
     monkeypatch.setattr(launch.SweepJobs, "check", lambda *_: None)  # so that the error occurs in the jobs
-    words = ("-m", *SMALL, "optimizer.lr=1e-3,-1", "seed=0,1")
+    words = ("-m", *FAST, "optimizer.lr=1e-3,-1", "seed=0,1")
     answer = run_py(*words)
     assert answer.code == 1
     assert "\njob 3: optimizer.lr=-1 seed=1\n" in answer.out  # without the overrides that all jobs share
@@ -82,7 +84,7 @@ def test_launch_names_failed_jobs_and_skips_finished_ones(run_py, tmp_path, monk
 
 def test_a_sweeps_jobs_print_no_test_accuracy(run_py, tmp_path) -> None:
     """Users who see a test accuracy for each setting would choose by it."""
-    answer = run_py("-m", *SMALL, "seed=0,1")
+    answer = run_py("-m", *FAST, "seed=0,1")
     assert answer.code == 0
     logs = [path.read_text() for path in (tmp_path / "s").glob("*/train.log")]
     for text in (answer.out.partition("written to s\n")[0], *logs):
@@ -93,10 +95,10 @@ def test_a_sweeps_jobs_print_no_test_accuracy(run_py, tmp_path) -> None:
 
 
 def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path) -> None:
-    assert run_py("-m", *SMALL, "seed=0,1").code == 0
+    assert run_py("-m", *FAST, "seed=0,1").code == 0
     before = files_in(tmp_path / "s/seed=0")
     record = (tmp_path / "s/multirun.yaml").read_bytes()
-    answer = run_py("-m", *SMALL, "model.dropout=0.3", "seed=0,1,2")
+    answer = run_py("-m", *FAST, "model.dropout=0.3", "seed=0,1,2")
     assert answer.code == 1
     assert answer.err.startswith("error: 2 of 3 jobs failed\n  seed=0: s/seed=0 contains a run with another config")
     assert files_in(tmp_path / "s/seed=0") == before
@@ -106,7 +108,7 @@ def test_launch_leaves_another_runs_directory_alone(run_py, tmp_path) -> None:
 
 
 def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, monkeypatch) -> None:
-    words = ("-m", *SMALL, "trainer=exact", "trainer.epochs=2", "seed=0,1")
+    words = ("-m", *FAST, "trainer=exact", "trainer.epochs=2", "seed=0,1")
     assert run_py(*words[1:-1], "seed=0", "hydra.run.dir=whole").code == 0
     report = job._report
 
@@ -157,20 +159,18 @@ def test_resolve_runtime_resets_threads_and_compiler_for_every_job(monkeypatch) 
 
 
 @pytest.mark.parametrize(
-    "word",
+    ("word", "jobs"),
     [
-        "data.mean=[0.5,0.5,0.5],[0.4,0.4,0.4]",
-        "model.name=a/../b,'c d'",
-        "model.name=" + "long" * 60 + ",b",
-        "model.name='$(touch x)','..'",
-        "trainer.epochs=2,3",  # SMALL sets this key, too
+        ("data.mean=[0.5,0.5,0.5],[0.4,0.4,0.4]", 2),
+        (f"model.name=a/../b,'c d',{'long' * 60},'$(touch x)','..'", 5),
+        ("trainer.epochs=2,3", 2),  # SMALL sets this key, too
     ],
 )
-def test_launch_names_directories_safely(run_py, tmp_path, monkeypatch, word) -> None:
+def test_launch_names_directories_safely(run_py, tmp_path, monkeypatch, word: str, jobs: int) -> None:
     monkeypatch.setattr("zfnet.jobs.train.train_and_test", lambda *_: {"validation": {"accuracy": 0.5}})
     assert run_py("-m", *SMALL, word).code == 0
     folders = [path.parent for path in tmp_path.rglob("config.yaml") if path.parent.name != ".hydra"]
-    assert len(folders) == 2
+    assert len(folders) == jobs
     for folder in folders:
         assert folder.parent == tmp_path / "s"
         assert re.fullmatch(r"[\w.,=+@^~\[\]-]{2,120}", folder.name)

@@ -19,7 +19,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tests.helpers import start_run_py
-from tests.sweeps.test_launch import SMALL, rows
+from tests.sweeps.test_launch import FAST, SMALL, rows
 from zfnet.config.errors import UserError
 from zfnet.runs.command import CONF
 from zfnet.runs.directory import RunDirectory
@@ -143,7 +143,8 @@ def test_trial_pruning_ends_trials_that_job_resume_can_finish(run_py, tmp_path, 
         trial += what == "validation 1"
         return dataclasses.replace(evaluate(model, batches, runtime, what, stop), accuracy=0.9 - trial / 10)
 
-    words = [*SEARCH, *SPACE, "trainer.epochs=3", "hydra.sweeper.n_trials=3", "hydra/sweeper/pruner=median"]
+    words = ["-m", "hydra/sweeper=optuna", *FAST, *SPACE, "trainer.epochs=3"]
+    words += ["hydra.sweeper.n_trials=3", "hydra/sweeper/pruner=median"]
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", ever_worse)
         answer = run_py(*words, "hydra.sweeper.pruner.n_startup_trials=1")
