@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,6 @@ from tests.helpers import (
     compose,
     compose_checked,
     killed_before,
-    train_tiny,
     train_tiny_exact,
     train_until_killed,
     training_state,
@@ -33,7 +31,7 @@ from tests.helpers import (
 from tests.own import HookRecorder, StepCounter
 from zfnet.config.errors import UserError
 from zfnet.config.reading import read_config
-from zfnet.jobs.train import train
+from zfnet.jobs import train as train_module
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Stopped
 from zfnet.runs.weights import load_model
@@ -72,20 +70,16 @@ def test_a_run_that_goes_on_keeps_its_snapshots_and_writes_the_rest(
 ) -> None:
     words = (
         "scheduler=constant",  # does not depend on the run's length
-        "data.train_images=60",
-        "data.test_images=20",
         "trainer.snapshots=[1,2]",
-        "trainer.threads=1",
     )
-
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "on_epoch_end", stopped)
         with pytest.raises(Stopped):
-            train_tiny(tmp_path / "run", *words)
+            train_tiny_exact(tmp_path / "run", *words)
     run = RunDirectory(tmp_path / "run")
     assert list(epoch_files(run.snapshots)) == [1]
     before = epoch_files(run.snapshots)[1].stat().st_mtime_ns
-    train(compose(*TINY, *words), run)
+    train_tiny_exact(run.folder, *words)
     snapshots = epoch_files(run.snapshots)
     assert list(snapshots) == [1, 2]
     assert snapshots[1].stat().st_mtime_ns == before
@@ -120,7 +114,7 @@ EARLY = ("callbacks=early_stopping", "callbacks.early_stopping.patience=2", "tra
 
 def test_early_stopping_ends_after_its_patience_and_says_so(tmp_path: Path, fake_validation) -> None:
     fake_validation(loss=[1.0, 0.9, 0.95, 0.8, 0.85, 0.81, 0.1, 0.1])
-    run = train_tiny_exact(tmp_path / "run", *EARLY)
+    run = train_tiny_exact(tmp_path / "run", *EARLY, "data.subset=18")
     assert [row["epoch"] for row in run.read_history()] == [1, 2, 3, 4, 5, 6]
     assert run.state == "done"
     assert run.read_json("results.json")["epochs"] == 6
@@ -136,34 +130,27 @@ def test_early_stopping_takes_min_delta_and_metrics_that_rise() -> None:
         assert state.should_stop is stops
 
 
-@pytest.mark.parametrize("steps", [[9], [2 * STEPS + 3, 3 * STEPS], [4 * STEPS - 1]], ids=str)
-def test_early_stopping_is_exact_after_a_kill(tmp_path: Path, fake_validation, steps: list[int]) -> None:
-    fake_validation(loss=[1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1])
-    assert len(assert_resumes_exactly(tmp_path, steps, *EARLY).read_history()) == 4
-
-
-@pytest.mark.parametrize("where", ["loop.measure", "callbacks.EarlyStopping.on_epoch_end", "report"])
-def test_early_stopping_is_exact_when_killed_after_the_last_step(
-    tmp_path: Path, fake_validation, monkeypatch, where: str
-) -> None:
+def test_early_stopping_is_exact_after_kills(tmp_path: Path, fake_validation, monkeypatch) -> None:
+    """Kills in three epochs and in the last step; then, after the last step, in each of the three parts that follow."""
     fake_validation(loss=[1.0, 0.9, 0.95, 0.96, 0.1, 0.1, 0.1, 0.1])
     expected = weights_and_history(train_tiny_exact(tmp_path / "whole", *EARLY))
-    name = "zfnet.jobs.train._report" if where == "report" else f"zfnet.training.{where}"
-    module, _, attribute = name.rpartition(".")
-    owner = EarlyStopping if "EarlyStopping" in module else sys.modules[module]
-    real = getattr(owner, attribute)
+    assert len(expected[1]) == 4
+    for step in (9, 2 * STEPS + 3, 3 * STEPS, 4 * STEPS - 1):
+        train_until_killed(tmp_path / "run", step, *EARLY)
+    for owner, name in ((loop, "measure"), (EarlyStopping, "on_epoch_end"), (train_module, "_report")):
+        real = getattr(owner, name)
 
-    def killed(*words: Any) -> Any:
-        state = next(w for w in words if hasattr(w, "steps_per_epoch"))
-        if state.step == 4 * STEPS:
-            raise Killed
-        return real(*words)
+        def killed(*words: Any, real: Any = real) -> Any:
+            state = next(w for w in words if hasattr(w, "steps_per_epoch"))
+            if state.step == 4 * STEPS:
+                raise Killed
+            return real(*words)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, attribute, killed)
-        with pytest.raises(Killed):
-            train_tiny_exact(tmp_path / "run", EVERY_STEP, *EARLY)
-    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("a step was trained"))
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(Killed):
+                train_tiny_exact(tmp_path / "run", EVERY_STEP, *EARLY)
+        monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("a step was trained"))
     assert weights_and_history(train_tiny_exact(tmp_path / "run", *EARLY)) == expected
 
 
@@ -254,14 +241,15 @@ def test_a_callback_that_does_not_give_its_number_is_named(tmp_path: Path) -> No
 
 
 def test_what_a_callback_writes_into_the_row_changes_no_history(tmp_path: Path) -> None:
-    run = train_tiny_exact(tmp_path / "run", *NORM, "+callbacks.other._target_=tests.own.Writer")
+    words = ("+callbacks.other._target_=tests.own.Writer", "trainer.epochs=1", "data.subset=18")
+    run = train_tiny_exact(tmp_path / "run", *NORM, *words)
     assert "written" not in run.read_history()[0]
 
 
 def test_a_metric_without_a_value_leaves_its_cell_empty(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("tests.own.GradNorm.measure", lambda *_: {"grad_norm": float("nan")})
     early = ("callbacks=early_stopping", "callbacks.early_stopping.monitor=grad_norm")
-    run = train_tiny_exact(tmp_path / "run", *early, *NORM, "callbacks.early_stopping.patience=1")
+    run = train_tiny_exact(tmp_path / "run", *early, *NORM, "callbacks.early_stopping.patience=1", "data.subset=18")
     assert [row["grad_norm"] for row in run.read_history()] == [None, None]
 
 
@@ -334,16 +322,16 @@ def test_callback_that_fails_when_a_run_is_stopped_does_not_keep_others_from_sav
     assert re.search(BROKEN, capfd.readouterr().out, re.M)
 
 
-def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(tmp_path: Path, monkeypatch) -> None:
+def test_best_weights_are_there_whatever_ends_the_training_after_an_epoch(
+    reference_run, tmp_path: Path, monkeypatch
+) -> None:
     """A callback can stop before later callbacks run; the checkpoint then names the epoch's weights as the best."""
-    expected = weights_and_history(train_tiny_exact(tmp_path / "whole", *OWN))
-
     with monkeypatch.context() as patch:
         patch.setattr(StepCounter, "on_epoch_end", stopped)
         with pytest.raises(Stopped):
             train_tiny_exact(tmp_path / "run", *OWN)
     assert (tmp_path / "run/checkpoints" / BEST_FILE).exists()
-    assert weights_and_history(train_tiny_exact(tmp_path / "run", *OWN)) == expected
+    assert weights_and_history(train_tiny_exact(tmp_path / "run", *OWN)) == reference_run
 
 
 def test_an_epoch_is_kept_without_best_weights_that_were_lost(tmp_path: Path) -> None:
@@ -385,8 +373,9 @@ def test_a_run_says_how_long_it_takes_and_each_minute_what_is_left(tmp_path: Pat
 @pytest.mark.parametrize(("model", "named"), [("zfnet", True), ("small", False)])
 def test_a_long_run_on_a_cpu_names_experiments_for_one(tmp_path: Path, monkeypatch, model: str, named: bool) -> None:
     monkeypatch.setattr("zfnet.training.callbacks.time", Clock(600))
-    run = train_tiny_exact(tmp_path / "run", f"model={model}")
-    log = (run.folder / "train.log").read_text()
+    with killed_before(STEPS), pytest.raises(Killed):
+        train_tiny_exact(tmp_path / "run", f"model={model}")
+    log = (tmp_path / "run/train.log").read_text()
     assert "about 5 h 20 min on this CPU, estimated from the first steps" in log
     assert ("experiments for CPUs: cifar10_fast and, for photographs, photos_small\n" in log) is named
 
