@@ -11,6 +11,7 @@ import torch
 from tests.explain.networks import network, random_inputs, some_units
 from tests.gpu.test_cuda import FAST
 from tests.helpers import (
+    EVERY_STEP,
     TINY_EXACT,
     assert_full_precision,
     compose,
@@ -104,7 +105,7 @@ def test_the_simulated_gpu_raises_where_cuda_does(waits: list[str]) -> None:
     ],
 )
 def test_a_step_mixes_no_devices_and_does_not_wait(waits: list[str], words: tuple[str, ...]) -> None:
-    config = compose(*TINY_EXACT, *ON_GPU, *words)
+    config = compose(*TINY_EXACT, "data.subset=27", *ON_GPU, *words)
     state = training_state(config)
     batches = training_batches(config, state.runtime, load_splits(config.data).train)
     state.train()
@@ -118,9 +119,9 @@ def test_a_step_mixes_no_devices_and_does_not_wait(waits: list[str], words: tupl
 
 
 def test_a_run_resumes_from_a_checkpoint(waits: list[str], tmp_path: Path) -> None:
-    words = ("trainer.checkpoint_minutes=1e-9", "trainer.ema=0.9", "trainer.clip_norm=1", "model.dropout=0.5")
+    words = (EVERY_STEP, "data.subset=27", "trainer.ema=0.9", "trainer.clip_norm=1", "model.dropout=0.5")
     whole = train_tiny_exact(tmp_path / "gpu", *ON_GPU, *words)
-    (tmp_path / "gpu" / "checkpoints" / "step-000000016.safetensors").unlink()
+    (tmp_path / "gpu" / "checkpoints" / "step-000000006.safetensors").unlink()
     before = weights_and_history(whole)
     (whole.folder / "results.json").unlink()
     whole.set_status("stopped")

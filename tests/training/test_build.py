@@ -51,6 +51,7 @@ def first_steps(*words: str, steps: int = 3):
 
 @pytest.mark.parametrize("more", [(), ("trainer.accumulate=3",)])
 def test_loss_without_reduction_is_taken_as_the_mean(tmp_path: Path, more: tuple[str, ...]) -> None:
+    more = (*more, "trainer.epochs=1", "data.subset=36")
     own = train_tiny_exact(tmp_path / "own", *OWN_LOSS, "loss._target_=tests.own.MeanCrossEntropy", *more)
     usual = train_tiny_exact(tmp_path / "usual", *more)
     for row, other in zip(own.read_history(), usual.read_history(), strict=True):
@@ -218,19 +219,21 @@ def test_parameter_groups_that_fit_nothing_are_refused(rules: str, expected: str
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_parameter_groups_resume_exactly(tmp_path: Path, optimizer: str) -> None:
     words = (f"optimizer={optimizer}", GROUPS, "scheduler=cosine", "scheduler.warmup_epochs=0.5")
-    assert_resumes_exactly(tmp_path, (3, 11), *words)
+    assert_resumes_exactly(tmp_path, [11], *words)
 
 
 # -- a user's optimizer
 
 
-@pytest.mark.parametrize("name", ["NestedState", "TwoModes"])
-@pytest.mark.parametrize("more", [(), ("optimizer.lr=0.05", "trainer.channels_last=false", "model.norm=batch")])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("NestedState", ()), ("TwoModes", ("optimizer.lr=0.05", "trainer.channels_last=false", "model.norm=batch"))],
+)
 def test_optimizer_of_ones_own_resumes_exactly(tmp_path: Path, name: str, more: tuple[str, ...]) -> None:
     """The state contains lists and dicts of tensors, or the optimizer has modes; the kill is in or after an epoch."""
     rest = [f"~optimizer.{key}" for key in ("momentum", "weight_decay", "nesterov")]
     words = (OWN, "optimizer=sgd", *rest, f"optimizer._target_=tests.own.{name}", *more)
-    assert_resumes_exactly(tmp_path, (3, STEPS, 11), *words)
+    assert_resumes_exactly(tmp_path, (3, STEPS), *words)
 
 
 def test_optimizer_with_modes_is_measured_and_kept_in_evaluation_mode(tmp_path: Path) -> None:
