@@ -298,13 +298,12 @@ def test_imports_of_the_command_line_count_with_a_folder_from_elsewhere(run_py, 
     (tmp_path / "trusted_lab.py").write_text("import torch\nclass Mine(torch.optim.SGD): pass\n")
     (tmp_path / "ours/optimizer").mkdir(parents=True)
     (tmp_path / "ours/optimizer/mine.yaml").write_text("_target_: trusted_lab.Mine\nlr: 0.1\n")
-    words = (*TINY_EXACT, "trainer.epochs=1", "optimizer=mine", "imports=[trusted_lab]", "hydra.run.dir=run")
+    words = (*TINY_EXACT, "data.subset=18", "optimizer=mine", "imports=[trusted_lab]", "hydra.run.dir=run")
     answer = run_py("--config-dir", "ours", *words)
     assert answer.code == 0, answer.err
     assert RunDirectory(tmp_path / "run").recorded_config()["imports"] == ["trusted_lab"]
     refused = run_py("job=reproduce", "run=run", "hydra.run.dir=again")
     assert "add imports=[trusted_lab]" in refused.err
-    assert run_py("job=evaluate", "run=run", "hydra.run.dir=evaluated").code == 0  # evaluation needs no optimizer
     assert run_py("job=reproduce", "run=run", "imports=[trusted_lab]", "hydra.run.dir=again").code == 0
 
 
