@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from matplotlib.figure import Figure
 from PIL import Image
 
 import zfnet
@@ -256,7 +255,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workspace(run_py, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path) -> Callable:
     """Return `run_py`, in a copy of the folder `finished`. Until the first call, the current folder is `finished`."""
     monkeypatch.chdir(finished)
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # other tests check the figures
     monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e11)  # it takes two seconds
 
     def run_in_copy(*words: str) -> Answer:
