@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models import vgg
 
 from zfnet.config.schema import Conv, Linear, ModelConfig
 from zfnet.model import Chain, ZFNet
@@ -73,19 +72,8 @@ class Mixed(nn.Module):
         return self.head(x.view(len(x), -1))
 
 
-def narrow_vgg11() -> nn.Module:
-    """Return torchvision's VGG-11 with an eighth of its maps, because the full one would dominate the tests' time."""
-    widths = [width if width == "M" else width // 8 for width in vgg.cfgs["A"]]
-    return vgg.VGG(vgg.make_layers(widths))
-
-
-# name: (constructor, side of the images in pixels, input features of torchvision's classifier)
-OTHERS = {
-    "alexnet": (torchvision.models.alexnet, 64, 9216),
-    "vgg11": (narrow_vgg11, 32, 3136),
-    "mixed": (Mixed, 33, None),
-}
-WHOLE = {"whole_vgg11": (torchvision.models.vgg11, 32, 25088)}
+# name: (constructor, side of the images in pixels)
+OTHERS = {"alexnet": (torchvision.models.alexnet, 64), "vgg11": (torchvision.models.vgg11, 32), "mixed": (Mixed, 33)}
 NETWORKS = (*VARIANTS, *OTHERS)
 
 
@@ -97,18 +85,26 @@ def network(name: str = "pad", seed: int = 0) -> ZFNet:
 
 
 def chain(name: str, seed: int = 0) -> Chain:
-    """Return the chain of a network. To save time, torchvision's networks get classifiers with a few features."""
+    """Return the chain of a network. To save time, torchvision's networks get an eighth of their maps, few features."""
     if name in VARIANTS:
         return network(name, seed).chain
-    build, size, features = (OTHERS | WHOLE)[name]
+    build, size = OTHERS[name]
     torch.manual_seed(seed)
-    with torch.device("meta" if features else "cpu"):
+    if build is Mixed:
+        return Chain(_randomize(Mixed()), size)
+    with torch.device("meta"):
         model = build()
-        if features:
-            linear = [n for n, module in enumerate(model.classifier) if isinstance(module, nn.Linear)]
-            for n, width in zip(linear, (9, 8, 4), strict=True):
-                model.classifier[n], features = nn.Linear(features, width), width
-    return Chain(_randomize(model.to_empty(device="cpu") if features else model), size)
+        maps, cells = 3, model.avgpool.output_size[0] ** 2
+        for n, conv in enumerate(model.features):
+            if isinstance(conv, nn.Conv2d):
+                model.features[n] = nn.Conv2d(
+                    maps, maps := conv.out_channels // 8, conv.kernel_size, conv.stride, conv.padding
+                )
+        linear = [n for n, module in enumerate(model.classifier) if isinstance(module, nn.Linear)]
+        features = maps * cells
+        for n, width in zip(linear, (9, 8, 4), strict=True):
+            model.classifier[n], features = nn.Linear(features, width), width
+    return Chain(_randomize(model.to_empty(device="cpu")), size)
 
 
 def _randomize(model):
@@ -135,13 +131,13 @@ def random_inputs(model: ZFNet | Chain, count: int = 2, seed: int = 1) -> Tensor
 
 
 def some_units(model: ZFNet | Chain, images: Tensor, layer: str) -> list[tuple[int, ...]]:
-    """Return units at corners, borders and the middle, in every image, not sorted by image."""
-    shape = model.activations(images, [layer])[layer].shape
+    """Return units at corners, a border and the middle, of alternating images."""
+    shape, count = model.activations(images, [layer])[layer].shape, len(images)
     if len(shape) == 2:
-        return [(n, f) for f in range(0, shape[1], 2) for n in range(len(images))]
+        return [(k % count, f) for k, f in enumerate(range(0, shape[1], 2))]
     bottom, right = shape[2] - 1, shape[3] - 1
     places = [(bottom // 2, right // 2), (0, 0), (bottom, right), (0, right), (bottom // 2, right)]
-    return [(n, (3 * k + n) % shape[1], y, x) for k, (y, x) in enumerate(places) for n in range(len(images))]
+    return [(k % count, (3 * k + k % count) % shape[1], y, x) for k, (y, x) in enumerate(places)]
 
 
 def strongest_units(model: ZFNet | Chain, images: Tensor, layer: str) -> list[tuple[int, ...]]:

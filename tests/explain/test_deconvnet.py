@@ -69,7 +69,7 @@ def test_project_equals_a_mirror_network(name: str, dead_windows: str) -> None:
     [
         *((name, ("conv2", "conv5", "fc7")) for name in ("pad", "ceil", "batch")),
         ("alexnet", ("features.3", "features.10", "classifier.4")),
-        ("whole_vgg11", ("features.3", "features.16", "classifier.3")),
+        ("vgg11", ("features.3", "features.16", "classifier.3")),
     ],
 )
 def test_project_equals_captum(name: str, layers: tuple[str, ...]) -> None:
