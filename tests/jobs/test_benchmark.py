@@ -12,16 +12,18 @@ import torch
 
 from tests.helpers import TINY_EXACT, compose
 from zfnet.data import load_splits
-from zfnet.jobs.benchmark import PHASES, TrainingSteps, flops_per_image
+from zfnet.jobs.benchmark import PHASES, TrainingSteps, flops_per_image, matmul_peak
 from zfnet.model.zfnet import ZFNet
 from zfnet.training.device import resolve_runtime
 
-WORDS = ("job=benchmark", "model=small", "data=shapes", "data.image_size=64", "data.store_size=32")
+MODEL = ("model=small", *(word for word in TINY_EXACT if word.startswith("model.")))
+WORDS = ("job=benchmark", *MODEL, "data=shapes", "data.image_size=64", "data.store_size=32")
 SIZES = ("data.train_images=20", "data.test_images=10", "data.batch_size=8", "job.rounds=2", "job.steps=2")
 
 
 @pytest.mark.drawn
-def test_benchmark_times_the_step_and_its_phases(run_py, tmp_path: Path) -> None:
+def test_benchmark_times_the_step_and_its_phases(run_py, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e12)
     answer = run_py(*WORDS, *SIZES, "hydra.run.dir=b")
     assert answer.code == 0, answer.err
     assert max(len(line) for line in answer.out.splitlines()) <= 80
@@ -33,8 +35,16 @@ def test_benchmark_times_the_step_and_its_phases(run_py, tmp_path: Path) -> None
     assert list(result["breakdown_seconds"]) == list(PHASES)
     assert min(result["breakdown_seconds"].values()) > 0
     assert 0 < result["waiting_share"] < 1
-    assert 0 < result["share_of_matmul_peak"] < 1
+    assert result["share_of_matmul_peak"] == pytest.approx(result["tflop_per_second"])
     assert (tmp_path / "b/figures/benchmark.png").stat().st_size > 5000
+
+
+def test_matmul_peak_is_the_rate_of_the_fastest_product(monkeypatch) -> None:
+    products, seconds = [], iter([2.0, 0.5, *[1.0] * 8])
+    monkeypatch.setattr("zfnet.jobs.benchmark.time_call", lambda call, _: products.append(call) or next(seconds))
+    assert matmul_peak(resolve_runtime(compose(*TINY_EXACT).trainer)) == 2 * 2048**3 / 0.5
+    assert len(products) == 10
+    assert products[0]().shape == (2048, 2048)
 
 
 def test_the_steps_of_a_warm_up_do_not_count(monkeypatch) -> None:
@@ -64,7 +74,7 @@ def test_benchmark_times_each_choice_beside_its_alternative(
     capability: str, run_py, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e11)  # the test above measures it
+    monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e11)
     # the compiler's frontend is enough here; its backend takes a minute
     monkeypatch.setattr("zfnet.training.state.torch.compile", partial(torch.compile, backend="eager"))
     words = ("job.subject=choices", "model.norm=lrn", "trainer.precision=fp32", "hydra.run.dir=c")
