@@ -1,4 +1,4 @@
-"""The analyses of networks other than ZFNet: a custom network, torchvision's AlexNet, and networks without a chain."""
+"""The analyses of networks other than ZFNet: a custom network, and networks without a chain or without rules."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-import torchvision
 from torch import Tensor, nn
 
-from tests.helpers import TINY, claim, compose, read_csv, train_without_figures
-from zfnet.data import load_splits
+from tests.helpers import TINY, compose, read_csv, train_without_figures
 from zfnet.runs.directory import RunDirectory
-from zfnet.runs.weights import ModelMetadata, save_model
 
 
 class Nested(nn.Module):
@@ -127,22 +123,6 @@ def test_defaults_of_a_users_network(run_py, nested: RunDirectory) -> None:
     assert json.loads(Path("a/invariance.json").read_text())["layers"] == [FIRST, SECOND]
     answer = run_py("job=occlusion", *words, "job.layer=conv5", "hydra.run.dir=b")
     assert "job.layer=conv5: the network has no such convolution; known: blocks.0.0" in answer.err
-
-
-def test_analysis_of_torchvisions_alexnet(run_py, tmp_path: Path) -> None:
-    config = compose(*TINY)
-    config = dataclasses.replace(config, model={"_target_": "torchvision.models.AlexNet"})
-    run = RunDirectory(tmp_path / "alexnet")
-    claim(run, config)
-    classes = load_splits(config.data).train.classes
-    torch.manual_seed(0)
-    model = torchvision.models.AlexNet(num_classes=len(classes))
-    save_model(run.weights, model, ModelMetadata(config.model, classes, config.data, 64))
-    answer = run_py(
-        "job=attribution", f"run={run.folder}", "job.count=1", "job.boxed_images=2", "job.steps=2", "hydra.run.dir=out"
-    )
-    assert answer.code == 0, answer.err
-    assert len(read_csv(Path("out/attribution.csv"))) == 5
 
 
 def test_a_module_without_a_rule_is_refused_before_the_work(run_py, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests import own
 from tests.helpers import TINY_EXACT, Trap, compose, load_for_job, random_images, write_images
 from tests.model.graphs import NODES, WEIGHTS, write_onnx
 from zfnet import ZFNet, load_run
+from zfnet.analyses.attribution import attribute
 from zfnet.config.errors import UserError
 from zfnet.jobs import imported
 from zfnet.model.build import build_model
@@ -120,12 +121,17 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, monkeypatch: pyte
 def test_torchvisions_weights_come_from_the_cache_if_their_hash_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file has the published one's names and shapes; each large tensor stores one number, to keep it small."""
+    """The file has the published one's names and shapes; each large tensor stores one number, to keep it small.
+
+    An analysis takes the network.
+    """
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in torchvision.models.alexnet().state_dict().items()}
-    small = {k: torch.randn(1).expand(s) if len(s) == 2 else torch.randn(s) for k, s in shapes.items()}
+    small = {k: torch.randn(1).expand(s) if len(s) == 2 else torch.randn(s) / 50 for k, s in shapes.items()}
     torch.save(small, tmp_path / "x.pth")
     digest = hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest()
+    for name in ("kaiming_uniform_", "uniform_"):  # 61 million initial weights, which the file's replace
+        monkeypatch.setattr(torch.nn.init, name, lambda value, *_, **__: value)
     real = torchvision.models.AlexNet_Weights.DEFAULT
     url = f"https://localhost:1/alexnet-{digest[:8]}.pth"
     monkeypatch.setattr(imported, "_weights", lambda name: SimpleNamespace(url=url, meta=real.meta))
@@ -147,6 +153,10 @@ def test_torchvisions_weights_come_from_the_cache_if_their_hash_is_right(
     theirs = real.transforms()(Image.fromarray(pixels.numpy()))
     assert (loaded.inputs(tmp_path / "x.png")[0] - theirs).abs().max() < 0.02  # one step of a byte
     assert torch.equal(loaded.model.features[0].weight, small["features.0.weight"])
+    inputs, label = loaded.inputs(tmp_path / "x.png"), torch.tensor([0])
+    found = attribute(Chain(loaded.model, 224), inputs, label, "features.10", steps=2, batch_size=2)
+    assert len(found.maps) == 5
+    assert all(maps.isfinite().all() and maps.shape[2:] == (224, 224) for maps in found.maps.values())
 
 
 @pytest.mark.parametrize("name", imported.PUBLISHED)
