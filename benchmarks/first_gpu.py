@@ -62,7 +62,8 @@ NETWORKS = {
 }
 TINY = (
     *("trainer.device=cpu", "trainer.precision=bf16", "model=small", "data.image_size=64", "trainer.epochs=1"),
-    *("data.train_images=40", "data.test_images=10", "data.batch_size=8", "model.fc6.features=16"),
+    *("data.train_images=40", "data.test_images=10", "data.batch_size=8", "model.conv3=null", "model.conv4=null"),
+    *("model.conv5.channels=16", "model.fc6.features=16", "model.fc7=null"),
 )
 
 
