@@ -85,7 +85,6 @@ FIRST, SECOND, LAST = "blocks.0.0", "blocks.1.0", "head.0"
         ("job=deconvnet job.top=2 job.maps=4 job.ablation=2", "top_activations.csv", {FIRST, SECOND, LAST}),
         ("job=evolution job.maps=2 job.probe_images=9", "strongest.csv", {FIRST, SECOND, LAST}),
         ("job=correspondence job.count=12 job.places=99", "correspondence.csv", {SECOND, LAST}),
-        ("job=invariance job.count=2 job.mean_images=6 job.steps=3", "curves.csv", None),
         ("job=occlusion job.count=2 job.stride=12 job.boxed_images=3", "maps.csv", None),
         ("job=attribution job.count=2 job.steps=4 job.boxed_images=3", "attribution.csv", None),
         ("job=filters", "filters.csv", None),
@@ -119,8 +118,11 @@ def test_analysis_without_the_import_asks_for_it(run_py, nested: RunDirectory) -
 def test_defaults_of_a_users_network(run_py, nested: RunDirectory) -> None:
     words = (f"run={nested.folder}", "job.split=test", "imports=[tests]")
     counts = ("job.count=1", "job.mean_images=2", "job.steps=3")
-    assert run_py("job=invariance", *words, *counts, "hydra.run.dir=a").code == 0
+    answer = run_py("job=invariance", *words, *counts, "hydra.run.dir=a")
+    assert answer.code == 0, answer.err
     assert json.loads(Path("a/invariance.json").read_text())["layers"] == [FIRST, SECOND]
+    assert read_csv(Path("a/curves.csv"))
+    assert list(Path("a/figures").glob("*.png"))
     answer = run_py("job=occlusion", *words, "job.layer=conv5", "hydra.run.dir=b")
     assert "job.layer=conv5: the network has no such convolution; known: blocks.0.0" in answer.err
 
