@@ -9,11 +9,14 @@ import functools
 import multiprocessing
 import os
 import pickle
-import subprocess
+import runpy
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.composing import cache_compositions
 from tests.conftest import ROOT
 from zfnet.config.schema import DATA, AugmentConfig, Config, Conv, DataConfig, Linear, ModelConfig
 from zfnet.data.shapes import draw_shapes
@@ -105,7 +109,7 @@ def train_tiny_exact(folder: Path, *words: str) -> RunDirectory:
 def train_without_figures(folder: Path, config: Config) -> RunDirectory:
     """Train or resume a config in `folder`, without figures."""
     run = RunDirectory(folder)
-    with no_figures():
+    with no_figures("train"):
         train(config, run)
     return run
 
@@ -144,7 +148,7 @@ def killed_before(step: int) -> Iterator[None]:
 
     def dying(state, batch) -> None:
         if state.step == step:
-            if multiprocessing.parent_process() is not None:  # process 0 is killed too, and then ends this one
+            if not state.world.is_main:  # process 0 is killed too, and then ends this one
                 time.sleep(60)
             raise Killed
         real(state, batch)
@@ -173,15 +177,18 @@ def assert_resumes_exactly(folder: Path, steps: Sequence[int], *words: str) -> R
     return run
 
 
+_DRAWING = {
+    "train": ("draw_curves", "draw_results", "save_figure"),
+    "evaluate": ("draw_results", "draw_samples", "save_figure"),
+}
+
+
 @contextmanager
-def no_figures() -> Iterator[None]:
-    """Skip a training's figures, save other figures as one pixel, and cache the built-in images (three numbers)."""
+def no_figures(*jobs: str) -> Iterator[None]:
+    """Skip the figures of these jobs (by default all), save others as one pixel, and cache the built-in images."""
     with pytest.MonkeyPatch.context() as patch:
-        for job, names in (
-            ("train", ("draw_curves", "draw_results", "save_figure")),
-            ("evaluate", ("draw_results", "draw_samples", "save_figure")),
-        ):
-            for name in names:
+        for job in jobs or _DRAWING:
+            for name in _DRAWING[job]:
                 patch.setattr(f"zfnet.jobs.{job}.{name}", lambda *_: None)
         patch.setattr("zfnet.sweeps.figures.draw_sweep", lambda *_: {})
         pixel = Image.new("RGB", (1, 1))
@@ -190,19 +197,46 @@ def no_figures() -> Iterator[None]:
         yield
 
 
-def start_run_py(folder: Path, *words: str) -> subprocess.Popen[bytes]:
-    """Start run.py with these words as a subprocess in `folder`, without a training's figures."""
-    code = f"import sys; sys.argv[:] = {[str(ROOT / 'run.py'), *words]!r}{_RUN_PY_WITHOUT_FIGURES}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+def fork_server() -> ForkServerContext:
+    """Return a context whose processes are forked from a server that has imported the package and run nothing.
+
+    A new interpreter needs three seconds of CPU time to import PyTorch and the package.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # so that the server finds the package wherever the test runs
+        ensure_running()
+    return context
 
 
-_RUN_PY_WITHOUT_FIGURES = """
-import runpy, zfnet.jobs.train
-zfnet.jobs.train.draw_curves = zfnet.jobs.train.draw_results = lambda *_: None
-zfnet.jobs.train.save_figure = zfnet.plots.figures.save_figure = lambda *_: None
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+@contextmanager
+def other_process(work: Callable[..., None], *values: Any) -> Iterator[BaseProcess]:
+    """Call `work(*values)` in another process, and kill that process after this block."""
+    process = fork_server().Process(target=_work_in_environment, args=(dict(os.environ), work, *values))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def _work_in_environment(environment: dict[str, str], work: Callable[..., None], *values: Any) -> None:
+    os.environ.clear()  # of the test that started the server
+    os.environ.update(environment, PYTHONPATH=str(ROOT))
+    work(*values)
+
+
+def run_py_in(folder: Path, *words: str) -> None:
+    """Run run.py with these words in `folder`, without a training's figures, with its output in out.txt and err.txt."""
+    os.chdir(folder)
+    for number, name in ((1, "out.txt"), (2, "err.txt")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv[:] = [str(ROOT / "run.py"), *words]
+    with no_figures("train"), pytest.MonkeyPatch.context() as patch:  # job=evaluate takes seconds to import
+        cache_compositions(patch)
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.helpers import TINY, TINY_EXACT, compose, read_csv, start_run_py
+from tests.helpers import TINY, TINY_EXACT, compose, other_process, read_csv, run_py_in
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as job
 from zfnet.sweeps import launch
@@ -137,9 +137,10 @@ def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, monkeypatch) ->
 
 def test_launch_job_of_a_mixed_sweep_equals_the_job_alone(run_py, tmp_path) -> None:
     words = [word for word in SMALL if not word.startswith("trainer.threads")]
-    alone = start_run_py(tmp_path, *words, "trainer=exact", "hydra.run.dir=alone")
-    assert run_py("-m", *words, "trainer.threads=1,null", "trainer=auto,exact").code == 0
-    assert alone.wait(timeout=200) == 0
+    with other_process(run_py_in, tmp_path, *words, "trainer=exact", "hydra.run.dir=alone") as alone:
+        assert run_py("-m", *words, "trainer.threads=1,null", "trainer=auto,exact").code == 0
+        alone.join(200)
+        assert alone.exitcode == 0, (tmp_path / "err.txt").read_text()
     last = tmp_path / "s/trainer.threads=null,trainer=exact"
     for name in ("results.json", "environment.json"):
         mine, its = (json.loads((folder / name).read_text()) for folder in (last, tmp_path / "alone"))

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from tests.helpers import start_run_py
+from tests.helpers import EVERY_STEP, other_process, run_py_in
 from tests.sweeps.test_launch import FAST, SMALL, rows
 from zfnet.config.errors import UserError
 from zfnet.runs.command import CONF
@@ -46,13 +47,22 @@ def trials_in(sweep: Path, storage: str | None = None) -> list[optuna.trial.Froz
     ).get_trials()
 
 
+def search_and_wait(*words: Any) -> None:
+    """Run run.py, and wait after two steps until this process is killed."""
+    step = loop.train_step
+    loop.train_step = lambda state, batch: time.sleep(600) if state.step == 2 else step(state, batch)
+    run_py_in(*words)
+
+
 @pytest.mark.slow
 def test_run_search_again_resumes_the_trial_of_a_killed_process(run_py, tmp_path) -> None:
-    words = [*SEARCH, *SPACE, "trainer.epochs=12", "hydra.sweeper.n_trials=2", "trainer.checkpoint_minutes=1e-5"]
-    process, sweep = start_run_py(tmp_path, *words), tmp_path / "s"
-    wait_for(lambda: list(sweep.glob("*/checkpoints/step-*")))
-    process.kill()
-    process.wait()
+    words = [*SEARCH, *SPACE, "trainer.epochs=2", "hydra.sweeper.n_trials=2", EVERY_STEP]
+    sweep = tmp_path / "s"
+    with other_process(search_and_wait, tmp_path, *words) as process:
+        wait_for(lambda: list(sweep.glob("*/checkpoints/step-*")))
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     [lost] = trials_in(sweep)
     assert lost.state.name == "RUNNING"
     [folder] = [path.parent for path in sweep.glob("*/config.yaml")]
@@ -63,7 +73,7 @@ def test_run_search_again_resumes_the_trial_of_a_killed_process(run_py, tmp_path
     assert trials[1].params == lost.params
     log = (folder / "train.log").read_text()
     assert "continuing from epoch" in log
-    assert log.count("epoch 12/12") == 1
+    assert log.count("epoch 2/2") == 1
     assert len(rows(sweep)) == 2
     assert trials[1].value == json.loads((folder / "results.json").read_text())["validation"]["accuracy"]
 
@@ -91,10 +101,12 @@ def test_a_study_refuses_other_images(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_run_search_in_two_processes_runs_no_trial_twice(run_py, tmp_path) -> None:
     words = [*SEARCH, "optimizer.lr=interval(1e-4,1e-3)", "hydra.sweeper.n_trials=6"]
-    other, sweep = start_run_py(tmp_path, *words), tmp_path / "s"
-    wait_for(lambda: list(sweep.glob("*/status.json")))
-    assert run_py(*words).code == 0
-    assert other.wait(timeout=120) == 0
+    sweep = tmp_path / "s"
+    with other_process(run_py_in, tmp_path, *words) as other:
+        wait_for(lambda: list(sweep.glob("*/status.json")))
+        assert run_py(*words).code == 0
+        other.join(120)
+        assert other.exitcode == 0, (tmp_path / "err.txt").read_text()
     counted = [trial for trial in trials_in(sweep) if not trial.user_attrs.get("void")]
     assert [trial.state.name for trial in counted] == ["COMPLETE"] * 6
     assert len({trial.user_attrs["worker"] for trial in counted}) == 2

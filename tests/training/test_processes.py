@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.conftest import ROOT
-from tests.helpers import TINY, compose_checked, no_figures, train_tiny
+from tests.helpers import TINY, compose_checked, fork_server, no_figures, other_process, run_py_in, train_tiny
 from zfnet.config.errors import UserError
 from zfnet.data import Batch
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.weights import load_run
+from zfnet.training import loop
 from zfnet.training.processes import World
+from zfnet.training.state import TrainingState
 
 # 90 training images in batches of 40, 40 and 10: shares of unequal size, each divided again by accumulation
 WORDS = (
@@ -61,7 +62,9 @@ def assert_close(a: RunDirectory, b: RunDirectory) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(alone: RunDirectory, tmp_path: Path) -> None:
+def test_two_processes_train_what_one_does(alone: RunDirectory, tmp_path: Path, monkeypatch) -> None:
+    context = fork_server()  # the next test starts its process by spawn
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     together = train_tiny(tmp_path / "two", *WORDS, *NORM, "trainer.devices=2")
     assert together.state == "done"
     assert_close(alone, together)
@@ -70,41 +73,36 @@ def test_two_processes_train_what_one_does(alone: RunDirectory, tmp_path: Path) 
     assert not torch.distributed.is_initialized()
 
 
+def run_py_with_a_pause(pipe: Connection, *words: Any) -> None:
+    """Run run.py, and after two steps send the id of the other training process and wait for an answer."""
+    step = loop.train_step
+
+    def paused(state: TrainingState, batch: Batch) -> None:
+        step(state, batch)
+        if state.step == 2:
+            (other,) = multiprocessing.active_children()
+            pipe.send(other.pid)
+            pipe.recv()
+
+    loop.train_step = paused
+    run_py_in(*words)
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_another_number_goes_on(alone: RunDirectory, tmp_path: Path, run_py) -> None:
     folder = tmp_path / "run"
     words = [*WORDS, "trainer.devices=2", "trainer.epochs=2", f"hydra.run.dir={folder}"]
     words += ["experiment=quickstart", "data.test_images=50", "logger=none", "trainer.log_every=1"]
-    slow = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # the parent waits after its first steps until the other process has been killed, in mid-training
-    code = (
-        "import sys, runpy; sys.argv[0] = sys.argv.pop(1)\n"
-        "import zfnet.training.loop as loop; step = loop.train_step\n"
-        "def paused(state, batch):\n    step(state, batch)\n    print('step', state.step, flush=True)\n"
-        "    state.step == 2 and sys.stdin.readline()\n"
-        "loop.train_step = paused\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(ROOT / "run.py"), *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=slow,
-        cwd=tmp_path,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 2"):
-            break
-    os.kill(other_process(process.pid), signal.SIGKILL)
-    started = time.monotonic()
-    _, err = process.communicate("go on\n", timeout=60)
-    assert process.returncode == 1
+    ours, theirs = multiprocessing.Pipe()
+    with other_process(run_py_with_a_pause, theirs, tmp_path, *words) as process:
+        assert ours.poll(120)
+        os.kill(ours.recv(), signal.SIGKILL)
+        ours.send("go on")
+        process.join(40)
+        assert process.exitcode == 1
+    err = (tmp_path / "err.txt").read_text()
     assert err.startswith("error: training process 2 of 2 was ended by SIGKILL: continue from the last checkpoint")
     assert err.count("\n") == 1, err
-    assert time.monotonic() - started < 40
     run = RunDirectory(folder)
     assert run.state == "failed"
     assert list(run.checkpoints.glob("step-*"))
@@ -112,12 +110,6 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(alone: RunDire
     answer = run_py("job=resume", f"run={folder}", "trainer.devices=1")
     assert answer.code == 0, answer.err
     assert_close(alone, run)
-
-
-def other_process(parent: int) -> int:
-    """Return the training process that `parent` started (its other child tracks shared resources)."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return next(int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text())
 
 
 def test_batch_norm_over_processes_needs_gpus(monkeypatch) -> None:

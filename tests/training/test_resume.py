@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.helpers import (
     EVERY_STEP,
     STEPS,
@@ -19,7 +21,8 @@ from tests.helpers import (
     assert_resumes_exactly,
     compose,
     killed_before,
-    start_run_py,
+    other_process,
+    run_py_in,
     train_tiny_exact,
     train_until_killed,
     weights_and_history,
@@ -229,28 +232,24 @@ def test_processes_that_are_really_killed(tmp_path: Path) -> None:
     words = [*TINY_EXACT, EVERY_STEP, "hydra.run.dir=r", "trainer.epochs=12"]
     run = RunDirectory(tmp_path / "r")
 
-    def start_and_signal(reached: int, number: int) -> subprocess.Popen:
-        process = start_run_py(tmp_path, *words)
-        try:
-            deadline = time.monotonic() + 120
-            while not any(int(p.stem[5:]) >= reached for p in step_files(run.checkpoints)):
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
-            process.send_signal(number)
-            sent = time.monotonic()
-            process.wait(timeout=60)
-            if number == signal.SIGTERM:
-                assert time.monotonic() - sent < 20
-        finally:
-            process.kill()
-            process.wait()
-        return process
+    def signal_after(reached: int, pid: int, number: int) -> None:
+        deadline = time.monotonic() + 120
+        while not any(int(p.stem[5:]) >= reached for p in step_files(run.checkpoints)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(pid, number)
 
-    assert start_and_signal(10, signal.SIGKILL).returncode == -signal.SIGKILL
+    # a new interpreter; the other tests' processes are forked from a server that has imported the package
+    with subprocess.Popen([sys.executable, ROOT / "run.py", *words], cwd=tmp_path) as process:
+        signal_after(10, process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
     assert run.state == "running"
     first = int(step_files(run.checkpoints)[-1].stem[5:])
-    assert start_and_signal(first + 3, signal.SIGTERM).returncode == 143
+    with other_process(run_py_in, tmp_path, *words) as other:
+        assert other.pid is not None
+        signal_after(first + 3, other.pid, signal.SIGTERM)
+        other.join(20)
+        assert other.exitcode == 143, (tmp_path / "err.txt").read_text()
     assert run.state == "stopped"
     second = int(step_files(run.checkpoints)[-1].stem[5:])
     assert 10 <= first < second < 12 * STEPS
