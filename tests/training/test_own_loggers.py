@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import sqlite3
 import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,19 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.helpers import compose_checked, weights_and_history
+from tests.helpers import compose_checked, other_process, train_tiny_exact, train_until_killed, weights_and_history
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
 
-# killed before step 5 and resumed, in a separate process because these packages have global state
-TRAIN = """
-import sys
-from pathlib import Path
-from tests.helpers import train_until_killed, train_tiny_exact
-train_until_killed(Path(sys.argv[1]), 5, *sys.argv[2:])
-train_tiny_exact(Path(sys.argv[1]), *sys.argv[2:])
-"""
 LOG_EVERY = 3  # of 16 steps: five log calls, one before the kill
 
 
@@ -51,25 +40,32 @@ def proxy() -> Iterator[tuple[str, list[str]]]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}", came
 
 
+def killed_and_resumed(folder: Path, *words: str) -> None:
+    train_until_killed(folder, 5, *words)
+    train_tiny_exact(folder, *words)
+
+
 @pytest.fixture
-def train(tmp_path: Path, proxy, reference_run):
-    """Return a function that trains with a logger, with a kill in between, and returns the run directory."""
+def train(tmp_path: Path, proxy, reference_run, monkeypatch):
+    """Return a function that trains with a logger, with a kill in between, and returns the run directory.
+
+    It trains in another process, because these packages have global state.
+    """
 
     def call(name: str) -> Path:
         pytest.importorskip(name)
         address, came = proxy
-        proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"), address)
-        env = {k: v for k, v in os.environ.items() if k.upper() != "NO_PROXY"} | proxies
-        env |= {"PYTHONPATH": str(ROOT), "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_TOKEN": "hf_secret"}
-        words = [f"logger={name}", f"trainer.log_every={LOG_EVERY}"]
-        done = subprocess.run(
-            [sys.executable, "-c", TRAIN, str(tmp_path / "r"), *words],
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        with monkeypatch.context() as patch:
+            for variable in ("NO_PROXY", "no_proxy"):
+                patch.delenv(variable, raising=False)
+            for variable in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"):
+                patch.setenv(variable, address)
+            patch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+            patch.setenv("HF_TOKEN", "hf_secret")
+            words = [f"logger={name}", f"trainer.log_every={LOG_EVERY}"]
+            with other_process(killed_and_resumed, tmp_path / "r", *words) as process:
+                process.join()
+        assert process.exitcode == 0
         assert came == []
         assert weights_and_history(RunDirectory(tmp_path / "r")) == reference_run
         return tmp_path / "r"
