@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
+import multiprocessing
+import resource
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import augment_config, data_config, other_process
 from zfnet.config.errors import UserError
+from zfnet.data.batches import Batches
 from zfnet.data.images import fingerprint, hold_out, image_set, stratified
 
 labels_and_count = st.lists(st.integers(0, 4), min_size=2, max_size=80).flatmap(
@@ -106,28 +110,24 @@ def test_fingerprint_sees_every_byte() -> None:
     assert fingerprint(a[::2]) == fingerprint(a[::2].copy())
 
 
-STREAM = """
-import resource, sys
-import numpy as np, torch
-from tests.helpers import augment_config, data_config
-from zfnet.data.batches import Batches
-from zfnet.data.images import image_set
+def stream_an_epoch(results: Connection, path: Path) -> None:
+    """Send the number of images read, and how many KiB this process has grown by meanwhile."""
 
-def kibibytes(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name + ":"))
+    def kibibytes(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
-torch.set_num_threads(1)
-stored = np.load(sys.argv[1], mmap_mode="r")
-images = image_set(stored, torch.arange(len(stored)) % 3, "abc")
-data = data_config(image_size=64, crop_size=224, batch_size=16)
-batches = Batches(images, data, torch.device("cpu"), augment=augment_config(flip=0.5))
-next(batches.epoch(0))
-limit = kibibytes("VmData") * 1024 + stored.nbytes // 4
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-before = kibibytes("VmRSS")
-seen = sum(len(batch.labels) for batch in batches.epoch(1))
-print(seen, kibibytes("VmHWM") - before, stored.nbytes // 1024)
-"""
+    torch.set_num_threads(1)
+    stored = np.load(path, mmap_mode="r")
+    images = image_set(stored, torch.arange(len(stored)) % 3, "abc")
+    data = data_config(image_size=64, crop_size=224, batch_size=16)
+    batches = Batches(images, data, torch.device("cpu"), augment=augment_config(flip=0.5))
+    next(batches.epoch(0))
+    limit = kibibytes("VmData") * 1024 + stored.nbytes // 4
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    before = kibibytes("VmRSS")
+    seen = sum(len(batch.labels) for batch in batches.epoch(1))
+    results.send((seen, kibibytes("VmHWM") - before, stored.nbytes // 1024))
 
 
 @pytest.mark.slow
@@ -135,10 +135,10 @@ print(seen, kibibytes("VmHWM") - before, stored.nbytes // 1024)
 def test_a_map_larger_than_the_memory_allowed_streams(tmp_path: Path) -> None:
     """Read an epoch from a file four times as large as the memory limit; few pages of the file stay in memory."""
     np.lib.format.open_memmap(tmp_path / "i.npy", "w+", np.uint8, (1024, 256, 256, 3)).flush()  # sparse
-    words = [sys.executable, "-c", STREAM, str(tmp_path / "i.npy")]
-    answer = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
-    assert answer.returncode == 0, answer.stderr
-    seen, grown, size = map(int, answer.stdout.split())
+    ours, theirs = multiprocessing.Pipe()
+    with other_process(stream_an_epoch, theirs, tmp_path / "i.npy"):
+        theirs.close()
+        seen, grown, size = ours.recv()
     assert seen == 1024
     assert grown < size / 4
 
