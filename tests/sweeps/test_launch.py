@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.helpers import TINY, TINY_EXACT, compose, other_process, read_csv, run_py_in
+from tests.helpers import EVERY_STEP, TINY, TINY_EXACT, compose, other_process, read_csv, run_py_in
 from zfnet.config.errors import UserError
 from zfnet.jobs import train as job
 from zfnet.sweeps import launch
@@ -329,28 +326,36 @@ def test_launch_with_joblib_gives_the_same_numbers(run_py, tmp_path: Path, monke
     assert [line.split(",")[:2] for line in tables[0]] == [line.split(",")[:2] for line in tables[1]]
 
 
+TIME_LIMIT = """
+import os, signal
+from pathlib import Path
+from zfnet.jobs import train
+from zfnet.training.callbacks import Callback
+
+train.draw_curves = train.draw_results = train.save_figure = lambda *_: None  # figures take seconds
+
+class TimeLimit(Callback):
+    def on_step_end(self, state):
+        mark = Path(__file__).with_name("signalled")
+        if state.step == 10 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGUSR2)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_launch_with_submitit_requeues_a_job(run_py, tmp_path: Path, monkeypatch) -> None:
     """submitit's local executor replaces SLURM; SIGUSR2 tells it that the job's time limit is reached."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the processes of the jobs
-    status: list[Path] = []
-
-    def end_its_time() -> None:
-        deadline = time.monotonic() + 300
-        while not (checkpoints := list(tmp_path.glob("s/*/checkpoints/step-*"))) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        status.append(checkpoints[0].parents[1] / "status.json")
-        os.kill(json.loads(status[0].read_text())["pid"], signal.SIGUSR2)
-
-    words = ("-m", *TINY_EXACT, "hydra/launcher=submitit_local", "trainer.epochs=16", "trainer.checkpoint_minutes=1e-5")
-    other = threading.Thread(target=end_its_time)
-    other.start()
-    answer = run_py(*words, "seed=3", "hydra.sweep.dir=s")
-    other.join()
+    (tmp_path / "time_limit.py").write_text(TIME_LIMIT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")  # for the processes of the jobs
+    words = (*TINY_EXACT, "imports=[time_limit]", "+callbacks.limit._target_=time_limit.TimeLimit", EVERY_STEP)
+    answer = run_py("-m", *words, "hydra/launcher=submitit_local", "seed=3", "hydra.sweep.dir=s")
     assert answer.code == 0, answer.err
-    assert json.loads(status[0].read_text())["state"] == "done"
-    log = status[0].with_name("train.log").read_text()
-    assert log.count("epoch 16/16") == 1
-    assert "continuing from epoch" in log
+    (status,) = tmp_path.glob("s/*/status.json")
+    assert json.loads(status.read_text())["state"] == "done"
+    log = status.with_name("train.log").read_text()
+    assert log.count("epoch 2/2") == 1
+    assert re.search("continuing from epoch 2, step (8|9|10)", log)
