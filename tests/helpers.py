@@ -14,8 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.context import ForkServerContext
-from multiprocessing.forkserver import ensure_running
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -197,13 +196,15 @@ def no_figures(*jobs: str) -> Iterator[None]:
         yield
 
 
-def fork_server() -> ForkServerContext:
+def fork_server() -> BaseContext:
     """Return a context whose processes are forked from a server that has imported the package and run nothing.
 
     A new interpreter needs three seconds of CPU time to import PyTorch and the package.
     """
+    from multiprocessing.forkserver import ensure_running  # not on Windows
+
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers"])
+    context.set_forkserver_preload(["tests.helpers", "matplotlib.figure"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # so that the server finds the package wherever the test runs
         ensure_running()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -112,6 +111,7 @@ def test_fingerprint_sees_every_byte() -> None:
 
 def stream_an_epoch(results: Connection, path: Path) -> None:
     """Send the number of images read, and how many KiB this process has grown by meanwhile."""
+    import resource  # not on Windows
 
     def kibibytes(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
