@@ -78,13 +78,9 @@ def _axis_ticks(count: int) -> range:
 
 def draw_results(run: RunDirectory, evaluation: Evaluation, images: ImageSet, what: str) -> None:
     """Write confusion.png, per_class.png and samples.png of an evaluation of `images`; titles contain `what`."""
-    figures = {
-        "confusion": draw_confusion(evaluation, images.classes, what),
-        "per_class": draw_per_class(evaluation, images.classes, what),
-        "samples": draw_samples(images, evaluation, what=what),
-    }
-    for name, figure in figures.items():
-        save_figure(figure, run.figures / f"{name}.png")
+    save_figure(draw_confusion(evaluation, images.classes, what), run.figures / "confusion.png")
+    save_figure(draw_per_class(evaluation, images.classes, what), run.figures / "per_class.png")
+    save_figure(draw_samples(images, evaluation, what=what), run.figures / "samples.png")
 
 
 @styled()
