@@ -121,23 +121,16 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         return config
 
     def _process_config_searchpath(self, config_name: str | None, *args: Any) -> None:
-        """Check the search paths before Hydra adds them, whether it composes a config or lists a group's choices."""
-        self._refuse_search_path(config_name)
-        super()._process_config_searchpath(config_name, *args)
+        """Refuse search paths of a config from elsewhere, because Hydra imports the packages of `pkg://` paths.
 
-    def _refuse_search_path(self, config_name: str | None) -> None:
-        """Raise UserError if a config from elsewhere adds search paths: Hydra imports the packages of `pkg://` paths.
-
-        This check is separate because Hydra reads hydra.searchpath before it composes.
+        Hydra calls this before it composes a config or lists a group's choices.
         """
-        for source in self.get_sources():
-            if config_name is not None and source.is_config(config_name):
-                if _is_own(source.scheme(), source.path):
-                    return
-                primary = source.load_config(config_name).config
-                if OmegaConf.is_dict(primary) and OmegaConf.select(primary, "hydra.searchpath"):
-                    raise _refusal("hydra.searchpath", OmegaConf.select(primary, "hydra.searchpath"))
-                return
+        source = next((s for s in self.get_sources() if config_name is not None and s.is_config(config_name)), None)
+        if source is not None and not _is_own(source.scheme(), source.path):
+            primary = source.load_config(str(config_name)).config
+            if OmegaConf.is_dict(primary) and (paths := OmegaConf.select(primary, "hydra.searchpath")):
+                raise _refusal("hydra.searchpath", paths)
+        super()._process_config_searchpath(config_name, *args)
 
 
 def config_loader(argv: Sequence[str]) -> CheckedConfigLoader:
