@@ -93,12 +93,13 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
     Only the last layer may differ, in its number of classes; it then keeps its initial values. Raises UserError for any
     other difference, and for a file that is not safetensors.
     """
+    where = f"trainer.init_from={path}"
     try:
         state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in read_tensors(path)[1].items()}
     except FileNotFoundError:
-        raise UserError(f"trainer.init_from={path}: there is no such file of weights") from None
+        raise UserError(f"{where}: there is no such file of weights") from None
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"trainer.init_from={path}: is not a safetensors file, or is damaged ({error})") from error
+        raise UserError(f"{where}: is not a safetensors file, or is damaged ({error})") from error
     if isinstance(model, ZFNet):
         state = model.translate_names(state)
     own = model.state_dict()
@@ -106,22 +107,18 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
     fresh = []
     for name, value in own.items():
         if name not in state:
-            raise UserError(f"trainer.init_from={path}: has no {name}")
+            raise UserError(f"{where}: has no {name}")
+        own_shape, shape = list(value.shape), list(state[name].shape)
         if state[name].is_floating_point() != value.is_floating_point():
-            raise UserError(
-                f"trainer.init_from={path}: its {name} is {state[name].dtype}, this network's is {value.dtype}"
-            )
-        if state[name].shape != value.shape:
-            if not name.startswith(head) or state[name].shape[1:] != value.shape[1:]:
-                raise UserError(
-                    f"trainer.init_from={path}: its {name} is {list(state[name].shape)}, this network's is "
-                    f"{list(value.shape)}"
-                )
+            raise UserError(f"{where}: its {name} is {state[name].dtype}, this network's is {value.dtype}")
+        if shape != own_shape:
+            if not name.startswith(head) or shape[1:] != own_shape[1:]:
+                raise UserError(f"{where}: its {name} is {shape}, this network's is {own_shape}")
             fresh.append(name)
             state[name] = value
     for name in state:
         if name not in own:
-            raise UserError(f"trainer.init_from={path}: contains {name}, but the network has no such weight")
+            raise UserError(f"{where}: contains {name}, but the network has no such weight")
     refuse_not_finite(path, state)
     model.load_state_dict(state)
     return fresh
