@@ -25,6 +25,7 @@ LEVEL = 0.05  # significance level: a difference is significant if its p is belo
 _RESAMPLES = 2000
 _MIN_BOOTSTRAP = 30  # a bootstrap needs at least this many values
 _BLOCK_ROWS = 16  # rows that are ranked at once
+_quadrature_rule = functools.cache(np.polynomial.legendre.leggauss)
 
 
 def describe(values: Tensor) -> dict[str, float | int | None]:
@@ -48,8 +49,9 @@ def describe(values: Tensor) -> dict[str, float | int | None]:
     return row
 
 
-def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def _wilson(share: float, count: int) -> tuple[float, float]:
     """Return the 95 % confidence interval of a proportion among `count` values (Wilson 1927)."""
+    z = 1.96
     middle, scale = share + z**2 / (2 * count), 1 + z**2 / count
     reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return (middle - reach) / scale, (middle + reach) / scale
@@ -221,16 +223,11 @@ def t_test(t: float, freedom: float) -> float:
     from 0 to √arccot(|t| / √freedom), which Gauss–Legendre quadrature computes to rounding error.
     """
     end = math.sqrt(math.atan2(math.sqrt(freedom), abs(t)))
-    nodes, weights = _quadrature_rule()
+    nodes, weights = _quadrature_rule(100)
     v = (nodes + 1) * end / 2
     tail = float((weights * np.sin(v**2) ** (freedom - 1) * 2 * v).sum()) * end / 2
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
     return min(1.0, 2 * scale * tail)
-
-
-@functools.cache
-def _quadrature_rule() -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(100)
 
 
 def t_quantile(freedom: float, p: float = LEVEL) -> float:
