@@ -82,7 +82,9 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
         name: instantiate(f"data.{name}", settings, Dataset, imports) for name, settings in data.parts.items()
     }
     read = {name: _read_all(name, dataset) for name, dataset in sets.items()}
-    side = data.store_size or _common_side(read["train"][0]) or data.image_size
+    sizes = {image.size for image in read["train"][0]}
+    width, height = next(iter(sizes))
+    side = data.store_size or (width if len(sizes) == 1 and width == height else data.image_size)
     classes = data.classes or getattr(sets["train"], "classes", None)
     highest = max(max(labels) for _, labels in read.values())
     if classes is None:
@@ -163,12 +165,6 @@ def _to_label(label: Any) -> int:
         shown = f"of shape {shape}" if shape else textwrap.shorten(repr(label), 40, placeholder="…")
         raise ValueError(f"the label {shown}: labels are whole numbers from 0") from error
     return number
-
-
-def _common_side(images: Sequence[Image.Image]) -> int | None:
-    sizes = {image.size for image in images}
-    width, height = next(iter(sizes))
-    return width if len(sizes) == 1 and width == height else None
 
 
 # -- CIFAR-10, CIFAR-100 and Imagenette, through torchvision
