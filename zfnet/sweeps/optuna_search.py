@@ -344,7 +344,9 @@ def ask(
     pause = 0.5  # seconds
     while True:
         with worker.asking:
-            _requeue_stale_trials(study, worker)
+            for stale in filter(worker.is_stale, study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))):
+                study.tell(stale.number, state=TrialState.FAIL, skip_if_finished=True)
+                study.enqueue_trial(stale.params, user_attrs={"retry_of": stale.number})
             trials = study.get_trials(deepcopy=False)
             waiting = any(t.state == TrialState.WAITING for t in trials)
             if _count_trials(trials) >= settings.n_trials and not waiting:
@@ -402,10 +404,3 @@ def _mark_void(study: Study, trial: Trial) -> None:
     """Mark a trial as void, so that it does not count towards n_trials."""
     trial.set_user_attr("void", True)
     study.tell(trial, state=TrialState.FAIL)
-
-
-def _requeue_stale_trials(study: Study, worker: Worker) -> None:
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if worker.is_stale(trial):
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-            study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
