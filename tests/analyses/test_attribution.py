@@ -15,8 +15,8 @@ from tests.explain.networks import network, random_inputs
 from tests.explain.trained import Trained
 from tests.helpers import assert_full_precision, read_csv
 from zfnet.analyses.attribution import GRAD_CAM, INTEGRATED, attribute, box_evidence
+from zfnet.explain.boxes import in_boxes, share_in_boxes
 from zfnet.explain.deconvnet import RULES
-from zfnet.explain.selection import in_boxes, share_in_boxes
 from zfnet.runs.directory import RunDirectory
 
 captum = pytest.importorskip("captum.attr")

@@ -10,10 +10,11 @@ import pytest
 
 from tests.helpers import load_for_job
 from zfnet.config.schema import Config
-from zfnet.explain.selection import Look, choose_images, predict, to_rows
+from zfnet.explain.selection import Look, choose_images, predict
 from zfnet.plots.figures import new_figure, save_figure, styled
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import own_directory
+from zfnet.runs.tables import to_rows
 from zfnet.training.loaded import LoadedRun
 
 QUICK = ("trainer.threads=1",)

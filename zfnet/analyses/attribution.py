@@ -20,17 +20,9 @@ from torch import Tensor
 
 from zfnet.config.errors import log
 from zfnet.config.schema import Config, Positive
+from zfnet.explain.boxes import in_boxes, share_in_boxes
 from zfnet.explain.deconvnet import RULES, Deconvnet
-from zfnet.explain.selection import (
-    ChosenImages,
-    Look,
-    choose_images,
-    in_boxes,
-    pick_layers,
-    predict,
-    share_in_boxes,
-    to_rows,
-)
+from zfnet.explain.selection import ChosenImages, Look, choose_images, pick_layers, predict
 from zfnet.explain.targets import GRAD_CAM, grad_cam, integrated_gradients
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
@@ -39,6 +31,7 @@ from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.directory import write_tensors
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import compare_own_with_others, format_percent
+from zfnet.runs.tables import to_rows
 from zfnet.training.loaded import LoadedRun
 
 INTEGRATED = "integrated gradients"

@@ -28,23 +28,14 @@ from tqdm.auto import tqdm
 from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, DataConfig, Positive
 from zfnet.data.decode import UnreadableImage, fit_square, read_image
-from zfnet.explain.selection import (
-    Look,
-    chosen_split,
-    cover,
-    mean_colour,
-    pick_layers,
-    predict,
-    sample,
-    take,
-    to_inputs,
-    to_rows,
-)
+from zfnet.explain.boxes import cover
+from zfnet.explain.selection import Look, chosen_split, mean_colour, pick_layers, predict, sample, take, to_inputs
 from zfnet.model.chain import Chain
 from zfnet.plots.figures import LIGHT_BLUE, PALE, SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import holm, rank_p
+from zfnet.runs.tables import to_rows
 from zfnet.training.loaded import LoadedRun
 
 SAME, RANDOM = "same place", "random"

@@ -42,12 +42,12 @@ from zfnet.explain.atlas import (
     write_photographs,
     write_single,
 )
+from zfnet.explain.boxes import box_cells
 from zfnet.explain.crops import frame_size, project_frames, view_maps, view_units
 from zfnet.explain.deconvnet import Deconvnet
-from zfnet.explain.faithfulness import box_cells
 from zfnet.explain.maps import MapResponses, ablation_effects, nearest_maps, peaks, strongest_activations
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
-from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs, to_rows
+from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs
 from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
 from zfnet.explain.windows import DEAD_WINDOWS
 from zfnet.jobs.predict import prediction_rows
@@ -57,7 +57,7 @@ from zfnet.plots.pictures import enlarge, mosaic, on_grey, show, show_mosaic, to
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
 from zfnet.runs.session import StopRequest, continued_directory, own_directory
 from zfnet.runs.statistics import describe, false_discovery_rate, rank_correlation
-from zfnet.runs.tables import shorten
+from zfnet.runs.tables import shorten, to_rows
 from zfnet.runs.weights import ModelMetadata, load_model, weights_hash
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
 from zfnet.training.loaded import LoadedRun

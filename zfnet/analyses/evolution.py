@@ -21,12 +21,13 @@ from zfnet.config.schema import Config, Positive
 from zfnet.explain.crops import project_frames
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import standard_columns, strongest_activations
-from zfnet.explain.selection import Look, chosen_split, pick_layers, sample, to_inputs, to_rows
+from zfnet.explain.selection import Look, chosen_split, pick_layers, sample, to_inputs
 from zfnet.explain.top_activations import LayerRecord, TopActivations, collect
 from zfnet.model.chain import Chain
 from zfnet.plots.figures import PALETTE, epoch_axis, new_figure, save_figure, styled
 from zfnet.plots.pictures import on_grey, show_mosaic
 from zfnet.runs.session import own_directory
+from zfnet.runs.tables import to_rows
 from zfnet.runs.weights import load_model
 from zfnet.training.checkpoint import epoch_files
 from zfnet.training.loaded import LoadedRun

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from zfnet.config.errors import log
 from zfnet.config.schema import Config, model_name
 from zfnet.data import Batch
-from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
+from zfnet.explain.selection import Look, chosen_split, pick_layers
 from zfnet.model.chain import Chain
 from zfnet.plots.figures import INK, PALETTE, RED, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import enlarge, mosaic, show
 from zfnet.runs.directory import find_run
 from zfnet.runs.session import own_directory
+from zfnet.runs.tables import to_rows
 from zfnet.training.loaded import LoadedRun
 
 FLAT = 0.1  # a filter whose RMS is below this share of the layer's median counts as flat

@@ -28,7 +28,7 @@ from zfnet.explain.atlas import find_atlas, write_quiz
 from zfnet.explain.crops import frame_size, view_units
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import strongest_places
-from zfnet.explain.selection import Look, chosen_split, pick_layers, to_rows
+from zfnet.explain.selection import Look, chosen_split, pick_layers
 from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
 from zfnet.plots.figures import INK, PALETTE, SOFT, WHITE, new_figure, save_figure, styled
@@ -36,7 +36,7 @@ from zfnet.plots.pictures import mosaic, on_grey
 from zfnet.runs.directory import find_run
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import clustered_mean, clustered_tests
-from zfnet.runs.tables import shorten
+from zfnet.runs.tables import shorten, to_rows
 from zfnet.runs.weights import load_model, weights_hash
 from zfnet.training.loaded import LoadedRun
 

@@ -22,11 +22,12 @@ from tqdm.auto import tqdm
 
 from zfnet.config.errors import log
 from zfnet.config.schema import Config, Positive
-from zfnet.explain.selection import Look, choose_images, chosen_split, pick_layers, sample, take, to_rows
+from zfnet.explain.selection import Look, choose_images, chosen_split, pick_layers, sample, take
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.plots.figures import INK, PALETTE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
+from zfnet.runs.tables import to_rows
 from zfnet.training.loaded import LoadedRun
 
 # transform → the unit of its amounts

@@ -29,20 +29,10 @@ from tqdm.auto import tqdm
 from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Positive
 from zfnet.data import ImageSet
+from zfnet.explain.boxes import cover, in_boxes
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import peaks
-from zfnet.explain.selection import (
-    ChosenImages,
-    Look,
-    choose_images,
-    chosen_split,
-    cover,
-    in_boxes,
-    mean_colour,
-    pick_layers,
-    to_inputs,
-    to_rows,
-)
+from zfnet.explain.selection import ChosenImages, Look, choose_images, chosen_split, mean_colour, pick_layers, to_inputs
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
@@ -50,6 +40,7 @@ from zfnet.plots.figures import PALETTE, RED, WHITE, new_figure, plain, save_fig
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import compare_own_with_others, format_percent
+from zfnet.runs.tables import to_rows
 from zfnet.training.loaded import LoadedRun
 
 OTHERS = 3  # images in panel c besides the occluded one (paper, Fig. 7)

@@ -27,30 +27,19 @@ from zfnet.config.errors import UserError, did_you_mean, log
 from zfnet.config.randomness import CONTROL, make_key, permutation, random_bits, uniform
 from zfnet.config.schema import Config, Positive, ShapesData
 from zfnet.data.shapes import draw_without
+from zfnet.explain.boxes import box_cells, boxes_in_input, cell_means, share_in_boxes
 from zfnet.explain.crops import frame_size
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.faithfulness import (
     FILLINGS,
     Removal,
-    box_cells,
-    cell_means,
     rank_among_others,
     removal_scores,
     structural_similarity,
     support,
 )
 from zfnet.explain.maps import Ablation
-from zfnet.explain.selection import (
-    Look,
-    Split,
-    boxes_in_input,
-    chosen_split,
-    pick_layers,
-    sample,
-    share_in_boxes,
-    to_inputs,
-    to_rows,
-)
+from zfnet.explain.selection import Look, Split, chosen_split, pick_layers, sample, to_inputs
 from zfnet.explain.targets import BASELINES, GRAD_CAM, INTEGRATED, Target, blur
 from zfnet.explain.top_activations import MapStatistics, TopActivations, collect
 from zfnet.model.chain import OUTPUT
@@ -58,6 +47,7 @@ from zfnet.plots.figures import INK, PALE, PALETTE, SOFT, WHITE, new_figure, sav
 from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import continued_directory
 from zfnet.runs.statistics import LEVEL, clustered_mean, clustered_tests, rank_correlation, standard_ranks
+from zfnet.runs.tables import to_rows
 from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import LoadedRun
 

@@ -41,10 +41,10 @@ from zfnet.explain.crops import frame_size, view_maps
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import MapResponses
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field
-from zfnet.explain.selection import to_rows
 from zfnet.explain.top_activations import LayerRecord, TopActivations
 from zfnet.plots.pictures import GREY, mosaic
 from zfnet.runs.directory import OUTPUTS, RunDirectory, write_atomically
+from zfnet.runs.tables import to_rows
 
 _PAGE = Path(__file__).parent / "atlas_page"
 # the link to the quiz in the atlas page: hidden until the quiz is written, then visible

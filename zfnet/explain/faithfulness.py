@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zfnet.config.randomness import CONTROL, make_key, uniform
+from zfnet.explain.boxes import box_cells, cell_means
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # (item int64 [B], removed bool [B, P]) → float [B]
 
@@ -94,27 +95,6 @@ def ranks_of(relevance: Tensor, key: int) -> Tensor:
 
 def _area(curve: list[Tensor]) -> Tensor:
     return torch.trapezoid(torch.stack(curve), dim=0) / (len(curve) - 1)
-
-
-def box_cells(boxes: Tensor, extent: tuple[int, int], side: int) -> Tensor:
-    """Return the cell of each pixel, int64 [U, h, w]: a box [U, 4] has side² cells, and −1 means outside the box."""
-    top, left, bottom, right = (boxes[:, k, None] for k in range(4))
-    lines = []
-    for first, end, size in ((top, bottom, extent[0]), (left, right, extent[1])):
-        place = torch.arange(size) - first
-        inside = (place >= 0) & (place < end - first)
-        lines.append(torch.where(inside, place * side // (end - first).clamp(min=1), -1))
-    rows, columns = lines[0][:, :, None], lines[1][:, None, :]
-    return torch.where((rows >= 0) & (columns >= 0), rows * side + columns, -1)
-
-
-def cell_means(values: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the mean of values [U, C, h, w] in each cell, [U, C, count], 0 if empty, and which cells have pixels."""
-    index = torch.where(cells < 0, count, cells).flatten(1)
-    sums = values.new_zeros(*values.shape[:2], count + 1)
-    sums.scatter_add_(2, index[:, None].expand(-1, values.shape[1], -1), values.flatten(2))
-    pixels = values.new_zeros(len(values), count + 1).scatter_add_(1, index, values.new_ones(index.shape))[:, :count]
-    return sums[..., :count] / pixels[:, None].clamp(min=1), pixels > 0
 
 
 @dataclass(frozen=True)

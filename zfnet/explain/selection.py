@@ -3,19 +3,20 @@
 To add an analysis, write one class and one YAML file: see examples/extend/saliency.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from zfnet.config.errors import UserError, did_you_mean
-from zfnet.config.schema import Config, DataConfig, Job
+from zfnet.config.schema import Config, Job
 from zfnet.data import ImageSet, preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images, read_named
 from zfnet.data.images import stratified
+from zfnet.explain.boxes import boxes_in_input
 from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
 from zfnet.runs.tables import shorten
@@ -131,51 +132,11 @@ def predict(loaded: LoadedRun, inputs: Tensor) -> Tensor:
     return torch.cat([loaded.model(chunk).softmax(1).cpu() for chunk in inputs.split(loaded.data.batch_size)])
 
 
-def boxes_in_input(boxes: Tensor, images: ImageSet, data: DataConfig) -> Tensor:
-    """Convert boxes [N, 4] from stored pixels to pixels of the network's input: float [N, 4]."""
-    stored = images.images.shape[1]
-    window = data.crop_size or stored
-    moved = (boxes.float() - (stored - window) // 2) * (data.image_size / window)
-    return moved.clamp(0, data.image_size)
-
-
-def in_boxes(centres: Tensor, boxes: Tensor) -> Tensor:
-    """Return which points of the grid `centres` [P] × `centres` lie in each box [N, 4]: bool [N, P, P]."""
-    top, left, bottom, right = (boxes[:, k, None] for k in range(4))
-    rows, columns = (centres >= top) & (centres < bottom), (centres >= left) & (centres < right)
-    return rows[:, :, None] & columns[:, None, :]
-
-
-def cover(images: Tensor, corners: Tensor, patch: int, fill: Tensor) -> Tensor:
-    """Return images [N, 3, S, S], each with a square of side `patch` in the colour `fill`, [3].
-
-    corners: (row, column) of each square's first pixel, [N, 2]; squares can extend beyond the images
-    """
-    hidden = in_boxes(torch.arange(images.shape[-1], device=images.device), torch.cat((corners, corners + patch), 1))
-    return torch.where(hidden[:, None], fill.to(images).view(1, 3, 1, 1), images)
-
-
-def share_in_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Return the share of the absolute attributions, |maps| [N, C, S, S], inside each box [M, 4]: float64 [N, M].
-
-    NaN where all attributions of an image are 0.
-    boxes: (top, left, bottom, right) in pixels; a pixel counts if its centre is inside.
-    """
-    size = maps.abs().sum(1).flatten(1).double()
-    inside = in_boxes(torch.arange(maps.shape[-1]) + 0.5, boxes).flatten(1).double()
-    return size @ inside.T / size.sum(1, keepdim=True)
-
-
 def mean_colour(loaded: LoadedRun, grey: float | None) -> Tensor:
     """Return a grey value, 0 … 255, as network input [3]; None means the data's mean colour, normalised to 0."""
     if grey is None:
         return torch.zeros(3)
     return (grey / 255 - torch.tensor(loaded.data.mean)) / torch.tensor(loaded.data.std)
-
-
-def to_rows(**columns: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return the rows of a table from its columns, which must have equal length."""
-    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 def _correct_first(loaded: LoadedRun, images: ImageSet, count: int) -> Tensor:

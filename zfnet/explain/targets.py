@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zfnet.config.randomness import CONTROL, make_key, uniform
+from zfnet.explain.boxes import box_cells
 from zfnet.explain.crops import frame_size
 from zfnet.explain.deconvnet import RULES, Deconvnet
-from zfnet.explain.faithfulness import box_cells
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
 from zfnet.explain.windows import inside_map, take_windows, window_of
 from zfnet.model.chain import OUTPUT, Chain

@@ -1,6 +1,6 @@
-"""Tables for the terminal, and cells of CSV files."""
+"""Tables for the terminal, and rows and cells of CSV files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from zfnet.config.errors import printable
@@ -33,6 +33,11 @@ def format_table(
         (" " * gap).join(f"{shorten(cell, w):{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+def to_rows(**columns: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return the rows of a table from its columns, which must have equal length."""
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 def csv_cell(value: Any) -> Any:
