@@ -38,6 +38,7 @@ from zfnet.explain.windows import (
 from zfnet.model.chain import BATCH_NORMS, NEUTRAL, Chain, Step
 from zfnet.model.layers import LocalResponseNorm, full_precision
 
+Units = Sequence[Sequence[int]] | Tensor
 RULES = ("deconvnet", "guided", "gradient")
 LRN_RULES = ("identity", "gradient")
 
@@ -96,7 +97,7 @@ class Deconvnet:
         self,
         images: Tensor,
         layer: str,
-        units: Sequence[Sequence[int]] | Tensor,
+        units: Units,
         *,
         switches_from: Tensor | None = None,
         seeds: Tensor | None = None,
@@ -152,12 +153,7 @@ class Deconvnet:
             _check_support(step)
 
     def _check(
-        self,
-        images: Tensor,
-        layer: str,
-        units: Sequence[Sequence[int]] | Tensor,
-        switches_from: Tensor | None,
-        seeds: Tensor | None,
+        self, images: Tensor, layer: str, units: Units, switches_from: Tensor | None, seeds: Tensor | None
     ) -> Tensor:
         """Check shapes; return the units as int64 [U, 4] on the CPU."""
         self.check(layer)
