@@ -14,22 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zfnet.config import randomness
 from zfnet.config.errors import UserError, one_line
-from zfnet.config.randomness import (
-    CLASS,
-    CROP_X,
-    CROP_Y,
-    CUTOUT_X,
-    CUTOUT_Y,
-    FLIP,
-    ORDER,
-    TRANSFORM,
-    make_key,
-    permutation,
-    randint,
-    seeded_generators,
-    uniform,
-)
+from zfnet.config.randomness import make_key, permutation, randint, seeded_generators, uniform
 from zfnet.config.schema import AugmentConfig, DataConfig
 from zfnet.data.images import ImageSet
 
@@ -156,7 +143,7 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the shuffled, augmented batches of an epoch (counted from 0), from batch `start` on."""
-        order = permutation(make_key(self.seed, ORDER, epoch), len(self.set))
+        order = permutation(make_key(self.seed, randomness.ORDER, epoch), len(self.set))
         if self.data.sampler == "balanced":
             order = balanced_draws(self.set.labels, self.seed, epoch)[order]
         yield from self._batches(order, start, epoch)
@@ -232,7 +219,7 @@ def balanced_draws(labels: Tensor, seed: int, epoch: int) -> Tensor:
     draws = []
     for place, label in enumerate(classes):
         members = (labels == label).nonzero().flatten()
-        members = members[permutation(make_key(seed, CLASS, epoch, label), len(members))]
+        members = members[permutation(make_key(seed, randomness.CLASS, epoch, label), len(members))]
         turn = torch.arange(total // len(classes) + (place < total % len(classes)))
         draws.append(members[turn % len(members)] + turn // len(members) * total)
     return torch.cat(draws)
@@ -261,12 +248,14 @@ def draw(index: Tensor, height: int, how: AugmentConfig, data: DataConfig, seed:
 
     windows = height + 2 * how.crop_padding - size + 1
     alternating = how.flips == "alternating" and how.flip > 0
-    flipped = uniform(make_key(seed, FLIP, 0 if alternating else epoch), index) < how.flip
+    flipped = uniform(make_key(seed, randomness.FLIP, 0 if alternating else epoch), index) < how.flip
     if alternating and epoch % 2:
         flipped = ~flipped
-    drawn: tuple[Tensor, ...] = (integers(CROP_Y, windows), integers(CROP_X, windows), flipped)
+    drawn: tuple[Tensor, ...] = (integers(randomness.CROP_Y, windows), integers(randomness.CROP_X, windows), flipped)
     if how.cutout:
-        drawn += tuple(integers(purpose, size) - how.cutout // 2 for purpose in (CUTOUT_Y, CUTOUT_X))
+        drawn += tuple(
+            integers(purpose, size) - how.cutout // 2 for purpose in (randomness.CUTOUT_Y, randomness.CUTOUT_X)
+        )
     return drawn
 
 
@@ -311,7 +300,7 @@ def apply_transforms(
     out = []
     with seeded_generators(pixels.device) as set_seed:
         for image, number in zip(pixels.permute(0, 3, 1, 2), index.tolist(), strict=True):
-            set_seed(make_key(seed, TRANSFORM, epoch, number))
+            set_seed(make_key(seed, randomness.TRANSFORM, epoch, number))
             for place, transform in enumerate(transforms):
                 try:
                     image = transform(image)
