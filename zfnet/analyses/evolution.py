@@ -133,23 +133,16 @@ def _strongest(views: Mapping[int, EpochView], classes: Sequence[str], labels: T
     for epoch, view in views.items():
         for layer, record in view.strongest.items():
             (image, y, x), count = record.places()[:, 0].T.tolist(), len(record.values)
-            active = record.filled[:, 0].tolist()
+            active = record.filled[:, 0].tolist()  # the place of a map that is never active stays blank
+            place = {"image": image, "class": [classes[int(labels[i])] for i in image], "y": y, "x": x}
             rows += to_rows(
                 epoch=[epoch] * count,
                 layer=[layer] * count,
                 map=range(count),
                 activation=record.values[:, 0].tolist(),
-                image=_blank_inactive(image, active),
-                **{"class": _blank_inactive([classes[int(labels[i])] for i in image], active)},
-                y=_blank_inactive(y, active),
-                x=_blank_inactive(x, active),
+                **{key: [v if a else "" for v, a in zip(values, active, strict=True)] for key, values in place.items()},
             )
     return rows
-
-
-def _blank_inactive(values: Sequence[Any], active: Sequence[bool]) -> list[Any]:
-    """Return the values, with blanks for maps that are never active."""
-    return [value if is_active else "" for value, is_active in zip(values, active, strict=True)]
 
 
 def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[dict[str, Any]]:
