@@ -109,8 +109,9 @@ class ProgressBar(Callback):
         now = time.perf_counter()
         self.began = self.began or (now, state.step)
         seconds, steps = now - self.began[0], state.step - self.began[1]
+        total = state.config.trainer.epochs * state.steps_per_epoch
         each = seconds / steps if steps else 0.0  # includes evaluations, from the second epoch on
-        parts = [f"{format_duration(each * (self._total_steps(state) - state.step))} left"] if steps else []
+        parts = [f"{format_duration(each * (total - state.step))} left"] if steps else []
         if state.last_reading is not None:
             loss, accuracy = state.last_reading
             speed = state.step_in_epoch * state.config.data.batch_size / state.epoch_seconds
@@ -124,14 +125,10 @@ class ProgressBar(Callback):
             log.info("epoch %d, %s: %s", state.epoch + 1, where, ", ".join(parts))
         if seconds > 5 and self.advice is not None:
             advice, self.advice = self.advice, None
-            if each * self._total_steps(state) > 60:
-                log.info(advice(state, each * self._total_steps(state)))
+            if each * total > 60:
+                log.info(advice(state, each * total))
         if state.step_in_epoch == state.steps_per_epoch:
             self.bar.close()
-
-    @staticmethod
-    def _total_steps(state: TrainingState) -> int:
-        return state.config.trainer.epochs * state.steps_per_epoch
 
     def on_exception(self, state: TrainingState, error: BaseException) -> None:
         if hasattr(self, "bar"):
