@@ -13,19 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from zfnet.config.instantiate import is_number
-from zfnet.plots.figures import (
-    BLUE,
-    INK,
-    ORANGE,
-    PALETTE,
-    SOFT,
-    WHITE,
-    epoch_axis,
-    new_figure,
-    plain,
-    plot_history,
-    styled,
-)
+from zfnet.plots.figures import INK, ORANGE, PALETTE, SOFT, WHITE, epoch_axis, new_figure, plain, plot_history, styled
 from zfnet.runs.statistics import LEVEL
 from zfnet.sweeps.summary import Setting, Sweep, format_value, group_name, p_against_best, short_names
 
@@ -145,7 +133,7 @@ def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
             axis.plot([place] * len(setting.scores()), setting.scores(), ".", color=SOFT, markersize=7)
     stds = [s.mean_and_std()[1] or 0.0 for s in ordered] if repeated else None
     axis.errorbar(
-        places, _means(ordered), stds, fmt="o-" if scale.numeric and not search else "o", color=BLUE, zorder=3
+        places, _means(ordered), stds, fmt="o-" if scale.numeric and not search else "o", color=PALETTE[0], zorder=3
     )
     if search:
         axis.set_xscale("log" if scale.log else "linear")
