@@ -63,7 +63,10 @@ class ImportJob(Job):
             compared = None
         else:
             settings, state, size = _onnx(path, config) if kind == ".onnx" else _state_dict(path, config)
-            data, names = _data_config(config, size), _class_names(self.classes, _count_classes(path, state))
+            last = next(reversed(state.values()), torch.tensor(0))
+            if not last.ndim:
+                raise UserError(f"{path}: its weights do not show the number of classes")
+            data, names = _data_config(config, size), _class_names(self.classes, len(last))
             metadata = ModelMetadata(settings, names, data, data.store_size or data.image_size)
             model = network_with(path, metadata, state, config.imports).eval()
             compared = _compare(path, model, data) if kind == ".onnx" else None
@@ -100,13 +103,6 @@ def _data_config(config: Config, image_size: int) -> FolderData:
     base |= {key: getattr(config.data, key) for key in keys if "data" in given or f"data.{key}" in given}
     base["image_size"] = image_size
     return FolderData(name="folder", split_seed=config.data.split_seed, **base)
-
-
-def _count_classes(path: Path, state: dict[str, Tensor]) -> int:
-    last = next(reversed(state.values()), torch.tensor(0))
-    if not last.ndim:
-        raise UserError(f"{path}: its weights do not show the number of classes")
-    return len(last)
 
 
 def _class_names(file: str | None, count: int) -> tuple[str, ...]:
