@@ -56,7 +56,7 @@ from zfnet.plots.figures import BLUE, INK, ORANGE, PURPLE, SOFT, new_figure, sav
 from zfnet.plots.pictures import enlarge, mosaic, on_grey, show, show_mosaic, to_pixels
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
 from zfnet.runs.session import StopRequest, continued_directory, own_directory
-from zfnet.runs.statistics import describe, false_discovery_rate, rank_correlation
+from zfnet.runs.statistics import Summary, describe, false_discovery_rate, rank_correlation
 from zfnet.runs.tables import shorten, to_rows
 from zfnet.runs.weights import ModelMetadata, load_model, weights_hash
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
@@ -238,15 +238,14 @@ def explain_photographs(
                 units = torch.column_stack((torch.full_like(order, number), order, place[order]))
                 projections, patches = view_units(deconvnet, images, loaded.data, layer, units)
                 boxes = receptive_boxes(loaded.chain, layer, units[:, 2:])
-                photograph.layers[layer] = Strongest(
-                    order.tolist(), value[order].tolist(), on_grey(projections), patches
-                )
+                numbers, strengths = order.tolist(), value[order].tolist()
+                photograph.layers[layer] = Strongest(numbers, strengths, on_grey(projections), patches)
                 rows += to_rows(
                     image=[name] * len(order),
                     layer=[layer] * len(order),
                     rank=range(1, len(order) + 1),
-                    map=order.tolist(),
-                    activation=[f"{v:.6g}" for v in value[order].tolist()],
+                    map=numbers,
+                    activation=[f"{v:.6g}" for v in strengths],
                     y=units[:, 2].tolist(),
                     x=units[:, 3].tolist(),
                     **dict(zip(("top", "left", "bottom", "right"), boxes.T.tolist(), strict=True)),
@@ -434,9 +433,7 @@ def inside_frames(chain: Chain, layer: str, units: Tensor) -> Tensor:
     return boxes - receptive_field(chain, layer).corners(units[:, 2:]).repeat(1, 2)
 
 
-def compare_controls(
-    projections: Mapping[str, Tensor], inside: Tensor
-) -> dict[str, dict[str, dict[str, float | int | None]]]:
+def compare_controls(projections: Mapping[str, Tensor], inside: Tensor) -> dict[str, dict[str, Summary]]:
     """Return for each control `describe` of its rank correlation with the units' own projections: signed and unsigned.
 
     projections: from `project_controls`; inside: from `inside_frames`, [U, 4]. All projections are 0 outside this box,

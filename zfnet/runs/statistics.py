@@ -22,18 +22,20 @@ from torch import Tensor
 
 LEVEL = 0.05  # significance level: a difference is significant if its p is below it
 
+Summary = dict[str, float | int | None]  # a row of statistics, such as n, mean and std
+
 _RESAMPLES = 2000
 _MIN_BOOTSTRAP = 30  # a bootstrap needs at least this many values
 _BLOCK_ROWS = 16  # rows that are ranked at once
 _quadrature_rule = functools.cache(np.polynomial.legendre.leggauss)
 
 
-def describe(values: Tensor) -> dict[str, float | int | None]:
+def describe(values: Tensor) -> Summary:
     """Return n, mean, std, low and high of values [n]; non-finite values are left out."""
     known = values.detach().cpu().double().flatten()
     known = known[known.isfinite()]
     count = len(known)
-    row: dict[str, float | int | None] = {"n": count, "mean": None, "std": None, "low": None, "high": None}
+    row: Summary = {"n": count, "mean": None, "std": None, "low": None, "high": None}
     if count:
         row["mean"] = float(known.mean())
     if count > 1:
@@ -57,7 +59,7 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
     return (middle - reach) / scale, (middle + reach) / scale
 
 
-def compare_own_with_others(table: Tensor) -> dict[str, dict[str, float | int | None]]:
+def compare_own_with_others(table: Tensor) -> dict[str, Summary]:
     """Compare each image's value for its own partner with its values for the other images' partners.
 
     table: [N, N], row: image, column: partner (such as an image's object box). Most objects are in the middle of their
@@ -70,7 +72,7 @@ def compare_own_with_others(table: Tensor) -> dict[str, dict[str, float | int | 
     return {"own": describe(own), "others": describe(others), "difference": describe(own - others)}
 
 
-def clustered_mean(values: Tensor, clusters: Tensor) -> dict[str, float | int | None]:
+def clustered_mean(values: Tensor, clusters: Tensor) -> Summary:
     """Return mean, standard error, n and the number of clusters of values [n]; non-finite values are left out.
 
     clusters: int64 [n], such as the image of each value. Values of one image are not independent, so the standard error
@@ -78,7 +80,7 @@ def clustered_mean(values: Tensor, clusters: Tensor) -> dict[str, float | int | 
     """
     known = values.isfinite()
     values, (_, group) = values[known].double(), clusters[known].unique(return_inverse=True)
-    row: dict[str, float | int | None] = {"n": len(values), "clusters": 0, "mean": None, "se": None}
+    row: Summary = {"n": len(values), "clusters": 0, "mean": None, "se": None}
     if len(values):
         count, mean = int(group.max()) + 1, values.mean()
         row |= {"clusters": count, "mean": float(mean)}
@@ -173,7 +175,7 @@ def false_discovery_rate(p: Tensor) -> Tensor:
     return q
 
 
-def format_percent(row: dict[str, float | int | None]) -> str:
+def format_percent(row: Summary) -> str:
     """Format a row of `describe` in percent as `mean [low, high]`, for the log."""
     if row["mean"] is None:
         return "–"
