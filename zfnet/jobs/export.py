@@ -45,9 +45,8 @@ class ExportJob(Job):
         metadata, size = describe(loaded), loaded.data.image_size
         embedded = json.dumps(metadata)
         with own_directory(config, output) as run, torch.no_grad():
-            program = torch.export.export(
-                model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: Dim("batch", min=1)},)
-            )
+            example = (torch.zeros(2, 3, size, size),)
+            program = torch.export.export(model, example, dynamic_shapes=({0: Dim("batch", min=1)},))
             for name in formats:
                 path = run.folder / f"model.{name}"
                 write_atomically(path, _WRITE[name](program, embedded))

@@ -195,7 +195,7 @@ def _train(
         _refuse_other_images(run, splits)
     _check_images(splits, config)
     images_hash = data_hash({"data_fingerprint": splits.fingerprint, "data": splits.describe()})
-    train = training_batches(config, runtime, splits.train, world)
+    resumed, train = saved is not None, training_batches(config, runtime, splits.train, world)
     sets = {
         name: Batches(split, config.data, runtime.device, channels_last=runtime.channels_last)
         for name, split in (("validation", splits.validation), ("test", splits.test))
@@ -208,9 +208,7 @@ def _train(
     callbacks = _callbacks(config, run, world, loggers, writer, stop, metadata, report)
     classes = len(splits.train.classes)
     counts = splits.train.labels.bincount(minlength=classes).tolist()
-    state = build_state(
-        config, runtime, classes, len(train), world, callbacks, resumed=saved is not None, counts=counts
-    )
+    state = build_state(config, runtime, classes, len(train), world, callbacks, resumed=resumed, counts=counts)
     if saved is not None and saved.metadata.get("identity", config.identity()) != config.identity():
         raise UserError(
             f"{run.folder / 'config.yaml'} is not the config that the checkpoint was made with: restore the old one, "
@@ -247,7 +245,7 @@ def _train(
         compiled = saved.metadata.get("compiled", compiled)
     if (decision := resolve_compile(state, train, compiled)) is not None:
         log.info(decision)
-    _write_environment(config, run, state, splits, resumed=saved is not None)
+    _write_environment(config, run, state, splits, resumed)
     if saved is not None:
         state.restore(saved, images_hash)
         log.info("continuing from epoch %d, step %d", state.epoch + 1, state.step)
@@ -370,10 +368,9 @@ def _check_images(splits: Splits, config: Config) -> None:
             f"data.root={data.root} has no val/ folder and data.validation=0 holds no images out: "
             "hold some out, or set trainer.monitor=train_loss"
         )
-    if data.subset is not None and data.subset > len(splits.train):
-        raise UserError(
-            f"data.subset={data.subset}: there are {len(splits.train)} training images; null uses all of them"
-        )
+    count = len(splits.train)
+    if data.subset is not None and data.subset > count:
+        raise UserError(f"data.subset={data.subset}: there are {count} training images; null uses all of them")
     side = data.crop_size or splits.train.images.shape[1]
     if config.augment.cutout > side:
         raise UserError(

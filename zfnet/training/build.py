@@ -59,9 +59,8 @@ def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
     if sums and "loss.reduction" in config.overridden and config.loss.get("reduction") != "sum":  # old records set it
         raise UserError(f"loss.reduction={config.loss['reduction']}: must be sum, because the loop computes the mean")
     # leave out a weight of null, because a user's own class may not accept the argument
-    settings = {k: v for k, v in config.loss.items() if (k, v) != ("weight", None)} | (
-        {"reduction": "sum"} if sums else {}
-    )
+    settings = {k: v for k, v in config.loss.items() if (k, v) != ("weight", None)}
+    settings |= {"reduction": "sum"} if sums else {}
     weight, defaults = settings.get("weight"), {}
     if weight == "balanced":
         weight = balanced_weights(counts)
@@ -113,10 +112,7 @@ def build_callbacks(config: Config) -> list[Callback]:
 
 def build_loggers(config: Config) -> dict[str, Logger]:
     """Return the loggers that `config.logger` names, by name."""
-    return {
-        name: instantiate(f"logger.{name}", settings, Logger, config.imports)
-        for name, settings in config.logger.items()
-    }
+    return {name: instantiate(f"logger.{name}", part, Logger, config.imports) for name, part in config.logger.items()}
 
 
 # -- optimizer

@@ -56,9 +56,8 @@ class EMA(Callback):
             self.average.update_parameters(state.model)  # copies the weights
             return
         groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        averages, values = (
-            (t.detach() for t in (*m.parameters(), *m.buffers())) for m in (self.average.module, state.model)
-        )
+        models = (self.average.module, state.model)
+        averages, values = ((t.detach() for t in (*m.parameters(), *m.buffers())) for m in models)
         for average, value in zip(averages, values, strict=True):
             group = groups.setdefault(average.dtype, ([], []))
             group[0].append(average)
@@ -153,11 +152,8 @@ class Metrics(Callback):
         if state.step % state.config.trainer.log_every:
             return
         loss, accuracy = state.read_metrics()  # makes the host wait for the device
-        values = {
-            "step/train_loss": loss,
-            "step/train_accuracy": accuracy,
-            "step/lr": state.schedule.lr(state.step - 1),
-        }
+        lr = state.schedule.lr(state.step - 1)
+        values = {"step/train_loss": loss, "step/train_accuracy": accuracy, "step/lr": lr}
         call_loggers(self.loggers, "log", state.step, values)
 
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:

@@ -57,11 +57,9 @@ class CheckpointWriter:
         if self.folder is None:
             return
         # copies from a GPU go to pinned memory in stream order, so the loop does not wait for them
-        copies = {
-            key: value.detach().to("cpu", non_blocking=value.is_cuda, copy=True)
-            for key, value in checkpoint.tensors.items()
-        }
-        gpu = next((value.device for value in checkpoint.tensors.values() if value.is_cuda), None)
+        tensors = checkpoint.tensors
+        copies = {k: v.detach().to("cpu", non_blocking=v.is_cuda, copy=True) for k, v in tensors.items()}
+        gpu = next((v.device for v in tensors.values() if v.is_cuda), None)
         copied = None if gpu is None else torch.cuda.current_stream(gpu).record_event()
         header = json.dumps({"format": CHECKPOINT_FORMAT, **checkpoint.metadata})
         self.pending = self.thread.submit(_write, self.folder, name, copies, copied, header, prune)
@@ -234,13 +232,11 @@ def _from_format_1(old: Checkpoint) -> Checkpoint:
     for name in [n for n in tensors if n.startswith("optimizer.")]:
         _, index, key = name.split(".", 2)
         state.setdefault(int(index), {})[key] = tensors.pop(name)
-    for index, key, value in metadata["optimizer"]["numbers"]:
+    optimizer = metadata["optimizer"]
+    for index, key, value in optimizer["numbers"]:
         state.setdefault(index, {})[key] = value
     # JSON turned tuples into lists, such as AdamW's betas
-    groups = [
-        {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
-        for group in metadata["optimizer"]["groups"]
-    ]
+    groups = [{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()} for group in optimizer["groups"]]
     metadata["optimizer"] = pack({"state": state, "param_groups": groups}, "optimizer", tensors)
     callbacks = {}
     if "average_count" in tensors:

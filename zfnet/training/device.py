@@ -65,10 +65,9 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE_PROCESS, own_n
     device = _device(trainer.device)
     if world.size > 1 and device.type == "cuda":
         # all processes on this machine raise this error, not only those without a GPU
-        if max(world.local_rank + 1, trainer.devices) > torch.cuda.device_count():
-            raise UserError(
-                f"trainer.devices={world.size}: PyTorch sees {torch.cuda.device_count()} CUDA devices on this machine"
-            )
+        count = torch.cuda.device_count()
+        if max(world.local_rank + 1, trainer.devices) > count:
+            raise UserError(f"trainer.devices={world.size}: PyTorch sees {count} CUDA devices on this machine")
         device = torch.device("cuda", world.local_rank)
     if device.type == "cuda":  # pinned memory and more use the current GPU, which is GPU 0 by default
         torch.cuda.set_device(device.index or 0)

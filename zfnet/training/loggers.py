@@ -302,11 +302,8 @@ def _stored_id(path: Path, create: Callable[[], str]) -> str:
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
     """Return one line about an epoch, within 80 columns unless test is measured."""
-    parts = [
-        f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}",
-        f"train {row['train_loss']:.4f} {row['train_accuracy']:.2%}",
-    ]
-    for name in ("validation", "test"):
+    parts = [f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}"]
+    for name in ("train", "validation", "test"):
         if row.get(f"{name}_loss") is not None:
             parts.append(f"{name} {row[f'{name}_loss']:.4f} {row[f'{name}_accuracy']:.2%}")
     parts += [f"lr {row['lr']:.2g}", f"{row['images_per_second']:.0f}/s"]

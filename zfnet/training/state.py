@@ -102,18 +102,16 @@ def check_columns(callbacks: Iterable[Callback], measured: Iterable[str]) -> Non
     """
     callbacks, columns = list(callbacks), list(measured)
     for callback in callbacks:
+        slot = f"callbacks.{callback.name}"
         if isinstance(callback.columns, str) or (callback.columns and type(callback).measure is Callback.measure):
-            raise UserError(
-                f"callbacks.{callback.name}: columns must be a list of the names of the values that measure() returns"
-            )
+            raise UserError(f"{slot}: columns must be a list of the names of the values that measure() returns")
         if taken := [name for name in callback.columns if name in (*HISTORY_COLUMNS, *columns)]:
-            raise UserError(f"callbacks.{callback.name}: history.csv already has a column {taken[0]}; choose another")
+            raise UserError(f"{slot}: history.csv already has a column {taken[0]}; choose another")
         columns += callback.columns
     for callback in callbacks:
-        if callback.monitor is not None and callback.monitor not in columns:
-            raise UserError(
-                f"callbacks.{callback.name}.monitor={callback.monitor}: is not measured; known: {', '.join(columns)}"
-            )
+        name, monitor = callback.name, callback.monitor
+        if monitor is not None and monitor not in columns:
+            raise UserError(f"callbacks.{name}.monitor={monitor}: is not measured; known: {', '.join(columns)}")
 
 
 def set_optimizer_mode(optimizer: Optimizer, mode: str) -> None:
