@@ -293,9 +293,7 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
     low, high = min(float(values.min()), limit) / 1.3, max(float(values.max()), limit) * 1.3
     wide = high > 10 * low
     bins = np.geomspace(low, high, 25) if wide else np.linspace(low, high, 25)
-    responses = [
-        float(value) for f in measured.values() for value in (f.response_aliasing.max(), f.noise_response_aliasing)
-    ]
+    responses = [float(v) for f in measured.values() for v in (f.response_aliasing.max(), f.noise_response_aliasing)]
     most = min(1.0, 1.15 * max(0.04, *responses))
     quartiles = torch.tensor([0.25, 0.75], dtype=torch.float64)
     for panel, colour, (name, filters) in zip(sheets, PALETTE, measured.items(), strict=False):

@@ -119,7 +119,8 @@ class ForcedChoiceJob(Look):
                     f"rest the fraction {self.extreme:g} for each side of a pair): try another job.split, or {advice}"
                 )
         with own_directory(config, output) as run:
-            log.info("%s: %s; the choice is by %s", loaded.source.folder, ", ".join(layers), self.other)
+            named = ", ".join(layers)
+            log.info("%s: %s; the choice is by %s", loaded.source.folder, named, self.other)
             if whole:
                 log.info("%s: the receptive field is larger than the image; units see all of it", ", ".join(whole))
             batches = loaded.batches(images)
@@ -137,9 +138,7 @@ class ForcedChoiceJob(Look):
                 rows += trial_rows(layer, trials, choices(shown, observer))
                 quiz += quiz_trials(shown, self.quiz, key)
             if not rows:
-                raise UserError(
-                    f"job.layers: none of {', '.join(layers)} has two maps that are active in enough images"
-                )
+                raise UserError(f"job.layers: none of {named} has two maps that are active in enough images")
             table, differences = accuracies(rows), compare_conditions(rows)
             run.write_csv("forced_choice.csv", rows)
             origin = {"run": str(loaded.source.folder), "weights": weights, "other": self.other, "split": split.name}

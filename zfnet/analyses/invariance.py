@@ -219,10 +219,8 @@ def typical_distance(chain: Chain, images: Tensor, layers: Sequence[str], batch_
             sums[layer] = sums.get(layer, zero) + flat.sum(0)
             squares[layer] = squares.get(layer, zero) + flat.square().sum()
     n = len(images)
-    return {
-        layer: math.sqrt(max(0.0, 2 / (n - 1) * float(squares[layer] - sums[layer].square().sum() / n)))
-        for layer in layers
-    }
+    spread = {layer: float(squares[layer] - sums[layer].square().sum() / n) for layer in layers}
+    return {layer: math.sqrt(max(0.0, 2 / (n - 1) * total)) for layer, total in spread.items()}
 
 
 def _rows(

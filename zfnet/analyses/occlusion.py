@@ -269,9 +269,7 @@ def box_evidence(result: Occlusion, boxes: Tensor | None) -> dict[str, Any]:
     assert boxes is not None
     inside = in_boxes(result.starts + result.patch / 2, boxes).flatten(1)  # [box, place]
     probability = result.occluded.probability.flatten(1)
-    within, outside = (
-        torch.where(where, probability[:, None], torch.nan).nanmean(2) for where in (inside[None], ~inside[None])
-    )
+    within, outside = (probability[:, None].where(mask, torch.nan).nanmean(2) for mask in (inside, ~inside))
     return {
         "share_of_places_in_the_box": float(inside.float().mean()),
         "lowest_in_the_box": compare_own_with_others(inside[:, probability.argmin(1)].T.double()),
@@ -418,7 +416,8 @@ def draw_occlusion(
     for row, of_row in enumerate(axes):
         panel = dict(zip(panels, of_row, strict=True))
         show(panel["image"], pictures[row])
-        y, x = divmod(int(result.occluded.probability[row].argmin()), len(result.starts))
+        probability = result.occluded.probability[row]
+        y, x = divmod(int(probability.argmin()), len(result.starts))
         corner = (float(result.starts[x]) - 0.5, float(result.starts[y]) - 0.5)
         panel["image"].add_patch(Rectangle(corner, result.patch, result.patch, fc=tuple(fill), ec=WHITE, lw=0.8))
         panel["image"].set_ylabel(plain(chosen.names)[row])
@@ -428,9 +427,7 @@ def draw_occlusion(
             panel["activation"].set_xlabel(f"map {int(strongest.channel[row])}; whole image: {whole:.3g}")
             figure.colorbar(heat, cax=panel["activation bar"])
             _draw_projections(panel["projections"], projections[row])
-        heat = show(
-            panel["probability"], result.occluded.probability[row], cmap="viridis", extent=extent, vmin=0, vmax=1
-        )
+        heat = show(panel["probability"], probability, cmap="viridis", extent=extent, vmin=0, vmax=1)
         panel["probability"].set_xlabel(f"whole image: {float(result.whole.probability[row]):.1%}")
         figure.colorbar(heat, cax=panel["probability bar"])
         panel["probability bar"].yaxis.set_major_formatter("{x:.0%}")

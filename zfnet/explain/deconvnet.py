@@ -199,9 +199,8 @@ class Deconvnet:
         item, channel, y, x = units.unbind(1)
         top = as_maps(trace.output)
         values = top.new_zeros(len(units), top.shape[1], 1, 1)
-        values[torch.arange(len(units), device=units.device), channel, 0, 0] = (
-            top[item, channel, y, x] if seeds is None else seeds
-        )
+        each = torch.arange(len(units), device=units.device)
+        values[each, channel, 0, 0] = top[item, channel, y, x] if seeds is None else seeds
         signal = Signal(values, item, torch.stack((y, x), 1))
         for step, shape, kept in reversed(list(zip(steps, trace.input_shapes, trace.kept, strict=True))):
             _rule_of(step).backward(self, step.module, signal, kept, shape)

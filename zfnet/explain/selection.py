@@ -177,8 +177,6 @@ def _from_files(loaded: LoadedRun, items: Sequence[str]) -> ChosenImages:
     pixels, files = read_files(loaded, items)
     inputs = to_inputs(loaded, pixels)
     labels = predict(loaded, inputs).argmax(1)
-    names = (
-        f"{loaded.classes[c]}? ({shorten(name.rpartition('/')[2], 24)})"
-        for name, c in zip(files, labels.tolist(), strict=True)
-    )
+    classes = [loaded.classes[c] for c in labels.tolist()]
+    names = (f"{c}? ({shorten(name.rpartition('/')[2], 24)})" for name, c in zip(files, classes, strict=True))
     return ChosenImages(inputs, labels.to(loaded.runtime.device), tuple(names), known=False)

@@ -118,19 +118,19 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str], what: str = "
     axis.grid(False)
     bar = figure.colorbar(heat, ax=axis, shrink=0.7, label="fraction of the true class's images")
     bar.ax.yaxis.set_major_formatter("{x:.0%}")
-    cell = "% of the true class's images" + (", and their number" if count <= 12 else "")
+    few = count <= 12
+    cell = "% of the true class's images" + (", and their number" if few else "")
     correct = f"{100 * evaluation.accuracy:.2f} % of {counts.sum():,} images are correct"
     title = f"Confusion matrix{what and f' ({what})'}: {correct}\neach cell: {cell}"
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
     ticks = _axis_ticks(count)
-    axis.set_xticks(
-        ticks, [classes[t] for t in ticks], rotation=90 if count > 12 else 45, ha="right" if count <= 12 else "center"
-    )
-    axis.set_yticks(ticks, [classes[t] for t in ticks])
+    named = [classes[t] for t in ticks]
+    axis.set_xticks(ticks, named, rotation=45 if few else 90, ha="right" if few else "center")
+    axis.set_yticks(ticks, named)
     for row, column in np.argwhere(rates >= 0.005) if count <= 20 else ():
         rate = rates[row, column]
         colour = WHITE if rate > 0.6 else INK
-        text = f"{100 * rate:.1f}" + (f"\n({counts[row, column]:,})" if count <= 12 else "")
+        text = f"{100 * rate:.1f}" + (f"\n({counts[row, column]:,})" if few else "")
         axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     return figure
 
@@ -178,10 +178,10 @@ def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None 
         index = index[: rows * columns]
         title = "Mistakes, most confident first: image, predicted class, probability (true class)"
         sure = [f" {p:.0%}" for p in evaluation.confidences[index].tolist()]
-        names = [
-            shorten(f"{Path(images.files[images.rows[n]]).name if images.files else n}", 20) + "\n"
-            for n in index.tolist()
-        ]
+        files = (
+            [Path(images.files[row]).name for row in images.rows[index].tolist()] if images.files else index.tolist()
+        )
+        names = [shorten(str(file), 20) + "\n" for file in files]
     count, title = len(index), title + (what and f": {what}")
     title = title if count >= 5 else title.partition(":")[0]  # a narrow figure has no room for the rest
     columns = min(columns, count)

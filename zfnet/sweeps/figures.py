@@ -132,9 +132,8 @@ def draw_one_key(settings: Sequence[Setting], keys: Sequence[str]) -> Figure:
         for place, setting in zip(places, ordered, strict=True):
             axis.plot([place] * len(setting.scores()), setting.scores(), ".", color=SOFT, markersize=7)
     stds = [s.mean_and_std()[1] or 0.0 for s in ordered] if repeated else None
-    axis.errorbar(
-        places, _means(ordered), stds, fmt="o-" if scale.numeric and not search else "o", color=PALETTE[0], zorder=3
-    )
+    line = "o-" if scale.numeric and not search else "o"
+    axis.errorbar(places, _means(ordered), stds, fmt=line, color=PALETTE[0], zorder=3)
     if search:
         axis.set_xscale("log" if scale.log else "linear")
     else:
