@@ -205,11 +205,8 @@ def upgrade_data(data: dict[str, Any]) -> dict[str, Any]:
     if data.get("name") not in DATA:
         return data
     known = {f.name for f in dataclasses.fields(DATA[data["name"]])}
-    return {
-        k: v
-        for k, v in data.items()
-        if not (k in _OLD_DATA_KEYS and (k not in known or (v is None and k.endswith("_images"))))
-    }
+    old = [k for k in _OLD_DATA_KEYS if k not in known or (data.get(k) is None and k.endswith("_images"))]
+    return {k: v for k, v in data.items() if k not in old}
 
 
 def _check_combinations(config: Config) -> None:
@@ -233,10 +230,9 @@ def _check_combinations(config: Config) -> None:
             "hold some out, or set trainer.monitor=train_loss"
         )
     for key in ("snapshots", "checkpoint_epochs"):
-        if not all(epoch <= trainer.epochs for epoch in getattr(trainer, key)):
-            raise UserError(
-                f"trainer.{key}={getattr(trainer, key)}: epochs are counted from 1 to trainer.epochs={trainer.epochs}"
-            )
+        epochs = getattr(trainer, key)
+        if not all(epoch <= trainer.epochs for epoch in epochs):
+            raise UserError(f"trainer.{key}={epochs}: epochs are counted from 1 to trainer.epochs={trainer.epochs}")
     if config.parent is not None:
         if config.parent.epoch >= trainer.epochs:
             begins = f"{config.parent.epoch}, the epoch after which the run begins"

@@ -253,9 +253,7 @@ def draw(index: Tensor, height: int, how: AugmentConfig, data: DataConfig, seed:
         flipped = ~flipped
     drawn: tuple[Tensor, ...] = (integers(randomness.CROP_Y, windows), integers(randomness.CROP_X, windows), flipped)
     if how.cutout:
-        drawn += tuple(
-            integers(purpose, size) - how.cutout // 2 for purpose in (randomness.CUTOUT_Y, randomness.CUTOUT_X)
-        )
+        drawn += tuple(integers(p, size) - how.cutout // 2 for p in (randomness.CUTOUT_Y, randomness.CUTOUT_X))
     return drawn
 
 

@@ -78,9 +78,7 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
     Every image is read once, in order, with generators seeded by its number, and stored as uint8, so random transforms
     of a data set run once, not in each epoch. Raises UserError for items that are not (image, label).
     """
-    sets: dict[str, Any] = {
-        name: instantiate(f"data.{name}", settings, Dataset, imports) for name, settings in data.parts.items()
-    }
+    sets = {name: instantiate(f"data.{name}", settings, Dataset, imports) for name, settings in data.parts.items()}
     read = {name: _read_all(name, dataset) for name, dataset in sets.items()}
     sizes = {image.size for image in read["train"][0]}
     width, height = next(iter(sizes))
