@@ -35,7 +35,6 @@ from zfnet.plots.figures import LIGHT_BLUE, PALE, SOFT, new_figure, plain, save_
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import holm, rank_p
-from zfnet.runs.tables import to_rows
 from zfnet.training.loaded import LoadedRun
 
 SAME, RANDOM = "same place", "random"
@@ -375,12 +374,11 @@ def agreement(signs: Tensor, groups: Tensor) -> Agreement:
 
 def _place_rows(measured: Measured) -> list[dict[str, Any]]:
     """Return one row for each layer and same place."""
-    rows = []
-    for layer, agreements in measured.same.items():
-        columns = {key: [getattr(a, key) for a in agreements] for key in ("delta", "changed", "kappa")}
-        y, x = measured.places.T.tolist()
-        rows += to_rows(layer=[layer] * len(agreements), y_in_box=y, x_in_box=x, **columns)
-    return rows
+    return [
+        {"layer": layer, "y_in_box": y, "x_in_box": x, "delta": a.delta, "changed": a.changed, "kappa": a.kappa}
+        for layer, agreements in measured.same.items()
+        for (y, x), a in zip(measured.places.tolist(), agreements, strict=True)
+    ]
 
 
 # ---- figure
