@@ -213,13 +213,9 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> 
     figure = new_figure(figsize=(13, 3.9))
     figure.suptitle("Stability of feature maps, mean over each layer's maps (dotted: different maps)")
     axes = figure.subplots(1, 3)
+    dotted = "Similarity to the previous snapshot\n(dotted: of different maps)"
     panels = (
-        (
-            "epoch",
-            "correlation_with_previous",
-            "Similarity to the previous snapshot\n(dotted: of different maps)",
-            "correlation",
-        ),
+        ("epoch", "correlation_with_previous", dotted, "correlation"),
         ("previous", "correlation_of_previous_with_last", "Similarity to the last snapshot", "correlation"),
         ("epoch", "strongest_image_changed", "Maps with a new strongest image", "fraction of the layer's maps"),
     )

@@ -43,6 +43,7 @@ from zfnet.runs.statistics import compare_own_with_others, format_percent
 from zfnet.runs.tables import to_rows
 from zfnet.training.loaded import LoadedRun
 
+Extent = tuple[float, float, float, float]  # left, right, bottom and top of a map, as for `imshow`
 OTHERS = 3  # images in panel c besides the occluded one (paper, Fig. 7)
 _LEGEND_CLASSES = 8  # at most
 _STRONGEST_MAP_PANELS = ("activation", "activation bar", "projections")  # panels b and c
@@ -440,7 +441,7 @@ def draw_occlusion(
     return figure
 
 
-def _extent(result: Occlusion, size: int) -> tuple[float, float, float, float]:
+def _extent(result: Occlusion, size: int) -> Extent:
     """Return the edges of the maps in the image's pixels. Each cell is centred on its square."""
     stride = float(result.starts[1] - result.starts[0]) if len(result.starts) > 1 else float(size)
     low = float(result.starts[0]) + result.patch / 2 - stride / 2 - 0.5
@@ -461,11 +462,7 @@ def _draw_projections(panel: Axes, shown: Panels) -> None:
 
 
 def _draw_classes(
-    panel: Axes,
-    labels: np.ndarray,
-    classes: Sequence[str],
-    colours: Mapping[int, str],
-    extent: tuple[float, float, float, float],
+    panel: Axes, labels: np.ndarray, classes: Sequence[str], colours: Mapping[int, str], extent: Extent
 ) -> None:
     """Draw a map of class numbers, with a legend of the classes in the map, most frequent first."""
     place = {c: n for n, c in enumerate(colours)}

@@ -54,11 +54,9 @@ def load_splits(data: DataConfig, imports: Sequence[str] = ()) -> Splits:
     train = _subset(train, data.subset, data.split_seed)
     validation = validation and _subset(validation, data.eval_subset, data.split_seed)
     tested = splits.test and _subset(splits.test, data.eval_subset, data.split_seed)
-    stored = train.images.shape[1]
-    if data.crop_size is not None and data.crop_size > stored:
-        raise UserError(
-            f"data.crop_size={data.crop_size}: images are stored at {stored}×{stored}; raise data.store_size"
-        )
+    crop, stored = data.crop_size, train.images.shape[1]
+    if crop is not None and crop > stored:
+        raise UserError(f"data.crop_size={crop}: images are stored at {stored}×{stored}; raise data.store_size")
     return replace(splits, train=train, validation=validation, test=tested)
 
 

@@ -228,9 +228,8 @@ def write_single(folder: Path) -> Path:
     for path in sorted(folder.rglob("*.webp")):
         name = path.relative_to(folder).as_posix()
         text = base64.b64encode(path.read_bytes()).decode()
-        blocks[name.startswith("sheets/")].append(
-            f'<script type="text/plain" id="{html.escape(name)}">{text}</script>\n'
-        )
+        block = f'<script type="text/plain" id="{html.escape(name)}">{text}</script>\n'
+        blocks[name.startswith("sheets/")].append(block)
     before, _, rest = page.rpartition("<script>")
     single = folder.with_suffix(".html")
     script, _, end = rest.partition("</script>\n")

@@ -329,8 +329,7 @@ def _write_environment(config: Config, run: RunDirectory, state: TrainingState, 
     environment = describe_environment(runtime.device, config.trainer.name, config.imports)
     if resumed:
         before = run.environment
-        changed = changed_code(before, environment)
-        if changed:
+        if changed := changed_code(before, environment):
             log.warning("the code of %s has changed since the run was stopped", ", ".join(changed))
         if ever := sorted({*recorded_changes(before), *changed}):
             environment["code"]["changed"] = ever

@@ -64,8 +64,7 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write tables and figures, and print the table."""
-        text = summarize(Path(str(config.hydra.sweep.dir)), figures=True)
-        if text:
+        if text := summarize(Path(str(config.hydra.sweep.dir)), figures=True):
             print("\n" + text, flush=True)
 
 
