@@ -195,7 +195,8 @@ def _train(
         _refuse_other_images(run, splits)
     _check_images(splits, config)
     images_hash = data_hash({"data_fingerprint": splits.fingerprint, "data": splits.describe()})
-    resumed, train = saved is not None, training_batches(config, runtime, splits.train, world)
+    resumed = saved is not None
+    train = training_batches(config, runtime, splits.train, world)
     sets = {
         name: Batches(split, config.data, runtime.device, channels_last=runtime.channels_last)
         for name, split in (("validation", splits.validation), ("test", splits.test))

@@ -178,10 +178,8 @@ def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None 
         index = index[: rows * columns]
         title = "Mistakes, most confident first: image, predicted class, probability (true class)"
         sure = [f" {p:.0%}" for p in evaluation.confidences[index].tolist()]
-        files = (
-            [Path(images.files[row]).name for row in images.rows[index].tolist()] if images.files else index.tolist()
-        )
-        names = [shorten(str(file), 20) + "\n" for file in files]
+        files = [images.files[row] for row in images.rows[index].tolist()] if images.files else index.tolist()
+        names = [shorten(Path(str(file)).name, 20) + "\n" for file in files]
     count, title = len(index), title + (what and f": {what}")
     title = title if count >= 5 else title.partition(":")[0]  # a narrow figure has no room for the rest
     columns = min(columns, count)
