@@ -62,6 +62,8 @@ def test_share_in_boxes() -> None:
 def test_attribute_points_at_the_object(trained: Trained) -> None:
     images, labels, boxes = trained.correctly_classified(24)
     result = attribute(trained.model.chain, images, labels, "conv5", steps=16, batch_size=256)
+    other = attribute(trained.model.chain, images[:2], (labels[:2] + 1) % 10, "conv5", steps=1, batch_size=2)
+    assert (result.correct.tolist(), other.correct.tolist()) == ([True] * 24, [False] * 2)
     evidence = box_evidence(result.maps, boxes)
     for method in ("gradient", "guided", INTEGRATED):  # Grad-CAM's maps have only 3×3 cells here, which is too coarse
         assert evidence[method]["difference"]["low"] > 0, method

@@ -150,6 +150,7 @@ def test_the_loggers_lines(run_py) -> None:
     assert set(lines[-1]) == {"result/validation_accuracy", "result/test_accuracy"}
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("choice", ["model=tiny_resnet", "loss=focal"])
 def test_the_job_explains_any_network(run_py, choice: str) -> None:
     train_and_kill(run_py, choice)

@@ -22,7 +22,7 @@ from zfnet.config.errors import log
 from zfnet.config.schema import Config, Positive
 from zfnet.explain.boxes import in_boxes, share_in_boxes
 from zfnet.explain.deconvnet import RULES, Deconvnet
-from zfnet.explain.selection import ChosenImages, Look, choose_images, pick_layers, predict
+from zfnet.explain.selection import ChosenImages, Look, choose_images, pick_layers
 from zfnet.explain.targets import GRAD_CAM, grad_cam, integrated_gradients
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
@@ -69,11 +69,11 @@ class AttributionJob(Look):
             log.info(f"integrated gradients differ from the change of the output by at most {gap.abs().max():.2g}")
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images)
-                evidence = box_evidence(attribute(chain, many.inputs, many.labels, *settings).maps, many.boxes)
+                boxed = attribute(chain, many.inputs, many.labels, *settings)
+                evidence = box_evidence(boxed.maps, many.boxes)
                 run.write_json("boxes.json", evidence)
-                right = int((predict(loaded, many.inputs).argmax(1) == many.labels.cpu()).sum())
                 log.info(f"attribution inside the object's box and inside other images' boxes, {len(many)} images,")
-                log.info(f"{right} of them correctly classified:")
+                log.info(f"{int(boxed.correct.sum())} of them correctly classified:")
                 for method, row in evidence.items():
                     own, others, difference = (format_percent(row[key]) for key in ("own", "others", "difference"))
                     log.info(f"  {method:<20} {own}, {others}; difference {difference}")
@@ -89,11 +89,13 @@ class Attributions:
     maps: method → [N, 3, S, S], or [N, 1, S, S] for Grad-CAM, which is never negative
     output, baseline_output: [N], the logit of the class for the image and for an image of the mean colour; integrated
     gradients add up to the difference, and more steps reduce the error
+    correct: bool [N], whether the class has the image's largest logit
     """
 
     maps: dict[str, Tensor]
     output: Tensor
     baseline_output: Tensor
+    correct: Tensor
 
 
 @full_precision()
@@ -110,8 +112,9 @@ def attribute(chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: i
     maps[GRAD_CAM] = grad_cam(chain, images, labels, layer).cpu()
     rows = torch.arange(len(labels), device=labels.device)
     with torch.no_grad():
-        output, baseline = (chain.model(x)[rows, labels].cpu() for x in (images, torch.zeros_like(images)))
-    return Attributions(maps, output, baseline)
+        logits, baseline = (chain.model(x) for x in (images, torch.zeros_like(images)))
+    correct = (logits.argmax(1) == labels).cpu()
+    return Attributions(maps, logits[rows, labels].cpu(), baseline[rows, labels].cpu(), correct)
 
 
 def box_evidence(maps: Mapping[str, Tensor], boxes: Tensor | None) -> dict[str, dict[str, Any]]:
