@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,8 +205,9 @@ def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> 
     ]
     assert "outputs within" in (run.folder / "import.log").read_text()
     assert loaded.classes == tuple("01234")
-    with pytest.raises(UserError, match=r"^job\.channels=bgr: model\.safetensors records its classes and channels"):
-        import_(tmp_path / "again", run.weights, "job.channels=bgr")
+    for word in ("job.channels=bgr", "job.classes=x.txt", "model=small", "model.dropout=0.1", "data.image_size=32"):
+        with pytest.raises(UserError, match=rf"^{re.escape(word)}: model\.safetensors records its network"):
+            import_(tmp_path / "again", run.weights, word)
     # the recorded settings are checked, too
     recorded = run.recorded_config()
     recorded["model"]["layers"][0]["type"] = "Bilinear"

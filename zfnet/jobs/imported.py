@@ -56,9 +56,9 @@ class ImportJob(Job):
             raise UserError(f"source={config.source}: there is no such file{did_you_mean(config.source, PUBLISHED)}")
         kind = path.suffix.lower()
         if kind == ".safetensors" and "zfnet" in _read(path)[0]:  # this program wrote it, with all metadata
-            for key, value, default in (("classes", self.classes, None), ("channels", self.channels, "rgb")):
-                if value != default:
-                    raise UserError(f"job.{key}={value}: {path.name} records its classes and channels; leave it out")
+            for key, override in config.overridden.items():
+                if key.partition(".")[0] in ("model", "data") or key in ("job.classes", "job.channels"):
+                    raise UserError(f"{override}: {path.name} records its network, classes and data; leave it out")
             model, metadata = load_model(path, config.imports)
             compared = None
         else:
