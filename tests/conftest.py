@@ -95,10 +95,26 @@ def _reset_switches():
 
 @pytest.fixture(autouse=True)
 def _without_figures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Skip the figures of trainings and sweeps, and the rendering of others, except in `drawn` tests: it is slow."""
+    """Skip the figures of trainings, evaluations and sweeps, and the rendering of others, except in `drawn` tests."""
     from tests.helpers import no_figures
 
     with contextlib.nullcontext() if request.node.get_closest_marker("drawn") else no_figures():
+        yield
+
+
+@pytest.fixture
+def laid_out() -> Iterator[None]:
+    """Lay figures out before they are saved as one pixel, so that what cannot be drawn is an error."""
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+
+    def lay_out_and_save(figure: Figure, *args: Any, **settings: Any) -> None:
+        figure.draw_without_rendering()
+        save(figure, *args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:  # not `monkeypatch`, which ends after `_without_figures`
+        patch.setattr(Figure, "savefig", lay_out_and_save)
         yield
 
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import runpy
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -184,7 +185,10 @@ _DRAWING = {
 
 @contextmanager
 def no_figures(*jobs: str) -> Iterator[None]:
-    """Skip the figures of these jobs (by default all), save others as one pixel, and cache the built-in images."""
+    """Skip the figures of these jobs (default: train and evaluate) and of sweeps, and save others as one pixel.
+
+    It also caches the built-in images.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for job in jobs or _DRAWING:
             for name in _DRAWING[job]:
@@ -213,29 +217,38 @@ def fork_server() -> BaseContext:
 
 @contextmanager
 def other_process(work: Callable[..., None], *values: Any) -> Iterator[BaseProcess]:
-    """Call `work(*values)` in another process, and kill that process after this block."""
-    process = fork_server().Process(target=_work_in_environment, args=(dict(os.environ), work, *values))
-    process.start()
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.join()
+    """Call `work(*values)` in another process; after this block, kill that process and print its output."""
+    with tempfile.NamedTemporaryFile() as output:
+        process = fork_server().Process(target=_work_in, args=(dict(os.environ), output.name, work, *values))
+        process.start()
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.join()
+            print(Path(output.name).read_text(errors="replace"))  # pytest shows it if the test fails
 
 
-def _work_in_environment(environment: dict[str, str], work: Callable[..., None], *values: Any) -> None:
+def _work_in(environment: dict[str, str], output: str, work: Callable[..., None], *values: Any) -> None:
     os.environ.clear()  # of the test that started the server
     os.environ.update(environment, PYTHONPATH=str(ROOT))
+    redirect(output)
     work(*values)
+
+
+def redirect(output: str, errors: str | None = None) -> None:
+    """Write this process's output, and the output of its children, to these files."""
+    for number, name in ((1, output), (2, errors or output)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
 
 def run_py_in(folder: Path, *words: str) -> None:
     """Run run.py with these words in `folder`, without a training's figures, with its output in out.txt and err.txt."""
     os.chdir(folder)
-    for number, name in ((1, "out.txt"), (2, "err.txt")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    redirect("out.txt", "err.txt")
     sys.argv[:] = [str(ROOT / "run.py"), *words]
-    with no_figures("train"), pytest.MonkeyPatch.context() as patch:  # job=evaluate takes seconds to import
+    # only "train": importing job=evaluate takes seconds
+    with no_figures("train"), pytest.MonkeyPatch.context() as patch:
         cache_compositions(patch)
         runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -1,9 +1,9 @@
 """README, CONTRIBUTING and docs/: every command composes, every Python block runs, every link target exists.
 
 README's jobs, single-process trainings and sweeps also run, at a tiny size and on built-in images instead of
-downloads. So do those of other pages that name a job or choose a file (`group=choice`) that no earlier command does;
-their other options are only checked, because the tests of each job run them. Other sweeps, multi-process trainings and
-compiled ones are only composed.
+downloads. A command of another page also runs if no earlier command of its job has its choices (`group=choice`, or a
+layer or an epoch of the run). The others are only checked, because the tests of each job run its options. Other sweeps,
+multi-process trainings and compiled ones are only composed.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ def commands_to_run() -> set[str]:
         words = words[words.index("run.py") + 1 :] if "run.py" in words else ["-m"]
         if is_cheap(words) or is_training(words):
             job = settings(words).get("job", "train")
-            choices = {(job, word) for word in at_test_size(words) if not re.match(r"(run|seed)=|[^=]*\.", word)}
+            choice = re.compile(r"(?!run=|seed=)[^=.]+=|job\.(layers?|epoch)=")
+            choices = {(job, word) for word in at_test_size(words) if choice.match(word)}
             if command in of_readme or not choices <= seen:
                 chosen.add(command)
                 seen |= choices
@@ -299,7 +300,7 @@ def test_command(workspace: Callable, command: str) -> None:
 
 
 def check_run_py(run_py: Callable, words: list[str], runs: bool) -> None:
-    # jobs that read a run are checked when they run below; others run at a tiny size, so check the real size here
+    # a command that reads a run and runs below is checked by that; trainings run at a tiny size, so check the real one
     checks_itself = runs and is_cheap(words) and "run" in settings(words)
     if not any(word.startswith("--") for word in words) and not checks_itself:
         for job in first_and_last_job([word for word in words if word != "-m"]):

@@ -90,6 +90,7 @@ FIRST, SECOND, LAST = "blocks.0.0", "blocks.1.0", "head.0"
         ("job=filters", "filters.csv", None),
     ],
 )
+@pytest.mark.usefixtures("laid_out")
 def test_analysis_of_a_users_network(
     run_py, nested: RunDirectory, words: str, table: str, layers: set[str] | None
 ) -> None:
@@ -115,6 +116,7 @@ def test_analysis_without_the_import_asks_for_it(run_py, nested: RunDirectory) -
     assert "add imports=[tests]" in answer.err
 
 
+@pytest.mark.usefixtures("laid_out")
 def test_defaults_of_a_users_network(run_py, nested: RunDirectory) -> None:
     words = (f"run={nested.folder}", "job.split=test", "imports=[tests]")
     counts = ("job.count=1", "job.mean_images=2", "job.steps=3")

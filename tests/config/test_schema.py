@@ -168,7 +168,7 @@ def test_a_config_is_checked_before_data_is_read(run_py, monkeypatch) -> None:
         raise AssertionError("data was read")
 
     monkeypatch.setattr("zfnet.jobs.train.load_splits", touched)
-    for word in ("optimizer.lr=x", "scheduler.factor=2"):  # the first check and the last one
+    for word in ("optimizer.lr=x", "model.conv1.kernel_size=99", "scheduler.factor=2"):
         answer = run_py(*TINY_EXACT, word)
         assert answer.code == 1
         assert "AssertionError" not in answer.err

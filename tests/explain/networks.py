@@ -97,9 +97,9 @@ def chain(name: str, seed: int = 0) -> Chain:
         maps, cells = 3, model.avgpool.output_size[0] ** 2
         for n, conv in enumerate(model.features):
             if isinstance(conv, nn.Conv2d):
-                model.features[n] = nn.Conv2d(
-                    maps, maps := conv.out_channels // 8, conv.kernel_size, conv.stride, conv.padding
-                )
+                narrow = conv.out_channels // 8
+                model.features[n] = nn.Conv2d(maps, narrow, conv.kernel_size, conv.stride, conv.padding)
+                maps = narrow
         linear = [n for n, module in enumerate(model.classifier) if isinstance(module, nn.Linear)]
         features = maps * cells
         for n, width in zip(linear, (9, 8, 4), strict=True):

@@ -46,7 +46,7 @@ def branch(run_py) -> Callable[..., RunDirectory]:
 
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A finished run that keeps the state of both its epochs. Tests copy it."""
+    """A finished run that keeps the state of both its epochs. Tests read or copy it and never write to it."""
     folder = tmp_path_factory.mktemp("branch") / "run"
     return train_tiny_exact(folder, "trainer.checkpoint_epochs=[1]")
 
@@ -186,6 +186,7 @@ COSINE = ("scheduler=cosine", "optimizer.lr=0.04")
 
 @pytest.fixture(scope="module")
 def cosine(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished run with a cosine schedule. Tests read it and never write to it."""
     return train_tiny_exact(tmp_path_factory.mktemp("cosine") / "run", *COSINE)
 
 

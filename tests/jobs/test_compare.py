@@ -140,6 +140,7 @@ class _Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.drawn
 def test_page_holds_everything_and_nothing_that_runs(run_py, tmp_path: Path) -> None:
     folder = tmp_path / "<script>alert(1)&"
     folder.mkdir()

@@ -236,6 +236,7 @@ def test_an_onnx_graph_becomes_a_chain_with_the_same_outputs(tmp_path: Path) -> 
     ],
     ids=lambda words: words[0],
 )
+@pytest.mark.usefixtures("laid_out")
 def test_jobs_work_on_a_network_that_is_no_zfnet(
     imported_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:

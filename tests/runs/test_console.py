@@ -61,6 +61,7 @@ hydra: {run: {dir: 'x/${job.name}'}}
         ),
         (["optimizer=sdg"], "optimizer=sdg: no such choice; did you mean 'sgd'?"),
         (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number"),
+        (["+optimizer.colour=red"], "optimizer.colour: AdamW has no such setting"),
         (["trainer.device=cuda:99"], "trainer.device=cuda:99"),
         (["data=folder", "data.root=/nowhere"], "data.root=/nowhere: there is no such folder"),
         (["job=resume"], "job=resume needs run=<dir>"),
@@ -306,7 +307,6 @@ def test_unusual_names_are_taken_literally(run_py, tmp_path: Path, monkeypatch) 
         (["model.dropout=1"], "model.dropout=1: must be less than 1"),
         (["trainer.device=gpu"], "trainer.device=gpu: must be one of"),
         (["seed=-1"], "seed=-1: must be at least 0"),
-        (["+optimizer.colour=red"], "optimizer.colour: AdamW has no such setting"),
         (
             ["optimizer._target_=os.system"],
             "optimizer._target_=os.system: the package os is not one that this command imports",

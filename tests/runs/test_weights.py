@@ -114,7 +114,7 @@ TOO_LARGE = [
     lambda h: h.update(classes=["a"] * 100_000),
     lambda h: h["data"].update(image_size=4096),
     _model("densenet.DenseNet", block_config=[10**9]),
-    _model("densenet.DenseNet", block_config=[9] * 4),
+    _model("densenet.DenseNet", block_config=[9] * 4),  # many layers: a forward pass would be slow
     _model("mobilenetv2.MobileNetV2", inverted_residual_setting=[[1, 16, 10**9, 1]]),
     _model("mobilenetv2.MobileNetV2", width_mult=1e12),
     _model("vgg11"),

@@ -251,6 +251,7 @@ def logged_run(folder: Path, step: int, model: nn.Module | None = None) -> Logge
     return LoggedRun(folder, {"seed": 0}, step, model, 8, torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
 
 
+@pytest.mark.drawn
 def test_tensorboard_figure_is_the_file(tmp_path: Path) -> None:
     save_figure(draw_curves([{"epoch": 1, "lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5}]), tmp_path / "x.png")
     board = TensorBoardLogger()

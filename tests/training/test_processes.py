@@ -63,7 +63,7 @@ def assert_close(a: RunDirectory, b: RunDirectory) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(alone: RunDirectory, tmp_path: Path, monkeypatch) -> None:
-    context = fork_server()  # the next test starts its process by spawn
+    context = fork_server()  # the program spawns, as in the next test, which takes seconds longer
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     together = train_tiny(tmp_path / "two", *WORDS, *NORM, "trainer.devices=2")
     assert together.state == "done"
@@ -95,7 +95,7 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(alone: RunDire
     words += ["experiment=quickstart", "data.test_images=50", "logger=none", "trainer.log_every=1"]
     ours, theirs = multiprocessing.Pipe()
     with other_process(run_py_with_a_pause, theirs, tmp_path, *words) as process:
-        assert ours.poll(120)
+        theirs.close()  # so that `recv` ends if the process does
         os.kill(ours.recv(), signal.SIGKILL)
         ours.send("go on")
         process.join(40)

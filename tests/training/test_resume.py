@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -232,22 +233,25 @@ def test_processes_that_are_really_killed(tmp_path: Path) -> None:
     words = [*TINY_EXACT, EVERY_STEP, "hydra.run.dir=r", "trainer.epochs=12"]
     run = RunDirectory(tmp_path / "r")
 
-    def signal_after(reached: int, pid: int, number: int) -> None:
+    def wait_for_step(step: int, alive: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
-        while not any(int(p.stem[5:]) >= reached for p in step_files(run.checkpoints)):
+        while not any(int(p.stem[5:]) >= step for p in step_files(run.checkpoints)):
+            assert alive()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        os.kill(pid, number)
 
     # a new interpreter; the other tests' processes are forked from a server that has imported the package
     with subprocess.Popen([sys.executable, ROOT / "run.py", *words], cwd=tmp_path) as process:
-        signal_after(10, process.pid, signal.SIGKILL)
+        try:
+            wait_for_step(10, lambda: process.poll() is None)
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGKILL
     assert run.state == "running"
     first = int(step_files(run.checkpoints)[-1].stem[5:])
     with other_process(run_py_in, tmp_path, *words) as other:
-        assert other.pid is not None
-        signal_after(first + 3, other.pid, signal.SIGTERM)
+        wait_for_step(first + 3, other.is_alive)
+        other.terminate()
         other.join(20)
         assert other.exitcode == 143, (tmp_path / "err.txt").read_text()
     assert run.state == "stopped"

@@ -238,13 +238,13 @@ def explain_photographs(
                 units = torch.column_stack((torch.full_like(order, number), order, place[order]))
                 projections, patches = view_units(deconvnet, images, loaded.data, layer, units)
                 boxes = receptive_boxes(loaded.chain, layer, units[:, 2:])
-                numbers, strengths = order.tolist(), value[order].tolist()
-                photograph.layers[layer] = Strongest(numbers, strengths, on_grey(projections), patches)
+                strongest, strengths = order.tolist(), value[order].tolist()
+                photograph.layers[layer] = Strongest(strongest, strengths, on_grey(projections), patches)
                 rows += to_rows(
                     image=[name] * len(order),
                     layer=[layer] * len(order),
                     rank=range(1, len(order) + 1),
-                    map=numbers,
+                    map=strongest,
                     activation=[f"{v:.6g}" for v in strengths],
                     y=units[:, 2].tolist(),
                     x=units[:, 3].tolist(),

@@ -125,9 +125,10 @@ class CheckedConfigLoader(ConfigLoaderImpl):
 
         Hydra calls this before it composes a config or lists a group's choices.
         """
-        source = next((s for s in self.get_sources() if config_name is not None and s.is_config(config_name)), None)
+        name = config_name or ""  # without a name, there is no primary config
+        source = next((source for source in self.get_sources() if name and source.is_config(name)), None)
         if source is not None and not _is_own(source.scheme(), source.path):
-            primary = source.load_config(str(config_name)).config
+            primary = source.load_config(name).config
             if OmegaConf.is_dict(primary) and (paths := OmegaConf.select(primary, "hydra.searchpath")):
                 raise _refusal("hydra.searchpath", paths)
         super()._process_config_searchpath(config_name, *args)

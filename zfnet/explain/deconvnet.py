@@ -38,7 +38,7 @@ from zfnet.explain.windows import (
 from zfnet.model.chain import BATCH_NORMS, NEUTRAL, Chain, Step
 from zfnet.model.layers import LocalResponseNorm, full_precision
 
-Units = Sequence[Sequence[int]] | Tensor
+Units = Sequence[Sequence[int]] | Tensor  # (image, channel, y, x) or (image, feature) each
 RULES = ("deconvnet", "guided", "gradient")
 LRN_RULES = ("identity", "gradient")
 

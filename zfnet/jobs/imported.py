@@ -57,7 +57,7 @@ class ImportJob(Job):
         kind = path.suffix.lower()
         if kind == ".safetensors" and "zfnet" in _read(path)[0]:  # this program wrote it, with all metadata
             for key, override in config.overridden.items():
-                if key.partition(".")[0] in ("model", "data") or key in ("job.classes", "job.channels"):
+                if key.partition(".")[0] in ("experiment", "model", "data") or key in ("job.classes", "job.channels"):
                     raise UserError(f"{override}: {path.name} records its network, classes and data; leave it out")
             model, metadata = load_model(path, config.imports)
             compared = None

@@ -116,7 +116,9 @@ def read_sweep(folder: Path) -> Sweep:
     for job in sorted(jobs, key=lambda job: -1 if job.seed is None else job.seed):
         if job.settings:
             groups.setdefault(settings_key(job), []).append(job)
-    settings = [Setting({key: same[0].settings.get(key, ABSENT) for key in keys}, same) for same in groups.values()]
+    settings = [
+        Setting({key: members[0].settings.get(key, ABSENT) for key in keys}, members) for members in groups.values()
+    ]
     return Sweep(jobs, keys, sorted(settings, key=Setting.order))
 
 
