@@ -96,14 +96,23 @@ def _reset_switches():
 @pytest.fixture(autouse=True)
 def _without_figures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Skip the figures of trainings, evaluations and sweeps, and the rendering of others, except in `drawn` tests."""
+    from matplotlib.figure import Figure
+
     from tests.helpers import no_figures
 
+    assert Figure.savefig.__module__ == "matplotlib.figure", "an earlier test's patch was not undone"
     with contextlib.nullcontext() if request.node.get_closest_marker("drawn") else no_figures():
         yield
 
 
 @pytest.fixture
-def laid_out() -> Iterator[None]:
+def monkeypatch(_without_figures: None, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Start after `_without_figures` and so end before it, because tests also patch what it has replaced."""
+    return monkeypatch
+
+
+@pytest.fixture
+def laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lay figures out before they are saved as one pixel, so that what cannot be drawn is an error."""
     from matplotlib.figure import Figure
 
@@ -113,9 +122,7 @@ def laid_out() -> Iterator[None]:
         figure.draw_without_rendering()
         save(figure, *args, **settings)
 
-    with pytest.MonkeyPatch.context() as patch:  # not `monkeypatch`, which ends after `_without_figures`
-        patch.setattr(Figure, "savefig", lay_out_and_save)
-        yield
+    monkeypatch.setattr(Figure, "savefig", lay_out_and_save)
 
 
 @pytest.fixture(scope="session")
