@@ -23,7 +23,7 @@ import tempfile
 import time
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ from zfnet.training.device import resolve_runtime, time_call
 from zfnet.training.state import TrainingState
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = ("data=shapes", "data.store_size=32")
+SHAPES = ("data=shapes", "data.store_size=32", "data.test_images=10")
 NETWORKS = {
     "blog": (),
     "cifar10_best": ("experiment=cifar10_best",),
@@ -69,14 +69,21 @@ TINY = (
 
 @dataclass(frozen=True)
 class Setting:
-    """The folder for the results, and whether this is a rehearsal at tiny sizes."""
+    """The folder for the results, whether this is a rehearsal at tiny sizes, and a folder of CIFAR-10's images."""
 
     output: Path
     rehearse: bool
+    cifar10: Path | None = None
 
-    def config(self, *words: str) -> Config:
+    def config(self, *words: str, data: Sequence[str] = SHAPES) -> Config:
         """Return the config of these words on built-in images, at a tiny size in a rehearsal."""
-        return compose([*SHAPES, "logger=none", *words, *(TINY if self.rehearse else ())])
+        return compose([*data, "logger=none", *words, *(TINY if self.rehearse else ())])
+
+    def cifar10_words(self) -> tuple[str, ...]:
+        """Return the data of an epoch of CIFAR-10's size: its own images, or built-in ones, which take long to draw."""
+        if self.cifar10 is None or self.rehearse:
+            return (*SHAPES[:2], "data.train_images=50000", "data.test_images=10000")
+        return "data=folder", f"data.root={self.cifar10}", "data.store_size=32"
 
     def size(self, real: int, tiny: int) -> int:
         return tiny if self.rehearse else real
@@ -120,12 +127,13 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def kernels(setting: Setting) -> Iterator[dict[str, Any]]:
     """Profile each network, eager and compiled: kernels and microseconds per step, lines that make the host wait."""
+    images = load_splits(setting.config("data.train_images=2600").data).train
     result: dict[str, Any] = {}
     for name, words in list(NETWORKS.items())[: setting.size(len(NETWORKS), 1)]:
         for compiled in (False, True)[: setting.size(2, 1)]:
             config = setting.config(*words, "trainer.log_every=1000000")
             runtime = replace(resolve_runtime(config.trainer), compile=compiled)
-            steps = TrainingSteps(name, config, runtime, load_splits(config.data).train)
+            steps = TrainingSteps(name, config, runtime, images)
             count = setting.size(10, 2)
             first, cuda = steps.time_turn(1, 0), runtime.device.type == "cuda"
             milliseconds = 1000 * steps.time_turn(count, setting.size(5, 1)) / count
@@ -264,9 +272,9 @@ def epochs(setting: Setting) -> Iterator[dict[str, Any]]:
     def train_epoch(state: TrainingState, train: Batches) -> None:
         measured.append(time_call(lambda: plain(state, train), state.runtime.device))
 
-    words = ("experiment=blog", "data.train_images=50000", "data.test_images=10000", "trainer.epochs=3")
+    words, data = ("experiment=blog", "trainer.epochs=3", "trainer.checkpoint_minutes=1e9"), setting.cifar10_words()
     for compiled in (False, True)[: setting.size(2, 1)]:
-        config = setting.config(*words, f"trainer.compile={str(compiled).lower()}", "trainer.checkpoint_minutes=1e9")
+        config = setting.config(*words, f"trainer.compile={str(compiled).lower()}", data=data)
         measured.clear()
         loop.train_epoch = train_epoch
         try:
@@ -280,7 +288,7 @@ def epochs(setting: Setting) -> Iterator[dict[str, Any]]:
             "whole_run_seconds": seconds,
         }
         yield result
-    config = setting.config("data.train_images=20", "data.test_images=10000")
+    config = setting.config(data=data)
     runtime, test = resolve_runtime(config.trainer), load_splits(config.data).test
     assert test is not None
     model = initial_model(config, 10)[0].to(runtime.device).to(memory_format=runtime.memory_format)
@@ -372,6 +380,7 @@ def run_stage(setting: Setting, name: str) -> None:
 def start_stage(setting: Setting, name: str, limit: float) -> None:
     """Run one stage as a subprocess. After `limit` seconds, kill its process group and record this in its file."""
     command = [sys.executable, str(Path(__file__)), str(setting.output), "--stage", name]
+    command += ["--cifar10", str(setting.cifar10)] if setting.cifar10 else []
     process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait(limit)
@@ -443,10 +452,11 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder for the JSON files")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="run only these stages")
+    parser.add_argument("--cifar10", type=Path, metavar="FOLDER", help="train epochs on its images: train/, test/")
     parser.add_argument("--rehearse", action="store_true", help="test the script on the CPU, at tiny sizes")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
-    setting = Setting(options.output.resolve(), options.rehearse)
+    setting = Setting(options.output.resolve(), options.rehearse, options.cifar10 and options.cifar10.resolve())
     register_resolvers()
     if options.stage:
         run_stage(setting, options.stage)

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import first_gpu
 from benchmarks.first_gpu import STAGES, Setting, judge, read_report, run_stage, start_stage
+from tests.helpers import compose
 
 
 def test_a_rehearsal_writes_every_file_and_judges_every_target(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -67,6 +68,13 @@ def test_the_report_of_the_tests_names_what_failed(tmp_path: Path) -> None:
     )
     assert read_report(tmp_path / "r.xml") == {"tests": 3, "failed": {"a::two": "no"}, "skipped": 1}
     assert read_report(tmp_path / "none.xml")["failed"]
+
+
+def test_epochs_use_the_given_folder(tmp_path: Path) -> None:
+    words = Setting(tmp_path, False, tmp_path / "cifar10").cifar10_words()
+    assert compose(*words).data.root == str(tmp_path / "cifar10")
+    built_in = compose(*Setting(tmp_path, False).cifar10_words()).data
+    assert (built_in.train_images, built_in.test_images) == (50_000, 10_000)
 
 
 def test_what_was_not_measured_stays_open() -> None:
