@@ -66,9 +66,9 @@ def test_results(tiny_run: RunDirectory) -> None:
     assert len(environment["data_fingerprint"]) == 64
 
 
-def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
-    words = ("data.validation=0", "trainer.monitor=train_loss", "trainer.test_each_epoch=true")
-    run = train_tiny_exact(tmp_path / "run", *words)
+@pytest.mark.parametrize("words", [("trainer.monitor=train_loss",), ("scheduler=onecycle",)])
+def test_without_validation_the_last_weights_are_kept(tmp_path: Path, words: tuple[str, ...]) -> None:
+    run = train_tiny_exact(tmp_path / "run", "data.validation=0", "trainer.test_each_epoch=true", *words)
     results = run.read_json("results.json")
     assert results["validation"] is None
     assert results["best_epoch"] is None

@@ -224,7 +224,7 @@ def _check_combinations(config: Config) -> None:
         raise UserError(
             f"trainer.accumulate={trainer.accumulate}: must divide data.batch_size={data.batch_size} without remainder"
         )
-    if data.validation == 0 and data.name not in ("folder", "dataset") and trainer.monitor == "validation_loss":
+    if data.validation == 0 and data.name not in ("folder", "dataset") and config.monitored == "validation_loss":
         raise UserError(
             "data.validation=0 leaves no images for trainer.monitor=validation_loss: "
             "hold some out, or set trainer.monitor=train_loss"

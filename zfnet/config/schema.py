@@ -314,6 +314,12 @@ class Config(Checked):
         """Keys and groups that the current command sets or removes, in that order, mapped to their overrides."""
         return {each.split("=", 1)[0].lstrip("+~"): each.lstrip("+") for each in self.overrides}
 
+    @property
+    def monitored(self) -> str | None:
+        """The metric that a plateau schedule needs after each epoch; None for other schedules."""
+        plateau = str(self.scheduler.get("_target_")).endswith("ReduceLROnPlateau")
+        return self.trainer.monitor if plateau else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config to record, as plain dicts, lists and numbers."""
         plain = dataclasses.asdict(dataclasses.replace(self, composed=None))  # asdict would copy it, which is slow

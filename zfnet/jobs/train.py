@@ -363,7 +363,7 @@ def _refuse_other_images(run: RunDirectory, splits: Splits) -> None:
 def _check_images(splits: Splits, config: Config) -> None:
     """Check the config against the loaded images; raise UserError."""
     data = config.data
-    if splits.validation is None and config.trainer.monitor == "validation_loss":
+    if splits.validation is None and config.monitored == "validation_loss":
         raise UserError(
             f"data.root={data.root} has no val/ folder and data.validation=0 holds no images out: "
             "hold some out, or set trainer.monitor=train_loss"

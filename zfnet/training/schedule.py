@@ -82,7 +82,7 @@ class Schedule:
         if self.by_step:
             self._advance(None)
 
-    def epoch(self, monitored: float) -> None:
+    def epoch(self, monitored: float | None) -> None:
         """End an epoch: advance a schedule that counts epochs; `monitored` is the metric of a plateau schedule."""
         if not self.by_step:
             self._advance(monitored)
@@ -94,7 +94,7 @@ class Schedule:
         elif self.count < self.length:  # no rate is needed after the last step
             self.scheduler.step()
 
-    def replay(self, monitored: Sequence[float]) -> None:
+    def replay(self, monitored: Sequence[float | None]) -> None:
         """Advance over epochs that the parent trained; `monitored`: a plateau schedule's metric after each epoch."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # lr_scheduler.step() without optimizer.step() warns

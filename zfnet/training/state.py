@@ -366,10 +366,10 @@ class TrainingState:
             )
             self.best = None
         first, _ = schedule_span(self.config.to_dict())
-        monitor = self.config.trainer.monitor
-        if any(row.get(monitor) is None for row in self.history):
+        monitor = self.config.monitored
+        if monitor is not None and any(row.get(monitor) is None for row in self.history):
             raise UserError(f"trainer.monitor={monitor}: the parent did not measure it")
-        self.schedule.replay([row[monitor] for row in self.history[first:]])
+        self.schedule.replay([row[self.config.trainer.monitor] for row in self.history[first:]])
         unchanged = {k for k, v in self.config.callbacks.items() if before["callbacks"].get(k) == v}
         kept = set() if self.should_stop or changed else unchanged
         callbacks = {k: v for k, v in callbacks.items() if k in kept or k not in self.config.callbacks}
