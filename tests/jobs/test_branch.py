@@ -211,7 +211,7 @@ def test_a_chain_is_reproduced_from_its_start_without_its_parents(branch, run_py
     """The chain forks with other settings, then extends; the reproduction is killed in its second part."""
     train_tiny_exact(tmp_path / "one", *PLATEAU, "trainer.checkpoint_epochs=[1]", "trainer.epochs=2")
     fork = ("optimizer.lr=0.003", "data.batch_size=12", "optimizer=adam", "model.dropout=0.3", "augment=crop_flip")
-    branch("two", "job=fork", "run=one", "job.epoch=1", *fork)
+    branch("two", "job=fork", "run=one", "job.epoch=1", "data.image_size=68", *fork)
     assert "the optimizer starts without state" in branch.out
     branch("three", "job=extend", "run=two", "trainer.epochs=3", "scheduler=cosine", "job.schedule=restart")
     for name in ("one", "two"):
@@ -264,6 +264,10 @@ def test_refusals(run_py, branch, two_epochs: RunDirectory, tmp_path: Path) -> N
             "trainer.checkpoint_epochs=[1] makes a run that keeps the state of this epoch\n",
         ),
         ("job=fork run=one job.epoch=1 model.conv1.channels=5", "model.conv1.channels=5: must be "),
+        (
+            "job=fork run=one job.epoch=1 data.image_size=96",
+            "data.image_size=96: must be 64, as in the parent, because the weights have other shapes\n",
+        ),
         (
             "job=fork run=one job.epoch=1 scheduler.warmup_epochs=1.5 job.schedule=restart",
             "scheduler.warmup_epochs=1.5",

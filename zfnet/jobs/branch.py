@@ -6,13 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Optional
 
+import torch
 from pydantic import Field
 
 from zfnet.config.errors import UserError, log
 from zfnet.config.reading import read_config
-from zfnet.config.schema import Config, Job, Parent, flatten
+from zfnet.config.schema import Config, Job, ModelConfig, Parent, flatten
 from zfnet.data.images import data_hash
 from zfnet.jobs.train import run_as_worker, train, train_and_test
+from zfnet.model.zfnet import ZFNet
 from zfnet.runs.directory import RunDirectory, find_run
 from zfnet.runs.session import StopRequest
 from zfnet.runs.weights import weights_hash
@@ -140,16 +142,24 @@ def _link(
 def _check(config: Config) -> None:
     """Compare the config with its parent's; raise UserError for changes that a branch cannot make."""
     assert config.parent is not None
-    before, now = (
-        {**flatten({"model": c["model"]}), "data.image_size": c["data"]["image_size"]}
-        for c in (config.parent.config, config.to_dict())
-    )
+    before, now = (flatten({"model": c["model"]}) for c in (config.parent.config, config.to_dict()))
     for key in [*now, *before]:
         if before.get(key) != now.get(key) and key not in _CHANGEABLE_KEYS:
             raise UserError(f"{key}={now.get(key)}: must be {before.get(key)}, as in the parent")
+    size, parents = config.data.image_size, config.parent.config["data"]["image_size"]
+    if isinstance(config.model, ModelConfig) and _shapes(config.model, size) != _shapes(config.model, parents):
+        raise UserError(
+            f"data.image_size={size}: must be {parents}, as in the parent, because the weights have other shapes"
+        )
     if config.trainer.init_from != config.parent.config["trainer"]["init_from"]:
         raise UserError(f"trainer.init_from={config.trainer.init_from}: the run begins with its parent's weights")
     check_recipe(config)  # check again, because the schedule's length has changed
+
+
+def _shapes(model: ModelConfig, image_size: int) -> list[torch.Size]:
+    """Return the shapes of the weights for images of this side."""
+    with torch.device("meta"):
+        return [weight.shape for weight in ZFNet(2, image_size, model).parameters()]
 
 
 def begin(config: Config, run: RunDirectory, saved: Checkpoint, best: Path) -> None:
