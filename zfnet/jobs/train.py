@@ -226,20 +226,8 @@ def _train(
         return {}
     for message in problems:
         log.warning("%s; using an earlier one", message)
-    sizes = ", ".join(f"{count:,} {name}" for name, count in splits.sizes().items())
-    log.info("%s on %s: %s images of %d classes", model_name(config.model), config.data.title, sizes, classes)
-    if splits.validation_reports:
-        log.warning("no test images: validation chooses the epoch and gives the result, so its accuracy is optimistic")
-    environment = RunDirectory(config.run).environment if config.run is not None else {}
-    if changed := splits.difference(environment, sizes=config.data.eval_subset is None):
-        log.warning("the images are not those of run=%s: %s", config.run, changed)
+    _log_images(config, splits)
     record_data(run, config.data)
-    for name, images in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        if images is not None and name != "training" and len(images) < _FEW_IMAGES:
-            log.warning("few images: one of %d %s images is %.1f %% of accuracy", len(images), name, 100 / len(images))
-        if images is not None and (absent := images.classes_without_images()):
-            shown = ", ".join(absent[:_MAX_CLASS_NAMES]) + " …" * (len(absent) > _MAX_CLASS_NAMES)
-            log.warning("no %s images in %d of %d classes: %s", name, len(absent), len(images.classes), shown)
     for name in state.new_weights:
         log.info("trainer.init_from: %s is new, since the number of classes differs", name)
     if saved is not None:
@@ -265,22 +253,47 @@ def _train(
         run_loop(state, train, each_epoch, stop, epochs)
         if epochs is not None:
             return {}
-        # keep the epoch that is best on validation; without validation, the last epoch
-        if state.best is not None and state.best["epoch"] != state.epoch:
-            best, problem = _best_checkpoint(run, state)
-            if best is None:  # the weights of a worse epoch must not replace the best ones
-                raise UserError(
-                    f"{problem}: delete {run.checkpoints} and run job=resume run={run.folder} to train again from "
-                    "the start"
-                )
-            state.eval_model.load_state_dict(best.tensors)
-            state.best = best.metadata
-        else:
-            set_optimizer_mode(state.optimizer, "eval")
+        _load_best_weights(run, state)
         return _report(config, run, state, metadata, splits, sets, loggers)
     finally:
         writer.close()
         call_loggers(loggers, "close")
+
+
+def _log_images(config: Config, splits: Splits) -> None:
+    sizes = ", ".join(f"{count:,} {name}" for name, count in splits.sizes().items())
+    log.info(
+        "%s on %s: %s images of %d classes",
+        model_name(config.model),
+        config.data.title,
+        sizes,
+        len(splits.train.classes),
+    )
+    if splits.validation_reports:
+        log.warning("no test images: validation chooses the epoch and gives the result, so its accuracy is optimistic")
+    environment = RunDirectory(config.run).environment if config.run is not None else {}
+    if changed := splits.difference(environment, sizes=config.data.eval_subset is None):
+        log.warning("the images are not those of run=%s: %s", config.run, changed)
+    for name, images in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        if images is not None and name != "training" and len(images) < _FEW_IMAGES:
+            log.warning("few images: one of %d %s images is %.1f %% of accuracy", len(images), name, 100 / len(images))
+        if images is not None and (absent := images.classes_without_images()):
+            shown = ", ".join(absent[:_MAX_CLASS_NAMES]) + " …" * (len(absent) > _MAX_CLASS_NAMES)
+            log.warning("no %s images in %d of %d classes: %s", name, len(absent), len(images.classes), shown)
+
+
+def _load_best_weights(run: RunDirectory, state: TrainingState) -> None:
+    """Load the weights of the epoch that is best on validation; without validation, keep those of the last epoch."""
+    if state.best is None or state.best["epoch"] == state.epoch:
+        set_optimizer_mode(state.optimizer, "eval")
+        return
+    best, problem = _best_checkpoint(run, state)
+    if best is None:  # the weights of a worse epoch must not replace the best ones
+        raise UserError(
+            f"{problem}: delete {run.checkpoints} and run job=resume run={run.folder} to train again from the start"
+        )
+    state.eval_model.load_state_dict(best.tensors)
+    state.best = best.metadata
 
 
 def _callbacks(
