@@ -147,24 +147,14 @@ class DeconvnetJob(Look):
             for layer in tqdm(layers, "figures", unit="layer", disable=None, leave=False):
                 units = draw_layer(atlas, layer, self.maps, config.seed, run)
                 if self.controls and len(units) > 1:
-                    numbers, units[:, 0] = units[:, 0].unique(return_inverse=True)
-                    inputs = preprocess(images.pixels(numbers).to(device), loaded.data)
-                    similarity[layer] = compare_controls(
-                        project_controls(deconvnet, inputs, layer, units, config.seed),
-                        inside_frames(chain, layer, units),
-                    )
+                    shown, units[:, 0] = units[:, 0].unique(return_inverse=True)
+                    inputs = preprocess(images.pixels(shown).to(device), loaded.data)
+                    controls = project_controls(deconvnet, inputs, layer, units, config.seed)
+                    similarity[layer] = compare_controls(controls, inside_frames(chain, layer, units))
                     sensitivity[layer] = dead_window_sensitivity(deconvnet, inputs, layer, units)
                 stop.check()
             if similarity:
-                run.write_json("controls.json", similarity)
-                run.write_json("dead_windows.json", sensitivity)
-                save_figure(draw_controls(similarity), run.figures / "controls.png")
-                log.info("rank correlation of projections with those of controls, mean [95 % interval]")
-                log.info("(near 1: the pictures do not depend on the unit), %s:", " and ".join(SIMILARITIES))
-                for layer, rows in similarity.items():
-                    for name, row in rows.items():
-                        cells = "  ".join(f"{_interval(row[kind]):<20}" for kind in SIMILARITIES)
-                        log.info("  %-6s %-14s n %-3s %s", layer, name, row["signed"]["n"], cells.rstrip())
+                write_controls(run, similarity, sensitivity)
             if self.atlas:
                 atlas = self._with_responses(atlas, loaded, layers, other, run.folder)
                 page = write_atlas(atlas, run.folder / "atlas", stop.check)
@@ -502,6 +492,23 @@ def shuffle_weights(
         order = permutation(make_key(seed, CONTROL, 0, number, draw), weight.numel()).to(weight.device)
         weight.copy_(weight.flatten()[order].view_as(weight))
     return twin
+
+
+def write_controls(
+    run: RunDirectory,
+    similarity: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    sensitivity: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Write what `compare_controls` and `dead_window_sensitivity` return for each layer, and log the former."""
+    run.write_json("controls.json", similarity)
+    run.write_json("dead_windows.json", sensitivity)
+    save_figure(draw_controls(similarity), run.figures / "controls.png")
+    log.info("rank correlation of projections with those of controls, mean [95 % interval]")
+    log.info("(near 1: the pictures do not depend on the unit), %s:", " and ".join(SIMILARITIES))
+    for layer, rows in similarity.items():
+        for name, row in rows.items():
+            cells = "  ".join(f"{_interval(row[kind]):<20}" for kind in SIMILARITIES)
+            log.info("  %-6s %-14s n %-3s %s", layer, name, row["signed"]["n"], cells.rstrip())
 
 
 # ---- figures

@@ -84,40 +84,19 @@ class ForcedChoiceJob(Look):
 
     def main(self, config: Config, output: Path) -> None:
         """Let the network `job.other` choose for the maps of `run=…`; write results to `output`, which must be new."""
-        if self.other is None:
-            raise UserError(
-                "job.other is not set: name a run that was trained independently, such as with another seed"
-            )
         loaded = LoadedRun(config)
         chain, deconvnet, weights = loaded.chain, Deconvnet(loaded.chain), weights_hash(loaded.model.state_dict())
         layers = pick_layers(chain, "job.layers", self.layers, chain.conv_layers, only_conv=True)
         for layer in layers:
             deconvnet.check(layer)
         whole = [layer for layer in layers if frame_size(chain, layer) == chain.image_size]
-        model, metadata = load_model(find_run(self.other).weights, config.imports)
-        if weights_hash(model.state_dict()) == weights:
-            raise UserError(
-                f"job.other={self.other}: has the same weights as run={config.run}; the observer must be another one"
-            )
-        try:
-            there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
-        except UserError as error:
-            raise UserError(f"job.other={self.other}: is not a chain of layers: {error}") from error
-        observer = Observer(there, metadata.data, pick_layers(there, "job.features", self.features, there.conv_layers))
+        observer = self._observer(config, loaded, weights)
         page = find_atlas(weights, self.pages) if self.quiz else None
         split = chosen_split(loaded)
         images = split.images
+        self._check_count(len(images), split.name)
         order = permutation(make_key(config.seed, CONTROL, 30), len(images))
         first, second = order[: len(images) // 2], order[len(images) // 2 :]
-        for name, needed, advice in (
-            (f"job.references={self.references}", 2 * self.references, "fewer"),
-            (f"job.trials={self.trials}", 2 * math.ceil(self.trials / self.extreme), "fewer, or a larger job.extreme"),
-        ):
-            if needed > len(images):
-                raise UserError(
-                    f"{name}: needs {needed} {split.name} images, there are {len(images)} (half for references, of the "
-                    f"rest the fraction {self.extreme:g} for each side of a pair): try another job.split, or {advice}"
-                )
         with own_directory(config, output) as run:
             named = ", ".join(layers)
             log.info("%s: %s; the choice is by %s", loaded.source.folder, named, self.other)
@@ -154,6 +133,35 @@ class ForcedChoiceJob(Look):
                 about |= {"conditions": {name: NAMES.get(name, name) for name in CONDITIONS}, "published": PUBLISHED}
                 path = write_quiz(run.folder, quiz, about, page)
                 log.info("try it yourself: open %s in a browser", path)
+
+    def _observer(self, config: Config, loaded: LoadedRun, weights: str) -> "Observer":
+        """Load the network `job.other`, which must not have the run's `weights`; raise UserError."""
+        if self.other is None:
+            raise UserError(
+                "job.other is not set: name a run that was trained independently, such as with another seed"
+            )
+        model, metadata = load_model(find_run(self.other).weights, config.imports)
+        if weights_hash(model.state_dict()) == weights:
+            raise UserError(
+                f"job.other={self.other}: has the same weights as run={config.run}; the observer must be another one"
+            )
+        try:
+            chain = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
+        except UserError as error:
+            raise UserError(f"job.other={self.other}: is not a chain of layers: {error}") from error
+        return Observer(chain, metadata.data, pick_layers(chain, "job.features", self.features, chain.conv_layers))
+
+    def _check_count(self, count: int, split: str) -> None:
+        """Raise UserError if `count` images are too few."""
+        for name, needed, advice in (
+            (f"job.references={self.references}", 2 * self.references, "fewer"),
+            (f"job.trials={self.trials}", 2 * math.ceil(self.trials / self.extreme), "fewer, or a larger job.extreme"),
+        ):
+            if needed > count:
+                raise UserError(
+                    f"{name}: needs {needed} {split} images, there are {count} (half for references, of the "
+                    f"rest the fraction {self.extreme:g} for each side of a pair): try another job.split, or {advice}"
+                )
 
 
 # ---- trials

@@ -209,15 +209,9 @@ def _override_problem(
     list_group: returns the choices of a group, or its subgroups
     compose: returns the values that the chosen groups set, by dotted key; None if a choice is wrong
     """
-    key, text = override.key_or_group, str(override.input_line)
-    given = text.partition("=")[2]
+    key = override.key_or_group
     if override.is_sweep_override() and not sweeps:
-        value = (compose() or {}).get(key)
-        lists = key in ("logger", "callbacks") or isinstance(value, list)
-        advice = f"; write a list as {key}=[{given}]" if lists else ""
-        if isinstance(value, float) and _DECIMAL_COMMA.fullmatch(given):
-            advice = f"; write a decimal number with a point: {key}={given.replace(',', '.')}"
-        return f"{text}: several values need a sweep (run.py -m){advice}"
+        return _describe_several_values(override, (compose() or {}).get(key))
     if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
         return None  # Hydra expands the pattern itself
     values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value()
@@ -240,8 +234,22 @@ def _override_problem(
     if override.is_add() or override.is_force_add():
         return None
     composed = compose()
-    if composed is None:
-        return None
+    return None if composed is None else _key_problem(override, groups, composed)
+
+
+def _describe_several_values(override: Override, value: Any) -> str:
+    """Say that several values need a sweep, or how to write what was probably meant for a key with this value."""
+    key, text = override.key_or_group, str(override.input_line)
+    given = text.partition("=")[2]
+    advice = f"; write a list as {key}=[{given}]" if key in ("logger", "callbacks") or isinstance(value, list) else ""
+    if isinstance(value, float) and _DECIMAL_COMMA.fullmatch(given):
+        advice = f"; write a decimal number with a point: {key}={given.replace(',', '.')}"
+    return f"{text}: several values need a sweep (run.py -m){advice}"
+
+
+def _key_problem(override: Override, groups: Sequence[str], composed: dict[str, Any]) -> str | None:
+    """Return what is wrong with an override of a key: it is not one of `composed`, or cannot be set like this."""
+    key, text = override.key_or_group, str(override.input_line)
     known = {".".join(name.split(".")[: n + 1]) for name in composed for n in range(name.count(".") + 1)}
     if override.is_delete() and composed.get(key, key) is None:
         return f"{text}: is already null, and Hydra cannot delete it; leave it out"
