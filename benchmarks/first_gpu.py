@@ -248,6 +248,10 @@ def pieces(setting: Setting, device: torch.device, batch: int, side: int) -> Ite
     for name, count in (("of a batch", batch), ("of an epoch", setting.size(50_000, 10))):
         part = torch.arange(count, device=device)
         yield f"augmentation's numbers {name}", partial(draw, part, 32, config.augment, config.data, 0, 0)
+    maps = randn(batch, setting.size(96, 8), side // 2, side // 2, dtype=torch.bfloat16)
+    maps = maps.contiguous(memory_format=torch.channels_last)
+    yield "ReLU, then pooling", forward_and_backward(nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1)), maps)
+    yield "pooling, then ReLU", forward_and_backward(nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.ReLU()), maps)
     maps = randn(batch, setting.size(96, 8), side // 4, side // 4, dtype=torch.bfloat16)
     for name, norm in (("ours", LocalResponseNorm()), ("PyTorch's", nn.LocalResponseNorm(5))):
         yield f"LRN, {name}", forward_and_backward(norm, maps)
