@@ -87,6 +87,8 @@ PLACEHOLDERS = {
     "<other>": "other",
     **{f"source={name}": "source=zfnet.pth" for name in ("alexnet", "zfnet512.onnx", "zfnet.safetensors")},
     "job.epoch=5": "job.epoch=1",
+    "data.image_size=24": "data.image_size=64",
+    "job.epoch=6 data.image_size=32 trainer.epochs=10": "job.epoch=1 data.image_size=68 trainer.epochs=3",
     "trainer.epochs=15": "trainer.epochs=3",
     "trainer.epochs=20": "trainer.epochs=3",
     "checkpoint_epochs=[5]": "checkpoint_epochs=[1]",

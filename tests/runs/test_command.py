@@ -228,6 +228,13 @@ def test_prepare_overrides_marks_keys_of_swept_groups() -> None:
     assert prepare_overrides(["--multirun", *words])[1:] == [words[0], *(f"++{w}" for w in words[1:3]), "job.top=1"]
 
 
+def test_flags_among_overrides_come_first(run_py) -> None:
+    assert prepare_overrides(["optimizer=sgd", "-m", "seed=0,1"]) == ["-m", "optimizer=sgd", "seed=0,1"]
+    answer = run_py("job=occlusion", "--help", "job.count=2")
+    assert answer.code == 0
+    assert "job.count" in answer.out
+
+
 def test_prepare_overrides_marks_keys_only_where_a_run_is_named() -> None:
     words = ["job=resume", "optimizer.momentum=0.5", "optimizer=sgd", "hydra.run.dir=x", "+a.b=1", "seed=1"]
     assert prepare_overrides(words) == words

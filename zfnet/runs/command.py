@@ -33,13 +33,16 @@ GROUPS = ("model", "data", "augment", "loss", "optimizer", "scheduler", "trainer
 _SINGLE_CHOICE = ("job", "experiment", "debug", *(group for group in GROUPS if group not in ("logger", "callbacks")))
 # keys of the command itself, not of the record
 _COMMAND_KEYS = ("job", "run", "images", "imports")
+# Hydra's options without a value
+_FLAGS = ("-m", "--multirun", "-r", "--run", "--resolve", "-h", "--help")
 
 
 def prepare_overrides(argv: Sequence[str]) -> list[str]:
     """Mark overrides with `++` so that Hydra accepts keys that only a named run or some choices of a swept group have.
 
     Whether these keys exist is checked later, in the record or in each job's config. Values that Hydra's grammar does
-    not allow, and file names that it would misread, are quoted (see `_quote`).
+    not allow, and file names that it would misread, are quoted (see `_quote`). Flags such as -m come first, because
+    argparse, which Hydra uses, refuses overrides on both sides of one.
     """
     argv = [_quote(argument) for argument in argv if argument != "hydra.output_subdir=.hydra"]  # written in any case
     named = any(argument.startswith("run=") and argument not in ("run=", "run=null") for argument in argv)
@@ -54,7 +57,8 @@ def prepare_overrides(argv: Sequence[str]) -> list[str]:
             return argument
         return f"++{argument}" if named or {group[1], "experiment"} & swept else argument
 
-    return [marked(argument) for argument in argv]
+    flags = [argument for argument in argv if argument in _FLAGS]
+    return [*flags, *(marked(argument) for argument in argv if argument not in _FLAGS)]
 
 
 # keys that have names of files or folders as values; the pattern of a list's item
