@@ -81,10 +81,13 @@ class Setting:
         """Return the config of these words on built-in images, at a tiny size in a rehearsal."""
         return compose([*data, "logger=none", *words, *(TINY if self.rehearse else ())])
 
-    def cifar10_words(self) -> tuple[str, ...]:
-        """Return the data of an epoch of CIFAR-10's size: its own images, or built-in ones, which take long to draw."""
+    def cifar10_words(self, train_images: int = 50_000) -> tuple[str, ...]:
+        """Return the data of an epoch of CIFAR-10's size: its own images, or built-in ones, which take long to draw.
+
+        train_images: number of built-in images to train on
+        """
         if self.cifar10 is None or self.rehearse:
-            return (*SHAPES[:2], "data.train_images=50000", "data.test_images=10000")
+            return (*SHAPES[:2], f"data.train_images={train_images}", "data.test_images=10000")
         return "data=folder", f"data.root={self.cifar10}", "data.store_size=32"
 
     def size(self, real: int, tiny: int) -> int:
@@ -294,7 +297,7 @@ def epochs(setting: Setting) -> Iterator[dict[str, Any]]:
             "whole_run_seconds": seconds,
         }
         yield result
-    config = setting.config(data=data)
+    config = setting.config(data=setting.cifar10_words(train_images=20))
     runtime, test = resolve_runtime(config.trainer), load_splits(config.data).test
     assert test is not None
     model = initial_model(config, 10)[0].to(runtime.device).to(memory_format=runtime.memory_format)
