@@ -14,6 +14,7 @@ from tests.explain.trained import Trained
 from tests.helpers import read_csv
 from zfnet.analyses.evolution import EpochView, _stability, _strongest, project_strongest, sample_maps
 from zfnet.data import Batches
+from zfnet.data.images import image_set
 from zfnet.explain import Deconvnet
 from zfnet.explain.maps import standard_columns
 from zfnet.explain.top_activations import TopActivations, collect
@@ -77,7 +78,8 @@ def test_a_map_is_not_compared_with_itself_where_there_is_no_other() -> None:
     assert math.isnan(alone["correlation_of_different_maps"])
     assert -1 <= alone["correlation_with_previous"] <= 1
     assert two["maps"] == 1
-    dead = [row for row in _strongest(views, ["a", "b"], torch.zeros(20, dtype=torch.int64)) if row["activation"] == 0]
+    images = image_set(np.zeros((20, 2, 2, 3), np.uint8), torch.zeros(20, dtype=torch.int64), "ab")
+    dead = [row for row in _strongest(views, images, torch.arange(20)) if row["activation"] == 0]
     assert [(row["layer"], row["map"], row["image"], row["class"], row["y"]) for row in dead] == [
         ("conv2", 0, "", "", "")
     ] * 2
@@ -87,7 +89,7 @@ def test_a_map_is_not_compared_with_itself_where_there_is_no_other() -> None:
 def test_evolution_names_each_maps_strongest_image_at_each_epoch(run_py, trained: Trained) -> None:
     answer = run_py(
         "job=evolution", f"run={trained.run.folder}", "job.split=test", "job.layers=[conv1,conv5]", "job.maps=3",
-        "job.probe_images=20", "hydra.run.dir=out", "trainer.threads=1",
+        "job.probe_images=20", "job.max_images=90", "hydra.run.dir=out", "trainer.threads=1",
     )  # fmt: skip
     assert answer.code == 0, answer.err
     rows = read_csv(Path("out/strongest.csv"))
@@ -95,11 +97,14 @@ def test_evolution_names_each_maps_strongest_image_at_each_epoch(run_py, trained
     early, _ = load_model(epoch_files(trained.run.snapshots)[3])
     with torch.no_grad():
         peaks = early.activations(trained.inputs, ["conv5"])["conv5"].amax((2, 3))
+    images = set()
     for row in rows:
-        if row["layer"] == "conv5" and row["epoch"] == "3":
-            number = int(row["map"])
-            assert float(row["activation"]) == pytest.approx(float(peaks[:, number].max()), rel=1e-4)
-            assert float(peaks[int(row["image"]), number]) == pytest.approx(float(row["activation"]), rel=1e-4)
+        if row["layer"] == "conv5" and row["epoch"] == "3" and row["image"]:
+            image, number = int(row["image"]), int(row["map"])
+            images.add(image)
+            assert float(peaks[image, number]) == pytest.approx(float(row["activation"]), rel=1e-4)
+            assert row["class"] == trained.images.classes[int(trained.images.labels[image])]
+    assert max(images) >= 90  # numbers of the split, not of the sample
     steps = read_csv(Path("out/stability.csv"))
     assert [(r["previous"], r["epoch"]) for r in steps] == [("1", "3")] * 2 + [("3", "6")] * 2
     last = [r for r in steps if r["epoch"] == "6"]

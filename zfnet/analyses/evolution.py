@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Positive
+from zfnet.data import ImageSet
 from zfnet.explain.crops import project_frames
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import standard_columns, strongest_activations
@@ -27,7 +28,6 @@ from zfnet.model.chain import Chain
 from zfnet.plots.figures import PALETTE, epoch_axis, new_figure, save_figure, styled
 from zfnet.plots.pictures import on_grey, show_mosaic
 from zfnet.runs.session import own_directory
-from zfnet.runs.tables import to_rows
 from zfnet.runs.weights import load_model
 from zfnet.training.checkpoint import epoch_files
 from zfnet.training.loaded import LoadedRun
@@ -56,9 +56,9 @@ class EvolutionJob(Look):
                 f"run={loaded.source.folder}: has the weights of {len(snapshots)} epochs, and a comparison needs two: "
                 "train with 'trainer.snapshots=[1,2,5,10]'"
             )
-        images = chosen_split(loaded).images
-        if self.max_images:
-            images = images.take(sample(loaded, images, self.max_images))
+        split = chosen_split(loaded)
+        numbers = sample(loaded, split.images, self.max_images or len(split.images))
+        images = split.images.take(numbers)
         probes = to_inputs(loaded, images.pixels(sample(loaded, images, self.probe_images)))
         with own_directory(config, output) as run:
             views: dict[int, EpochView] = {}
@@ -80,9 +80,10 @@ class EvolutionJob(Look):
                     )
             views = {epoch: views[epoch] for epoch in snapshots}
             stability = _stability(views, layers)
-            save_figure(draw_evolution(projections, maps, list(snapshots)), run.figures / "evolution.png")
+            title = f"Strongest projection of each map over {len(images):,} {split.name} images, by epoch"
+            save_figure(draw_evolution(title, projections, maps, list(snapshots)), run.figures / "evolution.png")
             save_figure(draw_stability(stability, layers), run.figures / "stability.png")
-            run.write_csv("strongest.csv", _strongest(views, loaded.classes, images.labels))
+            run.write_csv("strongest.csv", _strongest(views, images, numbers))
             run.write_csv("stability.csv", stability)
             for row in stability[-len(layers) :]:
                 log.info(
@@ -127,21 +128,23 @@ def sample_maps(alive: Tensor, count: int, seed: int) -> Tensor:
     return maps[order[:count]].sort().values
 
 
-def _strongest(views: Mapping[int, EpochView], classes: Sequence[str], labels: Tensor) -> list[dict[str, Any]]:
-    """Return one row for each epoch, layer and map: its strongest activation and the position."""
-    rows = []
+def _strongest(views: Mapping[int, EpochView], images: ImageSet, numbers: Tensor) -> list[dict[str, Any]]:
+    """Return one row for each epoch, layer and map: its strongest activation and the position.
+
+    numbers: int64 [N], the images' numbers in their split
+    """
+    rows: list[dict[str, Any]] = []
     for epoch, view in views.items():
         for layer, record in view.strongest.items():
-            (image, y, x), count = record.places()[:, 0].T.tolist(), len(record.values)
-            active = record.filled[:, 0].tolist()  # the place of a map that is never active stays blank
-            place = {"image": image, "class": [classes[int(labels[i])] for i in image], "y": y, "x": x}
-            rows += to_rows(
-                epoch=[epoch] * count,
-                layer=[layer] * count,
-                map=range(count),
-                activation=record.values[:, 0].tolist(),
-                **{key: [v if a else "" for v, a in zip(values, active, strict=True)] for key, values in place.items()},
-            )
+            places = zip(record.values[:, 0].tolist(), record.places()[:, 0].tolist(), strict=True)
+            for number, (value, (image, y, x)) in enumerate(places):
+                where: dict[str, Any] = dict.fromkeys(
+                    ("image", "class", "y", "x"), ""
+                )  # for a map that is never active
+                if value > 0:
+                    label = images.classes[int(images.labels[image])]
+                    where = {"image": int(numbers[image]), "class": label, "y": y, "x": x}
+                rows.append({"epoch": epoch, "layer": layer, "map": number, "activation": value, **where})
     return rows
 
 
@@ -177,7 +180,7 @@ def _stability(views: Mapping[int, EpochView], layers: Sequence[str]) -> list[di
 
 @styled()
 def draw_evolution(
-    projections: Mapping[int, Mapping[str, Tensor]], maps: Mapping[str, Tensor], epochs: Sequence[int]
+    title: str, projections: Mapping[int, Mapping[str, Tensor]], maps: Mapping[str, Tensor], epochs: Sequence[int]
 ) -> Figure:
     """Draw a block for each layer: a row for each map, a column for each epoch (paper, Fig. 4).
 
@@ -188,7 +191,7 @@ def draw_evolution(
     columns = -(-len(maps) // rows)
     width = max(2.4, 0.55 * len(epochs) + 0.5)
     figure = new_figure(figsize=(width * columns, (0.55 * count + 0.75) * rows + 0.4))
-    figure.suptitle("Strongest projection of each map, by epoch (grey: no signal; each scaled for itself)")
+    figure.suptitle(f"{title} (grey: no signal; each on its own scale)")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in axes[len(maps) :]:
         panel.axis("off")
