@@ -260,10 +260,14 @@ def test_read_points_follow_their_pixels_into_the_network(loaded: Any, tmp_path:
     result = read_points(loaded, table)
     assert result.boxes.tolist() == [pytest.approx([16, 40, 24, 48]), [40, 0, 64, 30]]
     y, x = result.parts["dot"][0].tolist()
-    assert (x, y) == pytest.approx((44, 20))  # 20 px are cropped on the left, then the scale is 0.8
-    lit = (result.inputs[0, 0] > 0).nonzero().float() + 0.5
+    assert (x, y) == pytest.approx((43.5, 19.5))  # 20 px are cropped on the left, then the scale is 0.8; 0 is a centre
+    lit = (result.inputs[0, 0] > 0).nonzero().float()
     assert lit.mean(0).tolist() == pytest.approx([y, x], abs=0.6)
-    assert result.parts["dot"][1].tolist() == [62, 1]
+    assert result.parts["dot"][1].tolist() == [61.5, 0.5]
+    # the same spot as a place of the object's box, and hidden exactly
+    torch.testing.assert_close(result.on_objects(torch.tensor([[[0.5, 0.5]]]))[0][0], result.parts["dot"][0])
+    hidden = mask(torch.ones(1, 3, 64, 64), result.parts["dot"][:1], 8, torch.zeros(3))[0, 0] == 0
+    assert (hidden.nonzero().min(0).values.tolist(), hidden.sum()) == ([16, 40], 64)
     stretched = replace(DATA, fit="stretch", crop_size=32)
     assert to_input_pixels((60, 40), (120, 80), 64, stretched) == (32, 32)
     assert to_input_pixels((30, 40), (120, 80), 64, stretched) == (32, 0)
@@ -280,6 +284,7 @@ def test_read_points_follow_their_pixels_into_the_network(loaded: Any, tmp_path:
         (["image,part,x,y", "a.png,eye,1,nan", "b.png,eye,1,1"], "eye of a.png is outside"),
         (["image,part,x,y", "a.png,eye,1,1", "a.png,eye,1,1"], "line 3: eye of a.png is already listed"),
         (["image,part,x,y", "a.png,eye,60,1", "b.png,nose,30,1"], "image a.png has no nose"),
+        (["image,part,x,y", "a.png,random,60,1"], "line 2: part=random: is the name of a control; rename the part"),
         (["image,part,x,y", "a.png,eye,1,1", "b.png,eye,1,1"], "eye of a.png is outside the area of the image"),
         (["image,part,x,y", "a.png,eye,60,1"], "names 1 images"),
         (["image,part,x,y", "a.png,eye,60,1", "b.png,eye,9,1"], "a.png has no box: give the object's in the columns"),

@@ -90,6 +90,9 @@ def test_occlusion_hides_where_it_says(run: TrainedRun, photo: Path) -> None:
     assert maps.predicted[2, 0] == run.classes[int(hidden.argmax())]
     assert maps.activation.shape == maps.probability.shape == (4, 4)
     assert occlusion(run, photo, label=run.classes[3], patch=32, stride=32).label == run.classes[3]
+    for words in ({"patch": 0}, {"stride": -1}):
+        with pytest.raises(UserError, match="must be at least 1"):
+            occlusion(run, photo, **words)
 
 
 @torch.no_grad()

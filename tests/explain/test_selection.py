@@ -5,10 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from zfnet.data import Splits
+from zfnet.data.images import image_set
 from zfnet.data.shapes import draw_shapes
+from zfnet.explain import selection
 from zfnet.explain.selection import chosen_split
 
 
@@ -27,3 +31,23 @@ def test_chosen_split_auto_is_validation_or_else_test(asked: str, has_validation
     split = chosen_split(loaded)
     assert split.name == shown
     assert split.images is sets[shown]
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (7, [1, 2, 4, 0, 8, 5, 3]),  # only image 4 has class 2
+        (9, [1, 2, 4, 0, 8, 5, 3, 7, 6]),
+    ],
+)
+def test_images_alternate_between_classes_and_begin_with_correct_ones(monkeypatch, count: int, expected: list) -> None:
+    labels = torch.tensor([0, 0, 1, 1, 2, 0, 1, 0, 1])
+    images = image_set(np.arange(9, dtype=np.uint8)[:, None, None, None].repeat(3, 3), labels, "abc")
+    correct = torch.tensor([False, True, True, False, False, False, False, False, True])
+    predicted = torch.eye(4)[torch.where(correct, labels, 3)]
+    monkeypatch.setattr(selection, "to_inputs", lambda _, pixels: pixels[:, 0, 0, 0].long())  # the images' numbers
+    monkeypatch.setattr(selection, "predict", lambda _, numbers: predicted[numbers])
+    loaded: Any = None
+    assert selection._correct_first(loaded, images, count).tolist() == expected

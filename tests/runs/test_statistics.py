@@ -27,9 +27,14 @@ def test_describe_gives_wilsons_interval_for_shares() -> None:
     row = describe(torch.tensor([True, True, False, True, True]))
     assert (row["n"], row["mean"]) == (5, pytest.approx(0.8))
     assert (row["low"], row["high"]) == (pytest.approx(0.37553, abs=1e-4), pytest.approx(0.96380, abs=1e-4))
-    row = describe(torch.ones(3))
+    row = describe(torch.ones(3).bool())
     assert (row["low"], row["high"]) == (pytest.approx(3 / (3 + 1.96**2)), pytest.approx(1))
+    row = describe(torch.zeros(3).bool())
+    assert (row["low"], row["high"]) == (0, pytest.approx(1.96**2 / (3 + 1.96**2)))
     assert describe(torch.zeros(3))["high"] == 0  # not a proportion: for example, differences that are all 0
+    ours = compare_own_with_others(torch.tensor([[False, True], [True, False]]))
+    assert (ours["own"]["low"], ours["difference"]["mean"]) == (0, -1)
+    assert ours["own"]["high"] > 0.5  # 0 of 2
 
 
 def test_describe_one_convention_and_nothing_for_one_value() -> None:

@@ -29,7 +29,7 @@ from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, DataConfig, Positive
 from zfnet.data.decode import UnreadableImage, fit_square, read_image
 from zfnet.explain.boxes import cover
-from zfnet.explain.selection import Look, chosen_split, mean_colour, pick_layers, predict, sample, take, to_inputs
+from zfnet.explain.selection import Look, chosen_split, fill_colour, pick_layers, predict, sample, take, to_inputs
 from zfnet.model.chain import Chain
 from zfnet.plots.figures import LIGHT_BLUE, PALE, SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
@@ -67,7 +67,7 @@ class CorrespondenceJob(Look):
             raise UserError(f"job.patch={patch}: the masks must be smaller than the image, which is {size} px")
         marked = quarters_of_boxes(loaded) if self.points is None else read_points(loaded, Path(self.points))
         with own_directory(config, output) as run:
-            masks = Masks(patch, mean_colour(loaded, self.fill), loaded.data.batch_size)
+            masks = Masks(patch, fill_colour(loaded, self.fill), loaded.data.batch_size)
             measured = measure(chain, marked, layers, masks, self.places, config.seed)
             pictures = {
                 part: to_pixels(mask(marked.inputs[:_EXAMPLES], centres[:_EXAMPLES], patch, masks.fill), loaded.data)
@@ -104,7 +104,8 @@ class CorrespondenceJob(Look):
 class MarkedImages:
     """Images with marked parts of their objects.
 
-    inputs: [N, 3, S, S], normalised, on the device; parts: name → centres (y, x) [N, 2] in input pixels
+    inputs: [N, 3, S, S], normalised, on the device; parts: name → centres (y, x) [N, 2] in input pixels,
+    from the first pixel's centre
     boxes: [N, 4], the objects' (top, left, bottom, right) in input pixels: random masks are centred in them
     groups: int64 [N]; images of one group are compared with each other
     """
@@ -184,7 +185,8 @@ def read_points(loaded: LoadedRun, table: Path) -> MarkedImages:
         if not (extent.min() >= 0 and extent.max() >= 1):
             raise UserError(f"{table}: {name} has no box: give the object's in the columns left, top, right, bottom")
     inputs = to_inputs(loaded, torch.stack(pixels))
-    return MarkedImages(inputs, centres, boxes, torch.zeros(len(places), dtype=torch.int64))
+    indices = {part: points - 0.5 for part, points in centres.items()}  # as `on_objects`: 0 is the first pixel's centre
+    return MarkedImages(inputs, indices, boxes, torch.zeros(len(places), dtype=torch.int64))
 
 
 def to_input_pixels(
@@ -214,6 +216,10 @@ def _read_table(table: Path) -> tuple[dict[str, dict[str, tuple[float, float]]],
             for line, row in enumerate(rows, 2):
                 if empty := next((c for c in COLUMNS if not row[c]), None):
                     raise UserError(f"{table}, line {line}: has no {empty}; it needs {', '.join(COLUMNS)}")
+                if row["part"] in (SAME, RANDOM):
+                    raise UserError(
+                        f"{table}, line {line}: part={row['part']}: is the name of a control; rename the part"
+                    )
                 parts = places.setdefault(row["image"], {})
                 if row["part"] in parts:
                     raise UserError(f"{table}, line {line}: {row['part']} of {row['image']} is already listed")
@@ -392,7 +398,8 @@ def draw_correspondence(measured: Measured, examples: Mapping[str, Tensor]) -> F
     """
     parts, widths = list(examples), (1.15 * len(examples) + 0.3, 3.9 * len(measured.table))
     figure = new_figure(figsize=(sum(widths), 5.2))
-    figure.suptitle("Does hiding the same part of different images change features in the same way?")
+    marked = len(next(iter(measured.centres.values())))
+    figure.suptitle(f"Does hiding the same part of {marked} images change features in the same way?")
     left, right = figure.subfigures(1, 2, width_ratios=widths)  # type: ignore[misc]
     count, size = next(iter(examples.values())).shape[:2]
     panel = left.subplots()

@@ -32,7 +32,7 @@ from zfnet.data import ImageSet
 from zfnet.explain.boxes import cover, in_boxes
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import peaks
-from zfnet.explain.selection import ChosenImages, Look, choose_images, chosen_split, mean_colour, pick_layers, to_inputs
+from zfnet.explain.selection import ChosenImages, Look, choose_images, chosen_split, fill_colour, pick_layers, to_inputs
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.chain import OUTPUT, Chain
 from zfnet.model.layers import full_precision
@@ -70,7 +70,7 @@ class OcclusionJob(Look):
         square_starts(data.image_size, patch, stride)  # raises before any data is read
         split = chosen_split(loaded)
         chosen = choose_images(loaded, config, self.count)
-        fill = mean_colour(loaded, self.fill)
+        fill = fill_colour(loaded, self.fill)
         with own_directory(config, output) as run:
             if layer is None:
                 log.info("without panels b and c: the deconvnet cannot project this network; job.layer=NAME says why")
@@ -85,7 +85,7 @@ class OcclusionJob(Look):
                 boxes = box_evidence(occluded, many.boxes)
                 boxes["correctly_classified"] = int((occluded.whole.predicted == many.labels.cpu()).sum())
             grey = sum(data.mean) / len(data.mean) * 255 if self.fill is None else self.fill
-            second = mean_colour(loaded, 255 if grey < 64 else 0)
+            second = fill_colour(loaded, 255 if grey < 64 else 0)
             falls = probability_falls(loaded.model, chosen.inputs, chosen.labels, result, second, data.batch_size)
             pictures = to_pixels(chosen.inputs, data).numpy()
             colour = (to_pixels(fill.view(1, 3, 1, 1), data).flatten() / 255).tolist()
@@ -151,9 +151,20 @@ class Occlusion:
     occluded: Outputs
     strongest: StrongestMap | None
 
+    @property
+    def lowest(self) -> Tensor:
+        """The place of the class's lowest probability in each image: int64 [N, 2], (row, column)."""
+        return peaks(-self.occluded.probability[:, None])[1][:, 0]
+
 
 def resolve_patch_and_stride(size: int, patch: int | None, stride: int | None) -> tuple[int, int]:
-    """Return the side and the steps of the square in pixels. None means a fifth of the image and about 24 places."""
+    """Return the side and the steps of the square in pixels. None means a fifth of the image and about 24 places.
+
+    Raises UserError for a value below 1.
+    """
+    for name, value in (("patch", patch), ("stride", stride)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value}: must be at least 1")
     patch = patch or max(1, size // 5)
     return patch, stride or max(1, min(patch, round(size / 24)))
 
@@ -243,7 +254,7 @@ def probability_falls(
     The lowest of many places is partly lowest by chance; the other colour removes this bias of selection.
     """
     count, fill = len(images), fill.to(images)
-    corners = result.starts[peaks(-result.occluded.probability[:, None])[1][:, 0]].to(images.device)
+    corners = result.starts[result.lowest].to(images.device)
     falls = []
     for number in torch.arange(count**2, device=images.device).split(batch_size):
         image = number // count
@@ -268,12 +279,12 @@ def box_evidence(result: Occlusion, boxes: Tensor | None) -> dict[str, Any]:
     A place is inside a box if the square's centre is.
     """
     assert boxes is not None
-    inside = in_boxes(result.starts + result.patch / 2, boxes).flatten(1)  # [box, place]
-    probability = result.occluded.probability.flatten(1)
-    within, outside = (probability[:, None].where(mask, torch.nan).nanmean(2) for mask in (inside, ~inside))
+    inside = in_boxes(result.starts + result.patch / 2, boxes)  # [box, row, column]
+    probability, (row, column) = result.occluded.probability, result.lowest.T
+    within, outside = (probability[:, None].where(mask, torch.nan).nanmean((2, 3)) for mask in (inside, ~inside))
     return {
         "share_of_places_in_the_box": float(inside.float().mean()),
-        "lowest_in_the_box": compare_own_with_others(inside[:, probability.argmin(1)].T.double()),
+        "lowest_in_the_box": compare_own_with_others(inside[:, row, column].T),
         "probability_outside_minus_inside": compare_own_with_others(outside - within),
     }
 
@@ -300,9 +311,8 @@ def _summarise(
 
     falls: the result of `probability_falls`
     """
-    images, lowest = [], result.occluded.probability.flatten(1).argmin(1)
-    for number, name in enumerate(chosen.names):
-        y, x = divmod(int(lowest[number]), len(result.starts))
+    images = []
+    for number, (name, (y, x)) in enumerate(zip(chosen.names, result.lowest.tolist(), strict=True)):
         row = {
             "image": name,
             "class": classes[int(chosen.labels[number])],
@@ -418,7 +428,7 @@ def draw_occlusion(
         panel = dict(zip(panels, of_row, strict=True))
         show(panel["image"], pictures[row])
         probability = result.occluded.probability[row]
-        y, x = divmod(int(probability.argmin()), len(result.starts))
+        y, x = result.lowest[row].tolist()
         corner = (float(result.starts[x]) - 0.5, float(result.starts[y]) - 0.5)
         panel["image"].add_patch(Rectangle(corner, result.patch, result.patch, fc=tuple(fill), ec=WHITE, lw=0.8))
         panel["image"].set_ylabel(plain(chosen.names)[row])

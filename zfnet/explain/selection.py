@@ -3,6 +3,7 @@
 To add an analysis, write one class and one YAML file: see examples/extend/saliency.py.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -132,7 +133,7 @@ def predict(loaded: LoadedRun, inputs: Tensor) -> Tensor:
     return torch.cat([loaded.model(chunk).softmax(1).cpu() for chunk in inputs.split(loaded.data.batch_size)])
 
 
-def mean_colour(loaded: LoadedRun, grey: float | None) -> Tensor:
+def fill_colour(loaded: LoadedRun, grey: float | None) -> Tensor:
     """Return a grey value, 0 … 255, as network input [3]; None means the data's mean colour, normalised to 0."""
     if grey is None:
         return torch.zeros(3)
@@ -141,15 +142,16 @@ def mean_colour(loaded: LoadedRun, grey: float | None) -> Tensor:
 
 def _correct_first(loaded: LoadedRun, images: ImageSet, count: int) -> Tensor:
     """Return the places of `count` images; see `choose_images`."""
-    present = images.labels.unique().tolist()
-    turns = [present[k * len(present) // count if count < len(present) else k % len(present)] for k in range(count)]
-    chosen: list[int] = []
-    for label in dict.fromkeys(turns):
-        wanted = turns.count(label)
-        members = (images.labels == label).nonzero().flatten()[: max(_CANDIDATES, 2 * wanted)]
+    present = images.labels.unique()
+    if count < len(present):
+        present = present[torch.arange(count) * len(present) // count]
+    ranked: list[list[int]] = []
+    for label in present.tolist():
+        members = (images.labels == label).nonzero().flatten()[: max(_CANDIDATES, 2 * count // len(present))]
         correct = predict(loaded, to_inputs(loaded, images.pixels(members))).argmax(1) == label
-        chosen += torch.cat([members[correct], members[~correct]])[:wanted].tolist()
-    return torch.tensor(chosen)
+        ranked.append(torch.cat([members[correct], members[~correct]]).tolist())
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*ranked))
+    return torch.tensor([place for place in turns if place is not None][:count])
 
 
 def read_files(loaded: LoadedRun, items: Sequence[str]) -> tuple[Tensor, list[str]]:

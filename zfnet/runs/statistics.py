@@ -2,7 +2,7 @@
 
 All functions use one convention. `std` is the sample standard deviation (ddof=1), None for a single value. `low` and
 `high` are the ends of a 95 % confidence interval: a bootstrap over the `n` values or, below 30 values, for which a
-bootstrap is too narrow, Student's t. For values of 0 and 1 that are not all 0, it is Wilson's interval (1927).
+bootstrap is too narrow, Student's t. For bool values, whose mean is a proportion, it is Wilson's interval (1927).
 
 If two settings have the same seeds, which fix the initial weights and the order of images, their t-test is paired.
 Otherwise it is Welch's, which does not assume equal variances (Welch 1947). Multiple tests are corrected after Holm
@@ -42,7 +42,7 @@ def describe(values: Tensor) -> Summary:
         mean, std = float(known.mean()), float(known.std(correction=1))
         reach = t_quantile(count - 1) * std / math.sqrt(count)
         low, high = mean - reach, mean + reach
-        if known.unique().tolist() in ([0, 1], [1]):  # a proportion: its interval must stay within 0 … 1
+        if values.dtype == torch.bool:  # a proportion: its interval must stay within 0 … 1
             low, high = _wilson(mean, count)
         elif count >= _MIN_BOOTSTRAP:
             drawn = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
@@ -56,7 +56,7 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
     z = 1.96
     middle, scale = share + z**2 / (2 * count), 1 + z**2 / count
     reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return (middle - reach) / scale, (middle + reach) / scale
+    return max(0.0, (middle - reach) / scale), (middle + reach) / scale
 
 
 def compare_own_with_others(table: Tensor) -> dict[str, Summary]:
@@ -66,10 +66,9 @@ def compare_own_with_others(table: Tensor) -> dict[str, Summary]:
     image, so the boxes of other images, rather than the box's area, give the value expected by chance. Returns
     `describe` of the values for the `own` partner, of the mean over the `others`, and of their `difference` per image.
     """
-    table = table.double()
     own = table.diagonal()
-    others = table.masked_fill(torch.eye(len(table), dtype=torch.bool), torch.nan).nanmean(1)
-    return {"own": describe(own), "others": describe(others), "difference": describe(own - others)}
+    others = table.double().masked_fill(torch.eye(len(table), dtype=torch.bool), torch.nan).nanmean(1)
+    return {"own": describe(own), "others": describe(others), "difference": describe(own.double() - others)}
 
 
 def clustered_mean(values: Tensor, clusters: Tensor) -> Summary:
