@@ -118,3 +118,8 @@ def test_invariance_writes_every_point_that_it_draws(run_py, tiny_run: RunDirect
         if float(row["amount"]) == (1 if row["transform"] == "scale" else 0):
             assert row["distance_conv1"] == row["distance_fc7"] == "0.0"
     assert Image.open("out/figures/invariance.png").width > 1000
+
+
+def test_a_mean_of_one_image_is_refused(run_py, tiny_run: RunDirectory) -> None:
+    answer = run_py("job=invariance", f"run={tiny_run.folder}", "data.eval_subset=1", "trainer.threads=1")
+    assert answer.error == "job.split=validation: has one image, and a mean needs two"

@@ -420,6 +420,14 @@ def test_verdict_refuses_bad_input_in_one_line(run_py, tiny_run: RunDirectory, w
     assert expected in answer.error
 
 
+def test_verdict_of_ablation_alone_has_no_scores_to_draw(run_py, tiny_run: RunDirectory) -> None:
+    words = ("job.layers=[conv1]", "job.metrics=[ablation]", "hydra.run.dir=out", "trainer.threads=1")
+    answer = run_py("job=verdict", f"run={tiny_run.folder}", *WORDS, *words)
+    assert answer.code == 0, answer.err
+    assert "conv1" in answer.out
+    assert "Significant" not in answer.out
+
+
 def test_verdict_on_data_without_parts_is_one_line(tiny_run: RunDirectory, tmp_path: Path) -> None:
     root = write_images(tmp_path / "photos", {"disc": 4, "ring": 4}, size=64)
     words = (*WORDS, "job.layers=[conv1]", "job.metrics=[parts]", "data=folder", f"data.root={root}", "job.split=train")

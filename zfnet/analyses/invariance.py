@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import log
+from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Positive
 from zfnet.explain.selection import Look, choose_images, chosen_split, pick_layers, sample, take
 from zfnet.model.chain import OUTPUT, Chain
@@ -67,6 +67,8 @@ class InvarianceJob(Look):
         split = chosen_split(loaded)
         chosen = choose_images(loaded, config, self.count)
         many = take(loaded, split, sample(loaded, split.images, self.mean_images))
+        if len(many) < 2:
+            raise UserError(f"job.split={split.name}: has one image, and a mean needs two")
         with own_directory(config, output) as run:
             units = typical_distance(chain, many.inputs, layers, data.batch_size)
             own, mean = (measure(chain, c.inputs, c.labels, amounts, layers, data.batch_size) for c in (chosen, many))

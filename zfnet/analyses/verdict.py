@@ -493,9 +493,11 @@ def report(run: RunDirectory, study: Study, rows: Sequence[Row], origin: Mapping
         {"run": str(study.loaded.source.folder), "split": study.split.name, **origin, "scores": scores}
         | {"ablation": agreement, "holds": holds},
     )
-    save_figure(draw_verdict(table, [s.name for s in study.subjects]), run.figures / "verdict.png")
+    if scores:  # job.metrics=[ablation] has none
+        save_figure(draw_verdict(table, [s.name for s in study.subjects]), run.figures / "verdict.png")
     log.info("\n".join([*_table_lines(scores), *_ablation_lines(agreement)]))
-    log.info("Significant differences (paired t-tests by image, p < %g after Holm):", LEVEL)
+    if holds:
+        log.info("Significant differences (paired t-tests by image, p < %g after Holm):", LEVEL)
     for line in holds:
         log.info(textwrap.fill(line, 80, subsequent_indent="  "))
     log.info("written to %s", run.folder)
