@@ -180,14 +180,18 @@ def draw_attribution(
     axes[0, 0].set_title("image" if boxes is None else "image\ndashed: the object's box")
     for panel, method in zip(axes[0, 1:], methods, strict=True):
         panel.set_title(f"{method}\n{titles.get(method, 'grey: no signal')}")
-    scales = {"gray": (-1, RULES), "RdBu_r": (-1, (INTEGRATED,)), "inferno": (0, (GRAD_CAM,))}
-    for colours, (low, drawn) in scales.items():
+    scales = {
+        "gray": (-1, RULES, "1: the 99.9 % quantile of the absolute values"),
+        "RdBu_r": (-1, (INTEGRATED,), f"1: the {100 * _CLIP:g} % quantile\nof the absolute values"),
+        "inferno": (0, (GRAD_CAM,), "1: the largest value"),
+    }
+    for colours, (low, drawn, meaning) in scales.items():
         first, last = (1 + methods.index(drawn[k]) for k in (0, -1))
         figure.colorbar(
             ScalarMappable(Normalize(low, 1), colours),
             cax=figure.add_subplot(grid[-1, first : last + 1]),
             orientation="horizontal",
-            label="fraction of the largest value" if low == 0 else "fraction of the largest absolute value",
+            label=meaning,
             ticks=range(low, 2),
         )
     return figure

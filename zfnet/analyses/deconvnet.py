@@ -556,7 +556,7 @@ def draw_projections(
     figure.suptitle(title)
     axes = figure.subplots(1, 2)
     sides = {
-        "projections (grey: no signal; each scaled for itself)": projections,
+        "projections (grey: no signal; each on its own scale)": projections,
         "image patches (grey: outside the image)": patches,
     }
     for axis, (name, tiles) in zip(axes, sides.items(), strict=True):
@@ -596,7 +596,7 @@ def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
         axis.set_xticks(range(len(layers)), [f"{k}\nn = {_unit_counts(similarity[k])}" for k in layers])
         axis.grid(axis="x", visible=False)
         axis.set(title=f"{kind}: {of_what}", ylim=(min(-0.3, axis.get_ylim()[0]), 1.15))
-    axes[0].set(ylabel="rank correlation: mean over n units\nand its 95 % interval (bootstrap)")
+    axes[0].set(ylabel="rank correlation: mean over n units\nand its 95 % interval")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 

@@ -310,7 +310,7 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
         axes[2].hist(filters.response_aliasing.numpy(), np.linspace(0, most, 26), color=colour, alpha=0.55, label=name)
         axes[2].axvline(filters.noise_response_aliasing, color=colour, ls="--", lw=1)
     axes[0].axvline(limit, color=INK, ls="--", lw=1)
-    title = f"Size of the weights (dashed: the paper's limit, {limit:g})"
+    title = f"Size of the weights (dashed: job.limit, {limit:g})"
     axes[0].set(title=title, xlabel="RMS of a filter's weights", ylabel="filters")
     if wide:
         axes[0].set_xscale("log")

@@ -417,12 +417,16 @@ def draw_forced_choice(table: Sequence[Mapping[str, Any]]) -> Figure:
     axis.text(end, 50, "chance", va="center")
     for row in PUBLISHED:
         axis.axhline(100 * row["accuracy"], color=SOFT, lw=0.8, ls="--")
-        words = f"{row['name']},\n{100 * row['accuracy']:.0f} ± {100 * row['error']:.0f} %\n({row['source']})"
+        words = row["name"].replace(", ", ",\n")
         axis.text(end, 100 * row["accuracy"], words, va="center", color=SOFT, fontsize=8)
-    axis.set_xticks(range(len(layers)), layers)
+    counts = {row["layer"]: f"{row['maps']} maps\n{row['trials']} trials" for row in table}
+    axis.set_xticks(range(len(layers)), [f"{layer}\n{counts[layer]}" for layer in layers])
     lowest = min([30, *(100 * (row["accuracy"] - (row["se"] or 0)) - 1 for row in table)])
-    axis.set(xlim=(-0.5, len(layers) - 0.5), ylim=(lowest, 101), ylabel="right choices, % ± standard error by maps")
-    axis.set_title("Which of two images excites the map more? Chosen by another network from its pictures")
+    axis.set(xlim=(-0.5, len(layers) - 0.5), ylim=(lowest, 101), ylabel="right choices (%), ± standard error")
+    axis.set_title(
+        "Which of two images excites a map more? Another network chooses from the map's pictures\n"
+        "(people: other images and another network, Borowski et al. 2021)"
+    )
     figure.legend(loc="outside lower center", ncols=5)
     return figure
 
