@@ -14,6 +14,7 @@ from tests.helpers import TINY_EXACT, compose
 from zfnet.data import load_splits
 from zfnet.jobs.benchmark import PHASES, TrainingSteps, flops_per_image, matmul_peak
 from zfnet.model.zfnet import ZFNet
+from zfnet.training.callbacks import EMA
 from zfnet.training.device import resolve_runtime
 
 MODEL = ("model=small", *(word for word in TINY_EXACT if word.startswith("model.")))
@@ -24,8 +25,12 @@ SIZES = ("data.train_images=20", "data.test_images=10", "data.batch_size=8", "jo
 @pytest.mark.drawn
 def test_benchmark_times_the_step_and_its_phases(run_py, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.jobs.benchmark.matmul_peak", lambda _: 1e12)
-    answer = run_py(*WORDS, *SIZES, "hydra.run.dir=b")
+    averaged = []
+    real = EMA.on_optimizer_step
+    monkeypatch.setattr(EMA, "on_optimizer_step", lambda self, state: averaged.append(real(self, state)))
+    answer = run_py(*WORDS, *SIZES, "trainer.ema=0.9", "hydra.run.dir=b")
     assert answer.code == 0, answer.err
+    assert len(averaged) >= 2 * 2 + 2  # in the rounds and in the phases
     assert max(len(line) for line in answer.out.splitlines()) <= 80
     result = json.loads((tmp_path / "b/benchmark.json").read_text())
     assert "faster" not in answer.out

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,16 @@ import torch.distributed as dist
 
 from tests.helpers import TINY, compose_checked, fork_server, no_figures, other_process, run_py_in, train_tiny
 from zfnet.config.errors import UserError
+from zfnet.config.schema import Config
 from zfnet.data import Batch
+from zfnet.jobs import train as train_module
+from zfnet.jobs.train import train_and_test
 from zfnet.runs.directory import RunDirectory
+from zfnet.runs.session import Stopped, StopRequest
 from zfnet.runs.weights import load_run
 from zfnet.training import loop
+from zfnet.training.checkpoint import step_name
+from zfnet.training.device import resolve_runtime
 from zfnet.training.processes import World
 from zfnet.training.state import TrainingState
 
@@ -110,6 +118,53 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(alone: RunDire
     answer = run_py("job=resume", f"run={folder}", "trainer.devices=1")
     assert answer.code == 0, answer.err
     assert_close(alone, run)
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_saves_and_stops(tmp_path: Path, monkeypatch, capfd) -> None:
+    context, step = fork_server(), loop.train_step
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+
+    def signalled(state: TrainingState, batch: Batch) -> None:  # in process 0 only
+        step(state, batch)
+        if state.step == 2:
+            (other,) = multiprocessing.active_children()
+            for number in (other.pid, os.getpid()):
+                os.kill(number, signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    with pytest.raises(Stopped):
+        train_tiny(tmp_path / "run", *WORDS, "trainer.devices=2", "trainer.log_every=1")
+    assert RunDirectory(tmp_path / "run").state == "stopped"
+    assert (tmp_path / "run/checkpoints" / step_name(2)).is_file()
+    assert capfd.readouterr().err == "\nstopping after this step; a second signal stops at once without saving\n"
+
+
+def test_other_processes_have_the_settings_and_threads_of_process_0(tiny_run: RunDirectory, monkeypatch) -> None:
+    works: list[Any] = []
+    seen: list[Any] = []
+
+    @contextlib.contextmanager
+    def capture(count: int, work: Any, folder: Path) -> Iterator[World]:
+        works.append(work)
+        yield World(0, count)
+
+    def look(config: Config, *_: Any, **__: Any) -> dict:
+        seen.append((config.trainer.log_every, config.trainer.devices, resolve_runtime(config.trainer, World(0, 2))))
+        seen[-1] += (torch.get_num_threads(),)
+        return {}
+
+    monkeypatch.setattr(train_module, "processes", capture)
+    monkeypatch.setattr(train_module, "_train", look)
+    recorded = tiny_run.read_config()
+    trainer = replace(recorded.trainer, log_every=7, devices=2, threads=None)
+    monkeypatch.setattr("zfnet.training.device.DEFAULT_THREADS", 6)
+    train_and_test(replace(recorded, trainer=trainer), tiny_run, StopRequest())
+    monkeypatch.setattr("zfnet.training.device.DEFAULT_THREADS", 2)  # another process can have another default
+    works[0](World(1, 2, 1), tiny_run.folder)
+    assert recorded.trainer.log_every != 7
+    assert seen[0] == seen[1]
+    assert (seen[1][:2], seen[1][3]) == ((7, 2), 3)
 
 
 def test_batch_norm_over_processes_needs_gpus(monkeypatch) -> None:

@@ -30,6 +30,7 @@ from zfnet.runs.provenance import describe_environment
 from zfnet.runs.session import own_directory
 from zfnet.runs.tables import format_table
 from zfnet.training.build import build_state, training_batches
+from zfnet.training.callbacks import weight_callbacks
 from zfnet.training.device import Runtime, keep_memory, resolve_runtime, set_switches, synchronize, time_call
 from zfnet.training.loop import train_step
 
@@ -81,7 +82,8 @@ class TrainingSteps:
         if len(images) < self.batch_size:
             raise UserError(f"data.batch_size={self.batch_size}: there are only {len(images)} training images")
         self.batches = training_batches(config, runtime, images)
-        self.state = build_state(config, runtime, len(images.classes), len(self.batches))
+        callbacks = weight_callbacks(config)
+        self.state = build_state(config, runtime, len(images.classes), len(self.batches), callbacks=callbacks)
         self.data_wait, self.steps_taken = 0.0, 0
 
     def time_turn(self, steps: int, warmup: int) -> float:
@@ -135,6 +137,7 @@ class TrainingSteps:
             with clock("optimizer"):
                 state.optimizer.step()
                 state.optimizer.zero_grad(set_to_none=True)
+                state.call("on_optimizer_step")
         return seconds
 
 

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zfnet.config.errors import UserError, describe_fault, log
 from zfnet.config.reading import read_config
-from zfnet.config.schema import Config, DataConfig, Job, Parent, model_name
+from zfnet.config.schema import Config, DataConfig, DatasetData, Job, Parent, TrainerConfig, model_name
 from zfnet.data import Batches, Splits, load_splits
 from zfnet.data.images import data_hash
 from zfnet.plots.figures import save_figure
@@ -36,7 +36,7 @@ from zfnet.training.build import (
 )
 from zfnet.training.checkpoint import BEST_FILE, Checkpoint, CheckpointWriter, read_checkpoint, read_newest, step_files
 from zfnet.training.compiling import resolve_compile
-from zfnet.training.device import recorded_threads, resolve_runtime
+from zfnet.training.device import recorded_threads, resolve_runtime, threads_of_each
 from zfnet.training.loggers import LoggedRun, Logger, call_loggers
 from zfnet.training.loop import evaluate
 from zfnet.training.loop import fit as run_loop
@@ -67,7 +67,7 @@ def run_as_worker(config: Config, output: Path) -> bool:
     world = torchrun_world()
     if world is None or world.is_main:
         return False
-    run_worker(world, partial(_train_worker, imports=config.imports, data=config.data, parent=config.parent))
+    run_worker(world, partial(_train_worker, **_of_command(config)))
     remove_if_empty(output)  # Hydra created it for this worker; process 0 uses its own
     return True
 
@@ -158,25 +158,39 @@ def train_and_test(
     compiled: the value of trainer.compile=auto in the run that this one repeats
     epochs: stop after this epoch, without the final evaluation and report; the result is then {}
     """
-    given = {"imports": config.imports, "data": config.data, "parent": config.parent}
-    work = partial(_train_worker, **given, epochs=epochs)
+    threads = threads_of_each(config.trainer.devices)
+    work = partial(_train_worker, **_of_command(config), threads=threads, epochs=epochs)
     with processes(config.trainer.devices, work, run.folder) as world:
         return _train(config, run, stop, world, report, compiled, epochs)
 
 
+def _of_command(config: Config) -> dict[str, Any]:
+    """Return the parts of a command's config that can differ from the record although the run is the same."""
+    return {"imports": config.imports, "data": config.data, "trainer": config.trainer, "parent": config.parent}
+
+
 def _train_worker(
-    world: World, folder: Path, imports: list[str], data: DataConfig, parent: Parent | None, epochs: int | None = None
+    world: World,
+    folder: Path,
+    imports: list[str],
+    data: DataConfig,
+    trainer: TrainerConfig,
+    parent: Parent | None,
+    threads: int | None = None,
+    epochs: int | None = None,
 ) -> None:
     """Train in a process with rank > 0, like process 0 but without files and logs.
 
-    data, parent: name the current location of the images; the recorded location can be outdated
+    data, trainer, parent: those of the command, as in process 0; the record can have other paths, devices or log_every
+    threads: number of CPU threads of process 0
     """
     log.addHandler(logging.NullHandler())
     log.propagate = False
     run = RunDirectory(folder)
     config = run.read_config(imports)
-    config = replace(config, data=data, parent=parent or config.parent)
-    _train(config, run, StopRequest(), world, epochs=epochs)
+    config = replace(config, data=data, trainer=trainer, parent=parent or config.parent)
+    with recorded_threads(threads, world.size):
+        _train(config, run, StopRequest(), world, epochs=epochs)
 
 
 def _train(
@@ -307,13 +321,7 @@ def _callbacks(
     report: Report | None,
 ) -> list[cb.Callback]:
     """Return the callbacks of this process, in the order in which they are called."""
-    trainer = config.trainer
-    limit = getattr(config.model, "rms_limit", None)
-    made: list[cb.Callback] = []
-    if limit is not None:
-        made.append(cb.FilterRenormalization(limit))
-    if trainer.ema is not None:
-        made.append(cb.EMA(trainer.ema, warmup=trainer.version > 1))
+    trainer, made = config.trainer, cb.weight_callbacks(config)
     made.append(cb.BestWeights(writer))
     if world.is_main and trainer.snapshots:
         made.append(cb.Snapshots(run.snapshots, trainer.snapshots, metadata))
@@ -377,9 +385,9 @@ def _check_images(splits: Splits, config: Config) -> None:
     """Check the config against the loaded images; raise UserError."""
     data = config.data
     if splits.validation is None and config.monitored == "validation_loss":
+        missing = "data.val is null" if isinstance(data, DatasetData) else f"data.root={data.root} has no val/ folder"
         raise UserError(
-            f"data.root={data.root} has no val/ folder and data.validation=0 holds no images out: "
-            "hold some out, or set trainer.monitor=train_loss"
+            f"{missing} and data.validation=0 holds no images out: hold some out, or set trainer.monitor=train_loss"
         )
     count = len(splits.train)
     if data.subset is not None and data.subset > count:

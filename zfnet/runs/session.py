@@ -37,6 +37,9 @@ class Pruned(Exception):
     """Raised when a search prunes this trial. Ends the run but not the sweep; a checkpoint is saved."""
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class StopRequest:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a request that the loop checks between two steps."""
 
@@ -47,7 +50,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._before = {}
         with contextlib.suppress(ValueError):  # only the main thread can set handlers
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in STOP_SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # started with nohup
                     continue
                 self._before[number] = signal.signal(number, self._handle)

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from zfnet.config.errors import log
+from zfnet.config.schema import Config
 from zfnet.model.build import has_batch_norm
 from zfnet.model.layers import renormalize_filters
 from zfnet.runs.directory import RunDirectory
@@ -20,6 +21,13 @@ from zfnet.training.loggers import Logger, call_loggers, epoch_line
 from zfnet.training.state import Callback, TrainingState
 
 # -- callbacks that change the weights to train or to evaluate
+
+
+def weight_callbacks(config: Config) -> list[Callback]:
+    """Return the callbacks that `model.rms_limit` and `trainer.ema` ask for."""
+    limit, decay = getattr(config.model, "rms_limit", None), config.trainer.ema
+    made: list[Callback] = [] if limit is None else [FilterRenormalization(limit)]
+    return made if decay is None else [*made, EMA(decay, warmup=config.trainer.version > 1)]
 
 
 class FilterRenormalization(Callback):

@@ -71,7 +71,7 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE_PROCESS, own_n
         device = torch.device("cuda", world.local_rank)
     if device.type == "cuda":  # pinned memory and more use the current GPU, which is GPU 0 by default
         torch.cuda.set_device(device.index or 0)
-    torch.set_num_threads(trainer.threads or max(1, DEFAULT_THREADS // world.size))
+    torch.set_num_threads(trainer.threads or threads_of_each(world.size))
     if trainer.compile is True or (trainer.compile == "auto" and device.type == "cuda"):
         torch.compiler.reset()  # otherwise later jobs of a sweep reach the recompilation limit and run eager
     precision = trainer.precision
@@ -84,6 +84,11 @@ def resolve_runtime(trainer: TrainerConfig, world: World = SINGLE_PROCESS, own_n
     if device.type == "cpu":
         keep_memory(True)
     return Runtime(device, precision, channels_last, trainer.compile is True, trainer.deterministic)
+
+
+def threads_of_each(processes: int) -> int:
+    """Return the number of CPU threads of each process on this machine, unless trainer.threads sets it."""
+    return max(1, DEFAULT_THREADS // processes)
 
 
 @contextlib.contextmanager

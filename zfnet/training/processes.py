@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory
+from zfnet.runs.session import STOP_SIGNALS
 
 PATIENCE_S = 20  # seconds for the other processes to notice a dead process themselves
 
@@ -147,7 +148,7 @@ def processes(count: int, work: Callable[[World, Path], None], folder: Path) -> 
         finally:
             watch.done.set()
             for child in children:
-                child.terminate()
+                child.kill()  # it ignores SIGTERM
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -164,14 +165,16 @@ def run_worker(world: World, work: Callable[[World, Path], None]) -> None:
 def _child(
     world: World, init_method: str, work: Callable[[World, Path], None], folder: Path
 ) -> None:  # pragma: no cover (runs in a separate process)
-    # Ctrl-C reaches the whole process group, but process 0 decides when to stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # a signal can reach the whole process group, but process 0 decides when to stop
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # tqdm's default semaphore would outlive a killed process
     try:
         init_process_group(world, init_method)
         work(world, folder)
         dist.destroy_process_group()
+    except KeyboardInterrupt:  # all processes stop after the same step, and process 0 saves
+        os._exit(0)
     except UserError:
         os._exit(3)  # process 0 raises and reports the same error
     except RuntimeError:
