@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,6 +165,15 @@ def test_what_cannot_matter_is_no_variation_and_a_stopped_one_goes_on(run_py, ex
         patch.setattr("zfnet.jobs.train.evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("power cut")))
         assert run_py(*words).code == 130
     assert RunDirectory("again").state == "stopped"
+    with monkeypatch.context() as patch:
+        given: list[Any] = []
+        patch.setattr("zfnet.jobs.resume.reproduce", lambda config, run: given.append(config))
+        words = ("imports=[tests]", "trainer.devices=2", "logger=mlflow", "logger.mlflow.tracking_uri=http://x")
+        assert run_py("job=resume", "run=again", *words).code == 0
+        (config,) = given
+        assert (config.job.name, config.imports, config.trainer.devices) == ("reproduce", ["tests"], 2)
+        assert config.logger["mlflow"]["tracking_uri"] == "http://x"
+        assert Path(str(config.run)) == exact_run.folder
     torch.set_num_threads(2)  # the original used 1 thread
     monkeypatch.setattr("zfnet.training.device.DEFAULT_THREADS", 2)
     answer = run_py("job=resume", "run=again")

@@ -285,12 +285,12 @@ def test_no_logger_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_tensorboard_of_a_resumed_run_voids_what_came_after(tmp_path: Path) -> None:
-    for start, values in ((0, [1.0, 2.0, 3.0]), (2, [7.0])):
+    for start, values in ((0, [1.0, 2.0, 3.0]), (2, [7.0])):  # the second run continues after step 2
         board = TensorBoardLogger()
         board.start(logged_run(tmp_path, start))
-        for k, value in enumerate(values):
-            board.log(start + k, {"loss": value})
+        for step, value in enumerate(values, start + 1):
+            board.log(step, {"loss": value})
         board.close()
     events = read_events(tmp_path / "tensorboard")
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 1.0), (1, 2.0), (2, 7.0)]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 7.0)]
     assert events.Tags()["scalars"] == ["loss"]

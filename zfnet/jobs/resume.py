@@ -24,7 +24,7 @@ class ResumeJob(Job):
         # content of the data is compared with the record
         free = ("job", "run", "imports", "logger", "trainer.devices", *_CHANGEABLE_DATA_KEYS)
         for key, override in config.overridden.items():
-            if key not in free:
+            if key not in free and not key.startswith("logger."):
                 raise UserError(
                     f"job=resume uses the run's own settings and accepts no others, such as {override}: "
                     "start a new run for other settings"
@@ -34,7 +34,7 @@ class ResumeJob(Job):
             return None
         recorded = run.read_config()
         if recorded.job.name == "reproduce":
-            reproduce(replace(recorded, data=config.data, parent=config.parent), run)
+            reproduce(replace(config, job=recorded.job, run=recorded.run), run)
             return None
         if recorded.job.name != "train":
             raise UserError(f"run={run.folder} was made by job={recorded.job.name}: only a training can be continued")

@@ -111,8 +111,8 @@ class TensorBoardLogger(Logger):
         from torch.utils.tensorboard import SummaryWriter  # the import takes a second
 
         self.config = run.config
-        # hides the events that an interrupted process wrote from this step on
-        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step or None)
+        # hides the events that an interrupted process wrote after this step
+        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
         if run.step == 0:
             self._graph(run)
             self.writer.add_images("train/samples", run.samples, dataformats="NHWC")
@@ -154,7 +154,7 @@ class WandbLogger(Logger):
 
     def __init__(self, project: str = "zfnet", entity: str | None = None, mode: str = "offline") -> None:
         if mode not in ("offline", "online"):
-            raise UserError(f"mode={mode}: must be one of offline, online")
+            raise ValueError(f"mode={mode} must be offline or online")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self.wandb = _import("wandb")
         self.project, self.entity, self.mode = project, entity, mode
