@@ -207,6 +207,13 @@ def test_the_schedule_of_a_branch_is_chosen_and_logged(branch, cosine: RunDirect
     assert "; 0.000304 before, 0.0" in branch.out
 
 
+def test_a_schedule_that_restarts_needs_no_metric_of_the_parent(branch, run_py, tmp_path: Path) -> None:
+    train_tiny_exact(tmp_path / "one", "data.validation=0", "scheduler=constant", "trainer.epochs=1")
+    words = ("job=extend", "run=one", "trainer.epochs=2", "data.validation=0.1", "scheduler=plateau")
+    assert run_py(*words).error == "trainer.monitor=validation_loss: the parent did not measure it"
+    assert branch("two", *words, "job.schedule=restart").state == "done"
+
+
 def test_a_chain_is_reproduced_from_its_start_without_its_parents(branch, run_py, tmp_path: Path) -> None:
     """The chain forks with other settings, then extends; the reproduction is killed in its second part."""
     train_tiny_exact(tmp_path / "one", *PLATEAU, "trainer.checkpoint_epochs=[1]", "trainer.epochs=2")

@@ -107,6 +107,7 @@ def test_predict_job_fails_where_no_image_is_readable(run_py, tiny_run, tmp_path
     [
         ("data=cifar100", "data=cifar100: job=predict reads only images=[…], not a data set; leave it out"),
         ("data.subset=5", "data.subset=5: job=predict reads only images=[…], not a data set"),
+        ("data.store_size=16", "data.store_size=16: job=predict reads only images=[…], not a data set"),
         ("job.top=11", "job.top=11: the run has 10 classes"),
     ],
 )

@@ -96,6 +96,8 @@ def test_keys_are_described_by_the_comments_of_their_files() -> None:
     (occlusion,) = [job["properties"] for job in jobs if {"fill", "patch", "layer"} <= job["properties"].keys()]
     assert occlusion["patch"]["description"] == "side of the square in input pixels; null: a fifth of the image"
     assert SCHEMAS["trainer"]["properties"]["accumulate"]["description"].startswith("split each batch")
+    top = SCHEMAS["experiment"]["properties"]
+    assert all(top[key]["description"] for key in ("seed", "run", "images", "imports"))
 
 
 def test_schema_job_writes_a_file_for_each_group(run_py) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def test_summary_lists_layers_with_shapes_parameters_and_multiply_adds(run_py) -> None:
     answer = run_py("job=summary", "model=zfnet")
@@ -18,9 +20,18 @@ def test_summary_lists_layers_with_shapes_parameters_and_multiply_adds(run_py) -
 
 
 def test_summary_counts_weights_that_no_memory_holds(run_py) -> None:
-    answer = run_py("job=summary", "model.width=100", "model.norm=lrn", "model.init=he")
+    words = (
+        "model.width=100",
+        "model.norm=lrn",
+        "model.init=he",
+        "trainer.init_from=lost.pth",
+        "trainer.freeze=[conv1]",
+    )
+    answer = run_py("job=summary", *words)
     assert answer.code == 0, answer.err
     assert "4,096,010" in answer.out  # parameters of fc8; all weights would take 2 TB
+    trainable, total = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of ([\d,]+) parameters", answer.out)[0])
+    assert total - trainable == 9600 * (3 * 7 * 7 + 1)  # conv1
 
 
 def test_summary_and_benchmark_take_a_data_set_of_ones_own(run_py, monkeypatch) -> None:

@@ -102,7 +102,7 @@ class ForkJob(BranchJob):
         if self.epoch in known:
             raise UserError(f"trainer.epochs={config.trainer.epochs}: must be more than job.epoch={self.epoch}")
         problem = f"job.epoch={self.epoch}: {keeps}"
-        if self.epoch <= len(parent.read_history()):
+        if parent.state == "done" and self.epoch <= len(parent.read_history()):
             command = f"job=reproduce run={parent.folder} trainer.checkpoint_epochs=[{self.epoch}]"
             problem += f"; {command} makes a run that keeps the state of this epoch"
         raise UserError(problem)

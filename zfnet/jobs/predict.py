@@ -24,7 +24,8 @@ from zfnet.runs.tables import format_table, shorten
 from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import PREPROCESSING, LoadedRun
 
-_DATA_KEYS = ("batch_size", "max_pixels", *PREPROCESSING)  # the keys of `data` that job=predict uses
+# the keys of `data` that job=predict uses; each image is read at the network's size
+_DATA_KEYS = ("batch_size", "max_pixels", *(key for key in PREPROCESSING if key != "store_size"))
 SHOWN = 48  # images in the figure
 MOST_COLUMNS = 100  # up to this many classes, predictions.csv has a column for each class
 PICTURE_SIZE = 160  # smallest side of an image in the figure, in pixels

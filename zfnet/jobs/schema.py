@@ -52,7 +52,7 @@ def group_schemas() -> dict[str, dict[str, Any]]:
         **dict.fromkeys(("loss", "optimizer", "scheduler"), _PART),
         **{group: {"type": "object", "additionalProperties": _PART} for group in ("logger", "callbacks")},
     }
-    top = _class_schema(Config, ".")["properties"]
+    top = _class_schema(Config, "config")["properties"]
     whole = {
         "type": "object",
         "properties": {
@@ -85,7 +85,7 @@ def _class_schema(cls: Any, group: str) -> dict[str, Any]:
     plain = TypeAdapter(cls).json_schema()
     schema: dict[str, Any] = _relaxed(plain, plain.get("$defs", {}))["anyOf"][0]  # the class itself, not `${…}`
     place = CONF / group
-    for path in sorted(place.rglob("*.yaml")) if place.is_dir() and group != "." else [place.with_suffix(".yaml")]:
+    for path in sorted(place.rglob("*.yaml")) if place.is_dir() else [place.with_suffix(".yaml")]:
         for key, _, _, comment in described_keys(path.read_text(encoding="utf-8")) if path.is_file() else ():
             if comment and key in schema["properties"]:
                 schema["properties"][key].setdefault("description", comment)

@@ -12,7 +12,7 @@ from zfnet.data import known_classes, load_splits
 from zfnet.runs.directory import find_run
 from zfnet.runs.tables import format_table
 from zfnet.runs.weights import load_model
-from zfnet.training.build import initial_model
+from zfnet.training.build import freeze, initial_model
 
 BATCH = 2  # images, as in the blog's table
 
@@ -28,10 +28,11 @@ class SummaryJob(Job):
             classes = len(load_model(weights, config.imports)[1].classes)
         elif classes is None:
             classes = len(load_splits(config.data, config.imports).train.classes)
-        # counting needs no weights, and on `meta` they use no memory; the code of other networks can need real weights
-        device = "meta" if isinstance(config.model, ModelConfig) and config.trainer.init_from is None else "cpu"
+        # counting needs no values, and on `meta` weights use no memory; the code of other networks can need values
+        device = "meta" if isinstance(config.model, ModelConfig) else "cpu"
         with torch.device(device):
-            model = initial_model(config, classes)[0].eval()
+            model = initial_model(config, classes, with_weights=False)[0].eval()
+        freeze(model, config.trainer.freeze)
         network = torchinfo.summary(
             model,
             (BATCH, 3, size, size),

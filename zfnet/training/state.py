@@ -367,7 +367,7 @@ class TrainingState:
             self.best = None
         first, _ = schedule_span(self.config.to_dict())
         monitor = self.config.monitored
-        if monitor is not None and any(row.get(monitor) is None for row in self.history):
+        if monitor is not None and any(row.get(monitor) is None for row in self.history[first:]):
             raise UserError(f"trainer.monitor={monitor}: the parent did not measure it")
         self.schedule.replay([row[self.config.trainer.monitor] for row in self.history[first:]])
         unchanged = {k for k, v in self.config.callbacks.items() if before["callbacks"].get(k) == v}
