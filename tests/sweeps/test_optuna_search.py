@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
 
 optuna = pytest.importorskip("optuna")
-from zfnet.sweeps.optuna_search import _open_storage, construct, other_images, search_space  # noqa: E402
+from zfnet.sweeps.optuna_search import Worker, _open_storage, construct, other_images, search_space  # noqa: E402
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *SMALL)
 SPACE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "data.batch_size=choice(20,30)")
@@ -96,6 +97,49 @@ def test_a_study_refuses_other_images(tmp_path: Path) -> None:
     assert other_images(study, ["optimizer.lr"], marks["two"]) is None
     assert "other was trained on different images from" in str(other_images(study, ["data.batch_size"], marks["other"]))
     assert other_images(study, ["data.root"], marks["other"]) is None
+
+
+def test_a_storage_from_elsewhere_adds_no_overrides_and_locks_no_file(run_py, tmp_path, monkeypatch) -> None:
+    sweep, lock = tmp_path / "s", optuna.storages.journal.JournalFileBackend
+    sweep.mkdir()
+    study = optuna.create_study(
+        study_name="zfnet",
+        direction="maximize",
+        storage=optuna.storages.JournalStorage(lock(str(sweep / "study.journal"))),
+    )
+    (tmp_path / "theirs").write_text("keep")
+    params = {"imports": "[this]", "seed": "9", "+callbacks.x": "{_target_:this.X}"}
+    choices = {key: optuna.distributions.CategoricalDistribution([value]) for key, value in params.items()}
+    waiting = optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING, params=params, distributions=choices)
+    running = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.RUNNING, user_attrs={"worker": str(tmp_path / "theirs")}
+    )
+    study.add_trials([waiting, running])
+    locked: list[Any] = []
+    monkeypatch.setattr("zfnet.sweeps.optuna_search.FileLock", lambda path, **_: locked.append(path) or nullcontext())
+    monkeypatch.setattr("zfnet.jobs.train.train_and_test", lambda *_: {"validation": {"accuracy": 0.5}})
+    answer = run_py(*SEARCH, SPACE[0], "hydra.sweeper.n_trials=2")
+    assert answer.code == 0, answer.err
+    (config,) = [yaml.safe_load(path.read_text()) for path in sweep.glob("*/config.yaml")]
+    assert (config["imports"], config["seed"], config["callbacks"]) == ([], 0, {})
+    assert config["optimizer"]["lr"] == trials_in(sweep)[0].params["optimizer.lr"]
+    assert tmp_path / "theirs" not in [Path(path) for path in locked]
+
+
+def test_a_trial_of_a_host_with_a_similar_name_is_not_stale(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "node")
+    worker = Worker(tmp_path)
+    for host, stale in (("node-2", False), ("node", True)):
+        trial = SimpleNamespace(user_attrs={"worker": f"/elsewhere/.workers/{host}-12-34"})
+        assert worker.is_stale(trial) == stale
+
+
+def test_a_journal_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "study.journal").symlink_to("token")
+    with pytest.raises(UserError, match=r"study\.journal: is a link"):
+        _open_storage(SimpleNamespace(storage=None), tmp_path)
+    assert (tmp_path / "token").read_text() == "secret"
 
 
 @pytest.mark.slow

@@ -171,6 +171,8 @@ def _open_storage(settings: SearchSettings, sweep: Path) -> BaseStorage:
     if settings.storage:
         return get_storage(settings.storage)
     path = sweep / "study.journal"
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link, so the study would be written elsewhere: replace it")
     try:
         for line in read_bytes(path).splitlines(keepends=True) if path.exists() else ():
             if line.endswith(b"\n"):  # another process may be writing the last one
@@ -238,8 +240,8 @@ class Worker:
     def __init__(self, sweep: Path) -> None:
         folder = (sweep / ".workers").absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        self.host = f"{socket.gethostname()}-"
-        self.path = folder / f"{self.host}{os.getpid()}-{time.time_ns()}"
+        self.host = socket.gethostname()
+        self.path = folder / f"{self.host}-{os.getpid()}-{time.time_ns()}"
         self.alive = FileLock(self.path)
         self.asking = FileLock(folder / "asking")  # one process of a sweep asks at a time
 
@@ -252,8 +254,10 @@ class Worker:
         path = Path(name)
         if path == self.path:
             return False
+        if path.parent.name != self.path.parent.name:  # a storage from elsewhere could name any file to lock
+            return True
         if not path.exists():  # the process has ended, or it runs on a machine with another file system
-            return path.name.startswith(self.host)
+            return path.name.rsplit("-", 2)[0] == self.host
         try:
             with FileLock(path, timeout=0):
                 return True
@@ -285,8 +289,12 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
                 batch.append(trial)
             if not batch:
                 return
-            key = f"+hydra.job.env_set.{TRIAL}"
-            given = [_as_overrides({**fixed, **trial.params, key: f"'{trial.number}'"}) for trial in batch]
+            # only this search's keys: a storage from elsewhere could contain others, such as imports
+            chosen = [{key: trial.params[key] for key in space} for trial in batch]
+            given = [
+                _as_overrides({**fixed, **values, f"+hydra.job.env_set.{TRIAL}": f"'{trial.number}'"})
+                for trial, values in zip(batch, chosen, strict=True)
+            ]
             outcomes = jobs.launch(given, first=batch[0].number)
             others = [other_images(study, space, RunDirectory(jobs.folder / outcome.name)) for outcome in outcomes]
             for trial, outcome, other in zip(batch, outcomes, others, strict=True):
