@@ -331,7 +331,18 @@ def test_a_logger_of_a_folder_from_elsewhere_sends_nothing(run_py, tmp_path: Pat
     assert "logger.x.tracking_uri=http://elsewhere sends results elsewhere" in answer.err
 
 
-@pytest.mark.parametrize("root", ["${oc.env:HOME}", "http://x/${oc.env:HOME}", "${seed}${seed}", "${a:${seed}}"])
+@pytest.mark.parametrize(
+    "root",
+    [
+        "${oc.env:HOME}",
+        "http://x/${oc.env:HOME}",
+        "${seed}${seed}",
+        "${a:${seed}}",
+        "${data}",
+        "${data.mean}",
+        "${job.x}",
+    ],
+)
 def test_a_folder_reads_no_environment_and_builds_no_text(run_py, tmp_path: Path, root: str) -> None:
     folder = folder_of(tmp_path, {"experiment/x.yaml": f"{GLOBAL}data: {{root: '{root}'}}\n"})
     answer = run_py("--config-dir", folder, "experiment=x", "job=summary")

@@ -10,6 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import zfnet
+from tests.conftest import ROOT
 from tests.helpers import TINY, TINY_EXACT, claim, compose
 from zfnet.config.errors import UserError
 from zfnet.config.schema import Config
@@ -162,6 +163,8 @@ def test_a_record_without_hydras_works_too(tmp_path: Path) -> None:
         'root: "$\\u007boc.env:ZFNET_SECRET}"',
         "root: ${oc.decode:${oc.env:ZFNET_SECRET}}",
         "root: ${${data.fit}:ZFNET_SECRET}",
+        "root: ${seed}",  # a reference to a value is harmless
+        "root: ${data.mean}",  # a reference to a list could multiply it
     ],
 )
 def test_a_strangers_record_reads_no_environment(tmp_path: Path, monkeypatch, hostile: str) -> None:
@@ -347,3 +350,11 @@ def test_an_installed_package_says_that_it_lacks_conf(monkeypatch, tmp_path: Pat
     monkeypatch.setattr("zfnet.runs.command.CONF", tmp_path / "conf")
     with pytest.raises(UserError, match=r"conf/, which is not at .*/conf; run pip install -e \.$"):
         composing.compose_raw([])
+
+
+def test_groups_for_a_run_come_from_the_commands_folders(run_py, tiny_run: RunDirectory) -> None:
+    words = ("--config-dir", str(ROOT / "examples/extend/conf"), "imports=[examples]", "job=summary")
+    answer = run_py(*words, f"run={tiny_run.folder}", "augment=speckle", "augment.flip=0.25")
+    assert answer.code == 0, answer.err
+    for word in ("~logger", "~callbacks", "logger=none"):
+        assert run_py("job=summary", f"run={tiny_run.folder}", word).code == 0

@@ -394,6 +394,19 @@ def flatten(node: Mapping[str, Any]) -> dict[str, Any]:
     return dict(leaves(node))
 
 
+def names_a_value(text: Any, config: Mapping[str, Any]) -> bool:
+    """Return whether `text` is a single `${a.b}`, and `a.b` is a number, a short text or null, without interpolation.
+
+    A reference to a mapping or a list could expand without bound.
+    """
+    if not isinstance(text, str) or not text.startswith("${") or not text.endswith("}"):
+        return False
+    value: Any = config
+    for key in text[2:-1].split("."):  # not `flatten`, which would keep only one of two equal dotted keys
+        value = value.get(key, "${") if isinstance(value, Mapping) else "${"
+    return not isinstance(value, (list, dict)) and "${" not in str(value) and len(str(value)) <= 1000
+
+
 T = TypeVar("T")
 _adapter = functools.cache(TypeAdapter)  # making an adapter takes ten times as long as using it
 

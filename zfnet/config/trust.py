@@ -13,7 +13,6 @@ for the same choices. The check reads the composed config, so it does not depend
 import copy
 import functools
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from omegaconf import DictConfig, OmegaConf
 from zfnet.config.errors import UserError, one_line, yaml_problem
 from zfnet.config.instantiate import resolve
 from zfnet.config.reading import parse_yaml
-from zfnet.config.schema import leaves
+from zfnet.config.schema import leaves, names_a_value
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -50,7 +49,6 @@ _HARMLESS = ("runtime", "overrides", "mode", "verbose", "help", "hydra_help")
 _HARMLESS_JOB = ("override_dirname", "id", "num", "config_name", "chdir")
 _DIRECTORIES = ("run.dir", "sweep.dir", "output_subdir", "job.name")
 _JOB_NUMBER = "${hydra.job.num}"  # Hydra's own default for sweep.subdir
-_REFERENCE = re.compile(r"\$\{[\w.]+\}")  # a value that consists of one reference to a key
 _COMMAND_ONLY = ("imports", "run", "images")  # a folder's sweeper.params must not set these
 
 
@@ -173,9 +171,10 @@ def _check(config: DictConfig, overrides: Sequence[str]) -> None:
         folder = OmegaConf.select(config, key, throw_on_resolution_failure=False)
         if folder is not None and all(o.key_or_group != key for o in parsed) and not _stays_below(str(folder)):
             raise _refusal(key, folder)
-    for key, value in leaves({k: v for k, v in whole.items() if k != "hydra"}):
-        if "${" in str(value) and not _REFERENCE.fullmatch(str(value)) and not any(str(value) in o for o in overrides):
-            raise _refusal(key, value)  # could read an environment variable, or double a text with each reference
+    outside = {k: v for k, v in whole.items() if k != "hydra"}
+    for key, value in leaves(outside):
+        if "${" in str(value) and not names_a_value(value, outside) and not any(str(value) in o for o in overrides):
+            raise _refusal(key, value)  # could read an environment variable, or expand without bound
     own = _own_config(part["runtime"]["choices"], parsed)
     imports = imported_packages(own)
     expected: Any = OmegaConf.to_container(own.hydra, resolve=False)

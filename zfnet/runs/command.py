@@ -8,7 +8,7 @@ see `prepare_overrides`.
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from zfnet.config.errors import UserError, one_line
 from zfnet.config.instantiate import resolve
 from zfnet.config.reading import read_config, read_yaml, upgrade
-from zfnet.config.schema import NOT_IDENTITY, Config, Job, flatten
+from zfnet.config.schema import NOT_IDENTITY, Config, Job, leaves, names_a_value
 from zfnet.config.trust import CONF, imported_packages, only_own_folders, parse_overrides
 from zfnet.data.images import data_hash
 from zfnet.runs.directory import RunDirectory, find_run
@@ -163,13 +163,17 @@ def read_command(raw: DictConfig, overrides: Sequence[str], sources: Iterable[An
         if job_class.trains and base.job == "import":
             raise UserError(f"run={base.folder} was made by job=import: {job} needs a run that this program trained")
         own = {key: OmegaConf.to_container(raw, resolve=True)[key] for key in _COMMAND_KEYS}  # type: ignore[index,call-overload]
-        config = apply_overrides(base, overrides, {**own, "run": str(base.folder)}, imports)
+        config = apply_overrides(base, overrides, {**own, "run": str(base.folder)}, imports, raw)
     config.overrides, config.composed = list(overrides), raw
     return config
 
 
 def apply_overrides(
-    run: RunDirectory, overrides: Sequence[str], own: dict[str, Any], imports: Sequence[str] = ()
+    run: RunDirectory,
+    overrides: Sequence[str],
+    own: dict[str, Any],
+    imports: Sequence[str] = (),
+    composed: DictConfig | None = None,
 ) -> Config:
     """Return a run's recorded config with overrides applied; `own` contains the command's own job, run and images.
 
@@ -186,14 +190,13 @@ def apply_overrides(
     peak, rate = (OmegaConf.select(base, key) for key in ("scheduler.max_lr", "optimizer.lr"))
     if peak is not None and peak == rate:
         OmegaConf.update(base, "scheduler.max_lr", "${optimizer.lr}")
-    groups = [o for o in applied if _is_group(o)]
-    if groups:
-        composed = OmegaConf.to_container(compose_raw([o.input_line or "" for o in groups]), resolve=False)
-        assert isinstance(composed, dict)
-        for override in groups:
-            base[override.key_or_group] = composed[override.key_or_group]
+    groups = {o.key_or_group for o in applied if _is_group(o)}
+    if groups:  # `composed` has the command's groups from all of its folders, with the keys that it sets in them
+        plain: Any = OmegaConf.to_container(compose_raw(overrides) if composed is None else composed, resolve=False)
+        for group in groups:
+            base[group] = plain.get(group, {})  # empty after ~logger
     for override in applied:
-        if override in groups:
+        if override.key_or_group.partition(".")[0] in groups:
             continue
         try:
             if override.is_delete():
@@ -262,20 +265,13 @@ def _composed_record(run: RunDirectory) -> DictConfig:
         if not isinstance(unresolved, dict):
             return plain
         job = {k: v for k, v in upgrade(unresolved).items() if k in plain}  # without the keys for Hydra
-        values = flatten(job)
-        if any("${" in str(v) and not _names_a_value(v, values) for v in values.values()):
+        if any("${" in str(v) and not names_a_value(v, job) for _, v in leaves(job)):
             return plain
         composed = OmegaConf.create(job)
         same = read_config(composed).identity() == read_config(recorded).identity()
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, UserError):
         return plain
     return composed if same else plain
-
-
-def _names_a_value(text: Any, values: Mapping[str, Any]) -> bool:
-    """Return whether `text` is a single `${a.b}`, and `a.b` is one of these values and has no interpolation itself."""
-    key = text[2:-1] if isinstance(text, str) and text.startswith("${") and text.endswith("}") else ""
-    return all(part.isidentifier() for part in key.split(".")) and "${" not in str(values.get(key, "${"))
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
