@@ -35,6 +35,9 @@ def test_find_images_expands_files_folders_patterns_and_addresses(tmp_path: Path
     assert names(["?.png"]) == ["a.png", "b.png"]
     assert names(["**/*.jpg"]) == ["photos/z.jpg"]
     assert names(["odd[1].png"]) == ["odd[1].png"]  # an existing file, not a pattern
+    Path("a.png").rename("~copy.png")  # no user's home
+    assert names(["~copy.png"]) == ["~copy.png"]
+    Path("~copy.png").rename("a.png")
     assert names(["a.png", "*.png"]) == ["a.png", "b.png", "odd[1].png"]  # no repetitions
     assert names(["https://example.org/x?y=*"]) == ["https://example.org/x?y=*"]
 

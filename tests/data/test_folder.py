@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -374,7 +376,7 @@ def test_the_time_of_a_young_file_is_not_trusted(config, photos: Path, monkeypat
     write_images(photos, {"a": 3, "b": 3})
     read: list[str] = []
     real = folder_module._hash_and_size
-    monkeypatch.setattr(folder_module, "_hash_and_size", lambda f: (read.append(f), real(f))[1])
+    monkeypatch.setattr(folder_module, "_hash_and_size", lambda f, **limits: (read.append(f), real(f, **limits))[1])
     for _ in range(2):
         load_folder(config())
     assert len(read) == 12
@@ -516,3 +518,24 @@ def test_a_key_that_a_full_disk_cut_is_made_again(config, photos: Path, monkeypa
     key.write_text(content)
     assert load_folder(config()).fingerprint == first.fingerprint
     assert (key.parent / key.read_text() / "images.npy").is_file()
+
+
+@pytest.mark.parametrize("max_pixels", [10_000, 2**30])
+def test_an_image_whose_header_claims_more_than_pillow_allows_is_one_of_the_unreadable(
+    config, photos: Path, max_pixels: int
+) -> None:
+    write_images(photos, {"a": 3, "b": 3})
+    content = bytearray((photos / "b/000.png").read_bytes())
+    content[16:24] = struct.pack(">II", 20_000, 20_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))  # of the header
+    (photos / "b/000.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"b/000\.png cannot be read as an image .*data\.on_error=skip"):
+        load_folder(config(max_pixels=max_pixels))
+    assert load_folder(config(on_error="skip", max_pixels=max_pixels)).unreadable == ("b/000.png",)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_images_for_splits_are_one_line(config, photos: Path, count: int) -> None:
+    write_images(photos, {"a": 1, "b": count - 1})
+    with pytest.raises(UserError, match="image"):
+        load_splits(config(validation=0.1))

@@ -56,14 +56,14 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, draft:
         return to_rgb(image)
 
 
-def image_size(file: Path) -> tuple[int, int]:
+def image_size(file: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Return (width, height) from the file's header; raise UnreadableImage."""
-    with _open_image(file) as image:
+    with _open_image(file, max_pixels) as image:
         return image.size
 
 
 @contextlib.contextmanager
-def _open_image(file: str | Path | BinaryIO, max_pixels: int | None = None) -> Iterator[Image.Image]:
+def _open_image(file: str | Path | BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     """Open a file in one of FORMATS; raise UnreadableImage for any error, also within the `with` block."""
     if isinstance(file, (str, Path)):
         if Path(file).exists() and not Path(file).is_file():
@@ -75,13 +75,13 @@ def _open_image(file: str | Path | BinaryIO, max_pixels: int | None = None) -> I
         except OSError as error:
             raise UnreadableImage(error.strerror or str(error)) from error
         return
-    if max_pixels and Image.MAX_IMAGE_PIXELS and max_pixels > Image.MAX_IMAGE_PIXELS:
+    if Image.MAX_IMAGE_PIXELS and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # otherwise Pillow applies its own limit
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
-                if max_pixels and (pixels := _pixels(image)) > max_pixels:
+                if (pixels := _pixels(image)) > max_pixels:
                     raise UnreadableImage(f"{pixels:,} pixels are more than data.max_pixels={max_pixels:,}")
                 yield image
     except UnreadableImage:

@@ -129,7 +129,7 @@ def find_images(items: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     names: list[str] = []
     errors: dict[str, str] = {}
     for item in items:
-        path = Path(item).expanduser()
+        path = Path(os.path.expanduser(item))
         if _is_address(item):
             names.append(item)
         elif os.path.isdir(path):  # Path.is_dir raises if the name is too long

@@ -66,7 +66,7 @@ def load_folder(data: FolderData) -> Splits:
     """Return the images below `data.root`, and log in one line what is left out; raise UserError."""
     if not data.root:
         raise UserError(NO_ROOT)
-    listing = _list_files(Path(data.root).expanduser())
+    listing = _list_files(Path(os.path.expanduser(data.root)))
     if listing.left_out.names:
         log.warning("%s: left out: %s", listing, listing.left_out)
         closed = listing.left_out.names.get(LeftOutNames.UNREADABLE)
@@ -91,7 +91,7 @@ def load_folder(data: FolderData) -> Splits:
     if train is None:
         if undivided is None:
             raise UserError(f"{listing}: none of its training images can be read")
-        held_out, kept = stratified(undivided.labels, round(len(undivided) * _TEST_FRACTION), data.split_seed)
+        held_out, kept = stratified(undivided.labels, max(1, round(len(undivided) * _TEST_FRACTION)), data.split_seed)
         train, test = undivided.take(kept), undivided.take(held_out)
     names = tuple(os.path.relpath(listing.files[k], listing.root) for k in skipped)
     return Splits(train, val, test, mark, names)
@@ -246,7 +246,7 @@ def _load_cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, dict[
     The lookup has two steps: the files' status, which changes with their content, gives the key of the content, and the
     key gives the pixels. So unchanged files are hashed once, and equal content is decoded once, in any location.
     """
-    caches = Path(data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zfnet").expanduser()
+    caches = Path(os.path.expanduser(data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zfnet"))
     try:
         caches.mkdir(parents=True, exist_ok=True)
         folder = _find_or_build(listing, data, caches)
@@ -284,7 +284,8 @@ def _find_or_build(listing: _Listing, data: FolderData, caches: Path) -> Path:
             if _KEY.fullmatch(key) and (folder := caches / key).is_dir():  # a full disk can leave the key empty
                 return folder
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            hashes, sizes = zip(*_progress(pool.map(_hash_and_size, listing.files), "reading", len(stats)), strict=True)
+            read = functools.partial(_hash_and_size, max_pixels=data.max_pixels)
+            hashes, sizes = zip(*_progress(pool.map(read, listing.files), "reading", len(stats)), strict=True)
             key = _key([storage_settings, hashes])
             folder, partial = caches / key, caches / f"{key}.partial"
             with FileLock(caches / f"{key}.lock"):
@@ -323,7 +324,7 @@ def _key(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
-def _hash_and_size(file: str) -> tuple[str, tuple[int, int] | None]:
+def _hash_and_size(file: str, max_pixels: int) -> tuple[str, tuple[int, int] | None]:
     """Return a hash of the file's bytes and its (width, height); an empty hash and None if it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:
@@ -335,7 +336,7 @@ def _hash_and_size(file: str) -> tuple[str, tuple[int, int] | None]:
     except OSError:
         return "", None
     try:
-        return digest.hexdigest(), image_size(Path(file))
+        return digest.hexdigest(), image_size(Path(file), max_pixels)
     except UnreadableImage:  # `_build` reports it
         return digest.hexdigest(), None
 

@@ -1,6 +1,7 @@
 """Load the data that a config names: training, validation and test images."""
 
 import contextlib
+import os
 import socket
 import textwrap
 from collections.abc import Sequence
@@ -176,7 +177,7 @@ def load_cifar(name: str, root: str) -> Splits:
     """
     import torchvision  # imported here, because it takes half a second
 
-    folder = Path(root).expanduser()
+    folder = Path(os.path.expanduser(root))
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     train = _read_or_download(cls, name, folder, train=True)
     test = cls(str(folder), train=False)
@@ -195,7 +196,7 @@ def load_imagenette(data: FolderData) -> Splits:
     """
     import torchvision
 
-    folder = Path(str(data.root)).expanduser()
+    folder = Path(os.path.expanduser(str(data.root)))
     cls = torchvision.datasets.Imagenette
     published = _read_or_download(cls, "imagenette", folder, size="320px")
     root = folder / "imagenette2-320"

@@ -4,6 +4,7 @@ import base64
 import glob
 import html
 import itertools
+import os
 import re
 import shutil
 import statistics
@@ -93,7 +94,7 @@ def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
     """
     by_path: dict[Path, RunDirectory] = {}
     for item in items:
-        folders = [Path(item).expanduser()]
+        folders = [Path(os.path.expanduser(item))]
         if not folders[0].exists() and glob.has_magic(item):
             folders = [Path(path) for path in sorted(glob.glob(str(folders[0])))]
         runs = [find_run(item)] if item == "last" else []

@@ -5,6 +5,7 @@ code. Names and sizes are compared with the network before memory is allocated.
 """
 
 import hashlib
+import os
 import re
 import warnings
 import zipfile
@@ -51,7 +52,7 @@ class ImportJob(Job):
         """Write a run directory with the network that `source=…` names. Raises UserError."""
         if config.source is None:
             raise UserError(f"job=import needs source=…: {', '.join(PUBLISHED)} or a file, as in source=zfnet512.onnx")
-        path = _published(config.source) if config.source in PUBLISHED else Path(config.source).expanduser()
+        path = _published(config.source) if config.source in PUBLISHED else Path(os.path.expanduser(config.source))
         if not path.is_file():
             raise UserError(f"source={config.source}: there is no such file{did_you_mean(config.source, PUBLISHED)}")
         kind = path.suffix.lower()
@@ -111,7 +112,7 @@ def _class_names(file: str | None, count: int) -> tuple[str, ...]:
         imagenet = _weights("alexnet").meta["categories"] if count == _IMAGENET else range(count)
         return tuple(class_name(str(name)) for name in imagenet)
     try:
-        names = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        names = Path(os.path.expanduser(file)).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"job.classes={file}: cannot be read as text ({error})") from error
     names = [class_name(name.strip()) for name in names if name.strip()]

@@ -54,7 +54,7 @@ class RunsJob(Job):
 
         Raises UserError if the folder does not exist, and for a key of `where` that no run has.
         """
-        root = Path(self.root).expanduser()
+        root = Path(os.path.expanduser(self.root))
         if not root.is_dir():
             raise UserError(f"job.root={root}: there is no such folder")
         pairs = [re.split("[:=]", each, maxsplit=1) for each in self.where]

@@ -9,10 +9,11 @@ import torchinfo
 
 from zfnet.config.schema import Config, Job, ModelConfig, model_name
 from zfnet.data import known_classes, load_splits
+from zfnet.model.build import freeze
 from zfnet.runs.directory import find_run
 from zfnet.runs.tables import format_table
 from zfnet.runs.weights import load_model
-from zfnet.training.build import freeze, initial_model
+from zfnet.training.build import initial_model
 
 BATCH = 2  # images, as in the blog's table
 

@@ -363,7 +363,7 @@ def find_run(text: str) -> RunDirectory:
     Raises UserError if there is none.
     """
     if text != "last":
-        folder = Path(text).expanduser()
+        folder = Path(os.path.expanduser(text))
         if not os.path.isfile(folder / "config.yaml"):  # also False for a name that is too long
             raise UserError(f"run={text}: there is no run (no config.yaml)")
         return RunDirectory(folder)

@@ -1,6 +1,7 @@
 """Build the objects of a training from a config: loss, optimizer, schedule, transforms, callbacks and loggers."""
 
 import inspect
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -382,5 +383,5 @@ def initial_model(config: Config, num_classes: int | None, with_weights: bool = 
         model = build_model(config.model, num_classes, config.data.image_size, config.imports)
     if config.trainer.init_from is None or not with_weights:
         return model, []
-    path = Path(config.trainer.init_from).expanduser()
+    path = Path(os.path.expanduser(config.trainer.init_from))
     return model, load_initial_weights(model, path / "model.safetensors" if path.is_dir() else path)
