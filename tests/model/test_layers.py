@@ -277,3 +277,10 @@ def test_evaluation_mode_gives_each_module_its_own_mode_back() -> None:
     assert not any(within)
     assert [module.training for module in model.modules()] == [True, True, False, False, False]
     assert calls == [True, False, True]
+
+
+def test_lrn_refuses_a_second_derivative() -> None:
+    x = torch.rand(1, 6, 2, 2, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(LocalResponseNorm()(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -46,6 +46,7 @@ def test_the_structure_of_the_zoos_zfnet512() -> None:
         ([("Conv", ["w"], {"pads": [0, 0, 1, 1]})], r"Conv .*pads=\[0, 0, 1, 1\]: differ"),
         ([("Conv", ["v"], {})], r"Conv \(y0\) cannot be read: .*channel"),
         ([("Conv", ["nothing"], {})], "Conv .*nothing is not a constant"),
+        ([CONV, ("LRN", [], {"size": 0})], "LRN .* cannot be read"),
         ([("MaxPool", [], {"kernel_shape": [30, 30]})], "MaxPool .* cannot be read"),
         ([("Relu", [], {}), ("Softmax", [], {}), ("Relu", [], {})], "Softmax .*must be the last"),
         ([("Reshape", ["s2"], {})], r"Reshape .*shape=\[3, -1\]: must flatten"),

@@ -19,7 +19,7 @@ from tests.helpers import Trap, data_config, random_images, tiny_model_config
 from zfnet import ZFNet, load_run
 from zfnet.config.errors import UserError
 from zfnet.data import Batches, load_splits, preprocess
-from zfnet.model.build import build_model, load_initial_weights, read_tensors
+from zfnet.model.build import build_model, load_initial_weights, read_tensors, refuse_not_finite
 from zfnet.runs.weights import ModelMetadata, load_model, save_model, weights_hash
 from zfnet.training.device import resolve_runtime
 from zfnet.training.loop import evaluate
@@ -78,6 +78,8 @@ def header(path: Path) -> tuple[dict, dict]:
         (lambda h: h["data"].update(image_size=10), "too few for its"),
         (lambda h: h.update(classes=[]), "its classes are not a list"),
         (lambda h: h.update(classes="abc"), "its classes are not a list"),
+        (lambda h: h.update(classes=["a", "b", "a"]), "it names a class twice"),
+        (lambda h: h["data"].update(crop_size=33), "crop_size=33: is more than stored_size=32"),
         (lambda h: h.update(stored_size=10**12), "stored_size=1000000000000: must be from 1 to 4096"),
         (lambda h: h.update(stored_size="32"), "stored_size=32: must be from"),
         (lambda h: h.update(stored_size=True), "stored_size=True: must be from"),
@@ -162,6 +164,13 @@ def test_weights_that_are_no_networks_are_one_line(saved, change, expected: str)
     assert "\n" not in str(caught.value)
 
 
+def test_weights_of_eight_bits_are_checked_too() -> None:
+    weights = {"a": torch.ones(2).to(torch.float8_e4m3fn)}
+    refuse_not_finite(Path("x"), weights)
+    with pytest.raises(UserError, match="x: its a contains NaN"):
+        refuse_not_finite(Path("x"), {"a": torch.tensor([torch.nan]).to(torch.float8_e4m3fn)})
+
+
 def test_a_name_that_is_there_twice_is_refused(saved) -> None:
     path = saved[2]
     content = path.read_bytes()
@@ -200,12 +209,20 @@ def test_what_a_header_claims_of_a_network_that_pools_takes_no_pass(tmp_path: Pa
     assert seen == {"meta"}
 
 
-def test_a_network_that_cannot_be_built_without_memory_loads(tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_built_on_meta_loads_and_takes_no_memory(tmp_path: Path, monkeypatch) -> None:
     settings = {"_target_": "torchvision.models.regnet_y_400mf"}
     model = build_model(settings, 3, 32)
     metadata = ModelMetadata(settings, ("a", "b", "c"), data_config(image_size=32), stored_size=32)
     digest = save_model(tmp_path / "model.safetensors", model, metadata)
     assert weights_hash(load_model(tmp_path / "model.safetensors")[0].state_dict()) == digest
+    plain, _ = header(tmp_path / "model.safetensors")
+    plain["classes"] = [str(n) for n in range(300_000)]
+    (tmp_path / "model.safetensors").write_bytes(save({"a": torch.ones(1)}, {"zfnet": json.dumps(plain)}))
+    built = []
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: built.append(self.weight.device.type))
+    with pytest.raises(UserError, match="does not fit its network"):
+        load_model(tmp_path / "model.safetensors")
+    assert set(built) == {"meta"}
 
 
 @pytest.mark.parametrize(

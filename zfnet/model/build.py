@@ -83,7 +83,8 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 def refuse_not_finite(path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise UserError if any weight is NaN or infinite."""
     for name, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        # float8 has no `isfinite`
+        if value.is_floating_point() and not (value if value.itemsize > 1 else value.float()).isfinite().all():
             raise UserError(f"{path}: its {name} contains NaN or infinity: training diverged, or the file is damaged")
 
 

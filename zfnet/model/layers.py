@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from zfnet.config.randomness import DROPOUT, make_key, uniform
 
@@ -94,6 +95,7 @@ class _Normalise(torch.autograd.Function):
         return x * power
 
     @staticmethod
+    @once_differentiable  # the saved tensors have no graph
     def backward(ctx, grad):
         # dy_i/dx_j = δ_ij s_j^−β − 2αβ x_i s_i^(−β−1) x_j for i within the band around j
         x, band, scale, power = ctx.saved_tensors

@@ -96,7 +96,7 @@ class _Reader:
             values = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
             try:
                 _READERS[node.op_type](self, node, values)
-            except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            except (ArithmeticError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 raise self.error(f"{node.op_type} ({printable(self.at)}) cannot be read: {one_line(error)}") from error
 
     def add(self, name: str, kind: str, weights: Mapping[str, Tensor], **settings: Any) -> None:

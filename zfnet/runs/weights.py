@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from zfnet.config.errors import UserError, one_line, with_file_name
 from zfnet.config.reading import parse_json, read_data, refuse_interpolation, upgrade_data
@@ -89,10 +90,15 @@ def _metadata(path: Path, header: dict[str, Any]) -> ModelMetadata:
         raise ValueError("its classes are not a list")
     if type(stored_size) is not int or not 1 <= stored_size <= LARGEST_SIDE:
         raise ValueError(f"stored_size={stored_size}: must be from 1 to {LARGEST_SIDE}")
+    if len({str(c) for c in classes}) < len(classes):
+        raise ValueError("it names a class twice")
+    data = read_data(upgrade_data(header["data"]))
+    if (data.crop_size or 0) > stored_size:
+        raise ValueError(f"crop_size={data.crop_size}: is more than stored_size={stored_size}")
     is_own = isinstance(network, dict) and "_target_" in network
     return ModelMetadata(
         model=network if is_own else check(ModelConfig, network, "model"),
-        data=read_data(upgrade_data(header["data"])),
+        data=data,
         classes=tuple(str(c) for c in classes),
         stored_size=stored_size,
     )
@@ -108,19 +114,33 @@ def _build(path: Path, metadata: ModelMetadata, state: Mapping[str, Tensor], imp
             if _largest(value) > weights:
                 raise UserError(f"{path}: model.{key}={value!s:.80}: is too large for a file with {weights:,} weights")
     try:
-        with torch.device("meta"):  # shapes without memory
-            empty = build_model(settings, *sizes, probe=False)
-            # load the tensors before the trial pass, which would be slow if the header claims many layers
-            _load(path, empty, {name: value.to("meta") for name, value in state.items()})
-            if not isinstance(empty, ZFNet):
+        try:
+            with torch.device("meta"):  # shapes without memory
+                empty = build_model(settings, *sizes, probe=False)
+        except UserError as error:
+            if trusted or not isinstance(error.__cause__, NotImplementedError):
+                raise
+            with _EmptyOnMeta():  # RegNet computes its widths with tensors, which need values
+                empty = build_model(settings, *sizes, probe=False).to("meta")
+        # load the tensors before the trial pass, which would be slow if the header claims many layers
+        _load(path, empty, {name: value.to("meta") for name, value in state.items()})
+        if not isinstance(empty, ZFNet):
+            with torch.device("meta"):
                 check_logits(empty, *sizes[:2])
     except (UserError, RuntimeError, OverflowError, TypeError) as error:
-        if trusted or isinstance(error.__cause__, NotImplementedError):  # some classes (RegNet) fail on "meta"
+        if trusted:  # some classes fail on "meta"
             return build_model(settings, *sizes)
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: no such network ({one_line(error)})") from error
     return build_model(settings, *sizes, probe=False)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Makes `torch.empty`, which allocates every layer's weights, take no memory; other tensors keep their values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
 
 
 def _largest(value: Any) -> int:
