@@ -167,6 +167,7 @@ def test_what_cannot_matter_is_no_variation_and_a_stopped_one_goes_on(run_py, ex
     assert RunDirectory("again").state == "stopped"
     with monkeypatch.context() as patch:
         given: list[Any] = []
+        patch.setattr("zfnet.training.loggers._import", lambda name: name)  # mlflow need not be installed
         patch.setattr("zfnet.jobs.resume.reproduce", lambda config, run: given.append(config))
         words = ("imports=[tests]", "trainer.devices=2", "logger=mlflow", "logger.mlflow.tracking_uri=http://x")
         assert run_py("job=resume", "run=again", *words).code == 0
