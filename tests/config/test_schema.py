@@ -45,6 +45,9 @@ def test_every_choice_composes_and_passes_the_checks(group: str, name: str) -> N
     assert config.trainer.test_each_epoch is ((group, name) == ("experiment", "blog"))
     if group in ("model", "data", "augment", "trainer"):
         assert getattr(config, group).name == name.split("/")[-1]
+    if group == "experiment":
+        for debug in ("batch", "profile"):
+            assert compose_checked(f"experiment={name}", *NEEDED.get(name, []), f"debug={debug}").trainer.epochs == 1
 
 
 @pytest.mark.parametrize("name", [name for group, name in FILES if group == "job"])

@@ -63,7 +63,7 @@ class Callback:
         """
 
     def on_step_end(self, state: TrainingState) -> None:
-        """Called after each step; `state.step` includes it. To end: raise Stopped, or set `state.should_stop`."""
+        """Called after each step; `state.step` includes it. Set `state.should_stop` to end after this epoch."""
 
     def measure(self, state: TrainingState, results: Mapping[str, Evaluation]) -> Mapping[str, float]:
         """Return a number for each of `columns`, for history.csv, the loggers and the `monitor` of other callbacks.
