@@ -157,8 +157,8 @@ def fake_validation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     real = loop.evaluate
 
     def set_results(**made_up: Sequence[float]) -> None:
-        def fake_evaluate(model, batches, runtime, what, stop=None):
-            evaluation = real(model, batches, runtime, what, stop)
+        def fake_evaluate(model, batches, runtime, what, *more):
+            evaluation = real(model, batches, runtime, what, *more)
             if what.startswith("validation "):
                 for metric, values in made_up.items():
                     object.__setattr__(evaluation, metric, values[int(what.split()[1]) - 1])

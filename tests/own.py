@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from tests.helpers import random_images
 from zfnet.training.callbacks import Callback
 from zfnet.training.loggers import Logger
+from zfnet.training.state import TrainingState
 
 
 class NestedState(Optimizer):
@@ -336,3 +337,13 @@ class Squash(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         side = self.keep or 8 + int(image.sum()) % 8
         return image[:, :side, : side if not self.keep else None]
+
+
+class StopAtStep(Callback):
+    def on_step_end(self, state: TrainingState) -> None:
+        state.should_stop |= state.step >= 3
+
+
+class NoColumns(Callback):
+    def measure(self, state: TrainingState, results: Any) -> dict[str, float]:
+        return {"mine": 1.0}

@@ -22,6 +22,7 @@ from tests.helpers import (
     weights_and_history,
     write_images,
 )
+from tests.own import HookRecorder
 from zfnet.runs.directory import RunDirectory
 from zfnet.training.callbacks import Checkpoints
 from zfnet.training.checkpoint import epoch_name, read_checkpoint, read_newest, step_files, unpack
@@ -205,6 +206,14 @@ def test_the_schedule_of_a_branch_is_chosen_and_logged(branch, cosine: RunDirect
     spans = {"stretch": "1 to 4", "continue": "1 to 2", "restart": "3 to 4"}
     assert f"learning rate (job.schedule={rule}): CosineAnnealingLR over epochs {spans[rule]}; " in branch.out
     assert "; 0.000304 before, 0.0" in branch.out
+
+
+def test_a_new_callback_of_a_branch_begins_with_the_parents_weights(branch, tmp_path: Path) -> None:
+    train_tiny_exact(tmp_path / "one", "trainer.epochs=1")
+    HookRecorder.calls.clear()
+    words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.HookRecorder")
+    branch("two", "job=extend", "run=one", "trainer.epochs=2", *words)
+    assert HookRecorder.calls[:2] == [("on_fit_start", 0), ("on_fit_start", 8)]
 
 
 def test_a_schedule_that_restarts_needs_no_metric_of_the_parent(branch, run_py, tmp_path: Path) -> None:

@@ -19,6 +19,20 @@ def test_summary_lists_layers_with_shapes_parameters_and_multiply_adds(run_py) -
     assert cells["total"][0] == "58,301,578"
 
 
+def test_summary_of_a_nested_network_names_its_layers_and_adds_them_up(run_py, tmp_path) -> None:
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/nested.yaml").write_text("_target_: torchvision.models.resnet18\n")
+    answer = run_py("--config-dir", tmp_path / "conf", "job=summary", "experiment=quickstart", "model=nested")
+    assert answer.code == 0, answer.err
+    lines = [line.split() for line in answer.out.splitlines()]
+    assert ["layer4.1.conv2", "Conv2d"] in [line[:2] for line in lines]
+    for column in (-2, -1):  # parameters, multiply-adds
+        counts = {k: [int(row[column].replace(",", "")) for row in lines if k in row[:2]] for k in ("Conv2d", "Linear")}
+        norms = [int(row[column].replace(",", "")) for row in lines if "BatchNorm2d" in row]
+        (total,) = (int(row[column].replace(",", "")) for row in lines if row[:1] == ["total"])
+        assert sum(counts["Conv2d"]) + sum(counts["Linear"]) + sum(norms) == total
+
+
 def test_summary_counts_weights_that_no_memory_holds(run_py) -> None:
     words = (
         "model.width=100",

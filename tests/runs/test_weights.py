@@ -20,6 +20,7 @@ from zfnet import ZFNet, load_run
 from zfnet.config.errors import UserError
 from zfnet.data import Batches, load_splits, preprocess
 from zfnet.model.build import build_model, load_initial_weights, read_tensors, refuse_not_finite
+from zfnet.runs import weights
 from zfnet.runs.weights import ModelMetadata, load_model, save_model, weights_hash
 from zfnet.training.device import resolve_runtime
 from zfnet.training.loop import evaluate
@@ -340,3 +341,12 @@ def test_layers_that_share_their_weights_are_saved(tmp_path: Path) -> None:
     loaded = load_file(tmp_path / "m.safetensors")
     assert torch.equal(loaded["0.weight"], loaded["1.weight"])
     assert torch.equal(loaded["0.weight"], model[0].weight)
+
+
+def test_load_run_trusts_what_conf_trusts(tiny_run, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(weights, "imported_packages", lambda _: ["mine"])
+    monkeypatch.setattr(weights, "load_model", lambda path, imports: (seen.append(imports), (None, None))[1])
+    load_run(tiny_run.folder)
+    load_run(tiny_run.folder, ())
+    assert seen == [["mine"], ()]

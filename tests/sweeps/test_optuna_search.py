@@ -194,10 +194,10 @@ def test_the_journal_is_bounded(tmp_path: Path, line: str | None) -> None:
 def test_trial_pruning_ends_trials_that_job_resume_can_finish(run_py, tmp_path, monkeypatch) -> None:
     trial, evaluate = -1, loop.evaluate
 
-    def ever_worse(model, batches, runtime, what, stop):
+    def ever_worse(model, batches, runtime, what, *more):
         nonlocal trial
         trial += what == "validation 1"
-        return dataclasses.replace(evaluate(model, batches, runtime, what, stop), accuracy=0.9 - trial / 10)
+        return dataclasses.replace(evaluate(model, batches, runtime, what, *more), accuracy=0.9 - trial / 10)
 
     words = ["-m", "hydra/sweeper=optuna", *FAST, *SPACE, "trainer.epochs=3"]
     words += ["hydra.sweeper.n_trials=3", "hydra/sweeper/pruner=median"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import signal
 from pathlib import Path
@@ -28,7 +29,7 @@ from tests.helpers import (
     training_state,
     weights_and_history,
 )
-from tests.own import HookRecorder, StepCounter
+from tests.own import GradNorm, HookRecorder, StepCounter
 from zfnet.config.errors import UserError
 from zfnet.config.reading import read_config
 from zfnet.jobs import train as train_module
@@ -36,7 +37,7 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.runs.session import Stopped
 from zfnet.runs.weights import load_model
 from zfnet.training import loop
-from zfnet.training.callbacks import Checkpoints, EarlyStopping, Metrics, StopOnSignal, format_duration
+from zfnet.training.callbacks import Checkpoints, EarlyStopping, Metrics, Pruning, StopOnSignal, format_duration
 from zfnet.training.checkpoint import (
     BEST_FILE,
     Checkpoint,
@@ -128,6 +129,10 @@ def test_early_stopping_takes_min_delta_and_metrics_that_rise() -> None:
     for value, stops in ((0.2, False), (0.31, False), (0.4, True)):
         rising.on_epoch_end(state, {"epoch": 1, "validation_accuracy": value})
         assert state.should_stop is stops
+    first_is_nan = EarlyStopping(patience=1)
+    for value in (math.nan, 2.0, 1.0):
+        first_is_nan.on_epoch_end(SimpleNamespace(), {"epoch": 1, "validation_loss": value})
+    assert (first_is_nan.best, first_is_nan.waited) == (1.0, 0)
 
 
 def test_early_stopping_is_exact_after_kills(tmp_path: Path, fake_validation, monkeypatch) -> None:
@@ -236,7 +241,7 @@ def test_a_misspelt_hook_is_refused_before_data_is_read() -> None:
 
 
 def test_a_callback_that_does_not_give_its_number_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=re.escape("callbacks.mine (GradNorm): KeyError: 'other'")):
+    with pytest.raises(UserError, match=r"callbacks.mine \(GradNorm\): .*measure\(\) did not return other"):
         train_tiny_exact(tmp_path / "run", *NORM, "+callbacks.mine.column=other")
 
 
@@ -285,6 +290,42 @@ def test_callback_hooks_are_called_in_the_documented_order(tmp_path: Path) -> No
     HookRecorder.calls.clear()
     train_until_killed(tmp_path / "dead", 3, *words)
     assert HookRecorder.calls[:3] == [("on_fit_start", 0), ("on_epoch_start", 2), ("on_before_optimizer_step", 2)]
+
+
+def test_a_callback_that_stops_within_an_epoch_ends_the_epoch_after_a_kill_too(tmp_path: Path) -> None:
+    words = ("imports=[tests]", "+callbacks.mine._target_=tests.own.StopAtStep", "trainer.epochs=3")
+    run = assert_resumes_exactly(tmp_path, (5,), *words)
+    assert len(run.read_history()) == 1
+
+
+def test_metrics_have_probabilities_and_the_run_directory(tmp_path: Path, monkeypatch) -> None:
+    seen = []
+
+    def look(self, state, results):
+        seen.append((state.folder, tuple(results["validation"].probabilities.shape)))
+        return {"grad_norm": 1.0}
+
+    monkeypatch.setattr(GradNorm, "measure", look)
+    train_tiny_exact(tmp_path / "run", *NORM, "trainer.epochs=1")
+    assert seen == [(tmp_path / "run", (8, 10))]
+
+
+def test_a_metric_that_names_no_columns_is_refused() -> None:
+    with pytest.raises(UserError, match=r"callbacks.mine: has measure\(\), but columns does not name the values"):
+        compose_checked(*TINY_EXACT, "imports=[tests]", "+callbacks.mine._target_=tests.own.NoColumns")
+
+
+def test_pruning_reports_the_epochs_from_before_a_resume_once() -> None:
+    reported = []
+    pruning = Pruning(lambda value, epoch: reported.append((epoch, value)) or False)
+    history = [{"epoch": 1, "validation_accuracy": 0.1}, {"epoch": 2, "validation_accuracy": 0.2}]
+    state: Any = SimpleNamespace(
+        config=SimpleNamespace(parent=None, trainer=SimpleNamespace(epochs=9)), history=history
+    )
+    for _ in range(2):
+        pruning.on_epoch_start(state)
+    pruning.on_epoch_end(state, {"epoch": 3, "validation_accuracy": 0.3})
+    assert reported == [(1, 0.1), (2, 0.2), (3, 0.3)]
 
 
 def test_callback_that_cannot_be_saved_is_named(tmp_path: Path, monkeypatch) -> None:

@@ -73,6 +73,19 @@ def test_the_newest_are_kept_and_the_best_too(writer: CheckpointWriter) -> None:
     assert problems == []
 
 
+def test_unreadable_files_of_later_steps_do_not_push_out_a_new_one(writer: CheckpointWriter) -> None:
+    writer.folder.mkdir(parents=True, exist_ok=True)
+    for step in (200, 300):
+        (writer.folder / step_name(step)).write_bytes(b"damaged")
+    for step in (10, 20, 30):
+        writer.write(step_name(step), make_checkpoint(step))
+    writer.wait()
+    assert [p.name for p in step_files(writer.folder)] == [step_name(step) for step in (20, 30, 200, 300)]
+    newest, problems = read_newest(writer.folder)
+    assert newest is not None
+    assert (newest.metadata["step"], len(problems)) == (30, 2)
+
+
 def test_training_may_change_tensors_at_once(writer: CheckpointWriter, monkeypatch) -> None:
     gate = threading.Event()
     real = run_module.write_tensors

@@ -47,9 +47,9 @@ LOSSES = {"validation 1": 3.0, "validation 2": 2.9, "validation 3": 2.8}
 NOT_RESULTS = {"seconds", "epoch_seconds", "compiled"}  # parts of a checkpoint that no result depends on
 
 
-def evaluate_with_fixed_accuracy(model, batches, runtime, name, stop=None, real=loop.evaluate):
+def evaluate_with_fixed_accuracy(model, batches, runtime, name, *more, real=loop.evaluate):
     """Evaluate, but set the accuracy so that the first epoch is the best."""
-    result = real(model, batches, runtime, name, stop)
+    result = real(model, batches, runtime, name, *more)
     if name in LOSSES:
         # the last digits depend on the network
         return replace(result, loss=LOSSES[name] + result.loss / 1e6, accuracy=1 / int(name[-1]))
@@ -128,7 +128,7 @@ DAMAGES: list[tuple[str, str, Callable[[Checkpoint], None]]] = [
     ("adamw", "schedule.taken", value("schedule", "taken", to=100)),
     ("adamw", "best", value("best", "validation_accuracy", to=2.0)),
     ("adamw", "history", value("history", to=[])),
-    ("adamw", "should_stop", value("should_stop", to=True)),
+    ("sgd", "should_stop", value("should_stop", to=True)),
     ("adamw", "identity", value("identity", to="0" * 64)),
 ]
 

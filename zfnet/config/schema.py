@@ -229,7 +229,7 @@ class TrainerConfig(Checked):
     snapshots: list[Positive] = field(default_factory=list)
     checkpoint_epochs: list[Positive] = field(default_factory=list)
     init_from: Optional[str] = None
-    freeze: list[str] = field(default_factory=list)
+    freeze: list[Annotated[str, Field(coerce_numbers_to_str=True)]] = field(default_factory=list)  # nn.Sequential's 0
     compile_seconds: Annotated[float, Field(ge=0)] = 30
     compile_gain: Annotated[float, Field(gt=0, lt=1)] = 0.2
 

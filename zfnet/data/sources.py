@@ -108,6 +108,8 @@ _ROUNDING = 1e-3  # resized floats can exceed 0 … 1 by this much
 
 def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
     images, labels = [], []
+    if not hasattr(dataset, "__len__"):
+        raise UserError(f"data.{name}: {type(dataset).__name__} has no __len__; a map-style data set needs one")
     with seeded_generators(torch.device("cpu")) as set_seed:
         for number in tqdm(range(len(dataset)), f"reading {name}", unit=" images", disable=None, leave=False):
             set_seed(make_key(DATASET, number))

@@ -43,12 +43,15 @@ class SummaryJob(Job):
             col_names=("output_size", "num_params", "mult_adds"),  # torchinfo counts only these
         )
         whose = f"run={config.run}: " if config.run else ""
-        print(f"{whose}model={model_name(config.model)} for {classes} classes ({config.data.title}), {size} px\n")
-        rows: list[tuple[str, ...]] = [("layer", "type", "output shape", "parameters", "multiply-adds/image")]
-        for layer in network.summary_list[1:]:  # the first is the whole network
-            shape = " × ".join(str(n) for n in layer.output_size)
-            counts = (f"{n:,}" if n else "" for n in (layer.num_params, layer.macs // BATCH))
-            rows.append((layer.var_name, layer.class_name, shape, *counts))
+        print(f"{whose}model={model_name(config.model)} for {classes} classes ({config.data.title}), {size} px")
+        print("multiply-adds are for one image\n")
+        rows: list[tuple[str, ...]] = [("layer", "type", "output shape", "parameters", "multiply-adds")]
+        names = {id(module): name for name, module in model.named_modules()}
+        for layer in network.summary_list:
+            if layer.is_leaf_layer:
+                shape = " × ".join(str(n) for n in layer.output_size)
+                counts = (f"{n:,}" if n else "" for n in (layer.num_params, layer.macs // BATCH))
+                rows.append((names[layer.layer_id], layer.class_name, shape, *counts))
         rows.append(("total", "", "", f"{network.total_params:,}", f"{network.total_mult_adds // BATCH:,}"))
         print("\n".join(format_table(rows, "<<<>>", 80, shrink=(0, 1))))
         print(

@@ -223,7 +223,9 @@ def _train(
     callbacks = _callbacks(config, run, world, loggers, writer, stop, metadata, report)
     classes = len(splits.train.classes)
     counts = splits.train.labels.bincount(minlength=classes).tolist()
-    state = build_state(config, runtime, classes, len(train), world, callbacks, resumed=resumed, counts=counts)
+    state = build_state(
+        *(config, runtime, classes, len(train), world, callbacks), resumed=resumed, counts=counts, folder=run.folder
+    )
     if saved is not None and saved.metadata.get("identity", config.identity()) != config.identity():
         raise UserError(
             f"{run.folder / 'config.yaml'} is not the config that the checkpoint was made with: restore the old one, "
@@ -331,9 +333,10 @@ def _callbacks(
         if trainer.profile:
             made.append(cb.Profiler(run.folder / "profile"))
         made.append(cb.ProgressBar(_advise))
-        if report is not None:
-            made.append(cb.Pruning(report))
-    return [*made, cb.Checkpoints(writer, trainer.checkpoint_minutes, trainer.checkpoint_epochs), cb.StopOnSignal(stop)]
+    made.append(cb.Checkpoints(writer, trainer.checkpoint_minutes, trainer.checkpoint_epochs))
+    if world.is_main and report is not None:
+        made.append(cb.Pruning(report))  # after the checkpoint of an epoch in trainer.checkpoint_epochs
+    return [*made, cb.StopOnSignal(stop)]
 
 
 def _advise(state: TrainingState, seconds: float) -> str:

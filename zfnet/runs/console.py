@@ -35,7 +35,8 @@ _EXTRAS = {
     "export": ("onnx", "onnxruntime", "onnxscript"),
 }
 _EXTRA_OF = {name: extra for extra, names in _EXTRAS.items() for name in names}
-_EXTRA_KEYS = {"optimizer": ("param_groups",)}  # keys of a slot that its class does not take
+# keys of a slot that its class does not take
+_EXTRA_KEYS = {"optimizer": ("param_groups",), "scheduler": ("interval", "warmup_epochs")}
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+(e[-+]?\d+)?")  # a decimal comma: 0,001
 
 _one_line_errors = False  # stays False with HYDRA_FULL_ERROR=1

@@ -22,12 +22,14 @@ from torch.overrides import TorchFunctionMode
 from zfnet.config.errors import UserError, one_line, with_file_name
 from zfnet.config.reading import parse_json, read_data, refuse_interpolation, upgrade_data
 from zfnet.config.schema import LARGEST_SIDE, Config, DataConfig, ModelConfig, check, model_name
+from zfnet.config.trust import CONF, imported_packages
 from zfnet.data import preprocess
 from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images, read_named
 from zfnet.data.sources import to_image
 from zfnet.model.build import build_model, check_logits, read_tensors, refuse_not_finite
 from zfnet.model.zfnet import ZFNet
+from zfnet.runs.command import compose_raw
 from zfnet.runs.directory import RunDirectory, find_run, write_tensors
 
 WEIGHTS_FORMAT = "zfnet-1"
@@ -261,14 +263,18 @@ def recorded_accuracy(run: RunDirectory) -> tuple[str, float] | None:
     return None
 
 
-def load_run(folder: str | Path, imports: Sequence[str] = ()) -> TrainedRun:
+def load_run(folder: str | Path, imports: Sequence[str] | None = None) -> TrainedRun:
     """Load a run directory, or the newest finished run (`last`): its network with saved weights, classes and config.
 
         model = load_run("outputs/train/2026-01-31_12-00-00-000000").model
 
+    imports: packages that the run's own network and classes may come from; None: those that `conf/` trusts
+
     Raises UserError if there is no finished run.
     """
     run = find_run(str(folder))
+    if imports is None:
+        imports = imported_packages(compose_raw([])) if CONF.is_dir() else ()
     model, metadata = load_model(run.weights, imports)
     return TrainedRun(run, run.read_config(imports), model, metadata)
 

@@ -335,6 +335,7 @@ def build_state(
     *,
     resumed: bool = False,
     counts: Sequence[int] | None = None,
+    folder: Path | None = None,
 ) -> TrainingState:
     """Return the state of a training before its first step.
 
@@ -355,7 +356,8 @@ def build_state(
     schedule = Schedule(config.scheduler, scheduler, optimizer, length, steps_per_epoch, first * steps_per_epoch)
     criterion = build_loss(config, counts or [1] * num_classes).to(runtime.device)
     return TrainingState(
-        config, runtime, model, criterion, optimizer, schedule, steps_per_epoch, world, list(callbacks), new_weights
+        *(config, runtime, model, criterion, optimizer, schedule, steps_per_epoch, world, list(callbacks), new_weights),
+        folder=folder,
     )
 
 

@@ -1,5 +1,6 @@
 """The program's callbacks of the training loop. `callbacks:` in a config adds early stopping and your own."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -305,6 +306,15 @@ class Pruning(Callback):
 
     def __init__(self, report: Callable[[float, int], bool]) -> None:
         self.report = report
+        self.reported = False  # whether the epochs before this process are reported
+
+    def on_epoch_start(self, state: TrainingState) -> None:
+        """Report the epochs from before a resume: the study has a new trial for a killed one, without them."""
+        first = state.config.parent.epoch if state.config.parent is not None else 0
+        for row in () if self.reported else state.history[first:]:
+            if row.get("validation_accuracy") is not None:
+                self.report(row["validation_accuracy"], row["epoch"])
+        self.reported = True
 
     def on_epoch_end(self, state: TrainingState, row: Mapping[str, Any]) -> None:
         value, epoch = row.get("validation_accuracy"), row["epoch"]
@@ -331,7 +341,7 @@ class EarlyStopping(Callback):
         if value is None:  # a callback's metric was not finite
             return
         sign = -1 if "loss" in self.monitor else 1
-        if self.best is None or sign * (value - self.best) > self.min_delta:
+        if self.best is None or math.isnan(self.best) or sign * (value - self.best) > self.min_delta:
             self.best, self.waited = value, 0
             return
         self.waited += 1

@@ -87,7 +87,8 @@ def _write(
     ready = {key: value.contiguous() for key, value in tensors.items()}
     write_tensors(folder / name, ready, {"checkpoint": header, "checksum": checksum(ready, header)})
     if prune:
-        for old in step_files(folder)[:-KEPT]:
+        # files of later steps could not be read, otherwise the run would have continued from them
+        for old in [file for file in step_files(folder) if file.name <= name][:-KEPT]:
             old.unlink(missing_ok=True)
 
 

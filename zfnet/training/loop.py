@@ -33,7 +33,8 @@ def fit(
     check_columns(state.callbacks, measured_columns(evaluations))
     try:
         with stop.deferred():
-            while state.epoch < (epochs or state.config.trainer.epochs) and not state.should_stop:
+            last = epochs or state.config.trainer.epochs
+            while state.epoch < last and not (state.should_stop and state.step_in_epoch == 0):  # end no epoch early
                 train_epoch(state, train)
                 measured = measure(state, evaluations, stop)
                 row = state.end_epoch(measured, len(train.set))
@@ -71,7 +72,8 @@ def train_step(state: TrainingState, batch: Batch) -> None:
                 loss = state.criterion(logits, micro.labels)  # summed over the images
             # DDP averages the gradients of all processes; with this factor the result is that of the batch's mean loss
             (loss * (world.size / batch.total)).backward()
-        totals += torch.stack([loss.detach(), (logits.argmax(1) == micro.labels).sum()])
+        totals[0] += loss.detach()  # not stacked: in bf16, the count would be rounded
+        totals[1] += (logits.argmax(1) == micro.labels).sum()
     loss_sum, correct = world.all_reduce(totals).unbind()
     state.metrics.add(loss_sum, correct, batch.total, state.step)
     state.call("on_before_optimizer_step")
@@ -90,8 +92,9 @@ def measure(state: TrainingState, evaluations: Mapping[str, Batches], stop: Stop
     row: dict[str, float | None] = {}
     set_optimizer_mode(state.optimizer, "eval")
     if state.world.is_main:
+        keep = any(callback.columns for callback in state.callbacks)
         results = {
-            name: evaluate(state.eval_model, batches, state.runtime, f"{name} {state.epoch + 1}", stop)
+            name: evaluate(state.eval_model, batches, state.runtime, f"{name} {state.epoch + 1}", stop, keep)
             for name, batches in evaluations.items()
         }
         for name, result in results.items():

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,10 @@ class Callback:
     columns: Sequence[str] = ()
 
     def on_fit_start(self, state: TrainingState) -> None:
-        """Called once before the first step of this process, before a checkpoint is loaded."""
+        """Called before the first step of this process, before a checkpoint is loaded.
+
+        If a branched run loads its parent's weights and has no state for this callback, it is called again.
+        """
 
     def on_epoch_start(self, state: TrainingState) -> None:
         """Called before the first step of an epoch, and again after a resume in the middle of the epoch."""
@@ -68,8 +72,8 @@ class Callback:
     def measure(self, state: TrainingState, results: Mapping[str, Evaluation]) -> Mapping[str, float]:
         """Return a number for each of `columns`, for history.csv, the loggers and the `monitor` of other callbacks.
 
-        Called after each epoch if there are `columns`, in the main process only. results: predictions, confidences and
-        labels of the evaluated sets, by name (validation, test)
+        Called after each epoch if there are `columns`, in the main process only. results: predictions, probabilities
+        and labels of the evaluated sets, by name (validation, test)
         """
         raise NotImplementedError
 
@@ -105,6 +109,8 @@ def check_columns(callbacks: Iterable[Callback], measured: Iterable[str]) -> Non
         slot = f"callbacks.{callback.name}"
         if isinstance(callback.columns, str) or (callback.columns and type(callback).measure is Callback.measure):
             raise UserError(f"{slot}: columns must be a list of the names of the values that measure() returns")
+        if not callback.columns and type(callback).measure is not Callback.measure:
+            raise UserError(f"{slot}: has measure(), but columns does not name the values that it returns")
         if taken := [name for name in callback.columns if name in (*HISTORY_COLUMNS, *columns)]:
             raise UserError(f"{slot}: history.csv already has a column {taken[0]}; choose another")
         columns += callback.columns
@@ -132,6 +138,7 @@ class TrainingState:
     callbacks: called in this order; checkpoints save their `state_dict`s
     eval_model: the network to evaluate and save: `model`, unless a callback averages its weights
     new_weights: names of weights that `trainer.init_from` did not set
+    folder: the run directory; None in job=benchmark
     """
 
     config: Config
@@ -144,6 +151,7 @@ class TrainingState:
     world: World
     callbacks: list[Callback]
     new_weights: list[str]
+    folder: Path | None = None
     epoch: int = 0  # the epoch in progress, counted from 0
     step: int = 0  # optimizer steps since the beginning
     should_stop: bool = False  # set by a callback to end the training before its last epoch
@@ -183,6 +191,8 @@ class TrainingState:
             if callback.columns:
                 with self._convert_errors(callback):
                     values = callback.measure(self, results)
+                    if missing := [name for name in callback.columns if name not in values]:
+                        raise ValueError(f"measure() did not return {missing[0]}, which is one of its columns")
                     for name in callback.columns:
                         row[name] = number if math.isfinite(number := float(values[name])) else None
         return row
@@ -339,6 +349,9 @@ class TrainingState:
             if callback.name in callbacks:
                 with self._convert_errors(callback):
                     callback.load_state_dict(callbacks[callback.name])
+            elif "branches" in metadata and callback.name in self.config.callbacks:
+                with self._convert_errors(callback):
+                    callback.on_fit_start(self)  # again, because the weights are now the parent's
 
     def _branch(
         self, optimizer: dict[str, Any], callbacks: dict[str, Any], images: str | None
