@@ -158,3 +158,9 @@ def test_draw_samples_of_chosen_images_names_their_probability() -> None:
     assert [word.split("(")[1] for word in words] == ["dog)", "dog)"]
     assert [word.split()[0] for word in words] == ["3", "1"]  # the images' numbers
     assert [word.split()[2] for word in words] == [f"{evaluation.confidences[k]:.0%}" for k in (3, 1)]
+    long = image_set(
+        np.zeros((4, 8, 8, 3), np.uint8), torch.arange(4) % 2, ["tree frog, tree-frog", "bullfrog, Rana catesbeiana"]
+    )
+    lines = draw_samples(long, evaluation).axes[0].texts[1].get_text().splitlines()
+    assert lines[-1] == "(bullfrog, Rana ca…)"
+    assert max(map(len, lines)) <= 20

@@ -24,3 +24,9 @@ def test_format_table_shortens_the_widest_column_to_the_width() -> None:
 def test_shorten_keeps_the_end_and_only_printable_characters() -> None:
     assert shorten("photos/cat.png", 8) == "…cat.png"
     assert shorten("a\x1b[31m\n", 20) == r"a\x1b[31m\n"
+
+
+def test_tables_count_the_columns_of_wide_characters() -> None:
+    lines = format_table([("猫と犬.png", "1"), ("cat.png", "23")], "<>")
+    assert lines == ["猫と犬.png   1", "cat.png     23"]
+    assert shorten("猫と犬と鳥", 6) == "…と鳥"

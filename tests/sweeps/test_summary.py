@@ -242,6 +242,21 @@ def test_to_text_fits_80_columns_with_mean_std_and_n(tmp_path: Path) -> None:
     assert lines[3].split() == ["0.1", "–", "0", "failed"]
 
 
+def test_to_text_leaves_out_states_before_a_key(tmp_path: Path) -> None:
+    for seed in range(2):
+        for lr in (0.01, 0.1):
+            words = (f"model.conv1.kernel_size={7 if lr < 0.1 else 9}", f"optimizer.lr={lr}", f"seed={seed}")
+            write_job(tmp_path, *words, accuracy=lr + seed / 100)
+    write_job(tmp_path, "model.conv1.kernel_size=9", "optimizer.lr=0.1", "seed=2", state="failed")
+    sweep = read_sweep(tmp_path)
+    wide = to_text(sweep, 100).splitlines()
+    narrow = to_text(sweep, len(wide[1]) - 1).splitlines()
+    assert wide[1].endswith("state")
+    assert "state" not in narrow[1]
+    assert {"kernel_size", "lr"} <= {*narrow[1].split()}
+    assert narrow[0] == "2 settings, 5 jobs: 4 done, 1 failed"
+
+
 def test_to_text_counts_columns_and_rows_that_do_not_fit(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("zfnet.sweeps.summary.MOST_ROWS", 2)
     keys = ("optimizer.lr", "model.dropout", "trainer.clip_norm", "loss.label_smoothing", "optimizer.eps")
@@ -249,7 +264,7 @@ def test_to_text_counts_columns_and_rows_that_do_not_fit(tmp_path: Path, monkeyp
         write_job(tmp_path, *(f"{key}={n / 1000 + k / 100}" for k, key in enumerate(keys)), accuracy=n / 100)
     text = to_text(read_sweep(tmp_path), 60)
     assert "… and 3 more, in summary.csv" in text
-    assert "not shown, but in summary.csv: 1 swept key\n" in text
+    assert "not shown, but in summary.csv: clip_norm\n" in text
     assert max(map(len, text.splitlines()[:-1])) <= 60
     assert "5.00 %" in text  # the best setting; the accuracy column is never left out
 

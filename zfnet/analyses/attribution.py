@@ -72,11 +72,15 @@ class AttributionJob(Look):
                 boxed = attribute(chain, many.inputs, many.labels, *settings)
                 evidence = box_evidence(boxed.maps, many.boxes)
                 run.write_json("boxes.json", evidence)
-                log.info(f"attribution inside the object's box and inside other images' boxes, {len(many)} images,")
-                log.info(f"{int(boxed.correct.sum())} of them correctly classified:")
+                log.info(
+                    f"attribution inside the object's box and inside other images' boxes, {len(many)} images, "
+                    f"{int(boxed.correct.sum())} of them correctly classified:"
+                )
                 for method, row in evidence.items():
-                    own, others, difference = (format_percent(row[key]) for key in ("own", "others", "difference"))
-                    log.info(f"  {method:<20} {own}, {others}; difference {difference}")
+                    own, others = (format_percent(row[key]) for key in ("own", "others"))
+                    log.info(
+                        f"  {method:<20} {own}, {others}; difference {format_percent(row['difference'], 'points')}"
+                    )
 
 
 # ---- measurement

@@ -336,14 +336,19 @@ def _summarise(
     summary["control"] = control = compare_own_with_others(falls)
     if (std := control["difference"]["std"]) is not None:
         own, among, difference = (f"{100 * (row['mean'] or 0):.1f}" for row in control.values())
-        log.info(f"a square of another colour lowers P by {own} points at the image's own lowest place,")
-        log.info(f"by {among} at the other images'; difference {difference} ± {100 * std:.1f} (std, n = {len(falls)})")
+        log.info(
+            f"a square of another colour lowers P by {own} points at the image's own lowest place, by {among} at the "
+            f"other images'; difference {difference} ± {100 * std:.1f} (std, n = {len(falls)})"
+        )
     if boxes is not None:
         summary["boxes"], lowest_in = boxes, boxes["lowest_in_the_box"]
         right = f"{boxes['correctly_classified']} of them correctly classified"
-        own, among, difference = (format_percent(lowest_in[key]) for key in ("own", "others", "difference"))
-        log.info(f"lowest in the object's box: {own} of {lowest_in['own']['n']} images, {right};")
-        log.info(f"in other images' boxes: {among}; difference {difference}")
+        own, among = (format_percent(lowest_in[key]) for key in ("own", "others"))
+        difference = format_percent(lowest_in["difference"], "points")
+        log.info(
+            f"lowest in the object's box: {own} of {lowest_in['own']['n']} images, {right}; in other images' boxes: "
+            f"{among}; difference {difference}"
+        )
     return summary
 
 

@@ -246,7 +246,7 @@ def peak_memory(device: torch.device) -> float:
 
 def print_result(result: Result) -> None:
     """Print the contenders, the phases of a step and the use of the hardware, 80 columns wide."""
-    rows = [("", "images/s", "min", "max", "first is faster by", "first step")]
+    rows = [("", "median images/s", "min", "max", "first is faster by", "first step")]
     for row in result["contenders"]:
         speeds = row["images_per_second"]
         numbers = (f"{speed:.1f}" for speed in (row["median"], min(speeds), max(speeds)))
@@ -285,9 +285,9 @@ def draw_benchmark(result: Result) -> Figure:
         upper.barh(y, row["median"], color=PALE if y else LIGHT_BLUE, height=0.6)
         upper.plot(speeds, [y] * len(speeds), ".", color=INK, alpha=0.6)
         ratio = f"  ({rows[0]['name']}: {row['first_is_faster_by']:.2f}× as fast)" if y else ""
-        upper.text(max(speeds), y, f" {row['median']:.1f}{ratio}", va="center")
+        upper.text(max(speeds), y, f" median {row['median']:.1f}{ratio}", va="center")
     upper.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    upper.set(title="Training, including data loading (dots: rounds)", xlabel="images per second")
+    upper.set(title="Training, including data loading (bars: medians, dots: rounds)", xlabel="images per second")
     upper.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.45 * max(max(r["images_per_second"]) for r in rows)))
     upper.grid(axis="y", visible=False)
     total, left = sum(phases.values()), 0.0

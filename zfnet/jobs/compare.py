@@ -207,7 +207,7 @@ def _describe(g: Group) -> str:
     if len(g.runs) == 1:
         state = g.runs[0].state
         return g.runs[0].name + ("" if state == "done" else f" ({state})")
-    seeds = ", ".join(str(r.seed) for r in g.runs)
+    seeds = ", ".join(f"{r.seed}" + ("" if r.state == "done" else f" ({r.state})") for r in g.runs)
     return f"{g.runs[0].name} and {len(g.runs) - 1} more: seeds {seeds}"
 
 
@@ -299,8 +299,9 @@ def _tests(groups: Sequence[Group], split: str) -> tuple[list[dict[str, Any]], S
 
 
 def _curve(g: Group, key: str) -> list[float | None]:
-    """Return the mean of a history column over the group's runs for each epoch; None if a run has no value."""
-    columns = ([row.get(key) for row in r.history] for r in g.runs)
+    """Return the mean of a history column over the group's finished runs for each epoch; None if one has no value."""
+    runs = [r for r in g.runs if r.state == "done"] or g.runs
+    columns = ([row.get(key) for row in r.history] for r in runs)
     return [None if None in v else statistics.fmean(v) for v in zip(*columns, strict=False)]
 
 
@@ -394,7 +395,7 @@ def to_page(comparison: Comparison, picture: bytes) -> str:
 @styled()
 def draw_comparison(groups: Sequence[Group], split: str) -> Figure:
     """Draw training loss and accuracy of every run by epoch; a colour for each group."""
-    figure = new_figure(figsize=(11, 4))
+    figure = new_figure(figsize=(11, 3.6 + 0.21 * len(groups)))  # the legend has a line for each group
     axes = figure.subplots(1, 2)
     split = _by_epoch(groups, split)
     for number, g in enumerate(groups):

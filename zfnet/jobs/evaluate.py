@@ -61,7 +61,7 @@ class EvaluateJob(Job):
             draw_results(run, evaluation, images, what)
             run.write_csv("predictions.csv", _rows(evaluation, images, self.split, data.root))
             if len(wrong := wrong_by_confidence(evaluation)):
-                save_figure(draw_samples(images, evaluation, wrong), run.figures / "worst.png")
+                save_figure(draw_samples(images, evaluation, wrong, what), run.figures / "worst.png")
             else:
                 log.info("all images are correct, so there is no figures/worst.png")
             if not math.isfinite(evaluation.loss):

@@ -96,7 +96,7 @@ class PredictJob(Job):
             save_figure(draw_predictions(predictions[:SHOWN]), run.figures / "predictions.png")
             if len(predictions) > SHOWN:
                 log.info("the figure shows the first %d images", SHOWN)
-            log.info("%d of %d images", len(predictions), len(predictions) + len(errors))
+            log.info("classified %d of %d images", len(predictions), len(predictions) + len(errors))
 
 
 @torch.no_grad()

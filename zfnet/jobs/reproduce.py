@@ -49,7 +49,7 @@ def reproduce(config: Config, run: RunDirectory) -> None:
 
 def _reproduce(config: Config, run: RunDirectory, original: RunDirectory, stop: StopRequest) -> None:
     """Train in a locked directory, from its newest checkpoint if there is one, and compare."""
-    with recorded_state(run, f"stopped; continue with: python run.py job=resume run={run.folder}"):
+    with recorded_state(run, f"stopped; continue with\npython run.py job=resume run={run.folder}"):
         train_parent(config, run, stop)
         with recorded_threads(original.threads, config.trainer.devices):
             compiled = original.environment.get("compiled")  # what trainer.compile=auto chose there

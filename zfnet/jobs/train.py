@@ -136,7 +136,7 @@ def train(
             return objective(run.read_json("results.json"))
         try:
             with (
-                recorded_state(run, f"stopped; continue with: python run.py job=resume run={run.folder}"),
+                recorded_state(run, f"stopped; continue with\npython run.py job=resume run={run.folder}"),
                 recorded_threads(run.threads if step_files(run.checkpoints) else None, config.trainer.devices),
             ):
                 results = train_and_test(config, run, stop, report)

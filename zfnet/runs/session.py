@@ -92,7 +92,9 @@ class _Terminal(logging.Handler):
         text = "\n".join(map(printable, self.format(record).splitlines()))
         if sys.stdout.isatty():
             fill = partial(textwrap.fill, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-            text = "\n".join(fill(line, shutil.get_terminal_size().columns) for line in text.splitlines())
+            width = shutil.get_terminal_size().columns
+            # a command stays one line, so that it can be copied
+            text = "\n".join(line if "python run.py" in line else fill(line, width) for line in text.splitlines())
         try:
             tqdm.write(text, file=sys.stdout)
         except OSError as error:

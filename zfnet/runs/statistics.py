@@ -174,12 +174,12 @@ def false_discovery_rate(p: Tensor) -> Tensor:
     return q
 
 
-def format_percent(row: Summary) -> str:
-    """Format a row of `describe` in percent as `mean [low, high]`, for the log."""
+def format_percent(row: Summary, unit: str = "%") -> str:
+    """Format a row of `describe` in percent, or a difference in points, as `mean [low, high]`, for the log."""
     if row["mean"] is None:
         return "–"
     interval = "" if row["low"] is None else f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"  # type: ignore[operator]
-    return f"{100 * row['mean']:.0f} %{interval}"
+    return f"{100 * row['mean']:.0f} {unit}{interval}"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Tables for the terminal, and rows and cells of CSV files."""
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,10 +9,19 @@ from zfnet.config.errors import printable
 SHORTEST = 12  # a shortened column keeps at least this many characters
 
 
+def columns(text: str) -> int:
+    """Return how many columns of a terminal `text` takes: wide characters, such as Chinese ones, take two."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
 def shorten(text: str, width: int) -> str:
-    """Return `text` in at most `width` printable characters; long text keeps its end, where file names differ."""
+    """Return `text` in at most `width` columns, printable; long text keeps its end, where file names differ."""
     text = printable(text)
-    return text if len(text) <= width else f"…{text[len(text) - width + 1 :]}"
+    if columns(text) <= width:
+        return text
+    while columns(text) > width - 1:
+        text = text[max(1, (columns(text) - width) // 2) :]
+    return f"…{text}"
 
 
 def format_table(
@@ -23,14 +33,19 @@ def format_table(
     width: of the terminal; if lines would be longer, the columns in `shrink` are shortened, starting with the widest
     gap: spaces between columns
     """
-    widths = [max(len(row[k]) for row in rows) for k in range(len(align))]
+    widths = [max(columns(row[k]) for row in rows) for k in range(len(align))]
     while shrink and width is not None and sum(widths) + gap * (len(widths) - 1) > width:
         widest = max(shrink, key=widths.__getitem__)
         if widths[widest] <= SHORTEST:
             break
         widths[widest] -= 1
+
+    def fill(cell: str, side: str, width: int) -> str:
+        space = " " * (width - columns(cell))
+        return cell + space if side == "<" else space + cell
+
     return [
-        (" " * gap).join(f"{shorten(cell, w):{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip()
+        (" " * gap).join(fill(shorten(cell, w), a, w) for cell, a, w in zip(row, align, widths, strict=True)).rstrip()
         for row in rows
     ]
 

@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -280,21 +281,21 @@ def job_rows(sweep: Sweep) -> list[dict[str, Any]]:
     ]
 
 
-def setting_rows(sweep: Sweep, keys: Sequence[str]) -> list[list[str]]:
+def setting_rows(sweep: Sweep, keys: Sequence[str], states: bool = True) -> list[list[str]]:
     """Return the header and one row per setting.
 
     With several seeds, one column says whether the difference from the best exceeds the spread of the seeds. If a job
-    is not done, one column names the states.
+    is not done, one column names the states, unless `states` is false.
     """
     names = short_names(sweep.keys)
-    states = [Counter(job.state for job in setting.jobs) for setting in sweep.settings]
-    not_done = any(set(count) != {"done"} for count in states)
+    counts = [Counter(job.state for job in setting.jobs) for setting in sweep.settings]
+    not_done = states and any(set(count) != {"done"} for count in counts)
     p = p_against_best(sweep.settings)
     tested = any(value is not None for value in p)
     accuracy = "validation accuracy" + " ± std" * any(len(s.scores()) > 1 for s in sweep.settings)
     rows = [[*(names[key] for key in keys), accuracy, "n"] + ["against the best"] * tested]
     rows[0] += ["state"] * not_done
-    for rank, (setting, count) in enumerate(zip(sweep.settings, states, strict=True)):
+    for rank, (setting, count) in enumerate(zip(sweep.settings, counts, strict=True)):
         state = _count_states(count) if len(setting.jobs) > 1 else setting.jobs[0].state
         values = [format_value(setting.values[key]) for key in keys]
         row = [*values, setting.score_text(), str(len(setting.scores()))]
@@ -321,22 +322,27 @@ def to_markdown(sweep: Sweep) -> str:
 def to_text(sweep: Sweep, width: int | None = None) -> str:
     """Return the table for a terminal of `width` columns (None: this one), best first.
 
-    Columns of swept keys are shortened. Columns that still do not fit and rows after the best MOST_ROWS are left out
-    and counted. summary.csv contains all of them.
+    Columns of swept keys are shortened. If the table is still too wide, it has no states, which the first line counts,
+    and then only the first keys; the others are named below. Rows after the best MOST_ROWS are counted. summary.csv
+    contains all of them.
     """
     width = width or shutil.get_terminal_size().columns
-    keys = list(sweep.keys)
+    keys, states = list(sweep.keys), True
     while True:
-        rows = setting_rows(sweep, keys)[: MOST_ROWS + 1]
+        rows = setting_rows(sweep, keys, states)[: MOST_ROWS + 1]
         table = format_table(rows, "<" * len(rows[0]), width, range(len(keys)))
-        if len(keys) < 2 or max(map(len, table)) <= width:
+        if max(map(len, table)) <= width or (not states and len(keys) < 2):
             break
-        del keys[-1]
+        if states:
+            states = False
+        else:
+            del keys[-1]
     lines = [count_line(sweep), *table]
     if (more := len(sweep.settings) - MOST_ROWS) > 0:
         lines.append(f"… and {more} more, in summary.csv")
-    if hidden := len(sweep.keys) - len(keys):
-        lines.append(f"not shown, but in summary.csv: {_count_text(hidden, 'swept key')}")
+    if hidden := sweep.keys[len(keys) :]:
+        names = ", ".join(short_names(sweep.keys)[key] for key in hidden)
+        lines += textwrap.wrap(f"not shown, but in summary.csv: {names}", width)
     return "\n".join([*lines, *_test_line(sweep)])
 
 

@@ -39,14 +39,17 @@ function rights(layer, condition) {
 }
 
 function showScore() {
-  const row = (...cells) => {
+  const row = (first, ...cells) => {
     const line = make("tr", {});
-    line.append(make("th", { textContent: cells[0] }), ...cells.slice(1).map((c) => make("td", { textContent: c })));
+    line.append(make("th", { textContent: first, scope: "row" }), ...cells.map((c) => make("td", { textContent: c })));
     return line;
   };
+  const head = make("tr", {});
+  head.append(...["pictures", ...quiz.layers, ...(quiz.layers.length > 1 ? ["all"] : [])]
+    .map((name) => make("th", { textContent: name, scope: "col" })));
   const conditions = Object.entries(quiz.conditions);
   $("score").replaceChildren(
-    row("pictures", ...quiz.layers, ...(quiz.layers.length > 1 ? ["all"] : [])),
+    head,
     ...conditions.map(([condition, name]) => row(name, ...quiz.layers.map((layer) => cell(rights(layer, condition))),
       ...(quiz.layers.length > 1 ? [cell(rights("", condition))] : []))),
   );
