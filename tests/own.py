@@ -347,3 +347,8 @@ class StopAtStep(Callback):
 class NoColumns(Callback):
     def measure(self, state: TrainingState, results: Any) -> dict[str, float]:
         return {"mine": 1.0}
+
+
+class NoLength(Dataset):
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        return Image.new("RGB", (8, 8)), 0

@@ -50,6 +50,10 @@ def test_every_choice_composes_and_passes_the_checks(group: str, name: str) -> N
             assert compose_checked(f"experiment={name}", *NEEDED.get(name, []), f"debug={debug}").trainer.epochs == 1
 
 
+def test_a_layer_to_freeze_can_have_a_number_as_its_name() -> None:
+    assert compose("trainer.freeze=[0,1,head]").trainer.freeze == ["0", "1", "head"]
+
+
 @pytest.mark.parametrize("name", [name for group, name in FILES if group == "job"])
 def test_every_job_file_names_its_class(name: str) -> None:
     job = yaml.safe_load((CONF / "job" / f"{name}.yaml").read_text(encoding="utf-8"))["job"]

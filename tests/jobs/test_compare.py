@@ -47,6 +47,14 @@ def test_compare_shows_only_what_differs(tmp_path: Path) -> None:
     assert "not tested: a test needs two or more seeds" in text
 
 
+def test_compare_shows_the_untracked_files_that_differ(tmp_path: Path) -> None:
+    runs = [write_job(tmp_path, f"optimizer.lr={lr}", accuracy=0.5) for lr in (0.01, 0.1)]
+    for run, files in zip(runs, (["conf/a.yaml", "conf/b.yaml"], ["conf/b.yaml"]), strict=True):
+        run.write_json("environment.json", {"code": {"untracked": files}})
+    comparison = comparison_of(*(run.folder for run in runs))
+    assert rows_of(comparison, "Environment") == [["", "A", "B"], ["code.untracked", "['conf/a.yaml']", "[]"]]
+
+
 def test_compare_says_that_runs_are_equal(tmp_path: Path) -> None:
     runs = [write_job(tmp_path, f"trainer.log_every={n}", accuracy=0.5) for n in (1, 2)]
     comparison = comparison_of(*(run.folder for run in runs))

@@ -120,6 +120,14 @@ def test_draw_sweep_leaves_out_keys_with_one_value(tmp_path: Path) -> None:
     assert len(axis.get_xticks()) == 3
 
 
+def test_draw_sweep_counts_the_settings_without_a_result(tmp_path: Path) -> None:
+    for n in range(1, 4):
+        write_job(tmp_path, f"optimizer.lr={n / 100}", accuracy=n / 10)
+    write_job(tmp_path, "optimizer.lr=0.5", state="pruned")
+    figure = draw_sweep(read_sweep(tmp_path))["objective"]
+    assert figure.get_suptitle() == "not shown: 1 of 4 settings, which have no result"
+
+
 def test_draw_sweep_without_results_is_curves_only(tmp_path: Path) -> None:
     write_job(tmp_path, "seed=0", state="running")
     assert set(draw_sweep(read_sweep(tmp_path))) == {"curves"}

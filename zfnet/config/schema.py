@@ -34,7 +34,7 @@ def _check_amount(value: float) -> float:
 
 
 Amount = Annotated[float, Field(ge=0), AfterValidator(_check_amount)]
-Folder = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder can be named 2024
+Name = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]  # a folder or a layer can be named 2024
 # red, green and blue as fractions of full scale; the range also allows other scales, such as 0 to 255
 Colour = Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
 
@@ -101,7 +101,7 @@ class DataConfig(Checked):
     """
 
     name: str
-    root: Optional[Folder] = None
+    root: Optional[Name] = None
     image_size: Side
     batch_size: Annotated[int, Field(ge=1, le=10_000_000)]
     validation: Amount
@@ -137,7 +137,7 @@ class FolderData(DataConfig):
 
     name: Literal["folder", "imagenette"]
     on_error: Literal["stop", "skip"] = "stop"
-    cache_dir: Optional[Folder] = None
+    cache_dir: Optional[Name] = None
 
 
 @dataclass(kw_only=True)
@@ -229,7 +229,7 @@ class TrainerConfig(Checked):
     snapshots: list[Positive] = field(default_factory=list)
     checkpoint_epochs: list[Positive] = field(default_factory=list)
     init_from: Optional[str] = None
-    freeze: list[Annotated[str, Field(coerce_numbers_to_str=True)]] = field(default_factory=list)  # nn.Sequential's 0
+    freeze: list[Name] = field(default_factory=list)
     compile_seconds: Annotated[float, Field(ge=0)] = 30
     compile_gain: Annotated[float, Field(gt=0, lt=1)] = 0.2
 

@@ -178,6 +178,11 @@ def compare(groups: Sequence[Group], split: str = "auto") -> Comparison:
     settings = [[key, *(format_value(c.get(key, ABSENT)) for c in configs)] for key in swept_keys(configs, typed)]
     keys = dict.fromkeys(key for g in groups for r in g.runs for key in r.environment)
     environments = [{key: _shared(r.environment.get(key, ABSENT) for r in g.runs) for key in keys} for g in groups]
+    for key in keys:  # of lists, such as untracked files, show only the items that not all have
+        lists = [each[key] for each in environments]
+        if all(isinstance(items, list) for items in lists):
+            for each, items in zip(environments, lists, strict=True):
+                each[key] = [item for item in items if any(item not in others for others in lists)]
     environment = [
         [key, *(re.sub("([0-9a-f]{10})[0-9a-f]{22,}", r"\1", format_value(each[key])) for each in environments)]
         for key in keys

@@ -32,6 +32,9 @@ def draw_sweep(sweep: Sweep) -> dict[str, Figure]:
     if keys:
         draw = {1: draw_one_key, 2: draw_two_keys}.get(len(keys), draw_parallel)
         figures["objective"] = draw(scored, keys)
+        if hidden := len(sweep.settings) - len(scored):
+            note = f"not shown: {hidden} of {len(sweep.settings)} settings, which have no result"
+            figures["objective"].suptitle(note, fontsize=9)
     return figures
 
 
