@@ -138,10 +138,8 @@ def _strongest(views: Mapping[int, EpochView], images: ImageSet, numbers: Tensor
         for layer, record in view.strongest.items():
             places = zip(record.values[:, 0].tolist(), record.places()[:, 0].tolist(), strict=True)
             for number, (value, (image, y, x)) in enumerate(places):
-                where: dict[str, Any] = dict.fromkeys(
-                    ("image", "class", "y", "x"), ""
-                )  # for a map that is never active
-                if value > 0:
+                where: dict[str, Any] = dict.fromkeys(("image", "class", "y", "x"), "")
+                if value > 0:  # a map that is never active has no place
                     label = images.classes[int(images.labels[image])]
                     where = {"image": int(numbers[image]), "class": label, "y": y, "x": x}
                 rows.append({"epoch": epoch, "layer": layer, "map": number, "activation": value, **where})

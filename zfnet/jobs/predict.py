@@ -20,7 +20,7 @@ from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images, read_named
 from zfnet.plots.figures import LIGHT_BLUE, PALE_BLUE, PALEST, SOFT, Figure, new_figure, save_figure, styled
 from zfnet.runs.session import own_directory
-from zfnet.runs.tables import format_table, shorten
+from zfnet.runs.tables import cut, format_table, shorten
 from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import PREPROCESSING, LoadedRun
 
@@ -203,7 +203,7 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
         picture.set_title(shorten(prediction.name, 26), fontsize=8, color=SOFT, parse_math=False)
         picture.axis("off")
         for place, (name, value) in enumerate(prediction.best[:bars]):
-            text = name if len(name) <= 18 else f"{name[:17]}…"
+            text = cut(name, 18)
             weight, colour = ("normal", PALE_BLUE) if place else ("bold", LIGHT_BLUE)
             chart.barh(place, value, height=0.82, color=colour)
             chart.text(0.02, place, text, va="center", fontsize=8, weight=weight, parse_math=False)

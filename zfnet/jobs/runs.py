@@ -15,7 +15,7 @@ from typing import Any, Literal
 from zfnet.config.errors import UserError, did_you_mean, printable
 from zfnet.config.schema import Config, Job, flatten
 from zfnet.runs.directory import RunDirectory, list_runs
-from zfnet.runs.tables import format_table, shorten
+from zfnet.runs.tables import cut, format_table, shorten
 from zfnet.runs.weights import recorded_accuracy
 
 # jobs that train; "?" is a damaged run. A run of any other job counts as a training if it has a history.csv
@@ -166,7 +166,7 @@ def run_table(rows: list[Row], now: float, width: int | None) -> list[str]:
         cells, align = [(*cell[:2], *cell[3:]) for cell in cells], "<><><"  # type: ignore[misc]
     lines = format_table(cells, align, width, shrink=[len(align) - 1], gap=1)
     below = ["  " + ": ".join(filter(None, (model and f"{model} on {data}", changed))) for model, data, changed in what]
-    pairs = zip(lines, (t if len(t) <= width else f"{t[: width - 1]}…" for t in map(printable, below)), strict=True)
+    pairs = zip(lines, (cut(printable(text), width) for text in below), strict=True)
     return [line for pair in pairs for line in pair if line.strip()]
 
 

@@ -27,7 +27,7 @@ from zfnet.plots.figures import (
     styled,
 )
 from zfnet.runs.directory import RunDirectory
-from zfnet.runs.tables import shorten
+from zfnet.runs.tables import cut, shorten
 from zfnet.training.metrics import Evaluation
 
 _MAX_NUMBERED_CLASSES = 40  # up to this many classes, a figure shows each class's number
@@ -163,11 +163,6 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str], what: str = "
     return figure
 
 
-def _cut(name: str, most: int) -> str:
-    """Return a class name in at most `most` characters; a long one keeps its beginning."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
 @styled()
 def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None = None, what: str = "") -> Figure:
     """Draw images with their predicted (true) class, green where these agree, as the blog does.
@@ -200,9 +195,7 @@ def draw_samples(images: ImageSet, evaluation: Evaluation, index: Tensor | None 
         row, column = divmod(number, columns)
         left, top = 1.08 * column * side, row * (side + gap)
         axis.imshow(image, extent=(left, left + side, top + side, top), interpolation="nearest")
-        guess, truth = (
-            _cut(images.classes[n], most) for n, most in ((prediction, 20 - len(sure[number])), (label, 18))
-        )
+        guess, truth = (cut(images.classes[n], most) for n, most in ((prediction, 20 - len(sure[number])), (label, 18)))
         words = f"{names[number]}{guess}{sure[number]}\n({truth})"
         colour = GREEN if prediction == label else RED
         axis.text(

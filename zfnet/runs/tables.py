@@ -24,6 +24,11 @@ def shorten(text: str, width: int) -> str:
     return f"…{text}"
 
 
+def cut(text: str, most: int) -> str:
+    """Return `text` in at most `most` characters; long text keeps its beginning, as for names of classes."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def format_table(
     rows: Sequence[Sequence[str]], align: str, width: int | None = None, shrink: Sequence[int] = (), gap: int = 2
 ) -> list[str]:
