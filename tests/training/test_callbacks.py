@@ -421,6 +421,16 @@ def test_a_long_run_on_a_cpu_names_experiments_for_one(tmp_path: Path, monkeypat
     assert ("experiments for CPUs: cifar10_fast and, for photographs, photos_small\n" in log) is named
 
 
+def test_a_resumed_run_says_how_long_its_rest_takes(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.training.callbacks.time", Clock(600))
+    with killed_before(STEPS), pytest.raises(Killed):
+        train_tiny_exact(tmp_path / "run", EVERY_STEP)
+    before = (tmp_path / "run/train.log").read_text()
+    train_tiny_exact(tmp_path / "run", EVERY_STEP)
+    log = (tmp_path / "run/train.log").read_text().removeprefix(before)
+    assert "about 2 h 40 min on this CPU, estimated from the first steps" in log  # 8 of the 16 steps
+
+
 def test_duration_reads_like_a_clock() -> None:
     times = {0.4: "0 s", 99: "99 s", 100: "2 min", 5900: "98 min", 3600 * 2.75: "2 h 45 min"}
     assert {seconds: format_duration(seconds) for seconds in times} == times

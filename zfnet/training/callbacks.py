@@ -91,8 +91,8 @@ class EMA(Callback):
 class ProgressBar(Callback):
     """Shows a bar for each epoch on a terminal, one line per minute elsewhere, with the run's remaining time.
 
-    advice: called once, after the first steps of a run of more than a minute, with its estimated seconds; returns text
-    to print
+    advice: called once, after the first steps, with the estimated seconds until the end if they are more than a minute;
+    returns text to print
     """
 
     def __init__(self, advice: Callable[[TrainingState, float], str] | None = None) -> None:
@@ -133,8 +133,9 @@ class ProgressBar(Callback):
             log.info("epoch %d, %s: %s", state.epoch + 1, where, ", ".join(parts))
         if seconds > 5 and self.advice is not None:
             advice, self.advice = self.advice, None
-            if each * total > 60:
-                log.info(advice(state, each * total))
+            expected = each * (total - self.began[1] + 1)  # of this process: a resumed run has only the rest to do
+            if expected > 60:
+                log.info(advice(state, expected))
         if state.step_in_epoch == state.steps_per_epoch:
             self.bar.close()
 
