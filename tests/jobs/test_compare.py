@@ -41,7 +41,7 @@ def test_compare_shows_only_what_differs(tmp_path: Path) -> None:
     comparison = comparison_of(a.folder, b.folder)
     assert rows_of(comparison, "Settings") == [["", "A", "B"], ["optimizer.lr", "0.01", "0.1"]]
     assert rows_of(comparison, "Environment") == [["", "A", "B"], ["packages.torch", "1.0", "2.0"]]
-    assert rows_of(comparison, "Results") == [["", "A", "B"], ["validation accuracy", "50.00 %", "25.00 %"]]
+    assert rows_of(comparison, "Results") == [["", "A", "B"], ["validation accuracy", "50.00%", "25.00%"]]
     text = to_text(comparison, 80)
     assert "B first differs from A in epoch 1: validation_accuracy 0.5 and 0.25" in text
     assert "not tested: a test needs two or more seeds" in text
@@ -95,7 +95,7 @@ def test_compare_tests_settings_over_their_seeds_and_marks_what_holds() -> None:
     by_pair = {t["better"] + t["other"]: t for t in comparison.tests}
     assert by_pair["BA"]["mean"] == pytest.approx(0.31 / 3)
     assert by_pair["BA"]["p_holm"] == pytest.approx(3 * by_pair["BA"]["p"])
-    assert rows_of(comparison, "Results")[1][1:] == ["51.00 ± 1.00 %", "61.33 ± 1.53 %", "58.00 ± 8.00 %"]
+    assert rows_of(comparison, "Results")[1][1:] == ["51.00 ± 1.00%", "61.33 ± 1.53%", "58.00 ± 8.00%"]
     assert "seed" not in [row[0] for row in rows_of(comparison, "Settings")]
     plain, bold = to_text(comparison, 80), to_text(comparison, 80, bold=True)
     assert "\x1b" not in plain
@@ -131,7 +131,7 @@ def test_test_accuracies_are_compared_only_where_asked(tmp_path: Path) -> None:
     runs = [write_job(tmp_path, f"optimizer.lr={n}", accuracy=0.5, test=n / 10) for n in (1, 2)]
     groups = group([read_training(run, str(run.folder)) for run in runs])
     assert "test" not in json.dumps(compare(groups).to_dict()["sections"][2])
-    assert rows_of(compare(groups, "test"), "Results")[1] == ["test accuracy", "10.00 %", "20.00 %"]
+    assert rows_of(compare(groups, "test"), "Results")[1] == ["test accuracy", "10.00%", "20.00%"]
 
 
 class _Page(HTMLParser):

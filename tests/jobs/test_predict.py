@@ -71,7 +71,7 @@ def test_predict_job_reports_unreadable_images_and_does_the_rest(run_py, tiny_ru
     assert unread["passwd"] == "file: is not supported, only http and https"
     assert "cut.png" in unread
     assert "1 of 6 images" in answer.out
-    assert "tall $x_{y.png: data.fit=crop keeps the central 33 %" in answer.out
+    assert "tall $x_{y.png: data.fit=crop keeps the central 33%" in answer.out
     assert Path("p/figures/predictions.png").stat().st_size > 5000
     (row,) = read_csv("p/predictions.csv")
     best = written["images"][0]["predictions"][0]

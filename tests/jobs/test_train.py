@@ -94,8 +94,8 @@ def test_the_objective_of_a_sweep_is_validations(tmp_path: Path) -> None:
 
 def test_few_images_give_a_warning(tiny_run: RunDirectory, tmp_path: Path) -> None:
     log = (tiny_run.folder / "train.log").read_text()
-    assert "few images: one of 20 validation images is 5.0 % of accuracy" in log
-    assert "few images: one of 50 test images is 2.0 % of accuracy" in log
+    assert "few images: one of 20 validation images is 5.0% of accuracy" in log
+    assert "few images: one of 50 test images is 2.0% of accuracy" in log
     assert "no test images" not in log
     words = ("trainer.epochs=1", "data.train_images=200", "data.validation=100", "data.subset=7")
     log = (train_tiny_exact(tmp_path / "run", *words).folder / "train.log").read_text()

@@ -137,7 +137,7 @@ def test_draw_confusion_says_what_a_cell_is() -> None:
     sums.add(torch.eye(2)[[0, 0, 1, 1]] * 5, torch.tensor([0, 0, 0, 1]))
     axis = draw_confusion(sums.result(), list("ab"), "test").axes[0]
     assert [text.get_text() for text in axis.texts] == ["66.7\n(2)", "33.3\n(1)", "100.0\n(1)"]
-    assert axis.get_title().startswith("Confusion matrix (test): 75.00 % of 4 images are correct\n")
+    assert axis.get_title().startswith("Confusion matrix (test): 75.00% of 4 images are correct\n")
     assert "% of the true class's images, and their number" in axis.get_title()
 
 

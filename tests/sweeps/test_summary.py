@@ -238,7 +238,7 @@ def test_to_text_fits_80_columns_with_mean_std_and_n(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 80
     assert lines[0] == "2 settings, 4 jobs: 3 done, 1 failed"
     assert lines[1].split() == ["lr", "validation", "accuracy", "±", "std", "n", "state"]
-    assert lines[2].split() == ["0.01", "60.00", "±", "10.00", "%", "3", "3", "done"]
+    assert lines[2].split() == ["0.01", "60.00", "±", "10.00%", "3", "3", "done"]
     assert lines[3].split() == ["0.1", "–", "0", "failed"]
 
 
@@ -266,7 +266,7 @@ def test_to_text_counts_columns_and_rows_that_do_not_fit(tmp_path: Path, monkeyp
     assert "… and 3 more, in summary.csv" in text
     assert "not shown, but in summary.csv: clip_norm\n" in text
     assert max(map(len, text.splitlines()[:-1])) <= 60
-    assert "5.00 %" in text  # the best setting; the accuracy column is never left out
+    assert "5.00%" in text  # the best setting; the accuracy column is never left out
 
 
 def test_to_text_shortens_a_wide_column_before_it_leaves_one_out(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_to_text_reports_test_for_the_setting_that_validation_chose(tmp_path: Pa
     write_job(tmp_path, "optimizer.lr=0.1", accuracy=0.5, test=0.11)
     write_job(tmp_path, "optimizer.lr=0.2", accuracy=0.4, test=0.99)
     text = to_text(read_sweep(tmp_path), 80)
-    assert "Test accuracy of the best setting by validation: 11.00 % (n = 1)" in text
+    assert "Test accuracy of the best setting by validation: 11.00% (n = 1)" in text
     assert "99.00" not in text
 
 

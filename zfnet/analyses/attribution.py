@@ -186,7 +186,7 @@ def draw_attribution(
         panel.set_title(f"{method}\n{titles.get(method, 'grey: no signal')}")
     scales = {
         "gray": (-1, RULES, "1: the 99.9 % quantile of the absolute values"),
-        "RdBu_r": (-1, (INTEGRATED,), f"1: the {100 * _CLIP:g} % quantile\nof the absolute values"),
+        "RdBu_r": (-1, (INTEGRATED,), f"1: the {100 * _CLIP:g}% quantile\nof the absolute values"),
         "inferno": (0, (GRAD_CAM,), "1: the largest value"),
     }
     for colours, (low, drawn, meaning) in scales.items():

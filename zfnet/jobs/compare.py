@@ -218,7 +218,7 @@ def _describe(g: Group) -> str:
 
 def _results(groups: Sequence[Group], split: str) -> list[list[str]]:
     """Return the rows of results: accuracy always, the other metrics only if the groups differ."""
-    rows = [[f"{split} accuracy", *(_spread(g.values(split), 100, 2, " %") for g in groups)]]
+    rows = [[f"{split} accuracy", *(_spread(g.values(split), 100, 2, "%") for g in groups)]]
     rows.append([f"{split} loss", *(_spread(g.values(split, "loss"), 1, 4) for g in groups)])
     for key in ("best_epoch", "epochs", "seconds", "images_per_second"):
         columns = [

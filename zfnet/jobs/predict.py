@@ -113,7 +113,7 @@ def predict(loaded: LoadedRun, images: Sequence[str], top: int, batch_size: int)
             return str(error)
         share = min(picture.size) / max(picture.size)
         if fit == "crop" and share < 0.5:
-            log.info("%s: data.fit=crop keeps the central %.0f %%; stretch keeps all", shorten(image, 200), 100 * share)
+            log.info("%s: data.fit=crop keeps the central %.0f%%; stretch keeps all", shorten(image, 200), 100 * share)
         shown = fit_square(picture, max(size, PICTURE_SIZE), fit) if with_picture else None
         return fit_square(picture, size, fit), shown
 

@@ -292,7 +292,7 @@ def _log_images(config: Config, splits: Splits) -> None:
         log.warning("the images are not those of run=%s: %s", config.run, changed)
     for name, images in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if images is not None and name != "training" and len(images) < _FEW_IMAGES:
-            log.warning("few images: one of %d %s images is %.1f %% of accuracy", len(images), name, 100 / len(images))
+            log.warning("few images: one of %d %s images is %.1f%% of accuracy", len(images), name, 100 / len(images))
         if images is not None and (absent := images.classes_without_images()):
             shown = ", ".join(absent[:_MAX_CLASS_NAMES]) + " …" * (len(absent) > _MAX_CLASS_NAMES)
             log.warning("no %s images in %d of %d classes: %s", name, len(absent), len(images.classes), shown)

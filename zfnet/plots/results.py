@@ -50,9 +50,9 @@ def results_of(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]
 
 def log_result(name: str, result: Mapping[str, Any]) -> None:
     """Log one line for a split's entry of results.json."""
-    top5 = "" if result["top5"] is None else f"top-5 {result['top5']:.2%}, ".replace("%", " %")
-    accuracy, loss, images = 100 * result["accuracy"], result["loss"], result["images"]
-    log.info("%-10s accuracy %.2f %%, %sloss %.4f (%s images)", name, accuracy, top5, loss, f"{images:,}")
+    top5 = "" if result["top5"] is None else f"top-5 {result['top5']:.2%}, "
+    accuracy, loss, images = result["accuracy"], result["loss"], result["images"]
+    log.info(f"{name:<10} accuracy {accuracy:.2%}, {top5}loss {loss:.4f} ({images:,} images)")
 
 
 def log_per_class(result: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ def log_per_class(result: Mapping[str, Any]) -> None:
         shown = {name: shown[name] for name in (*ranked[:_EXTREMES], *ranked[-_EXTREMES:])}
     width = max(map(len, shown), default=0)
     for name, accuracy in shown.items():
-        log.info("  %-*s %s", width, name, "no images" if accuracy is None else f"{100 * accuracy:6.2f} %")
+        log.info("  %-*s %s", width, name, "no images" if accuracy is None else f"{accuracy:7.2%}")
     if absent:
         log.info("  the other %d classes have no images", absent)
 
@@ -120,7 +120,7 @@ def draw_confusion(evaluation: Evaluation, classes: Sequence[str], what: str = "
     bar.ax.yaxis.set_major_formatter("{x:.0%}")
     few = count <= 12
     cell = "% of the true class's images" + (", and their number" if few else "")
-    correct = f"{100 * evaluation.accuracy:.2f} % of {counts.sum():,} images are correct"
+    correct = f"{evaluation.accuracy:.2%} of {counts.sum():,} images are correct"
     title = f"Confusion matrix{what and f' ({what})'}: {correct}\neach cell: {cell}"
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
     ticks = _axis_ticks(count)

@@ -89,11 +89,11 @@ class Setting:
         return mean, statistics.stdev(scores) if len(scores) > 1 else None
 
     def score_text(self, split: str = "validation") -> str:
-        """Return `71.23 ± 0.45 %`, without the deviation if there is only one seed."""
+        """Return `71.23 ± 0.45%`, without the deviation if there is only one seed."""
         mean, std = self.mean_and_std(split)
         if mean is None:
             return ABSENT
-        return f"{100 * mean:.2f} %" if std is None else f"{100 * mean:.2f} ± {100 * std:.2f} %"
+        return f"{mean:.2%}" if std is None else f"{100 * mean:.2f} ± {std:.2%}"
 
 
 @dataclass(frozen=True)
