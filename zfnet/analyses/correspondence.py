@@ -89,12 +89,13 @@ class CorrespondenceJob(Look):
             log.info("%d images, %d pairs; Δ ± std over pairs", about["images"], pairs)
             log.info("p: rank of κ among %d same places on the object", self.places)
             log.info("(%d tests; the smallest p by Holm's correction: %.2g)", tests, tests / (1 + self.places))
+            width = max(map(len, layers))
             for layer, parts in measured.table.items():
                 for part, row in parts.items():
                     kappa = "  –  " if row.kappa is None else f"{row.kappa:.3f}"
                     p = "" if row.p_holm is None else f", p {row.p:.2g} (Holm {row.p_holm:.2g})"
                     std = "" if row.std is None else f" ± {row.std:.3f}"
-                    log.info(f"  {layer} {part:<12} κ {kappa}, Δ {row.delta:.3f}{std}, {row.changed:.0%} changed{p}")
+                    log.info(f"  {layer:<{width}} {part:<12} κ {kappa}, Δ {row.delta:.3f}{std}, {row.changed:.0%} changed{p}")
 
 
 # ---- images with parts
@@ -423,7 +424,7 @@ def draw_correspondence(measured: Measured, examples: Mapping[str, Tensor]) -> F
         axis.set_yticks(range(len(rows)), plain(rows))
         axis.grid(axis="y", visible=False)
         axis.set(
-            title=f"{layer} (grey: middle 95 % of {len(measured.places)} same places)",
+            title=f"{layer} (grey: middle 95% of {len(measured.places)} same places)",
             xlabel="agreement κ beyond chance\n(1: the same change of features in every image)",
             xlim=(lowest, 1.9 * largest),
         )

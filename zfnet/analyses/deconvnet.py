@@ -503,7 +503,7 @@ def write_controls(
     run.write_json("controls.json", similarity)
     run.write_json("dead_windows.json", sensitivity)
     save_figure(draw_controls(similarity), run.figures / "controls.png")
-    log.info("rank correlation of projections with those of controls, mean [95 % interval]")
+    log.info("rank correlation of projections with those of controls, mean [95% interval]")
     log.info("(near 1: the pictures do not depend on the unit), %s:", " and ".join(SIMILARITIES))
     for layer, rows in similarity.items():
         for name, row in rows.items():
@@ -596,7 +596,7 @@ def draw_controls(similarity: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
         axis.set_xticks(range(len(layers)), [f"{k}\nn = {_unit_counts(similarity[k])}" for k in layers])
         axis.grid(axis="x", visible=False)
         axis.set(title=f"{kind}: {of_what}", ylim=(min(-0.3, axis.get_ylim()[0]), 1.15))
-    axes[0].set(ylabel="rank correlation: mean over n units\nand its 95 % interval")
+    axes[0].set(ylabel="rank correlation: mean over n units\nand its 95% interval")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 

@@ -135,7 +135,7 @@ def measure_filters(chain: Chain, batches: Iterable[Batch]) -> Filters:
         spectra.add(batch.images)
         maps = chain.activations(batch.images, [layer])[layer]
         peak = torch.maximum(peak, maps.amax((0, 2, 3)).float())
-        dead &= (maps == 0).all(3).all(2).all(0)
+        dead &= maps.abs().amax((0, 2, 3)) == 0
     rms = weight.square().mean((1, 2, 3)).sqrt()
     spectrum, frequencies = radial_spectrum(weight)
     rows, columns = map(int, convolution.stride)
@@ -174,7 +174,8 @@ class CrossSpectra:
         images = images.float()
         level = (images * window).sum((2, 3), keepdim=True) / window.sum()
         power = torch.fft.fft2((images - level) * window)
-        spectra = torch.einsum("nchw,ndhw->cdhw", power, power.conj()).cpu()
+        # torch.einsum would multiply a small matrix for each frequency, which takes ten times as long on a CPU
+        spectra = torch.stack([(power * colour[:, None].conj()).sum(0) for colour in power.unbind(1)], 1).cpu()
         self.sum = spectra if self.sum is None else self.sum + spectra
 
     def aliasing(self, weight: Tensor, stride: tuple[int, int], groups: int = 1) -> Tensor:

@@ -282,7 +282,7 @@ def _tests(groups: Sequence[Group], split: str) -> tuple[list[dict[str, Any]], S
         for (better, other, result), p in zip(pairs, corrected, strict=True)
     ]
     shown = tests if len(tests) <= MOST_PAIRS else [t for t in tests if t["better"] == ranked[0].letter]
-    rows = [["", "difference", "95 % interval", "test", "p"]]
+    rows = [["", "difference", "95% interval", "test", "p"]]
     for t in shown:
         count = f"n = {t['n'][0]}" if t["paired"] else f"n = {t['n'][0]}, {t['n'][1]}"
         rows.append(

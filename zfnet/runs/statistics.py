@@ -1,7 +1,7 @@
 """Statistics of runs and analyses: means with confidence intervals, rank correlations and hypothesis tests.
 
 All functions use one convention. `std` is the sample standard deviation (ddof=1), None for a single value. `low` and
-`high` are the ends of a 95 % confidence interval: a bootstrap over the `n` values or, below 30 values, for which a
+`high` are the ends of a 95% confidence interval: a bootstrap over the `n` values or, below 30 values, for which a
 bootstrap is too narrow, Student's t. For bool values, whose mean is a proportion, it is Wilson's interval (1927).
 
 If two settings have the same seeds, which fix the initial weights and the order of images, their t-test is paired.
@@ -52,7 +52,7 @@ def describe(values: Tensor) -> Summary:
 
 
 def _wilson(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a proportion among `count` values (Wilson 1927)."""
+    """Return the 95% confidence interval of a proportion among `count` values (Wilson 1927)."""
     z = 1.96
     middle, scale = share + z**2 / (2 * count), 1 + z**2 / count
     reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
@@ -184,7 +184,7 @@ def format_percent(row: Summary, unit: str = "%") -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of one setting minus that of another, with its 95 % interval and two-sided p; n: number of values each."""
+    """Mean of one setting minus that of another, with its 95% interval and two-sided p; n: number of values each."""
 
     mean: float
     low: float
