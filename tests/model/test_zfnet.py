@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import compose, tiny_model_config
 from zfnet.config.errors import UserError
@@ -297,6 +298,30 @@ def test_the_smallest_size_is_found_however_odd_the_network() -> None:
         feature_sizes(config, smallest - 1)
     with pytest.raises(UserError, match=r"kernel \(padding 1\): lower the kernel sizes and strides$"):
         feature_sizes(tiny_model_config(conv1=Conv(4, 9000, 2, 1, True)), 224)
+
+
+class SlowOnMeta(TorchDispatchMode):
+    """Records the operations on meta tensors that make PyTorch import sympy or its compiler, which takes seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(isinstance(value, torch.Tensor) and value.is_meta for value in args):
+            self.seen += [name for name in ("max_pool2d", "normal_") if name in str(func)]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("init", ["default", "normal", "he"])
+def test_a_network_of_shapes_only_is_built_quickly(init: str) -> None:
+    config = dataclasses.replace(ModelConfig(), init=init)
+    with SlowOnMeta() as slow, torch.device("meta"):
+        assert len(ZFNet(10, 64, config).state_dict()) == 16
+    assert slow.seen == []
+    with SlowOnMeta() as slow, torch.device("meta"):  # the recorder sees them
+        nn.init.normal_(nn.MaxPool2d(3)(torch.empty(1, 1, 9, 9)))
+    assert slow.seen == ["max_pool2d", "normal_"]
 
 
 def test_images_of_another_size_are_named() -> None:

@@ -8,7 +8,7 @@ import torch
 from tests.helpers import compose, compose_checked
 from zfnet.config.errors import UserError
 from zfnet.training import device as device_module
-from zfnet.training.device import resolve_runtime
+from zfnet.training.device import resolve_runtime, set_switches
 from zfnet.training.processes import World
 
 
@@ -41,6 +41,19 @@ def test_too_few_gpus_for_the_processes(monkeypatch, rank: int) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"trainer\.devices=2: PyTorch sees 1 CUDA devices"):
         resolve_runtime(compose("trainer.device=cuda", "trainer.devices=2").trainer, World(rank, 2, rank))
+
+
+def test_a_run_that_is_not_deterministic_leaves_the_switch_alone(monkeypatch) -> None:
+    """Calling `use_deterministic_algorithms` imports PyTorch's compiler, which takes a second."""
+    calls: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
+    set_switches(False)
+    assert calls == []
+    set_switches(True)
+    assert calls == [True]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    set_switches(False)
+    assert calls == [True, False]
 
 
 def test_a_later_run_is_not_touched_by_an_earlier_one() -> None:

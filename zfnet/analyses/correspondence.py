@@ -95,7 +95,8 @@ class CorrespondenceJob(Look):
                     kappa = "  –  " if row.kappa is None else f"{row.kappa:.3f}"
                     p = "" if row.p_holm is None else f", p {row.p:.2g} (Holm {row.p_holm:.2g})"
                     std = "" if row.std is None else f" ± {row.std:.3f}"
-                    log.info(f"  {layer:<{width}} {part:<12} κ {kappa}, Δ {row.delta:.3f}{std}, {row.changed:.0%} changed{p}")
+                    measures = f"κ {kappa}, Δ {row.delta:.3f}{std}, {row.changed:.0%} changed{p}"
+                    log.info(f"  {layer:<{width}} {part:<12} {measures}")
 
 
 # ---- images with parts

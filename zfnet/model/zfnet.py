@@ -90,8 +90,8 @@ class ZFNet(nn.Module):
         return max(1, round(size * self.config.width))
 
     def _initialise(self) -> None:
-        if self.config.init == "default":
-            return
+        if self.config.init == "default" or next(self.parameters()).is_meta:
+            return  # a tensor on "meta" has no values, and filling it would import a compiler: a second
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 if self.config.init == "normal":
@@ -208,7 +208,8 @@ def _sizes(model: ModelConfig, image_size: int) -> tuple[dict[str, tuple[int, in
             raise UserError(f"{layer} outputs {out}×{out} pixels, more than {_LARGEST_OUTPUT_SIDE}: lower its padding")
         if (pool := pool_of(model, layer)) is not None:
             try:
-                n = pool(torch.empty(1, 1, out, out, device="meta")).shape[-1]
+                # on "meta", this would import sympy: half a second
+                n = pool(torch.empty(1, 1, out, 3, device="cpu")).shape[2]
             except RuntimeError:
                 return sizes, f"the pooling after {layer} receives {out}×{out} pixels, too few for its 3×3 window"
         sizes[layer] = (out, n)
