@@ -174,7 +174,7 @@ class CrossSpectra:
         images = images.float()
         level = (images * window).sum((2, 3), keepdim=True) / window.sum()
         power = torch.fft.fft2((images - level) * window)
-        # torch.einsum would multiply a small matrix for each frequency, which takes ten times as long on a CPU
+        # torch.einsum would multiply a small matrix for each frequency, which takes several times as long on a CPU
         spectra = torch.stack([(power * colour[:, None].conj()).sum(0) for colour in power.unbind(1)], 1).cpu()
         self.sum = spectra if self.sum is None else self.sum + spectra
 

@@ -91,7 +91,7 @@ class ZFNet(nn.Module):
 
     def _initialise(self) -> None:
         if self.config.init == "default" or next(self.parameters()).is_meta:
-            return  # a tensor on "meta" has no values, and filling it would import a compiler: a second
+            return  # tensors on "meta" have no values, and filling them imports PyTorch's compiler, which takes 1 s
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 if self.config.init == "normal":
@@ -208,7 +208,7 @@ def _sizes(model: ModelConfig, image_size: int) -> tuple[dict[str, tuple[int, in
             raise UserError(f"{layer} outputs {out}×{out} pixels, more than {_LARGEST_OUTPUT_SIDE}: lower its padding")
         if (pool := pool_of(model, layer)) is not None:
             try:
-                # on "meta", this would import sympy: half a second
+                # not on "meta", where this imports sympy, which takes 0.5 s
                 n = pool(torch.empty(1, 1, out, 3, device="cpu")).shape[2]
             except RuntimeError:
                 return sizes, f"the pooling after {layer} receives {out}×{out} pixels, too few for its 3×3 window"

@@ -175,7 +175,7 @@ def set_switches(deterministic: bool) -> None:
     """Set PyTorch's global switches. Every run sets all of them, so that no job of a sweep affects the next."""
     # PyTorch reads it when it creates the first cuBLAS handle; it is harmless if it is not needed
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports a compiler: a second
+    if deterministic or torch.are_deterministic_algorithms_enabled():  # it imports PyTorch's compiler, which takes 1 s
         torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
