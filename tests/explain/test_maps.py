@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from tests.explain.networks import chain, network, random_inputs
-from zfnet.explain.maps import BINS, MapResponses, ablation_effects, nearest_maps, strongest_activations
+from tests.explain.networks import NETWORKS, chain, network, random_inputs
+from zfnet.explain.maps import BINS, Ablation, MapResponses, ablation_effects, nearest_maps, strongest_activations
+from zfnet.model.chain import Chain
 
 
 def test_histogram_by_hand() -> None:
@@ -40,6 +42,28 @@ def test_ablation_is_the_change_of_the_mean_output(name: str) -> None:
             torch.testing.assert_close(effect[channel], after - before)
     assert effect.shape == (len(own.activations(images, [layer])[layer][0]), len(before))
     assert effect.abs().sum() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*NETWORKS, "linear over the width"])
+def test_ablation_computes_what_the_later_steps_give_for_a_map_of_zeros(name: str) -> None:
+    if name == "linear over the width":
+        torch.manual_seed(0)
+        over_width = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Linear(6, 6), nn.Flatten(), nn.Linear(108, 4))
+        own = Chain(over_width.double(), 8)
+    else:
+        own = chain(name)
+    images = random_inputs(own, 3)
+    for layer in own.conv_layers:
+        ablation = Ablation(own, images, layer)
+        number, rows, after = next(ablation.each())
+        changed = own.activations(images[rows], [layer])[layer]
+        changed[:, number] = 0
+        for step in own.steps[len(own.up_to(layer)) :]:
+            changed = step(changed)
+        torch.testing.assert_close(after, changed, msg=lambda text, layer=layer: f"{layer}: {text}")
+        torch.testing.assert_close(ablation.before, own.model(images))
+        assert not torch.equal(after, ablation.before[rows])
 
 
 def test_nearest_maps_finds_each_maps_copy_in_another_network() -> None:

@@ -178,6 +178,7 @@ class DeconvnetJob(Look):
         effects: dict[str, Tensor] = {}
         ablated = min(count, self.ablation)
         if ablated:
+            log.info("setting each map to zero on %d images (job.ablation)", ablated)
             few = torch.cat(batches)[torch.linspace(0, count - 1, ablated).round().long()]
             effects = ablation_effects(chain, few.split(loaded.data.batch_size), layers)
         responses = {layer: MapResponses(strongest[layer], effects.get(layer)) for layer in layers}

@@ -414,15 +414,14 @@ def measure_ablation(study: Study) -> Iterator[Row]:
     numbers = sample(loaded, images, study.job.ablation_images)
     labels, classes = images.labels[numbers], len(loaded.classes)
     present = torch.bincount(labels, minlength=classes)
-    for layer in tqdm(list(study.statistics), "ablation", unit="layer", disable=None, leave=False, dynamic_ncols=True):
-        stats = study.statistics[layer]
+    for layer, stats in study.statistics.items():
         alive = (~stats.dead.cpu()).nonzero().flatten()
         accuracy, logits = torch.zeros(len(stats.dead)), torch.zeros(len(stats.dead), classes)
         for some in torch.arange(len(numbers)).split(100):
             ablation = Ablation(chain, to_inputs(loaded, images.pixels(numbers[some])), layer)
             outputs = ablation.before.cpu()
-            for number in ablation.active.any(0).nonzero().flatten().tolist():
-                rows, after = (values.cpu() for values in ablation.without(number))
+            for number, rows, after in ablation.each():
+                rows, after = rows.cpu(), after.cpu()
                 truth, before = labels[some][rows], outputs[rows]
                 hit = (after.argmax(1) == truth).float() - (before.argmax(1) == truth).float()
                 accuracy[number] += hit.sum() / len(numbers)

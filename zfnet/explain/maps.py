@@ -1,13 +1,14 @@
 """Numbers about single feature maps: activations, effects on the classes, and similar maps of another network."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zfnet.model.chain import Chain
+from zfnet.model.chain import NEUTRAL, Chain, Step
 from zfnet.model.layers import full_precision
 
 BINS = 12
@@ -61,8 +62,12 @@ def strongest_activations(chain: Chain, batches: Iterable[Tensor], layers: Seque
     return {layer: values for layer, (values, _) in strongest_places(chain, batches, layers).items()}
 
 
+# modules that process each channel separately and give zeros for zeros
+_KEEP_ZEROS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, *NEUTRAL)
+
+
 class Ablation:
-    """The outputs of a network for images [B, 3, S, S] when single maps of one layer are set to zero.
+    """The outputs of a network for images [B, 3, S, S] when single maps of one convolution are set to zero.
 
     before: [B, classes], outputs with all maps; active: bool [B, C], whether a map has a value other than 0
     """
@@ -70,14 +75,28 @@ class Ablation:
     @torch.no_grad()
     @full_precision()
     def __init__(self, chain: Chain, images: Tensor, layer: str) -> None:
-        self.maps, self._steps = chain.activations(images, [layer])[layer], chain.steps[len(chain.up_to(layer)) :]
-        self.before = self._run_later_steps(self.maps)
-        self.active = (self.maps != 0).flatten(2).any(2)
+        self.layer = layer
+        x, steps = chain.activations(images, [layer])[layer], chain.steps[len(chain.up_to(layer)) :]
+        self.active = (x != 0).flatten(2).any(2)
+        kept = 0
+        while kept < len(steps) and isinstance(steps[kept].module, _KEEP_ZEROS):
+            kept += 1
+        inputs, following = _run(steps[:kept], x), steps[kept].module if kept < len(steps) else None
+        # the next layer's output is a sum over the maps, so subtract one map's term instead of computing it again
+        self._weight: Tensor | None = None
+        if (type(following) is nn.Linear and inputs.ndim == 2) or (
+            type(following) is nn.Conv2d and following.groups == 1 and following.padding_mode == "zeros"
+        ):
+            self._weight, self._following, self._sum = following.weight, following, following(inputs)
+            x, steps = inputs, steps[kept + 1 :]
+        self._maps, self._steps = x, steps
+        self.before = _run(steps, x if self._weight is None else self._sum)
 
-    def _run_later_steps(self, x: Tensor) -> Tensor:
-        for step in self._steps:
-            x = step(x)
-        return x
+    def each(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield each map that is active in an image, and what `without` returns for it. Shows a progress bar."""
+        numbers = self.active.any(0).nonzero().flatten().tolist()
+        for number in tqdm(numbers, f"{self.layer}: ablation", unit="map", disable=None, leave=False):
+            yield number, *self.without(number)
 
     @torch.no_grad()
     @full_precision()
@@ -87,21 +106,37 @@ class Ablation:
         The outputs for the other images do not change.
         """
         rows = self.active[:, number]
-        maps = self.maps[rows]
-        maps[:, number] = 0
-        return rows, self._run_later_steps(maps)
+        if self._weight is None:
+            x = self._maps[rows]
+            x[:, number] = 0
+        else:
+            size = self._maps.shape[1] // self.active.shape[1]  # after a flatten, each map has several features
+            part = slice(number * size, (number + 1) * size)
+            maps, weight = self._maps[rows, part], self._weight[:, part]
+            if isinstance(self._following, nn.Conv2d):
+                conv = self._following
+                term = F.conv2d(maps, weight, None, conv.stride, conv.padding, conv.dilation)
+            else:
+                term = F.linear(maps, weight)
+            x = self._sum[rows] - term
+        return rows, _run(self._steps, x)
+
+
+def _run(steps: Sequence[Step], x: Tensor) -> Tensor:
+    for step in steps:
+        x = step(x)
+    return x
 
 
 def ablation_effects(chain: Chain, batches: Sequence[Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
     """Return for each layer how each class's mean output changes if one map is set to zero: [C, classes]."""
     effects: dict[str, Tensor] = {}
-    for layer in tqdm(layers, "ablation", unit="layer", disable=None, leave=False, dynamic_ncols=True):
+    for layer in layers:
         sums = []
         for batch in batches:
             ablation = Ablation(chain, batch, layer)
             change = batch.new_zeros(ablation.active.shape[1], ablation.before.shape[1])
-            for number in ablation.active.any(0).nonzero().flatten().tolist():
-                rows, after = ablation.without(number)
+            for number, rows, after in ablation.each():
                 change[number] = (after - ablation.before[rows]).sum(0)
             sums.append(change)
         effects[layer] = torch.stack(sums).sum(0).cpu() / sum(len(batch) for batch in batches)
