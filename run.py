@@ -29,7 +29,7 @@ def main(raw: DictConfig) -> float | None:
     # keep `${…}` unresolved: `read_command` resolves it within the composed config and reports its errors
     overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     folder, here = Path(hydra_config.runtime.output_dir), Path.cwd()
-    output = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    output = folder.relative_to(here) if here in folder.parents else folder  # with hydra.job.chdir=true, they are equal
     with errors_pass_hydra():
         try:
             config = read_command(raw, overrides, hydra_config.runtime.config_sources)

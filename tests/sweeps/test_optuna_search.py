@@ -218,6 +218,15 @@ def test_trial_pruning_ends_trials_that_job_resume_can_finish(run_py, tmp_path, 
     assert "continuing from epoch 2" in (tmp_path / "s" / name / "train.log").read_text()
 
 
+def test_a_trial_in_its_own_working_directory_reports_to_its_study(run_py, tmp_path) -> None:
+    words = ["hydra/sweeper/pruner=median", "hydra.sweeper.n_trials=1", "hydra.job.chdir=true", "trainer.epochs=2"]
+    answer = run_py("-m", "hydra/sweeper=optuna", *FAST, *SPACE, *words)
+    assert answer.code == 0, answer.err
+    assert [list(t.intermediate_values) for t in trials_in(tmp_path / "s")] == [[1]]
+    assert [path.parent.name for path in tmp_path.rglob("study.journal")] == ["s"]
+    assert "written to ." not in answer.out.splitlines()
+
+
 @pytest.mark.parametrize("together", [1, 4])
 def test_ask_runs_no_values_twice(run_py, tmp_path, monkeypatch, together: int) -> None:
     began = []

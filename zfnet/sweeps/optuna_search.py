@@ -215,7 +215,7 @@ def report_to_trial(hydra: Any) -> Callable[[float, int], bool] | None:
     settings = read_settings(hydra.sweeper)
     if settings.pruner.get("_target_") == "optuna.pruners.NopPruner":
         return None
-    storage = _open_storage(settings, Path(str(hydra.sweep.dir)))
+    storage = _open_storage(settings, Path(hydra.runtime.cwd, hydra.sweep.dir))  # hydra.job.chdir=true changes the cwd
     study = optuna.load_study(
         study_name=settings.study_name,
         storage=storage,
