@@ -45,6 +45,11 @@ def test_the_last_bit_counts() -> None:
     assert first_difference(old, new) == {"epoch": 1, "metric": "train_loss", "recorded": 0.1 + 0.2, "now": 0.3}
 
 
+def test_nan_equals_nan() -> None:
+    assert first_difference([{"validation_loss": float("nan")}], [{"validation_loss": float("nan")}]) is None
+    assert first_difference([{"validation_loss": float("nan")}], [{"validation_loss": 1.0}])["epoch"] == 1
+
+
 def test_a_missing_epoch_and_a_missing_column_are_differences() -> None:
     row = {"epoch": 1.0, "train_loss": 1.0}
     assert first_difference([row], [])["epoch"] == 1

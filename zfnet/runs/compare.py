@@ -79,11 +79,16 @@ def _without_new_keys(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> di
     return {key: value for key, value in now.items() if key in recorded or key not in later}
 
 
+def _equal(a: Any, b: Any) -> bool:
+    """Return whether two values are equal; NaN, such as the validation loss of weights that overflow, equals NaN."""
+    return bool(a == b or (a != a and b != b))
+
+
 def _differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {"what": key, "recorded": recorded.get(key), "now": now.get(key)}
         for key in dict.fromkeys([*recorded, *now])
-        if recorded.get(key) != now.get(key)
+        if not _equal(recorded.get(key), now.get(key))
         and key not in _NOT_RESULTS
         # earlier versions recorded the top-5 accuracy for five classes or fewer, where it is always 1
         and not (key.endswith(".top5") and recorded.get(key) == 1 and now.get(key) is None)
