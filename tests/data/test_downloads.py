@@ -127,6 +127,8 @@ def test_imagenettes_validation_folder_is_the_test_set(monkeypatch, tmp_path: Pa
     splits = load_splits(data_config(name="imagenette", root=str(tmp_path), validation=0.25, cache_dir=str(tmp_path)))
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [30, 10, 10]
     assert splits.test.classes == splits.train.classes == ("tench", "English springer")
+    for part in (splits.train, splits.validation, splits.test):
+        assert all((tmp_path / part.files[row]).is_file() for row in part.rows.tolist())
 
 
 def test_a_part_of_imagenette_is_refused(tmp_path: Path) -> None:

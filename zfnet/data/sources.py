@@ -208,7 +208,8 @@ def load_imagenette(data: FolderData) -> Splits:
     if test is None or sizes != IMAGENETTE_IMAGES:  # an interrupted extraction leaves only some images
         raise UserError(f"{root}: {sizes[0]} + {sizes[1]} images, Imagenette has 9469 + 3925; delete it and try again")
     names = tuple(names[0] for names in published.classes)
-    train, test = replace(train, classes=names), replace(test, classes=names)
+    files = tuple(os.path.join(root.name, file) for file in train.files)  # below `data.root`
+    train, test = (replace(part, classes=names, files=files) for part in (train, test))
     return replace(splits, train=train, validation=None, test=test)
 
 
