@@ -188,10 +188,11 @@ def test_find_trainings_takes_directories_sweeps_and_patterns(tmp_path: Path) ->
 
 
 @pytest.mark.drawn
-def test_compare_writes_the_summary_again(run_py, tmp_path: Path) -> None:
+def test_compare_writes_the_summary_again(run_py, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     for n, lr in enumerate((0.01, 0.1)):
         write_job(tmp_path, f"optimizer.lr={lr}", accuracy=n / 10)
-    answer = run_py("job=compare", f"job.sweep={tmp_path}")
+    answer = run_py("job=compare", f"job.sweep=~/{tmp_path.name}")
     assert answer.code == 0
     assert "2 settings, 2 jobs: 2 done" in answer.out
     assert (tmp_path / "summary.csv").read_text().count("\n") == 3

@@ -107,3 +107,11 @@ def test_schema_job_writes_a_file_for_each_group(run_py) -> None:
     written = {p.stem: json.loads(p.read_text()) for p in Path("schema").glob("*.json")}
     assert written == json.loads(json.dumps(SCHEMAS))
     assert written.keys() == groups | {"config"}
+
+
+def test_schema_job_expands_the_home_folder_and_refuses_a_file(run_py, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_py("job=schema", "job.folder=~/schemas").code == 0
+    assert (tmp_path / "schemas/optimizer.json").is_file()
+    (tmp_path / "file").touch()
+    assert "cannot be created" in run_py("job=schema", "job.folder=~/file").error

@@ -49,7 +49,7 @@ class CompareJob(Job):
             )
         if config.runs is None:
             remove_if_empty(output)
-            folder = Path(str(self.sweep))
+            folder = Path(os.path.expanduser(str(self.sweep)))
             text = summarize(folder, figures=True) if folder.is_dir() else ""
             if not text:
                 raise UserError(f"job.sweep={folder}: there is no training run in it")

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
+from zfnet.config.errors import UserError
 from zfnet.config.instantiate import resolve
 from zfnet.config.schema import DATA, AugmentConfig, Config, Job, ModelConfig, TrainerConfig
 from zfnet.config.trust import CONF
@@ -30,8 +31,11 @@ class SchemaJob(Job):
 
     def main(self, config: Config, output: Path) -> None:
         """Write one file for each group."""
-        folder = Path(self.folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(os.path.expanduser(self.folder))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"job.folder={folder}: cannot be created ({error.strerror})") from error
         for group, schema in group_schemas().items():
             write_atomically(folder / f"{group}.json", json.dumps(schema, indent=1) + "\n")
         path = os.path.relpath(folder / "optimizer.json", CONF / "optimizer")
