@@ -231,6 +231,7 @@ def t_test(t: float, freedom: float) -> float:
     return min(1.0, 2 * scale * tail)
 
 
+@functools.cache  # paired tests of a sweep have the same degrees of freedom
 def t_quantile(freedom: float, p: float = LEVEL) -> float:
     """Return the t statistic that has the two-sided p `p`."""
     low, high = 0.0, 1e4
