@@ -170,7 +170,7 @@ def test_csv_logger_drops_the_rows_that_a_resumed_run_repeats(tmp_path: Path) ->
     words = ("logger=csv", "trainer.log_every=1")
     train_until_killed(tmp_path / "run", 5, *words)
     with open(tmp_path / "run/steps.csv", "a") as file:
-        file.write("6,9.9,0.9,0.1\n")  # a step after the checkpoint
+        file.write("6,9.9,0.9,0.1\n1")  # a step after the checkpoint, and a line that a crash has cut
     train_tiny_exact(tmp_path / "run", *words)
     train_tiny_exact(tmp_path / "whole", *words)
     assert (tmp_path / "run/steps.csv").read_text() == (tmp_path / "whole/steps.csv").read_text()

@@ -88,7 +88,8 @@ class CSVLogger(Logger):
         rows: list[dict[str, Any]] = []
         if run.step and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= run.step]
+                # a crash of the system can cut the last line, which then has no `lr`
+                rows = [row for row in csv.DictReader(file) if row["lr"] and int(row["step"]) <= run.step]
         RunDirectory(run.folder).write_csv(path.name, rows, STEP_COLUMNS)  # atomic: if it fails, the old file stays
         self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (open until `close`)
         self.writer = csv.DictWriter(self.file, STEP_COLUMNS, lineterminator="\n")
