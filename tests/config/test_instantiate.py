@@ -364,6 +364,15 @@ def test_a_schedule_that_means_nothing_is_named(name: str, key: str, value: obje
     assert str(caught.value).startswith(f"scheduler.{key}={value}: must be {expected}")
 
 
+@pytest.mark.parametrize(
+    ("name", "key"), [("StepLR", "step_size"), ("CosineAnnealingLR", "T_max"), ("MultiStepLR", "milestones")]
+)
+def test_a_schedule_without_a_needed_value_is_named(name: str, key: str) -> None:
+    settings = {"_target_": f"torch.optim.lr_scheduler.{name}", key: None}
+    with pytest.raises(UserError, match=rf"^scheduler\.{key}=null: needs a value$"):
+        arguments("scheduler", settings, LRScheduler, num_args=1)
+
+
 class Late(torch.optim.SGD):
     """Has no fused kernel but raises only in `step`, as Adagrad does on a GPU in PyTorch 2.10."""
 

@@ -209,6 +209,8 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter | None, fixe
     optional = default is None or re.search("None|Optional|Any", annotation)
     if value is None and optional and not key.endswith(".lr"):
         return None
+    if value is None and fixed and parameter is not None and default is inspect.Parameter.empty:
+        raise UserError(f"{key}=null: needs a value")  # PyTorch's schedules would fail only after an epoch
     if re.fullmatch(_TEXT, annotation) and not isinstance(value, str):
         raise UserError(f"{key}={value}: must be text")
     if isinstance(default, (list, tuple)):
