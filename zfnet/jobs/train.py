@@ -366,10 +366,9 @@ def _write_environment(config: Config, run: RunDirectory, state: TrainingState, 
         "imports": config.imports,
     }
     if config.trainer.init_from is not None and config.parent is None:
-        if resumed:  # the network has trained weights by now
-            environment["initial_weights_sha256"] = run.read_json("environment.json")["initial_weights_sha256"]
-        else:
-            environment["initial_weights_sha256"] = weights_hash(state.model.state_dict())
+        # a resumed network has trained weights by now; None if the file was lost
+        recorded = run.environment.get("initial_weights_sha256") if resumed else weights_hash(state.model.state_dict())
+        environment["initial_weights_sha256"] = recorded
     run.write_json("environment.json", environment)
     how = runtime.describe() + (f", {state.world.size} processes" if state.world.size > 1 else "")
     log.info("%s parameters; %s", f"{sum(p.numel() for p in state.model.parameters()):,}", how)
