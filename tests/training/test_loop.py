@@ -275,6 +275,15 @@ def test_divergence_stops_with_step_rate_and_advice(words: tuple[str, ...], tmp_
     assert not list(run.checkpoints.glob("step-*"))  # no checkpoint of a diverged run
 
 
+def test_divergence_in_the_last_step_is_an_error(tmp_path: Path) -> None:
+    words = ("optimizer=sgd", "optimizer.lr=1e30", "scheduler=constant", "data.batch_size=200", "trainer.epochs=1")
+    with pytest.raises(UserError, match=r"^training diverged in its last steps: the loss of the validation images"):
+        train_tiny_exact(tmp_path / "run", *words)
+    run = RunDirectory(tmp_path / "run")
+    assert run.state == "failed"
+    assert not run.weights.exists()
+
+
 def test_not_a_number_in_the_data_is_found_at_its_step(tmp_path: Path, monkeypatch) -> None:
     real = loop.train_step
 

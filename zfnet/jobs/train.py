@@ -1,6 +1,7 @@
 """job=train: load the data, train, test once, and write everything into one run directory."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +43,7 @@ from zfnet.training.loop import evaluate
 from zfnet.training.loop import fit as run_loop
 from zfnet.training.processes import World, processes, run_worker, torchrun_world
 from zfnet.training.schedule import schedule_span
-from zfnet.training.state import TrainingState, set_optimizer_mode
+from zfnet.training.state import LOWER_RATE, TrainingState, set_optimizer_mode
 
 Report = Callable[[float, int], bool]  # (validation accuracy, epoch) → whether to prune
 # a longer run on a CPU with another model than these, which are made for CPUs, suggests experiments with them
@@ -441,6 +442,9 @@ def _report(
     """Evaluate validation and test with the final weights, and write figures, weights and results.json."""
     model = state.eval_model
     measured = {name: evaluate(model, batches, state.runtime, name) for name, batches in sets.items()}
+    for name, evaluation in measured.items():
+        if math.isnan(evaluation.loss):  # the training loss is measured before each step
+            raise UserError(f"training diverged in its last steps: the loss of the {name} images is NaN: {LOWER_RATE}")
     run.check_record()
     digest = save_model(run.weights, model, metadata)
     begun = config.parent.epoch if config.parent else 0

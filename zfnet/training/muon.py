@@ -30,6 +30,8 @@ class Muon(Optimizer):
         steps: int = 5,
         orthogonalize: bool = True,
     ) -> None:
+        if steps < 1:
+            raise ValueError(f"steps={steps}: must be at least 1")
         settings = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(params, settings | {"steps": steps, "orthogonalize": orthogonalize})
 

@@ -26,6 +26,7 @@ from zfnet.training.metrics import Evaluation, RunningMetrics
 from zfnet.training.processes import World
 from zfnet.training.schedule import SCHEDULED, Schedule, schedule_span
 
+LOWER_RATE = "lower optimizer.lr, or try scheduler.warmup_epochs=1 or trainer.clip_norm=1"
 # keys of `data` that do not affect validation
 _TRAINING_ONLY_KEYS = (
     *("batch_size", "sampler", "subset", "device_memory", "max_pixels", "draft", "cache_dir", "on_error", "test"),
@@ -239,8 +240,7 @@ class TrainingState:
         if bad is not None:
             raise UserError(
                 f"training diverged: the loss at step {bad} (epoch {bad // self.steps_per_epoch + 1}, learning rate "
-                f"{self.schedule.lr(bad):g}) is not finite or too large: lower optimizer.lr, or try "
-                "scheduler.warmup_epochs=1 or trainer.clip_norm=1"
+                f"{self.schedule.lr(bad):g}) is not finite or too large: {LOWER_RATE}"
             )
         self.last_reading = loss, accuracy
         return loss, accuracy
