@@ -52,7 +52,16 @@ class Chain:
 
     def __init__(self, model: nn.Module, image_size: int) -> None:
         self.model, self.image_size = model, image_size
-        self.steps = _trace(model, image_size)
+        try:
+            self.steps = _trace(model, image_size, 3)
+        except UserError as error:
+            channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+            if channels == 3:
+                raise
+            try:  # the network of another program, for example for grey images
+                self.steps = _trace(model, image_size, channels)
+            except UserError:
+                raise error from None
         self._ends = {s.name: _end(self.steps, n) for n, s in enumerate(self.steps) if isinstance(s.module, WEIGHTED)}
         self.layers = list(self._ends)
         self._ends[OUTPUT] = len(self.steps) - 1
@@ -124,7 +133,7 @@ def _end(steps: list[Step], start: int) -> int:
 
 @torch.no_grad()
 @full_precision()
-def _trace(model: nn.Module, image_size: int) -> list[Step]:
+def _trace(model: nn.Module, image_size: int, channels: int) -> list[Step]:
     """Run two random images through the model, and check that each leaf module's input is the previous output."""
     names: dict[nn.Module, str] = {}
     for leaf, module in _leaves(model, ""):
@@ -134,7 +143,6 @@ def _trace(model: nn.Module, image_size: int) -> list[Step]:
     weighted = [module for module in names if isinstance(module, WEIGHTED)]
     if not weighted:
         raise UserError(f"{type(model).__name__}: the network has no convolution or linear layer")
-    channels = next((m.in_channels for m in weighted if isinstance(m, nn.Conv2d)), 3)
     images = torch.randn(
         (2, channels, image_size, image_size), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
     ).to(weighted[0].weight)
