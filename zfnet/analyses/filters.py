@@ -7,6 +7,7 @@ measures (RMS, dead, flat, spectrum, aliasing) are ours and defined below. Filte
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from matplotlib.patches import Rectangle
 from pydantic import Field
 from torch import Tensor, nn
 
-from zfnet.config.errors import log
+from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, model_name
 from zfnet.data import Batch
+from zfnet.explain.maps import run_steps
 from zfnet.explain.selection import Look, chosen_split, pick_layers
 from zfnet.model.chain import Chain
 from zfnet.plots.figures import INK, PALETTE, RED, new_figure, plain, save_figure, styled
@@ -128,11 +130,15 @@ def measure_filters(chain: Chain, batches: Iterable[Batch]) -> Filters:
     convolution = chain.model.get_submodule(layer)
     assert isinstance(convolution, nn.Conv2d)
     weight = convolution.weight.detach().cpu().double()
+    if weight.shape[1] not in (1, 3):
+        raise UserError(f"job=filters: {layer} has filters of {weight.shape[1]} channels; only grey or colour is drawn")
+    # modules before it, such as a conversion to grey or a pooling, change the images
+    before = list(itertools.takewhile(lambda step: step.module is not convolution, chain.steps))
     peak = torch.full((len(weight),), -torch.inf, device=convolution.weight.device)
     dead = torch.ones_like(peak, dtype=torch.bool)
     spectra = CrossSpectra()
     for batch in batches:
-        spectra.add(batch.images)
+        spectra.add(run_steps(before, batch.images))
         maps = chain.activations(batch.images, [layer])[layer]
         peak = torch.maximum(peak, maps.amax((0, 2, 3)).float())
         dead &= maps.abs().amax((0, 2, 3)) == 0

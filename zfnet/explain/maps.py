@@ -81,7 +81,7 @@ class Ablation:
         kept = 0
         while kept < len(steps) and isinstance(steps[kept].module, _KEEP_ZEROS):
             kept += 1
-        inputs, following = _run(steps[:kept], x), steps[kept].module if kept < len(steps) else None
+        inputs, following = run_steps(steps[:kept], x), steps[kept].module if kept < len(steps) else None
         # the next layer's output is a sum over the maps, so subtract one map's term instead of computing it again
         self._weight: Tensor | None = None
         if (type(following) is nn.Linear and inputs.ndim == 2) or (
@@ -90,7 +90,7 @@ class Ablation:
             self._weight, self._following, self._sum = following.weight, following, following(inputs)
             x, steps = inputs, steps[kept + 1 :]
         self._maps, self._steps = x, steps
-        self.before = _run(steps, x if self._weight is None else self._sum)
+        self.before = run_steps(steps, x if self._weight is None else self._sum)
 
     def each(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each map that is active in an image, and what `without` returns for it. Shows a progress bar."""
@@ -119,10 +119,11 @@ class Ablation:
             else:
                 term = F.linear(maps, weight)
             x = self._sum[rows] - term
-        return rows, _run(self._steps, x)
+        return rows, run_steps(self._steps, x)
 
 
-def _run(steps: Sequence[Step], x: Tensor) -> Tensor:
+def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor:
+    """Pass a tensor through steps."""
     for step in steps:
         x = step(x)
     return x
