@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Optional
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -426,7 +427,9 @@ def draw_occlusion(
     axes = figure.subplots(rows, len(panels), squeeze=False, width_ratios=widths)
     extent = _extent(result, size)
     predicted_classes = result.occluded.predicted.unique().tolist()  # sorted, so that colours are the same in every row
-    colours = {c: PALETTE[n % len(PALETTE)] for n, c in enumerate(predicted_classes)}
+    count = len(predicted_classes)
+    palette = PALETTE if count <= len(PALETTE) else colormaps["turbo"](np.linspace(0, 1, count))
+    colours = dict(zip(predicted_classes, palette, strict=False))
     for axis, (title, _) in zip(axes[0], panels.values(), strict=True):
         axis.set_title(title)
     for row, of_row in enumerate(axes):
@@ -477,7 +480,7 @@ def _draw_projections(panel: Axes, shown: Panels) -> None:
 
 
 def _draw_classes(
-    panel: Axes, labels: np.ndarray, classes: Sequence[str], colours: Mapping[int, str], extent: Extent
+    panel: Axes, labels: np.ndarray, classes: Sequence[str], colours: Mapping[int, Any], extent: Extent
 ) -> None:
     """Draw a map of class numbers, with a legend of the classes in the map, most frequent first."""
     place = {c: n for n, c in enumerate(colours)}
