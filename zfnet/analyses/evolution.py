@@ -229,7 +229,8 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> 
             if axis is axes[0]:  # measured only between consecutive snapshots
                 control = [row["correlation_of_different_maps"] for row in own]
                 axis.plot(epochs, control, ":", marker="_", color=colour)  # two snapshots give a single point
-        lowest = min(0.0, *(row[k] for row in rows for k in (key, "correlation_of_different_maps")))
+        drawn = (key, "correlation_of_different_maps") if axis is axes[0] else (key,)
+        lowest = min(0.0, *(row[k] for row in rows for k in drawn))
         axis.set(title=title, ylabel=label, ylim=(lowest - 0.02, 1.02))
         epoch_axis(axis, [row[at] for row in rows])
     axes[2].yaxis.set_major_formatter("{x:.0%}")
