@@ -47,18 +47,18 @@ from zfnet.explain.crops import frame_size, project_frames, view_maps, view_unit
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import MapResponses, ablation_effects, nearest_maps, peaks, strongest_activations
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
-from zfnet.explain.selection import Look, chosen_split, pick_layers, predict, read_files, to_inputs
+from zfnet.explain.selection import Look, chosen_split, load_other, pick_layers, predict, read_files, to_inputs
 from zfnet.explain.top_activations import SHUFFLES, TopActivations, collect
 from zfnet.explain.windows import DEAD_WINDOWS
 from zfnet.jobs.predict import prediction_rows
 from zfnet.model.chain import Chain
 from zfnet.plots.figures import BLUE, INK, ORANGE, PURPLE, SOFT, new_figure, save_figure, styled
 from zfnet.plots.pictures import enlarge, mosaic, on_grey, show, show_mosaic, to_pixels
-from zfnet.runs.directory import RunDirectory, find_run, write_tensors
+from zfnet.runs.directory import RunDirectory, write_tensors
 from zfnet.runs.session import StopRequest, continued_directory, own_directory
 from zfnet.runs.statistics import Summary, describe, false_discovery_rate, rank_correlation
 from zfnet.runs.tables import shorten, to_rows
-from zfnet.runs.weights import ModelMetadata, load_model, weights_hash
+from zfnet.runs.weights import ModelMetadata, weights_hash
 from zfnet.training.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
 from zfnet.training.loaded import LoadedRun
 
@@ -111,7 +111,9 @@ class DeconvnetJob(Look):
         if config.images is not None:
             explain_photographs(self, config, output, loaded, deconvnet, layers)
             return
-        other = None if self.other is None else load_model(find_run(self.other).weights, config.imports)
+        other = None if self.other is None else load_other(self.other, loaded)
+        if other is not None:  # raises if it has no convolution
+            pick_layers(other[0], f"job.other={self.other}", None, other[0].conv_layers, only_conv=True)
         weights = weights_hash(loaded.model.state_dict())
         verdict = None
         if (deconvnet.dead_windows, deconvnet.lrn) == ("first", "identity"):  # job=verdict scores only these pictures
@@ -166,7 +168,7 @@ class DeconvnetJob(Look):
         atlas: Atlas,
         loaded: LoadedRun,
         layers: Sequence[str],
-        other: tuple[Any, ModelMetadata] | None,
+        other: tuple[Chain, ModelMetadata] | None,
         folder: Path,
     ) -> Atlas:
         """Return the atlas with statistics of each map over `job.sample` of its images, at even intervals."""
@@ -185,14 +187,13 @@ class DeconvnetJob(Look):
         atlas = replace(atlas, responses=responses, ablated=ablated)
         if other is None:
             return atlas
-        model, metadata = other
-        there = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
+        there, metadata = other
         theirs = []
         for part in pixels:  # the same images, in the other network's stored size
             stored = resize(part.permute(0, 3, 1, 2), metadata.stored_size).permute(0, 2, 3, 1)
             theirs.append(preprocess(stored.to(loaded.runtime.device), metadata.data, channels_last=False))
         nearest = nearest_maps(strongest, strongest_activations(there, theirs, there.conv_layers))
-        page = find_atlas(weights_hash(model.state_dict()))
+        page = find_atlas(weights_hash(there.model.state_dict()))
         link = None if page is None else link_to(page, folder if self.atlas == "single" else folder / "atlas")
         return replace(atlas, nearest=nearest, other={"name": Path(str(self.other)).name, "atlas": link})
 
@@ -260,7 +261,8 @@ def draw_photograph(photograph: Photograph) -> Figure:
     """Draw an image with its predictions and, next to it, a row for each layer: projections above their patches."""
     columns = max([1, *(len(row.maps) for row in photograph.layers.values())])
     figure = new_figure(figsize=(2.6 + 0.95 * columns, max(3.4, 2.3 * len(photograph.layers)) + 0.4))
-    figure.suptitle(f"{shorten(photograph.name, 30)}: each layer's strongest maps, projected, and what they see")
+    title = f"{shorten(photograph.name, 30)}: each layer's strongest maps, projected, and what they see"
+    figure.suptitle(title, parse_math=False)
     grid = figure.add_gridspec(len(photograph.layers), 2, width_ratios=[2.4, 0.95 * columns])
     picture = figure.add_subplot(grid[:, 0])
     show(picture, photograph.pixels)

@@ -28,16 +28,15 @@ from zfnet.explain.atlas import find_atlas, write_quiz
 from zfnet.explain.crops import frame_size, view_units
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import strongest_places
-from zfnet.explain.selection import Look, chosen_split, pick_layers
+from zfnet.explain.selection import Look, chosen_split, load_other, pick_layers
 from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
 from zfnet.plots.figures import INK, PALETTE, SOFT, WHITE, new_figure, save_figure, styled
 from zfnet.plots.pictures import mosaic, on_grey
-from zfnet.runs.directory import find_run
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import clustered_mean, clustered_tests
 from zfnet.runs.tables import shorten, to_rows
-from zfnet.runs.weights import load_model, weights_hash
+from zfnet.runs.weights import weights_hash
 from zfnet.training.loaded import LoadedRun
 
 ALL = "all"  # all layers together
@@ -140,15 +139,11 @@ class ForcedChoiceJob(Look):
             raise UserError(
                 "job.other is not set: name a run that was trained independently, such as with another seed"
             )
-        model, metadata = load_model(find_run(self.other).weights, config.imports)
-        if weights_hash(model.state_dict()) == weights:
+        chain, metadata = load_other(self.other, loaded)
+        if weights_hash(chain.model.state_dict()) == weights:
             raise UserError(
                 f"job.other={self.other}: has the same weights as run={config.run}; the observer must be another one"
             )
-        try:
-            chain = Chain.of(model.to(loaded.runtime.device), metadata.data.image_size)
-        except UserError as error:
-            raise UserError(f"job.other={self.other}: is not a chain of layers: {error}") from error
         return Observer(chain, metadata.data, pick_layers(chain, "job.features", self.features, chain.conv_layers))
 
     def _check_count(self, count: int, split: str) -> None:

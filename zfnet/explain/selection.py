@@ -20,7 +20,9 @@ from zfnet.data.images import stratified
 from zfnet.explain.boxes import boxes_in_input
 from zfnet.model.chain import Chain
 from zfnet.model.layers import full_precision
+from zfnet.runs.directory import find_run
 from zfnet.runs.tables import shorten
+from zfnet.runs.weights import ModelMetadata, load_model
 from zfnet.training.loaded import LoadedRun
 
 _CANDIDATES = 20  # at least this many images of a class are classified to find correct ones
@@ -79,10 +81,21 @@ def pick_layers(
     names = [names] if isinstance(names, str) else names
     if names is not None and not names:
         raise UserError(f"{key}=[]: names no layer; null means the default")
+    if names is None and not default:
+        raise UserError(f"{key}: the default finds no layer in this network; name some{did_you_mean('', known)}")
     for name in names or ():
         if name not in known:
             raise UserError(f"{key}={name}: the network has no such {what}{did_you_mean(name, known)}")
     return list(dict.fromkeys(default if names is None else names))
+
+
+def load_other(name: str, loaded: LoadedRun) -> tuple[Chain, ModelMetadata]:
+    """Return the network of the run that `job.other` names, on the device of `loaded`; raise UserError if no chain."""
+    model, metadata = load_model(find_run(name).weights, loaded.config.imports)
+    try:
+        return Chain.of(model.to(loaded.runtime.device), metadata.data.image_size), metadata
+    except UserError as error:
+        raise UserError(f"job.other={name}: is not a chain of layers: {error}") from error
 
 
 def chosen_split(loaded: LoadedRun) -> Split:
