@@ -15,7 +15,6 @@ unit responds to, and says little about the class (Nie et al. 2018): compare it 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -46,15 +45,6 @@ LRN_RULES = ("identity", "gradient")
 # chunk of units. On a CPU this limit is about the cache size.
 _IMAGES_AT_ONCE = 16
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-
-
-@dataclass
-class _Trace:
-    """The results of a forward pass that the backward pass needs. Each list has one entry per step."""
-
-    output: Tensor
-    input_shapes: list[torch.Size] = field(default_factory=list)  # without the batch dimension
-    kept: list[Any] = field(default_factory=list)  # data that the step's rule saves, such as switches
 
 
 class Deconvnet:
@@ -126,24 +116,19 @@ class Deconvnet:
         corners = torch.zeros_like(units[:, 2:]) if field is None else field.corners(units[:, 2:])
         out = weight.new_zeros(len(units), self.chain.channels, *extent)
         images = images.to(weight)
-        _check_range(units[:, 0], len(images), "image", layer)
+        at_once = _units_per_chunk(steps, weight)
         for group in units[:, 0].unique().split(_IMAGES_AT_ONCE):
-            trace = self._forward(images[group.to(weight.device)], steps)
+            output, kept = self._forward(images[group.to(weight.device)], steps)
             if switches_from is not None:
-                other = self._forward(switches_from.to(weight)[group.to(weight.device)], steps)
-                for number, step in enumerate(steps):
-                    if isinstance(step.module, nn.MaxPool2d):
-                        trace.kept[number] = other.kept[number]
-            shape = trace.output.shape[1:]
+                _, others = self._forward(switches_from.to(weight)[group.to(weight.device)], steps)
+                pools = [isinstance(step.module, nn.MaxPool2d) for step in steps]
+                kept = [other if pool else own for pool, own, other in zip(pools, kept, others, strict=True)]
             mine = torch.isin(units[:, 0], group).nonzero().flatten()
-            for column, name in enumerate(("channel" if len(shape) > 1 else "feature", "y", "x"), 1):
-                limit = shape[column - 1] if column <= len(shape) else 1
-                _check_range(units[mine, column], limit, name, layer)
-            for chosen in mine.split(_units_per_chunk(steps, trace)):
+            for chosen in mine.split(at_once):
                 unit = units[chosen].to(weight.device)
                 unit[:, 0] = torch.searchsorted(group, units[chosen, 0]).to(weight.device)
                 seed = None if seeds is None else seeds[chosen].to(weight)
-                signal = self._backward(steps, trace, unit, seed)
+                signal = self._backward(steps, output, kept, unit, seed)
                 out[chosen.to(weight.device)] = signal.cut(corners[chosen].to(weight.device), extent)
         return out
 
@@ -155,7 +140,7 @@ class Deconvnet:
     def _check(
         self, images: Tensor, layer: str, units: Units, switches_from: Tensor | None, seeds: Tensor | None
     ) -> Tensor:
-        """Check shapes; return the units as int64 [U, 4] on the CPU."""
+        """Check shapes and units; return the units as int64 [U, 4] on the CPU."""
         self.check(layer)
         self.chain.check_images(images)
         if switches_from is not None and switches_from.shape != images.shape:
@@ -171,47 +156,54 @@ class Deconvnet:
         if wanted.ndim != 2 or wanted.shape[1] != 4:
             columns = "(image, channel, y, x)" if is_conv else "(image, feature)"
             raise UserError(f"units of {layer} must be given as {columns}")
+        names = ("image", "channel" if is_conv else "feature", "y", "x")
+        limits = (len(images), *self.chain.up_to(layer)[-1].output_shape, 1, 1)
+        for name, limit, values in zip(names, limits, wanted.unbind(1), strict=False):
+            if len(wrong := values[(values < 0) | (values >= limit)]):
+                raise UserError(f"{layer}: {name} {int(wrong[0])} is out of range, 0 … {limit - 1}")
         if seeds is not None and seeds.shape != (len(wanted),):
             raise UserError(f"seeds of shape {list(seeds.shape)}: must be [{len(wanted)}], one for each unit")
         return wanted
 
     # -- forward
 
-    def _forward(self, x: Tensor, steps: list[Step]) -> _Trace:
-        """Run images [n, 3, H, W] through the steps as in evaluation mode, and keep what the backward pass needs."""
+    def _forward(self, x: Tensor, steps: list[Step]) -> tuple[Tensor, list[Any]]:
+        """Run images [n, 3, H, W] through the steps as in evaluation mode.
+
+        Returns the output and what each step's rule keeps for the backward pass, such as switches.
+        """
         # channels_last is fastest for cutting windows and for convolutions
-        x = x.contiguous(memory_format=torch.channels_last)
-        trace = _Trace(x)
+        x, kept = x.contiguous(memory_format=torch.channels_last), []
         for step in steps:
-            trace.input_shapes.append(x.shape[1:])
-            x, kept = _rule_of(step).forward(self, step.module, x)
-            trace.kept.append(kept)
-        trace.output = x
-        return trace
+            x, own = _rule_of(step).forward(self, step.module, x)
+            kept.append(own)
+        return x, kept
 
     # -- backward
 
-    def _backward(self, steps: list[Step], trace: _Trace, units: Tensor, seeds: Tensor | None) -> Signal:
-        """Return the signals of units, int64 [u, 4], at the pixels. Their image numbers count the images of the trace.
+    def _backward(
+        self, steps: list[Step], output: Tensor, kept: list[Any], units: Tensor, seeds: Tensor | None
+    ) -> Signal:
+        """Return the signals of units, int64 [u, 4], at the pixels. Their image numbers count the images of `output`.
 
         At each step a signal covers a window of the feature map: the part that the unit sees.
         """
         item, channel, y, x = units.unbind(1)
-        top = as_maps(trace.output)
+        top = as_maps(output)
         values = top.new_zeros(len(units), top.shape[1], 1, 1)
         each = torch.arange(len(units), device=units.device)
         values[each, channel, 0, 0] = top[item, channel, y, x] if seeds is None else seeds
         signal = Signal(values, item, torch.stack((y, x), 1))
-        for step, shape, kept in reversed(list(zip(steps, trace.input_shapes, trace.kept, strict=True))):
-            _rule_of(step).backward(self, step.module, signal, kept, shape)
+        for step, own in reversed(list(zip(steps, kept, strict=True))):
+            _rule_of(step).backward(self, step.module, signal, own, step.input_shape)
         return signal
 
 
-def _units_per_chunk(steps: list[Step], trace: _Trace) -> int:
+def _units_per_chunk(steps: list[Step], weight: Tensor) -> int:
     """Return how many units are projected together."""
     rows = columns = largest = 1
-    for step, shape in reversed(list(zip(steps, trace.input_shapes, strict=True))):
-        if len(shape) == 3:
+    for step in reversed(steps):
+        if len(shape := step.input_shape) == 3:
             if isinstance(step.module, (nn.Flatten, nn.AdaptiveAvgPool2d)):
                 rows, columns = shape[1:]
             elif isinstance(step.module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
@@ -219,14 +211,7 @@ def _units_per_chunk(steps: list[Step], trace: _Trace) -> int:
                 rows = min((rows - 1) * window.stride[0] + window.extent[0], shape[1])
                 columns = min((columns - 1) * window.stride[1] + window.extent[1], shape[2])
         largest = max(largest, rows * columns * shape[0])
-    budget = _CHUNK_BYTES.get(trace.output.device.type, 256 << 20)
-    return max(1, budget // (largest * trace.output.element_size()))
-
-
-def _check_range(values: Tensor, limit: int, name: str, layer: str) -> None:
-    wrong = values[(values < 0) | (values >= limit)]
-    if len(wrong):
-        raise UserError(f"{layer}: {name} {int(wrong[0])} is out of range, 0 … {limit - 1}")
+    return max(1, _CHUNK_BYTES.get(weight.device.type, 256 << 20) // (largest * weight.element_size()))
 
 
 # -- the rules: forward and backward for each type of module
