@@ -81,11 +81,12 @@ class InvarianceJob(Look):
             rows = _rows(own, units, chosen.names, "own curve") + _rows(mean, units, many.names, "mean")
             run.write_csv("curves.csv", rows)
             log.info("mean over %d images; distance 1: as far apart as two different images", len(many))
-            extremes: dict[str, dict[str, float]] = {}
+            extremes: dict[str, dict[str, float | None]] = {}
             for name, curve in mean.items():
                 largest = {layer: float(d.mean(0).max() / units[layer]) for layer, d in curve.distances.items()}
                 lowest = float(curve.probability.mean(0).min())
-                extremes[name] = {**{f"canonical_{layer}": d for layer, d in largest.items()}, "probability": lowest}
+                canonical = {f"canonical_{layer}": d if units[layer] else None for layer, d in largest.items()}
+                extremes[name] = {**canonical, "probability": lowest}
                 distances = ", ".join(f"{layer} up to {distance:.2f}" for layer, distance in largest.items())
                 at_rest = curve.probability[:, curve.amounts == identity(name)].mean()
                 log.info("  %-22s %s; P from %.2f to %.2f", name, distances, at_rest, lowest)
