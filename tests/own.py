@@ -293,6 +293,11 @@ class Negative(Items):
         return super().__getitem__(k)[0], -1
 
 
+class Identifiers(Items):
+    def __getitem__(self, k: int) -> tuple[Any, Any]:
+        return super().__getitem__(k)[0], k * 100_000
+
+
 class Fractions(Items):
     def __getitem__(self, k: int) -> tuple[Any, Any]:
         return super().__getitem__(k)[0], k / 2
@@ -337,6 +342,17 @@ class Squash(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         side = self.keep or 8 + int(image.sum()) % 8
         return image[:, :side, : side if not self.keep else None]
+
+
+class Floats(nn.Module):
+    """A transform that returns floats: 0 to 255, divided by `divisor`."""
+
+    def __init__(self, divisor: float = 1.0) -> None:
+        super().__init__()
+        self.divisor = divisor
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.float() / self.divisor
 
 
 class StopAtStep(Callback):

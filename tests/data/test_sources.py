@@ -151,6 +151,7 @@ def test_load_datasets_seeds_items_and_leaves_the_generators_alone() -> None:
         ({"train": own(target="Triples")}, "item 0 cannot be used (TypeError: a tuple of 3; return (image,"),
         ({"train": own(count=0)}, "data.train: the data set is empty"),
         ({"train": {"_target_": "tests.own.NoLength"}}, "data.train: NoLength has no __len__; a map-style data set"),
+        ({"train": own(target="Identifiers")}, "labels are 0 to 1100000, more classes than images: number them"),
         ({"train": own(), "classes": ["a", "b"]}, "data.classes=['a', 'b']: the label 2 has no name"),
         ({"train": own(), "test": own(classes=5), "classes": ["a", "b", "c"]}, "the label 4 has no name"),
         ({"train": own(sort=1)}, "data.train.sort: Items has no such setting"),

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests import own as own_classes
 from tests.helpers import (
     STEPS,
+    TINY,
     TINY_EXACT,
     Trap,
     assert_resumes_exactly,
@@ -28,7 +30,7 @@ from zfnet.data import load_splits
 from zfnet.jobs.train import train
 from zfnet.model.build import has_batch_norm
 from zfnet.runs.directory import RunDirectory
-from zfnet.training.build import balanced_weights, build_optimizer, initial_model, training_batches
+from zfnet.training.build import balanced_weights, build_optimizer, initial_model, parameter_groups, training_batches
 from zfnet.training.loop import train_step
 
 OWN = "imports=[tests]"
@@ -110,6 +112,34 @@ def test_class_weights_of_another_number_of_classes_are_named(tmp_path: Path) ->
 def test_loss_that_cannot_be_trained_is_refused(name: str, expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
         compose_checked(*TINY_EXACT, *OWN_LOSS, f"loss._target_=tests.own.{name}")
+
+
+def test_the_line_of_ones_own_code_that_fails_is_named() -> None:
+    source = Path(own_classes.__file__).read_text().splitlines()
+    line = 1 + source.index("        return -(labels * logits.log_softmax(1)).sum(1).mean()")
+    with pytest.raises(UserError, match=rf"^loss \(SoftTargets\): fails on .* \(own\.py, line {line}\)$"):
+        compose_checked(*TINY_EXACT, *OWN_LOSS, "loss._target_=tests.own.SoftTargets")
+
+
+def test_model_without_parameters_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^model \(Flatten\): has no parameters to train$"):
+        list(parameter_groups(compose(*TINY), nn.Flatten(), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("transform", "clipped"),
+    [
+        ("torchvision.transforms.v2.Normalize,mean:[0.5,0.5,0.5],std:[0.25,0.25,0.25]", "from -2.00 to 2.00"),
+        ("tests.own.Floats", "from 0.00 to 255.00"),
+        ("torchvision.transforms.v2.Identity", None),
+    ],
+)
+def test_transforms_whose_values_are_clipped_are_reported(transform: str, clipped: str | None, caplog) -> None:
+    before = "{_target_:tests.own.Floats,divisor:255}," if "Normalize" in transform else ""
+    compose_checked(*TINY_EXACT, OWN, f"augment.transforms=[{before}{{_target_:{transform}}}]")
+    reported = [text for text in caplog.messages if text.startswith("augment.transforms: return floats")]
+    assert len(reported) == (clipped is not None)
+    assert clipped is None or clipped in reported[0]
 
 
 # three classes, but the program learns their number only when it reads the images
@@ -299,8 +329,12 @@ def test_init_from_opens_no_pickle(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.pth").write_bytes(pickle.dumps(Trap()))
     torch.save({"a": Trap()}, tmp_path / "y.safetensors")
-    for name in ("x.pth", "y.safetensors"):
-        with pytest.raises(UserError, match="is not a safetensors file, or is damaged"):
+    cases = {
+        "x.pth": "convert the file first, by job=import source=.*x.pth",
+        "y.safetensors": "is not a safetensors file",
+    }
+    for name, expected in cases.items():
+        with pytest.raises(UserError, match=expected):
             initial_model(compose(*TINY_EXACT, f"trainer.init_from={tmp_path / name}"), 10)
     assert not (tmp_path / "witness").exists()
 

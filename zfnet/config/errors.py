@@ -3,6 +3,9 @@
 import dataclasses
 import difflib
 import logging
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -12,6 +15,7 @@ from pydantic import ValidationError
 
 log = logging.getLogger("zfnet")  # runs/session.py sends it to the terminal and a file
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 _MAX_LISTED = 24  # a message lists at most this many names
 
 
@@ -27,6 +31,13 @@ def printable(text: object) -> str:
 def one_line(error: object, line: int = 0) -> str:
     """Return one line of an error's message, by default the first; the name of its class if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[line].strip()
+
+
+def place_of(error: BaseException) -> str:
+    """Return ` (file.py, line n)`, the last line of the user's own code in the traceback, or nothing."""
+    libraries = (f"{_PACKAGE}{os.sep}", sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def describe_fault(slot: str, part: object, error: Exception) -> str:

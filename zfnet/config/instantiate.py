@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from zfnet.config.errors import UserError, did_you_mean, one_line
+from zfnet.config.errors import UserError, did_you_mean, one_line, place_of
 
 # Modules with classes that a slot can use without `imports`. A class must be defined there, not only imported there.
 BUILT_IN: dict[str, tuple[str, ...]] = {
@@ -148,7 +148,9 @@ def instantiate(
         raise
     except Exception as error:  # a class can raise any exception about its arguments
         values = ", ".join(f"{k}={v}" for k, v in settings.items() if k != "_target_")
-        raise UserError(f"{slot} ({cls.__name__}): {one_line(error)} ({values or 'no arguments'})") from error
+        raise UserError(
+            f"{slot} ({cls.__name__}): {one_line(error)}{place_of(error)} ({values or 'no arguments'})"
+        ) from error
     if not isinstance(made, base):
         raise UserError(f"{slot}._target_={settings['_target_']}: makes a {type(made).__name__}, not a {base.__name__}")
     return made

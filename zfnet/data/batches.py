@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zfnet.config import randomness
-from zfnet.config.errors import UserError, one_line
+from zfnet.config.errors import UserError, one_line, place_of
 from zfnet.config.randomness import make_key, permutation, randint, seeded_generators, uniform
 from zfnet.config.schema import AugmentConfig, DataConfig
 from zfnet.data.images import ImageSet
@@ -305,7 +305,7 @@ def apply_transforms(
                 except Exception as error:  # user code can raise any exception
                     slot = f"augment.transforms.{place} ({type(transform).__name__})"
                     given = f"image {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-                    raise UserError(f"{slot}: fails on an {given}: {one_line(error)}") from error
+                    raise UserError(f"{slot}: fails on an {given}: {one_line(error)}{place_of(error)}") from error
             if not isinstance(image, Tensor):
                 raise UserError(f"augment.transforms: return {type(image).__name__}; must be a tensor, uint8 [3, s, s]")
             if image.is_floating_point():

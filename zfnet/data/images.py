@@ -4,6 +4,7 @@ import hashlib
 import json
 import mmap
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +68,8 @@ def release(images: np.ndarray) -> None:
 def image_set(images: np.ndarray, labels: Tensor, classes: Sequence[str], boxes: Tensor | None = None) -> ImageSet:
     """Return the set of all `images`, in their order; raise UserError if two classes have the same name."""
     names = tuple(map(class_name, classes))
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"two classes are called '{twice}' (after Unicode normalisation): rename one")
     return ImageSet(images, labels.long(), torch.arange(len(labels)), names, boxes)
 

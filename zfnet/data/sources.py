@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from zfnet.config.errors import UserError, log, one_line
+from zfnet.config.errors import UserError, log, one_line, place_of
 from zfnet.config.instantiate import instantiate
 from zfnet.config.randomness import DATASET, SUBSET, make_key, seeded_generators
 from zfnet.config.schema import DataConfig, DatasetData, FolderData, ShapesData
@@ -88,6 +88,8 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
         lowest = min(min(labels) for _, labels in read.values())
         if lowest > 0:
             log.warning("the labels are %d to %d: number them from 0, or class 0 stays empty", lowest, highest)
+        if highest >= max(_MANY_CLASSES, sum(len(labels) for _, labels in read.values())):
+            raise UserError(f"the labels are {lowest} to {highest}, more classes than images: number them from 0")
         classes = [str(number) for number in range(highest + 1)]
     if highest >= len(classes):
         raise UserError(f"data.classes={list(classes)}: the label {highest} has no name")
@@ -103,6 +105,7 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
     return Splits(made["train"], made.get("val"), made.get("test"), mark)
 
 
+_MANY_CLASSES = 1000
 _ROUNDING = 1e-3  # resized floats can exceed 0 … 1 by this much
 
 
@@ -122,7 +125,7 @@ def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
                 labels.append(_to_label(item[1]))
             except Exception as error:  # user code may raise anything
                 raise UserError(
-                    f"data.{name}: item {number} cannot be used ({type(error).__name__}: {error})"
+                    f"data.{name}: item {number} cannot be used ({type(error).__name__}: {error}){place_of(error)}"
                 ) from error
             if labels[-1] < 0:
                 raise UserError(f"data.{name}: item {number} has the label {labels[-1]}; labels count from 0")

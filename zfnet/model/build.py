@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from zfnet.config.errors import UserError, did_you_mean, one_line
+from zfnet.config.errors import UserError, did_you_mean, one_line, place_of
 from zfnet.config.instantiate import instantiate, resolve
 from zfnet.config.reading import MOST_BYTES, parse_json, refuse_pipe
 from zfnet.config.schema import ModelConfig
@@ -56,7 +56,7 @@ def check_logits(network: nn.Module, num_classes: int | None, image_size: int, t
         with torch.no_grad():
             logits = network.train(training)(torch.zeros(size))
     except Exception as error:  # user code can raise any exception
-        raise UserError(f"model ({name}): fails{mode} on images {size}: {one_line(error)}") from error
+        raise UserError(f"model ({name}): fails{mode} on images {size}: {one_line(error)}{place_of(error)}") from error
     network.train(before)
     shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.ndim != 2 or shape != [2, num_classes or logits.shape[1]]:
@@ -100,6 +100,8 @@ def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
     except FileNotFoundError:
         raise UserError(f"{where}: there is no such file of weights") from None
     except (OSError, SafetensorError, ValueError) as error:
+        if path.suffix in (".pth", ".pt", ".bin"):
+            raise UserError(f"{where}: convert the file first, by job=import source={path} model=…") from error
         raise UserError(f"{where}: is not a safetensors file, or is damaged ({error})") from error
     if isinstance(model, ZFNet):
         state = model.translate_names(state)

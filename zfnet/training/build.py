@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
-from zfnet.config.errors import UserError, did_you_mean, one_line
+from zfnet.config.errors import UserError, did_you_mean, log, one_line, place_of
 from zfnet.config.instantiate import arguments, check_complete, instantiate, is_number, resolve
 from zfnet.config.randomness import seeded_generators
 from zfnet.config.schema import Config, DatasetData, ModelConfig
@@ -142,6 +142,8 @@ def parameter_groups(config: Config, model: nn.Module, lr: float | None) -> Iter
     """
     rules, target = config.optimizer.get("param_groups") or [], config.optimizer.get("_target_")
     rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(True for _ in model.parameters()):
+        raise UserError(f"model ({type(model).__name__}): has no parameters to train")
     if not rest:
         raise UserError(f"trainer.freeze={config.trainer.freeze}: leaves no parameters to train")
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
@@ -274,7 +276,7 @@ def check_loss(config: Config, num_classes: int | None) -> None:
         if num_classes is None:
             return
         what = f"logits [{images}, {classes}] and labels [{images}]"
-        raise UserError(f"{name}: fails on {what}: {one_line(error)}") from error
+        raise UserError(f"{name}: fails on {what}: {one_line(error)}{place_of(error)}") from error
     if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise UserError(f"{name}: must return one number with a gradient, not {shape}")
@@ -294,14 +296,21 @@ def check_initial_weights(config: Config) -> None:
 
 
 def _check_transforms(config: Config) -> None:
-    """Apply the operations of `augment.transforms` to a grey image, if the size of the images is known."""
+    """Apply the operations of `augment.transforms` to an image, if the size of the images is known."""
     data, transforms = config.data, build_transforms(config)
     side = data.crop_size or data.store_size
     if side is None:  # images keep their own size, known for some data sets
         side = {"cifar10": 32, "cifar100": 32, "shapes": data.image_size}.get(data.name)
     if transforms and side is not None:
-        grey = torch.full((1, side, side, 3), 128, dtype=torch.uint8)
-        apply_transforms(grey, torch.zeros(1, dtype=torch.int64), transforms, config.seed, 0)
+        ramp = torch.linspace(0, 255, side).to(torch.uint8).view(1, 1, side, 1).repeat(1, side, 1, 3)
+        apply_transforms(ramp, torch.zeros(1, dtype=torch.int64), transforms, config.seed, 0)
+        image = nn.Sequential(*transforms)(ramp[0].permute(2, 0, 1))
+        if image.is_floating_point() and not (image.min() >= -0.5 and image.max() <= 1.5):
+            log.warning(
+                "augment.transforms: return floats from %.2f to %.2f, which are clipped to 0 … 1: remove a Normalize "
+                "(data.mean and data.std follow), or divide by 255",
+                *(float(value) for value in image.aminmax()),
+            )
 
 
 def _check_step(config: Config) -> None:
