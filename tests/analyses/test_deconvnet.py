@@ -21,6 +21,7 @@ from zfnet.analyses.deconvnet import (
     compare_controls,
     dead_window_sensitivity,
     draw_controls,
+    draw_photograph,
     draw_projections,
     inside_frames,
     project_controls,
@@ -33,6 +34,13 @@ from zfnet.explain import Deconvnet, atlas, receptive_box
 from zfnet.explain.top_activations import TopActivations
 from zfnet.runs.session import Stopped
 from zfnet.runs.weights import weights_hash
+
+
+def test_draw_photograph_takes_any_name() -> None:
+    nothing = torch.zeros(0, 4, 4, 3, dtype=torch.uint8)
+    layers = {"conv1": atlas.Strongest([], [], nothing, nothing)}
+    picture = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    draw_photograph(atlas.Photograph("a$^$b.png", picture, [("a$^$c", 1.0)], layers)).draw_without_rendering()
 
 
 def test_rank_correlation_by_hand() -> None:

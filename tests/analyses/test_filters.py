@@ -15,6 +15,7 @@ from tests.explain.networks import network
 from tests.explain.trained import Trained
 from tests.helpers import read_csv
 from zfnet.analyses.filters import CrossSpectra, aliasing_energy, draw_filters, measure_filters, radial_spectrum
+from zfnet.config.errors import UserError
 from zfnet.data import Batch
 from zfnet.model import Chain
 from zfnet.runs.directory import RunDirectory
@@ -127,6 +128,19 @@ def test_measure_filters_finds_dead_and_flat_ones() -> None:
         peaks = model.activations(images, ["conv1"])["conv1"].amax((0, 2, 3))
         torch.testing.assert_close(result.peak, peaks, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(result.rms[0], model.conv1.weight[0].square().mean().sqrt())
+
+
+def test_measure_filters_uses_the_images_that_the_first_convolution_receives() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)]
+    images, nothing = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    pooled = F.avg_pool2d(images, 2)
+    whole = measure_filters(Chain(nn.Sequential(nn.AvgPool2d(2), *layers), 32), [Batch(images, nothing, nothing, 0, 4)])
+    own = measure_filters(Chain(nn.Sequential(*layers), 16), [Batch(pooled, nothing, nothing, 0, 4)])
+    torch.testing.assert_close(whole.response_aliasing, own.response_aliasing)
+    grouped = Chain(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 5, stride=2), *layers[1:]), 32)
+    with pytest.raises(UserError, match="filters of 12 channels; only grey or colour"):
+        measure_filters(grouped, [Batch(images, nothing, nothing, 0, 4)])
 
 
 @pytest.mark.parametrize("activation", [nn.Identity(), nn.LeakyReLU(), nn.SiLU()])

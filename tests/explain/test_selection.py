@@ -8,12 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from zfnet.config.errors import UserError
 from zfnet.data import Splits
 from zfnet.data.images import image_set
 from zfnet.data.shapes import draw_shapes
 from zfnet.explain import selection
-from zfnet.explain.selection import chosen_split
+from zfnet.explain.selection import chosen_split, pick_layers
+from zfnet.model import Chain
+
+
+def test_pick_layers_needs_a_layer() -> None:
+    linear = Chain(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), 4)
+    assert pick_layers(linear, "job.layers", ["1"], []) == ["1"]
+    with pytest.raises(UserError, match=r"^job\.layers: the default finds no layer in this network; .*known: 1$"):
+        pick_layers(linear, "job.layers", None, linear.conv_layers)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,17 @@ def test_chain_refuses_networks_that_are_not_chains(model: nn.Module, message: s
         Chain(model, 8)
 
 
+@pytest.mark.parametrize(
+    ("model", "channels"),
+    [
+        (nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3), nn.Flatten(), nn.Linear(144, 2)), 3),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(784, 2)), 1),
+    ],
+)
+def test_channels_of_the_images_are_not_those_of_the_first_convolution_if_colour_works(model, channels: int) -> None:
+    assert Chain(model, 16).channels == channels
+
+
 def test_chain_refuses_branches() -> None:
     with pytest.raises(UserError, match=r"the input of layer1.0.relu \(ReLU\) is not the output of layer1.0.bn2"):
         Chain(torchvision.models.resnet18(), 32)

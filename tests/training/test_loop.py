@@ -275,10 +275,11 @@ def test_divergence_stops_with_step_rate_and_advice(words: tuple[str, ...], tmp_
     assert not list(run.checkpoints.glob("step-*"))  # no checkpoint of a diverged run
 
 
-def test_divergence_in_the_last_step_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("validation", "name"), [(8, "validation"), (0, "test")])
+def test_divergence_in_the_last_step_is_an_error(validation: int, name: str, tmp_path: Path) -> None:
     words = ("optimizer=sgd", "optimizer.lr=1e30", "scheduler=constant", "data.batch_size=200", "trainer.epochs=1")
-    with pytest.raises(UserError, match=r"^training diverged in its last steps: the loss of the validation images"):
-        train_tiny_exact(tmp_path / "run", *words)
+    with pytest.raises(UserError, match=rf"^training diverged in its last steps: the loss of the {name} images is NaN"):
+        train_tiny_exact(tmp_path / "run", *words, f"data.validation={validation}")
     run = RunDirectory(tmp_path / "run")
     assert run.state == "failed"
     assert not run.weights.exists()
