@@ -182,6 +182,11 @@ def test_resolve_gives_each_slot_its_own_kind_only(slot: str, target: str) -> No
                 resolve(other, target, base)
 
 
+def test_resolve_names_the_module_of_pytorchs_own_classes() -> None:
+    with pytest.raises(UserError, match=r"^optimizer\._target_=NAdam: did you mean 'torch\.optim\.NAdam'\?$"):
+        resolve("optimizer", "NAdam", torch.optim.Optimizer)
+
+
 def test_resolve_imports_nothing_without_trust(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     (tmp_path / "trap_module.py").write_text("open('witness', 'w').close()\nclass SGD: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -61,3 +61,14 @@ def test_images_alternate_between_classes_and_begin_with_correct_ones(monkeypatc
     monkeypatch.setattr(selection, "predict", lambda _, numbers: predicted[numbers])
     loaded: Any = None
     assert selection._correct_first(loaded, images, count).tolist() == expected
+
+
+def test_images_of_a_large_class_replace_those_that_small_classes_lack(monkeypatch) -> None:
+    labels = torch.tensor([0] * 30 + [1, 2])
+    images = image_set(np.zeros((32, 3, 3, 3), np.uint8), labels, "abc")
+    monkeypatch.setattr(selection, "to_inputs", lambda _, pixels: pixels)
+    monkeypatch.setattr(selection, "predict", lambda _, pixels: torch.eye(3)[torch.zeros(len(pixels)).long()])
+    loaded: Any = None
+    for count, expected in ((28, 28), (40, 32)):
+        chosen = selection._correct_first(loaded, images, count)
+        assert len(chosen) == len(chosen.unique()) == expected

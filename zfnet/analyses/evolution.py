@@ -6,6 +6,7 @@ responses to a fixed set of images are from snapshot to snapshot, and how many m
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +87,15 @@ class EvolutionJob(Look):
             run.write_csv("strongest.csv", _strongest(views, images, numbers))
             run.write_csv("stability.csv", stability)
             for row in stability[-len(layers) :]:
+                changed = row["strongest_image_changed"]
                 log.info(
                     f"{row['layer']}: correlation with epoch {row['previous']}: "
                     f"{row['correlation_with_previous']:.2f}; "
-                    f"strongest image changed in {row['strongest_image_changed']:.0%} of maps"
+                    + (
+                        "no map is active"
+                        if math.isnan(changed)
+                        else f"strongest image changed in {changed:.0%} of maps"
+                    )
                 )
 
 

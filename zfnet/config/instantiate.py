@@ -53,6 +53,9 @@ def resolve(slot: str, target: Any, base: type, imports: Sequence[str] = ()) -> 
     package = target.split(".")[0]
     places = ("zfnet", *BUILT_IN.get(group, ()), *imports)
     if not any(_is_inside(package, place.split(".")[0]) for place in places):
+        for place in places:
+            if isinstance(getattr(sys.modules.get(place), target, None), type):
+                raise UserError(f"{slot}._target_={target}: did you mean '{place}.{target}'?")
         raise UserError(
             f"{slot}._target_={target}: the package {package} is not one that this command imports; if you trust it, "
             f"add imports=[{package}]"

@@ -164,7 +164,11 @@ def _correct_first(loaded: LoadedRun, images: ImageSet, count: int) -> Tensor:
         correct = predict(loaded, to_inputs(loaded, images.pixels(members))).argmax(1) == label
         ranked.append(torch.cat([members[correct], members[~correct]]).tolist())
     turns = itertools.chain.from_iterable(itertools.zip_longest(*ranked))
-    return torch.tensor([place for place in turns if place is not None][:count])
+    places = [place for place in turns if place is not None][:count]
+    if len(places) < min(count, len(images)):  # small classes have too few images, so take more of the large ones
+        rest = torch.ones(len(images), dtype=torch.bool).index_fill(0, torch.tensor(places), False)
+        places += rest.nonzero().flatten()[: count - len(places)].tolist()
+    return torch.tensor(places)
 
 
 def read_files(loaded: LoadedRun, items: Sequence[str]) -> tuple[Tensor, list[str]]:
