@@ -35,7 +35,7 @@ def one_line(error: object, line: int = 0) -> str:
 
 def place_of(error: BaseException) -> str:
     """Return ` (file.py, line n)`, the last line of the user's own code in the traceback, or nothing."""
-    libraries = (f"{_PACKAGE}{os.sep}", sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
+    libraries = (f"{_PACKAGE}{os.sep}", "<", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
