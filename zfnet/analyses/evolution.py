@@ -87,15 +87,11 @@ class EvolutionJob(Look):
             run.write_csv("strongest.csv", _strongest(views, images, numbers))
             run.write_csv("stability.csv", stability)
             for row in stability[-len(layers) :]:
-                changed = row["strongest_image_changed"]
+                share = row["strongest_image_changed"]
+                changed = "no map is active" if math.isnan(share) else f"strongest image changed in {share:.0%} of maps"
                 log.info(
                     f"{row['layer']}: correlation with epoch {row['previous']}: "
-                    f"{row['correlation_with_previous']:.2f}; "
-                    + (
-                        "no map is active"
-                        if math.isnan(changed)
-                        else f"strongest image changed in {changed:.0%} of maps"
-                    )
+                    f"{row['correlation_with_previous']:.2f}; {changed}"
                 )
 
 

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, model_name
 from zfnet.data import Batch
-from zfnet.explain.maps import run_steps
 from zfnet.explain.selection import Look, chosen_split, pick_layers
-from zfnet.model.chain import Chain
+from zfnet.model.chain import Chain, run_steps
 from zfnet.plots.figures import INK, PALETTE, RED, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import enlarge, mosaic, show
 from zfnet.runs.directory import find_run

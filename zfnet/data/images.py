@@ -68,8 +68,7 @@ def release(images: np.ndarray) -> None:
 def image_set(images: np.ndarray, labels: Tensor, classes: Sequence[str], boxes: Tensor | None = None) -> ImageSet:
     """Return the set of all `images`, in their order; raise UserError if two classes have the same name."""
     names = tuple(map(class_name, classes))
-    if len(set(names)) < len(names):
-        twice = next(name for name, count in Counter(names).items() if count > 1)
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise UserError(f"two classes are called '{twice}' (after Unicode normalisation): rename one")
     return ImageSet(images, labels.long(), torch.arange(len(labels)), names, boxes)
 

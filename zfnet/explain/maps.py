@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zfnet.model.chain import NEUTRAL, Chain, Step
+from zfnet.model.chain import NEUTRAL, Chain, run_steps
 from zfnet.model.layers import full_precision
 
 BINS = 12
@@ -120,13 +120,6 @@ class Ablation:
                 term = F.linear(maps, weight)
             x = self._sum[rows] - term
         return rows, run_steps(self._steps, x)
-
-
-def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor:
-    """Pass a tensor through steps."""
-    for step in steps:
-        x = step(x)
-    return x
 
 
 def ablation_effects(chain: Chain, batches: Sequence[Tensor], layers: Sequence[str]) -> dict[str, Tensor]:

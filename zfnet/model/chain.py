@@ -35,6 +35,13 @@ class Step:
         return f"{self.name} ({type(self.module).__name__})"
 
 
+def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor:
+    """Pass a tensor through steps."""
+    for step in steps:
+        x = step(x)
+    return x
+
+
 class Chain:
     """The steps of a feed-forward network, found in one forward pass in evaluation mode.
 
@@ -58,7 +65,7 @@ class Chain:
             channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
             if channels == 3:
                 raise
-            try:  # the network of another program, for example for grey images
+            try:  # such as an imported network for grey images
                 self.steps = _trace(model, image_size, channels)
             except UserError:
                 raise error from None

@@ -357,6 +357,11 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def sweep_folder(hydra: Any) -> Path:
+    """Return the sweep's directory from Hydra's config of a job, which with hydra.job.chdir=true works in its own."""
+    return Path(hydra.runtime.cwd, hydra.sweep.dir)
+
+
 def find_run(text: str) -> RunDirectory:
     """Return the run that `run=…` names: a directory, or `last` for the newest finished training run in outputs/.
 
@@ -368,7 +373,7 @@ def find_run(text: str) -> RunDirectory:
             raise UserError(f"run={text}: there is no run (no config.yaml)")
         return RunDirectory(folder)
     # exclude the runs of this sweep, so that `last` is the same run in all of its jobs
-    sweep = Path(HydraConfig.get().sweep.dir).resolve() if in_sweep() else None
+    sweep = sweep_folder(HydraConfig.get()).resolve() if in_sweep() else None
     finished = [
         run
         for run in list_runs(OUTPUTS)

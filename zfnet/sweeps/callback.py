@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from zfnet.config.errors import UserError
 from zfnet.config.trust import parse_overrides
 from zfnet.runs.console import explain
-from zfnet.runs.directory import BEFORE_RUN, RunDirectory, remove_if_empty, write_atomically
+from zfnet.runs.directory import BEFORE_RUN, RunDirectory, remove_if_empty, sweep_folder, write_atomically
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.launch import TRIAL, outcome_of_job, take_one_gpu
 from zfnet.sweeps.summary import job_rows, read_sweep, to_markdown, to_text
@@ -39,7 +39,7 @@ class SweepReport(Callback):
         """Assign a GPU to a parallel job, and print the job's number and overrides."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
-        take_one_gpu(config.hydra.launcher.get("n_jobs", 1), _sweep_folder(config))
+        take_one_gpu(config.hydra.launcher.get("n_jobs", 1), sweep_folder(config.hydra))
         shared = config.hydra.job.config.override_dirname.exclude_keys
         overrides = parse_overrides(config.hydra.overrides.task)
         own = [str(each.input_line) for each in overrides if each.key_or_group not in shared]
@@ -59,18 +59,13 @@ class SweepReport(Callback):
             remove_if_empty(folder)  # Hydra created it, and some jobs write nothing
         began = time.monotonic()
         if began >= self._next_summary:
-            summarize(_sweep_folder(config))
+            summarize(sweep_folder(config.hydra))
             self._next_summary = time.monotonic() + 10 * (time.monotonic() - began)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write tables and figures, and print the table."""
         if text := summarize(Path(str(config.hydra.sweep.dir)), figures=True):
             print("\n" + text, flush=True)
-
-
-def _sweep_folder(config: DictConfig) -> Path:
-    """Return the sweep's directory in a job, which with hydra.job.chdir=true works in its own directory."""
-    return Path(config.hydra.runtime.cwd, config.hydra.sweep.dir)
 
 
 def _record_failure(run: RunDirectory, error: Exception) -> None:

@@ -31,7 +31,7 @@ from zfnet.config.instantiate import instantiate
 from zfnet.config.randomness import make_key
 from zfnet.config.reading import parse_json, read_bytes
 from zfnet.config.schema import NOT_IDENTITY, Checked, NotNegative, Positive, check
-from zfnet.runs.directory import RunDirectory
+from zfnet.runs.directory import RunDirectory, sweep_folder
 from zfnet.sweeps.launch import TRIAL, Outcome, SweepJobs
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -215,7 +215,7 @@ def report_to_trial(hydra: Any) -> Callable[[float, int], bool] | None:
     settings = read_settings(hydra.sweeper)
     if settings.pruner.get("_target_") == "optuna.pruners.NopPruner":
         return None
-    storage = _open_storage(settings, Path(hydra.runtime.cwd, hydra.sweep.dir))  # hydra.job.chdir=true changes the cwd
+    storage = _open_storage(settings, sweep_folder(hydra))
     study = optuna.load_study(
         study_name=settings.study_name,
         storage=storage,
