@@ -58,7 +58,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("data=shapes", "data.store_size=32", "data.test_images=10")
 NETWORKS = {
     "blog": (),
-    "cifar10_best": ("experiment=cifar10_best",),
+    "zfnet_bn": ("experiment=cifar10_best", "data.image_size=224"),
     "zfnet_paper": ("model=zfnet_paper",),
     "small": ("model=small", "data.image_size=64"),
 }
@@ -389,7 +389,7 @@ def accuracy(setting: Setting) -> Iterator[dict[str, Any]]:
 RECIPES = {
     "cifar10_no_bn": ("experiment=cifar10_no_bn", "trainer.epochs=20"),
     "blog": ("experiment=blog",),
-    "cifar10_best": ("experiment=cifar10_best",),
+    "cifar10_best": ("experiment=cifar10_best", "data.image_size=224", "trainer.epochs=40"),
 }
 RUNS = [(name, seed) for names in (("cifar10_no_bn", "blog"), ("cifar10_best",)) for seed in range(3) for name in names]
 
