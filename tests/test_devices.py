@@ -200,6 +200,7 @@ def test_searches_over_a_set(waits: list[str], in_full_precision: None) -> None:
     assert type(measure_filters(model.chain, batches(images).in_order()).peak) is torch.Tensor
 
 
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")  # of the device that stands for the GPU
 def test_a_run_trained_on_a_cpu_loads_on_a_gpu(tiny_run: RunDirectory, waits: list[str]) -> None:
     run = load_for_job(tiny_run, *ON_GPU)
     assert choose_images(run, run.config, 3).labels.device.type == "cuda"
