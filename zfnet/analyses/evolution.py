@@ -214,7 +214,7 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> 
     Dotted: the correlation of different maps of consecutive snapshots.
     """
     figure = new_figure(figsize=(13, 3.9))
-    figure.suptitle("Stability of feature maps, mean over each layer's maps (dotted: different maps)")
+    figure.suptitle("Stability of feature maps, mean over each layer's maps")
     axes = figure.subplots(1, 3)
     dotted = "Similarity to the previous snapshot\n(dotted: of different maps)"
     panels = (
