@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import io
 import logging
 import os
 import pty
@@ -127,16 +128,31 @@ def test_a_refused_config_takes_nothing_of_others_away(run_py, tmp_path: Path) -
 
 
 def test_a_closed_pipe_is_no_error(run_py, monkeypatch) -> None:
-    """`python run.py … | head`."""
-
-    def closed(*_: object) -> None:
-        raise BrokenPipeError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("zfnet.jobs.summary.SummaryJob.main", closed)
-        patch.setattr("zfnet.runs.console.os.dup2", lambda *_: None)  # keep the test's stdout
+    """`python run.py … | head`: no message, also not from Python, which flushes stdout at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
         answer = run_py("job=summary")
-    assert (answer.code, answer.out, answer.err) == (1, "", "")
+        stdout.flush()
+    assert (answer.code, answer.err) == (1, "")
+
+
+def test_each_line_is_written_at_once(run_py, monkeypatch) -> None:
+    """A log of a job on a cluster shows the progress of a run."""
+    with io.TextIOWrapper(io.BytesIO()) as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert run_py("optimizer.lr=-1").code == 1
+        assert stdout.line_buffering
+
+
+def test_closed_streams_end_no_training(run_py, tmp_path: Path, monkeypatch) -> None:
+    """`python run.py … >&- 2>&-`: Python sets the streams to None."""
+    with monkeypatch.context() as patch:
+        for name in ("stdout", "stderr"):
+            patch.setattr(sys, name, None)
+        assert run_py(*SHAPES, "hydra.run.dir=run").code == 0
+    assert RunDirectory(tmp_path / "run").state == "done"
 
 
 def test_full_error_shows_the_traceback(run_py, monkeypatch) -> None:

@@ -108,11 +108,12 @@ def test_nohup_keeps_sighup_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_terminal_that_is_gone_ends_no_job(tmp_path: Path, monkeypatch) -> None:
-    """After SIGHUP the terminal is gone and printing fails, but the run must still be saved."""
+@pytest.mark.parametrize("code", [errno.EIO, errno.EPIPE, errno.ENOSPC])
+def test_output_that_nobody_can_read_ends_no_job(tmp_path: Path, code: int, monkeypatch) -> None:
+    """After SIGHUP the terminal is gone, after Ctrl-C `tee` is; printing fails, but the run must still be saved."""
 
     def gone(*_: object, **__: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise OSError(code, os.strerror(code))
 
     with own_directory(compose(*TINY), tmp_path / "run"), StopRequest() as stop, monkeypatch.context() as patch:
         patch.setattr(sys.stdout, "write", gone)

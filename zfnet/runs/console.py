@@ -63,8 +63,12 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
     raise errors instead of printing them in its own way.
     """
     global _one_line_errors
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name outside the terminal's encoding must not end a run
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as with `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a name outside the terminal's encoding must not end a run; a pipe or a file receives each line at once
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         check_what_hydra_composes(sys.argv[1:])
         main()
@@ -82,12 +86,14 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
     finally:
         _one_line_errors = False
         del os.environ["HYDRA_FULL_ERROR"]
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody can read it; otherwise Python would print this error and change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: Exception) -> NoReturn:
-    if isinstance(error, BrokenPipeError):  # `python run.py … | head`: the reader has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    else:
+    if not isinstance(error, BrokenPipeError):  # `python run.py … | head`: the reader has closed the pipe
         # a record from elsewhere can contain escape codes that move the cursor or rename the window
         print("\n".join(map(printable, f"error: {explain(error)}".splitlines())), file=sys.stderr)
     sys.exit(1)

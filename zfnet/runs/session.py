@@ -1,7 +1,6 @@
 """A running job in its run directory: the lock, the log, the recorded status, and the reasons to end early."""
 
 import contextlib
-import errno
 import logging
 import shutil
 import signal
@@ -95,11 +94,9 @@ class _Terminal(logging.Handler):
             width = shutil.get_terminal_size().columns
             # a command stays one line, so that it can be copied
             text = "\n".join(line if "python run.py" in line else fill(line, width) for line in text.splitlines())
-        try:
+        # the terminal is closed, the reader of the pipe has ended or the disk is full, but the run must still be saved
+        with contextlib.suppress(OSError):
             tqdm.write(text, file=sys.stdout)
-        except OSError as error:
-            if error.errno != errno.EIO:  # EIO: the terminal was closed, but the run must still be saved
-                raise
 
 
 class _LogFile(logging.FileHandler):
