@@ -154,3 +154,11 @@ def test_best_weights_of_an_epoch_that_is_trained_again_are_not_lost(tmp_path: P
     assert weights_and_history(train_tiny_exact(run.folder, "trainer.epochs=3"))[0] == expected[0]
     assert run.read_json("results.json")["best_epoch"] == 2
     assert "are lost" not in (run.folder / "train.log").read_text()
+
+
+def test_damaged_results_of_a_finished_run_are_named(run_py, tiny_run, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run.folder, tmp_path / "run")
+    for content in ("null", "[1]", '{"validation": "x"}', "{}"):
+        (tmp_path / "run/results.json").write_text(content)
+        answer = run_py("job=resume", "run=run")
+        assert (answer.code, answer.err) == (1, "error: run/results.json is damaged: it has no validation accuracy\n")

@@ -242,6 +242,20 @@ def test_a_run_does_not_write_through_links(tiny_run, tmp_path: Path, name: str)
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
+def test_a_loop_of_links_is_no_link_to_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to("checkpoints")
+    RunDirectory(tmp_path).refuse_links()
+    with pytest.raises(UserError, match="checkpoints cannot be read: Too many levels of symbolic links"):
+        step_files(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("text", ["x,y\n1,2\n", "epoch,lr\n1e300,1\n", "epoch,lr\n1,1\n,\n"])
+def test_a_history_without_its_epochs_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "history.csv").write_text(text)
+    with pytest.raises(UserError, match=r"history\.csv cannot be read: its epochs are not 1, 2, 3 …"):
+        RunDirectory(tmp_path).read_history()
+
+
 def test_links_of_earlier_wandb_runs_are_no_obstacle(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     logs = run.folder / "wandb/offline-run-20260101_000000-abc/logs"

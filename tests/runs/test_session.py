@@ -19,7 +19,7 @@ import pytest
 from tests.helpers import TINY, TINY_EXACT, claim, compose, raise_disk_full, train_tiny_exact
 from zfnet.config.errors import UserError
 from zfnet.runs.directory import RunDirectory, write_atomically
-from zfnet.runs.session import Stopped, StopRequest, hold_directory, own_directory
+from zfnet.runs.session import Stopped, StopRequest, hold_directory, log_to, own_directory
 
 
 def test_the_state_tells_how_the_job_ended(tmp_path: Path) -> None:
@@ -157,6 +157,12 @@ def test_a_full_disk_ends_with_its_own_error(tmp_path: Path, monkeypatch, capfd)
     with pytest.raises(UserError, match="no room"):
         work()
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_log_that_cannot_be_created_ends_no_job(tmp_path: Path) -> None:
+    (tmp_path / "train.log").mkdir()
+    with log_to(tmp_path / "train.log"):
+        logging.getLogger("zfnet").info("said")
 
 
 def test_what_killed_writes_left_is_removed_by_the_next_start(tmp_path: Path) -> None:

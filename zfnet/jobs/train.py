@@ -134,7 +134,10 @@ def train(
                 _refuse_other_images(run, load_splits(config.data, config.imports))
                 record_data(run, config.data)
             print(f"nothing to do: {run.folder} is finished")  # the log of a finished run does not change
-            return objective(run.read_json("results.json"))
+            try:
+                return objective(run.read_json("results.json"))
+            except (LookupError, TypeError) as error:
+                raise UserError(f"{run.folder / 'results.json'} is damaged: it has no validation accuracy") from error
         try:
             with (
                 recorded_state(run, f"stopped; continue with\npython run.py job=resume run={run.folder}"),

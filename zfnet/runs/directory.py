@@ -173,7 +173,8 @@ class RunDirectory:
         inside = self.folder.resolve()
         for place, folders, files in os.walk(self.folder):
             for path in (Path(place, name) for name in (*folders, *files)):
-                outside = path.is_symlink() and not path.resolve().is_relative_to(inside)
+                # `Path.resolve` would raise for a loop of links
+                outside = path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside)
                 if outside and not path.relative_to(self.folder).match("wandb/*run-*/logs/debug-core.log"):
                     raise UserError(f"{path}: is a link, so the run would write elsewhere: replace it")
 
@@ -340,7 +341,10 @@ class RunDirectory:
         try:
             text = read_bytes(self.folder / "history.csv").decode()
             rows = csv.DictReader(io.StringIO(text, newline=""))
-            return [{k: float(v) if v else None for k, v in row.items()} for row in rows]
+            history = [{k: float(v) if v else None for k, v in row.items()} for row in rows]
+            if [row.get("epoch") for row in history] != [*range(1, len(history) + 1)]:
+                raise ValueError("its epochs are not 1, 2, 3 …")
+            return history
         except FileNotFoundError:
             raise UserError(f"run={self.folder}: has no history.csv; did it train?") from None
         except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:

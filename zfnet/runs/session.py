@@ -105,6 +105,10 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         """Print no traceback."""
 
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # the file cannot be created
+            super().emit(record)
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
