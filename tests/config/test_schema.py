@@ -209,11 +209,12 @@ def test_check_names_what_is_no_json() -> None:
         deep = [deep]
     odd = {"a\udcff": 1}
     for keys, problem in (
-        ({"transforms": [{"a": deep}]}, "recursion"),
-        ({"transforms": [odd]}, "surrogate"),
-        (odd, "surr"),
+        ({"transforms": [{"a": deep}]}, "augment: Invalid JSON: .*recursion"),
+        ({"transforms": [odd]}, r"augment\.transforms: contains bytes that are not valid UTF-8"),
+        ({"transforms": ["a\udcff"]}, r"augment\.transforms: contains bytes that are not valid UTF-8"),
+        (odd, r"augment\.a\\udcff: contains bytes that are not valid UTF-8"),
     ):
-        with pytest.raises(UserError, match=rf"^augment: Invalid JSON: .*{problem}"):
+        with pytest.raises(UserError, match=f"^{problem}"):
             check(AugmentConfig, {"name": "x", **keys}, "augment")
 
 

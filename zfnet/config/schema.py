@@ -420,8 +420,9 @@ def check(schema: type[T], plain: Any, prefix: str) -> T:
         return _adapter(schema).validate_json(json.dumps(plain, default=str))  # type: ignore[arg-type]
     except ValidationError as error:
         if not error.errors()[0]["loc"]:  # not valid JSON: a file name can contain bytes that are not text
-            odd = (k for k, v in flatten(plain).items() if str(v) != str(v).encode(errors="replace").decode())
-            if (key := next(odd, None)) is None:  # nested too deeply, or bytes in a key or a list
+            texts = {k: json.dumps([k, v], default=str, ensure_ascii=False) for k, v in flatten(plain).items()}
+            odd = (k for k, text in texts.items() if text != text.encode(errors="replace").decode())
+            if (key := next(odd, None)) is None:  # nested too deeply
                 raise UserError(f"{prefix or 'config'}: {one_line(error.errors()[0]['msg'])}") from error
             key, advice = printable(f"{prefix}.{key}".lstrip(".")), "use a link to it with an ASCII name"
             raise UserError(f"{key}: contains bytes that are not valid UTF-8; {advice}") from error
