@@ -467,13 +467,28 @@ def test_a_full_disk_is_named_before_anything_is_decoded(config, photos: Path, t
     assert len(load_folder(config()).train) > 0
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "images.npy"])
-def test_a_damaged_cache_is_named(config, photos: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", b"[["),
+        ("manifest.json", b'{"unreadable": [[6, "x"]], "fingerprint": "x"}'),
+        ("manifest.json", b'{"unreadable": [[1e999, "x"]], "fingerprint": "x"}'),
+        ("images.npy", b"[["),
+        ("images.npy", b""),
+        ("images.npy", np.zeros((5, 8, 8, 3), np.uint8)),
+        ("images.npy", np.zeros((6, 8, 8, 3), np.float32)),
+        ("images.npy", np.zeros(6, np.uint8)),
+    ],
+)
+def test_a_damaged_cache_is_named(config, photos: Path, name: str, content: bytes | np.ndarray) -> None:
     write_images(photos, {"a": 3, "b": 3})
-    data = config()
+    data = config(on_error="skip")
     load_folder(data)
     (damaged,) = Path(str(data.cache_dir)).glob(f"*/{name}")
-    damaged.write_bytes(b"[[")
+    if isinstance(content, bytes):
+        damaged.write_bytes(content)
+    else:
+        np.save(damaged, content)
     with pytest.raises(UserError, match=rf"the image cache {damaged.parent} is damaged .*: delete it"):
         load_folder(data)
 

@@ -259,7 +259,11 @@ def _load_cached(listing: _Listing, data: FolderData) -> tuple[np.ndarray, dict[
         images = np.load(folder / "images.npy", mmap_mode="r")
         unreadable = {int(number): str(problem) for number, problem in manifest["unreadable"]}
         fingerprint = str(manifest["fingerprint"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        numbers, side = range(len(listing.files)), images.shape[1]
+        fits = images.dtype == np.uint8 and images.shape == (len(numbers), side, side, 3)
+        if not fits or any(number not in numbers for number in unreadable):
+            raise ValueError("it is not the cache of these files")
+    except (OSError, EOFError, ValueError, LookupError, TypeError, OverflowError) as error:
         raise UserError(
             f"the image cache {printable(folder)} is damaged ({type(error).__name__}): delete it, and the next run "
             "creates it again"
