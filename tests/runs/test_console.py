@@ -128,14 +128,25 @@ def test_a_refused_config_takes_nothing_of_others_away(run_py, tmp_path: Path) -
 
 
 def test_a_closed_pipe_is_no_error(run_py, monkeypatch) -> None:
-    """`python run.py … | head`: no message, also not from Python, which flushes stdout at the end."""
+    """`python run.py … | head`: no message, also not from Python, which flushes the streams at the end."""
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as stdout, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", stdout)
+    with open(writer, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
         answer = run_py("job=summary")
-        stdout.flush()
+        closed.flush()
     assert (answer.code, answer.err) == (1, "")
+
+
+def test_an_error_that_nobody_can_read_keeps_its_exit_code(run_py, monkeypatch) -> None:
+    """After SIGHUP the terminal is gone, and Python would exit with 120."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", closed)
+        closed.write("stopping")
+        assert run_py("job=summary").code == 0
+        closed.flush()
 
 
 def test_each_line_is_written_at_once(run_py, monkeypatch) -> None:

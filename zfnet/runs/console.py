@@ -86,10 +86,11 @@ def run_with_clear_errors(main: Callable[[], None]) -> None:
     finally:
         _one_line_errors = False
         del os.environ["HYDRA_FULL_ERROR"]
-        try:
-            sys.stdout.flush()
-        except OSError:  # nobody can read it; otherwise Python would print this error and change the exit code
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # nobody can read it; otherwise Python would print this error and change the exit code
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(error: Exception) -> NoReturn:
