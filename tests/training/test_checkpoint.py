@@ -198,6 +198,13 @@ def test_an_invalid_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     assert read_newest(tmp_path)[0] is None
 
 
+def test_a_checkpoint_that_the_system_cannot_read_is_not_replaced(tmp_path: Path) -> None:
+    """It can be intact, such as without permission or on a network drive that has lost its connection."""
+    (tmp_path / step_name(1)).symlink_to(step_name(1))
+    with pytest.raises(UserError, match=r"step-000000001\.safetensors cannot be read: Too many levels"):
+        read_newest(tmp_path)
+
+
 def test_a_pickle_is_not_executed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Trap()}, tmp_path / step_name(1))

@@ -38,7 +38,8 @@ def test_what_is_evaluated() -> None:
 def test_restore_is_the_inverse_of_checkpoint() -> None:
     words = ("trainer.ema=0.9", "model.norm=batch")
     a, b = state(*words), state(*words, "seed=5")
-    a.epoch, a.step, a.best, a.history = 3, 29, {"epoch": 2, "validation_accuracy": 0.5}, [{"epoch": 1}]
+    a.epoch, a.step, a.history = 3, 29, [{"epoch": n} for n in (1, 2, 3)]
+    a.best = {"epoch": 2, "validation_accuracy": 0.5, "validation_loss": 1.0}
     a.metrics.sums += 7
     a.callbacks[0].average.n_averaged.fill_(29)
     a.epoch_seconds, a.should_stop = 1.5, True
@@ -61,6 +62,24 @@ def test_a_checkpoint_that_lacks_something_is_one_line(name: str) -> None:
     saved = state().checkpoint()
     del saved.metadata[name]
     with pytest.raises(UserError, match=r"the checkpoint does not fit this run .*: delete it to use the one before"):
+        state().restore(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"epoch": value} for value in ("x", None, -7, 1)),
+        *({"step": value} for value in ("x", None, -7, 10**12)),
+        *({"best": value} for value in ("x", 1, [1], {})),
+        *({"history": value} for value in ("x", None, [1], [{"epoch": 1}])),
+        {"seconds": None},
+        {"epoch_seconds": "x"},
+    ],
+)
+def test_a_checkpoint_with_other_values_is_one_line(content: dict[str, object]) -> None:
+    saved = state().checkpoint()
+    saved.metadata |= content
+    with pytest.raises(UserError, match="the checkpoint does not fit this run"):
         state().restore(saved)
 
 

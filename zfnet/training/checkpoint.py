@@ -149,17 +149,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError("its checksum differs")
         checkpoint = Checkpoint(tensors, metadata)
         return _from_format_1(checkpoint) if version == 1 and "optimizer" in metadata else checkpoint
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or not a checkpoint ({error})") from error
 
 
 def read_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint that can be read (None if there is none), and the errors of newer ones."""
+    """Return the newest intact checkpoint (None if there is none), and the errors of newer, damaged ones.
+
+    Raises UserError if the system cannot read a file: the run would otherwise start again and replace it.
+    """
     problems: list[str] = []
     for path in reversed(step_files(folder)):
         try:
             return read_checkpoint(path), problems
         except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             problems.append(str(error))
     return None, problems
 

@@ -336,13 +336,19 @@ class TrainingState:
         self.metrics.sums.copy_(saved.tensors["metrics"])
         self.epoch, self.step, self.best = metadata["epoch"], metadata["step"], metadata["best"]
         self.should_stop = metadata.get("should_stop", False)
-        self.history, self.seconds = metadata["history"], metadata["seconds"]
-        self.epoch_seconds = metadata["epoch_seconds"]
+        self.history = metadata["history"]
+        self.seconds, self.epoch_seconds = float(metadata["seconds"]), float(metadata["epoch_seconds"])
         optimizer, callbacks = (unpack(metadata[key], saved.tensors) for key in ("optimizer", "callbacks"))
         if "branches" in metadata:
             optimizer, callbacks = self._branch(optimizer, callbacks, images)
         else:
             self.schedule.load_state_dict(metadata["schedule"])
+        # a file from elsewhere can have a valid checksum and any content
+        epochs = [row["epoch"] for row in self.history]
+        if len(epochs) != self.epoch or not 0 <= self.step_in_epoch <= self.steps_per_epoch:
+            raise ValueError(f"epoch {self.epoch!r}, step {self.step!r}, {len(epochs)} epochs in its history")
+        if self.best is not None:
+            self.is_better(self.best, self.best)
         if optimizer is not None:
             load_optimizer(self.optimizer, optimizer)
         for callback in self.callbacks:
