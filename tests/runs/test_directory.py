@@ -242,6 +242,35 @@ def test_a_run_does_not_write_through_links(tiny_run, tmp_path: Path, name: str)
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
+def test_folders_in_a_run_that_cannot_be_read_are_no_crash(run_py, tiny_run, tmp_path: Path, monkeypatch) -> None:
+    """Patch `os` for the reason above."""
+
+    def refusing(real):
+        def call(path=".", *args, **kwargs):
+            if "secret" in str(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *args, **kwargs)
+
+        return call
+
+    (tmp_path / "run/secret").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        for name in ("stat", "listdir"):
+            patch.setattr(os, name, refusing(getattr(os, name)))
+        RunDirectory(tmp_path / "run").remove_partials()
+        with pytest.raises(UserError, match="run/secret cannot be read: Permission denied"):
+            claim(RunDirectory(tmp_path / "run/secret"), compose(*TINY))
+        answer = run_py("job=compare", f"runs=[{tmp_path}/run/secret/a,{tiny_run.folder}]")
+    assert "secret/a: there is no training run" in answer.err
+
+
+def test_a_job_without_a_directory_keeps_the_users(run_py, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run_py("job=runs", "job.root=nowhere").code == 1
+    assert (tmp_path / "here").is_dir()
+
+
 def test_a_loop_of_links_is_no_link_to_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").symlink_to("checkpoints")
     RunDirectory(tmp_path).refuse_links()

@@ -95,12 +95,12 @@ def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
     by_path: dict[Path, RunDirectory] = {}
     for item in items:
         folders = [Path(os.path.expanduser(item))]
-        if not folders[0].exists() and glob.has_magic(item):
+        if not os.path.exists(folders[0]) and glob.has_magic(item):
             folders = [Path(path) for path in sorted(glob.glob(str(folders[0])))]
         runs = [find_run(item)] if item == "last" else []
         for folder in [] if runs else folders:
-            runs += [RunDirectory(folder)] if (folder / "config.yaml").is_file() else list_runs(folder)
-        runs = [run for run in runs if (run.folder / "history.csv").is_file()]
+            runs += [RunDirectory(folder)] if os.path.isfile(folder / "config.yaml") else list_runs(folder)
+        runs = [run for run in runs if os.path.isfile(run.folder / "history.csv")]
         if not runs:
             raise UserError(f"runs: {item}: there is no training run (no history.csv)")
         by_path |= {run.folder.resolve(): run for run in runs}

@@ -101,6 +101,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def remove_if_empty(folder: Path) -> None:
     """Remove a directory that Hydra made if it is still empty; for `outputs/KIND/NAME`, remove empty parents too."""
+    if HydraConfig.initialized() and folder.absolute() == Path(HydraConfig.get().runtime.cwd):
+        return  # the job has no directory of its own (hydra.run.dir=.)
     with contextlib.suppress(OSError):  # not empty, or absent
         folder.rmdir()
         if folder.parent.parent == OUTPUTS:
@@ -147,7 +149,8 @@ class RunDirectory:
     def _belongs_to(self, config: Config, new: bool) -> bool:
         """Return True if the directory has the run of `config`, False if it is free; raise UserError otherwise."""
         # a config.yaml with a defaults list is not a record but a file for Hydra, as in `conf/`
-        recorded = (self.folder / "config.yaml").exists() and "defaults" not in self.plain_config()
+        # `Path.exists` would raise for a folder that cannot be read; `os.listdir` below names it
+        recorded = os.path.exists(self.folder / "config.yaml") and "defaults" not in self.plain_config()
         if recorded and not new:
             if self.read_config().identity() != config.identity():
                 raise UserError(
@@ -187,7 +190,8 @@ class RunDirectory:
                     shutil.rmtree(path, ignore_errors=True)
                 else:  # earlier versions wrote to a file, not a folder
                     path.unlink(missing_ok=True)
-            folders[:] = [n for n in folders if not Path(place, n, ".lock").exists()]  # skip folders of other runs
+            # skip folders of other runs
+            folders[:] = [n for n in folders if not os.path.exists(os.path.join(place, n, ".lock"))]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
