@@ -195,6 +195,14 @@ def test_csv_logger_keeps_its_rows_when_a_resumed_run_is_killed_before_the_next(
             train_tiny_exact(tmp_path / "run", *words)
 
 
+def test_csv_logger_names_a_damaged_file(tmp_path: Path) -> None:
+    train_until_killed(tmp_path / "run", 5, "logger=csv")
+    for content in (b"\xff\n", b"step,loss\n1,2\n", b"step,lr\nx,1\n", b"step,lr\n1," + b"1" * 200_000):
+        (tmp_path / "run/steps.csv").write_bytes(content)
+        with pytest.raises(UserError, match=r"steps\.csv is damaged: delete it to continue"):
+            train_tiny_exact(tmp_path / "run", "logger=csv")
+
+
 # -- TensorBoard
 
 

@@ -87,9 +87,12 @@ class CSVLogger(Logger):
         path = run.folder / "steps.csv"
         rows: list[dict[str, Any]] = []
         if run.step and path.is_file():
-            with open(path, newline="", encoding="utf-8") as file:
-                # a crash of the system can cut the last line, which then has no `lr`
-                rows = [row for row in csv.DictReader(file) if row["lr"] and int(row["step"]) <= run.step]
+            try:
+                with open(path, newline="", encoding="utf-8") as file:
+                    # a crash of the system can cut the last line, which then has no `lr`
+                    rows = [row for row in csv.DictReader(file) if row["lr"] and int(row["step"]) <= run.step]
+            except (LookupError, TypeError, ValueError, csv.Error) as error:
+                raise UserError(f"{path} is damaged: delete it to continue") from error
         RunDirectory(run.folder).write_csv(path.name, rows, STEP_COLUMNS)  # atomic: if it fails, the old file stays
         self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (open until `close`)
         self.writer = csv.DictWriter(self.file, STEP_COLUMNS, lineterminator="\n")
