@@ -149,6 +149,14 @@ def test_an_error_that_nobody_can_read_keeps_its_exit_code(run_py, monkeypatch) 
         closed.flush()
 
 
+def test_a_deleted_current_directory_is_named(run_py, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    answer = run_py("job=summary")
+    assert (answer.code, answer.err) == (1, "error: the current directory was deleted: change to another directory\n")
+
+
 def test_each_line_is_written_at_once(run_py, monkeypatch) -> None:
     """A log of a job on a cluster shows the progress of a run."""
     with io.TextIOWrapper(io.BytesIO()) as stdout, monkeypatch.context() as patch:

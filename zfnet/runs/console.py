@@ -135,6 +135,8 @@ def explain(error: Exception, argv: Sequence[str] | None = None, loader: ConfigL
             f"the folder {error.filename} cannot be created ({error.strerror}): choose another with hydra.run.dir=…, "
             "or hydra.sweep.dir=… for a sweep"
         )
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # from os.getcwd
+        return "the current directory was deleted: change to another directory"
     return f"{type(error).__name__}: {first} (HYDRA_FULL_ERROR=1 shows where)"
 
 
