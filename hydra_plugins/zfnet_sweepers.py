@@ -74,6 +74,8 @@ class GridSweeper(_Sweeper):
                     f"{override.input_line}: a grid needs single values, as in {key}=1,2; "
                     "hydra/sweeper=optuna searches intervals"
                 )
+            if not values:
+                raise UserError(f"{override.input_line}: names no value")
             choices.append([f"{key}={value}" for value in values])
         grid = [list(combination) for combination in itertools.product(*choices)]
         self.jobs.check(grid)

@@ -193,6 +193,8 @@ def test_grid_of_one_job_and_of_experiments(run_py, tmp_path, monkeypatch) -> No
         ("optimizer=sgd,sdg", "no job has started: optimizer=sdg: no such choice; did you mean 'sgd'?"),
         ("seed=0,1 optimizer.lr", ""),
         ("optimizer.lr=interval(1e-4,1e-2)", "optimizer.lr=interval(1e-4,1e-2): a grid needs single values"),
+        ("seed=range(3,0)", "seed=range(3,0): names no value"),
+        ("optimizer.lr=1,2 hydra.sweep.subdir=a", "no job has started: hydra.sweep.subdir=a: is also another job's;"),
     ],
 )
 def test_grid_that_cannot_be_composed_is_one_line_and_writes_nothing(run_py, tmp_path, words, expected) -> None:

@@ -80,15 +80,19 @@ class SweepJobs:
     def check(self, jobs: Sequence[Sequence[str]]) -> None:
         """Compose and check the config of every job before any job starts; raise UserError for the first error."""
         before = HydraConfig.instance().cfg
+        names: dict[str, Sequence[str]] = {}
         try:
-            for overrides in jobs:
+            for number, overrides in enumerate(jobs):
                 try:
-                    config = self.compose(overrides)
+                    config = self.compose(overrides, number)
                     self.composed[tuple(overrides)] = config
                     HydraConfig.instance().set_config(config)  # `${hydra:…}` then has this job's values
                     checked = _checked_config(config)
                     if checked.job.trains:
                         check_recipe(checked)
+                    name = str(config.hydra.sweep.subdir)
+                    if names.setdefault(name, overrides) != overrides:
+                        raise UserError(f"hydra.sweep.subdir={name}: is also another job's; name all swept keys in it")
                 except (UserError, HydraException, OmegaConfBaseException, ValueError) as error:
                     shared = set(overrides).intersection(*jobs)
                     own = " ".join(each for each in overrides if each not in shared)
