@@ -267,6 +267,7 @@ def test_prepare_overrides_marks_keys_only_where_a_run_is_named() -> None:
         ("data.root='Größe'", "data.root='Größe'", "Größe"),
         ("data.root=${oc.env:Größe}", "data.root=${oc.env:Größe}", None),
         ("optimizer.lr=choice(1,2", 'optimizer.lr="choice(1,2"', None),  # not a sweep over two values
+        ("trainer.ema=choice(null,0.5)", "trainer.ema=null,0.5", None),
         ("model.name=größe,b", 'model.name="größe",b', None),
         ("--config-path=größe", "--config-path=größe", None),
         ("ü=3", "ü=3", None),

@@ -90,6 +90,8 @@ def _quote(argument: str) -> str:
     is_list = value.startswith("[") and value.endswith("]")
     if _parsed_value(argument) is not None and not (is_path and is_list):
         return argument
+    if choices := re.fullmatch(r"choice\((.*,.*)\)", value):  # Hydra's choice(…) refuses null, a sweep does not
+        return _quote(f"{key}={choices[1]}")
     items = ",".join(quoted(item) for item in _LIST_ITEM.findall(value[1:-1] if is_list else value))
     # text with a bracket is not split at commas: `choice(1,2` is not a sweep over two values
     apart = [] if re.search(r"[()\[\]{}]", value) else [f"{key}={items}"]
