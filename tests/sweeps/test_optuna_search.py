@@ -271,6 +271,19 @@ def test_ask_is_a_function_of_the_seed_and_of_earlier_trials(run_py, tmp_path, m
     assert len({str(each) for each in params["s"]}) == 3
 
 
+def test_a_study_refuses_another_search_space_and_is_not_changed(run_py, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("zfnet.jobs.train.train", lambda config, *_: config.optimizer["lr"])
+    assert run_py(*SEARCH, *SPACE, "hydra.sweeper.n_trials=1").code == 0
+    for word in ("optimizer.lr=interval(1e-4,1e-2)", "data.batch_size=choice(20,40)", "data.batch_size=range(20,30)"):
+        key = word.partition("=")[0]
+        answer = run_py(*SEARCH, *[each for each in SPACE if not each.startswith(key)], word)
+        assert f"the study zfnet was begun with another search space ({key}): choose another" in answer.error
+    assert "search space (seed)" in run_py(*SEARCH, *SPACE, "seed=0,1").error
+    assert len(trials_in(tmp_path / "s")) == 1
+    assert run_py(*SEARCH, "optimizer.lr=tag(log,interval(1e-3,1e-1))", SPACE[1], "hydra.sweeper.n_trials=2").code == 0
+    assert len(trials_in(tmp_path / "s")) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

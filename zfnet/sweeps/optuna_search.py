@@ -280,7 +280,7 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
     jobs.check([_as_overrides(values) for values in [first, *rest]])
     make_sampler(settings, 0)
     study = open_study(settings, jobs.folder)
-    _check_same_search(study, fixed)
+    _check_same_search(study, fixed, space)
     worker = Worker(jobs.folder)
     with worker.alive:
         while True:
@@ -310,8 +310,8 @@ def _as_overrides(params: Mapping[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in params.items()]
 
 
-def _check_same_search(study: Study, fixed: Mapping[str, str]) -> None:
-    """Record the fixed settings in a new study; raise UserError if the study has other fixed settings."""
+def _check_same_search(study: Study, fixed: Mapping[str, str], space: Mapping[str, BaseDistribution]) -> None:
+    """Record the fixed settings in a new study; raise UserError if the study has other ones, or searches other keys."""
     not_identity = {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys}
     given = sorted(_as_overrides({k: v for k, v in fixed.items() if k.lstrip("+~") not in not_identity}))
     known = study.user_attrs.get("fixed")
@@ -323,6 +323,19 @@ def _check_same_search(study: Study, fixed: Mapping[str, str]) -> None:
             f"the study {study.study_name} was begun with other settings ({', '.join(differing)}): "
             "choose another hydra.sweep.dir or hydra.sweeper.study_name"
         )
+    wanted = {key: _kind(distribution) for key, distribution in space.items()}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        searched = {key: _kind(distribution) for key, distribution in trial.distributions.items()}
+        if differing := [key for key in searched | wanted if searched.get(key) != wanted.get(key)]:
+            raise UserError(
+                f"the study {study.study_name} was begun with another search space ({', '.join(differing)}): "
+                "choose another hydra.sweep.dir or hydra.sweeper.study_name"
+            )
+
+
+def _kind(distribution: BaseDistribution) -> tuple[Any, ...]:
+    """Return what must stay the same in a study; the limits of numbers may change."""
+    return type(distribution), *(getattr(distribution, name, None) for name in ("log", "choices"))
 
 
 def other_images(study: Study, space: Iterable[str], run: RunDirectory) -> UserError | None:
