@@ -52,7 +52,7 @@ def test_compare_shows_the_untracked_files_that_differ(tmp_path: Path) -> None:
     for run, files in zip(runs, (["conf/a.yaml", "conf/b.yaml"], ["conf/b.yaml"]), strict=True):
         run.write_json("environment.json", {"code": {"untracked": files}})
     comparison = comparison_of(*(run.folder for run in runs))
-    assert rows_of(comparison, "Environment") == [["", "A", "B"], ["code.untracked", "['conf/a.yaml']", "[]"]]
+    assert rows_of(comparison, "Environment") == [["", "A", "B"], ["code.untracked", "[conf/a.yaml]", "[]"]]
 
 
 def test_compare_says_that_runs_are_equal(tmp_path: Path) -> None:

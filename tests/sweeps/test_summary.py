@@ -21,6 +21,7 @@ from zfnet.runs.hydra_record import register_resolvers
 from zfnet.sweeps.summary import (
     ABSENT,
     _result_settings,
+    format_value,
     p_against_best,
     read_sweep,
     read_training,
@@ -219,6 +220,11 @@ def test_short_names() -> None:
         "model.name": "model",
         "optimizer._target_": "optimizer",
     }
+
+
+def test_format_value_is_as_on_the_command_line() -> None:
+    values = (["conv1", None, True, 0.1234567], "zfnet.training.muon.Muon", 0.99999, 0.0019000539994977004, 1.0)
+    assert [*map(format_value, values)] == ["[conv1, null, true, 0.1234567]", "Muon", "0.99999", "0.0019", "1"]
 
 
 def test_read_sweep_marks_a_key_that_a_setting_does_not_have(tmp_path: Path) -> None:

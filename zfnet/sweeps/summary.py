@@ -257,10 +257,12 @@ def format_value(value: Any) -> str:
     """Return a setting's value as on the command line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, str) and value.startswith("torch.optim."):
+    if isinstance(value, float):  # four digits if it has more than six, as in a search
+        return f"{value:.6g}" if float(f"{value:.6g}") == value else f"{value:.4g}"
+    if isinstance(value, str) and value.startswith(("torch.optim.", "zfnet.training.")):
         return value.rpartition(".")[2]
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False, default=str).replace('"', "")
     return str(value)
 
 
