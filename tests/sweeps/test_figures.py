@@ -53,6 +53,13 @@ def test_draw_one_key_has_error_bars_on_a_log_axis(tmp_path: Path) -> None:
     assert [round(x) for x in axis.get_xticks()] == [-3, -2, -1]  # logarithms of the values
 
 
+def test_draw_one_key_has_numbers_in_order_before_null(tmp_path: Path) -> None:
+    for n, value in enumerate(("null", "10", "2", "0.5")):
+        write_job(tmp_path, f"trainer.clip_norm={value}", accuracy=n / 10)
+    axis = draw_sweep(read_sweep(tmp_path))["objective"].axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.5", "2", "10", "null"]
+
+
 def test_draw_one_key_of_a_search_is_a_scatter_on_a_log_axis(tmp_path: Path) -> None:
     rates = [10 ** (-4 + n / 5) for n in range(15)]
     for n, lr in enumerate(rates):

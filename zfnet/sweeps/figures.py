@@ -55,7 +55,7 @@ def draw_sweep_curves(sweep: Sweep) -> Figure:
         if rank < NAMED:
             style = {"color": PALETTE[rank], "label": labels[rank]}
         for job in setting.jobs:
-            line = "--" if job.state in ("pruned", "failed", "stopped") else "-"
+            line = "-" if job.state == "done" else "--"
             plot_history(axes, job.history, ("train_loss", "validation_accuracy"), linestyle=line, **style)
             style.pop("label", None)  # one legend entry for all seeds
     axes[0].set(title="Training loss", ylabel="training loss")
@@ -80,8 +80,8 @@ class _Scale:
     def __init__(self, key: str, settings: Sequence[Setting], even: bool = False) -> None:
         values = [s.values[key] for s in settings]
         self.numeric = all(map(is_number, values))
-        values = values if self.numeric else [format_value(v) for v in values]
-        self.values = sorted(set(values))
+        values = [v if is_number(v) else format_value(v) for v in values]
+        self.values = sorted(set(values), key=lambda v: (isinstance(v, str), v))  # numbers before null
         self.even = even or not self.numeric
         self.many, self.raw = self.numeric and len(self.values) > 12, values
         self.log = not self.even and self.values[0] > 0 and self.values[-1] / self.values[0] >= 8
