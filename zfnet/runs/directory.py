@@ -311,16 +311,17 @@ class RunDirectory:
 
     @property
     def state(self) -> str:
-        """The recorded state, or `none` if there is no readable record of it."""
+        """The recorded state, `none` if there is no readable record of it, or `killed` if no process holds the lock."""
         return self.state_and_error()[0]
 
     def state_and_error(self) -> tuple[str, str | None]:
-        """Return the recorded state, or `none`, and its error or reason."""
+        """Return the recorded state and its error or reason; `none` without a record, `killed` if it ran unlocked."""
         try:
             status = self.read_json("status.json")
-            return str(status["state"]), status["error"]
+            state, error = str(status["state"]), status["error"]
         except (UserError, KeyError, TypeError):
             return "none", None
+        return "killed" if state == "running" and not self.in_use() else state, error
 
     @property
     def overrides(self) -> list[str]:

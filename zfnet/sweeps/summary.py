@@ -27,7 +27,7 @@ from zfnet.runs.statistics import LEVEL, difference, holm
 from zfnet.runs.tables import format_table
 
 ABSENT = "–"  # in place of a value that a job does not have, such as momentum with Adam
-STATES = ("done", "running", "stopped", "pruned", "failed", "none")
+STATES = ("done", "running", "killed", "stopped", "pruned", "failed", "none")
 MOST_ROWS = 40  # on the terminal
 _NOT_SETTINGS = ("job", "run", "runs", "parent", "images", "imports", "logger")
 
@@ -56,10 +56,10 @@ class Trained:
     typed: frozenset[str] = frozenset()
 
     def metric(self, split: str = "validation", name: str = "accuracy") -> float | None:
-        """Return a result on `validation` or `test`; None if there is none."""
+        """Return a result on `validation` or `test`; None if there is none, or if it is not finite."""
         metrics = self.results.get(split)
         value = metrics.get(name) if isinstance(metrics, dict) else None
-        return float(value) if isinstance(value, (int, float)) else None
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
