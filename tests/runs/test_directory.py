@@ -37,8 +37,16 @@ def test_last_is_the_same_run_in_all_jobs_of_a_sweep(run_py, tiny_run, tmp_path:
     words = ("job=extend", "run=last", "trainer.epochs=3,4", "hydra.sweep.dir=outputs/sweeps/s", "logger=none")
     answer = run_py("-m", *words)
     assert answer.code == 0, answer.err
+    assert "job 0: trainer.epochs=3\n" in answer.out  # without the mark of `prepare_overrides`
     parents = [run.read_config().parent for run in list_runs(Path("outputs/sweeps"))]
     assert [parent and (parent.run, parent.epoch) for parent in parents] == [("outputs/train/a", 2)] * 2
+
+
+def test_a_linked_run_is_listed_once_under_its_own_name(tmp_path: Path) -> None:
+    claim(RunDirectory(tmp_path / "outputs/train/b"), compose(*TINY))
+    (tmp_path / "outputs/again").symlink_to(".")
+    (tmp_path / "outputs/train/a").symlink_to("b")
+    assert [run.folder.relative_to(tmp_path) for run in list_runs(tmp_path / "outputs")] == [Path("outputs/train/b")]
 
 
 def test_another_runs_directory_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -405,7 +405,7 @@ def list_runs(root: Path) -> list[RunDirectory]:
 def find_folders(root: Path, name: str, depth: int) -> list[Path]:
     """Return the sorted folders below `root`, at most `depth` levels down, that contain a file or folder `name`.
 
-    A folder that cannot be read is reported on the terminal and left out.
+    A folder that cannot be read is reported on the terminal and left out. A folder with several links is named once.
     """
 
     def report(error: OSError) -> None:
@@ -413,8 +413,13 @@ def find_folders(root: Path, name: str, depth: int) -> list[Path]:
             where, reason = Path(error.filename), error.strerror or error
             print(f"{where} cannot be read and is left out: {reason}", file=sys.stderr)
 
-    folders = []
+    folders, seen = [], set()
     for place, below, files in os.walk(root, onerror=report, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # links last
         level = len(Path(place).relative_to(root).parts)
         if level > 0 and name in (*below, *files):
             folders.append(Path(place))
