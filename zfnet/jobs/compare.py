@@ -102,7 +102,8 @@ def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
             runs += [RunDirectory(folder)] if os.path.isfile(folder / "config.yaml") else list_runs(folder)
         runs = [run for run in runs if os.path.isfile(run.folder / "history.csv")]
         if not runs:
-            raise UserError(f"runs: {item}: there is no training run (no history.csv)")
+            hint = "" if folders and folders[0].exists() else """; quote names with commas: 'runs=["a,seed=0",b]'"""
+            raise UserError(f"runs: {item}: there is no training run (no history.csv){hint}")
         by_path |= {run.folder.resolve(): run for run in runs}
     if len(by_path) < 2:
         raise UserError(f"runs: {', '.join(items)}: names one training run; a comparison needs two")

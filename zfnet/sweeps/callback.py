@@ -42,7 +42,7 @@ class SweepReport(Callback):
         take_one_gpu(config.hydra.launcher.get("n_jobs", 1), sweep_folder(config.hydra))
         shared = config.hydra.job.config.override_dirname.exclude_keys
         overrides = parse_overrides(config.hydra.overrides.task)
-        own = [str(each.input_line) for each in overrides if each.key_or_group not in shared]
+        own = [str(each.input_line).removeprefix("++") for each in overrides if each.key_or_group not in shared]
         head = f"job {config.hydra.job.num}: "
         print("\n" + textwrap.fill(head + " ".join(own), 80, subsequent_indent=" " * len(head)), flush=True)
 
