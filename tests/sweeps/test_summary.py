@@ -308,6 +308,12 @@ def test_to_text_reports_test_for_the_setting_that_validation_chose(tmp_path: Pa
     assert "99.00" not in text
 
 
+def test_to_text_says_why_settings_without_validation_are_not_ranked(tmp_path: Path) -> None:
+    for lr in (0.1, 0.2):
+        write_job(tmp_path, f"optimizer.lr={lr}").write_json("results.json", {"validation": None, "test": {}})
+    assert to_text(read_sweep(tmp_path), 80).splitlines()[-1].startswith("Not ranked: no validation images.")
+
+
 def test_to_text_tests_each_setting_against_the_best(tmp_path: Path) -> None:
     """Paired by seed: t is the mean difference / its standard error; p has a closed form for 2 degrees of freedom."""
     scores = {0.1: (0.80, 0.81, 0.83), 0.01: (0.70, 0.72, 0.72), 0.2: (0.81, 0.80, 0.80)}

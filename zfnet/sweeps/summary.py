@@ -363,6 +363,8 @@ def _count_text(number: int, thing: str) -> str:
 
 
 def _test_line(sweep: Sweep) -> list[str]:
+    if any(job.results for job in sweep.jobs) and not any(setting.scores() for setting in sweep.settings):
+        return ["Not ranked: no validation images. job=compare runs=[DIR] tests on test images"]
     scores = sweep.settings[0].scores("test") if sweep.settings and sweep.settings[0].scores() else []
     text = sweep.settings[0].score_text("test") if scores else ""
     return [f"Test accuracy of the best setting by validation: {text} (n = {len(scores)})"] if scores else []
