@@ -179,7 +179,8 @@ def test_find_trainings_takes_directories_sweeps_and_patterns(tmp_path: Path) ->
     assert len(find_trainings([str(tmp_path / "optimizer*")])) == 2
     assert len(find_trainings([str(tmp_path / "optimizer.lr=1"), str(tmp_path)])) == 2
     for items, problem in (
-        (["nowhere"], r"runs: nowhere: there is no training run \(no history.csv\); quote names with commas: "),
+        (["nowhere"], r"runs: nowhere: there is no training run \(no history.csv\)$"),
+        (["s/lr=1", "seed=0"], r"runs: s/lr=1: there is no training run \(no history.csv\); quote names with commas: "),
         ([str(tmp_path / "other")], r"there is no training run \(no history.csv\)$"),
         ([str(tmp_path / "optimizer.lr=1")] * 2, "names one training run"),
     ):

@@ -102,7 +102,8 @@ def find_trainings(items: Sequence[str]) -> list[RunDirectory]:
             runs += [RunDirectory(folder)] if os.path.isfile(folder / "config.yaml") else list_runs(folder)
         runs = [run for run in runs if os.path.isfile(run.folder / "history.csv")]
         if not runs:
-            hint = "" if folders and folders[0].exists() else """; quote names with commas: 'runs=["a,seed=0",b]'"""
+            split = "=" in item and not (folders and os.path.exists(folders[0]))
+            hint = """; quote names with commas: 'runs=["a,seed=0",b]'""" if split else ""
             raise UserError(f"runs: {item}: there is no training run (no history.csv){hint}")
         by_path |= {run.folder.resolve(): run for run in runs}
     if len(by_path) < 2:
