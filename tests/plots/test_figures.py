@@ -52,6 +52,11 @@ def test_letters_come_from_the_fonts_that_are_installed(monkeypatch) -> None:
     assert figures._families.__wrapped__() == ["DejaVu Sans", "Noto Sans CJK SC", "Hiragino Sans"]
 
 
+def test_plain_keeps_the_end_of_a_long_name() -> None:
+    name = 50 * "the same beginning " + "$1 (validation 7)"
+    assert plain([name, "b"], 20) == [r"…g \$1 (validation 7)", "b"]
+
+
 @pytest.mark.drawn
 @pytest.mark.parametrize("name", ["$x$", r"a $\nonsense$", "5 $", "$$"])
 def test_plain_keeps_dollar_signs_from_being_formulas(tmp_path: Path, name: str) -> None:

@@ -166,7 +166,7 @@ def draw_attribution(
     projections = {name: on_grey(maps) for name, maps in result.maps.items() if name in RULES}
     for row, panels in enumerate(axes):
         show(panels[0], pictures[row])
-        panels[0].set_ylabel(plain(names)[row])
+        panels[0].set_ylabel(plain(names, 28)[row])
         for panel, method in zip(panels[1:], methods, strict=True):
             maps = result.maps[method][row]
             if method in RULES:

@@ -406,7 +406,7 @@ def draw_correspondence(measured: Measured, examples: Mapping[str, Tensor]) -> F
     count, size = next(iter(examples.values())).shape[:2]
     panel = left.subplots()
     tiles = torch.stack([examples[part][n] for n in range(count) for part in parts])
-    show_mosaic(panel, tiles, plain(parts), gap=max(2, size // 24))
+    show_mosaic(panel, tiles, plain(parts, 16), gap=max(2, size // 24))
     panel.set_title(f"Masks on the first {count} images")
     axes = right.subplots(1, len(measured.table), squeeze=False, sharex=True, sharey=True)[0]
     nulls = {layer: (k := _kappas(same))[k.isfinite()] for layer, same in measured.same.items()}
@@ -422,7 +422,7 @@ def draw_correspondence(measured: Measured, examples: Mapping[str, Tensor]) -> F
             p = "" if row.p_holm is None else f"\np = {row.p:.2g}, by Holm {row.p_holm:.2g}"
             text = "nothing changes" if row.kappa is None else f"Δ {row.delta:.3f}, {row.changed:.0%} changed{p}"
             axis.text(1.03 * largest, y, text, va="center", fontsize=8)
-        axis.set_yticks(range(len(rows)), plain(rows))
+        axis.set_yticks(range(len(rows)), plain(rows, 32))
         axis.grid(axis="y", visible=False)
         axis.set(
             title=f"{layer} (grey: middle 95% of {len(measured.places)} same places)",

@@ -269,7 +269,7 @@ def draw_invariance(
     figure.suptitle("Invariance of features and predictions (distance 1: as far apart as two different images)")
     axes = figure.subplots(len(own), columns, squeeze=False, width_ratios=[0.8] + [1] * (columns - 1))
     count = len(next(iter(mean.values())).probability)
-    labels = (*plain(names), f"mean of {count} images", f"middle half of {count} images")
+    labels = (*plain(names, 48), f"mean of {count} images", f"middle half of {count} images")
     for panels, (transform, curves) in zip(axes, own.items(), strict=True):
         _draw_examples(panels[0], transform, curves.amounts, examples[transform])
         for panel, layer in zip(panels[1:], units, strict=False):

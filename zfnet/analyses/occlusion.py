@@ -41,7 +41,7 @@ from zfnet.plots.figures import PALETTE, RED, WHITE, new_figure, plain, save_fig
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import compare_own_with_others, format_percent
-from zfnet.runs.tables import to_rows
+from zfnet.runs.tables import shorten, to_rows
 from zfnet.training.loaded import LoadedRun
 
 Extent = tuple[float, float, float, float]  # left, right, bottom and top of a map, as for `imshow`
@@ -439,7 +439,7 @@ def draw_occlusion(
         y, x = result.lowest[row].tolist()
         corner = (float(result.starts[x]) - 0.5, float(result.starts[y]) - 0.5)
         panel["image"].add_patch(Rectangle(corner, result.patch, result.patch, fc=tuple(fill), ec=WHITE, lw=0.8))
-        panel["image"].set_ylabel(plain(chosen.names)[row])
+        panel["image"].set_ylabel(plain(chosen.names, 32)[row])
         if (strongest := result.strongest) is not None:
             heat = show(panel["activation"], strongest.occluded[row], cmap="magma", extent=extent, vmin=0)
             whole = float(strongest.whole[row])
@@ -474,7 +474,7 @@ def _draw_projections(panel: Axes, shown: Panels) -> None:
         left, bottom = 0.51 * (number % 2), 0.53 * (1 - number // 2)
         tile = panel.inset_axes((left, bottom, 0.49, 0.43))
         show(tile, np.concatenate([shown.images[number], shown.projections[number]], axis=1))
-        tile.set_title(title, fontsize=8, pad=2, parse_math=False)
+        tile.set_title(shorten(title, 20), fontsize=8, pad=2, parse_math=False)
         if number == 0:
             tile.spines[:].set(visible=True, color=RED, linewidth=1.5)
 
@@ -494,6 +494,6 @@ def _draw_classes(
         interpolation="nearest",
     )
     order = sorted(set(labels.ravel().tolist()), key=lambda c: -int((labels == c).sum()))
-    names = plain(classes[c] for c in order[:_LEGEND_CLASSES])
+    names = plain((classes[c] for c in order[:_LEGEND_CLASSES]), 32)
     patches = [Patch(color=colours[c], label=name) for c, name in zip(order, names, strict=False)]
     panel.legend(handles=patches, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=1)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zfnet.config.errors import log
 from zfnet.runs.directory import write_atomically
+from zfnet.runs.tables import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,9 +35,9 @@ _FALLBACKS = (
 _STYLE = Path(__file__).with_name("zfnet.mplstyle")
 
 
-def plain(names: Iterable[str]) -> list[str]:
-    """Escape dollar signs in names for a figure, because matplotlib draws text between two of them as a formula."""
-    return [name.replace("$", r"\$") for name in names]
+def plain(names: Iterable[str], width: int = 100) -> list[str]:
+    """Shorten names for a figure, and escape dollar signs, because matplotlib draws text between two as a formula."""
+    return [shorten(name, width).replace("$", r"\$") for name in names]
 
 
 def epoch_axis(axis: Axes, epochs: Sequence[Any]) -> None:

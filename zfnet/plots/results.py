@@ -109,7 +109,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
 @styled()
 def draw_confusion(evaluation: Evaluation, classes: Sequence[str], what: str = "") -> Figure:
     """Draw how the images of each true class (row) are distributed over the predicted classes (columns)."""
-    counts, count, classes = evaluation.confusion().numpy(), len(classes), plain(classes)
+    counts, count, classes = evaluation.confusion().numpy(), len(classes), plain(classes, 32)
     rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(3 + 0.55 * count, 24)
     figure = new_figure(figsize=(side + 0.6, side))
@@ -151,7 +151,7 @@ def draw_per_class(evaluation: Evaluation, classes: Sequence[str], what: str = "
     mean = evaluation.mean_class_accuracy()
     axis.axvline(evaluation.accuracy, color=SOFT, linestyle="--", linewidth=1)
     axis.axvline(mean, color=SOFT, linestyle=":", linewidth=1)
-    ticks, names = _axis_ticks(len(classes)), plain(classes)
+    ticks, names = _axis_ticks(len(classes)), plain(classes, 32)
     axis.set_yticks(ticks, [names[t] for t in ticks], fontsize=8 if len(classes) <= _MAX_NUMBERED_CLASSES else 6)
     axis.invert_yaxis()
     lines = f"dashed: all images, {evaluation.accuracy:.2%}; dotted: mean over classes, {mean:.2%}"
