@@ -44,7 +44,7 @@ QUICK = ("trainer.threads=1",)
             "job.layers=conv6: the network has no such convolution; did you mean 'conv5'?",
         ),
         (["job=evolution", "job.split=test"], "train with 'trainer.snapshots=[1,2,5,10]'"),
-        (["job=filters", "job.other=nowhere"], "run=nowhere: there is no run"),
+        (["job=filters", "job.other=nowhere"], "job.other=nowhere: there is no run"),
         (["job=correspondence", "job.points=no.csv"], "job.points=no.csv cannot be read"),
         (["job=correspondence", "job.count=1"], "job.count=1: must be at least 2"),
         (

@@ -375,7 +375,7 @@ def test_the_quiz_becomes_a_page_of_the_atlas(run_py, tiny_run: RunDirectory, ot
     [
         ([], "job.other is not set: name a run that was trained independently"),
         (["job.other=SAME"], "has the same weights as run="),
-        (["job.other=nowhere"], "run=nowhere: there is no run"),
+        (["job.other=nowhere"], "job.other=nowhere: there is no run"),
         (["job.other=OTHER", "job.layers=[fc6]"], "job.layers=fc6: the network has no such convolution"),
         (["job.other=OTHER", "job.features=[conv9]"], "job.features=conv9: the network has no such layer"),
         (["job.other=OTHER", "job.split=validation"], "job.trials=10: needs 200 validation images"),

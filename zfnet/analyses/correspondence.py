@@ -368,7 +368,7 @@ def agreement(signs: Tensor, groups: Tensor) -> Agreement:
     """Return the agreement of signs [N, D] within groups, int64 [N]; raise UserError if no group has two images."""
     pair = (groups[:, None] == groups).triu(1)
     if not pair.any():
-        raise UserError("there are no two images of one class to compare: raise job.count")
+        raise UserError("there are no two images of one class to compare: raise job.count or choose another job.split")
     differ, expected = (table[pair] for table in disagreement(signs))
     chance = float(expected.mean())
     return Agreement(

@@ -53,7 +53,7 @@ class FiltersJob(Look):
         """Write figures/filters.png, filters.csv (one row per filter) and filters.json (a summary of each run)."""
         runs = [LoadedRun(config)]
         if self.other is not None:
-            other = find_run(self.other)  # with its own data, but on this command's device
+            other = find_run(self.other, "job.other")  # with its own data, but on this command's device
             recorded = dataclasses.replace(
                 other.read_config(config.imports), job=self, trainer=config.trainer, run=str(other.folder), images=None
             )

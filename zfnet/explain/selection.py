@@ -91,7 +91,7 @@ def pick_layers(
 
 def load_other(name: str, loaded: LoadedRun) -> tuple[Chain, ModelMetadata]:
     """Return the network of the run that `job.other` names, on the device of `loaded`; raise UserError if no chain."""
-    model, metadata = load_model(find_run(name).weights, loaded.config.imports)
+    model, metadata = load_model(find_run(name, "job.other").weights, loaded.config.imports)
     try:
         return Chain.of(model.to(loaded.runtime.device), metadata.data.image_size), metadata
     except UserError as error:

@@ -371,15 +371,15 @@ def sweep_folder(hydra: Any) -> Path:
     return Path(hydra.runtime.cwd, hydra.sweep.dir)
 
 
-def find_run(text: str) -> RunDirectory:
-    """Return the run that `run=…` names: a directory, or `last` for the newest finished training run in outputs/.
+def find_run(text: str, key: str = "run") -> RunDirectory:
+    """Return the run that `key` names: a directory, or `last` for the newest finished training run in outputs/.
 
     Raises UserError if there is none.
     """
     if text != "last":
         folder = Path(os.path.expanduser(text))
         if not os.path.isfile(folder / "config.yaml"):  # also False for a name that is too long
-            raise UserError(f"run={text}: there is no run (no config.yaml)")
+            raise UserError(f"{key}={text}: there is no run (no config.yaml)")
         return RunDirectory(folder)
     # exclude the runs of this sweep, so that `last` is the same run in all of its jobs
     sweep = sweep_folder(HydraConfig.get()).resolve() if in_sweep() else None
@@ -393,7 +393,7 @@ def find_run(text: str) -> RunDirectory:
     ]
     if not finished:
         apart = f" outside this sweep's {sweep}" if sweep else ""
-        raise UserError(f"run=last: there is no finished training run in {OUTPUTS.absolute()}{apart}")
+        raise UserError(f"{key}=last: there is no finished training run in {OUTPUTS.absolute()}{apart}")
     return max(finished, key=lambda run: (run.folder / "results.json").stat().st_mtime_ns)
 
 
