@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,23 @@ def test_chain_of_a_copy_is_the_copys() -> None:
         twin.conv1.weight.zero_()
     assert twin.chain.model is twin
     assert twin.chain.steps[0].module is twin.conv1
+
+
+def test_chain_knows_a_module_that_was_replaced() -> None:
+    model = ZFNet(10, 64)
+    images = torch.rand(1, 3, 64, 64)
+    model.activations(images, ["fc8"])
+    model.fc8 = nn.Linear(model.fc8.in_features, 3)
+    model.eval()
+    assert torch.equal(model.activations(images, ["fc8"])["fc8"], model(images))
+
+
+@pytest.mark.parametrize(
+    ("images", "kind"), [(torch.zeros(1, 3, 64, 64).byte(), r"torch\.uint8"), (np.zeros((1, 3, 64, 64)), "ndarray")]
+)
+def test_images_that_are_no_tensor_of_floats_are_named(images: Any, kind: str) -> None:
+    with pytest.raises(UserError, match=f"^images are {kind}: the network expects a tensor of floats"):
+        ZFNet(10, 64).activations(images, ["conv1"])
 
 
 def test_chain_on_the_meta_device() -> None:

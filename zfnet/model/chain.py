@@ -98,7 +98,10 @@ class Chain:
         return self.steps[: self._ends[layer] + 1]
 
     def check_images(self, images: Tensor) -> None:
-        """Raise UserError unless the network takes images of this shape."""
+        """Raise UserError unless these are a tensor of floats with the network's shape."""
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise UserError(f"images are {kind}: the network expects a tensor of floats, normalised as in training")
         wanted = self.steps[0].input_shape
         if images.ndim != 1 + len(wanted) or images.shape[1:] != wanted:
             raise UserError(

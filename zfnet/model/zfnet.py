@@ -5,7 +5,6 @@ configs and in figures.
 """
 
 import bisect
-import functools
 import numbers
 import re
 from collections.abc import Mapping, Sequence
@@ -53,6 +52,7 @@ class ZFNet(nn.Module):
                 raise UserError(f"{name}={value!r}: must be a whole number of at least 1")
         self.config = config = config or ModelConfig()
         self.num_classes, self.image_size = num_classes, image_size
+        self._traced: tuple[list[nn.Module], Chain] | None = None
         sizes = feature_sizes(config, image_size)
         channels = 3
         for layer in sizes:
@@ -117,10 +117,13 @@ class ZFNet(nn.Module):
             x = module(x.flatten(1) if isinstance(module, nn.Linear) else x)
         return x
 
-    @functools.cached_property
+    @property
     def chain(self) -> Chain:
         """The network as a list of steps, as explanations use it."""
-        return Chain(self, self.image_size)
+        modules = list(self.modules())
+        if self._traced is None or self._traced[0] != modules:  # a module can have been replaced
+            self._traced = modules, Chain(self, self.image_size)
+        return self._traced[1]
 
     @property
     def layers(self) -> list[str]:
