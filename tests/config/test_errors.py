@@ -77,6 +77,7 @@ def test_did_you_mean_names_the_closest_or_the_known_words() -> None:
     assert did_you_mean("x", ["seed", "run"]) == "; known: run, seed"
     assert did_you_mean("0", [f"word{n:02d}" for n in range(26)]).endswith("word23 and 2 more")
     assert did_you_mean("x", []) == ""
+    assert did_you_mean(7, ["seed"]) == "; known: seed"  # type: ignore[arg-type]
 
 
 def test_yaml_problem_names_the_place() -> None:

@@ -186,7 +186,8 @@ def test_an_error_of_the_program_is_named_and_logged(run_py, tmp_path: Path, mon
 
     monkeypatch.setattr("zfnet.jobs.train.evaluate", broken)
     answer = run_py(*SHAPES, "hydra.run.dir=r")
-    assert answer.error == "ZeroDivisionError: left over (HYDRA_FULL_ERROR=1 shows where)"
+    where = r"\(test_console\.py, line \d+\) \(HYDRA_FULL_ERROR=1 shows where\)"
+    assert re.fullmatch(f"ZeroDivisionError: left over {where}", answer.error)
     log = (tmp_path / "r/train.log").read_text()
     assert "Traceback" in log
     assert "in broken" in log

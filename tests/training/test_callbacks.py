@@ -334,7 +334,7 @@ def test_callback_that_cannot_be_saved_is_named(tmp_path: Path, monkeypatch) -> 
         train_tiny_exact(tmp_path / "run", *OWN)
 
 
-BROKEN = r"callbacks\.mine \(Broken\): KeyError: 'val_loss' \(HYDRA_FULL_ERROR=1 shows where\)$"
+BROKEN = r"callbacks\.mine \(Broken\): KeyError: 'val_loss' \(own\.py, line \d+\) \(HYDRA_FULL_ERROR=1 shows where\)$"
 HOOKS = ("on_fit_start", "on_epoch_start", "on_optimizer_step", "on_step_end", "on_epoch_end", "on_fit_end")
 
 

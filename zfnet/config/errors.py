@@ -35,7 +35,8 @@ def one_line(error: object, line: int = 0) -> str:
 
 def place_of(error: BaseException) -> str:
     """Return ` (file.py, line n)`, the last line of the user's own code in the traceback, or nothing."""
-    libraries = (f"{_PACKAGE}{os.sep}", "<", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+    own = f"{_PACKAGE}{os.sep}", str(_PACKAGE.parent / "run.py")
+    libraries = (*own, "<", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
@@ -43,7 +44,7 @@ def place_of(error: BaseException) -> str:
 def describe_fault(slot: str, part: object, error: Exception) -> str:
     """Return one line about an error that the object in a slot, such as callbacks.mine, raised."""
     reason = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
-    return f"{slot} ({type(part).__name__}): {reason} (HYDRA_FULL_ERROR=1 shows where)"
+    return f"{slot} ({type(part).__name__}): {reason}{place_of(error)} (HYDRA_FULL_ERROR=1 shows where)"
 
 
 def with_file_name(path: Path, error: UserError) -> UserError:
@@ -54,7 +55,7 @@ def with_file_name(path: Path, error: UserError) -> UserError:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` for the known word closest to `word`, or a list of the known ones."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
     more = len(names) - _MAX_LISTED

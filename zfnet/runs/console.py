@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zfnet.config.errors import UserError, did_you_mean, printable, yaml_problem
+from zfnet.config.errors import UserError, did_you_mean, place_of, printable, yaml_problem
 from zfnet.config.instantiate import resolve
 from zfnet.config.schema import flatten
 from zfnet.config.trust import CONF, check_what_hydra_composes, config_loader, parse_overrides
@@ -137,7 +137,7 @@ def explain(error: Exception, argv: Sequence[str] | None = None, loader: ConfigL
         )
     if isinstance(error, FileNotFoundError) and error.filename is None:  # from os.getcwd
         return "the current directory was deleted: change to another directory"
-    return f"{type(error).__name__}: {first} (HYDRA_FULL_ERROR=1 shows where)"
+    return f"{type(error).__name__}: {first}{place_of(error)} (HYDRA_FULL_ERROR=1 shows where)"
 
 
 def _makes_run_directory(error: OSError) -> bool:
