@@ -199,7 +199,7 @@ def arguments(
         keywords[key] = _check_value(f"{slot}.{key}", value, parameters.get(key), fixed)
         _check_meaning(slot, str(key), value)
         whole = key in parameters and re.fullmatch(_INT, str(parameters[key].annotation))
-        if whole and isinstance(value, float) and not value.is_integer():
+        if whole and keywords[key] is not None and not (is_number(value) and float(value).is_integer()):
             raise UserError(f"{slot}.{key}={value}: must be a whole number")
     return cls, keywords
 
