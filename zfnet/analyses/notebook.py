@@ -171,7 +171,8 @@ def _chain(run: TrainedRun) -> Chain:
 
 def _map_numbers(maps: Sequence[int] | int, count: int, order: Sequence[int]) -> list[int]:
     """Return the numbers of the wanted maps; raise UserError for one that a layer of `count` maps does not have."""
-    numbers = list(order[: max(0, maps)]) if isinstance(maps, int) else list(maps)
-    if not numbers or not all(0 <= k < count for k in numbers):
+    given = np.asarray(maps).tolist()  # a tensor or an array has numbers of its own types
+    numbers = list(order[: max(0, given)]) if isinstance(given, int) else given
+    if not isinstance(numbers, list) or not numbers or not all(isinstance(k, int) and 0 <= k < count for k in numbers):
         raise UserError(f"maps={maps}: must be a number of maps, or numbers from 0 to {count - 1}")
     return numbers
