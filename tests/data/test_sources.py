@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import own as own_classes
 from tests.helpers import data_config, random_images
 from zfnet.config.errors import UserError
 from zfnet.data.sources import _to_label, load_splits, to_image
@@ -163,6 +164,29 @@ def test_load_datasets_seeds_items_and_leaves_the_generators_alone() -> None:
 def test_load_datasets_names_what_it_cannot_use(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
         load_splits(data_config("dataset", **changes), ["tests"])
+
+
+def test_load_datasets_names_classes_that_are_no_list(monkeypatch) -> None:
+    monkeypatch.setattr(own_classes.Items, "classes", 3, raising=False)
+    with pytest.raises(UserError, match=r"^data\.train: its attribute classes is a int, must be a list of names$"):
+        load_splits(data_config("dataset", train=own()), ["tests"])
+
+
+def test_load_datasets_names_an_item_that_fails_in_one_line(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk failed\nsee the manual")
+
+    monkeypatch.setattr(own_classes.Items, "__getitem__", fail)
+    with pytest.raises(
+        UserError, match=r"^data\.train: item 0 .*\(OSError: disk failed\) \(test_sources\.py, line \d+\)$"
+    ):
+        load_splits(data_config("dataset", train=own()), ["tests"])
+
+
+@pytest.mark.parametrize("image", [np.zeros((0, 3, 3), np.uint8), torch.zeros(3, 2, 0).byte()])
+def test_to_image_refuses_an_image_without_pixels(image: Any) -> None:
+    with pytest.raises(ValueError, match=r"of shape \[.*0.*\]: arrays are"):
+        to_image(image)
 
 
 @pytest.mark.parametrize(

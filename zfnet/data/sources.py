@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ def load_datasets(data: DatasetData, imports: Sequence[str]) -> Splits:
         if highest >= max(_MANY_CLASSES, sum(len(labels) for _, labels in read.values())):
             raise UserError(f"the labels are {lowest} to {highest}, more classes than images: number them from 0")
         classes = [str(number) for number in range(highest + 1)]
+    if not isinstance(classes, Collection):
+        raise UserError(f"data.train: its attribute classes is a {type(classes).__name__}, must be a list of names")
     if highest >= len(classes):
         raise UserError(f"data.classes={list(classes)}: the label {highest} has no name")
     made = {
@@ -124,9 +126,8 @@ def _read_all(name: str, dataset: Any) -> tuple[list[Image.Image], list[int]]:
                 images.append(to_image(item[0]))
                 labels.append(_to_label(item[1]))
             except Exception as error:  # user code may raise anything
-                raise UserError(
-                    f"data.{name}: item {number} cannot be used ({type(error).__name__}: {error}){place_of(error)}"
-                ) from error
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                raise UserError(f"data.{name}: item {number} cannot be used ({reason}){place_of(error)}") from error
             if labels[-1] < 0:
                 raise UserError(f"data.{name}: item {number} has the label {labels[-1]}; labels count from 0")
     if not images:
@@ -151,7 +152,7 @@ def to_image(image: Any) -> Image.Image:
     array = np.asarray(pixels)
     if array.dtype != np.uint8:
         raise ValueError(f"pixels are {array.dtype}, must be uint8 (or floats from 0 to 1 in a tensor)")
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)) or not array.size:
         kind = "a tensor" if isinstance(image, torch.Tensor) else "an array"
         raise ValueError(f"{kind} of shape {list(np.shape(image))}: arrays are [h, w, 3], tensors [3, h, w]")
     return to_rgb(Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array))
