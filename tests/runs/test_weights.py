@@ -280,6 +280,11 @@ def test_load_run(tiny_run) -> None:
     assert loaded.model(images).shape == (2, 10)
 
 
+def test_load_run_takes_a_list_of_imports(tiny_run) -> None:
+    with pytest.raises(UserError, match=r"^imports='tests': must be a list, as in \['tests'\]$"):
+        load_run(tiny_run.folder, imports="tests")
+
+
 def test_inputs_keep_to_the_runs_limit_of_pixels(tiny_run, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     run = load_run(tiny_run.folder)

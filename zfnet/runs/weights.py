@@ -272,6 +272,8 @@ def load_run(folder: str | Path, imports: Sequence[str] | None = None) -> Traine
 
     Raises UserError if there is no finished run.
     """
+    if isinstance(imports, str):
+        raise UserError(f"imports={imports!r}: must be a list, as in [{imports!r}]")
     run = find_run(str(folder))
     if imports is None:
         imports = imported_packages(compose_raw([])) if CONF.is_dir() else ()
