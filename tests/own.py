@@ -159,6 +159,20 @@ class Fixed(nn.Module):
         return (logits, logits) if self.second and self.training else logits
 
 
+class Detached(Fixed):
+    """A network that cuts the gradient."""
+
+    def forward(self, images: Tensor) -> Any:
+        return super().forward(images).detach()
+
+
+class ExtraState(Fixed):
+    """A network whose state is more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+
 class LateNorm(nn.Module):
     """A network without convolutions. The last parameters in its state dict are not those of its last layer."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,25 @@ def test_network_that_gives_more_in_training_mode_is_named(words: tuple[str, ...
 # -- parameter groups
 
 GROUPS = '+optimizer.param_groups=[{ndim:1,weight_decay:0},{match:"^fc8",lr_scale:10},{match:conv,ndim:4,lr:0.5}]'
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Detached", "returns logits without a gradient; remove detach() or no_grad()"),
+        ("ExtraState", "_extra_state in its state_dict is no tensor; only tensors can be saved"),
+    ],
+)
+def test_network_that_cannot_be_trained_or_saved_is_named(name: str, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"model ({name}): {expected}")):
+        compose_checked(*(word.replace("Fixed", name) for word in own_network(*TINY_EXACT)))
+
+
+@pytest.mark.parametrize("state", [None, {"state": {0: {"mask": {1}}}, "param_groups": []}])
+def test_optimizer_that_cannot_be_saved_is_named_before_the_first_step(monkeypatch, state: Any) -> None:
+    monkeypatch.setattr(torch.optim.SGD, "state_dict", lambda self: state)
+    with pytest.raises(UserError, match=r"^optimizer.*cannot (be saved|store a set)"):
+        compose_checked(*TINY_EXACT, "optimizer=sgd")
 
 
 def test_has_batch_norm_knows_the_layers_of_several_gpus() -> None:

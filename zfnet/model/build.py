@@ -53,7 +53,7 @@ def check_logits(network: nn.Module, num_classes: int | None, image_size: int, t
     name, size, before = type(network).__name__, [2, 3, image_size, image_size], network.training
     mode = " in training mode" if training else ""
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(training):
             logits = network.train(training)(torch.zeros(size))
     except Exception as error:  # user code can raise any exception
         raise UserError(f"model ({name}): fails{mode} on images {size}: {one_line(error)}{place_of(error)}") from error
@@ -62,6 +62,10 @@ def check_logits(network: nn.Module, num_classes: int | None, image_size: int, t
     if not isinstance(logits, Tensor) or logits.ndim != 2 or shape != [2, num_classes or logits.shape[1]]:
         wanted = f"[2, {num_classes or 'classes'}]"
         raise UserError(f"model ({name}): returns {shape} for 2 images{mode}; must be {wanted}")
+    if training and not logits.requires_grad and any(p.requires_grad for p in network.parameters()):
+        raise UserError(f"model ({name}): returns logits without a gradient; remove detach() or no_grad()")
+    if other := next((k for k, v in network.state_dict().items() if not isinstance(v, Tensor)), None):
+        raise UserError(f"model ({name}): {other} in its state_dict is no tensor; only tensors can be saved")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

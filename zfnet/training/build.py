@@ -22,6 +22,7 @@ from zfnet.data import Batches, ImageSet, known_classes
 from zfnet.data.batches import apply_transforms
 from zfnet.model.build import build_model, check_logits, freeze, has_batch_norm, load_initial_weights
 from zfnet.model.zfnet import ZFNet
+from zfnet.training.checkpoint import pack
 from zfnet.training.device import Runtime
 from zfnet.training.loggers import Logger
 from zfnet.training.processes import SINGLE_PROCESS, World
@@ -327,6 +328,13 @@ def _check_step(config: Config) -> None:
     except Exception as error:  # LBFGS needs a closure, SparseAdam sparse gradients; others raise other errors
         raise UserError(
             f"optimizer._target_={plain['_target_']}: step() without arguments fails ({one_line(error)})"
+        ) from error
+    try:
+        state = optimizer.state_dict()
+        pack({key: state[key] for key in ("state", "param_groups")}, "optimizer", {})
+    except (LookupError, TypeError, NotImplementedError) as error:
+        raise UserError(
+            f"optimizer._target_={plain['_target_']}: its state_dict cannot be saved ({one_line(error)})"
         ) from error
     build_scheduler(config.scheduler, optimizer, 100, config.imports)
 
