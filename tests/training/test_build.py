@@ -122,6 +122,12 @@ def test_the_line_of_ones_own_code_that_fails_is_named() -> None:
         compose_checked(*TINY_EXACT, *OWN_LOSS, "loss._target_=tests.own.SoftTargets")
 
 
+@pytest.mark.parametrize("disabled", [torch.no_grad, torch.inference_mode])
+def test_a_config_is_checked_with_gradients(disabled: Any) -> None:
+    with disabled():
+        compose_checked(*TINY_EXACT)
+
+
 def test_model_without_parameters_is_refused() -> None:
     with pytest.raises(UserError, match=r"^model \(Flatten\): has no parameters to train$"):
         list(parameter_groups(compose(*TINY), nn.Flatten(), 1.0))

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -92,6 +93,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+@torch.inference_mode(False)  # a caller can have disabled gradients
 def fit(config: Config, folder: str | Path) -> TrainedRun:
     """Train a config from `compose` in the directory `folder`, and return the finished run.
 

@@ -229,6 +229,7 @@ def build_scheduler(
 # -- checks before any data is read
 
 
+@torch.inference_mode(False)  # a caller can have disabled gradients
 @seeded_generators(torch.device("cpu"))  # user code can draw random numbers
 def check_recipe(config: Config) -> None:
     """Build every object of a training at a small size; raise UserError if one cannot be built."""
