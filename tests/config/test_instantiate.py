@@ -363,6 +363,9 @@ def test_a_missing_argument_is_named() -> None:
         ("ReduceLROnPlateau", "factor", 0, "a number greater than 0"),
         ("CosineAnnealingLR", "T_max", 0, "a whole number, at least 1"),
         ("OneCycleLR", "max_lr", "abc", "a number greater than 0"),
+        ("OneCycleLR", "div_factor", -1, "a number greater than 0"),
+        ("CosineAnnealingLR", "eta_min", -1, "at least 0"),
+        ("ReduceLROnPlateau", "min_lr", -1, "at least 0"),
     ],
 )
 def test_a_schedule_that_means_nothing_is_named(name: str, key: str, value: object, expected: str) -> None:

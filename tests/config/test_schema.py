@@ -135,6 +135,7 @@ def test_seed_0_is_a_seed_and_seeds_differ() -> None:
         ("trainer.precision=fp16", "trainer.precision=fp16: must be one of auto, fp32 or bf16"),
         ("trainer.channels_last=maybe", "trainer.channels_last=maybe: must be true or false, or must be one of auto"),
         ("trainer.accumulate=3", "trainer.accumulate=3: must divide data.batch_size=256"),
+        ("loss.label_smoothing=-0.1", "loss.label_smoothing=-0.1: must be at least 0"),
         ("trainer.ema=1", "trainer.ema=1: must be less than 1"),
         ("trainer.clip_norm=inf", "trainer.clip_norm=inf: must be a finite number"),
         ("trainer.deterministic=perhaps", "trainer.deterministic"),
@@ -152,7 +153,7 @@ def test_seed_0_is_a_seed_and_seeds_differ() -> None:
         ("optimizer.betas=[0.9,0.9,0.9]", "must be a list of 2 numbers"),
         ("optimizer.betas=[2.0,0.9]", "optimizer (AdamW): Invalid beta parameter at index 0: 2.0"),
         ("optimizer.betas=0.9", "optimizer.betas=0.9: must be a list of 2 numbers"),
-        ("optimizer.weight_decay=-1", "optimizer (AdamW): Invalid weight_decay"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1: must be at least 0"),
         ("+optimizer.amsgrad=1", "optimizer.amsgrad=1: must be true or false"),
         ("scheduler.warmup_epochs=-1", "scheduler.warmup_epochs=-1: must be a number of epochs, at least 0"),
         ("scheduler.warmup_epochs=10", "scheduler.warmup_epochs=10: must be less than the 10 epochs of the schedule"),
@@ -168,6 +169,11 @@ def test_a_wrong_value_is_named(word: str, expected: str) -> None:
         compose_checked(word)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_crop_larger_than_the_stored_images_is_named_before_they_are_read() -> None:
+    with pytest.raises(UserError, match=r"^data\.crop_size=300: must be at most data\.store_size=256$"):
+        compose("data=folder", "data.root=nowhere", "data.store_size=256", "data.crop_size=300")
 
 
 def test_a_config_is_checked_before_data_is_read(run_py, monkeypatch) -> None:

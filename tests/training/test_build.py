@@ -86,7 +86,7 @@ def test_balanced_class_weights_are_inverse_to_the_counts(tmp_path: Path, monkey
             UserError, match=r"loss.weight=.*: must be a number for each class, as in \[1,2,1\], balanced"
         ):
             compose_checked(*TINY_EXACT, f"loss.weight={weight}")
-    for weights in ([0] * 10, [-1] + [1] * 9):
+    for weights in ([0] * 10, [-1] + [1] * 9, "[1,nan,1,1,1,1,1,1,1,1]", "[1,inf,1,1,1,1,1,1,1,1]"):
         with pytest.raises(UserError, match=r"loss\.weight=\[.*\]: must be 0 or more for each class, above 0 for one"):
             compose_checked(*TINY_EXACT, f"loss.weight={weights}")
     with pytest.raises(UserError, match="both balance uneven classes; choose one"):
@@ -417,6 +417,8 @@ def test_init_from_and_freeze_are_fine_tuning(started, tmp_path: Path) -> None:
         ("{ndim: 1, params: 3}", "optimizer.param_groups.0.params: SGD has no such setting"),
         ("{ndim: 1, lr_scale: big}", "optimizer.param_groups.0.lr_scale=big: must be a number above 0"),
         ("{ndim: 1, lr_scale: -1}", "optimizer.param_groups.0.lr_scale=-1: must be a number above 0"),
+        ("{ndim: 1, weight_decay: -1}", "optimizer.param_groups.0.weight_decay=-1: must be at least 0"),
+        ("{ndim: 1, momentum: 0, nesterov: true}", "optimizer.param_groups.0 (SGD): Nesterov momentum requires"),
     ],
 )
 def test_parameter_groups_name_a_wrong_setting(rule: str, expected: str) -> None:

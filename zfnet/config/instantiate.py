@@ -29,9 +29,10 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
 _FUNCTION_SLOTS = ("model",)
 # Arguments with which torchvision's functions download weights.
 _REFUSED_ARGUMENTS = {"model": ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress")}
-# PyTorch silently accepts meaningless values: whole numbers below these limits, and factors and rates of 0 or less.
+# PyTorch silently accepts meaningless values: whole numbers below these limits, factors of 0 or less, negative decays …
 _MINIMUMS = {"step_size": 1, "patience": 0, "cooldown": 0, "T_max": 1, "total_steps": 1, "total_iters": 1}
-_POSITIVE = ("factor", "gamma", "max_lr", "lr")
+_POSITIVE = ("factor", "gamma", "max_lr", "lr", "div_factor", "final_div_factor")
+_NOT_NEGATIVE = ("momentum", "weight_decay", "eta_min", "min_lr", "label_smoothing")
 # Arguments that the program passes and a config must not set.
 _PASSED_BY_PROGRAM = {"optimizer": ("params",), "scheduler": ("optimizer", "last_epoch")}
 _INT = r"<class 'int'>|int|(typing\.)?Optional\[int\]|int \| None"  # annotations of whole numbers
@@ -240,7 +241,9 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter | None, fixe
 
 
 def _check_meaning(slot: str, key: str, value: Any) -> None:
-    """Raise UserError for a value that an optimizer or schedule cannot use; `auto` and null are checked elsewhere."""
+    """Raise UserError for a value that an optimizer, schedule or loss cannot use; other code checks `auto` and null."""
+    if key in _NOT_NEGATIVE and is_number(value) and value < 0:
+        raise UserError(f"{slot}.{key}={value}: must be at least 0")
     if value is None or value == "auto" or slot.split(".")[0] not in ("optimizer", "scheduler"):
         return
     low = _MINIMUMS.get(key)

@@ -220,6 +220,8 @@ def _check_combinations(config: Config) -> None:
         raise UserError(
             f"data.root={data.root}: data=shapes draws its images and reads no files; choose data=folder for your own"
         )
+    if data.crop_size and data.store_size and data.crop_size > data.store_size:
+        raise UserError(f"data.crop_size={data.crop_size}: must be at most data.store_size={data.store_size}")
     if data.batch_size % trainer.accumulate:
         raise UserError(
             f"trainer.accumulate={trainer.accumulate}: must divide data.batch_size={data.batch_size} without remainder"

@@ -67,8 +67,8 @@ def build_loss(config: Config, counts: Sequence[int]) -> SummedLoss:
     if weight == "balanced":
         weight = balanced_weights(counts)
     numbers = weight if isinstance(weight, list) and all(map(is_number, weight)) else [1]
-    if not min(numbers, default=0) >= 0 < max(numbers, default=0):
-        raise UserError(f"loss.weight={weight}: must be 0 or more for each class, above 0 for one")
+    if not all(0 <= number < float("inf") for number in numbers) or not any(numbers):
+        raise UserError(f"loss.weight={weight}: must be 0 or more for each class, above 0 for one, and finite")
     if weight is not None and "weight" in inspect.signature(cls).parameters:
         del settings["weight"]
         try:
@@ -319,9 +319,16 @@ def _check_step(config: Config) -> None:
     """Step the optimizer once, on a small network with two kinds of layers, and build the schedule."""
     network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2, 2))
     plain = {k: v for k, v in config.optimizer.items() if k != "param_groups"}
-    optimizer = instantiate(
-        "optimizer", plain, Optimizer, config.imports, construct=lambda cls, k: cls(network.parameters(), **k)
-    )
+
+    def build(slot: str, settings: Mapping[str, Any]) -> Optimizer:
+        made: Optimizer = instantiate(
+            *(slot, settings, Optimizer, config.imports), construct=lambda cls, k: cls(network.parameters(), **k)
+        )
+        return made
+
+    optimizer = build("optimizer", plain)
+    for number, rule in enumerate(config.optimizer.get("param_groups") or []):  # PyTorch checks no group's settings
+        build(f"optimizer.param_groups.{number}", plain | {k: v for k, v in rule.items() if k not in GROUP_KEYS})
     network(torch.zeros(1, 3, 3, 3)).sum().backward()
     set_optimizer_mode(optimizer, "train")  # some optimizers (schedule-free ones) step in this mode only
     try:
