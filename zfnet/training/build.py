@@ -320,15 +320,13 @@ def _check_step(config: Config) -> None:
     network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2, 2))
     plain = {k: v for k, v in config.optimizer.items() if k != "param_groups"}
 
-    def build(slot: str, settings: Mapping[str, Any]) -> Optimizer:
-        made: Optimizer = instantiate(
-            *(slot, settings, Optimizer, config.imports), construct=lambda cls, k: cls(network.parameters(), **k)
-        )
-        return made
+    def construct(cls: Any, keywords: Mapping[str, Any]) -> Any:
+        return cls(network.parameters(), **keywords)
 
-    optimizer = build("optimizer", plain)
+    optimizer = instantiate("optimizer", plain, Optimizer, config.imports, construct=construct)
     for number, rule in enumerate(config.optimizer.get("param_groups") or []):  # PyTorch checks no group's settings
-        build(f"optimizer.param_groups.{number}", plain | {k: v for k, v in rule.items() if k not in GROUP_KEYS})
+        settings = plain | {k: v for k, v in rule.items() if k not in GROUP_KEYS}
+        instantiate(f"optimizer.param_groups.{number}", settings, Optimizer, config.imports, construct=construct)
     network(torch.zeros(1, 3, 3, 3)).sum().backward()
     set_optimizer_mode(optimizer, "train")  # some optimizers (schedule-free ones) step in this mode only
     try:
