@@ -260,7 +260,10 @@ def test_processes_that_are_really_killed(tmp_path: Path) -> None:
     longer = [w for w in words if not w.startswith("hydra")]
     config = compose(*longer)
     train_module.train(config, run)
-    assert f"continuing from epoch {second // STEPS + 1}, step {second}" in (run.folder / "train.log").read_text()
+    # after an epoch's last step, the signal can arrive before the epoch's validation or after it
+    epochs = {(second - 1) // STEPS + 1, second // STEPS + 1}
+    log = (run.folder / "train.log").read_text()
+    assert any(f"continuing from epoch {epoch}, step {second}\n" in log for epoch in epochs)
     assert weights_and_history(run) == weights_and_history(train_tiny_exact(tmp_path / "whole", "trainer.epochs=12"))
 
 
