@@ -335,6 +335,13 @@ def test_deconvnet_job_writes_all_and_continues_after_a_stop(run_py, tmp_path: P
         patch.setattr(TopActivations, "add", stop_at_once)
         patch.setattr("zfnet.analyses.deconvnet._SAVE_SECONDS", 0.0)
         assert run_py(*SMALL, f"run={own}", "hydra.run.dir=part").code == 143
+    saved = tmp_path / "part/search.safetensors"
+    content = saved.read_bytes()
+    saved.write_bytes(content[:-1])
+    answer = run_py(*SMALL, f"run={own}", "hydra.run.dir=part")
+    assert answer.error.startswith("part/search.safetensors is damaged")
+    assert answer.error.endswith(": delete it to search again")
+    saved.write_bytes(content)
     with monkeypatch.context() as patch:
         patch.setattr(atlas, "_thumbnail_sheet", lambda *_: (_ for _ in ()).throw(Stopped(15)))
         answer = run_py(*SMALL, f"run={own}", "hydra.run.dir=part")

@@ -88,6 +88,7 @@ def test_make_amounts_hold_the_identity_once_and_reach_the_limits() -> None:
         assert all(3 <= len(values) <= steps for values in few.values())
         assert few["rotation"].max() == 270
         assert steps < 4 or {0, 90, 180, 270} <= set(few["rotation"].tolist())
+    assert make_amounts(8, 0.001, 1.1, 10, 31)["vertical translation"].tolist() == [-1, 0, 1]
     for transform, values in {**make_amounts(8, 0.2, 1.1, 10, 31), **amounts}.items():
         assert (values == identity(transform)).sum() == 1
         assert len(values.unique()) == len(values)

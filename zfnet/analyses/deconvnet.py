@@ -297,11 +297,17 @@ def search_or_continue(
 ) -> TopActivations:
     """Search for the strongest activations, or resume a search that was stopped in this directory.
 
-    origin: fingerprints of the weights and the data. Raises UserError if those of a saved search differ.
+    origin: fingerprints of the weights and the data. Raises UserError if those of a saved search differ, or if its file
+    is damaged.
     """
     path, writer, last = run.folder / SEARCH, CheckpointWriter(run.folder), time.monotonic()
     if path.exists():
-        saved = read_checkpoint(path)
+        try:
+            saved = read_checkpoint(path)
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            raise UserError(f"{error}: delete it to search again") from error
         if saved.metadata["of"] != origin:
             raise UserError(
                 f"{path} has other weights, images or another version: choose another directory (hydra.run.dir=…)"

@@ -54,8 +54,8 @@ class EvolutionJob(Look):
         snapshots = epoch_files(loaded.source.snapshots)
         if len(snapshots) < 2:
             raise UserError(
-                f"run={loaded.source.folder}: has the weights of {len(snapshots)} epochs, and a comparison needs two: "
-                "train with 'trainer.snapshots=[1,2,5,10]'"
+                f"run={loaded.source.folder}: has snapshots of {len(snapshots)} of its epochs, and a comparison "
+                "needs two: train with 'trainer.snapshots=[1,2,5,10]'"
             )
         split = chosen_split(loaded)
         numbers = sample(loaded, split.images, self.max_images or len(split.images))

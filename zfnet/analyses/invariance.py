@@ -114,12 +114,12 @@ class Curves:
 def make_amounts(size: int, translation: float, scale: float, rotation: float, steps: int) -> dict[str, Tensor]:
     """Return each transform's amounts, float [A]. They contain the identity (0 px, ×1, 0°) exactly once.
 
-    size: side of the image in pixels; translation: largest shift as a share of the side (rounded to whole pixels);
+    size: side of the image in pixels; translation: largest shift as a share of the side (in whole pixels, at least 1);
     scale: largest factor; rotation: largest angle in degrees; steps: largest number of amounts (at least 3).
     If there are enough steps, angles divide 90° evenly and so include 90°, 180° and 270°, where objects with a
     rotational symmetry look the same.
     """
-    reach = round(translation * size)
+    reach = max(1, round(translation * size))
     # as many shifts on both sides of 0, without duplicates
     side = torch.linspace(0, reach, (steps - 1) // 2 + 1).round().unique()
     shifts = torch.cat([-side.flip(0)[:-1], side])
