@@ -97,11 +97,13 @@ def test_compare_tests_settings_over_their_seeds_and_marks_what_holds() -> None:
     assert by_pair["BA"]["p_holm"] == pytest.approx(3 * by_pair["BA"]["p"])
     assert rows_of(comparison, "Results")[1][1:] == ["51.00 ± 1.00%", "61.33 ± 1.53%", "58.00 ± 8.00%"]
     assert "seed" not in [row[0] for row in rows_of(comparison, "Settings")]
-    plain, bold = to_text(comparison, 80), to_text(comparison, 80, bold=True)
-    assert "\x1b" not in plain
-    assert [line for line in bold.splitlines() if "\x1b[1m" in line] == [
-        f"\x1b[1m{line}\x1b[0m" for line in plain.splitlines() if "beats" in line
-    ]
+    for width, rows in ((80, 1), (40, 2)):  # a narrow terminal shows the columns in two blocks
+        plain, bold = to_text(comparison, width), to_text(comparison, width, bold=True)
+        assert "\x1b" not in plain
+        assert [line for line in bold.splitlines() if "\x1b[1m" in line] == [
+            f"\x1b[1m{line}\x1b[0m" for line in plain.splitlines() if "beats" in line
+        ]
+        assert plain.count("B beats A") == rows
     assert to_page(comparison, b"").count("<tr class=bold>") == 1
 
 
@@ -123,7 +125,13 @@ def test_compare_of_many_settings_tests_all_pairs_and_shows_the_best() -> None:
     assert [row[0][0] for row in rows[1:]] == ["F"] * 5
     text = to_text(comparison, 80)
     assert all(len(line) <= 80 for line in text.splitlines())
-    assert "  validation accuracy  A" in text  # one line per group instead of shortened names
+    # the groups that do not fit side by side follow below
+    lines = text.splitlines()
+    first = lines.index("Results") + 1
+    assert [line.split() for line in lines[first : first + 4 : 2]] == [["A", "B", "C", "D"], ["E", "F"]]
+    assert [line.split()[2] for line in lines[first + 1 : first + 4 : 2]] == ["0.00", "41.60"]
+    narrow = to_text(comparison, 40)
+    assert "  validation accuracy  A  0.00" in narrow  # one line per group instead of shortened names
     assert "Differences" in to_text(comparison, 20)
 
 

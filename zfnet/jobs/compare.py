@@ -334,17 +334,23 @@ def _table(section: Section, width: int, bold: bool) -> list[str]:
     rows = [[f"  {row[0]}", *row[1:]] for row in section.rows]
     # do not shorten the names of metrics, because two shortened names can be equal
     names = [] if section.title == "Results" else [0]
-    lines = format_table(rows, "<" * len(rows[0]), width, shrink=range(2) if len(rows[0]) == 2 else names)
-    if max(map(len, lines)) > width:  # one line per cell
+    columns = len(rows[0]) - 1
+    for count in range(columns, min(columns, 2) - 1, -1):  # as many columns side by side as fit, the others below them
+        blocks = [[[row[0], *row[n : n + count]] for row in rows] for n in range(1, columns + 1, count)]
+        shrink = range(2) if len(rows[0]) == 2 else names
+        lines = [line for block in blocks for line in format_table(block, "<" * len(block[0]), width, shrink)]
+        if max(map(len, lines)) <= width:
+            break
+    else:  # one line per cell
         header, *others = section.rows
         cells = [
             [f"  {row[0]}" if n == 0 else "", name, value]
             for row in others
             for n, (name, value) in enumerate(zip(header[1:], row[1:], strict=True))
         ]
-        lines = format_table(cells, "<<<", width, shrink=[0, 2])
-    elif bold:
-        lines = [f"\x1b[1m{line}\x1b[0m" if n in section.bold else line for n, line in enumerate(lines)]
+        return format_table(cells, "<<<", width, shrink=[0, 2])
+    if bold:
+        lines = [f"\x1b[1m{line}\x1b[0m" if n % len(rows) in section.bold else line for n, line in enumerate(lines)]
     return lines
 
 
