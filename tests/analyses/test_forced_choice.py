@@ -328,6 +328,14 @@ def other_run(tiny_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+def test_the_table_of_many_layers_is_at_most_80_columns_wide() -> None:
+    names = [f"block{n}.convolution" for n in range(8)]
+    table = [{"layer": n, "condition": c, "accuracy": 1.0, "se": 0.25} for n in names for c in CONDITIONS]
+    lines = forced_choice._table_lines(table)
+    assert max(map(len, lines)) <= 80
+    assert [line.split().count("100±25") for line in lines if line.startswith("both")] == [6, 2]
+
+
 WORDS = ("job=forced_choice", "job.split=train", "trainer.threads=1", "hydra.run.dir=out")
 
 

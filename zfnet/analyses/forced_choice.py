@@ -365,14 +365,16 @@ def _table_lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
     of = {(row["layer"], row["condition"]): row for row in table}
     layers = list(dict.fromkeys(row["layer"] for row in table))
     lines = ["right choices in percent ± standard error (by maps); 50 is chance"]
-    lines.append(f"{'':26}" + "".join(f"{shorten(layer, 8):>9}" for layer in layers))
-    for name in CONDITIONS:
-        cells = []
-        for layer in layers:
-            row = of[layer, name]
-            error = "" if row["se"] is None else f"±{100 * row['se']:.0f}"
-            cells.append(f"{100 * row['accuracy']:.0f}{error}")
-        lines.append(f"{NAMES.get(name, name):26}" + "".join(f"{cell:>9}" for cell in cells))
+    for start in range(0, len(layers), 6):  # six layers fit side by side
+        side_by_side = layers[start : start + 6]
+        lines.append(f"{'':26}" + "".join(f"{shorten(layer, 8):>9}" for layer in side_by_side))
+        for name in CONDITIONS:
+            cells = []
+            for layer in side_by_side:
+                row = of[layer, name]
+                error = "" if row["se"] is None else f"±{100 * row['se']:.0f}"
+                cells.append(f"{100 * row['accuracy']:.0f}{error}")
+            lines.append(f"{NAMES.get(name, name):26}" + "".join(f"{cell:>9}" for cell in cells))
     lines += [f"{p['name']:26}{100 * p['accuracy']:.0f}±{100 * p['error']:.0f} ({p['source']})" for p in PUBLISHED]
     return lines
 
