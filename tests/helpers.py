@@ -208,7 +208,8 @@ def fork_server() -> BaseContext:
     from multiprocessing.forkserver import ensure_running  # not on Windows
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers", "matplotlib.figure"])
+    # the first optimizer of a process imports torch._dynamo, which takes two seconds
+    context.set_forkserver_preload(["tests.helpers", "matplotlib.figure", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # so that the server finds the package wherever the test runs
         ensure_running()
