@@ -362,19 +362,16 @@ def compare_conditions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 def _table_lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of the table in the log, at most 80 columns wide."""
-    of = {(row["layer"], row["condition"]): row for row in table}
-    layers = list(dict.fromkeys(row["layer"] for row in table))
+    cells: dict[str, dict[str, str]] = {}  # layer → condition → text
+    for row in table:
+        error = "" if row["se"] is None else f"±{100 * row['se']:.0f}"
+        cells.setdefault(row["layer"], {})[row["condition"]] = f"{100 * row['accuracy']:.0f}{error}"
     lines = ["right choices in percent ± standard error (by maps); 50 is chance"]
-    for start in range(0, len(layers), 6):  # six layers fit side by side
-        side_by_side = layers[start : start + 6]
-        lines.append(f"{'':26}" + "".join(f"{shorten(layer, 8):>9}" for layer in side_by_side))
+    for start in range(0, len(cells), 6):  # six layers fit side by side
+        layers = list(cells)[start : start + 6]
+        lines.append(f"{'':26}" + "".join(f"{shorten(layer, 8):>9}" for layer in layers))
         for name in CONDITIONS:
-            cells = []
-            for layer in side_by_side:
-                row = of[layer, name]
-                error = "" if row["se"] is None else f"±{100 * row['se']:.0f}"
-                cells.append(f"{100 * row['accuracy']:.0f}{error}")
-            lines.append(f"{NAMES.get(name, name):26}" + "".join(f"{cell:>9}" for cell in cells))
+            lines.append(f"{NAMES.get(name, name):26}" + "".join(f"{cells[layer][name]:>9}" for layer in layers))
     lines += [f"{p['name']:26}{100 * p['accuracy']:.0f}±{100 * p['error']:.0f} ({p['source']})" for p in PUBLISHED]
     return lines
 

@@ -332,12 +332,11 @@ def _table(section: Section, width: int, bold: bool) -> list[str]:
     if not section.rows:
         return []
     rows = [[f"  {row[0]}", *row[1:]] for row in section.rows]
-    # do not shorten the names of metrics, because two shortened names can be equal
-    names = [] if section.title == "Results" else [0]
     columns = len(rows[0]) - 1
+    # do not shorten the names of metrics, because two shortened names can be equal
+    shrink = [0, 1] if columns == 1 else [] if section.title == "Results" else [0]
     for count in range(columns, min(columns, 2) - 1, -1):  # as many columns side by side as fit, the others below them
         blocks = [[[row[0], *row[n : n + count]] for row in rows] for n in range(1, columns + 1, count)]
-        shrink = range(2) if len(rows[0]) == 2 else names
         lines = [line for block in blocks for line in format_table(block, "<" * len(block[0]), width, shrink)]
         if max(map(len, lines)) <= width:
             break
