@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.models import resnet18
 
 from tests.explain.networks import network, random_inputs
 from tests.explain.trained import Trained
@@ -17,6 +18,7 @@ from tests.helpers import assert_full_precision, read_csv
 from zfnet.analyses.attribution import GRAD_CAM, INTEGRATED, attribute, box_evidence
 from zfnet.explain.boxes import in_boxes, share_in_boxes
 from zfnet.explain.deconvnet import RULES
+from zfnet.model import Network
 from zfnet.runs.directory import RunDirectory
 
 captum = pytest.importorskip("captum.attr")
@@ -47,6 +49,22 @@ def test_attribute_equals_a_plain_computation() -> None:
     # completeness (Sundararajan et al. 2017)
     total = result.maps[INTEGRATED].sum((1, 2, 3))
     torch.testing.assert_close(total, result.output - result.baseline_output, rtol=0.02, atol=0.02)
+
+
+def test_attribute_of_a_residual_network_equals_captum() -> None:
+    torch.manual_seed(0)
+    model = resnet18(num_classes=4).eval()
+    images, labels = torch.randn(3, 3, 64, 64), torch.tensor([2, 0, 3])
+    result = attribute(Network(model, 64), images, labels, "layer3", steps=20, batch_size=2, rules=["gradient"])
+    assert tuple(result.maps) == ("gradient", INTEGRATED, GRAD_CAM)
+    gradient = captum.Saliency(model).attribute(images, labels, abs=False)
+    torch.testing.assert_close(result.maps["gradient"], gradient, rtol=1e-4, atol=1e-5)
+    points = {"n_steps": 20, "method": "riemann_middle"}
+    captums = captum.IntegratedGradients(model).attribute(images, torch.zeros_like(images), labels, **points)
+    torch.testing.assert_close(result.maps[INTEGRATED], captums.float(), rtol=1e-3, atol=1e-4)
+    cam = captum.LayerGradCam(model, model.layer3).attribute(images, labels, relu_attributions=True)
+    expected = F.interpolate(cam, size=(64, 64), mode="bilinear").detach()
+    torch.testing.assert_close(result.maps[GRAD_CAM], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_share_in_boxes() -> None:

@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from tests.helpers import TINY, compose, read_csv, train_without_figures
+from zfnet.analyses.attribution import GRAD_CAM, INTEGRATED
 from zfnet.runs.directory import RunDirectory
 
 
@@ -131,23 +132,54 @@ def test_defaults_of_a_users_network(run_py, nested: RunDirectory) -> None:
 
 def test_a_module_without_a_rule_is_refused_before_the_work(run_py, tmp_path: Path) -> None:
     run = train_other(tmp_path / "run", Smooth, "trainer.epochs=1")
-    for words in ("deconvnet", "evolution", "occlusion job.layer='0'", "attribution", "verdict"):
+    for words in ("deconvnet", "evolution", "occlusion job.layer='0'", "verdict"):
         job, *more = words.split()
         answer = run_py(f"job={job}", *more, f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
         assert "1 (SiLU): the deconvnet has no rule for it" in answer.error
         assert not Path("out").exists()
     assert run_py("job=filters", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out").code == 0
+    words = ("job=attribution", "job.count=1", "job.steps=2", "job.boxed_images=2")
+    answer = run_py(*words, f"run={run.folder}", "imports=[tests]", "hydra.run.dir=methods")
+    assert "without the deconvnet and guided backpropagation: 1 (SiLU): the deconvnet has no rule for it" in answer.out
+    assert {row["method"] for row in read_csv(Path("methods/attribution.csv"))} == {"gradient", INTEGRATED, GRAD_CAM}
 
 
 def test_a_residual_network_is_refused_by_name(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:
     run = train_other(tmp_path / "run", Residual, "trainer.epochs=1")
-    for job in ("deconvnet", "evolution", "filters", "invariance", "attribution", "verdict"):
+    for job in ("deconvnet", "evolution", "verdict"):
         answer = run_py(f"job={job}", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
         assert f"job={job}: Residual is not a chain of layers: the input of head.0" in answer.error
         assert not Path("out").exists()
     words = (f"run={tiny_run.folder}", f"job.other={run.folder}", "imports=[tests]")
     assert f"job.other={run.folder}: is not a chain of layers: the input" in run_py("job=forced_choice", *words).err
     assert run_py("job=evaluate", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out").code == 0
+
+
+@pytest.mark.usefixtures("laid_out")
+def test_analyses_of_a_residual_network(run_py, tmp_path: Path) -> None:
+    """Jobs that only read the outputs of layers need no chain."""
+    run = train_other(tmp_path / "run", Residual, "trainer.epochs=1")
+    words = (f"run={run.folder}", "imports=[tests]", "job.split=test")
+
+    def check(job: str, *more: str) -> str:
+        answer = run_py(f"job={job}", *words, *more, f"hydra.run.dir={job}")
+        assert answer.code == 0, answer.err
+        assert list(Path(job, "figures").glob("*.png"))
+        return answer.out
+
+    out = check("attribution", "job.count=1", "job.steps=2", "job.boxed_images=2")
+    assert "without the deconvnet and guided backpropagation: Residual is not a chain of layers: the input of" in out
+    assert {row["method"] for row in read_csv(Path("attribution/attribution.csv"))} == {
+        "gradient", INTEGRATED, GRAD_CAM
+    }  # fmt: skip
+    check("invariance", "job.count=1", "job.mean_images=2", "job.steps=3")
+    assert json.loads(Path("invariance/invariance.json").read_text())["layers"] == ["stem", "head.1"]
+    check("correspondence", "job.count=12", "job.places=99")
+    assert {row["layer"] for row in read_csv(Path("correspondence/correspondence.csv"))} == {"conv", "head.1"}
+    assert "stem: no activation function follows as a module" in check("filters")
+    assert len(read_csv(Path("filters/filters.csv"))) == 4
+    answer = run_py("job=attribution", *words, "job.layer=stern", "hydra.run.dir=other")
+    assert "job.layer=stern: the network has no such layer of feature maps; did you mean 'stem'?" in answer.err
 
 
 @pytest.mark.drawn

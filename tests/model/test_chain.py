@@ -1,4 +1,4 @@
-"""Chains of networks: names, ends of layers, activations; and networks that are not chains."""
+"""Chains: names, ends of layers, activations; and the layers of networks that are not chains."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from tests.explain.networks import NETWORKS, chain, random_inputs
 from tests.helpers import tiny_model_config
 from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
-from zfnet.model import Chain, ZFNet
+from zfnet.model import Chain, Network, ZFNet
 from zfnet.model.chain import OUTPUT
 
 
@@ -198,3 +199,61 @@ def test_up_to_names_the_layers() -> None:
         chain("alexnet").up_to("features.1")
     with pytest.raises(UserError, match="Mixed: its image size is not known"):
         Chain.of(chain("mixed").model)
+
+
+def test_layers_of_a_residual_network() -> None:
+    network = Network(torchvision.models.resnet18(num_classes=7), 64)
+    assert network.layers[:4] == ["conv1", "bn1", "relu", "maxpool"]
+    assert network.layers[4:7] == ["layer1.0.conv1", "layer1.0.bn1", "layer1.0.conv2"]  # its ReLU runs twice
+    assert network.layers[-4:] == ["layer4.1", "layer4", "avgpool", "fc"]
+    assert (network.conv_layers[-1], network.last_hidden) == ("layer4", ["avgpool"])
+    assert [step.name for step in network.up_to("conv1")] == ["conv1", "bn1", "relu"]
+    assert (network.channels, network.num_classes, network.image_size) == (3, 7, 64)
+    assert Network(ZFNet(3, 64, tiny_model_config()), 64).branch is None
+    with pytest.raises(UserError, match=r"layer2.0.conv1 is not in a chain of modules from the image: the input of"):
+        network.up_to("layer2.0.conv1")
+    with pytest.raises(UserError, match=r"ResNet is not a chain of layers: the input of layer1.0.relu"):
+        Deconvnet(network)
+
+
+def test_activations_of_a_residual_network() -> None:
+    """Compare with torchvision's feature extractor, and check that in-place operations change nothing that is kept."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=7).eval()
+    images = torch.randn(2, 3, 64, 64)
+    names = ["layer1.0.conv2", "layer3", "avgpool"]
+    extractor = create_feature_extractor(model, names)
+    network = Network(model, 64)
+    outputs = network.activations(images, [*names, "layer1.0.bn2", "bn1", OUTPUT])
+    expected = extractor(images)
+    assert all(torch.equal(outputs[name], expected[name]) for name in names)
+    assert torch.equal(outputs[OUTPUT], model(images))
+    assert torch.equal(outputs["bn1"], model.bn1(model.conv1(images)))
+    assert torch.equal(outputs["layer1.0.bn2"], model.layer1[0].bn2(outputs["layer1.0.conv2"]))
+    slope = torch.autograd.grad(outputs[OUTPUT].sum(), outputs["layer1.0.bn2"])[0]
+    assert (slope != 0).any()
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(UserError, match="the network has no layer layer5; did you mean 'layer4'"):
+        network.activations(images, ["layer5"])
+    with pytest.raises(UserError, match=r"images of shape \[2, 3, 32, 32\]: the network expects \[N, 3, 64, 64\]"):
+        network.activations(images[:, :, ::2, ::2], ["layer4"])
+
+
+class InPlace(nn.Module):
+    """The first operation changes the images in place; a layer returns a tuple, and another its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 5, batch_first=True), nn.Sequential(nn.Linear(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.mul_(2).mean(1))[1][0][0])
+
+
+def test_network_leaves_the_images_as_they_are() -> None:
+    network, images = Network(InPlace(), 8), torch.randn(2, 3, 8, 8)
+    kept = images.clone()
+    logits = network.activations(images, [OUTPUT])[OUTPUT]
+    assert torch.equal(images, kept)
+    assert torch.equal(logits, network.model(kept.clone()))
+    assert (network.layers, network.conv_layers, network.last_hidden) == (["head.0", "head"], [], [])

@@ -2,7 +2,8 @@
 
 All five methods explain the logit of the class. The deconvnet (Zeiler & Fergus 2013), guided backpropagation
 (Springenberg et al. 2014) and the gradient (Simonyan et al. 2013) are in `explain/deconvnet.py`; integrated gradients
-(Sundararajan et al. 2017) and Grad-CAM (Selvaraju et al. 2017) are in `explain/targets.py`.
+(Sundararajan et al. 2017) and Grad-CAM (Selvaraju et al. 2017) are in `explain/targets.py`. Without a chain of layers
+for which the deconvnet has rules, the job leaves out the deconvnet and guided backpropagation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,13 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 
-from zfnet.config.errors import log
+from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Positive
 from zfnet.explain.boxes import in_boxes, share_in_boxes
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.selection import ChosenImages, Look, choose_images, pick_layers
-from zfnet.explain.targets import GRAD_CAM, grad_cam, integrated_gradients
-from zfnet.model.chain import OUTPUT, Chain
+from zfnet.explain.targets import GRAD_CAM, grad_cam, gradient, integrated_gradients
+from zfnet.model.chain import OUTPUT, Chain, Network
 from zfnet.model.layers import full_precision
 from zfnet.plots.figures import WHITE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
@@ -52,13 +53,20 @@ class AttributionJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/attribution.png, the maps (maps.safetensors), attribution.csv and, with boxes, boxes.json."""
         loaded = LoadedRun(config)
-        chain = loaded.chain
-        (layer,) = pick_layers(chain, "job.layer", self.layer, chain.conv_layers[-1:], only_conv=True)
-        Deconvnet(chain).check(OUTPUT)
+        network = loaded.network
+        (layer,) = pick_layers(network, "job.layer", self.layer, network.conv_layers[-1:], only_conv=True)
+        rules: tuple[str, ...] = RULES
+        problem = None
+        try:
+            Deconvnet(network).check(OUTPUT)
+        except UserError as error:
+            rules, problem = ("gradient",), error
         chosen = choose_images(loaded, config, self.count)
         with own_directory(config, output) as run:
-            settings = layer, self.steps, loaded.data.batch_size
-            result = attribute(chain, chosen.inputs, chosen.labels, *settings)
+            if problem is not None:
+                log.info("without the deconvnet and guided backpropagation: %s", problem)
+            settings = layer, self.steps, loaded.data.batch_size, rules
+            result = attribute(network, chosen.inputs, chosen.labels, *settings)
             pixels = to_pixels(chosen.inputs, loaded.data)
             figure = draw_attribution(result, pixels, chosen.names, layer, chosen.boxes)
             save_figure(figure, run.figures / "attribution.png")
@@ -69,7 +77,7 @@ class AttributionJob(Look):
             log.info(f"integrated gradients differ from the change of the output by at most {gap.abs().max():.2g}")
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images)
-                boxed = attribute(chain, many.inputs, many.labels, *settings)
+                boxed = attribute(network, many.inputs, many.labels, *settings)
                 evidence = box_evidence(boxed.maps, many.boxes)
                 run.write_json("boxes.json", evidence)
                 log.info(
@@ -103,20 +111,32 @@ class Attributions:
 
 
 @full_precision()
-def attribute(chain: Chain, images: Tensor, labels: Tensor, layer: str, steps: int, batch_size: int) -> Attributions:
-    """Return the five attributions of images [N, 3, S, S] to their classes `labels` [N].
+def attribute(
+    network: Network,
+    images: Tensor,
+    labels: Tensor,
+    layer: str,
+    steps: int,
+    batch_size: int,
+    rules: Sequence[str] = RULES,
+) -> Attributions:
+    """Return the attributions of images [N, 3, S, S] to their classes `labels` [N], five with all `rules`.
 
-    layer: the convolution layer whose maps Grad-CAM weights; steps: points of integrated gradients
+    layer: the layer whose maps Grad-CAM weights; steps: points of integrated gradients
+    rules: RULES, which need a `Chain`, or only the gradient
     """
     units = torch.stack([torch.arange(len(labels)), labels.cpu()], 1)
     ones = torch.ones(len(labels))  # the logit would only scale the projection, and can be negative
-    maps = {rule: Deconvnet(chain, rule).project(images, OUTPUT, units, seeds=ones).cpu() for rule in RULES}
-    parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    maps[INTEGRATED] = torch.cat([integrated_gradients(chain, *part, steps).cpu() for part in parts])
-    maps[GRAD_CAM] = grad_cam(chain, images, labels, layer).cpu()
+    parts = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    if isinstance(network, Chain) and "deconvnet" in rules:
+        maps = {rule: Deconvnet(network, rule).project(images, OUTPUT, units, seeds=ones).cpu() for rule in rules}
+    else:
+        maps = {"gradient": torch.cat([gradient(network, *part).cpu() for part in parts])}
+    maps[INTEGRATED] = torch.cat([integrated_gradients(network, *part, steps).cpu() for part in parts])
+    maps[GRAD_CAM] = grad_cam(network, images, labels, layer).cpu()
     rows = torch.arange(len(labels), device=labels.device)
     with torch.no_grad():
-        logits, baseline = (chain.model(x) for x in (images, torch.zeros_like(images)))
+        logits, baseline = (network.model(x) for x in (images, torch.zeros_like(images)))
     correct = (logits.argmax(1) == labels).cpu()
     return Attributions(maps, logits[rows, labels].cpu(), baseline[rows, labels].cpu(), correct)
 
@@ -160,7 +180,7 @@ def draw_attribution(
     methods = list(result.maps)
     count, columns = len(names), 1 + len(methods)
     figure = new_figure(figsize=(2.1 * columns, 1.3 + 2.1 * count))
-    figure.suptitle("Evidence for the class named on the left: five methods, each picture on its own scale")
+    figure.suptitle("Evidence for the class named on the left, each picture on its own scale")
     grid = figure.add_gridspec(count + 1, columns, height_ratios=[1] * count + [0.06])  # colour bars at the bottom
     axes = np.array([[figure.add_subplot(grid[r, c]) for c in range(columns)] for r in range(count)])
     projections = {name: on_grey(maps) for name, maps in result.maps.items() if name in RULES}
@@ -185,7 +205,7 @@ def draw_attribution(
     for panel, method in zip(axes[0, 1:], methods, strict=True):
         panel.set_title(f"{method}\n{titles.get(method, 'grey: no signal')}")
     scales = {
-        "gray": (-1, RULES, "1: the 99.9 % quantile of the absolute values"),
+        "gray": (-1, tuple(projections), "1: the 99.9 % quantile\nof the absolute values"),
         "RdBu_r": (-1, (INTEGRATED,), f"1: the {100 * _CLIP:g}% quantile\nof the absolute values"),
         "inferno": (0, (GRAD_CAM,), "1: the largest value"),
     }

@@ -30,11 +30,12 @@ from zfnet.config.schema import Config, DataConfig, Positive
 from zfnet.data.decode import UnreadableImage, fit_square, read_image
 from zfnet.explain.boxes import cover
 from zfnet.explain.selection import Look, chosen_split, fill_colour, pick_layers, predict, sample, take, to_inputs
-from zfnet.model.chain import Chain
+from zfnet.model.chain import Network
 from zfnet.plots.figures import LIGHT_BLUE, PALE, SOFT, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import holm, rank_p
+from zfnet.runs.tables import shorten
 from zfnet.training.loaded import LoadedRun
 
 SAME, RANDOM = "same place", "random"
@@ -59,16 +60,16 @@ class CorrespondenceJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/correspondence.png, correspondence.csv and .json (for parts), and same_places.csv."""
         loaded = LoadedRun(config)
-        chain, size = loaded.chain, loaded.data.image_size
-        last_conv_and_last_hidden = [*chain.conv_layers[-1:], *chain.layers[-2:-1]]
-        layers = pick_layers(chain, "job.layers", self.layers, last_conv_and_last_hidden)
+        network, size = loaded.network, loaded.data.image_size
+        last_conv_and_last_hidden = [*network.conv_layers[-1:], *network.last_hidden]
+        layers = pick_layers(network, "job.layers", self.layers, last_conv_and_last_hidden)
         patch = self.patch or max(1, size // 4)
         if patch >= size:
             raise UserError(f"job.patch={patch}: the masks must be smaller than the image, which is {size} px")
         marked = quarters_of_boxes(loaded) if self.points is None else read_points(loaded, Path(self.points))
         with own_directory(config, output) as run:
             masks = Masks(patch, fill_colour(loaded, self.fill), loaded.data.batch_size)
-            measured = measure(chain, marked, layers, masks, self.places, config.seed)
+            measured = measure(network, marked, layers, masks, self.places, config.seed)
             pictures = {
                 part: to_pixels(mask(marked.inputs[:_EXAMPLES], centres[:_EXAMPLES], patch, masks.fill), loaded.data)
                 for part, centres in measured.centres.items()
@@ -89,14 +90,14 @@ class CorrespondenceJob(Look):
             log.info("%d images, %d pairs; Δ ± std over pairs", about["images"], pairs)
             log.info("p: rank of κ among %d same places on the object", self.places)
             log.info("(%d tests; the smallest p by Holm's correction: %.2g)", tests, tests / (1 + self.places))
-            width = max(map(len, layers))
+            width, wide = (max(len(shorten(name, 32)) for name in names) for names in (layers, measured.centres))
             for layer, parts in measured.table.items():
                 for part, row in parts.items():
                     kappa = "  –  " if row.kappa is None else f"{row.kappa:.3f}"
                     p = "" if row.p_holm is None else f", p {row.p:.2g} (Holm {row.p_holm:.2g})"
                     std = "" if row.std is None else f" ± {row.std:.3f}"
                     measures = f"κ {kappa}, Δ {row.delta:.3f}{std}, {row.changed:.0%} changed{p}"
-                    log.info(f"  {layer:<{width}} {part:<12} {measures}")
+                    log.info(f"  {shorten(layer, 32):<{width}} {shorten(part, 32):<{wide}} {measures}")
 
 
 # ---- images with parts
@@ -284,7 +285,7 @@ class Measured:
 
 
 def measure(
-    chain: Chain, marked: MarkedImages, layers: Sequence[str], masks: Masks, places: int, seed: int
+    network: Network, marked: MarkedImages, layers: Sequence[str], masks: Masks, places: int, seed: int
 ) -> Measured:
     """Measure the agreement of every part, of a random place on each object, and of `places` same places on all.
 
@@ -297,7 +298,7 @@ def measure(
     agreements: dict[str, list[Agreement]] = {layer: [] for layer in layers}
     with tqdm(total=len(every), desc="correspondence", unit="place", disable=None, leave=False) as bar:
         for centres in every.split(_PLACES_AT_ONCE):
-            for layer, signs in sign_changes(chain, marked.inputs, centres, masks, layers).items():
+            for layer, signs in sign_changes(network, marked.inputs, centres, masks, layers).items():
                 agreements[layer] += [agreement(one, marked.groups) for one in signs]
             bar.update(len(centres))
     count = len(marked.parts)
@@ -335,7 +336,7 @@ def mask(images: Tensor, centres: Tensor, patch: int, fill: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sign_changes(
-    chain: Chain, images: Tensor, centres: Tensor, masks: Masks, layers: Sequence[str]
+    network: Network, images: Tensor, centres: Tensor, masks: Masks, layers: Sequence[str]
 ) -> dict[str, Tensor]:
     """Return, for each layer, the signs of ε = features(image) − features(masked): int8 [M, N, D].
 
@@ -346,7 +347,7 @@ def sign_changes(
     for whole, where in zip(images.split(size), centres.split(size, 1), strict=True):
         hidden = [mask(whole, places, masks.patch, masks.fill) for places in where]
         # all in one batch, so that equal inputs have outputs that are equal bit for bit
-        outputs = chain.activations(torch.cat([whole, *hidden]), layers)
+        outputs = network.activations(torch.cat([whole, *hidden]), layers)
         for layer in layers:
             before, *after = outputs[layer].flatten(1).split(len(whole))
             signs[layer].append((before - torch.stack(after)).sign().to(torch.int8))
@@ -422,10 +423,10 @@ def draw_correspondence(measured: Measured, examples: Mapping[str, Tensor]) -> F
             p = "" if row.p_holm is None else f"\np = {row.p:.2g}, by Holm {row.p_holm:.2g}"
             text = "nothing changes" if row.kappa is None else f"Δ {row.delta:.3f}, {row.changed:.0%} changed{p}"
             axis.text(1.03 * largest, y, text, va="center", fontsize=8)
-        axis.set_yticks(range(len(rows)), plain(rows, 32))
+        axis.set_yticks(range(len(rows)), plain(rows, 20))
         axis.grid(axis="y", visible=False)
         axis.set(
-            title=f"{layer} (grey: middle 95% of {len(measured.places)} same places)",
+            title=f"{shorten(layer, 40)}\n(grey: middle 95% of {len(measured.places)} same places)",
             xlabel="agreement κ beyond chance\n(1: the same change of features in every image)",
             xlim=(lowest, 1.9 * largest),
         )

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, model_name
 from zfnet.data import Batch
-from zfnet.explain.selection import Look, chosen_split, pick_layers
-from zfnet.model.chain import Chain, run_steps
+from zfnet.explain.selection import Look, chosen_split
+from zfnet.model.chain import ACTIVATIONS, Network, Step, run_steps
+from zfnet.model.layers import full_precision
 from zfnet.plots.figures import INK, PALETTE, RED, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import enlarge, mosaic, show
 from zfnet.runs.directory import find_run
@@ -60,14 +61,16 @@ class FiltersJob(Look):
             if recorded.data.root is None:  # an imported run has no images, so use this command's
                 recorded = dataclasses.replace(recorded, data=dataclasses.replace(recorded.data, root=config.data.root))
             runs.append(LoadedRun(recorded))
-        chains = [loaded.chain for loaded in runs]  # a model that is not a chain raises here, before images are read
+        networks = [loaded.network for loaded in runs]
+        for network in networks:
+            first_layer(network)  # a network without one raises here, before images are read
         sets = [chosen_split(loaded).images for loaded in runs]
         with own_directory(config, output) as run:
             measured: dict[str, Filters] = {}
             summaries: dict[str, dict[str, Any]] = {}
-            for letter, loaded, chain, images in zip("AB", runs, chains, sets, strict=False):
+            for letter, loaded, network, images in zip("AB", runs, networks, sets, strict=False):
                 name = f"{letter}: {loaded.source.folder.name}"
-                measured[name] = measure_filters(chain, loaded.batches(images).in_order())
+                measured[name] = measure_filters(network, loaded.batches(images).in_order())
                 summaries[name] = row = {
                     "run": str(loaded.source.folder),
                     "model": model_name(loaded.metadata.model),
@@ -122,23 +125,39 @@ class Filters:
         return f"{len(self.rms)} filters {'×'.join(map(str, self.weight.shape[2:]))}, stride {self.stride}"
 
 
-@torch.no_grad()
-def measure_filters(chain: Chain, batches: Iterable[Batch]) -> Filters:
-    """Measure the filters of the first convolution, and its maps on all images of `batches`."""
-    (layer,) = pick_layers(chain, "job=filters", None, chain.conv_layers[:1], only_conv=True)
-    convolution = chain.model.get_submodule(layer)
+def first_layer(network: Network) -> tuple[nn.Conv2d, list[Step], list[Step]]:
+    """Return the first convolution, the steps before it, and the steps from it to its layer's output.
+
+    Raises UserError if the modules from the image to it are not a chain, or its filters are not grey or in colour.
+    """
+    convolutions = [name for name in network.layers if isinstance(network.model.get_submodule(name), nn.Conv2d)]
+    if not convolutions:
+        raise UserError("job=filters: the network has no convolution")
+    convolution, steps = network.model.get_submodule(convolutions[0]), network.up_to(convolutions[0])
     assert isinstance(convolution, nn.Conv2d)
-    weight = convolution.weight.detach().cpu().double()
-    if weight.shape[1] not in (1, 3):
-        raise UserError(f"job=filters: {layer} has filters of {weight.shape[1]} channels; only grey or colour is drawn")
+    if (channels := convolution.weight.shape[1]) not in (1, 3):
+        problem = f"has filters of {channels} channels; only grey or colour is drawn"
+        raise UserError(f"job=filters: {convolutions[0]} {problem}")
     # modules before it, such as a conversion to grey or a pooling, change the images
-    before = list(itertools.takewhile(lambda step: step.module is not convolution, chain.steps))
+    before = list(itertools.takewhile(lambda step: step.module is not convolution, steps))
+    return convolution, before, steps[len(before) :]
+
+
+@torch.no_grad()
+@full_precision()
+def measure_filters(network: Network, batches: Iterable[Batch]) -> Filters:
+    """Measure the filters of the first convolution, and its maps on all images of `batches`."""
+    convolution, before, layer = first_layer(network)
+    if not any(isinstance(step.module, ACTIVATIONS) for step in layer):
+        log.warning("%s: no activation function follows as a module, so dead filters are not found", layer[0].name)
+    weight = convolution.weight.detach().cpu().double()
     peak = torch.full((len(weight),), -torch.inf, device=convolution.weight.device)
     dead = torch.ones_like(peak, dtype=torch.bool)
     spectra = CrossSpectra()
     for batch in batches:
-        spectra.add(run_steps(before, batch.images))
-        maps = chain.activations(batch.images, [layer])[layer]
+        inputs = run_steps(before, batch.images)
+        spectra.add(inputs)
+        maps = run_steps(layer, inputs)
         peak = torch.maximum(peak, maps.amax((0, 2, 3)).float())
         dead &= maps.abs().amax((0, 2, 3)) == 0
     rms = weight.square().mean((1, 2, 3)).sqrt()

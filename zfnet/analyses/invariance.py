@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Positive
 from zfnet.explain.selection import Look, choose_images, chosen_split, pick_layers, sample, take
-from zfnet.model.chain import OUTPUT, Chain
+from zfnet.model.chain import OUTPUT, Network
 from zfnet.plots.figures import INK, PALETTE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
@@ -60,9 +60,9 @@ class InvarianceJob(Look):
         lowest mean probability.
         """
         loaded = LoadedRun(config)
-        chain, data = loaded.chain, loaded.data
-        first_and_last_hidden = [chain.layers[0], *chain.layers[-2:-1]]
-        layers = pick_layers(chain, "job.layers", self.layers, first_and_last_hidden)
+        network, data = loaded.network, loaded.data
+        first_and_last_hidden = [*network.layers[:1], *network.last_hidden]
+        layers = pick_layers(network, "job.layers", self.layers, first_and_last_hidden)
         amounts = make_amounts(data.image_size, self.translation, self.scale, self.rotation, self.steps)
         split = chosen_split(loaded)
         chosen = choose_images(loaded, config, self.count)
@@ -70,8 +70,8 @@ class InvarianceJob(Look):
         if len(many) < 2:
             raise UserError(f"job.split={split.name}: has one image, and a mean needs two")
         with own_directory(config, output) as run:
-            units = typical_distance(chain, many.inputs, layers, data.batch_size)
-            own, mean = (measure(chain, c.inputs, c.labels, amounts, layers, data.batch_size) for c in (chosen, many))
+            units = typical_distance(network, many.inputs, layers, data.batch_size)
+            own, mean = (measure(network, c.inputs, c.labels, amounts, layers, data.batch_size) for c in (chosen, many))
             examples = {}
             for name, steps in amounts.items():
                 moved = transform_images(chosen.inputs, name, steps[[0, len(steps) // 2, -1]])
@@ -174,7 +174,7 @@ def transform_images(images: Tensor, transform: str, amounts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    chain: Chain, images: Tensor, labels: Tensor, amounts: dict[str, Tensor], layers: Sequence[str], batch_size: int
+    network: Network, images: Tensor, labels: Tensor, amounts: dict[str, Tensor], layers: Sequence[str], batch_size: int
 ) -> dict[str, Curves]:
     """Return the curves of each transform for images [N, 3, S, S] with labels [N], on the images' device.
 
@@ -191,7 +191,7 @@ def measure(
             size = max(1, batch_size // len(steps))
             for chunk, truth in zip(images.split(size), labels.split(size), strict=True):
                 moved = transform_images(chunk, transform, steps).flatten(0, 1)
-                outputs = chain.activations(moved, [*layers, OUTPUT])
+                outputs = network.activations(moved, [*layers, OUTPUT])
                 for layer in layers:
                     features = outputs[layer].reshape(len(chunk), len(steps), -1)
                     distances[layer].append((features - features[:, origin : origin + 1]).norm(dim=2))
@@ -207,7 +207,7 @@ def measure(
 
 
 @torch.no_grad()
-def typical_distance(chain: Chain, images: Tensor, layers: Sequence[str], batch_size: int) -> dict[str, float]:
+def typical_distance(network: Network, images: Tensor, layers: Sequence[str], batch_size: int) -> dict[str, float]:
     """Return, for each layer, the root mean square distance between the activations of two different images.
 
     Computed from sums: the mean square over pairs is 2·n/(n−1)·(mean ‖f‖² − ‖mean f‖²).
@@ -216,7 +216,7 @@ def typical_distance(chain: Chain, images: Tensor, layers: Sequence[str], batch_
     squares: dict[str, Tensor] = {}
     dtype = torch.float32 if images.device.type == "mps" else torch.float64
     for chunk in images.split(batch_size):
-        for layer, features in chain.activations(chunk, layers).items():
+        for layer, features in network.activations(chunk, layers).items():
             flat = features.flatten(1).to(dtype)
             zero = flat.new_zeros(())
             sums[layer] = sums.get(layer, zero) + flat.sum(0)

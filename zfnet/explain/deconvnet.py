@@ -34,7 +34,7 @@ from zfnet.explain.windows import (
     unpool,
     window_of,
 )
-from zfnet.model.chain import BATCH_NORMS, NEUTRAL, Chain, Step
+from zfnet.model.chain import BATCH_NORMS, NEUTRAL, Chain, Network, Step
 from zfnet.model.layers import LocalResponseNorm, full_precision
 
 Units = Sequence[Sequence[int]] | Tensor  # (image, channel, y, x) or (image, feature) each
@@ -64,7 +64,7 @@ class Deconvnet:
 
     def __init__(
         self,
-        model: nn.Module | Chain,
+        model: nn.Module | Network,
         rule: str = "deconvnet",
         dead_windows: str = "first",
         lrn: str = "identity",

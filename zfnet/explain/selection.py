@@ -18,7 +18,7 @@ from zfnet.data.decode import UnreadableImage, fit_square
 from zfnet.data.files import find_images, read_named
 from zfnet.data.images import stratified
 from zfnet.explain.boxes import boxes_in_input
-from zfnet.model.chain import Chain
+from zfnet.model.chain import Chain, Network
 from zfnet.model.layers import full_precision
 from zfnet.runs.directory import find_run
 from zfnet.runs.tables import shorten
@@ -69,13 +69,15 @@ class ChosenImages:
 
 
 def pick_layers(
-    chain: Chain, key: str, names: Sequence[str] | str | None, default: Sequence[str], only_conv: bool = False
+    network: Network, key: str, names: Sequence[str] | str | None, default: Sequence[str], only_conv: bool = False
 ) -> list[str]:
     """Return the layers that the setting `key` names, or the default for null; raise UserError for an unknown layer.
 
-    only_conv: accept only convolutions
+    only_conv: accept only convolutions (in a network that is not a chain: modules that return feature maps)
     """
-    known, what = (chain.conv_layers, "convolution") if only_conv else (chain.layers, "layer")
+    known, what = (network.conv_layers, "convolution") if only_conv else (network.layers, "layer")
+    if only_conv and not isinstance(network, Chain):
+        what = "layer of feature maps"
     if not known:
         raise UserError(f"{key}: the network has no {what}")
     names = [names] if isinstance(names, str) else names

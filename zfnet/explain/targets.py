@@ -18,7 +18,7 @@ from zfnet.explain.crops import frame_size
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.receptive_field import receptive_boxes, receptive_field, window_steps
 from zfnet.explain.windows import inside_map, take_windows, window_of
-from zfnet.model.chain import OUTPUT, Chain
+from zfnet.model.chain import OUTPUT, Chain, Network
 from zfnet.model.layers import full_precision
 
 INTEGRATED, GRAD_CAM = "integrated", "Grad-CAM"
@@ -164,28 +164,34 @@ def window_activations(chain: Chain, layer: str, frames: Tensor, places: Tensor)
 
 
 @full_precision()
-def grad_cam(chain: Chain, images: Tensor, labels: Tensor, layer: str | None = None) -> Tensor:
+def grad_cam(network: Network, images: Tensor, labels: Tensor, layer: str | None = None) -> Tensor:
     """Return Grad-CAM (Selvaraju et al. 2017) of the classes `labels` [N]: [N, 1, S, S].
 
-    layer: the convolution whose maps are weighted; None means the last one
+    layer: the layer whose maps are weighted; None means the last one with maps
     """
-    layer = chain.conv_layers[-1] if layer is None else layer
+    layer = network.conv_layers[-1] if layer is None else layer
     rows = torch.arange(len(labels), device=labels.device)
     # captum's version hooks a module, but a network can use the same ReLU module for all layers
-    outputs = chain.activations(images.clone().requires_grad_(), [layer, OUTPUT])
-    gradient = torch.autograd.grad(outputs[OUTPUT][rows, labels].sum(), outputs[layer])[0]
-    cam = (gradient.mean((2, 3), keepdim=True) * outputs[layer]).sum(1, keepdim=True).relu().detach()
+    outputs = network.activations(images.clone().requires_grad_(), [layer, OUTPUT])
+    slope = torch.autograd.grad(outputs[OUTPUT][rows, labels].sum(), outputs[layer])[0]
+    cam = (slope.mean((2, 3), keepdim=True) * outputs[layer]).sum(1, keepdim=True).relu().detach()
     return F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False)
 
 
 @full_precision()
-def integrated_gradients(chain: Chain, images: Tensor, labels: Tensor, points: int = _INTEGRATION_POINTS) -> Tensor:
+def gradient(network: Network, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the gradient of the logits of the classes `labels` [N] with respect to the images: [N, C, S, S]."""
+    rows = torch.arange(len(labels), device=labels.device)
+    inputs = images.clone().requires_grad_()
+    return torch.autograd.grad(network.activations(inputs, [OUTPUT])[OUTPUT][rows, labels].sum(), inputs)[0]
+
+
+@full_precision()
+def integrated_gradients(network: Network, images: Tensor, labels: Tensor, points: int = _INTEGRATION_POINTS) -> Tensor:
     """Return integrated gradients (Sundararajan et al. 2017) of the classes `labels` [N]; baseline: the mean colour."""
     total = torch.zeros_like(images)
-    rows = torch.arange(len(labels), device=labels.device)
     for point in range(points):
-        inputs = (images * ((point + 0.5) / points)).requires_grad_()
-        total += torch.autograd.grad(chain.activations(inputs, [OUTPUT])[OUTPUT][rows, labels].sum(), inputs)[0]
+        total += gradient(network, images * ((point + 0.5) / points), labels)
     return total / points * images
 
 

@@ -1,8 +1,12 @@
-"""Represent a network as a chain: its leaf modules in the order in which the forward pass calls them."""
+"""Read the layers of a network: of a `Chain`, step by step, and of any other `Network`, the outputs of its modules.
 
-from collections.abc import Iterator, Sequence
+A chain is the list of a network's leaf modules in the order in which the forward pass calls them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,58 +46,49 @@ def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor:
     return x
 
 
-class Chain:
-    """The steps of a feed-forward network, found in one forward pass in evaluation mode.
+class Network:
+    """Any network of images to logits, whose layers are modules that return feature maps or features.
 
-    model: any module that passes its images from one leaf module to the next, with only `torch.flatten` (or an
-        equivalent `view`) between them, such as ZFNet, torchvision's AlexNet and VGG, or your own
+    model: any module of images [N, C, S, S] that returns logits [N, classes]
     image_size: side of the square images in pixels
 
-    steps: in forward order; a flatten between two modules is a separate step
-    layers: the names of the convolutions and linear layers, such as `conv1` or `features.0`
-    conv_layers: the names of the convolutions
+    layers: names of the modules that run once and return a tensor [N, C, h, w] or [N, features], in the order in which
+        they return, so that a module comes after its own submodules
+    conv_layers: those that return maps of more than one position; last_hidden: the last layer before the logits
+    steps: the modules from the image on, as far as they form a chain; branch: why they end there, None in a chain
     channels: channels of the images; num_classes: outputs of the network
 
-    Raises UserError, naming the module, if the network is not a chain or cannot take the images.
+    Raises UserError, naming the module, if the network cannot process the images or returns no tensor.
     """
 
     def __init__(self, model: nn.Module, image_size: int) -> None:
         self.model, self.image_size = model, image_size
         try:
-            self.steps = _trace(model, image_size, 3)
+            trace = _trace(model, image_size, 3)
         except UserError as error:
             channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
             if channels == 3:
                 raise
             try:  # such as an imported network for grey images
-                self.steps = _trace(model, image_size, channels)
+                trace = _trace(model, image_size, channels)
             except UserError:
                 raise error from None
+        self.steps, self.branch = trace.steps, trace.branch
+        self.channels, self.num_classes = trace.channels, trace.num_classes
+        self.layers = list(trace.layers)
+        self.conv_layers = [name for name, shape in trace.layers.items() if len(shape) == 3 and max(shape[1:]) > 1]
+        self.last_hidden = [name for name in self.layers if name not in trace.logits][-1:]
         self._ends = {s.name: _end(self.steps, n) for n, s in enumerate(self.steps) if isinstance(s.module, WEIGHTED)}
-        self.layers = list(self._ends)
-        self._ends[OUTPUT] = len(self.steps) - 1
-        self.conv_layers = [s.name for s in self.steps if isinstance(s.module, nn.Conv2d)]
-        self.channels = self.steps[0].input_shape[0]
-        self.num_classes = self.steps[-1].output_shape[0]
-
-    @staticmethod
-    def of(model: "nn.Module | Chain", image_size: int | None = None) -> "Chain":
-        """Return `model` if it is a Chain, its `chain` if it has one (ZFNet), or a new Chain for `image_size`."""
-        if isinstance(model, Chain):
-            return model
-        if isinstance(chain := getattr(model, "chain", None), Chain):
-            return chain
-        if image_size is None:
-            raise UserError(f"{type(model).__name__}: its image size is not known; pass Chain(model, image_size)")
-        return Chain(model, image_size)
 
     def up_to(self, layer: str) -> list[Step]:
-        """Return the steps from the image to the output of `layer` (or `OUTPUT`: all of them).
+        """Return the steps from the image to the output of a convolution or linear layer (in a chain, also `OUTPUT`).
 
         The output is taken after the layer's batch norm and activation function, and before its pooling.
-        Raises UserError for an unknown layer.
+        Raises UserError for an unknown layer, and for one after the end of `steps`.
         """
         if layer not in self._ends:
+            if layer in self.layers:
+                raise UserError(f"{layer} is not in a chain of modules from the image: {self.branch}")
             raise UserError(f"the network has no layer {layer}{did_you_mean(layer, self.layers)}")
         return self.steps[: self._ends[layer] + 1]
 
@@ -102,11 +97,81 @@ class Chain:
         if not isinstance(images, Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise UserError(f"images are {kind}: the network expects a tensor of floats, normalised as in training")
-        wanted = self.steps[0].input_shape
-        if images.ndim != 1 + len(wanted) or images.shape[1:] != wanted:
+        wanted = (self.channels, self.image_size, self.image_size)
+        if images.shape[1:] != wanted:
             raise UserError(
                 f"images of shape {list(images.shape)}: the network expects [N, {', '.join(map(str, wanted))}]"
             )
+
+    @full_precision()
+    def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return what each named layer returns; for `OUTPUT`, the logits.
+
+        Shapes: [N, C, h, w] or [N, features]. The model's mode applies, and full precision. Raises UserError for an
+        unknown layer and for images of another size.
+        """
+        self.check_images(images)
+        kept: dict[str, Tensor] = {}
+
+        def keep(layer: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+            def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+                kept[layer] = output
+                return output.clone()  # an in-place operation must not change what is kept
+
+            return hook
+
+        for layer in layers:
+            if layer not in (*self.layers, OUTPUT):
+                raise UserError(f"the network has no layer {layer}{did_you_mean(layer, self.layers)}")
+        named = [layer for layer in layers if layer != OUTPUT]
+        hooks = [self.model.get_submodule(layer).register_forward_hook(keep(layer)) for layer in named]
+        try:
+            kept[OUTPUT] = self.model(images.clone())
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return {layer: kept[layer] for layer in layers}
+
+
+class Chain(Network):
+    """The steps of a feed-forward network, found in one forward pass in evaluation mode.
+
+    model: any module that passes its images from one leaf module to the next, with only `torch.flatten` (or an
+        equivalent `view`) between them, such as ZFNet, torchvision's AlexNet and VGG, or your own
+    image_size: side of the square images in pixels
+
+    steps: in forward order; a flatten between two modules is a separate step
+    layers: the names of the convolutions and linear layers, such as `conv1` or `features.0`
+    conv_layers: the names of the convolutions; last_hidden: the last layer but one
+    channels: channels of the images; num_classes: outputs of the network
+
+    Raises UserError, naming the module, if the network is not a chain or cannot take the images.
+    """
+
+    def __init__(self, model: nn.Module, image_size: int) -> None:
+        super().__init__(model, image_size)
+        if self.branch is not None:
+            raise UserError(self.branch)
+        self.layers = list(self._ends)
+        self._ends[OUTPUT] = len(self.steps) - 1
+        self.conv_layers = [s.name for s in self.steps if isinstance(s.module, nn.Conv2d)]
+        self.last_hidden = self.layers[-2:-1]
+
+    @staticmethod
+    def of(model: nn.Module | Network, image_size: int | None = None) -> "Chain":
+        """Return `model` if it is a Chain, its `chain` if it has one (ZFNet), or a new Chain for `image_size`.
+
+        Raises UserError for a `Network` that is not a chain.
+        """
+        if isinstance(model, Chain):
+            return model
+        if isinstance(model, Network):
+            raise UserError(f"{type(model.model).__name__} is not a chain of layers: {model.branch}")
+        if isinstance(chain := getattr(model, "chain", None), Chain):
+            return chain
+        if image_size is None:
+            raise UserError(f"{type(model).__name__}: its image size is not known; pass Chain(model, image_size)")
+        return Chain(model, image_size)
 
     @full_precision()
     def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -141,9 +206,18 @@ def _end(steps: list[Step], start: int) -> int:
     return end
 
 
+class _Trace(NamedTuple):
+    steps: list[Step]
+    branch: str | None
+    layers: dict[str, torch.Size]
+    logits: set[str]  # layers whose output is the network's
+    channels: int
+    num_classes: int
+
+
 @torch.no_grad()
 @full_precision()
-def _trace(model: nn.Module, image_size: int, channels: int) -> list[Step]:
+def _trace(model: nn.Module, image_size: int, channels: int) -> _Trace:
     """Run two random images through the model, and check that each leaf module's input is the previous output."""
     names: dict[nn.Module, str] = {}
     for leaf, module in _leaves(model, ""):
@@ -158,53 +232,78 @@ def _trace(model: nn.Module, image_size: int, channels: int) -> list[Step]:
     ).to(weighted[0].weight)
     steps: list[Step] = []
     last = images  # the output of the last step
+    branch: str | None = None
+    place = "at the first module"
+    shapes: dict[str, torch.Size] = {}
+    features: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
 
-    def connect(x: Tensor, name: str) -> None:
-        """Check that `x` is the last step's output; if it is that output flattened, add a flatten step."""
+    def connect(x: Tensor, name: str) -> str | None:
+        """If `x` is the last step's output flattened, add a flatten step; return what is wrong if it is another."""
         former = steps[-1].name if steps else "the image"
         if _is_equal(x, last):
-            return
+            return None
         if x.ndim != 2 or last.ndim < 2 or not _is_equal(x, last.flatten(1)):
-            raise UserError(
-                f"{name} is not the output of {former}: only a chain of modules can be explained, without branches "
-                "and with no function but torch.flatten between them"
+            return (
+                f"{name} is not the output of {former}; a chain has no branches, and no function but torch.flatten "
+                "between two modules"
             )
         steps.append(Step(f"the flatten after {former}", nn.Flatten(), last.shape[1:], x.shape[1:]))
+        return None
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        name = f"{names[module]} ({type(module).__name__})"
-        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-            raise UserError(f"{name}: has {len(inputs)} inputs; a chain passes on one tensor")
-        connect(inputs[0], f"the input of {name}")
+        nonlocal branch
+        if branch is None:
+            name = f"{names[module]} ({type(module).__name__})"
+            if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+                branch = f"{name}: has {len(inputs)} inputs; a chain passes on one tensor"
+            else:
+                branch = connect(inputs[0], f"the input of {name}")
 
     def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        nonlocal last
-        step = Step(names[module], module, inputs[0].shape[1:], getattr(output, "shape", torch.Size())[1:])
-        if not isinstance(output, Tensor):
-            raise UserError(f"{step}: returns a {type(output).__name__}; a chain passes on one tensor")
-        if isinstance(module, WEIGHTED) and any(s.module is module for s in steps):
-            raise UserError(f"{step}: is used twice; a chain uses each layer once")
-        steps.append(step)
-        last = output.clone()  # a later in-place operation such as `out += identity` would change `output`
+        nonlocal branch, last, place
+        place = f"after {names[module]} ({type(module).__name__})"
+        if branch is None:
+            step = Step(names[module], module, inputs[0].shape[1:], getattr(output, "shape", torch.Size())[1:])
+            if not isinstance(output, Tensor):
+                branch = f"{step}: returns a {type(output).__name__}; a chain passes on one tensor"
+            elif isinstance(module, WEIGHTED) and any(s.module is module for s in steps):
+                branch = f"{step}: is used twice; a chain uses each layer once"
+            else:
+                steps.append(step)
+                last = output.clone()  # a later in-place operation such as `out += identity` would change `output`
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            calls[name] += 1
+            if isinstance(output, Tensor) and output.ndim in (2, 4) and len(output) == len(images):
+                shapes.pop(name, None)
+                shapes[name] = output.shape[1:]
+                if output.ndim == 2:
+                    features[name] = output.clone()
+
+        return hook
 
     hooks = [m.register_forward_pre_hook(before) for m in names] + [m.register_forward_hook(after) for m in names]
+    modules = [(name, module) for name, module in model.named_modules() if name and ".parametrizations." not in name]
+    hooks += [module.register_forward_hook(note(name)) for name, module in modules]
     try:
         with evaluation_mode(model):
             output = model(images)
-    except UserError:
-        raise
     except Exception as error:  # user code can raise any exception
-        place = f"after {steps[-1]}" if steps else "at the first module"
         raise UserError(
             f"the network cannot process {channels}×{image_size}×{image_size} images: {place}: {one_line(error)}"
         ) from error
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
     if not isinstance(output, Tensor):
-        raise UserError(f"{type(model).__name__}: returns a {type(output).__name__}; a chain returns one tensor")
-    connect(output, "the network's output")
-    return steps
+        problem = f"{type(model).__name__}: returns a {type(output).__name__}; a chain returns one tensor"
+        raise UserError(branch or problem)
+    branch = branch or connect(output, "the network's output")
+    layers = {name: shape for name, shape in shapes.items() if calls[name] == 1}
+    logits = {name for name, values in features.items() if _is_equal(values, output)}
+    return _Trace(steps, branch, layers, logits, channels, output.shape[1] if output.ndim > 1 else 1)
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ from zfnet.config.errors import UserError, did_you_mean, log
 from zfnet.config.schema import Config, DataConfig, model_name
 from zfnet.data import Batches, ImageSet, Splits, load_splits
 from zfnet.data.images import class_name
-from zfnet.model.chain import Chain
+from zfnet.model.chain import Chain, Network
 from zfnet.runs.directory import find_run
 from zfnet.runs.weights import ModelMetadata, load_model
 from zfnet.training.device import resolve_runtime
@@ -58,6 +58,14 @@ class LoadedRun:
         except UserError as error:
             name = model_name(self.metadata.model)
             raise UserError(f"job={self.config.job.name}: {name} is not a chain of layers: {error}") from error
+
+    @functools.cached_property
+    def network(self) -> Network:
+        """The network for jobs that only read its layers: `chain`, or any other network, by its modules."""
+        try:
+            return self.chain
+        except UserError:
+            return Network(self.model, self.data.image_size)
 
     @functools.cached_property
     def splits(self) -> Splits:
