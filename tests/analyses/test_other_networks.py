@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torch import Tensor, nn
 
 from tests.helpers import TINY, compose, read_csv, train_without_figures
+from zfnet import load_run
 from zfnet.analyses.attribution import GRAD_CAM, INTEGRATED
+from zfnet.analyses.notebook import occlusion
 from zfnet.runs.directory import RunDirectory
 
 
@@ -34,6 +37,13 @@ class Smooth(nn.Sequential):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(nn.Conv2d(3, 4, 5, 4), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 15 * 15, num_classes))
+
+
+class Flat(nn.Sequential):
+    """A chain without feature maps."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(3 * 64 * 64, 8), nn.ReLU(), nn.Linear(8, num_classes))
 
 
 class Gated(nn.Module):
@@ -132,9 +142,8 @@ def test_defaults_of_a_users_network(run_py, nested: RunDirectory) -> None:
 
 def test_a_module_without_a_rule_is_refused_before_the_work(run_py, tmp_path: Path) -> None:
     run = train_other(tmp_path / "run", Smooth, "trainer.epochs=1")
-    for words in ("deconvnet", "evolution", "occlusion job.layer='0'", "verdict"):
-        job, *more = words.split()
-        answer = run_py(f"job={job}", *more, f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
+    for job in ("deconvnet", "evolution", "verdict"):
+        answer = run_py(f"job={job}", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out")
         assert "1 (SiLU): the deconvnet has no rule for it" in answer.error
         assert not Path("out").exists()
     assert run_py("job=filters", f"run={run.folder}", "imports=[tests]", "hydra.run.dir=out").code == 0
@@ -178,33 +187,37 @@ def test_analyses_of_a_residual_network(run_py, tmp_path: Path) -> None:
     assert {row["layer"] for row in read_csv(Path("correspondence/correspondence.csv"))} == {"conv", "head.1"}
     assert "stem: no activation function follows as a module" in check("filters")
     assert len(read_csv(Path("filters/filters.csv"))) == 4
+    Image.new("RGB", (64, 64), "red").save("red.png")
+    assert occlusion(load_run(run.folder, imports=["tests"]), "red.png", layer="stem").activation.ndim == 2
     answer = run_py("job=attribution", *words, "job.layer=stern", "hydra.run.dir=other")
     assert "job.layer=stern: the network has no such layer of feature maps; did you mean 'stem'?" in answer.err
 
 
 @pytest.mark.drawn
 @pytest.mark.parametrize(
-    ("network", "layer", "problem"),
+    ("network", "problem"),
     [
-        (Residual, "conv", "Residual is not a chain of layers: the input of head.0"),
-        (Gated, "body.0", "Gated is not a chain of layers: the input of head"),
-        (Smooth, "'0'", "1 (SiLU): the deconvnet has no rule for it"),
+        (Residual, "without panel c, the projections: Residual is not a chain of layers: the input of head.0"),
+        (Gated, "without panel c, the projections: Gated is not a chain of layers: the input of head"),
+        (Smooth, "without panel c, the projections: 1 (SiLU): the deconvnet has no rule for it"),
+        (Flat, "without panels b and c: the network has no feature maps"),
     ],
 )
-def test_occlusion_takes_any_network(
-    network: type[nn.Module], layer: str, problem: str, run_py, tmp_path: Path
-) -> None:
+def test_occlusion_takes_any_network(network: type[nn.Module], problem: str, run_py, tmp_path: Path) -> None:
     run = train_other(tmp_path / "run", network, "trainer.epochs=1")
     words = ("job=occlusion", f"run={run.folder}", "imports=[tests]", "job.split=test", "job.stride=12")
     answer = run_py(*words, "job.count=2", "job.boxed_images=3", "hydra.run.dir=out")
     assert answer.code == 0, answer.err
-    assert "without panels b and c" in answer.out
+    assert problem in answer.out
     summary = json.loads(Path("out/occlusion.json").read_text())
     assert len(summary["images"]) == 2
     assert summary["control"]["difference"]["n"] == 2
     assert "a square of another colour lowers P by" in answer.out
-    assert "map" not in summary["images"][0]
-    assert set(read_csv(Path("out/maps.csv"))[0]) == {"image", "top", "left", "probability", "predicted", "confidence"}
+    assert ("map" in summary["images"][0]) == (network is not Flat)
+    columns = {"image", "top", "left", "probability", "predicted", "confidence"}
+    columns |= set() if network is Flat else {"activation"}
+    assert set(read_csv(Path("out/maps.csv"))[0]) == columns
     assert Path("out/figures/occlusion.png").stat().st_size > 20_000
-    refused = run_py(*words, f"job.layer={layer}", "hydra.run.dir=other")
-    assert problem in refused.error
+    refused = run_py(*words, "job.layer=none", "hydra.run.dir=other")
+    assert "job.layer" in refused.error
+    assert "the network has no" in refused.error

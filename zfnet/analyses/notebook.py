@@ -22,7 +22,7 @@ from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import peaks
 from zfnet.explain.selection import pick_layers
 from zfnet.explain.top_activations import TopActivations, collect
-from zfnet.model.chain import Chain
+from zfnet.model.chain import Chain, Network
 from zfnet.plots.pictures import on_grey, to_pixels
 from zfnet.runs.weights import TrainedRun
 
@@ -87,18 +87,19 @@ def occlusion(
 ) -> OcclusionMaps:
     """Hide one part of an image file after another behind a square of the data's mean colour (paper, Fig. 7).
 
-    label: a class (None: the predicted one); layer: a convolution (None: the last one); patch, stride: in input pixels
+    label: a class (None: the predicted one); layer: one with maps (None: the last one); patch, stride: in input pixels
     Raises UserError for an unknown class or layer, an unreadable image and an unsuitable square.
     """
-    chain, data, inputs = _chain(run), run.metadata.data, run.inputs(image)
-    (layer,) = pick_layers(chain, "layer", layer, chain.conv_layers[-1:], only_conv=True)
+    data, inputs = run.metadata.data, run.inputs(image)
+    network = Network.of(run.model, data.image_size)
+    (layer,) = pick_layers(network, "layer", layer, network.conv_layers[-1:], only_conv=True)
     label = next(iter(run.predict(image))) if label is None else label
     if label not in run.classes:
         raise UserError(f"label={label}: no such class{did_you_mean(label, run.classes)}")
     patch, stride = resolve_patch_and_stride(data.image_size, patch, stride)
     number = torch.tensor([run.classes.index(label)], device=inputs.device)
     few, fill = min(data.batch_size, 64), torch.zeros(3)
-    result = occlude(chain, inputs, number, layer=layer, patch=patch, stride=stride, fill=fill, batch_size=few)
+    result = occlude(network, inputs, number, layer=layer, patch=patch, stride=stride, fill=fill, batch_size=few)
     assert result.strongest is not None
     return OcclusionMaps(
         picture=to_pixels(inputs, data)[0].numpy(),

@@ -35,7 +35,7 @@ from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import peaks
 from zfnet.explain.selection import ChosenImages, Look, choose_images, chosen_split, fill_colour, pick_layers, to_inputs
 from zfnet.explain.top_activations import TopActivations, collect
-from zfnet.model.chain import OUTPUT, Chain
+from zfnet.model.chain import OUTPUT, Network
 from zfnet.model.layers import full_precision
 from zfnet.plots.figures import PALETTE, RED, WHITE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
@@ -47,7 +47,6 @@ from zfnet.training.loaded import LoadedRun
 Extent = tuple[float, float, float, float]  # left, right, bottom and top of a map, as for `imshow`
 OTHERS = 3  # images in panel c besides the occluded one (paper, Fig. 7)
 _LEGEND_CLASSES = 8  # at most
-_STRONGEST_MAP_PANELS = ("activation", "activation bar", "projections")  # panels b and c
 
 
 @dataclass(kw_only=True)
@@ -66,7 +65,13 @@ class OcclusionJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/occlusion.png, the values of its maps (maps.csv), and a summary (occlusion.json)."""
         loaded = LoadedRun(config)
-        data, layer = loaded.data, self._layer(loaded)
+        data, network, layer, problem = loaded.data, loaded.network, None, None
+        if network.conv_layers or self.layer is not None:
+            (layer,) = pick_layers(network, "job.layer", self.layer, network.conv_layers[-1:], only_conv=True)
+            try:
+                Deconvnet(network).check(layer)
+            except UserError as error:
+                problem = error
         patch, stride = resolve_patch_and_stride(data.image_size, self.patch, self.stride)
         square_starts(data.image_size, patch, stride)  # raises before any data is read
         split = chosen_split(loaded)
@@ -74,15 +79,17 @@ class OcclusionJob(Look):
         fill = fill_colour(loaded, self.fill)
         with own_directory(config, output) as run:
             if layer is None:
-                log.info("without panels b and c: the deconvnet cannot project this network; job.layer=NAME says why")
+                log.info("without panels b and c: the network has no feature maps")
+            elif problem is not None:
+                log.info("without panel c, the projections: %s", problem)
             settings: dict[str, Any] = {"layer": layer, "patch": patch, "fill": fill, "batch_size": data.batch_size}
-            network = loaded.model if layer is None else loaded.chain
-            result = occlude(network, chosen.inputs, chosen.labels, stride=stride, **settings)
+            looked_at = loaded.model if layer is None else network
+            result = occlude(looked_at, chosen.inputs, chosen.labels, stride=stride, **settings)
             boxes = None
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images)
                 coarse = max(stride, patch // 2)  # only maps need finer steps
-                occluded = occlude(network, many.inputs, many.labels, stride=coarse, **settings)
+                occluded = occlude(looked_at, many.inputs, many.labels, stride=coarse, **settings)
                 boxes = box_evidence(occluded, many.boxes)
                 boxes["correctly_classified"] = int((occluded.whole.predicted == many.labels.cpu()).sum())
             grey = sum(data.mean) / len(data.mean) * 255 if self.fill is None else self.fill
@@ -90,23 +97,12 @@ class OcclusionJob(Look):
             falls = probability_falls(loaded.model, chosen.inputs, chosen.labels, result, second, data.batch_size)
             pictures = to_pixels(chosen.inputs, data).numpy()
             colour = (to_pixels(fill.view(1, 3, 1, 1), data).flatten() / 255).tolist()
-            panels = project_strongest_map(loaded, layer, chosen.inputs, result.strongest, split.images)
+            projected = layer if problem is None else None
+            panels = project_strongest_map(loaded, projected, chosen.inputs, result.strongest, split.images)
             figure = draw_occlusion(result, pictures, chosen, loaded.classes, layer, panels, colour)
             save_figure(figure, run.figures / "occlusion.png")
             run.write_csv("maps.csv", _rows(result, chosen, loaded.classes))
             run.write_json("occlusion.json", _summarise(result, chosen, loaded.classes, falls, boxes))
-
-    def _layer(self, loaded: LoadedRun) -> str | None:
-        """Return the layer of panels b and c. If it cannot be projected, return None or, with `job.layer`, raise."""
-        try:
-            chain = loaded.chain
-            (layer,) = pick_layers(chain, "job.layer", self.layer, chain.conv_layers[-1:], only_conv=True)
-            Deconvnet(chain).check(layer)
-        except UserError:
-            if self.layer is not None:
-                raise
-            return None
-        return layer
 
 
 # ---- measurement
@@ -200,7 +196,7 @@ def occlude(
 ) -> Occlusion:
     """Slide a square over each image and record the network's outputs.
 
-    network: an `nn.Module` in evaluation mode, or, to record the strongest map of `layer`, a `Chain`
+    network: an `nn.Module` in evaluation mode, or, to record the strongest map of `layer`, a `Network`
     images: [N, 3, S, S], normalised; labels: int64 [N]; fill: [3], the square's colour in the same units
     Occluded images are made batch by batch on the images' device. Raises UserError (see `square_starts`).
     """
@@ -264,11 +260,11 @@ def probability_falls(
     return result.whole.probability[:, None].double() - torch.cat(falls).view(count, count)
 
 
-def _strongest_maps(chain: Chain, layer: str, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+def _strongest_maps(network: Network, layer: str, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """Return the map with the largest sum in each image [N], and the map's strongest position (y, x) [N, 2]."""
     channels, places = [], []
     for chunk in images.split(batch_size):
-        maps = chain.activations(chunk, [layer])[layer]
+        maps = network.activations(chunk, [layer])[layer]
         channels.append(maps.sum((2, 3)).argmax(1))
         places.append(peaks(maps)[1][torch.arange(len(chunk), device=maps.device), channels[-1]])
     return torch.cat(channels), torch.cat(places)
@@ -400,7 +396,7 @@ def draw_occlusion(
     projections: Sequence[Panels],
     fill: Sequence[float],
 ) -> Figure:
-    """Draw five panels for each image (paper, Fig. 7), or three without b and c if `layer` is None.
+    """Draw five panels for each image (paper, Fig. 7), without b if there is no `layer`, and c without projections.
 
     The square is at the place of the lowest probability. The dashed line is the object's box.
     pictures: uint8 [N, S, S, 3] of the chosen images; fill: the square's colour, in 0 … 1
@@ -418,8 +414,9 @@ def draw_occlusion(
         "probability bar": ("", 0.05),
         "predicted": ("(e) Most probable\nclass", 1.0),
     }
-    if result.strongest is None:
-        panels = {name: panel for name, panel in panels.items() if name not in _STRONGEST_MAP_PANELS}
+    missing = ["activation", "activation bar"] if result.strongest is None else []
+    missing += [] if projections else ["projections"]
+    panels = {name: panel for name, panel in panels.items() if name not in missing}
     widths = [width for _, width in panels.values()]
     figure = new_figure(figsize=(2.95 * sum(widths), 1.1 + 2.9 * rows))
     dashed = "" if boxes is None else "; dashed: the object's box"
@@ -445,6 +442,7 @@ def draw_occlusion(
             whole = float(strongest.whole[row])
             panel["activation"].set_xlabel(f"map {int(strongest.channel[row])}; whole image: {whole:.3g}")
             figure.colorbar(heat, cax=panel["activation bar"])
+        if projections:
             _draw_projections(panel["projections"], projections[row])
         heat = show(panel["probability"], probability, cmap="viridis", extent=extent, vmin=0, vmax=1)
         panel["probability"].set_xlabel(f"whole image: {float(result.whole.probability[row]):.1%}")

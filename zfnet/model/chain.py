@@ -80,6 +80,14 @@ class Network:
         self.last_hidden = [name for name in self.layers if name not in trace.logits][-1:]
         self._ends = {s.name: _end(self.steps, n) for n, s in enumerate(self.steps) if isinstance(s.module, WEIGHTED)}
 
+    @staticmethod
+    def of(model: nn.Module, image_size: int) -> "Network":
+        """Return the `Chain` of a model or, if it is not a chain, its `Network`."""
+        try:
+            return Chain.of(model, image_size)
+        except UserError:
+            return Network(model, image_size)
+
     def up_to(self, layer: str) -> list[Step]:
         """Return the steps from the image to the output of a convolution or linear layer (in a chain, also `OUTPUT`).
 

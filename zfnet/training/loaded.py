@@ -51,21 +51,17 @@ class LoadedRun:
         return self.metadata.classes
 
     @functools.cached_property
-    def chain(self) -> Chain:
-        """The network as a list of steps, as explanations use it; raise UserError if it is not a chain."""
-        try:
-            return Chain.of(self.model, self.data.image_size)
-        except UserError as error:
-            name = model_name(self.metadata.model)
-            raise UserError(f"job={self.config.job.name}: {name} is not a chain of layers: {error}") from error
-
-    @functools.cached_property
     def network(self) -> Network:
-        """The network for jobs that only read its layers: `chain`, or any other network, by its modules."""
-        try:
-            return self.chain
-        except UserError:
-            return Network(self.model, self.data.image_size)
+        """The layers of the network, for jobs that only read their outputs."""
+        return Network.of(self.model, self.data.image_size)
+
+    @property
+    def chain(self) -> Chain:
+        """The network as a list of steps, as the deconvnet needs it; raise UserError if it is not a chain."""
+        if isinstance(self.network, Chain):
+            return self.network
+        name = model_name(self.metadata.model)
+        raise UserError(f"job={self.config.job.name}: {name} is not a chain of layers: {self.network.branch}")
 
     @functools.cached_property
     def splits(self) -> Splits:
