@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -98,7 +100,8 @@ def test_logger_that_fails_is_left_out_with_one_warning(
     run = train_tiny_exact(tmp_path / "run", *words)
     assert weights_and_history(run) == reference_run
     text = (run.folder / "train.log").read_text()
-    assert len(re.findall(f"{BROKEN}; the run continues without this logger", text)) == 1
+    end = "\n" if method == "close" else "; the run continues without this logger\n"
+    assert len(re.findall(BROKEN + end, text)) == len(re.findall(BROKEN, text)) == 1
     steps = range(1, 2 * STEPS + 1)
     assert [c[1] for c in notes.calls if c[0] == "log"] == [*steps[:STEPS], 1, *steps[STEPS:], 2]
     assert notes.calls[-1] == ("close",)
@@ -286,6 +289,25 @@ def test_tensorboard_graph_leaves_the_mode_and_a_failure_is_a_warning(tmp_path: 
     board.close()
     assert model.training
     assert "TensorBoard: the graph could not be drawn (not today)" in caplog.text
+
+
+def test_tensorboard_raises_the_error_of_its_thread_without_a_traceback(tmp_path: Path, monkeypatch, capsys) -> None:
+    hook = threading.excepthook
+    board = TensorBoardLogger()
+    board.start(logged_run(tmp_path, 0))
+    board.log(1, {"loss": 1.0})
+    board.writer.flush()
+
+    def full(self, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    board.writer.add_scalar("loss", 1.0, 2)
+    with pytest.raises(OSError, match="No space left on device"):
+        board.close()
+    assert capsys.readouterr().err == ""
+    assert threading.excepthook == hook
+    assert [e.step for e in read_events(tmp_path / "tensorboard").Scalars("loss")] == [1]
 
 
 def test_no_logger_writes_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib
 import io
 import logging
 import os
+import threading
 import time
 import uuid
 import warnings
@@ -70,7 +71,8 @@ def call_loggers(loggers: dict[str, Logger], method: str, *arguments: Any) -> No
         try:
             getattr(logger, method)(*arguments)
         except Exception as error:  # a service can raise any exception, which must not end a training
-            log.warning("%s; the run continues without this logger", describe_fault(f"logger.{name}", logger, error))
+            end = "" if method == "close" else "; the run continues without this logger"
+            log.warning("%s%s", describe_fault(f"logger.{name}", logger, error), end)
             del loggers[name]
             if method != "close":
                 with contextlib.suppress(Exception):
@@ -114,7 +116,8 @@ class TensorBoardLogger(Logger):
     def start(self, run: LoggedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter  # the import takes a second
 
-        self.config = run.config
+        self.config, self.excepthook = run.config, threading.excepthook
+        threading.excepthook = self._thread_failed
         # hides the events that an interrupted process wrote after this step
         self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
         if run.step == 0:
@@ -136,8 +139,21 @@ class TensorBoardLogger(Logger):
         self.writer.add_hparams(plain, dict(results), run_name=".")
 
     def close(self) -> None:
-        if hasattr(self, "writer"):
-            self.writer.close()
+        if not hasattr(self, "excepthook"):
+            return
+        try:
+            if hasattr(self, "writer"):
+                try:
+                    self.writer.flush()  # raises the error of the writer's thread; `close` would lose it
+                finally:
+                    self.writer.close()
+        finally:
+            threading.excepthook = self.excepthook
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Print no traceback for an error of the writer's thread, which the next call of the writer raises again."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self.excepthook(failure)
 
     def _graph(self, run: LoggedRun) -> None:
         """Draw the network's graph, without changing the model's mode or weights."""
