@@ -291,8 +291,9 @@ def test_tensorboard_graph_leaves_the_mode_and_a_failure_is_a_warning(tmp_path: 
     assert "TensorBoard: the graph could not be drawn (not today)" in caplog.text
 
 
-def test_tensorboard_raises_the_error_of_its_thread_without_a_traceback(tmp_path: Path, monkeypatch, capsys) -> None:
-    hook = threading.excepthook
+def test_tensorboard_raises_the_error_of_its_thread_without_a_traceback(tmp_path: Path, monkeypatch) -> None:
+    printed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", hook := printed.append)
     board = TensorBoardLogger()
     board.start(logged_run(tmp_path, 0))
     board.log(1, {"loss": 1.0})
@@ -303,10 +304,14 @@ def test_tensorboard_raises_the_error_of_its_thread_without_a_traceback(tmp_path
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
     board.writer.add_scalar("loss", 1.0, 2)
+    other = threading.Thread(target=full, args=(None, b""))
+    other.start()
+    other.join()
+    assert printed.pop().thread is other
     with pytest.raises(OSError, match="No space left on device"):
         board.close()
-    assert capsys.readouterr().err == ""
-    assert threading.excepthook == hook
+    assert printed == []
+    assert threading.excepthook is hook
     assert [e.step for e in read_events(tmp_path / "tensorboard").Scalars("loss")] == [1]
 
 
