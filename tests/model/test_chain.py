@@ -240,14 +240,15 @@ def test_activations_of_a_residual_network() -> None:
 
 
 class InPlace(nn.Module):
-    """The first operation changes the images in place; a layer returns a tuple, and another its logits."""
+    """The first operation changes the images in place; a layer returns a tuple, one tokens, and one its logits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm, self.head = nn.LSTM(8, 5, batch_first=True), nn.Sequential(nn.Linear(5, 4))
+        self.lstm, self.tokens = nn.LSTM(8, 5, batch_first=True), nn.Linear(5, 6)
+        self.head = nn.Sequential(nn.Conv2d(6, 4, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x.mul_(2).mean(1))[1][0][0])
+        return self.head(self.tokens(self.lstm(x.mul_(2).mean(1))[0]).mean(1)[:, :, None, None]).flatten(1)
 
 
 def test_network_leaves_the_images_as_they_are() -> None:
@@ -256,4 +257,4 @@ def test_network_leaves_the_images_as_they_are() -> None:
     logits = network.activations(images, [OUTPUT])[OUTPUT]
     assert torch.equal(images, kept)
     assert torch.equal(logits, network.model(kept.clone()))
-    assert (network.layers, network.conv_layers, network.last_hidden) == (["head.0", "head"], [], [])
+    assert (network.layers, network.conv_layers, network.last_hidden) == (["tokens", "head.0", "head"], [], ["tokens"])

@@ -17,7 +17,10 @@ from zfnet.model.layers import DROPOUTS, evaluation_mode, full_precision
 WEIGHTED = (nn.Conv2d, nn.Linear)  # these count as layers; every other module belongs to the layer before it
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # a layer's output is the output of the next of these modules, if only BATCH_NORMS and NEUTRAL are in between
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
+ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
+    *(nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardsigmoid),
+)
 NEUTRAL = (nn.Identity, *DROPOUTS)  # identities in evaluation mode
 OUTPUT = "the output"  # a layer name for what the network returns, if that is not its last layer's output
 
@@ -52,8 +55,8 @@ class Network:
     model: any module of images [N, C, S, S] that returns logits [N, classes]
     image_size: side of the square images in pixels
 
-    layers: names of the modules that run once and return a tensor [N, C, h, w] or [N, features], in the order in which
-        they return, so that a module comes after its own submodules
+    layers: names of the modules that run once and return a tensor [N, …], such as [N, C, h, w] or [N, features], in the
+        order in which they return, so that a module comes after its own submodules
     conv_layers: those that return maps of more than one position; last_hidden: the last layer before the logits
     steps: the modules from the image on, as far as they form a chain; branch: why they end there, None in a chain
     channels: channels of the images; num_classes: outputs of the network
@@ -115,7 +118,7 @@ class Network:
     def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return what each named layer returns; for `OUTPUT`, the logits.
 
-        Shapes: [N, C, h, w] or [N, features]. The model's mode applies, and full precision. Raises UserError for an
+        Shapes: [N, …]. The model's mode applies, and full precision. Raises UserError for an
         unknown layer and for images of another size.
         """
         self.check_images(images)
@@ -284,11 +287,11 @@ def _trace(model: nn.Module, image_size: int, channels: int) -> _Trace:
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             calls[name] += 1
-            if isinstance(output, Tensor) and output.ndim in (2, 4) and len(output) == len(images):
+            if isinstance(output, Tensor) and output.ndim > 1 and len(output) == len(images):
                 shapes.pop(name, None)
                 shapes[name] = output.shape[1:]
-                if output.ndim == 2:
-                    features[name] = output.clone()
+                if output.shape[2:].numel() == 1:
+                    features[name] = output.flatten(1).clone()
 
         return hook
 
