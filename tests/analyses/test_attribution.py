@@ -55,7 +55,7 @@ def test_attribute_of_a_residual_network_equals_captum() -> None:
     torch.manual_seed(0)
     model = resnet18(num_classes=4).eval()
     images, labels = torch.randn(3, 3, 64, 64), torch.tensor([2, 0, 3])
-    result = attribute(Network(model, 64), images, labels, "layer3", steps=20, batch_size=2, rules=["gradient"])
+    result = attribute(Network(model, 64), images, labels, "layer3", steps=20, batch_size=2, deconvnet=False)
     assert tuple(result.maps) == ("gradient", INTEGRATED, GRAD_CAM)
     gradient = captum.Saliency(model).attribute(images, labels, abs=False)
     torch.testing.assert_close(result.maps["gradient"], gradient, rtol=1e-4, atol=1e-5)

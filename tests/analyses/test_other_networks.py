@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -44,6 +46,17 @@ class Flat(nn.Sequential):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(nn.Flatten(), nn.Linear(3 * 64 * 64, 8), nn.ReLU(), nn.Linear(8, num_classes))
+
+
+class Own(nn.Module):
+    """A convolution of one's own, which is no `nn.Conv2d`."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.weight, self.relu = nn.Parameter(torch.randn(num_classes, 3, 5, 5)), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(F.conv2d(x, self.weight, stride=4)).mean((2, 3))
 
 
 class Gated(nn.Module):
@@ -185,7 +198,7 @@ def test_analyses_of_a_residual_network(run_py, tmp_path: Path) -> None:
     assert json.loads(Path("invariance/invariance.json").read_text())["layers"] == ["stem", "head.1"]
     check("correspondence", "job.count=12", "job.places=99")
     assert {row["layer"] for row in read_csv(Path("correspondence/correspondence.csv"))} == {"conv", "head.1"}
-    assert "stem: no activation function follows as a module" in check("filters")
+    assert "stem: no activation function follows it directly as a module" in check("filters")
     assert len(read_csv(Path("filters/filters.csv"))) == 4
     Image.new("RGB", (64, 64), "red").save("red.png")
     assert occlusion(load_run(run.folder, imports=["tests"]), "red.png", layer="stem").activation.ndim == 2
@@ -197,6 +210,10 @@ def test_analyses_of_a_residual_network(run_py, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("network", "problem"),
     [
+        (
+            Own,
+            "without panel c, the projections: Own is not a chain of layers: the network has no convolution or linear",
+        ),
         (Residual, "without panel c, the projections: Residual is not a chain of layers: the input of head.0"),
         (Gated, "without panel c, the projections: Gated is not a chain of layers: the input of head"),
         (Smooth, "without panel c, the projections: 1 (SiLU): the deconvnet has no rule for it"),
@@ -218,6 +235,8 @@ def test_occlusion_takes_any_network(network: type[nn.Module], problem: str, run
     columns |= set() if network is Flat else {"activation"}
     assert set(read_csv(Path("out/maps.csv"))[0]) == columns
     assert Path("out/figures/occlusion.png").stat().st_size > 20_000
-    refused = run_py(*words, "job.layer=none", "hydra.run.dir=other")
-    assert "job.layer" in refused.error
-    assert "the network has no" in refused.error
+    refused = run_py(*words, "job.layer=none", "hydra.run.dir=other").error
+    what = {Smooth: "no such convolution; known: 0", Flat: "no convolution"}.get(
+        network, "no such layer of feature maps"
+    )
+    assert f"job.layer{'' if network is Flat else '=none'}: the network has {what}" in refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.explain.networks import NETWORKS, chain, random_inputs
 from tests.helpers import tiny_model_config
 from zfnet.config.errors import UserError
 from zfnet.explain import Deconvnet
+from zfnet.explain.targets import grad_cam, gradient
 from zfnet.model import Chain, Network, ZFNet
 from zfnet.model.chain import OUTPUT
 
@@ -167,10 +169,10 @@ class Twice(nn.Module):
         (Functions(lambda x: x.flatten(1), lambda x: x.softmax(1)), "the network's output is not the output of fc"),
         (Functions(lambda x: x.flatten(1), lambda x: (x, x)), "Functions: returns a tuple"),
         (Functions(lambda x: x), r"cannot process 3×8×8 images: after conv \(Conv2d\): mat1 and mat2"),
-        (nn.Sequential(nn.Conv2d(3, 2, 3), nn.MaxPool2d(2, return_indices=True)), r"1 \(MaxPool2d\): returns a tuple"),
+        (nn.Sequential(nn.Conv2d(3, 2, 3), nn.MaxPool2d(2, return_indices=True)), "Sequential: returns a tuple"),
         (Twice(), r"conv \(Conv2d\): is used twice"),
-        (nn.ModuleDict({"a/b": nn.Conv2d(3, 2, 3)}), "a/b: rename this module"),
-        (nn.Sequential(nn.ReLU()), "Sequential: the network has no convolution or linear layer"),
+        (nn.Sequential(OrderedDict({"a/b": nn.Conv2d(3, 2, 3)})), "a/b: rename this module"),
+        (nn.Sequential(nn.ReLU()), "the network has no convolution or linear layer"),
     ],
 )  # fmt: skip
 def test_chain_refuses_networks_that_are_not_chains(model: nn.Module, message: str) -> None:
@@ -209,7 +211,7 @@ def test_layers_of_a_residual_network() -> None:
     assert (network.conv_layers[-1], network.last_hidden) == ("layer4", ["avgpool"])
     assert [step.name for step in network.up_to("conv1")] == ["conv1", "bn1", "relu"]
     assert (network.channels, network.num_classes, network.image_size) == (3, 7, 64)
-    assert Network(ZFNet(3, 64, tiny_model_config()), 64).branch is None
+    assert "relu" not in network.conv_layers  # it is in place
     with pytest.raises(UserError, match=r"layer2.0.conv1 is not in a chain of modules from the image: the input of"):
         network.up_to("layer2.0.conv1")
     with pytest.raises(UserError, match=r"ResNet is not a chain of layers: the input of layer1.0.relu"):
@@ -258,3 +260,149 @@ def test_network_leaves_the_images_as_they_are() -> None:
     assert torch.equal(images, kept)
     assert torch.equal(logits, network.model(kept.clone()))
     assert (network.layers, network.conv_layers, network.last_hidden) == (["tokens", "head.0", "head"], [], ["tokens"])
+
+
+class Parts(nn.Module):
+    """Modules by name, and a function of them and the images."""
+
+    def __init__(self, forward, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.function = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+CONV = {"kernel_size": 3, "padding": 1}
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def no_gradient(m: Parts, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        maps = m.conv(x)
+    return m.fc(maps.mean((2, 3)))
+
+
+def attend(m: Parts, x: Tensor) -> Tensor:
+    tokens = m.patch(x).flatten(2).mT[:, None]  # [N, 1, 16, 4], as with one head
+    last = m.last((m.weights(tokens @ tokens.mT) @ tokens).view(-1, 4, 4, 4))  # channels last
+    return m.fc(last.mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "conv_layers", "last_hidden"),
+    [
+        (
+            Parts(attend,
+                  patch=nn.Conv2d(3, 4, 2, 2), weights=nn.Softmax(-1), last=nn.Linear(4, 5), fc=nn.Linear(5, 2)),
+            ["patch", "weights", "last", "fc"], ["patch"], ["last"],
+        ),
+        (  # the logits are a function of the last layer
+            Parts(lambda m, x: m.fc(m.conv(x).mean((2, 3)).relu()) / 8, conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(4, 2)),
+            ["conv", "fc"], ["conv"], ["conv"],
+        ),
+        (  # one layer runs twice, and images are grey
+            Parts(lambda m, x: (lambda h: m.fc((h + m.twice(m.twice(h))).mean((2, 3))))(m.conv(x)),
+                  conv=nn.Conv2d(1, 4, 3), twice=nn.Conv2d(4, 4, **CONV), fc=nn.Linear(4, 2)),
+            ["conv", "fc"], ["conv"], ["conv"],
+        ),
+    ],
+)  # fmt: skip
+def test_layers_of_networks(
+    model: nn.Module, layers: list[str], conv_layers: list[str], last_hidden: list[str]
+) -> None:
+    network = Network.of(model, 8)
+    assert type(network) is Network
+    assert (network.layers, network.conv_layers, network.last_hidden) == (layers, conv_layers, last_hidden)
+    images = IMAGES[:, : network.channels]
+    outputs = network.activations(images, [*layers, OUTPUT])
+    assert torch.equal(outputs[OUTPUT], model(images))
+    assert all(len(output) == 2 for output in outputs.values())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Parts(lambda m, x: m.fc((m.view(h := m.conv(x)) + m.relu(h)).mean((2, 3))),
+              conv=nn.Conv2d(3, 4, 3), view=nn.Identity(), relu=nn.ReLU(inplace=True), fc=nn.Linear(4, 2)),
+        Parts(lambda m, x: m.fc((m.view(h := m.conv(x)) * h.add_(1)).mean((2, 3))),
+              conv=nn.Conv2d(3, 4, 3), view=nn.Dropout(), fc=nn.Linear(4, 2)),
+    ],
+)  # fmt: skip
+def test_activations_do_not_change_a_network_whose_layer_returns_its_input(model: nn.Module) -> None:
+    network = Network.of(model.eval(), 8)
+    outputs = network.activations(IMAGES, ["conv", "view", OUTPUT])
+    assert torch.equal(outputs[OUTPUT], model(IMAGES))
+    assert torch.equal(outputs["conv"], model.get_submodule("conv")(IMAGES))
+    assert torch.equal(outputs["view"], outputs["conv"])
+
+
+def test_layers_without_a_gradient_are_named() -> None:
+    network = Network.of(Parts(no_gradient, conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(4, 2)), 8)
+    with pytest.raises(UserError, match="the logits have no gradient with respect to layer conv"):
+        grad_cam(network, IMAGES, torch.tensor([0, 1]), "conv")
+    with pytest.raises(UserError, match="the logits have no gradient with respect to the images"):
+        gradient(network, IMAGES, torch.tensor([0, 1]))
+    assert network.activations(IMAGES, ["conv"])["conv"].shape == (2, 4, 6, 6)
+
+
+def test_layers_that_do_not_run_or_have_no_output_for_each_image_are_named() -> None:
+    def forward(m: Parts, x: Tensor) -> Tensor:
+        h = m.conv(x).mean((2, 3))
+        return m.fc((h if m.training else m.sometimes(h)) @ m.table(torch.arange(3))[:, :4].mT @ torch.ones(3, 4))
+
+    parts = {"conv": nn.Conv2d(3, 4, 3), "sometimes": nn.Tanh(), "table": nn.Embedding(3, 5), "fc": nn.Linear(4, 2)}
+    network = Network.of(Parts(forward, **parts).train(), 8)
+    assert network.layers == ["conv", "sometimes", "table", "fc"]
+    for layer in ("sometimes", "table"):
+        with pytest.raises(UserError, match=f"layer {layer} does not return one output for each image"):
+            network.activations(IMAGES, [layer])
+    with pytest.raises(UserError, match=r"layers='conv': must be a list, as in \['conv'\]"):
+        network.activations(IMAGES, "conv")
+    del network.model.sometimes
+    with pytest.raises(AttributeError):
+        network.activations(IMAGES, ["conv", "sometimes"])
+    assert not any(module._forward_hooks for module in network.model.modules())
+
+
+def own_error(m: Parts, x: Tensor) -> Tensor:
+    raise UserError("images are upside down")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda m, x: {"logits": m.fc(m.conv(x).mean((2, 3)))}, "Parts: returns a dict; it must return one tensor"),
+        (own_error, "^images are upside down$"),
+        (lambda m, x: m.fc(m.conv(x)), r"cannot process 3×8×8 images: after conv \(Conv2d\): mat1 and mat2"),
+    ],
+)
+def test_network_names_what_it_cannot_read(function, message: str) -> None:
+    model = Parts(function, conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(4, 2))
+    with pytest.raises(UserError, match=message):
+        Network.of(model, 8)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_network_of_a_chain_is_the_chain_and_is_traced_once() -> None:
+    runs: list[int] = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    model.register_forward_hook(lambda *_: runs.append(1))
+    assert type(Network.of(model, 8)) is Chain
+    assert len(runs) == 1
+    assert Deconvnet(Network(model, 8)).chain.layers == ["0", "3"]
+    branched = Parts(lambda m, x: m.fc((m.conv(x) + x).flatten(1)), conv=nn.Conv2d(3, 3, **CONV), fc=nn.Linear(192, 2))
+    branched.register_forward_hook(lambda *_: runs.append(1))
+    runs.clear()
+    assert type(Network.of(branched, 8)) is Network
+    assert len(runs) == 1
+
+
+def test_parametrizations_are_no_layers() -> None:
+    model = Parts(lambda m, x: m.fc((m.conv(x) * m.t).mean((2, 3))), conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(4, 2))
+    model.t = nn.Parameter(torch.ones(3, 4, 1, 1)[:1])
+    nn.utils.parametrize.register_parametrization(model, "t", nn.Softplus())
+    nn.utils.parametrizations.weight_norm(model.conv)
+    assert Network.of(model, 8).layers == ["conv", "fc"]

@@ -315,6 +315,23 @@ def test_tensorboard_raises_the_error_of_its_thread_without_a_traceback(tmp_path
     assert [e.step for e in read_events(tmp_path / "tensorboard").Scalars("loss")] == [1]
 
 
+def test_tensorboard_hides_no_errors_of_other_threads(tmp_path: Path, monkeypatch) -> None:
+    printed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    boards = [TensorBoardLogger() for _ in range(3)]
+    for number, board in enumerate(boards):
+        board.start(logged_run(tmp_path / str(number), 0))
+    boards[0].close()
+    boards[1].close()
+    other = threading.Thread(target=int, args=("no number",))
+    other.start()
+    other.join()
+    assert [failure.thread for failure in printed] == [other]
+    monkeypatch.setattr(threading, "excepthook", hook := printed.extend)  # somebody else's
+    boards[2].close()
+    assert threading.excepthook == hook
+
+
 def test_no_logger_writes_nothing(tmp_path: Path) -> None:
     run = train_tiny_exact(tmp_path / "run")
     assert not (run.folder / "tensorboard").exists()

@@ -1,9 +1,9 @@
 """job=attribution: show which pixels of an image are evidence for its class, by five methods.
 
-All five methods explain the logit of the class. The deconvnet (Zeiler & Fergus 2013), guided backpropagation
-(Springenberg et al. 2014) and the gradient (Simonyan et al. 2013) are in `explain/deconvnet.py`; integrated gradients
-(Sundararajan et al. 2017) and Grad-CAM (Selvaraju et al. 2017) are in `explain/targets.py`. Without a chain of layers
-for which the deconvnet has rules, the job leaves out the deconvnet and guided backpropagation.
+All methods explain the logit of the class. The deconvnet (Zeiler & Fergus 2013), guided backpropagation (Springenberg
+et al. 2014) and the gradient (Simonyan et al. 2013) are in `explain/deconvnet.py`; integrated gradients (Sundararajan
+et al. 2017) and Grad-CAM (Selvaraju et al. 2017) are in `explain/targets.py`. For a network that is not a chain of
+modules with rules, the gradient is autograd's, and the deconvnet and guided backpropagation are left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from zfnet.explain.boxes import in_boxes, share_in_boxes
 from zfnet.explain.deconvnet import RULES, Deconvnet
 from zfnet.explain.selection import ChosenImages, Look, choose_images, pick_layers
 from zfnet.explain.targets import GRAD_CAM, grad_cam, gradient, integrated_gradients
-from zfnet.model.chain import OUTPUT, Chain, Network
+from zfnet.model.chain import OUTPUT, Network
 from zfnet.model.layers import full_precision
 from zfnet.plots.figures import WHITE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
@@ -55,17 +55,20 @@ class AttributionJob(Look):
         loaded = LoadedRun(config)
         network = loaded.network
         (layer,) = pick_layers(network, "job.layer", self.layer, network.conv_layers[-1:], only_conv=True)
-        rules: tuple[str, ...] = RULES
         problem = None
         try:
             Deconvnet(network).check(OUTPUT)
         except UserError as error:
-            rules, problem = ("gradient",), error
+            problem = error
+        image = torch.zeros(1, network.channels, network.image_size, network.image_size, device=loaded.runtime.device)
+        grad_cam(
+            network, image, torch.zeros(1, dtype=torch.int64, device=image.device), layer
+        )  # raises before the work
         chosen = choose_images(loaded, config, self.count)
         with own_directory(config, output) as run:
             if problem is not None:
                 log.info("without the deconvnet and guided backpropagation: %s", problem)
-            settings = layer, self.steps, loaded.data.batch_size, rules
+            settings = layer, self.steps, loaded.data.batch_size, problem is None
             result = attribute(network, chosen.inputs, chosen.labels, *settings)
             pixels = to_pixels(chosen.inputs, loaded.data)
             figure = draw_attribution(result, pixels, chosen.names, layer, chosen.boxes)
@@ -112,28 +115,23 @@ class Attributions:
 
 @full_precision()
 def attribute(
-    network: Network,
-    images: Tensor,
-    labels: Tensor,
-    layer: str,
-    steps: int,
-    batch_size: int,
-    rules: Sequence[str] = RULES,
+    network: Network, images: Tensor, labels: Tensor, layer: str, steps: int, batch_size: int, deconvnet: bool = True
 ) -> Attributions:
-    """Return the attributions of images [N, 3, S, S] to their classes `labels` [N], five with all `rules`.
+    """Return the attributions of images [N, 3, S, S] to their classes `labels` [N], by five methods.
 
     layer: the layer whose maps Grad-CAM weights; steps: points of integrated gradients
-    rules: RULES, which need a `Chain`, or only the gradient
+    deconvnet: include the deconvnet and guided backpropagation, which need a `Chain` without unknown modules
+    Raises UserError if the logits have no gradient with respect to the layer or the images.
     """
     units = torch.stack([torch.arange(len(labels)), labels.cpu()], 1)
     ones = torch.ones(len(labels))  # the logit would only scale the projection, and can be negative
     parts = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
-    if isinstance(network, Chain) and "deconvnet" in rules:
-        maps = {rule: Deconvnet(network, rule).project(images, OUTPUT, units, seeds=ones).cpu() for rule in rules}
+    if deconvnet:
+        maps = {rule: Deconvnet(network, rule).project(images, OUTPUT, units, seeds=ones).cpu() for rule in RULES}
     else:
         maps = {"gradient": torch.cat([gradient(network, *part).cpu() for part in parts])}
     maps[INTEGRATED] = torch.cat([integrated_gradients(network, *part, steps).cpu() for part in parts])
-    maps[GRAD_CAM] = grad_cam(network, images, labels, layer).cpu()
+    maps[GRAD_CAM] = torch.cat([grad_cam(network, *part, layer).cpu() for part in parts])
     rows = torch.arange(len(labels), device=labels.device)
     with torch.no_grad():
         logits, baseline = (network.model(x) for x in (images, torch.zeros_like(images)))

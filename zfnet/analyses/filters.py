@@ -130,17 +130,17 @@ def first_layer(network: Network) -> tuple[nn.Conv2d, list[Step], list[Step]]:
 
     Raises UserError if the modules from the image to it are not a chain, or its filters are not grey or in colour.
     """
-    convolutions = [name for name in network.layers if isinstance(network.model.get_submodule(name), nn.Conv2d)]
-    if not convolutions:
-        raise UserError("job=filters: the network has no convolution")
-    convolution, steps = network.model.get_submodule(convolutions[0]), network.up_to(convolutions[0])
+    # modules before it, such as a conversion to grey or a pooling, change the images
+    before = list(itertools.takewhile(lambda step: not isinstance(step.module, nn.Conv2d), network.steps))
+    if len(before) == len(network.steps):
+        if network.problem is None:
+            raise UserError("job=filters: the network has no convolution")
+        raise UserError(f"job=filters: no chain of modules from the image to a convolution: {network.problem}")
+    name, convolution = network.steps[len(before)].name, network.steps[len(before)].module
     assert isinstance(convolution, nn.Conv2d)
     if (channels := convolution.weight.shape[1]) not in (1, 3):
-        problem = f"has filters of {channels} channels; only grey or colour is drawn"
-        raise UserError(f"job=filters: {convolutions[0]} {problem}")
-    # modules before it, such as a conversion to grey or a pooling, change the images
-    before = list(itertools.takewhile(lambda step: step.module is not convolution, steps))
-    return convolution, before, steps[len(before) :]
+        raise UserError(f"job=filters: {name} has filters of {channels} channels; only grey or colour is drawn")
+    return convolution, before, network.up_to(name)[len(before) :]
 
 
 @torch.no_grad()
@@ -149,7 +149,9 @@ def measure_filters(network: Network, batches: Iterable[Batch]) -> Filters:
     """Measure the filters of the first convolution, and its maps on all images of `batches`."""
     convolution, before, layer = first_layer(network)
     if not any(isinstance(step.module, ACTIVATIONS) for step in layer):
-        log.warning("%s: no activation function follows as a module, so dead filters are not found", layer[0].name)
+        log.warning(
+            "%s: no activation function follows it directly as a module, so dead filters are not found", layer[0].name
+        )
     weight = convolution.weight.detach().cpu().double()
     peak = torch.full((len(weight),), -torch.inf, device=convolution.weight.device)
     dead = torch.ones_like(peak, dtype=torch.bool)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Positive
 from zfnet.explain.selection import Look, choose_images, chosen_split, pick_layers, sample, take
-from zfnet.model.chain import OUTPUT, Network
+from zfnet.model.chain import OUTPUT, WEIGHTED, Network
 from zfnet.plots.figures import INK, PALETTE, new_figure, plain, save_figure, styled
 from zfnet.plots.pictures import show_mosaic, to_pixels
 from zfnet.runs.session import own_directory
@@ -61,7 +61,8 @@ class InvarianceJob(Look):
         """
         loaded = LoadedRun(config)
         network, data = loaded.network, loaded.data
-        first_and_last_hidden = [*network.layers[:1], *network.last_hidden]
+        weighted = [name for name in network.layers if isinstance(network.model.get_submodule(name), WEIGHTED)]
+        first_and_last_hidden = [*(weighted or network.layers)[:1], *network.last_hidden]
         layers = pick_layers(network, "job.layers", self.layers, first_and_last_hidden)
         amounts = make_amounts(data.image_size, self.translation, self.scale, self.rotation, self.steps)
         split = chosen_split(loaded)

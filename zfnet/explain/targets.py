@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zfnet.config.errors import UserError
 from zfnet.config.randomness import CONTROL, make_key, uniform
 from zfnet.explain.boxes import box_cells
 from zfnet.explain.crops import frame_size
@@ -168,12 +169,13 @@ def grad_cam(network: Network, images: Tensor, labels: Tensor, layer: str | None
     """Return Grad-CAM (Selvaraju et al. 2017) of the classes `labels` [N]: [N, 1, S, S].
 
     layer: the layer whose maps are weighted; None means the last one with maps
+    Raises UserError if the logits have no gradient with respect to the layer.
     """
     layer = network.conv_layers[-1] if layer is None else layer
     rows = torch.arange(len(labels), device=labels.device)
     # captum's version hooks a module, but a network can use the same ReLU module for all layers
-    outputs = network.activations(images.clone().requires_grad_(), [layer, OUTPUT])
-    slope = torch.autograd.grad(outputs[OUTPUT][rows, labels].sum(), outputs[layer])[0]
+    outputs = network.activations(images.detach().requires_grad_(), [layer, OUTPUT])
+    slope = _slope(outputs[OUTPUT][rows, labels], outputs[layer], f"layer {layer}")
     cam = (slope.mean((2, 3), keepdim=True) * outputs[layer]).sum(1, keepdim=True).relu().detach()
     return F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False)
 
@@ -182,8 +184,17 @@ def grad_cam(network: Network, images: Tensor, labels: Tensor, layer: str | None
 def gradient(network: Network, images: Tensor, labels: Tensor) -> Tensor:
     """Return the gradient of the logits of the classes `labels` [N] with respect to the images: [N, C, S, S]."""
     rows = torch.arange(len(labels), device=labels.device)
-    inputs = images.clone().requires_grad_()
-    return torch.autograd.grad(network.activations(inputs, [OUTPUT])[OUTPUT][rows, labels].sum(), inputs)[0]
+    inputs = images.detach().requires_grad_()
+    return _slope(network.activations(inputs, [OUTPUT])[OUTPUT][rows, labels], inputs, "the images")
+
+
+def _slope(logits: Tensor, inputs: Tensor, name: str) -> Tensor:
+    """Return the gradient of the sum of `logits`; raise UserError if they have none."""
+    if logits.requires_grad and inputs.requires_grad:
+        (slope,) = torch.autograd.grad(logits.sum(), inputs, allow_unused=True)
+        if slope is not None:
+            return slope
+    raise UserError(f"the logits have no gradient with respect to {name}")
 
 
 @full_precision()

@@ -1,4 +1,4 @@
-"""ZFNet, `Chain`, which represents any feed-forward network as a list of steps, and `Network`, for all others."""
+"""ZFNet; `Chain`, which represents a feed-forward network as a list of steps; `Network`, which reads any network."""
 
 from zfnet.model.chain import Chain, Network
 from zfnet.model.zfnet import ZFNet

@@ -3,6 +3,7 @@
 A chain is the list of a network's leaf modules in the order in which the forward pass calls them.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ ACTIVATIONS = (
     *(nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardsigmoid),
 )
 NEUTRAL = (nn.Identity, *DROPOUTS)  # identities in evaluation mode
+# a module that returns feature maps is or contains one of these
+_SPATIAL = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
+_TRACED = 3  # images in a trace
 OUTPUT = "the output"  # a layer name for what the network returns, if that is not its last layer's output
 
 
@@ -50,46 +54,38 @@ def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor:
 
 
 class Network:
-    """Any network of images to logits, whose layers are modules that return feature maps or features.
+    """Any network of images to logits. Its layers are modules, and their activations what these modules return.
 
     model: any module of images [N, C, S, S] that returns logits [N, classes]
     image_size: side of the square images in pixels
 
-    layers: names of the modules that run once and return a tensor [N, …], such as [N, C, h, w] or [N, features], in the
-        order in which they return, so that a module comes after its own submodules
-    conv_layers: those that return maps of more than one position; last_hidden: the last layer before the logits
-    steps: the modules from the image on, as far as they form a chain; branch: why they end there, None in a chain
+    layers: names of the modules that run once and return a tensor [N, …], in the order in which they return: a module
+        comes after its own submodules
+    conv_layers: those that return feature maps [N, C, h, w] of more than one position
+    last_hidden: the last layer whose size is not that of the logits, in a list, which can be empty
+    steps: the modules from the image on, as far as they form a chain; problem: why they end there, None for a chain
     channels: channels of the images; num_classes: outputs of the network
 
-    Raises UserError, naming the module, if the network cannot process the images or returns no tensor.
+    Raises UserError if the network cannot process the images or does not return a tensor.
     """
 
-    def __init__(self, model: nn.Module, image_size: int) -> None:
+    def __init__(self, model: nn.Module, image_size: int, trace: "_Trace | None" = None) -> None:
+        trace = trace or _trace_any_channels(model, image_size)
         self.model, self.image_size = model, image_size
-        try:
-            trace = _trace(model, image_size, 3)
-        except UserError as error:
-            channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-            if channels == 3:
-                raise
-            try:  # such as an imported network for grey images
-                trace = _trace(model, image_size, channels)
-            except UserError:
-                raise error from None
-        self.steps, self.branch = trace.steps, trace.branch
+        self.steps, self.problem = trace.steps, trace.problem
         self.channels, self.num_classes = trace.channels, trace.num_classes
         self.layers = list(trace.layers)
-        self.conv_layers = [name for name, shape in trace.layers.items() if len(shape) == 3 and max(shape[1:]) > 1]
-        self.last_hidden = [name for name in self.layers if name not in trace.logits][-1:]
+        self.conv_layers = [name for name in self.layers if name in trace.maps]
+        self.last_hidden = [n for n, shape in trace.layers.items() if shape.numel() != self.num_classes][-1:]
         self._ends = {s.name: _end(self.steps, n) for n, s in enumerate(self.steps) if isinstance(s.module, WEIGHTED)}
 
     @staticmethod
     def of(model: nn.Module, image_size: int) -> "Network":
-        """Return the `Chain` of a model or, if it is not a chain, its `Network`."""
-        try:
-            return Chain.of(model, image_size)
-        except UserError:
-            return Network(model, image_size)
+        """Return the `Chain` of a model or, if it is not a chain, its `Network`. Raises UserError like both."""
+        if isinstance(chain := getattr(model, "chain", None), Chain):
+            return chain
+        trace = _trace_any_channels(model, image_size)
+        return (Chain if trace.problem is None else Network)(model, image_size, trace)
 
     def up_to(self, layer: str) -> list[Step]:
         """Return the steps from the image to the output of a convolution or linear layer (in a chain, also `OUTPUT`).
@@ -99,9 +95,15 @@ class Network:
         """
         if layer not in self._ends:
             if layer in self.layers:
-                raise UserError(f"{layer} is not in a chain of modules from the image: {self.branch}")
+                raise UserError(f"{layer} is not in a chain of modules from the image: {self.problem}")
             raise UserError(f"the network has no layer {layer}{did_you_mean(layer, self.layers)}")
         return self.steps[: self._ends[layer] + 1]
+
+    def check(self, images: Tensor, layers: Sequence[str]) -> None:
+        """Raise UserError unless these are images of the network's shape and a list of names."""
+        if isinstance(layers, str):
+            raise UserError(f"layers={layers!r}: must be a list, as in [{layers!r}]")
+        self.check_images(images)
 
     def check_images(self, images: Tensor) -> None:
         """Raise UserError unless these are a tensor of floats with the network's shape."""
@@ -116,31 +118,35 @@ class Network:
 
     @full_precision()
     def activations(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Return what each named layer returns; for `OUTPUT`, the logits.
+        """Return what each named module returns, [N, …]; for `OUTPUT`, the logits.
 
-        Shapes: [N, …]. The model's mode applies, and full precision. Raises UserError for an
-        unknown layer and for images of another size.
+        The model's mode applies. The network computes in full precision, independent of the training precision. Raises
+        UserError for an unknown layer or one that does not run, and for images of another size.
         """
-        self.check_images(images)
+        self.check(images, layers)
         kept: dict[str, Tensor] = {}
 
-        def keep(layer: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-            def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        def keep(layer: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+            def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+                if _is_view(output, inputs):  # a copy would change the network if a later operation is in place
+                    kept[layer] = output.clone()
+                    return None
                 kept[layer] = output
-                return output.clone()  # an in-place operation must not change what is kept
+                return output.clone()  # an operation in place must not change what is kept
 
             return hook
 
-        for layer in layers:
-            if layer not in (*self.layers, OUTPUT):
-                raise UserError(f"the network has no layer {layer}{did_you_mean(layer, self.layers)}")
-        named = [layer for layer in layers if layer != OUTPUT]
-        hooks = [self.model.get_submodule(layer).register_forward_hook(keep(layer)) for layer in named]
-        try:
+        with contextlib.ExitStack() as stack:
+            for layer in layers:
+                if layer not in (*self.layers, OUTPUT):
+                    raise UserError(f"the network has no layer {layer}{did_you_mean(layer, self.layers)}")
+                if layer != OUTPUT:
+                    module = self.model.get_submodule(layer)
+                    stack.callback(module.register_forward_hook(keep(layer)).remove)
             kept[OUTPUT] = self.model(images.clone())
-        finally:
-            for handle in hooks:
-                handle.remove()
+        for layer in layers:
+            if layer not in kept or len(kept[layer]) != len(images):
+                raise UserError(f"layer {layer} does not return one output for each image")
         return {layer: kept[layer] for layer in layers}
 
 
@@ -159,10 +165,10 @@ class Chain(Network):
     Raises UserError, naming the module, if the network is not a chain or cannot take the images.
     """
 
-    def __init__(self, model: nn.Module, image_size: int) -> None:
-        super().__init__(model, image_size)
-        if self.branch is not None:
-            raise UserError(self.branch)
+    def __init__(self, model: nn.Module, image_size: int, trace: "_Trace | None" = None) -> None:
+        super().__init__(model, image_size, trace)
+        if self.problem is not None:
+            raise UserError(self.problem)
         self.layers = list(self._ends)
         self._ends[OUTPUT] = len(self.steps) - 1
         self.conv_layers = [s.name for s in self.steps if isinstance(s.module, nn.Conv2d)]
@@ -177,7 +183,9 @@ class Chain(Network):
         if isinstance(model, Chain):
             return model
         if isinstance(model, Network):
-            raise UserError(f"{type(model.model).__name__} is not a chain of layers: {model.branch}")
+            if model.problem is not None:
+                raise UserError(f"{type(model.model).__name__} is not a chain of layers: {model.problem}")
+            return Chain(model.model, model.image_size)
         if isinstance(chain := getattr(model, "chain", None), Chain):
             return chain
         if image_size is None:
@@ -192,9 +200,7 @@ class Chain(Network):
         mode dropout is active. Computes in full precision, independent of the training precision. Raises UserError for
         an unknown layer and for images of another size.
         """
-        if isinstance(layers, str):
-            raise UserError(f"layers={layers!r}: must be a list, as in [{layers!r}]")
-        self.check_images(images)
+        self.check(images, layers)
         ends = {layer: len(self.up_to(layer)) for layer in layers}
         outputs, x = dict.fromkeys(layers, images), images
         for number, step in enumerate(self.steps[: max(ends.values(), default=0)], 1):
@@ -218,35 +224,49 @@ def _end(steps: list[Step], start: int) -> int:
 
 
 class _Trace(NamedTuple):
+    """What one forward pass shows of a network; see `Network`."""
+
     steps: list[Step]
-    branch: str | None
-    layers: dict[str, torch.Size]
-    logits: set[str]  # layers whose output is the network's
+    problem: str | None
+    layers: dict[str, torch.Size]  # shapes for one image
+    maps: set[str]  # layers that return feature maps
     channels: int
     num_classes: int
+
+
+def _trace_any_channels(model: nn.Module, image_size: int) -> _Trace:
+    try:
+        return _trace(model, image_size, 3)
+    except UserError as error:
+        channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+        if channels == 3:
+            raise
+        try:  # such as an imported network for grey images
+            return _trace(model, image_size, channels)
+        except UserError:
+            raise error from None
 
 
 @torch.no_grad()
 @full_precision()
 def _trace(model: nn.Module, image_size: int, channels: int) -> _Trace:
-    """Run two random images through the model, and check that each leaf module's input is the previous output."""
+    """Run random images through the model, and check that each leaf module's input is the previous output."""
     names: dict[nn.Module, str] = {}
+    problem: str | None = None
     for leaf, module in _leaves(model, ""):
         if "/" in leaf or "\\" in leaf:
-            raise UserError(f"{leaf}: rename this module: its name becomes part of file names")
+            problem = f"{leaf}: rename this module: its name becomes part of file names"
         names.setdefault(module, leaf)
-    weighted = [module for module in names if isinstance(module, WEIGHTED)]
-    if not weighted:
-        raise UserError(f"{type(model).__name__}: the network has no convolution or linear layer")
-    images = torch.randn(
-        (2, channels, image_size, image_size), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
-    ).to(weighted[0].weight)
+    if not any(isinstance(module, WEIGHTED) for module in names):
+        problem = "the network has no convolution or linear layer"
+    generator = torch.Generator("cpu").manual_seed(0)
+    images = torch.randn((_TRACED, channels, image_size, image_size), generator=generator, device="cpu")
+    images = images.to(next((p for p in model.parameters() if p.is_floating_point()), images))
     steps: list[Step] = []
     last = images  # the output of the last step
-    branch: str | None = None
     place = "at the first module"
     shapes: dict[str, torch.Size] = {}
-    features: dict[str, Tensor] = {}
+    maps: set[str] = set()
     calls: Counter[str] = Counter()
 
     def connect(x: Tensor, name: str) -> str | None:
@@ -263,23 +283,23 @@ def _trace(model: nn.Module, image_size: int, channels: int) -> _Trace:
         return None
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal branch
-        if branch is None:
+        nonlocal problem
+        if problem is None:
             name = f"{names[module]} ({type(module).__name__})"
             if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-                branch = f"{name}: has {len(inputs)} inputs; a chain passes on one tensor"
+                problem = f"{name}: has {len(inputs)} inputs; a chain passes on one tensor"
             else:
-                branch = connect(inputs[0], f"the input of {name}")
+                problem = connect(inputs[0], f"the input of {name}")
 
     def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        nonlocal branch, last, place
+        nonlocal problem, last, place
         place = f"after {names[module]} ({type(module).__name__})"
-        if branch is None:
+        if problem is None:
             step = Step(names[module], module, inputs[0].shape[1:], getattr(output, "shape", torch.Size())[1:])
             if not isinstance(output, Tensor):
-                branch = f"{step}: returns a {type(output).__name__}; a chain passes on one tensor"
+                problem = f"{step}: returns a {type(output).__name__}; a chain passes on one tensor"
             elif isinstance(module, WEIGHTED) and any(s.module is module for s in steps):
-                branch = f"{step}: is used twice; a chain uses each layer once"
+                problem = f"{step}: is used twice; a chain uses each layer once"
             else:
                 steps.append(step)
                 last = output.clone()  # a later in-place operation such as `out += identity` would change `output`
@@ -288,33 +308,48 @@ def _trace(model: nn.Module, image_size: int, channels: int) -> _Trace:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             calls[name] += 1
             if isinstance(output, Tensor) and output.ndim > 1 and len(output) == len(images):
-                shapes.pop(name, None)
                 shapes[name] = output.shape[1:]
-                if output.shape[2:].numel() == 1:
-                    features[name] = output.flatten(1).clone()
+                if _returns_maps(module, output) and not _is_view(output, inputs):  # a view has no gradient of its own
+                    maps.add(name)
 
         return hook
 
-    hooks = [m.register_forward_pre_hook(before) for m in names] + [m.register_forward_hook(after) for m in names]
-    modules = [(name, module) for name, module in model.named_modules() if name and ".parametrizations." not in name]
-    hooks += [module.register_forward_hook(note(name)) for name, module in modules]
-    try:
-        with evaluation_mode(model):
-            output = model(images)
-    except Exception as error:  # user code can raise any exception
-        raise UserError(
-            f"the network cannot process {channels}×{image_size}×{image_size} images: {place}: {one_line(error)}"
-        ) from error
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        try:
+            for module in names:
+                stack.callback(module.register_forward_pre_hook(before).remove)
+                stack.callback(module.register_forward_hook(after).remove)
+            for name, module in model.named_modules():
+                if name and "parametrizations" not in name.split("."):
+                    stack.callback(module.register_forward_hook(note(name)).remove)
+            with evaluation_mode(model):
+                output = model(images)
+        except UserError:
+            raise
+        except Exception as error:  # user code can raise any exception
+            raise UserError(
+                f"the network cannot process {channels}×{image_size}×{image_size} images: {place}: {one_line(error)}"
+            ) from error
     if not isinstance(output, Tensor):
-        problem = f"{type(model).__name__}: returns a {type(output).__name__}; a chain returns one tensor"
-        raise UserError(branch or problem)
-    branch = branch or connect(output, "the network's output")
+        raise UserError(f"{type(model).__name__}: returns a {type(output).__name__}; it must return one tensor")
+    if problem is None:
+        problem = connect(output, "the network's output")
     layers = {name: shape for name, shape in shapes.items() if calls[name] == 1}
-    logits = {name for name, values in features.items() if _is_equal(values, output)}
-    return _Trace(steps, branch, layers, logits, channels, output.shape[1] if output.ndim > 1 else 1)
+    return _Trace(steps, problem, layers, maps, channels, output.shape[1] if output.ndim > 1 else 1)
+
+
+def _returns_maps(module: nn.Module, output: Tensor) -> bool:
+    """Whether a module returns feature maps [N, C, h, w], and not attention weights or features [N, h, w, C]."""
+    if output.ndim != 4 or max(output.shape[2:]) == 1:
+        return False
+    known = isinstance(module, ACTIVATIONS) or any(isinstance(part, _SPATIAL) for part in module.modules())
+    return isinstance(module, nn.Conv2d) or (known and output.shape[2] == output.shape[3])
+
+
+def _is_view(output: Tensor, inputs: tuple[Any, ...]) -> bool:
+    """Whether a module returns (a view of) its input, as `nn.Identity`, `nn.Flatten` and in-place modules do."""
+    memory = output.untyped_storage().data_ptr()
+    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == memory for x in inputs)
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

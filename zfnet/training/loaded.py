@@ -61,7 +61,7 @@ class LoadedRun:
         if isinstance(self.network, Chain):
             return self.network
         name = model_name(self.metadata.model)
-        raise UserError(f"job={self.config.job.name}: {name} is not a chain of layers: {self.network.branch}")
+        raise UserError(f"job={self.config.job.name}: {name} is not a chain of layers: {self.network.problem}")
 
     @functools.cached_property
     def splits(self) -> Splits:

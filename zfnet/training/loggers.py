@@ -116,8 +116,14 @@ class TensorBoardLogger(Logger):
     def start(self, run: LoggedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter  # the import takes a second
 
-        self.config, self.excepthook = run.config, threading.excepthook
-        threading.excepthook = self._thread_failed
+        self.config, previous = run.config, threading.excepthook
+
+        def hook(failure: threading.ExceptHookArgs) -> None:
+            # print no traceback for an error of the writer's thread, which the next call of the writer raises again
+            if not type(failure.thread).__module__.startswith("tensorboard."):
+                previous(failure)
+
+        threading.excepthook, self.hooks = hook, (hook, previous)
         # hides the events that an interrupted process wrote after this step
         self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
         if run.step == 0:
@@ -139,21 +145,13 @@ class TensorBoardLogger(Logger):
         self.writer.add_hparams(plain, dict(results), run_name=".")
 
     def close(self) -> None:
-        if not hasattr(self, "excepthook"):
-            return
         try:
             if hasattr(self, "writer"):
-                try:
+                with contextlib.closing(self.writer):
                     self.writer.flush()  # raises the error of the writer's thread; `close` would lose it
-                finally:
-                    self.writer.close()
         finally:
-            threading.excepthook = self.excepthook
-
-    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """Print no traceback for an error of the writer's thread, which the next call of the writer raises again."""
-        if not type(failure.thread).__module__.startswith("tensorboard."):
-            self.excepthook(failure)
+            if hasattr(self, "hooks") and threading.excepthook is self.hooks[0]:
+                threading.excepthook = self.hooks[1]
 
     def _graph(self, run: LoggedRun) -> None:
         """Draw the network's graph, without changing the model's mode or weights."""
