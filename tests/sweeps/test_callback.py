@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from tests.helpers import read_csv
 from tests.sweeps.test_summary import write_job
+from zfnet.config.errors import UserError
+from zfnet.sweeps import callback
 from zfnet.sweeps.callback import summarize
 from zfnet.sweeps.summary import read_sweep, to_markdown
 
@@ -32,3 +37,13 @@ def test_callback_removes_the_directory_of_a_job_that_writes_nothing(run_py, tmp
     assert answer.code == 0
     assert answer.out.count("conv1") >= 2
     assert [p.name for p in (tmp_path / "s").iterdir()] == ["multirun.yaml"]
+
+
+def test_a_summary_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch, capfd) -> None:
+    def full(*_: Any, **__: Any) -> str:
+        raise UserError("s/summary.csv cannot be written: No space left on device")
+
+    monkeypatch.setattr(callback, "summarize", full)
+    config = OmegaConf.create({"hydra": {"mode": "MULTIRUN", "sweep": {"dir": str(tmp_path)}}})
+    callback.SweepReport().on_multirun_end(config)
+    assert capfd.readouterr().err == "warning: s/summary.csv cannot be written: No space left on device\n"

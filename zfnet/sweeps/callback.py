@@ -4,6 +4,8 @@ Jobs can run in other processes or on other machines. There the callback is a co
 needs from the sweep's directory.
 """
 
+import functools
+import sys
 import textwrap
 import time
 import traceback
@@ -29,6 +31,19 @@ from zfnet.sweeps.summary import job_rows, read_sweep, to_markdown, to_text
 register_resolvers()
 
 
+def _with_one_line(method: Callable[..., None]) -> Callable[..., None]:
+    """Print a UserError as one line, since Hydra would print a Python warning. The jobs go on."""
+
+    @functools.wraps(method)
+    def wrapped(*arguments: Any, **keywords: Any) -> None:
+        try:
+            method(*arguments, **keywords)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+
+    return wrapped
+
+
 class SweepReport(Callback):
     """Writes a sweep's tables after each job, and tables and figures at its end."""
 
@@ -46,6 +61,7 @@ class SweepReport(Callback):
         head = f"job {config.hydra.job.num}: "
         print("\n" + textwrap.fill(head + " ".join(own), 80, subsequent_indent=" " * len(head)), flush=True)
 
+    @_with_one_line
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Record a failure from before the run began, and update the tables."""
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -62,6 +78,7 @@ class SweepReport(Callback):
             summarize(sweep_folder(config.hydra))
             self._next_summary = time.monotonic() + 10 * (time.monotonic() - began)
 
+    @_with_one_line
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write tables and figures, and print the table."""
         if text := summarize(Path(str(config.hydra.sweep.dir)), figures=True):
