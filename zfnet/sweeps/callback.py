@@ -31,8 +31,8 @@ from zfnet.sweeps.summary import job_rows, read_sweep, to_markdown, to_text
 register_resolvers()
 
 
-def _with_one_line(method: Callable[..., None]) -> Callable[..., None]:
-    """Print a UserError as one line, since Hydra would print a Python warning. The jobs go on."""
+def _warn_on_error(method: Callable[..., None]) -> Callable[..., None]:
+    """Print a UserError of a callback as one line; Hydra would print a Python warning with two lines."""
 
     @functools.wraps(method)
     def wrapped(*arguments: Any, **keywords: Any) -> None:
@@ -61,7 +61,7 @@ class SweepReport(Callback):
         head = f"job {config.hydra.job.num}: "
         print("\n" + textwrap.fill(head + " ".join(own), 80, subsequent_indent=" " * len(head)), flush=True)
 
-    @_with_one_line
+    @_warn_on_error
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Record a failure from before the run began, and update the tables."""
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -78,7 +78,7 @@ class SweepReport(Callback):
             summarize(sweep_folder(config.hydra))
             self._next_summary = time.monotonic() + 10 * (time.monotonic() - began)
 
-    @_with_one_line
+    @_warn_on_error
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write tables and figures, and print the table."""
         if text := summarize(Path(str(config.hydra.sweep.dir)), figures=True):
