@@ -173,6 +173,19 @@ def test_shuffle_weights_keeps_the_numbers() -> None:
     assert torch.equal(model.conv4.weight, twin.conv4.weight)
 
 
+def test_shuffle_weights_of_a_parametrization_leaves_the_network_as_it_is() -> None:
+    model = network("pad")
+    nn.utils.parametrizations.weight_norm(model.conv2)
+    weight, images = model.conv2.weight.detach().clone(), random_inputs(model)
+    expected = model(images)
+    for draw in (0, 1):
+        twin = shuffle_weights(model.chain, "conv3", draw=draw).model
+        assert torch.equal(twin.conv2.weight.flatten().sort().values, weight.flatten().sort().values)
+        assert not torch.equal(twin.conv2.weight, weight)
+        assert torch.equal(model.conv2.weight, weight)
+        assert torch.equal(model(images), expected)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
 def test_shuffle_weights_refuses_those_that_a_hook_computes(norm) -> None:

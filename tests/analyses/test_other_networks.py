@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from tests.helpers import TINY, compose, read_csv, train_without_figures
 from zfnet import load_run
 from zfnet.analyses.attribution import GRAD_CAM, INTEGRATED
 from zfnet.analyses.notebook import occlusion
+from zfnet.explain.deconvnet import RULES
 from zfnet.runs.directory import RunDirectory
 
 
@@ -57,6 +60,16 @@ class Own(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(F.conv2d(x, self.weight, stride=4)).mean((2, 3))
+
+
+class Normed(nn.Sequential):
+    def __init__(self, num_classes: int, norm: Callable[[nn.Module], nn.Module] = parametrizations.weight_norm) -> None:
+        super().__init__(norm(nn.Conv2d(3, 4, 5, 4)), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 15 * 15, num_classes))
+
+
+class Hooked(Normed):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, nn.utils.weight_norm)
 
 
 class Gated(nn.Module):
@@ -166,6 +179,28 @@ def test_a_module_without_a_rule_is_refused_before_the_work(run_py, tmp_path: Pa
     assert {row["method"] for row in read_csv(Path("methods/attribution.csv"))} == {"gradient", INTEGRATED, GRAD_CAM}
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.usefixtures("laid_out")
+def test_analyses_of_networks_with_weight_norm_and_without_maps(run_py, tmp_path: Path) -> None:
+    words = ("imports=[tests]", "job.split=test")
+    few = ("job.top=2", "job.maps=3", "job.ablation=2", "job.atlas=false")
+    run = train_other(tmp_path / "runs/normed", Normed, "trainer.epochs=1")
+    answer = run_py("job=deconvnet", f"run={run.folder}", *words, *few, "hydra.run.dir=normed")
+    assert answer.code == 0, answer.err
+    assert set(json.loads(Path("normed/controls.json").read_text())) == {"0"}
+    run = train_other(tmp_path / "runs/hooked", Hooked, "trainer.epochs=1")
+    answer = run_py("job=deconvnet", f"run={run.folder}", *words, *few, "hydra.run.dir=hooked")
+    assert "0: a hook computes its weights; use a norm of torch.nn.utils.parametrizations" in answer.error
+    assert not Path("hooked").exists()
+    run = train_other(tmp_path / "runs/flat", Flat, "trainer.epochs=1")
+    few = ("job.count=1", "job.steps=2", "job.boxed_images=2")
+    answer = run_py("job=attribution", f"run={run.folder}", *words, *few, "hydra.run.dir=flat")
+    assert answer.code == 0, answer.err
+    assert "without Grad-CAM: the network has no feature maps" in answer.out
+    assert {row["method"] for row in read_csv(Path("flat/attribution.csv"))} == {*RULES, INTEGRATED}
+    assert list(Path("flat/figures").glob("*.png"))
+
+
 def test_a_residual_network_is_refused_by_name(run_py, tiny_run: RunDirectory, tmp_path: Path) -> None:
     run = train_other(tmp_path / "run", Residual, "trainer.epochs=1")
     for job in ("deconvnet", "evolution", "verdict"):
@@ -204,6 +239,8 @@ def test_analyses_of_a_residual_network(run_py, tmp_path: Path) -> None:
     assert occlusion(load_run(run.folder, imports=["tests"]), "red.png", layer="stem").activation.ndim == 2
     answer = run_py("job=attribution", *words, "job.layer=stern", "hydra.run.dir=other")
     assert "job.layer=stern: the network has no such layer of feature maps; did you mean 'stem'?" in answer.err
+    answer = run_py("job=attribution", *words, "job.layer=head.0", "hydra.run.dir=other")
+    assert "job.layer=head.0: is not a layer of feature maps: it returns [N, 4, 1, 1]" in answer.err
 
 
 @pytest.mark.drawn

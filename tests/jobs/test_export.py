@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from tests.helpers import TINY, compose, load_for_job, train_tiny_exact
+from tests.helpers import TINY, compose, load_for_job, train_tiny_exact, train_without_figures
 from zfnet import ZFNet
 from zfnet.config.errors import UserError
 from zfnet.jobs import export
@@ -69,6 +71,25 @@ def test_check_refuses_other_logits() -> None:
         for wrong in (lambda x: model(x) + 1e-2, lambda x: model(x) * float("nan")):
             with pytest.raises(UserError, match="differ from the network's by"):
                 export.check(model, wrong, 64)
+
+
+class FixedBatch(nn.Sequential):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(3 * 64 * 64, num_classes))
+        self.token = nn.Parameter(torch.zeros(1, num_classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) + self.token.expand(len(images), -1)
+
+
+def test_export_says_how_a_network_takes_batches_of_any_size(run_py, tmp_path) -> None:
+    model = {"_target_": f"{__name__}.FixedBatch"}
+    run = train_without_figures(
+        tmp_path / "r", replace(compose(*TINY, "trainer.epochs=1"), model=model, imports=["tests"])
+    )
+    answer = run_py("job=export", f"run={run.folder}", "job.format=pt2", "imports=[tests]", "hydra.run.dir=e")
+    assert "torch.export cannot export FixedBatch for batches of any size: " in answer.error
+    assert "In forward, write images.shape[0] instead of len(images)" in answer.error
 
 
 def test_export_names_the_missing_extra(run_py, exported, tmp_path, monkeypatch) -> None:

@@ -55,3 +55,11 @@ def test_summary_and_benchmark_take_a_data_set_of_ones_own(run_py, monkeypatch) 
     for job, more in (("summary", ()), ("benchmark", sizes[-3:])):
         answer = run_py(f"job={job}", *own, *sizes[:3], *more)
         assert answer.code == 0, answer.err
+
+
+def test_summary_says_what_it_does_not_count(run_py, tmp_path) -> None:
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/own.yaml").write_text("_target_: torchvision.models.swin_t\n")
+    words = ("--config-dir", tmp_path / "conf", "job=summary", "experiment=quickstart")
+    assert "too few multiply-adds: a Linear of tokens" in run_py(*words, "model=own").out
+    assert "too few multiply-adds" not in run_py(*words).out

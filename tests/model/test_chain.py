@@ -212,6 +212,7 @@ def test_layers_of_a_residual_network() -> None:
     assert [step.name for step in network.up_to("conv1")] == ["conv1", "bn1", "relu"]
     assert (network.channels, network.num_classes, network.image_size) == (3, 7, 64)
     assert "relu" not in network.conv_layers  # it is in place
+    assert network.outputs["relu"] == "returns its input, [N, 64, 32, 32]"
     with pytest.raises(UserError, match=r"layer2.0.conv1 is not in a chain of modules from the image: the input of"):
         network.up_to("layer2.0.conv1")
     with pytest.raises(UserError, match=r"ResNet is not a chain of layers: the input of layer1.0.relu"):
@@ -235,8 +236,12 @@ def test_activations_of_a_residual_network() -> None:
     slope = torch.autograd.grad(outputs[OUTPUT].sum(), outputs["layer1.0.bn2"])[0]
     assert (slope != 0).any()
     assert not any(module._forward_hooks for module in model.modules())
-    with pytest.raises(UserError, match="the network has no layer layer5; did you mean 'layer4'"):
-        network.activations(images, ["layer5"])
+    for layer, problem in (
+        ("layer5", "the network has no layer layer5; did you mean 'layer4'"),
+        ("layer1.0.relu", "layer1.0.relu is not a layer: it runs 2 times"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            network.activations(images, [layer])
     with pytest.raises(UserError, match=r"images of shape \[2, 3, 32, 32\]: the network expects \[N, 3, 64, 64\]"):
         network.activations(images[:, :, ::2, ::2], ["layer4"])
 

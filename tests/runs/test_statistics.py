@@ -15,6 +15,7 @@ from zfnet.runs.statistics import (
     describe,
     difference,
     false_discovery_rate,
+    format_percent,
     holm,
     rank_correlation,
     rank_p,
@@ -172,3 +173,11 @@ def test_holm_multiplies_by_what_is_left_and_keeps_the_order() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "expected"),
+    [(-0.001, None, None, "0 %"), (0.356, -0.004, 0.729, "36 % [0, 73]"), (None, None, None, "–")],
+)
+def test_format_percent_has_no_negative_zero(mean, low, high, expected: str) -> None:
+    assert format_percent({"mean": mean, "low": low, "high": high}) == expected

@@ -227,6 +227,15 @@ def test_a_second_signal_stops_at_once_and_saves_no_half_step(
     assert weights_and_history(train_tiny_exact(run.folder)) == reference_run
 
 
+def test_a_run_that_stopped_after_its_last_epoch_is_only_evaluated(tmp_path: Path, reference_run) -> None:
+    run = train_tiny_exact(tmp_path / "run")
+    run.set_status("stopped")
+    assert weights_and_history(train_tiny_exact(run.folder)) == reference_run
+    log = (run.folder / "train.log").read_text()
+    assert "all 2 epochs are trained; evaluating\n" in log
+    assert "continuing from" not in log
+
+
 @pytest.mark.slow
 def test_processes_that_are_really_killed(tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch, then the same command and SIGTERM, then a resume."""

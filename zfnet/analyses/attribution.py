@@ -32,7 +32,7 @@ from zfnet.plots.pictures import on_grey, outline_box, show, to_pixels
 from zfnet.runs.directory import write_tensors
 from zfnet.runs.session import own_directory
 from zfnet.runs.statistics import compare_own_with_others, format_percent
-from zfnet.runs.tables import to_rows
+from zfnet.runs.tables import shorten, to_rows
 from zfnet.training.loaded import LoadedRun
 
 INTEGRATED = "integrated gradients"
@@ -54,20 +54,24 @@ class AttributionJob(Look):
         """Write figures/attribution.png, the maps (maps.safetensors), attribution.csv and, with boxes, boxes.json."""
         loaded = LoadedRun(config)
         network = loaded.network
-        (layer,) = pick_layers(network, "job.layer", self.layer, network.conv_layers[-1:], only_conv=True)
+        layer = None
+        if network.conv_layers or self.layer is not None:
+            (layer,) = pick_layers(network, "job.layer", self.layer, network.conv_layers[-1:], only_conv=True)
         problem = None
         try:
             Deconvnet(network).check(OUTPUT)
         except UserError as error:
             problem = error
+        # raises before the work
         image = torch.zeros(1, network.channels, network.image_size, network.image_size, device=loaded.runtime.device)
-        grad_cam(
-            network, image, torch.zeros(1, dtype=torch.int64, device=image.device), layer
-        )  # raises before the work
+        label = torch.zeros(1, dtype=torch.int64, device=image.device)
+        attribute(network, image, label, layer, 1, 1, problem is None)
         chosen = choose_images(loaded, config, self.count)
         with own_directory(config, output) as run:
             if problem is not None:
                 log.info("without the deconvnet and guided backpropagation: %s", problem)
+            if layer is None:
+                log.info("without Grad-CAM: the network has no feature maps")
             settings = layer, self.steps, loaded.data.batch_size, problem is None
             result = attribute(network, chosen.inputs, chosen.labels, *settings)
             pixels = to_pixels(chosen.inputs, loaded.data)
@@ -76,8 +80,11 @@ class AttributionJob(Look):
             tensors = {name.replace(" ", "_"): maps.contiguous() for name, maps in result.maps.items()}
             write_tensors(run.folder / "maps.safetensors", tensors, {})
             run.write_csv("attribution.csv", _rows(result, chosen))
-            gap = result.maps[INTEGRATED].sum((1, 2, 3)) - (result.output - result.baseline_output)
-            log.info(f"integrated gradients differ from the change of the output by at most {gap.abs().max():.2g}")
+            change = result.output - result.baseline_output
+            gap = (result.maps[INTEGRATED].sum((1, 2, 3)) - change).abs().max()
+            log.info(f"integrated gradients differ from the change of the output by at most {gap:.2g}")
+            if gap > 0.1 * (typical := change.abs().median()):
+                log.warning("the output changes by %.2g (median): raise job.steps to reduce the error", typical)
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images)
                 boxed = attribute(network, many.inputs, many.labels, *settings)
@@ -115,11 +122,17 @@ class Attributions:
 
 @full_precision()
 def attribute(
-    network: Network, images: Tensor, labels: Tensor, layer: str, steps: int, batch_size: int, deconvnet: bool = True
+    network: Network,
+    images: Tensor,
+    labels: Tensor,
+    layer: str | None,
+    steps: int,
+    batch_size: int,
+    deconvnet: bool = True,
 ) -> Attributions:
     """Return the attributions of images [N, 3, S, S] to their classes `labels` [N], by five methods.
 
-    layer: the layer whose maps Grad-CAM weights; steps: points of integrated gradients
+    layer: the layer whose maps Grad-CAM weights, None without Grad-CAM; steps: points of integrated gradients
     deconvnet: include the deconvnet and guided backpropagation, which need a `Chain` without unknown modules
     Raises UserError if the logits have no gradient with respect to the layer or the images.
     """
@@ -131,7 +144,8 @@ def attribute(
     else:
         maps = {"gradient": torch.cat([gradient(network, *part).cpu() for part in parts])}
     maps[INTEGRATED] = torch.cat([integrated_gradients(network, *part, steps).cpu() for part in parts])
-    maps[GRAD_CAM] = torch.cat([grad_cam(network, *part, layer).cpu() for part in parts])
+    if layer is not None:
+        maps[GRAD_CAM] = torch.cat([grad_cam(network, *part, layer).cpu() for part in parts])
     rows = torch.arange(len(labels), device=labels.device)
     with torch.no_grad():
         logits, baseline = (network.model(x) for x in (images, torch.zeros_like(images)))
@@ -168,7 +182,7 @@ def _rows(result: Attributions, chosen: ChosenImages) -> list[dict[str, Any]]:
 
 @styled()
 def draw_attribution(
-    result: Attributions, pictures: Tensor, names: Sequence[str], layer: str, boxes: Tensor | None
+    result: Attributions, pictures: Tensor, names: Sequence[str], layer: str | None, boxes: Tensor | None
 ) -> Figure:
     """Draw a row for each image and a column for each method. Each picture has its own scale.
 
@@ -198,7 +212,7 @@ def draw_attribution(
                 show(panel, maps[0] / maps.max().clamp(min=1e-12), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
         for panel in panels if boxes is not None else ():
             outline_box(panel, boxes[row], WHITE)  # type: ignore[index]
-    titles = {INTEGRATED: "red: for, blue: against", GRAD_CAM: f"of {layer}, over the image"}
+    titles = {INTEGRATED: "red: for, blue: against", GRAD_CAM: f"of {shorten(layer or '', 20)}, over the image"}
     axes[0, 0].set_title("image" if boxes is None else "image\ndashed: the object's box")
     for panel, method in zip(axes[0, 1:], methods, strict=True):
         panel.set_title(f"{method}\n{titles.get(method, 'grey: no signal')}")
@@ -208,6 +222,8 @@ def draw_attribution(
         "inferno": (0, (GRAD_CAM,), "1: the largest value"),
     }
     for colours, (low, drawn, meaning) in scales.items():
+        if drawn[0] not in methods:
+            continue
         first, last = (1 + methods.index(drawn[k]) for k in (0, -1))
         figure.colorbar(
             ScalarMappable(Normalize(low, 1), colours),

@@ -108,6 +108,8 @@ class DeconvnetJob(Look):
         for layer in layers:  # raise errors before the search, which takes long
             deconvnet.check(layer)
             frame_size(chain, layer)
+        if self.controls:
+            check_weights(chain)
         if config.images is not None:
             explain_photographs(self, config, output, loaded, deconvnet, layers)
             return
@@ -477,6 +479,14 @@ def dead_window_sensitivity(
     return rows
 
 
+def check_weights(chain: Chain) -> None:
+    """Raise UserError if a hook computes weights, as with torch.nn.utils.weight_norm: a copy cannot be shuffled."""
+    for name in chain.layers:
+        module: Any = chain.model.get_submodule(name)
+        if not parametrize.is_parametrized(module, "weight") and not isinstance(module.weight, nn.Parameter):
+            raise UserError(f"{name}: a hook computes its weights; use a norm of torch.nn.utils.parametrizations")
+
+
 @torch.no_grad()
 def shuffle_weights(
     chain: Chain, layer: str, seed: int = 0, draw: int = 0, only: Collection[str] | None = None
@@ -484,18 +494,18 @@ def shuffle_weights(
     """Return a copy with shuffled weights up to `layer`: each layer has the same numbers in random order.
 
     only: names of the layers to shuffle; None means all of them
-    Raises UserError if a hook computes weights, as with torch.nn.utils.weight_norm.
+    Raises UserError as `check_weights` does.
     """
-    for name in chain.layers:
-        module: Any = chain.model.get_submodule(name)
-        if not parametrize.is_parametrized(module, "weight") and not isinstance(module.weight, nn.Parameter):
-            raise UserError(f"{name}: a hook computes its weights; use a norm of torch.nn.utils.parametrizations")
+    check_weights(chain)
     twin = copy.deepcopy(chain)
     weighted = [(step.name, step.module) for step in twin.up_to(layer) if step.name in twin.layers]
     for number, (name, module) in enumerate(weighted):
         if only is not None and name not in only:
             continue
         if parametrize.is_parametrized(module, "weight"):  # with weight norm, for example, weight is computed
+            # the copy shares its class with the original, and `remove_parametrizations` changes the class
+            shared = type(module)
+            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
             parametrize.remove_parametrizations(module, "weight")
         weight: Any = module.weight
         order = permutation(make_key(seed, CONTROL, 0, number, draw), weight.numel()).to(weight.device)

@@ -19,6 +19,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -133,7 +134,7 @@ def first_layer(network: Network) -> tuple[nn.Conv2d, list[Step], list[Step]]:
     # modules before it, such as a conversion to grey or a pooling, change the images
     before = list(itertools.takewhile(lambda step: not isinstance(step.module, nn.Conv2d), network.steps))
     if len(before) == len(network.steps):
-        if network.problem is None:
+        if not any(isinstance(module, nn.Conv2d) for module in network.model.modules()):
             raise UserError("job=filters: the network has no convolution")
         raise UserError(f"job=filters: no chain of modules from the image to a convolution: {network.problem}")
     name, convolution = network.steps[len(before)].name, network.steps[len(before)].module
@@ -150,7 +151,8 @@ def measure_filters(network: Network, batches: Iterable[Batch]) -> Filters:
     convolution, before, layer = first_layer(network)
     if not any(isinstance(step.module, ACTIVATIONS) for step in layer):
         log.warning(
-            "%s: no activation function follows it directly as a module, so dead filters are not found", layer[0].name
+            "%s: no activation function follows it directly as a module, so only filters without any response are dead",
+            layer[0].name,
         )
     weight = convolution.weight.detach().cpu().double()
     peak = torch.full((len(weight),), -torch.inf, device=convolution.weight.device)
@@ -357,7 +359,7 @@ def draw_filters(measured: Mapping[str, Filters], limit: float) -> Figure:
         xlim=(0, most),
         ylabel="filters",
     )
-    axes[2].xaxis.set_major_formatter("{x:.0%}")
+    axes[2].xaxis.set_major_formatter(PercentFormatter(1))
     if len(measured) > 1:
         axes[1].legend()
     return figure

@@ -36,7 +36,7 @@ class OcclusionMaps:
     picture: uint8 [S, S, 3], the image as the network sees it; centres: [P], the square's centres in its pixels
     label: the class; whole: its probability for the whole image; probability: [P, P], with the square at each place
     predicted: [P, P], the name of the most probable class
-    activation: [P, P], sum of the activations of the map that is strongest on the whole image
+    activation: [P, P], sum of the activations of the map that is strongest on the whole image; None without maps
     """
 
     picture: np.ndarray
@@ -45,7 +45,7 @@ class OcclusionMaps:
     whole: float
     probability: np.ndarray
     predicted: np.ndarray
-    activation: np.ndarray
+    activation: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,16 @@ def occlusion(
     """
     data, inputs = run.metadata.data, run.inputs(image)
     network = Network.of(run.model, data.image_size)
-    (layer,) = pick_layers(network, "layer", layer, network.conv_layers[-1:], only_conv=True)
+    if network.conv_layers or layer is not None:
+        (layer,) = pick_layers(network, "layer", layer, network.conv_layers[-1:], only_conv=True)
     label = next(iter(run.predict(image))) if label is None else label
     if label not in run.classes:
         raise UserError(f"label={label}: no such class{did_you_mean(label, run.classes)}")
     patch, stride = resolve_patch_and_stride(data.image_size, patch, stride)
     number = torch.tensor([run.classes.index(label)], device=inputs.device)
     few, fill = min(data.batch_size, 64), torch.zeros(3)
-    result = occlude(network, inputs, number, layer=layer, patch=patch, stride=stride, fill=fill, batch_size=few)
-    assert result.strongest is not None
+    looked_at = run.model if layer is None else network
+    result = occlude(looked_at, inputs, number, layer=layer, patch=patch, stride=stride, fill=fill, batch_size=few)
     return OcclusionMaps(
         picture=to_pixels(inputs, data)[0].numpy(),
         centres=(result.starts + patch / 2).numpy(),
@@ -108,7 +109,7 @@ def occlusion(
         whole=float(result.whole.probability[0]),
         probability=result.occluded.probability[0].numpy(),
         predicted=np.array(run.classes)[result.occluded.predicted[0].numpy()],
-        activation=result.strongest.occluded[0].numpy(),
+        activation=None if result.strongest is None else result.strongest.occluded[0].numpy(),
     )
 
 

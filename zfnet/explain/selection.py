@@ -86,8 +86,11 @@ def pick_layers(
     if names is None and not default:
         raise UserError(f"{key}: the default finds no layer in this network; name some{did_you_mean('', known)}")
     for name in names or ():
-        if name not in known:
-            raise UserError(f"{key}={name}: the network has no such {what}{did_you_mean(name, known)}")
+        if name in known:
+            continue
+        if not isinstance(network, Chain) and name in network.outputs:
+            raise UserError(f"{key}={name}: is not a {what}: it {network.outputs[name]}")
+        raise UserError(f"{key}={name}: the network has no such {what}{did_you_mean(name, known)}")
     return list(dict.fromkeys(default if names is None else names))
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from zfnet.config.errors import UserError, log
-from zfnet.config.schema import Config, Job
+from zfnet.config.errors import UserError, log, one_line, place_of
+from zfnet.config.schema import Config, Job, model_name
 from zfnet.runs.directory import write_atomically
 from zfnet.runs.session import own_directory
 from zfnet.runs.weights import weights_hash
@@ -46,7 +46,13 @@ class ExportJob(Job):
         embedded = json.dumps(metadata)
         with own_directory(config, output) as run, torch.no_grad():
             example = (torch.zeros(2, 3, size, size),)
-            program = torch.export.export(model, example, dynamic_shapes=({0: Dim("batch", min=1)},))
+            try:
+                program = torch.export.export(model, example, dynamic_shapes=({0: Dim("batch", min=1)},))
+            except Exception as error:  # PyTorch has no common class for them
+                raise UserError(
+                    f"torch.export cannot export {model_name(loaded.metadata.model)} for batches of any size: "
+                    f"{one_line(error)}{place_of(error)}. In forward, write images.shape[0] instead of len(images)"
+                ) from error
             for name in formats:
                 path = run.folder / f"model.{name}"
                 write_atomically(path, _WRITE[name](program, embedded))

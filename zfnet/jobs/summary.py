@@ -54,6 +54,9 @@ class SummaryJob(Job):
                 rows.append((names[layer.layer_id], layer.class_name, shape, *counts))
         rows.append(("total", "", "", f"{network.total_params:,}", f"{network.total_mult_adds // BATCH:,}"))
         print("\n".join(format_table(rows, "<<<>>", 80, shrink=(0, 1))))
+        if any(each.class_name == "Linear" and len(each.output_size) > 2 for each in network.summary_list):
+            print("\ntoo few multiply-adds: a Linear of tokens counts as one of a single token,")
+            print("and attention does not count")
         print(
             f"\n{network.trainable_params:,} of {network.total_params:,} parameters are trainable; weights "
             f"{network.total_param_bytes / 1e6:.1f} MB,\nactivations of a forward and backward pass of {BATCH} images "

@@ -259,7 +259,10 @@ def _train(
     _write_environment(config, run, state, splits, resumed)
     if saved is not None:
         state.restore(saved, images_hash)
-        log.info("continuing from epoch %d, step %d", state.epoch + 1, state.step)
+        if state.epoch == config.trainer.epochs:
+            log.info("all %d epochs are trained; evaluating", state.epoch)
+        else:
+            log.info("continuing from epoch %d, step %d", state.epoch + 1, state.step)
         if "branches" in saved.metadata:
             log.info(_describe_schedule(state))
         if state.epoch < config.trainer.epochs and (problem := _best_checkpoint(run, state)[1]):

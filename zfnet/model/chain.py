@@ -62,7 +62,8 @@ class Network:
     layers: names of the modules that run once and return a tensor [N, …], in the order in which they return: a module
         comes after its own submodules
     conv_layers: those that return feature maps [N, C, h, w] of more than one position
-    last_hidden: the last layer whose size is not that of the logits, in a list, which can be empty
+    last_hidden: the last layer without one feature or map for each class, in a list, which can be empty
+    outputs: what each module does, for messages: that it runs several times, or the shape that it returns
     steps: the modules from the image on, as far as they form a chain; problem: why they end there, None for a chain
     channels: channels of the images; num_classes: outputs of the network
 
@@ -74,9 +75,9 @@ class Network:
         self.model, self.image_size = model, image_size
         self.steps, self.problem = trace.steps, trace.problem
         self.channels, self.num_classes = trace.channels, trace.num_classes
-        self.layers = list(trace.layers)
+        self.outputs, self.layers = trace.outputs, list(trace.layers)
         self.conv_layers = [name for name in self.layers if name in trace.maps]
-        self.last_hidden = [n for n, shape in trace.layers.items() if shape.numel() != self.num_classes][-1:]
+        self.last_hidden = [n for n, shape in trace.layers.items() if shape[0] != self.num_classes][-1:]
         self._ends = {s.name: _end(self.steps, n) for n, s in enumerate(self.steps) if isinstance(s.module, WEIGHTED)}
 
     @staticmethod
@@ -96,8 +97,14 @@ class Network:
         if layer not in self._ends:
             if layer in self.layers:
                 raise UserError(f"{layer} is not in a chain of modules from the image: {self.problem}")
-            raise UserError(f"the network has no layer {layer}{did_you_mean(layer, self.layers)}")
+            raise self.no_layer(layer)
         return self.steps[: self._ends[layer] + 1]
+
+    def no_layer(self, name: str) -> UserError:
+        """Return the error for a name that is not in `layers`."""
+        if self.problem is not None and name in self.outputs:
+            return UserError(f"{name} is not a layer: it {self.outputs[name]}")
+        return UserError(f"the network has no layer {name}{did_you_mean(name, self.layers)}")
 
     def check(self, images: Tensor, layers: Sequence[str]) -> None:
         """Raise UserError unless these are images of the network's shape and a list of names."""
@@ -139,7 +146,7 @@ class Network:
         with contextlib.ExitStack() as stack:
             for layer in layers:
                 if layer not in (*self.layers, OUTPUT):
-                    raise UserError(f"the network has no layer {layer}{did_you_mean(layer, self.layers)}")
+                    raise self.no_layer(layer)
                 if layer != OUTPUT:
                     module = self.model.get_submodule(layer)
                     stack.callback(module.register_forward_hook(keep(layer)).remove)
@@ -228,6 +235,7 @@ class _Trace(NamedTuple):
 
     steps: list[Step]
     problem: str | None
+    outputs: dict[str, str]  # what each module returns, for messages
     layers: dict[str, torch.Size]  # shapes for one image
     maps: set[str]  # layers that return feature maps
     channels: int
@@ -267,6 +275,7 @@ def _trace(model: nn.Module, image_size: int, channels: int) -> _Trace:
     place = "at the first module"
     shapes: dict[str, torch.Size] = {}
     maps: set[str] = set()
+    outputs: dict[str, str] = {}
     calls: Counter[str] = Counter()
 
     def connect(x: Tensor, name: str) -> str | None:
@@ -276,8 +285,8 @@ def _trace(model: nn.Module, image_size: int, channels: int) -> _Trace:
             return None
         if x.ndim != 2 or last.ndim < 2 or not _is_equal(x, last.flatten(1)):
             return (
-                f"{name} is not the output of {former}; a chain has no branches, and no function but torch.flatten "
-                "between two modules"
+                f"{name} is not {'the output of ' * bool(steps)}{former}; a chain has no branches, and no function but "
+                "torch.flatten between two modules"
             )
         steps.append(Step(f"the flatten after {former}", nn.Flatten(), last.shape[1:], x.shape[1:]))
         return None
@@ -307,6 +316,13 @@ def _trace(model: nn.Module, image_size: int, channels: int) -> _Trace:
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             calls[name] += 1
+            if calls[name] > 1:
+                outputs[name] = f"runs {calls[name]} times"
+            elif isinstance(output, Tensor):
+                own = "its input, " * _is_view(output, inputs)
+                outputs[name] = f"returns {own}[N, {', '.join(map(str, output.shape[1:]))}]"
+            else:
+                outputs[name] = f"returns a {type(output).__name__}"
             if isinstance(output, Tensor) and output.ndim > 1 and len(output) == len(images):
                 shapes[name] = output.shape[1:]
                 if _returns_maps(module, output) and not _is_view(output, inputs):  # a view has no gradient of its own
@@ -335,7 +351,7 @@ def _trace(model: nn.Module, image_size: int, channels: int) -> _Trace:
     if problem is None:
         problem = connect(output, "the network's output")
     layers = {name: shape for name, shape in shapes.items() if calls[name] == 1}
-    return _Trace(steps, problem, layers, maps, channels, output.shape[1] if output.ndim > 1 else 1)
+    return _Trace(steps, problem, outputs, layers, maps, channels, output.shape[1] if output.ndim > 1 else 1)
 
 
 def _returns_maps(module: nn.Module, output: Tensor) -> bool:

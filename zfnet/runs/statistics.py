@@ -178,8 +178,10 @@ def format_percent(row: Summary, unit: str = "%") -> str:
     """Format a row of `describe` in percent, or a difference in points, as `mean [low, high]`, for the log."""
     if row["mean"] is None:
         return "–"
-    interval = "" if row["low"] is None else f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"  # type: ignore[operator]
-    return f"{100 * row['mean']:.0f} {unit}{interval}"
+    mean, low, high = (
+        value if value is None else round(100 * value) for value in (row["mean"], row["low"], row["high"])
+    )
+    return f"{mean} {unit}" if low is None else f"{mean} {unit} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
