@@ -54,16 +54,16 @@ def test_attribute_equals_a_plain_computation() -> None:
 def test_attribute_of_a_residual_network_equals_captum() -> None:
     torch.manual_seed(0)
     model = resnet18(num_classes=4).eval()
-    images, labels = torch.randn(3, 3, 64, 64), torch.tensor([2, 0, 3])
-    result = attribute(Network(model, 64), images, labels, "layer3", steps=20, batch_size=2, deconvnet=False)
+    images, labels = torch.randn(3, 3, 32, 32), torch.tensor([2, 0, 3])
+    result = attribute(Network(model, 32), images, labels, "layer2", steps=6, batch_size=2, deconvnet=False)
     assert tuple(result.maps) == ("gradient", INTEGRATED, GRAD_CAM)
     gradient = captum.Saliency(model).attribute(images, labels, abs=False)
     torch.testing.assert_close(result.maps["gradient"], gradient, rtol=1e-4, atol=1e-5)
-    points = {"n_steps": 20, "method": "riemann_middle"}
+    points = {"n_steps": 6, "method": "riemann_middle"}
     captums = captum.IntegratedGradients(model).attribute(images, torch.zeros_like(images), labels, **points)
     torch.testing.assert_close(result.maps[INTEGRATED], captums.float(), rtol=1e-3, atol=1e-4)
-    cam = captum.LayerGradCam(model, model.layer3).attribute(images, labels, relu_attributions=True)
-    expected = F.interpolate(cam, size=(64, 64), mode="bilinear").detach()
+    cam = captum.LayerGradCam(model, model.layer2).attribute(images, labels, relu_attributions=True)
+    expected = F.interpolate(cam, size=(32, 32), mode="bilinear").detach()
     torch.testing.assert_close(result.maps[GRAD_CAM], expected, rtol=1e-4, atol=1e-5)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from torch import nn
+
 
 def test_summary_lists_layers_with_shapes_parameters_and_multiply_adds(run_py) -> None:
     answer = run_py("job=summary", "model=zfnet")
@@ -57,9 +59,16 @@ def test_summary_and_benchmark_take_a_data_set_of_ones_own(run_py, monkeypatch) 
         assert answer.code == 0, answer.err
 
 
+class Tokens(nn.Sequential):
+    """A linear layer of the rows of images, which are its tokens."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Linear(64, 4), nn.Flatten(), nn.Linear(3 * 64 * 4, num_classes))
+
+
 def test_summary_says_what_it_does_not_count(run_py, tmp_path) -> None:
     (tmp_path / "conf/model").mkdir(parents=True)
-    (tmp_path / "conf/model/own.yaml").write_text("_target_: torchvision.models.swin_t\n")
-    words = ("--config-dir", tmp_path / "conf", "job=summary", "experiment=quickstart")
+    (tmp_path / "conf/model/own.yaml").write_text(f"_target_: {__name__}.Tokens\n")
+    words = ("--config-dir", tmp_path / "conf", "job=summary", "experiment=quickstart", "imports=[tests]")
     assert "too few multiply-adds: a Linear of tokens" in run_py(*words, "model=own").out
     assert "too few multiply-adds" not in run_py(*words).out

@@ -124,7 +124,7 @@ def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, monkeypatch) ->
     assert rows(tmp_path / "s")["seed=1"]["state"] == "done"
 
     assert run_py(*words).code == 0
-    assert "continuing from epoch 3" in log.read_text()
+    assert "all 2 epochs are trained; evaluating" in log.read_text()
     digests = [
         json.loads((tmp_path / folder / "results.json").read_text())["weights_sha256"]
         for folder in ("s/seed=0", "whole")

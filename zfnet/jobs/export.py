@@ -51,7 +51,7 @@ class ExportJob(Job):
             except Exception as error:  # PyTorch has no common class for them
                 raise UserError(
                     f"torch.export cannot export {model_name(loaded.metadata.model)} for batches of any size: "
-                    f"{one_line(error)}{place_of(error)}. In forward, write images.shape[0] instead of len(images)"
+                    f"{one_line(error)}{place_of(error)}; if forward uses len(images), use images.shape[0]"
                 ) from error
             for name in formats:
                 path = run.folder / f"model.{name}"

@@ -364,8 +364,11 @@ def _returns_maps(module: nn.Module, output: Tensor) -> bool:
 
 def _is_view(output: Tensor, inputs: tuple[Any, ...]) -> bool:
     """Whether a module returns (a view of) its input, as `nn.Identity`, `nn.Flatten` and in-place modules do."""
-    memory = output.untyped_storage().data_ptr()
-    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == memory for x in inputs)
+
+    def base(x: Tensor) -> Tensor:
+        return x if x._base is None else x._base
+
+    return any(isinstance(x, Tensor) and base(x) is base(output) for x in inputs)
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

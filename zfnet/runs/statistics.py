@@ -179,7 +179,8 @@ def format_percent(row: Summary, unit: str = "%") -> str:
     if row["mean"] is None:
         return "–"
     mean, low, high = (
-        value if value is None else round(100 * value) for value in (row["mean"], row["low"], row["high"])
+        None if value is None else f"{100 * value:.0f}".replace("-0", "0")
+        for value in (row["mean"], row["low"], row["high"])
     )
     return f"{mean} {unit}" if low is None else f"{mean} {unit} [{low}, {high}]"
 
