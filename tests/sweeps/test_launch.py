@@ -133,7 +133,7 @@ def test_launch_again_resumes_a_job_that_broke(run_py, tmp_path, monkeypatch) ->
 
 
 def test_launch_job_of_a_mixed_sweep_equals_the_job_alone(run_py, tmp_path) -> None:
-    words = [word for word in SMALL if not word.startswith("trainer.threads")]
+    words = [word for word in FAST if not word.startswith("trainer.threads")]
     with other_process(run_py_in, tmp_path, *words, "trainer=exact", "hydra.run.dir=alone") as alone:
         assert run_py("-m", *words, "trainer.threads=1,null", "trainer=auto,exact").code == 0
         alone.join(200)
@@ -314,7 +314,7 @@ def test_launch_with_joblib_gives_the_same_numbers(run_py, tmp_path: Path, monke
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     from joblib.externals import loky
 
-    words = ("-m", *SMALL, "trainer=exact", "optimizer.lr=1e-3,-1")
+    words = ("-m", *FAST, "trainer=exact", "optimizer.lr=1e-3,-1")
     answer = run_py(*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=side")
     loky.get_reusable_executor().shutdown()
     assert answer.code == 1
