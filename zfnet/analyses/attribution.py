@@ -23,7 +23,7 @@ from zfnet.config.errors import UserError, log
 from zfnet.config.schema import Config, Positive
 from zfnet.explain.boxes import in_boxes, share_in_boxes
 from zfnet.explain.deconvnet import RULES, Deconvnet
-from zfnet.explain.selection import ChosenImages, Look, choose_images, pick_layers
+from zfnet.explain.selection import ChosenImages, Look, choose_images, pick_maps
 from zfnet.explain.targets import GRAD_CAM, grad_cam, gradient, integrated_gradients
 from zfnet.model.chain import OUTPUT, Network
 from zfnet.model.layers import full_precision
@@ -54,9 +54,7 @@ class AttributionJob(Look):
         """Write figures/attribution.png, the maps (maps.safetensors), attribution.csv and, with boxes, boxes.json."""
         loaded = LoadedRun(config)
         network = loaded.network
-        layer = None
-        if network.conv_layers or self.layer is not None:
-            (layer,) = pick_layers(network, "job.layer", self.layer, network.conv_layers[-1:], only_conv=True)
+        layer = pick_maps(network, "job.layer", self.layer)
         problem = None
         try:
             Deconvnet(network).check(OUTPUT)

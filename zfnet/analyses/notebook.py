@@ -20,7 +20,7 @@ from zfnet.data import Batches, load_splits
 from zfnet.explain.crops import view_maps
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import peaks
-from zfnet.explain.selection import pick_layers
+from zfnet.explain.selection import pick_layers, pick_maps
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.chain import Chain, Network
 from zfnet.plots.pictures import on_grey, to_pixels
@@ -92,16 +92,14 @@ def occlusion(
     """
     data, inputs = run.metadata.data, run.inputs(image)
     network = Network.of(run.model, data.image_size)
-    if network.conv_layers or layer is not None:
-        (layer,) = pick_layers(network, "layer", layer, network.conv_layers[-1:], only_conv=True)
+    layer = pick_maps(network, "layer", layer)
     label = next(iter(run.predict(image))) if label is None else label
     if label not in run.classes:
         raise UserError(f"label={label}: no such class{did_you_mean(label, run.classes)}")
     patch, stride = resolve_patch_and_stride(data.image_size, patch, stride)
     number = torch.tensor([run.classes.index(label)], device=inputs.device)
     few, fill = min(data.batch_size, 64), torch.zeros(3)
-    looked_at = run.model if layer is None else network
-    result = occlude(looked_at, inputs, number, layer=layer, patch=patch, stride=stride, fill=fill, batch_size=few)
+    result = occlude(network, inputs, number, layer=layer, patch=patch, stride=stride, fill=fill, batch_size=few)
     return OcclusionMaps(
         picture=to_pixels(inputs, data)[0].numpy(),
         centres=(result.starts + patch / 2).numpy(),

@@ -33,7 +33,7 @@ from zfnet.data import ImageSet
 from zfnet.explain.boxes import cover, in_boxes
 from zfnet.explain.deconvnet import Deconvnet
 from zfnet.explain.maps import peaks
-from zfnet.explain.selection import ChosenImages, Look, choose_images, chosen_split, fill_colour, pick_layers, to_inputs
+from zfnet.explain.selection import ChosenImages, Look, choose_images, chosen_split, fill_colour, pick_maps, to_inputs
 from zfnet.explain.top_activations import TopActivations, collect
 from zfnet.model.chain import OUTPUT, Network
 from zfnet.model.layers import full_precision
@@ -65,9 +65,9 @@ class OcclusionJob(Look):
     def main(self, config: Config, output: Path) -> None:
         """Write figures/occlusion.png, the values of its maps (maps.csv), and a summary (occlusion.json)."""
         loaded = LoadedRun(config)
-        data, network, layer, problem = loaded.data, loaded.network, None, None
-        if network.conv_layers or self.layer is not None:
-            (layer,) = pick_layers(network, "job.layer", self.layer, network.conv_layers[-1:], only_conv=True)
+        data, network, problem = loaded.data, loaded.network, None
+        layer = pick_maps(network, "job.layer", self.layer)
+        if layer is not None:
             try:
                 Deconvnet(network).check(layer)
             except UserError as error:
@@ -83,13 +83,12 @@ class OcclusionJob(Look):
             elif problem is not None:
                 log.info("without panel c, the projections: %s", problem)
             settings: dict[str, Any] = {"layer": layer, "patch": patch, "fill": fill, "batch_size": data.batch_size}
-            looked_at = loaded.model if layer is None else network
-            result = occlude(looked_at, chosen.inputs, chosen.labels, stride=stride, **settings)
+            result = occlude(network, chosen.inputs, chosen.labels, stride=stride, **settings)
             boxes = None
             if chosen.boxes is not None:
                 many = choose_images(loaded, config, self.boxed_images)
                 coarse = max(stride, patch // 2)  # only maps need finer steps
-                occluded = occlude(looked_at, many.inputs, many.labels, stride=coarse, **settings)
+                occluded = occlude(network, many.inputs, many.labels, stride=coarse, **settings)
                 boxes = box_evidence(occluded, many.boxes)
                 boxes["correctly_classified"] = int((occluded.whole.predicted == many.labels.cpu()).sum())
             grey = sum(data.mean) / len(data.mean) * 255 if self.fill is None else self.fill

@@ -88,10 +88,20 @@ def pick_layers(
     for name in names or ():
         if name in known:
             continue
-        if not isinstance(network, Chain) and name in network.outputs:
+        if name in network.outputs:
             raise UserError(f"{key}={name}: is not a {what}: it {network.outputs[name]}")
         raise UserError(f"{key}={name}: the network has no such {what}{did_you_mean(name, known)}")
     return list(dict.fromkeys(default if names is None else names))
+
+
+def pick_maps(network: Network, key: str, name: str | None) -> str | None:
+    """Return the layer of feature maps that the setting `key` names, by default the last; None if there are no maps.
+
+    Raises UserError for an unknown layer.
+    """
+    if name is None and not network.conv_layers:
+        return None
+    return pick_layers(network, key, name, network.conv_layers[-1:], only_conv=True)[0]
 
 
 def load_other(name: str, loaded: LoadedRun) -> tuple[Chain, ModelMetadata]:

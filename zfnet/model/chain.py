@@ -63,7 +63,8 @@ class Network:
         comes after its own submodules
     conv_layers: those that return feature maps [N, C, h, w] of more than one position
     last_hidden: the last layer without one feature or map for each class, in a list, which can be empty
-    outputs: what each module does, for messages: that it runs several times, or the shape that it returns
+    outputs: what each module does, for messages: that it runs several times, or the shape that it returns; empty for a
+        chain, whose modules that are no layers belong to a layer
     steps: the modules from the image on, as far as they form a chain; problem: why they end there, None for a chain
     channels: channels of the images; num_classes: outputs of the network
 
@@ -79,6 +80,10 @@ class Network:
         self.conv_layers = [name for name in self.layers if name in trace.maps]
         self.last_hidden = [n for n, shape in trace.layers.items() if shape[0] != self.num_classes][-1:]
         self._ends = {s.name: _end(self.steps, n) for n, s in enumerate(self.steps) if isinstance(s.module, WEIGHTED)}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits, as the model does."""
+        return self.model(images)
 
     @staticmethod
     def of(model: nn.Module, image_size: int) -> "Network":
@@ -102,7 +107,7 @@ class Network:
 
     def no_layer(self, name: str) -> UserError:
         """Return the error for a name that is not in `layers`."""
-        if self.problem is not None and name in self.outputs:
+        if name in self.outputs:
             return UserError(f"{name} is not a layer: it {self.outputs[name]}")
         return UserError(f"the network has no layer {name}{did_you_mean(name, self.layers)}")
 
@@ -176,7 +181,7 @@ class Chain(Network):
         super().__init__(model, image_size, trace)
         if self.problem is not None:
             raise UserError(self.problem)
-        self.layers = list(self._ends)
+        self.layers, self.outputs = list(self._ends), {}
         self._ends[OUTPUT] = len(self.steps) - 1
         self.conv_layers = [s.name for s in self.steps if isinstance(s.module, nn.Conv2d)]
         self.last_hidden = self.layers[-2:-1]
