@@ -223,7 +223,7 @@ class TimmLoop(_Loop):
         from timm.data import create_loader
 
         data = self.config.data
-        dataset = PillowImages(self.images, data.image_size)  # timm replaces the transform
+        dataset: Any = PillowImages(self.images, data.image_size)  # timm replaces the transform
         self.model = self.model.to(memory_format=torch.channels_last)
         return create_loader(
             dataset,
