@@ -106,7 +106,8 @@ def deeper(conv: nn.Conv2d, images: Tensor) -> Tensor:
     images: [N, 3, S, S]. The kernel gets zeros, so that its side is even.
     """
     (pad, side), odd = (int(n) for n in (conv.padding[0], conv.kernel_size[0])), images.shape[-1] % 2
-    blocks = F.pixel_unshuffle(F.pad(images, (pad, pad + odd, pad, pad + odd)), 2)
+    end = pad + (odd if side % 2 else -odd)  # the last row is dropped if no window of an even kernel reaches it
+    blocks = F.pixel_unshuffle(F.pad(images, (pad, end, pad, end)), 2)
     kernel = F.pixel_unshuffle(F.pad(conv.weight, (0, side % 2, 0, side % 2)), 2)
     return F.conv2d(blocks, kernel, conv.bias)
 
