@@ -319,6 +319,16 @@ def test_run_search_names_what_is_wrong_in_one_line(run_py, tmp_path, words, exp
     assert not (tmp_path / "s").exists() or "storage" in expected
 
 
+@pytest.mark.parametrize("pruner", ["none", "median"])
+def test_run_search_stops_before_training_without_validation_images(run_py, tmp_path, monkeypatch, pruner) -> None:
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("trained"))
+    words = ["data.validation=0", "trainer.monitor=train_loss", "hydra.sweeper.n_trials=3"]
+    answer = run_py(*SEARCH, *SPACE, *words, f"hydra/sweeper/pruner={pruner}")
+    expected = "hydra/sweeper=optuna searches by validation accuracy, and these runs have none: set data.validation"
+    assert answer.error.splitlines()[-1].endswith(expected)
+    assert answer.out.count("job ") == 1
+
+
 @pytest.mark.parametrize("slot", ["sampler", "pruner"])
 def test_construct_makes_every_choice_of_conf(slot: str) -> None:
     paths = sorted((CONF / "hydra/sweeper" / slot).glob("*.yaml"))

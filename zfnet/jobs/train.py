@@ -27,6 +27,7 @@ from zfnet.runs.provenance import changed_code, describe_environment, recorded_c
 from zfnet.runs.session import Pruned, StopRequest, claim_directory, recorded_state
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
 from zfnet.sweeps.callback import trial_report
+from zfnet.sweeps.launch import NO_OBJECTIVE, NoObjective
 from zfnet.training import callbacks as cb
 from zfnet.training.build import (
     build_callbacks,
@@ -210,6 +211,8 @@ def _train(
 ) -> dict[str, Any]:
     runtime = resolve_runtime(config.trainer, world, isinstance(config.model, dict))
     splits = load_splits(config.data, config.imports)
+    if report is not None and splits.validation is None:
+        raise NoObjective(NO_OBJECTIVE)  # before the training
     saved, problems = read_newest(run.checkpoints)
     if saved is not None:
         _refuse_other_images(run, splits)

@@ -98,8 +98,8 @@ def _record_failure(run: RunDirectory, error: Exception) -> None:
 def trial_report() -> Callable[[float, int], bool] | None:
     """Return a function that reports (validation accuracy, epoch) to this job's trial and returns whether to prune.
 
-    Return None unless the job is a trial of a search that prunes. Hydra's own config says so, and the job has it in
-    every process and on every machine.
+    Return None unless the job is a trial of a search. Hydra's own config says so, and the job has it in every process
+    and on every machine.
     """
     if not HydraConfig.initialized() or TRIAL not in HydraConfig.get().job.env_set:
         return None

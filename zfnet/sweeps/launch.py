@@ -29,7 +29,12 @@ from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, objective, write_atomically
 from zfnet.training.build import check_recipe
 
+NO_OBJECTIVE = "hydra/sweeper=optuna searches by validation accuracy, and these runs have none: set data.validation"
 TRIAL = "ZFNET_TRIAL"  # key of `hydra.job.env_set`: the number of the trial that a job belongs to
+
+
+class NoObjective(UserError):
+    """A search's runs have no validation images, so their settings cannot be compared."""
 
 
 class SweepFailed(UserError):

@@ -32,7 +32,7 @@ from zfnet.config.randomness import make_key
 from zfnet.config.reading import parse_json, read_bytes
 from zfnet.config.schema import NOT_IDENTITY, Checked, NotNegative, Positive, check
 from zfnet.runs.directory import RunDirectory, sweep_folder
-from zfnet.sweeps.launch import TRIAL, Outcome, SweepJobs
+from zfnet.sweeps.launch import NO_OBJECTIVE, TRIAL, NoObjective, Outcome, SweepJobs
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -207,14 +207,14 @@ def open_study(settings: SearchSettings, sweep: Path) -> Study:
     return study
 
 
-def report_to_trial(hydra: Any) -> Callable[[float, int], bool] | None:
+def report_to_trial(hydra: Any) -> Callable[[float, int], bool]:
     """Return a function that reports (validation accuracy, epoch) to a job's trial and returns whether to prune.
 
-    Return None if the search does not prune. hydra: Hydra's own config of the job
+    hydra: Hydra's own config of the job
     """
     settings = read_settings(hydra.sweeper)
     if settings.pruner.get("_target_") == "optuna.pruners.NopPruner":
-        return None
+        return lambda value, epoch: False  # does not need the study
     storage = _open_storage(settings, sweep_folder(hydra))
     study = optuna.load_study(
         study_name=settings.study_name,
@@ -401,7 +401,9 @@ def ask(
 
 
 def tell(study: Study, trial: Trial, outcome: Outcome) -> None:
-    """Tell the study how a trial's job ended; raise UserError if runs have no objective."""
+    """Tell the study how a trial's job ended; raise NoObjective if runs have none."""
+    if isinstance(outcome.error, NoObjective):
+        raise outcome.error
     if outcome.state == "pruned":
         study.tell(trial, state=TrialState.PRUNED)
     elif outcome.value is not None:
@@ -410,9 +412,7 @@ def tell(study: Study, trial: Trial, outcome: Outcome) -> None:
         trial.set_user_attr("error", str(outcome.error))
         study.tell(trial, state=TrialState.FAIL)
     else:
-        raise UserError(
-            "hydra/sweeper=optuna searches by validation accuracy, and these runs have none: set data.validation"
-        )
+        raise NoObjective(NO_OBJECTIVE)
 
 
 def _count_trials(trials: Sequence[FrozenTrial]) -> int:
