@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import pwd
 import shutil
 import signal
@@ -28,7 +29,8 @@ from zfnet.runs.directory import RunDirectory
 from zfnet.training import loop
 
 optuna = pytest.importorskip("optuna")
-from zfnet.sweeps.optuna_search import Worker, _open_storage, construct, other_images, search_space  # noqa: E402
+from zfnet.sweeps.launch import NoObjective, Outcome  # noqa: E402
+from zfnet.sweeps.optuna_search import Worker, _open_storage, construct, other_images, problem_of, search_space  # noqa: E402
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *SMALL)
 SPACE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "data.batch_size=choice(20,30)")
@@ -324,9 +326,22 @@ def test_run_search_stops_before_training_without_validation_images(run_py, tmp_
     monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("trained"))
     words = ["data.validation=0", "trainer.monitor=train_loss", "hydra.sweeper.n_trials=3"]
     answer = run_py(*SEARCH, *SPACE, *words, f"hydra/sweeper/pruner={pruner}")
-    expected = "hydra/sweeper=optuna searches by validation accuracy, and these runs have none: set data.validation"
-    assert answer.error.splitlines()[-1].endswith(expected)
-    assert answer.out.count("job ") == 1
+    assert answer.error.startswith("hydra/sweeper=optuna searches by validation accuracy, and this job has none")
+    assert answer.out.count("failed: ") == 1
+    assert [trial.state.name for trial in trials_in(tmp_path / "s")] == ["FAIL"]
+
+
+def test_problem_of_ends_a_search_without_an_objective(tmp_path) -> None:
+    study = SimpleNamespace(user_attrs={})
+    outcomes = [
+        Outcome("a", "done", 0.5),
+        Outcome("a", "pruned"),
+        Outcome("a", "failed", error=UserError("training diverged")),
+        Outcome("a", "done"),  # such as job=evaluate
+        pickle.loads(pickle.dumps(Outcome("a", "failed", error=NoObjective("none")))),
+    ]
+    problems = [problem_of(study, (), outcome, tmp_path) for outcome in outcomes]
+    assert [type(problem).__name__ for problem in problems] == [*["NoneType"] * 3, *["NoObjective"] * 2]
 
 
 @pytest.mark.parametrize("slot", ["sampler", "pruner"])

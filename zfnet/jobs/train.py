@@ -26,7 +26,7 @@ from zfnet.runs.hydra_record import record_data
 from zfnet.runs.provenance import changed_code, describe_environment, recorded_changes
 from zfnet.runs.session import Pruned, StopRequest, claim_directory, recorded_state
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
-from zfnet.sweeps.callback import trial_report
+from zfnet.sweeps.callback import in_search, trial_report
 from zfnet.sweeps.launch import NO_OBJECTIVE, NoObjective
 from zfnet.training import callbacks as cb
 from zfnet.training.build import (
@@ -211,8 +211,8 @@ def _train(
 ) -> dict[str, Any]:
     runtime = resolve_runtime(config.trainer, world, isinstance(config.model, dict))
     splits = load_splits(config.data, config.imports)
-    if report is not None and splits.validation is None:
-        raise NoObjective(NO_OBJECTIVE)  # before the training
+    if splits.validation is None and in_search():
+        raise NoObjective(NO_OBJECTIVE)
     saved, problems = read_newest(run.checkpoints)
     if saved is not None:
         _refuse_other_images(run, splits)

@@ -95,13 +95,17 @@ def _record_failure(run: RunDirectory, error: Exception) -> None:
     write_atomically(run.folder / "train.log", "".join(traceback.format_exception(error)))
 
 
+def in_search() -> bool:
+    """Return whether this process runs a trial of a search; Hydra's own config says so on every machine."""
+    return HydraConfig.initialized() and TRIAL in HydraConfig.get().job.env_set
+
+
 def trial_report() -> Callable[[float, int], bool] | None:
     """Return a function that reports (validation accuracy, epoch) to this job's trial and returns whether to prune.
 
-    Return None unless the job is a trial of a search. Hydra's own config says so, and the job has it in every process
-    and on every machine.
+    Return None unless the job is a trial of a search that prunes.
     """
-    if not HydraConfig.initialized() or TRIAL not in HydraConfig.get().job.env_set:
+    if not in_search():
         return None
     from zfnet.sweeps.optuna_search import report_to_trial  # optuna is an optional dependency
 

@@ -29,12 +29,15 @@ from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, objective, write_atomically
 from zfnet.training.build import check_recipe
 
-NO_OBJECTIVE = "hydra/sweeper=optuna searches by validation accuracy, and these runs have none: set data.validation"
+NO_OBJECTIVE = (
+    "hydra/sweeper=optuna searches by validation accuracy, and this job has none: train with images held out "
+    "(data.validation), in a new sweep directory"
+)
 TRIAL = "ZFNET_TRIAL"  # key of `hydra.job.env_set`: the number of the trial that a job belongs to
 
 
 class NoObjective(UserError):
-    """A search's runs have no validation images, so their settings cannot be compared."""
+    """A job of a search has no validation accuracy."""
 
 
 class SweepFailed(UserError):

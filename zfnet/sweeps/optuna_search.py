@@ -207,14 +207,14 @@ def open_study(settings: SearchSettings, sweep: Path) -> Study:
     return study
 
 
-def report_to_trial(hydra: Any) -> Callable[[float, int], bool]:
+def report_to_trial(hydra: Any) -> Callable[[float, int], bool] | None:
     """Return a function that reports (validation accuracy, epoch) to a job's trial and returns whether to prune.
 
-    hydra: Hydra's own config of the job
+    Return None if the search does not prune. hydra: Hydra's own config of the job
     """
     settings = read_settings(hydra.sweeper)
     if settings.pruner.get("_target_") == "optuna.pruners.NopPruner":
-        return lambda value, epoch: False  # does not need the study
+        return None
     storage = _open_storage(settings, sweep_folder(hydra))
     study = optuna.load_study(
         study_name=settings.study_name,
@@ -296,13 +296,13 @@ def run_search(overrides: Sequence[Override], jobs: SweepJobs) -> None:
                 for trial, values in zip(batch, chosen, strict=True)
             ]
             outcomes = jobs.launch(given, first=batch[0].number)
-            others = [other_images(study, space, RunDirectory(jobs.folder / outcome.name)) for outcome in outcomes]
-            for trial, outcome, other in zip(batch, outcomes, others, strict=True):
-                if other is not None:
-                    outcome = replace(outcome, state="failed", value=None, error=other)
+            problems = [problem_of(study, space, outcome, jobs.folder) for outcome in outcomes]
+            for trial, outcome, problem in zip(batch, outcomes, problems, strict=True):
+                if problem is not None:
+                    outcome = replace(outcome, state="failed", value=None, error=problem)
                 tell(study, trial, outcome)
-            for other in filter(None, others):
-                raise other
+            for problem in filter(None, problems):
+                raise problem
 
 
 def _as_overrides(params: Mapping[str, Any]) -> list[str]:
@@ -336,6 +336,15 @@ def _check_same_search(study: Study, fixed: Mapping[str, str], space: Mapping[st
 def _kind(distribution: BaseDistribution) -> tuple[Any, ...]:
     """Return what must stay the same in a study; the limits of numbers may change."""
     return type(distribution), *(getattr(distribution, name, None) for name in ("log", "choices"))
+
+
+def problem_of(study: Study, space: Iterable[str], outcome: Outcome, folder: Path) -> UserError | None:
+    """Return an error that ends the search, because later trials would have it too; None if there is none."""
+    if isinstance(outcome.error, NoObjective):
+        return outcome.error
+    if outcome.value is None and outcome.error is None and outcome.state != "pruned":
+        return NoObjective(NO_OBJECTIVE)
+    return other_images(study, space, RunDirectory(folder / outcome.name))
 
 
 def other_images(study: Study, space: Iterable[str], run: RunDirectory) -> UserError | None:
@@ -401,18 +410,14 @@ def ask(
 
 
 def tell(study: Study, trial: Trial, outcome: Outcome) -> None:
-    """Tell the study how a trial's job ended; raise NoObjective if runs have none."""
-    if isinstance(outcome.error, NoObjective):
-        raise outcome.error
+    """Tell the study how a trial's job ended."""
     if outcome.state == "pruned":
         study.tell(trial, state=TrialState.PRUNED)
     elif outcome.value is not None:
         study.tell(trial, outcome.value)
-    elif outcome.error is not None:
+    else:
         trial.set_user_attr("error", str(outcome.error))
         study.tell(trial, state=TrialState.FAIL)
-    else:
-        raise NoObjective(NO_OBJECTIVE)
 
 
 def _count_trials(trials: Sequence[FrozenTrial]) -> int:
