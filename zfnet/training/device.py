@@ -127,9 +127,9 @@ def _device(name: str) -> torch.device:
 def _is_bf16_faster(device: torch.device) -> bool:
     """Return whether the device trains faster in bf16 than in fp32.
 
-    CPUs with matrix units (AMX) do (measured: 3.9 times as fast at 224 px), and AMD's Zen 4 and later: their bf16 dot
-    products have twice the rate of fp32 (1.9 times as fast). Intel's CPUs without AMX are slower in bf16 (0.3 times as
-    fast with plain AVX-512, 0.7 times with its bf16 dot products), and so are CPUs with AVX2 only.
+    CPUs with matrix units (AMX) do (measured: 3.9 times as fast at 224 px). AMD's Zen 4 and later do, because their
+    bf16 dot products have twice the rate of fp32 (1.9 times as fast). Intel's CPUs without AMX are slower in bf16
+    (measured with AMX turned off: 0.3 times as fast with plain AVX-512, 0.7 times with its bf16 dot products).
     """
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
