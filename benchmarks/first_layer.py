@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -25,7 +24,7 @@ from zfnet.config.schema import ModelConfig
 from zfnet.model.zfnet import ZFNet
 from zfnet.runs.hydra_record import register_resolvers
 from zfnet.runs.tables import format_table
-from zfnet.training.device import keep_memory, resolve_runtime, synchronize
+from zfnet.training.device import keep_memory, resolve_runtime, time_call
 
 ROUNDS = 9
 GROUP = 16  # images
@@ -53,17 +52,14 @@ def main() -> None:
     gradient = torch.randn_like(expected)
 
     def turn(call: Call) -> tuple[float, float, float]:
-        times = [time.perf_counter()]
+        outputs: list[Tensor] = []
         with runtime.autocast():
-            output = call(images)
-        synchronize(runtime.device)
-        times.append(time.perf_counter())
-        output.backward(gradient)
-        synchronize(runtime.device)
-        times.append(time.perf_counter())
+            forward = time_call(lambda: outputs.append(call(images)), runtime.device)
+        (output,) = outputs
+        backward = time_call(lambda: output.backward(gradient), runtime.device)
         model.zero_grad(set_to_none=True)
         difference = (output.detach() - expected).abs().max() / expected.max()
-        return times[1] - times[0], times[2] - times[1], float(difference)
+        return forward, backward, float(difference)
 
     try:
         turn(calls[COMPILED])

@@ -27,7 +27,7 @@ from zfnet.runs.provenance import changed_code, describe_environment, recorded_c
 from zfnet.runs.session import Pruned, StopRequest, claim_directory, recorded_state
 from zfnet.runs.weights import ModelMetadata, TrainedRun, load_run, save_model, weights_hash
 from zfnet.sweeps.callback import in_search, trial_report
-from zfnet.sweeps.launch import NO_OBJECTIVE, NoObjective
+from zfnet.sweeps.launch import NoObjective
 from zfnet.training import callbacks as cb
 from zfnet.training.build import (
     build_callbacks,
@@ -212,7 +212,7 @@ def _train(
     runtime = resolve_runtime(config.trainer, world, isinstance(config.model, dict))
     splits = load_splits(config.data, config.imports)
     if splits.validation is None and in_search():
-        raise NoObjective(NO_OBJECTIVE)
+        raise NoObjective()
     saved, problems = read_newest(run.checkpoints)
     if saved is not None:
         _refuse_other_images(run, splits)

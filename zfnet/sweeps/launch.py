@@ -29,15 +29,18 @@ from zfnet.runs.console import explain
 from zfnet.runs.directory import RunDirectory, objective, write_atomically
 from zfnet.training.build import check_recipe
 
-NO_OBJECTIVE = (
-    "hydra/sweeper=optuna searches by validation accuracy, and this job has none: train with images held out "
-    "(data.validation), in a new sweep directory"
-)
 TRIAL = "ZFNET_TRIAL"  # key of `hydra.job.env_set`: the number of the trial that a job belongs to
 
 
 class NoObjective(UserError):
     """A job of a search has no validation accuracy."""
+
+    def __init__(
+        self,
+        message: str = "hydra/sweeper=optuna searches by validation accuracy, and this job has none: train with images "
+        "held out (data.validation), in a new sweep directory",
+    ) -> None:
+        super().__init__(message)
 
 
 class SweepFailed(UserError):

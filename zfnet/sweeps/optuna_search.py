@@ -32,7 +32,7 @@ from zfnet.config.randomness import make_key
 from zfnet.config.reading import parse_json, read_bytes
 from zfnet.config.schema import NOT_IDENTITY, Checked, NotNegative, Positive, check
 from zfnet.runs.directory import RunDirectory, sweep_folder
-from zfnet.sweeps.launch import NO_OBJECTIVE, TRIAL, NoObjective, Outcome, SweepJobs
+from zfnet.sweeps.launch import TRIAL, NoObjective, Outcome, SweepJobs
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -343,7 +343,7 @@ def problem_of(study: Study, space: Iterable[str], outcome: Outcome, folder: Pat
     if isinstance(outcome.error, NoObjective):
         return outcome.error
     if outcome.value is None and outcome.error is None and outcome.state != "pruned":
-        return NoObjective(NO_OBJECTIVE)
+        return NoObjective()
     return other_images(study, space, RunDirectory(folder / outcome.name))
 
 
